@@ -1,0 +1,1 @@
+"""The data owner's side: local training, objectives and personal state."""

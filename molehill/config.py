@@ -1,0 +1,511 @@
+"""The configuration of a run: one TOML file, validated before anything starts.
+
+A method is named by a string or, when it has parameters, by a table with ``name``::
+
+    selector = "dense"
+    selector = { name = "top_k", k = 2 }
+
+A preset fills in the keys of its section; keys given beside it win. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from molehill import registry
+from molehill.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodRef(BaseModel):
+    """A registered method by name, with its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters given beside the name."""
+        return dict(self.model_extra or {})
+
+
+class Axis:
+    """Marks a `MethodRef` field with the registry axis it names."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class LossRef(MethodRef):
+    """A routing loss with its coefficient."""
+
+    coef: float = Field(gt=0)
+
+
+def _ref(name: str, **params: Any) -> Any:
+    return MethodRef.model_validate({"name": name, **params})
+
+
+class Run(Section):
+    """The run as a whole."""
+
+    name: str = Field(default="molehill", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    seed: int = Field(default=0, ge=0)
+    rounds: int = Field(default=6, ge=1)
+
+
+class Base(Section):
+    """The frozen base model.
+
+    Attributes:
+        model: Hugging Face id, local folder, or ``sample:minilm``.
+        revision: Commit or tag of a hub model; pin it for real runs.
+        precision: ``auto`` is bf16 where the CPU or GPU is fast at it, else fp32.
+        device: ``auto`` is cuda when there is one.
+    """
+
+    model: str = "sample:minilm"
+    revision: str | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+
+
+class Task(Section):
+    """What is learnt.
+
+    Attributes:
+        kind: Sequence classification, or causal-LM instruction tuning with the loss on the answer only.
+        labels: Class names in the order of the logits; classification only.
+        max_length: Longest input in tokens; longer ones are cut.
+        pooling: How token states become one vector; ``auto`` is mean for encoders, last token for decoders.
+    """
+
+    kind: Literal["classification", "causal-lm"] = "classification"
+    labels: tuple[str, ...] = ()
+    max_length: int = Field(default=128, ge=8)
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+
+
+class Data(Section):
+    """The rows and how they are dealt to clients.
+
+    Attributes:
+        source: ``sample:reviews``, a JSONL, CSV or Parquet file, a folder saved by ``datasets``, or a hub id.
+        split: Split to read of a ``datasets`` folder or hub id.
+        columns: Names of your columns by the names Molehill uses, for example ``{text = "review", label = "stars"}``.
+        clients: Number of clients.
+        partition: How rows are dealt to clients.
+        rows: At most this many training rows per client.
+        test_rows: At most this many held-out rows per client.
+        test_fraction: Part of every client's rows that is held out.
+    """
+
+    source: str = "sample:reviews"
+    split: str = "train"
+    columns: dict[str, str] = Field(default_factory=dict)
+    clients: int = Field(default=8, ge=1)
+    partition: Annotated[MethodRef, Axis("partitioner")] = _ref("by_column", column="domain")
+    rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
+    test_fraction: float = Field(default=0.25, gt=0, lt=1)
+
+
+class MoLoRA(Section):
+    """The adapter: experts, router and where they sit.
+
+    Attributes:
+        preset: A published recipe (axis ``preset``); keys given beside it win.
+        targets: Names (last part of the module path, or a regular expression over the whole path) of the linear
+            modules to adapt; ``all-linear`` for every linear of the transformer layers.
+        layers: Indices of the transformer layers to adapt; all when omitted.
+        experts: Routed experts per site.
+        shared: Always-on experts per site.
+        rank: Rank of every expert.
+        alpha: LoRA alpha; an expert's scale is alpha / its rank.
+        dropout: Dropout on the adapter's input.
+        scope: Which sites share one route.
+        expert: Kind of expert.
+        scorer: Produces the logits.
+        transforms: Edit the logits, in order.
+        selector: Turns logits into weights.
+        mixer: How weights meet expert outputs.
+        topology: How branches are wired.
+        allocation: How experts and ranks vary over sites.
+        init: Start values.
+        losses: Routing losses with their coefficients.
+    """
+
+    preset: str | None = None
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    layers: tuple[int, ...] | None = None
+    experts: int = Field(default=4, ge=1)
+    shared: int = Field(default=0, ge=0)
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    scope: Literal["site", "block", "layer", "model"] = "site"
+    expert: Annotated[MethodRef, Axis("expert")] = _ref("lora")
+    scorer: Annotated[MethodRef, Axis("scorer")] = _ref("linear")
+    transforms: tuple[Annotated[MethodRef, Axis("transform")], ...] = ()
+    selector: Annotated[MethodRef, Axis("selector")] = _ref("top_k", k=2)
+    mixer: Annotated[MethodRef, Axis("mixer")] = _ref("output")
+    topology: Annotated[MethodRef, Axis("topology")] = _ref("parallel")
+    allocation: Annotated[MethodRef, Axis("allocation")] = _ref("uniform")
+    init: Annotated[MethodRef, Axis("init")] = _ref("lora")
+    losses: tuple[Annotated[LossRef, Axis("routing_loss")], ...] = ()
+
+
+class Personal(Section):
+    """What every client keeps for itself.
+
+    Attributes:
+        gate: ``anchored``: the router is averaged and every client adds a residual of its own; ``personal``: the
+            whole router stays (the global model mixes uniformly); ``global``: nothing of the router stays;
+            ``mixture``: sub-routers are averaged, the main router stays (needs ``scorer = "mixture"``).
+        head: The same choice for the classification head.
+        decay: L2 pull of the residuals towards zero, per step and unit of learning rate.
+        steps: Extra steps per round in which only personal tensors learn.
+    """
+
+    gate: Literal["anchored", "personal", "global", "mixture"] = "anchored"
+    head: Literal["anchored", "personal", "global"] = "anchored"
+    decay: float = Field(default=0.1, ge=0)
+    steps: int = Field(default=0, ge=0)
+
+
+class Train(Section):
+    """Local training.
+
+    Attributes:
+        steps: Optimiser steps per round.
+        batch_size: Rows per micro-batch.
+        accumulation: Micro-batches per optimiser step.
+        lr: Peak learning rate of AdamW for the experts.
+        router_lr: Learning rate of routers; the experts' when omitted.
+        head_lr: Learning rate of the head; the experts' when omitted.
+        schedule: Learning rate over the whole run.
+        weight_decay: AdamW's decoupled decay of shared tensors.
+        clip: Largest gradient norm; None for no limit.
+        objective: Loss on the rows.
+        prox: FedProx pull to the received weights, mu / 2 * ||w - w_received||^2.
+    """
+
+    steps: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
+    router_lr: float | None = Field(default=None, gt=0)
+    head_lr: float | None = Field(default=None, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float | None = Field(default=1.0, gt=0)
+    objective: Annotated[MethodRef, Axis("objective")] = _ref("sft")
+    prox: float = Field(default=0.0, ge=0)
+
+
+class Federation(Section):
+    """How the server plans and merges.
+
+    Attributes:
+        preset: A published method (axis ``federation``); keys given beside it win.
+        policy: Who shares, keeps and freezes what.
+        select: Which clients take part in a round.
+        space: What is combined.
+        rule: How it is combined.
+        lower: How the result comes back to factors.
+        server_opt: Optimiser applied to the combined change.
+    """
+
+    preset: str | None = None
+    policy: Annotated[MethodRef, Axis("policy")] = _ref("fedit")
+    select: Annotated[MethodRef, Axis("client_selector")] = _ref("all")
+    space: Annotated[MethodRef, Axis("space")] = _ref("factor")
+    rule: Annotated[MethodRef, Axis("rule")] = _ref("mean")
+    lower: Annotated[MethodRef, Axis("lower")] = _ref("none")
+    server_opt: Annotated[MethodRef, Axis("server_opt")] = _ref("none")
+
+
+class Rounds(Section):
+    """When a round ends and what an update may look like.
+
+    Attributes:
+        deadline: Seconds after which a round closes.
+        quorum: Part of the selected clients that must answer.
+        grace: Seconds to wait for the rest once the quorum is there.
+        retries: How often a round below quorum is tried again before the run stops.
+        norm_bound: Largest L2 norm of a client's delta; None accepts any finite one.
+    """
+
+    deadline: float = Field(default=3600.0, gt=0)
+    quorum: float = Field(default=0.5, gt=0, le=1)
+    grace: float = Field(default=30.0, ge=0)
+    retries: int = Field(default=1, ge=0)
+    norm_bound: float | None = Field(default=1e3, gt=0)
+
+
+class Wire(Section):
+    """What is sent and how large it may be.
+
+    Attributes:
+        up: Codec of the clients' deltas.
+        down: Codec of the server's blobs.
+        max_bytes: Largest message accepted.
+    """
+
+    up: Annotated[MethodRef, Axis("codec")] = _ref("int4")
+    down: Annotated[MethodRef, Axis("codec")] = _ref("fp16")
+    max_bytes: int = Field(default=256 * 2**20, ge=1024)
+
+
+class Scenario(Section):
+    """What goes wrong in a simulation.
+
+    Attributes:
+        availability: Probability that a client is reachable in a round.
+        dropout: Probability that a client vanishes in the middle of a round.
+        stragglers: Probability that a client is slow in a round.
+        delay: Seconds a straggler is late.
+        garbage: Ids of clients that send garbage, and which: ``nan``, ``shape``, ``huge``, ``keys`` or ``bytes``.
+    """
+
+    availability: float = Field(default=1.0, gt=0, le=1)
+    dropout: Fraction = 0.0
+    stragglers: Fraction = 0.0
+    delay: float = Field(default=5.0, ge=0)
+    garbage: dict[str, Literal["nan", "shape", "huge", "keys", "bytes"]] = Field(default_factory=dict)
+
+
+class Evaluate(Section):
+    """What is measured beside the federation.
+
+    Attributes:
+        baselines: Train the ``base`` (head only) and ``local`` (alone) models on every client as well.
+        batch_size: Rows per evaluation batch.
+    """
+
+    baselines: bool = True
+    batch_size: int = Field(default=64, ge=1)
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    base: Base = Base()
+    task: Task = Task()
+    data: Data = Data()
+    molora: MoLoRA = MoLoRA()
+    personal: Personal = Personal()
+    train: Train = Train()
+    federation: Federation = Federation()
+    round: Rounds = Rounds()
+    wire: Wire = Wire()
+    scenario: Scenario = Scenario()
+    evaluate: Evaluate = Evaluate()
+
+    @field_validator("molora", mode="before")
+    @classmethod
+    def _molora_preset(cls, value: Any) -> Any:
+        return _expand(value, "preset")
+
+    @field_validator("federation", mode="before")
+    @classmethod
+    def _federation_preset(cls, value: Any) -> Any:
+        return _expand(value, "federation")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the resolved configuration."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; loading it gives an equal `Config`."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _expand(value: Any, axis: str) -> Any:
+    """Fill the keys of a section from its preset."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("preset"), str):
+        return value
+    return {**registry.build(axis, value["preset"]), **value}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def method_refs(config: Config) -> Iterator[tuple[str, str, MethodRef]]:
+    """Yield ``(dotted key, axis, reference)`` for every method a configuration names."""
+    for section_name in type(config).model_fields:
+        section = getattr(config, section_name)
+        for name, info in type(section).model_fields.items():
+            value = getattr(section, name)
+            for axis in _axes_of(info):
+                for ref in value if isinstance(value, tuple) else (value,):
+                    yield f"{section_name}.{name}", axis, ref
+
+
+def _axes_of(info: Any) -> Iterator[str]:
+    yield from (item.name for item in info.metadata if isinstance(item, Axis))
+    for argument in getattr(info.annotation, "__args__", ()):
+        for item in getattr(argument, "__metadata__", ()):
+            if isinstance(item, Axis):
+                yield item.name
+
+
+def load(source: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and apply ``key=value`` overrides.
+
+    Args:
+        source: TOML file; None for the defaults.
+        overrides: Such as ``run.rounds=3`` or ``base.model=./model``; the value is TOML, or a plain string.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: The file cannot be read or parsed, or a key, type or method is wrong.
+    """
+    text, origin = "", "defaults"
+    if source is not None:
+        path = Path(source)
+        origin = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError(f"cannot read the configuration: {reason}", where=origin) from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}", where=origin) from None
+    lines = _Lines(text, origin)
+    for override in overrides:
+        _override(values, override, lines)
+    return parse(values, lines)
+
+
+def parse(values: Mapping[str, Any], lines: _Lines | None = None) -> Config:
+    """Validate nested values.
+
+    Raises:
+        ConfigError: A key, type or method is wrong; names the key, and file and line where they are known.
+    """
+    lines = lines or _Lines("", "configuration")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, lines) from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=lines.find(error.where or "preset"), mend=error.mend) from None
+    for key, axis, ref in method_refs(config):
+        try:
+            registry.parse_params(axis, ref.name, ref.params)
+        except ConfigError as error:
+            where = lines.find(f"{key}.{error.where}" if error.where else key)
+            raise ConfigError(f"{key}: {error.what}", where=where, mend=error.mend) from None
+    return config
+
+
+def _explain(error: ValidationError, lines: _Lines) -> ConfigError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] != "extra_forbidden":
+        return ConfigError(f"{key}: {first['msg']}", where=lines.find(key), mend=f"Given: {first['input']!r}.")
+    section: type[BaseModel] | None = Config
+    for part in path[:-1]:
+        info = section.model_fields.get(part) if section else None
+        annotation = info.annotation if info else None
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    known = sorted(section.model_fields) if section else []
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    mend = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+    return ConfigError(f"unknown key {key!r}", where=lines.find(key), mend=mend)
+
+
+def _override(values: dict[str, Any], override: str, lines: _Lines) -> None:
+    key, equals, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"cannot read override {override!r}", where="--set", mend="Write --set section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    at = values
+    for part in parts[:-1]:
+        inner = at.setdefault(part, {})
+        if isinstance(inner, str):  # selector = "top_k" with --set molora.selector.k=1
+            inner = at[part] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key!r}: {part!r} is not a section", where="--set")
+        at = inner
+    at[parts[-1]] = value
+    lines.overridden.add(key.strip())
+
+
+class _Lines:
+    """Finds the line of a dotted key in TOML text, for error messages."""
+
+    def __init__(self, text: str, origin: str) -> None:
+        self._text = text
+        self._origin = origin
+        self.overridden: set[str] = set()
+
+    def find(self, key: str) -> str:
+        """``file:line`` of the key, or of its nearest parent; the file alone when neither is there."""
+        if any(key == name or key.startswith(f"{name}.") for name in self.overridden):
+            return f"--set {key}"
+        parts = [part for part in key.split(".") if not part.isdigit()]
+        while parts:
+            number = self._line(parts)
+            if number:
+                return f"{self._origin}:{number}"
+            parts = parts[:-1]
+        return self._origin
+
+    def _line(self, parts: list[str]) -> int | None:
+        section: list[str] = []
+        for number, line in enumerate(self._text.splitlines(), start=1):
+            header = re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line)
+            if header and not re.match(r"\s*[\w.\"-]+\s*=", line):
+                section = [part.strip(" \"'") for part in header[1].split(".")]
+                if section == parts:
+                    return number
+                continue
+            name, equals, rest = line.partition("=")
+            path = section + [part.strip(" \"'") for part in name.split(".")]
+            if equals and path == parts:
+                return number
+            inline = path == parts[:-1] and re.search(rf"[{{,]\s*[\"']?{re.escape(parts[-1])}[\"']?\s*=", rest)
+            if equals and inline:
+                return number
+        return None

@@ -1,0 +1,88 @@
+"""Errors a user can cause, and what to do about them.
+
+Every mistake in a config, data file, model, adapter or message ends in one of these. The command line prints
+`str(error)` and exits with `exit_code`; nothing else in the project may end in a traceback for bad input.
+
+MolehillError
+├── ConfigError       a key, value or combination in the configuration
+├── DataError         a data file, column, row or label
+├── ModelError        a base model or a target module
+├── AdapterError      a saved adapter folder
+├── MessageError      bytes that came over a wire
+├── ResumeError       a run folder that does not fit the run to resume
+├── TrainingError     training itself failed (for example a NaN loss)
+└── FederationError   the round cannot go on (for example below quorum)
+"""
+
+from __future__ import annotations
+
+
+class MolehillError(Exception):
+    """What went wrong, where, and how to mend it, in one paragraph.
+
+    Args:
+        what: One clause that says what is wrong.
+        where: The file and line, key, client or message concerned; empty when there is none.
+        mend: One sentence that says what to do.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.mend = mend
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        head = head if head.endswith((".", "!", "?")) else f"{head}."
+        return f"{head} {self.mend}".strip()
+
+
+class ConfigError(MolehillError):
+    """A key, value or combination in the configuration cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(MolehillError):
+    """A data source cannot be read, or a row, column or label does not fit the task."""
+
+    exit_code = 3
+
+
+class ModelError(MolehillError):
+    """A base model cannot be loaded, or its modules do not fit the adapter."""
+
+    exit_code = 4
+
+
+class AdapterError(MolehillError):
+    """A saved adapter is damaged, or does not fit this base model."""
+
+    exit_code = 5
+
+
+class MessageError(MolehillError):
+    """Bytes from a network are truncated, too large, foreign or not what the plan asked for."""
+
+    exit_code = 6
+
+
+class ResumeError(MolehillError):
+    """A run folder cannot be resumed with this configuration or base model."""
+
+    exit_code = 7
+
+
+class TrainingError(MolehillError):
+    """Training produced a value that cannot be used, for example a NaN loss."""
+
+    exit_code = 8
+
+
+class FederationError(MolehillError):
+    """A round could not be completed, for example because too few clients answered."""
+
+    exit_code = 9

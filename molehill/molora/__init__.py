@@ -1,0 +1,1 @@
+"""MoLoRA: a mixture of LoRA experts on a frozen base, as one LoRA whose rank axis is partitioned."""

@@ -1,0 +1,84 @@
+"""What the server tells a client to do in a round, and what the client answers."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from molehill.config import MethodRef
+from molehill.wire.keys import Key
+
+Scope: TypeAlias = Literal["shared", "personal", "frozen"]
+
+
+class ClientPlan(BaseModel):
+    """Everything a client may not decide alone.
+
+    Attributes:
+        format: Version of this message; another version is refused.
+        run: Name of the run.
+        round: Round number, from 1.
+        client: Id of the client the plan is for.
+        base: Digest of the base weights.
+        layout: Digest of the layout of the shared model the blobs hold.
+        blobs: Digest of every blob to fetch, by group (an expert id, ``gate``, ``head`` or ``patch``).
+        scopes: Patterns over wire names with what happens to matching tensors; the first match wins and
+            a tensor that nothing matches is frozen. ``shared`` is trained and sent, ``personal`` is trained and
+            stays, ``frozen`` is not trained.
+        rank: Highest rank this client trains per expert; None means the full rank.
+        steps: Optimiser steps in this round.
+        seed: Seed of batches and dropout in this round.
+        codec: How the delta is encoded.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    run: str
+    round: int = Field(ge=0)
+    client: str
+    base: str
+    layout: str
+    blobs: dict[str, str]
+    scopes: tuple[tuple[str, Scope], ...]
+    rank: int | None = Field(default=None, ge=1)
+    steps: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    codec: MethodRef
+
+    def scope(self, key: Key) -> Scope:
+        """What happens to ``key`` under this plan."""
+        for pattern, scope in self.scopes:
+            if fnmatchcase(key.name, pattern):
+                return scope
+        return "frozen"
+
+
+class ClientReply(BaseModel):
+    """What a client answers to a train message; the delta itself lies in the exchange.
+
+    Attributes:
+        client: Id of the client.
+        round: The plan's round.
+        delta: Digest of the encoded delta in the exchange.
+        bytes_up: Length of the encoded delta in bytes.
+        bytes_down: Length in bytes of the blobs that were fetched for this plan.
+        examples: Rows the client trains on.
+        loss: Mean training loss over the round.
+        seconds: Wall time of the local work.
+        metrics: Further scalars, for example the routing losses by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    client: str
+    round: int
+    delta: str
+    bytes_up: int = Field(ge=0)
+    bytes_down: int = Field(ge=0)
+    examples: int = Field(ge=1)
+    loss: float
+    seconds: float = Field(ge=0)
+    metrics: dict[str, Any] = Field(default_factory=dict)

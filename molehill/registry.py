@@ -1,0 +1,198 @@
+"""Named methods: every published method is one small registered object.
+
+A method belongs to an *axis* (selector, codec, space, ...). The packages that hold an axis are declared as entry
+points (group ``molehill.methods``, name ``<axis>``, value ``<package>``), so another distribution can add methods
+without touching this one and the order of imports never matters: asking for an axis imports its packages.
+
+    @register("selector", "top_k", params=TopKParams, paper="Shazeer et al. 2017", url="https://arxiv.org/abs/1701.06538")
+    class TopK(nn.Module): ...
+
+    registry.build("selector", "top_k", {"k": 2})   ->  TopK(TopKParams(k=2))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import with_config as _with_config
+
+from molehill.errors import ConfigError
+
+_GROUP = "molehill.methods"
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class NoParams:
+    """Parameters of a method that has none."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method.
+
+    Attributes:
+        axis: The interface it implements, for example ``selector``.
+        name: The name used in configurations.
+        target: The class or function.
+        params: Frozen dataclass of its parameters.
+        paper: Authors, year and short title; ``house`` for a convention of ours.
+        url: Where the paper (or its code) is; empty for ``house``.
+        seeds: Codes of the systems in the project's list that this method stands for, for example ``("S20",)``.
+        summary: First line of the target's docstring.
+    """
+
+    axis: str
+    name: str
+    target: Callable[..., Any]
+    params: type[Any]
+    paper: str
+    url: str
+    seeds: tuple[str, ...]
+    summary: str
+
+
+@dataclass
+class _Registry:
+    methods: dict[tuple[str, str], Method] = field(default_factory=dict)
+    loaded: set[str] = field(default_factory=set)
+
+
+_registry = _Registry()
+
+
+def register(
+    axis: str,
+    name: str,
+    *,
+    paper: str,
+    url: str = "",
+    seeds: tuple[str, ...] = (),
+    params: type[Any] = NoParams,
+) -> Callable[[T], T]:
+    """Register the decorated class or function as ``axis``/``name``.
+
+    Args:
+        axis: Interface implemented.
+        name: Name used in configurations; unique within the axis.
+        paper: Authors, year and short title, or ``house``.
+        url: Address of the paper or its code.
+        seeds: Codes in the project's list of systems.
+        params: Frozen dataclass that holds the parameters with defaults; the target takes one instance of it.
+
+    Returns:
+        The decorator; it returns its argument unchanged.
+
+    Raises:
+        ValueError: The name is taken by another object, or ``params`` is not a frozen dataclass.
+    """
+    if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise ValueError(f"{axis}/{name}: params must be a frozen dataclass")
+
+    def decorate(target: T) -> T:
+        known = _registry.methods.get((axis, name))
+        origin = (target.__module__, target.__qualname__)
+        if known is not None and (known.target.__module__, known.target.__qualname__) != origin:
+            raise ValueError(f"{axis}/{name} is already registered by {known.target.__module__}")
+        summary = (target.__doc__ or "").strip().partition("\n")[0]
+        _registry.methods[axis, name] = Method(axis, name, target, params, paper, url, seeds, summary)
+        return target
+
+    return decorate
+
+
+def axes() -> list[str]:
+    """Return the names of all declared axes, sorted."""
+    return sorted({point.name for point in entry_points(group=_GROUP)})
+
+
+def load(axis: str) -> None:
+    """Import every module of the packages that hold ``axis`` (once)."""
+    if axis in _registry.loaded:
+        return
+    for point in entry_points(group=_GROUP, name=axis):
+        package = importlib.import_module(point.value)
+        for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
+            importlib.import_module(module.name)
+    _registry.loaded.add(axis)
+
+
+def methods(axis: str | None = None) -> Iterator[Method]:
+    """Yield the registered methods of one axis, or of all, sorted by axis and name."""
+    for each in [axis] if axis else axes():
+        load(each)
+    for key in sorted(_registry.methods):
+        if axis is None or key[0] == axis:
+            yield _registry.methods[key]
+
+
+def get(axis: str, name: str) -> Method:
+    """Return the method ``axis``/``name``.
+
+    Raises:
+        ConfigError: No such method; the message lists the nearest names.
+    """
+    load(axis)
+    try:
+        return _registry.methods[axis, name]
+    except KeyError:
+        names = [m.name for m in methods(axis)]
+        near = difflib.get_close_matches(name, names, n=3) or names
+        raise ConfigError(
+            f"unknown {axis} {name!r}", mend=f"Did you mean {', '.join(near)}? `molehill methods` lists all."
+        ) from None
+
+
+def parse_params(axis: str, name: str, values: Mapping[str, Any]) -> Any:
+    """Validate ``values`` and return the method's params dataclass.
+
+    Raises:
+        ConfigError: Unknown method, unknown key or wrong type.
+    """
+    method = get(axis, name)
+    known = {f.name for f in dataclasses.fields(method.params)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        allowed = ", ".join(sorted(known)) or "none"
+        raise ConfigError(
+            f"unknown key {unknown[0]!r} for {axis} {name!r}", where=unknown[0], mend=f"Keys it takes: {allowed}."
+        )
+    try:
+        return TypeAdapter(_strict(method.params)).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{axis} {name!r}, key {key!r}: {first['msg']}", where=key) from None
+    except ValueError as error:
+        raise ConfigError(f"{axis} {name!r}: {error}") from None
+
+
+def _strict(params: type[Any]) -> type[Any]:
+    if not hasattr(params, "__pydantic_config__"):
+        _with_config(ConfigDict(extra="forbid"))(params)
+    return params
+
+
+def build(axis: str, name: str, values: Mapping[str, Any] | None = None, /, **context: Any) -> Any:
+    """Build the method: call its target with its params (if it has any) and ``context``.
+
+    Args:
+        axis: Interface.
+        name: Method.
+        values: Parameters as read from a configuration.
+        **context: What the interface hands to every implementation (for example ``d_in``).
+
+    Returns:
+        Whatever the target returns.
+    """
+    method = get(axis, name)
+    params = parse_params(axis, name, values or {})
+    return method.target(**context) if method.params is NoParams else method.target(params, **context)

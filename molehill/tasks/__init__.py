@@ -1,0 +1,1 @@
+"""Data formats, tokenisation and metrics of the two tasks: classification and causal language modelling."""

@@ -1,0 +1,1 @@
+"""The coordinator: planning, the round loop, aggregation, checkpoints."""

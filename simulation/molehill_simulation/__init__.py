@@ -1,0 +1,1 @@
+"""A federation in one process: grid, partitioners, scenarios, sample data and the run report."""
