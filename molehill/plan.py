@@ -82,3 +82,43 @@ class ClientReply(BaseModel):
     loss: float
     seconds: float = Field(ge=0)
     metrics: dict[str, Any] = Field(default_factory=dict)
+
+
+class Scores(BaseModel):
+    """Quality on held-out rows.
+
+    Attributes:
+        n: Rows (classification) or answer tokens (causal LM).
+        accuracy: Fraction right (of rows, or of answer tokens).
+        macro_f1: Unweighted mean F1 over classes; None for causal LM.
+        loss: Mean cross-entropy in nats.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n: int = Field(ge=0)
+    accuracy: float
+    macro_f1: float | None = None
+    loss: float
+
+
+class EvaluationReply(BaseModel):
+    """What a client answers to an evaluate or a baseline message.
+
+    Attributes:
+        client: Id of the client.
+        n_train: Training rows.
+        n_test: Held-out rows.
+        stages: Scores by stage: ``base``, ``local``, ``global``, ``personalised``.
+        tokens: Tokens of the held-out rows by expert id, summed over sites; from the personalised model.
+        seconds: Wall time of the local work.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    client: str
+    n_train: int = Field(ge=0)
+    n_test: int = Field(ge=0)
+    stages: dict[str, Scores]
+    tokens: dict[str, float] = Field(default_factory=dict)
+    seconds: float = Field(ge=0)

@@ -1,0 +1,258 @@
+"""The interfaces of a routed site.
+
+A site pipes ``Scorer -> LogitTransform* -> Selector`` into a bank of experts. Where to put a new method:
+*changes z?* Scorer or LogitTransform; *z -> w?* Selector; *what is computed?* Expert; *how outputs meet weights?* Mixer;
+*in what order?* Topology; *how many and where?* Allocation; *start values?* InitStrategy; *extra gradient?* RoutingLoss;
+*decode time only?* InferenceStrategy; *only looks?* Diagnostic.
+
+Shapes: B batch, T tokens, d features, E routed experts, H heads of a multi-head route, r rank, R sum of ranks.
+Router arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+class Site(NamedTuple):
+    """One adapted module.
+
+    Attributes:
+        layer: Index of its transformer layer; -1 when it lies outside the layers.
+        name: Path in the base model.
+        n_layers: Number of transformer layers.
+        d_in: Input features.
+        d_out: Output features.
+    """
+
+    layer: int
+    name: str
+    n_layers: int
+    d_in: int
+    d_out: int
+
+
+@dataclass
+class Overrides:
+    """What a caller may change in a trained router without touching its weights.
+
+    Attributes:
+        bias: Added to the logits, ``[E]``.
+        expert_mask: True for the experts that may be chosen, ``[E]`` bool.
+    """
+
+    bias: Tensor | None = None
+    expert_mask: Tensor | None = None
+
+
+@dataclass
+class RouteContext:
+    """All that a router may look at.
+
+    Attributes:
+        x: Router input, ``[B, T, d]``.
+        site: Where the router sits.
+        mask: True for real tokens, ``[B, T]`` bool; None when nothing is padded.
+        task_ids: Task (or client) of every row, ``[B]`` int64.
+        progress: Fraction of training done, 0 to 1, for schedules.
+        training: Whether stochastic parts are on.
+        overrides: Run-time changes.
+    """
+
+    x: Tensor
+    site: Site
+    mask: Tensor | None = None
+    task_ids: Tensor | None = None
+    progress: float = 0.0
+    training: bool = False
+    overrides: Overrides = field(default_factory=Overrides)
+
+
+@dataclass
+class Route:
+    """What a selector returns; size-1 dimensions broadcast (T=1: per sequence, B=1: static).
+
+    Attributes:
+        logits: Scores after all transforms, ``[B|1, T|1, (H,) E]`` float32.
+        probs: The selector's full distribution, same shape.
+        weights: Final weights, 0 for unselected experts, same shape.
+        aux: Further tensors a loss may ask for, for example ``entropy`` ``[B, T]``.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    weights: Tensor
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class RouteRecord:
+    """One route as it happened in a forward pass.
+
+    Attributes:
+        site: First site that used the route.
+        route: The route.
+        mask: True for real tokens, ``[B, T]`` bool, or None.
+        costs: Relative size of every routed expert (its rank over the mean rank), ``[E]``.
+        types: Task type of every row, ``[B]`` int64, or None.
+    """
+
+    site: Site
+    route: Route
+    mask: Tensor | None
+    costs: Tensor
+    types: Tensor | None = None
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """An ``nn.Module`` that produces logits."""
+
+    n_experts: int
+    heads: int
+
+    def __call__(self, ctx: RouteContext) -> Tensor:
+        """Return logits ``[B|1, T|1, (H,) E]``."""
+        ...
+
+
+class LogitTransform(Protocol):
+    """Edits logits, for example temperature or expert dropout."""
+
+    def __call__(self, z: Tensor, ctx: RouteContext) -> Tensor:
+        """Return logits of the same shape."""
+        ...
+
+
+class Selector(Protocol):
+    """Turns logits into weights (activation included).
+
+    ``causal`` is False when a token's weights depend on later tokens or other rows; such selectors are refused for
+    generation. ``eval_form`` is the deterministic twin that is exported.
+    """
+
+    causal: bool
+
+    def eval_form(self) -> Selector:
+        """The selector as it acts at inference."""
+        ...
+
+    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
+        """Return the route for logits ``z``."""
+        ...
+
+
+class Expert(Protocol):
+    """A bank of experts of one kind: their joint, weighted delta on the frozen output."""
+
+    low_rank: bool
+
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """Return ``sum_e w_e delta_e(x, y0)``.
+
+        Args:
+            x: Input ``[B, T, d_in]``.
+            y0: Frozen output ``[B, T, d_out]``.
+            weights: Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``.
+
+        Returns:
+            The delta ``[B, T, d_out]``.
+        """
+        ...
+
+
+class Mixer(Protocol):
+    """How weights meet experts: mix outputs (default) or parameters."""
+
+    def __call__(self, bank: Expert, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """Return the delta ``[B, T, d_out]``."""
+        ...
+
+
+class Topology(Protocol):
+    """Wires the frozen modules and the branches of one site or block.
+
+    ``scope`` is the route scope that the topology forces, or None when it leaves the choice to the configuration.
+    """
+
+    scope: Literal["block"] | None
+
+    def roles(self, site_names: Sequence[str]) -> Mapping[str, Literal["plain", "expand", "contract"]]:
+        """Say which part each of a layer's sites plays.
+
+        ``plain`` sites add their experts' mixed delta to their own output. In a block, ``expand`` sites keep one
+        output per expert and the ``contract`` site mixes them back into one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one site gets.
+
+    Attributes:
+        ranks: Rank of every routed expert; its length is E.
+        shared_ranks: Rank of every always-on expert.
+        top_k: Overrides the selector's k at this site; None keeps it.
+    """
+
+    ranks: tuple[int, ...]
+    shared_ranks: tuple[int, ...] = ()
+    top_k: int | None = None
+
+
+class Allocation(Protocol):
+    """How many experts of which rank every site gets."""
+
+    def plan(self, sites: Sequence[Site], experts: int, shared: int, rank: int) -> Mapping[str, SitePlan]:
+        """Return the plan of every site by its name."""
+        ...
+
+
+class InitStrategy(Protocol):
+    """Start values of low-rank experts; the delta must be zero at the start."""
+
+    frozen: frozenset[Literal["A", "B"]]
+
+    def __call__(self, A: Tensor, B: Tensor, generator: torch.Generator) -> None:
+        """Fill ``A [r, d_in]`` and ``B [d_out, r]`` of one expert in place."""
+        ...
+
+
+class RoutingLoss(Protocol):
+    """An extra loss on routes; padding never counts. The coefficient lives in the configuration."""
+
+    def __call__(self, records: Sequence[RouteRecord]) -> Tensor:
+        """Return an unweighted scalar, the mean over records."""
+        ...
+
+
+class InferenceStrategy(Protocol):
+    """Changes decoding, for example by contrasting two routes."""
+
+    export: Literal["graph_input", "two_pass", "host_only"]
+
+    def step(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return next-token logits ``[B, V]``."""
+        ...
+
+
+class Diagnostic(Protocol):
+    """Looks at routes and adds up; states of several clients merge."""
+
+    def update(self, records: Sequence[RouteRecord]) -> None:
+        """Take in the records of one forward pass."""
+        ...
+
+    def merge(self, other: Diagnostic) -> None:
+        """Add another client's state."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """Return named figures."""
+        ...
