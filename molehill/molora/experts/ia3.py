@@ -1,0 +1,53 @@
+"""Mixture of vectors: every expert rescales the frozen output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from molehill.molora.interfaces import Site
+from molehill.registry import register
+
+
+@register(
+    "expert",
+    "ia3",
+    paper="Zadouri et al. 2023, Pushing Mixture of Experts to the Limit (MoV); Liu et al. 2022 (IA3)",
+    url="https://arxiv.org/abs/2309.05444",
+    seeds=("S13",),
+)
+class IA3Bank(nn.Module):
+    """All (IA)3 vectors of one site.
+
+    MoV is ``y = (sum_e w_e s_e) * y0`` with s_e = 1 at the start; as a delta on the frozen output this is
+    ``(sum_e w_e v_e) * y0`` with v = s - 1 = 0, exact when the weights sum to 1.
+
+    Args:
+        site: The adapted module.
+        ranks: One entry per expert; the values are not used.
+        alpha: Not used; vectors have no scale.
+
+    Attributes:
+        v: ``[E, d_out]`` float32.
+    """
+
+    low_rank = False
+
+    def __init__(self, *, site: Site, ranks: tuple[int, ...], alpha: float) -> None:  # noqa: ARG002
+        super().__init__()
+        self.site = site
+        self.ranks = (1,) * len(ranks)
+        self.v = nn.Parameter(torch.zeros(len(ranks), site.d_out))
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts, shared ones included."""
+        return len(self.ranks)
+
+    def rows(self, expert: int) -> slice:
+        """The rows of `v` that belong to an expert."""
+        return slice(expert, expert + 1)
+
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+        """Return ``(sum_e w_e v_e) * y0``, ``[B, T, d_out]``, for weights ``[B|1, T|1, E]``."""
+        return (weights @ self.v).to(y0.dtype) * y0

@@ -1,0 +1,152 @@
+"""LoRA experts: one LoRA whose rank axis is divided between them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from molehill.molora.fused import Projection, Ranks, down, reference, up
+from molehill.molora.interfaces import Site
+from molehill.registry import register
+
+
+@register(
+    "expert",
+    "lora",
+    paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models",
+    url="https://arxiv.org/abs/2106.09685",
+)
+class LoRABank(nn.Module):
+    """All LoRA experts of one site, concatenated along the rank axis.
+
+    ``delta_e(x) = (alpha / r_e) B_e A_e x``. Rows of `A` and `Bt` that belong to one expert are contiguous, shared
+    experts first.
+
+    Args:
+        site: The adapted module.
+        ranks: Rank of every expert, shared ones first.
+        alpha: LoRA alpha.
+
+    Attributes:
+        A: ``[R, d_in]`` float32.
+        Bt: ``[R, d_out]`` float32, the transposes of all B.
+        patch_A: Frozen rows ``[P, d_in]`` that belong to experts (from exact aggregation); empty at first.
+        patch_Bt: Frozen rows ``[P, d_out]``, scale absorbed.
+    """
+
+    low_rank = True
+    patch_A: Tensor
+    patch_Bt: Tensor
+    patch_expert: Tensor
+
+    def __init__(self, *, site: Site, ranks: tuple[int, ...], alpha: float) -> None:
+        super().__init__()
+        self.site = site
+        self.ranks = ranks
+        self.scales = tuple(alpha / rank for rank in ranks)
+        total = sum(ranks)
+        self.A = nn.Parameter(torch.zeros(total, site.d_in))
+        self.Bt = nn.Parameter(torch.zeros(total, site.d_out))
+        self.register_buffer("expand", _expand(ranks), persistent=False)
+        self.register_buffer("scale", torch.tensor(self.scales), persistent=False)
+        self.register_buffer("patch_A", torch.zeros(0, site.d_in), persistent=False)
+        self.register_buffer("patch_Bt", torch.zeros(0, site.d_out), persistent=False)
+        self.register_buffer("patch_expert", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.fused = True
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts, shared ones included."""
+        return len(self.ranks)
+
+    def rows(self, expert: int) -> slice:
+        """The part of the rank axis that belongs to an expert."""
+        start = sum(self.ranks[:expert])
+        return slice(start, start + self.ranks[expert])
+
+    def set_patches(self, patches: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Replace the frozen additions.
+
+        Args:
+            patches: ``(A [p, d_in], B [d_out, p])`` by expert index, scale absorbed in B.
+        """
+        experts = sorted(patches)
+        device = self.A.device
+        self.patch_A = torch.cat([self.patch_A[:0], *(patches[e][0].to(device) for e in experts)])
+        self.patch_Bt = torch.cat([self.patch_Bt[:0], *(patches[e][1].t().to(device) for e in experts)])
+        index = [e for e in experts for _ in range(patches[e][0].shape[0])]
+        self.patch_expert = torch.tensor(index, dtype=torch.long, device=device)
+
+    def layout(self) -> Ranks:
+        """How the rank axis, patches included, is divided."""
+        uniform = self.ranks[0] if len(set(self.ranks)) == 1 else None
+        if not len(self.patch_expert):
+            return Ranks(uniform, self.expand, self.scale)
+        # a patch has its scale absorbed: undo the expert's
+        patch = F.one_hot(self.patch_expert, self.n_experts).t().float() / self.scale[:, None]
+        return Ranks(None, torch.cat([self.expand, patch], 1), self.scale)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A [R+P, d_in]`` and ``Bt [R+P, d_out]``, patches included."""
+        if not len(self.patch_expert):
+            return self.A, self.Bt
+        return torch.cat([self.A, self.patch_A]), torch.cat([self.Bt, self.patch_Bt])
+
+    def project(self, x: Tensor, gate: Tensor | None) -> Projection:
+        """First GEMM: tokens ``[N, d_in]`` on all A rows and, when given, the router's rows ``[G, d_in]``."""
+        return down(x, self.factors()[0], gate)
+
+    def combine(  # noqa: D417 - the arguments of `fused.up`
+        self, x: Tensor, W: Tensor, bias: Tensor | None, projection: Projection, weights: Tensor, *, same_input: bool
+    ) -> Tensor:
+        """Second GEMM: frozen output plus experts, ``[N, d_out]``; see `molehill.molora.fused.up`."""
+        return up(x, W, bias, projection, weights, self.factors()[1], self.layout(), same_input=same_input)
+
+    def plain(self, x: Tensor, W: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
+        """The same output in plain autograd."""
+        A, Bt = self.factors()
+        return reference(x, W, bias, A, weights, Bt, self.layout())
+
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the weighted sum of the experts' deltas.
+
+        Args:
+            x: ``[B, T, d_in]``.
+            y0: Not used.
+            weights: ``[B|1, T|1, E]``.
+
+        Returns:
+            ``[B, T, d_out]``.
+        """
+        A, Bt = self.factors()
+        layout = self.layout()
+        gates = (weights * layout.scale) @ layout.expand
+        return (F.linear(x, A.to(x.dtype)) * gates.to(x.dtype)) @ Bt.to(x.dtype)
+
+    def mixed(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Mix parameters instead of outputs: ``sum_e w_e A_e`` and ``sum_e w_e B_e`` by block of features.
+
+        With H heads, head h mixes the h-th block of A's columns and of B's rows (MHR); H = 1 is Poly.
+
+        Args:
+            x: ``[B, T, d_in]``.
+            weights: Constant within a row, ``[B|1, 1, H, E]`` or ``[B|1, 1, E]``.
+
+        Returns:
+            The delta ``[B, T, d_out]``.
+        """
+        per_head = weights.unsqueeze(-2) if weights.dim() == 3 else weights
+        heads = per_head.shape[-2]
+        rank, (d_in, d_out) = self.ranks[0], (self.site.d_in, self.site.d_out)
+        w = per_head[:, 0]
+        A = self.A.view(-1, rank, heads, d_in // heads)
+        Bt = self.Bt.view(-1, rank, heads, d_out // heads)
+        A_mix = torch.einsum("bhe,erhd->brhd", w, A).flatten(2).to(x.dtype)
+        Bt_mix = torch.einsum("bhe,erhd->brhd", w, Bt).flatten(2).to(x.dtype)
+        return (x @ A_mix.transpose(1, 2)) @ Bt_mix * self.scales[0]
+
+
+def _expand(ranks: tuple[int, ...]) -> Tensor:
+    index = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+    return F.one_hot(index, len(ranks)).t().float()

@@ -1,0 +1,226 @@
+"""The fused MoLoRA product: two GEMMs over the partitioned rank axis, with a hand-written backward.
+
+A site computes ``y = W0 x + B_cat ((A_cat x) * g)``, where g repeats every expert's weight (times its scale) over its
+ranks. `down` multiplies x once by the A rows of all experts and the router's rows; `up` adds the weighted result to
+the frozen output in place. Between them the selector is ordinary autograd code on ``[N, E]`` numbers, so every
+selector gets the fast path.
+
+The pair shares a `_Cell`: `up` leaves the frozen layer's input gradient there and `down`, which autograd always runs
+later, adds its own product into it with one ``addmm_``. So x gets one gradient tensor, as from one function.
+
+Adapter weights are float32 masters that are cast to x's dtype per call. `reference` is the same maths in plain
+autograd and serves as the oracle.
+
+Shapes: N tokens, R sum of ranks, E experts, G router rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Ranks(NamedTuple):
+    """How the rank axis is split between experts.
+
+    Attributes:
+        uniform: The common rank when all experts have the same one, else None.
+        expand: ``[E, R]`` float32; row e is 1 on the ranks of expert e.
+        scale: ``[E]`` float32, alpha / rank.
+    """
+
+    uniform: int | None
+    expand: Tensor
+    scale: Tensor
+
+
+class _Cell:
+    """Carries gradients from `_Up.backward` to `_Down.backward` of the same call."""
+
+    __slots__ = ("gx", "low")
+
+    def __init__(self) -> None:
+        self.gx: Tensor | None = None
+        self.low: Tensor | None = None
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, gate: Tensor | None, cell: _Cell) -> tuple[Tensor, Tensor]:
+        rows = A.shape[0]
+        if gate is None:
+            weight = A.to(x.dtype)
+        else:
+            weight = torch.empty(rows + gate.shape[0], A.shape[1], dtype=x.dtype, device=x.device)
+            weight[:rows].copy_(A)
+            weight[rows:].copy_(gate)
+        low = x @ weight.t()
+        ctx.save_for_backward(x, weight)
+        ctx.cell, ctx.rows, ctx.has_gate = cell, rows, gate is not None
+        ctx.set_materialize_grads(False)
+        return low[:, :rows], low[:, rows:].float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_low: Tensor | None, g_logits: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        cell, rows = ctx.cell, ctx.rows
+        grad, gx = cell.low, cell.gx
+        cell.low = cell.gx = None
+        if grad is None:  # nobody used h: only the logits carry a gradient
+            grad = torch.zeros(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        elif g_low is not None and g_low.data_ptr() != grad.data_ptr():  # something else used h as well
+            grad[:, :rows] = g_low
+        if ctx.has_gate:
+            if g_logits is None:
+                grad[:, rows:].zero_()
+            else:
+                grad[:, rows:].copy_(g_logits)
+        g_weight = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            g_weight = (grad.t() @ x).float()
+        if ctx.needs_input_grad[0]:
+            gx = grad @ weight if gx is None else gx.addmm_(grad, weight)
+        else:
+            gx = None
+        g_A = g_weight[:rows] if g_weight is not None and ctx.needs_input_grad[1] else None
+        g_gate = g_weight[rows:] if g_weight is not None and ctx.needs_input_grad[2] else None
+        return gx, g_A, g_gate, None
+
+
+class _Up(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        low: Tensor,
+        weights: Tensor,
+        Bt: Tensor,
+        ranks: Ranks,
+        cell: _Cell | None,
+        gate_rows: int,
+    ) -> Tensor:
+        y = F.linear(x, W, bias)
+        bt = Bt.to(x.dtype)
+        gates = _over_ranks(weights, ranks, x.dtype)
+        y.addmm_(_times(low, gates, ranks), bt)
+        ctx.save_for_backward(W, low, gates, bt)
+        ctx.ranks, ctx.cell, ctx.gate_rows = ranks, cell, gate_rows
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        W, low, gates, bt = ctx.saved_tensors
+        ranks, cell = ctx.ranks, ctx.cell
+        gy = gy.contiguous()
+        need_x, need_low, need_w, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+        g_B = (_times(low, gates, ranks).t() @ gy).float() if need_B else None
+        g_low = g_w = None
+        if need_low or need_w:
+            q = gy @ bt.t()
+            if need_w:
+                g_w = _per_expert(q * low, ranks)
+            if need_low:
+                buffer = torch.empty(q.shape[0], q.shape[1] + ctx.gate_rows, dtype=q.dtype, device=q.device)
+                g_low = buffer[:, : q.shape[1]]
+                g_low.copy_(_times(q, gates, ranks)) if ranks.uniform is None else torch.mul(
+                    q.unflatten(1, (-1, ranks.uniform)),
+                    gates.unsqueeze(-1),
+                    out=g_low.unflatten(1, (-1, ranks.uniform)),
+                )
+                if cell is not None:
+                    cell.low = buffer
+        gx = gy @ W if need_x else None
+        if cell is not None and need_low:
+            cell.gx, gx = gx, None
+        return gx, None, None, g_low, g_w, g_B, None, None, None
+
+
+def _over_ranks(weights: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
+    """Scaled weights: per expert ``[N, E]`` when ranks are uniform, else per rank ``[N, R]``."""
+    scaled = weights * ranks.scale
+    return (scaled if ranks.uniform is not None else scaled @ ranks.expand).to(dtype)
+
+
+def _times(low: Tensor, gates: Tensor, ranks: Ranks) -> Tensor:
+    if ranks.uniform is None:
+        return low * gates
+    return (low.unflatten(1, (-1, ranks.uniform)) * gates.unsqueeze(-1)).flatten(1)
+
+
+def _per_expert(values: Tensor, ranks: Ranks) -> Tensor:
+    """Sum ``[N, R]`` over the ranks of each expert, times its scale: ``[N, E]`` float32."""
+    if ranks.uniform is not None:
+        return values.unflatten(1, (-1, ranks.uniform)).sum(-1, dtype=torch.float32) * ranks.scale
+    return (values.float() @ ranks.expand.t()) * ranks.scale
+
+
+class Projection(NamedTuple):
+    """What `down` hands to `up`: low-rank activations ``[N, R]``, logits ``[N, G]`` and the shared cell."""
+
+    low: Tensor
+    logits: Tensor
+    cell: _Cell
+
+
+def down(x: Tensor, A: Tensor, gate: Tensor | None) -> Projection:
+    """Project tokens on the A rows of all experts and on the router's rows, in one GEMM.
+
+    Args:
+        x: Tokens ``[N, d_in]``.
+        A: ``[R, d_in]`` float32.
+        gate: Router rows ``[G, d_in]`` float32, or None when the route comes from elsewhere.
+
+    Returns:
+        ``A x``, the logits in float32, and the cell for `up`.
+    """
+    cell = _Cell()
+    low, logits = _Down.apply(x, A, gate, cell)
+    return Projection(low, logits, cell)
+
+
+def up(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    projection: Projection,
+    weights: Tensor,
+    Bt: Tensor,
+    ranks: Ranks,
+    *,
+    same_input: bool = True,
+) -> Tensor:
+    """The frozen output plus the weighted sum of experts.
+
+    Args:
+        x: Tokens ``[N, d_in]``.
+        W: Frozen weight ``[d_out, d_in]``.
+        bias: Frozen bias ``[d_out]`` or None.
+        projection: From `down`.
+        weights: Expert weights ``[N, E]`` float32.
+        Bt: ``[R, d_out]`` float32, the transposes of all B.
+        ranks: How R is split.
+        same_input: False when `down` saw another tensor than ``x`` (adapter dropout).
+
+    Returns:
+        ``[N, d_out]``.
+    """
+    cell = projection.cell if same_input else None
+    gate_rows = projection.logits.shape[1]
+    return _Up.apply(x, W, bias, projection.low, weights, Bt, ranks, cell, gate_rows)  # type: ignore[no-any-return]
+
+
+def reference(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, weights: Tensor, Bt: Tensor, ranks: Ranks
+) -> Tensor:
+    """`up` of `down` in plain autograd; arguments and result as there."""
+    gates = (weights * ranks.scale) @ ranks.expand
+    low = F.linear(x, A.to(x.dtype)) * gates.to(x.dtype)
+    return F.linear(x, W, bias) + low @ Bt.to(x.dtype)

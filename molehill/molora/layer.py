@@ -1,0 +1,274 @@
+"""An adapted linear: the frozen module, its bank of experts and its route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from molehill.errors import ModelError
+from molehill.molora.experts.ia3 import IA3Bank
+from molehill.molora.experts.lora import LoRABank
+from molehill.molora.interfaces import Mixer, Overrides, Route, RouteContext, RouteRecord, Site
+from molehill.molora.router import Router
+
+Bank = LoRABank | IA3Bank
+
+
+@dataclass
+class ForwardState:
+    """What all sites of a model share during one forward pass.
+
+    Attributes:
+        mask: True for real tokens, ``[B, T]`` bool, or None.
+        task_ids: Task of every row, ``[B]``, or None.
+        progress: Fraction of training done.
+        enabled: False runs the frozen base alone.
+        collect: Keep a `RouteRecord` of every route.
+        count: Add up the gate mass of every expert.
+        records: The records of the last forward pass.
+        version: Increases with every pass; routes shared between sites are cached per version.
+    """
+
+    mask: Tensor | None = None
+    task_ids: Tensor | None = None
+    progress: float = 0.0
+    enabled: bool = True
+    collect: bool = False
+    count: bool = False
+    records: list[RouteRecord] = field(default_factory=list)
+    version: int = 0
+
+    def begin(self, mask: Tensor | None, task_ids: Tensor | None) -> None:
+        """Start a forward pass."""
+        self.mask, self.task_ids = mask, task_ids
+        self.records = []
+        self.version += 1
+
+
+class RouteGroup(nn.Module):
+    """The sites that share one route (one site, a block, a layer or the whole model).
+
+    The first site of a forward pass computes the route from its own input; the others reuse it.
+
+    Args:
+        router: The router.
+        site: The first site of the group; gives the router's input width.
+        state: Shared state of the pass.
+        costs: Relative size of every routed expert, ``[E]``.
+    """
+
+    costs: Tensor
+    mass: Tensor
+
+    def __init__(self, router: Router, site: Site, state: ForwardState, costs: Tensor) -> None:
+        super().__init__()
+        self.router = router
+        self.site = site
+        self.state = state
+        self.overrides = Overrides()
+        self.register_buffer("costs", costs, persistent=False)
+        self.register_buffer("mass", torch.zeros(len(costs)), persistent=False)  # gate mass over real tokens
+        self.tokens = 0.0  # real tokens
+        self._cached: tuple[int, Route] | None = None
+
+    def gate_rows(self) -> Tensor | None:
+        """Router rows to multiply together with A, when this pass has no route yet."""
+        return self.router.gate_rows() if self._current() is None else None
+
+    def route(self, x: Tensor, logits: Tensor | None) -> Route:
+        """The route of this pass.
+
+        Args:
+            x: Input of the calling site, ``[B, T, d]``.
+            logits: Scores ``[B, T, E]`` when the caller has them.
+
+        Raises:
+            ModelError: The calling site comes first but has another width than the router.
+        """
+        route = self._current()
+        if route is not None:
+            return route
+        if x.shape[-1] != self.site.d_in:
+            raise ModelError(
+                f"the shared router of {self.site.name} was first reached with {x.shape[-1]} features, "
+                f"it takes {self.site.d_in}",
+                mend="Use scope 'site'.",
+            )
+        state = self.state
+        mask = state.mask if state.mask is not None and state.mask.shape == x.shape[:2] else None
+        ctx = RouteContext(
+            x=x,
+            site=self.site,
+            mask=mask,
+            task_ids=state.task_ids,
+            progress=state.progress,
+            training=self.training,
+            overrides=self.overrides,
+        )
+        route = self.router.route(ctx, logits)
+        self._cached = (state.version, route)
+        if state.collect:
+            state.records.append(RouteRecord(self.site, route, mask, self.costs, state.task_ids))
+        if state.count:
+            self._count(route, mask, x.shape[:2])
+        return route
+
+    def _current(self) -> Route | None:
+        if self._cached is not None and self._cached[0] == self.state.version:
+            return self._cached[1]
+        return None
+
+    @torch.no_grad()
+    def _count(self, route: Route, mask: Tensor | None, shape: torch.Size) -> None:
+        weights = route.weights.detach()
+        if weights.dim() == 4:  # heads: an expert's mass is its mean over heads
+            weights = weights.mean(2)
+        tokens = float(mask.sum()) if mask is not None else float(shape.numel())
+        if weights.shape[:2] != shape:
+            weights = weights.expand(*shape, -1)
+        flat = weights.reshape(-1, weights.shape[-1])
+        self.mass += flat.t() @ mask.reshape(-1).to(flat.dtype) if mask is not None else flat.sum(0)
+        self.tokens += tokens
+
+    def reset_counts(self) -> None:
+        """Forget the counted gate mass."""
+        self.mass.zero_()
+        self.tokens = 0.0
+
+
+class MoLoRALinear(nn.Module):
+    """A frozen linear with experts: ``y = W0 x + b + sum_e w_e delta_e(x)``.
+
+    Args:
+        base: ``nn.Linear`` or GPT-2's ``Conv1D``; frozen.
+        site: Its place.
+        bank: Its experts, shared ones first.
+        shared: Number of shared experts; their weight is always 1.
+        group: Where the routed experts' weights come from; None when all experts are shared.
+        mixer: How weights meet experts.
+        dropout: Dropout on the experts' input.
+        state: Shared state of the pass.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        site: Site,
+        bank: Bank,
+        *,
+        shared: int,
+        group: RouteGroup | None,
+        mixer: Mixer,
+        dropout: float,
+        state: ForwardState,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.bank = bank
+        self.shared = shared
+        self.mixer = mixer
+        self.dropout = nn.Dropout(dropout)
+        self.state = state
+        # held outside the module tree: a group belongs to the model, not to one of its sites
+        self.__dict__["group"] = group
+        self.group: RouteGroup | None
+
+    @property
+    def weight(self) -> Tensor:
+        """Frozen weight ``[d_out, d_in]``."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight.t() if isinstance(self.base, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Frozen bias ``[d_out]`` or None."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[..., d_out]`` for ``x [..., d_in]``; two or three dimensions."""
+        if not self.state.enabled:
+            return self.base(x)  # type: ignore[no-any-return]
+        x3 = x if x.dim() == 3 else x.unsqueeze(0)
+        y = self._adapted(x3)
+        return y if x.dim() == 3 else y.squeeze(0)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        seen = self.dropout(x)
+        if isinstance(self.bank, LoRABank) and getattr(self.mixer, "fused", False):
+            return self._fused(x, seen)
+        y0 = F.linear(x, self.weight, self.bias)
+        return y0 + self.mixer(self.bank, seen, y0, self.weights(x, None)).to(y0.dtype)
+
+    def _fused(self, x: Tensor, seen: Tensor) -> Tensor:
+        assert isinstance(self.bank, LoRABank)
+        lead = x.shape[:2]
+        flat, seen2 = x.reshape(-1, x.shape[-1]), seen.reshape(-1, x.shape[-1])
+        same = seen is x
+        gate = self.group.gate_rows() if self.group is not None and same else None
+        if not self.bank.fused:
+            weights = self.flat_weights(x, None)
+            y = self.bank.plain(seen2, self.weight, self.bias, weights)
+            return y.view(*lead, -1)
+        projection = self.bank.project(seen2, gate)
+        logits = projection.logits.view(*lead, -1) if gate is not None else None
+        weights = self.flat_weights(x, logits)
+        y = self.bank.combine(flat, self.weight, self.bias, projection, weights, same_input=same)
+        return y.view(*lead, -1)
+
+    def weights(self, x: Tensor, logits: Tensor | None) -> Tensor:
+        """Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``."""
+        ones = torch.ones(1, device=x.device)
+        if self.group is None:
+            return ones.expand(1, 1, self.shared)
+        routed = self.group.route(x, logits).weights
+        if not self.shared:
+            return routed
+        return torch.cat([ones.expand(*routed.shape[:-1], self.shared), routed], -1)
+
+    def flat_weights(self, x: Tensor, logits: Tensor | None) -> Tensor:
+        """`weights` for every token: ``[B * T, E]``."""
+        weights = self.weights(x, logits)
+        return weights.expand(*x.shape[:2], -1).reshape(-1, weights.shape[-1])
+
+    def tokens(self) -> dict[int, float]:
+        """Counted gate mass of every expert by index; needs ``state.count`` during the passes."""
+        if self.group is None:
+            return {}
+        group = self.group
+        mass = [group.tokens] * self.shared + group.mass.tolist()
+        return dict(enumerate(mass))
+
+
+class ExpandLinear(MoLoRALinear):
+    """First linear of a routed block: keeps one output per expert, ``[B, T, E, d_out]``."""
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        assert isinstance(self.bank, LoRABank)
+        assert self.group is not None
+        self.group.route(x, None)
+        rank, experts = self.bank.ranks[0], self.bank.n_experts
+        low = F.linear(self.dropout(x), self.bank.A.to(x.dtype)).unflatten(-1, (experts, rank))
+        Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype).view(experts, rank, -1)
+        y0 = F.linear(x, self.weight, self.bias)
+        return y0.unsqueeze(-2) + torch.einsum("bter,ero->bteo", low, Bt)
+
+
+class ContractLinear(MoLoRALinear):
+    """Last linear of a routed block: mixes ``[B, T, E, d_in]`` into ``[B, T, d_out]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``W (sum_e w_e h_e) + b + sum_e w_e s B_e A_e h_e`` for ``h [B, T, E, d_in]``."""
+        if not self.state.enabled:
+            return self.base(x)  # type: ignore[no-any-return]
+        assert isinstance(self.bank, LoRABank)
+        w = self.weights(x[:, :, 0], None).to(x.dtype)
+        rank, experts = self.bank.ranks[0], self.bank.n_experts
+        mixed = torch.einsum("bted,bte->btd", x, w)
+        A = self.bank.A.to(x.dtype).view(experts, rank, -1)
+        low = torch.einsum("bted,erd->bter", self.dropout(x), A) * (w * self.bank.scales[0]).unsqueeze(-1)
+        return F.linear(mixed, self.weight, self.bias) + low.flatten(2) @ self.bank.Bt.to(x.dtype)

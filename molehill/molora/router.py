@@ -1,0 +1,88 @@
+"""A router: scorer, logit transforms, selector, and what a caller or a client adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from molehill.molora.interfaces import LogitTransform, Route, RouteContext, Scorer, Selector
+
+
+class Router(nn.Module):
+    """Pipes ``Scorer -> LogitTransform* -> Selector``; arithmetic after the scores is float32.
+
+    Args:
+        scorer: Produces logits; an ``nn.Module``.
+        transforms: Edit the logits, in order.
+        selector: Turns logits into weights.
+        anchored: Give every scorer parameter a residual of the same shape, zero at the start, that is added to it.
+            The parameter can then be averaged over clients while each client keeps its residual.
+
+    Attributes:
+        residual: The residuals by parameter name (dots replaced by ``__``); empty when not anchored.
+        personal: Whether the residuals count; False gives the shared router.
+        uniform: Ignore the scores and weigh all experts alike: the router of a model nobody trained a gate for.
+    """
+
+    def __init__(
+        self, scorer: nn.Module, transforms: Sequence[LogitTransform], selector: Selector, *, anchored: bool
+    ) -> None:
+        super().__init__()
+        assert isinstance(scorer, Scorer)
+        self.scorer: nn.Module = scorer
+        self.transforms = tuple(transforms)
+        self.selector = selector
+        self.residual = nn.ParameterDict()
+        if anchored:
+            for name, parameter in scorer.named_parameters():
+                self.residual[name.replace(".", "__")] = nn.Parameter(torch.zeros_like(parameter))
+        self.personal = True
+        self.uniform = False
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts."""
+        return int(self.scorer.n_experts)  # type: ignore[arg-type]
+
+    def gate_rows(self) -> Tensor | None:
+        """Rows ``[E, d]`` that may be multiplied together with A; None when the scores are not one product with x."""
+        if self.uniform or not getattr(self.scorer, "fusable", False):
+            return None
+        weight: Tensor = self.scorer.weight  # type: ignore[assignment]
+        return weight + self.residual["weight"] if self.residual and self.personal else weight
+
+    def route(self, ctx: RouteContext, logits: Tensor | None = None) -> Route:
+        """Return the route.
+
+        Args:
+            ctx: What the router may look at.
+            logits: Scores ``[B, T, E]`` from the fused product; computed here when None.
+
+        Returns:
+            Weights ``[B|1, T|1, (H,) E]`` in float32.
+        """
+        if self.uniform:
+            z = torch.zeros(1, 1, self.n_experts, device=ctx.x.device)
+            weights = torch.full_like(z, 1 / self.n_experts)
+            return Route(z, weights, weights)
+        z = self._score(ctx) if logits is None else logits
+        for transform in self.transforms:
+            z = transform(z, ctx)
+        over = ctx.overrides
+        if over.bias is not None:
+            z = z + over.bias
+        if over.expert_mask is not None:
+            z = z.masked_fill(~over.expert_mask, torch.finfo(z.dtype).min)
+        return self.selector(z, ctx)
+
+    def _score(self, ctx: RouteContext) -> Tensor:
+        if not (self.residual and self.personal):
+            return self.scorer(ctx).float()  # type: ignore[no-any-return]
+        effective = {
+            name: parameter + self.residual[name.replace(".", "__")]
+            for name, parameter in self.scorer.named_parameters()
+        }
+        return functional_call(self.scorer, effective, (ctx,)).float()  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""How frozen modules and branches are wired."""
