@@ -1,0 +1,123 @@
+"""Protocols of the four parts of an aggregation, and what they hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from molehill.wire.keys import NO_EXPERT, Key
+from molehill.wire.tree import Tree
+from molehill_server.records import AggOut, Global, LowRank, Pair, Update
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How much one update counts, before division by the sum over updates.
+
+    Attributes:
+        rest: Weight of tensors that belong to no expert (router, head).
+        experts: Weight of every (site, expert) the update holds; 0 where it has nothing to say.
+    """
+
+    rest: float
+    experts: Mapping[Pair, float]
+
+    def of(self, key: Key) -> float:
+        """The weight of one tensor."""
+        return self.rest if key.expert == NO_EXPERT else self.experts[key.site, key.expert]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The weighted mean of a round in the terms of its space.
+
+    Attributes:
+        tree: Means of the factors and of all other tensors; what nobody sent, or sent with weight 0, is the old value
+            bit for bit.
+        touched: Keys of ``tree`` that took part in a mean.
+        products: The mean of the products ``B A`` of every touched pair; empty in spaces without products.
+    """
+
+    tree: Tree
+    touched: frozenset[Key]
+    products: Mapping[Pair, LowRank] = field(default_factory=dict)
+
+
+class WeightRule(Protocol):
+    """Gives every update one number per expert.
+
+    Attributes:
+        additive: An update's weight does not depend on the others, so updates can be taken one at a time.
+    """
+
+    additive: bool
+
+    def weights(self, updates: Sequence[Update], glob: Global, /) -> Sequence[Weight]:
+        """The weight of each of ``updates``: one update when additive, else all of the round."""
+        ...
+
+
+class Sum(Protocol):
+    """A running combination."""
+
+    def add(self, update: Update, weight: Weight) -> None:
+        """Take in one update."""
+        ...
+
+    def finish(self) -> Combined:
+        """The weighted mean of what was added."""
+        ...
+
+
+class Space(Protocol):
+    """What is combined.
+
+    Attributes:
+        products: The combination includes the products ``B A``.
+        closed: The combination is a pair of factors again, so nothing needs lowering.
+    """
+
+    products: bool
+    closed: bool
+
+    def start(self, glob: Global, /) -> Sum:
+        """An empty combination for this round."""
+        ...
+
+
+class Lower(Protocol):
+    """Brings combined products back to factors of the shared rank.
+
+    Attributes:
+        needs_products: It reads ``Combined.products``.
+        fixed_gauge: The new factors continue the old ones, so a server optimiser may compare them; False when they
+            are factored anew, since (B G, G^-1 A) is the same product for every G.
+    """
+
+    needs_products: bool
+    fixed_gauge: bool
+
+    def lower(self, combined: Combined, glob: Global, seed: int, /) -> AggOut:
+        """New shared tensors, and patches for what they cannot hold. ``seed`` is the run's."""
+        ...
+
+
+class ServerOpt(Protocol):
+    """Treats the change of the mean as a gradient.
+
+    Attributes:
+        stateful: It keeps tensors from round to round.
+    """
+
+    stateful: bool
+
+    def apply(
+        self, old: Tree, new: Tree, touched: frozenset[Key], state: Mapping[str, Tree | float], /
+    ) -> tuple[Tree, Mapping[str, Tree | float]]:
+        """The next model and the next state; neither argument is changed.
+
+        Keys outside ``touched`` keep their old value and state, so that momentum does not move an expert that no
+        client trained.
+        """
+        ...
