@@ -1,0 +1,1 @@
+"""Objectives: the loss of one forward pass (mean over predictions, in nats)."""

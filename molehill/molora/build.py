@@ -1,0 +1,179 @@
+"""From configuration to model: the only place of this package that sees configuration objects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from molehill import registry
+from molehill.config import MethodRef
+from molehill.config import MoLoRA as MoLoRAConfig
+from molehill.errors import ConfigError
+from molehill.molora.experts.lora import LoRABank
+from molehill.molora.head import Head
+from molehill.molora.interfaces import Site, SitePlan
+from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
+from molehill.molora.model import MoLoRAModel, seed_for
+from molehill.molora.router import Router
+from molehill.molora.targets import find_sites
+
+_FFN = re.compile(r"(^|\.)(mlp|ffn|feed_forward|intermediate)(\.|$)|(?<!attention)\.output\.dense$")
+
+
+def wrap(
+    base: nn.Module,
+    config: MoLoRAConfig,
+    *,
+    gate: Literal["anchored", "personal", "global", "mixture"] = "global",
+    head: Head | None = None,
+    seed: int = 0,
+) -> MoLoRAModel:
+    """Put experts and routers into a base model (in place) and freeze everything else.
+
+    Args:
+        base: A Hugging Face model; its linears are replaced by adapted ones that hold them.
+        config: What to build.
+        gate: Gate policy; ``anchored`` adds a personal residual to every router.
+        head: Classification head to train along, or None.
+        seed: Start values depend on it, the site and the expert id only, so all machines start alike.
+
+    Returns:
+        The model; its output equals the base's until something is trained.
+
+    Raises:
+        ModelError: The targets do not fit the base.
+        ConfigError: The parts do not fit each other.
+    """
+    base.requires_grad_(requires_grad=False)
+    sites = find_sites(base, config.targets, config.layers)
+    topology = _build("topology", config.topology)
+    roles: dict[str, str] = {}
+    for layer in sorted({site.layer for site in sites}):
+        roles.update(topology.roles([site.name for site in sites if site.layer == layer]))
+    plans = _build("allocation", config.allocation).plan(sites, config.experts, config.shared, config.rank)
+    plans = {s.name: _plain(plans[s.name], config) if _unrouted(topology.scope, roles[s.name]) else plans[s.name]
+             for s in sites}  # fmt: skip
+    device = next(base.parameters()).device
+    state = ForwardState()
+    groups = _groups(sites, plans, config, topology.scope or config.scope, gate, seed, state)
+    mixer = _build("mixer", config.mixer)
+    kinds: Mapping[str, type[MoLoRALinear]] = {
+        "plain": MoLoRALinear,
+        "expand": ExpandLinear,
+        "contract": ContractLinear,
+    }
+    adapted: dict[str, MoLoRALinear] = {}
+    for site in sites:
+        plan, role = plans[site.name], roles[site.name]
+        ranks = plan.shared_ranks + plan.ranks
+        bank = registry.build("expert", config.expert.name, config.expert.params, site=site, ranks=ranks, alpha=config.alpha)
+        if role != "plain" and not (isinstance(bank, LoRABank) and len(set(ranks)) == 1 and not plan.shared_ranks):
+            raise ConfigError(
+                "topology 'block_ffn' needs routed LoRA experts of one rank and no shared experts", where="molora.topology"
+            )
+        group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
+        module = kinds[role](
+            base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
+            mixer=_build("mixer", MethodRef(name="output")) if group is None else mixer, dropout=config.dropout,
+            state=state,
+        )  # fmt: skip
+        parent, _, name = site.name.rpartition(".")
+        setattr(base.get_submodule(parent), name, module)
+        adapted[site.name] = module
+    experts = (
+        *(f"shared{i}" for i in range(max(len(p.shared_ranks) for p in plans.values()))),
+        *(f"e{i}" for i in range(max(len(p.ranks) for p in plans.values()))),
+    )
+    if head is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, "head"))
+            nn.init.normal_(head.weight, std=0.02)
+        head.to(device)
+    for module in [*adapted.values(), *groups.values()]:
+        module.to(device)
+    model = MoLoRAModel(base, adapted, {g.site.name: g for g in groups.values()}, experts, head, state)
+    _initialise(model, config.init, seed)
+    return model
+
+
+def _build(axis: str, ref: MethodRef, **context: Any) -> Any:
+    return registry.build(axis, ref.name, ref.params, **context)
+
+
+def _unrouted(forced: str | None, role: str) -> bool:
+    """In a block topology the linears outside the block get one plain LoRA."""
+    return forced == "block" and role == "plain"
+
+
+def _plain(plan: SitePlan, config: MoLoRAConfig) -> SitePlan:
+    return SitePlan(ranks=(), shared_ranks=(max((*plan.ranks, *plan.shared_ranks, config.rank)),))
+
+
+def _group_of(site: Site, scope: str) -> str:
+    if scope == "site":
+        return site.name
+    if scope == "block":
+        return f"{site.layer}/{'ffn' if _FFN.search(site.name) else 'attention'}"
+    return str(site.layer) if scope == "layer" else "model"
+
+
+def _groups(
+    sites: Sequence[Site],
+    plans: Mapping[str, SitePlan],
+    config: MoLoRAConfig,
+    scope: str,
+    gate: str,
+    seed: int,
+    state: ForwardState,
+) -> dict[str, RouteGroup]:
+    groups: dict[str, RouteGroup] = {}
+    for site in sites:
+        plan, key = plans[site.name], _group_of(site, scope)
+        if not plan.ranks:
+            continue
+        if key in groups:
+            if groups[key].router.n_experts != len(plan.ranks):
+                raise ConfigError(
+                    f"scope {scope!r} shares one route between sites with different numbers of experts",
+                    where="molora.allocation",
+                    mend="Use scope 'site', or an allocation that gives them the same number.",
+                )
+            continue
+        experts = len(plan.ranks)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, "gate", site.name))
+            scorer = _build("scorer", config.scorer, d_in=site.d_in, n_experts=experts, n_tasks=1)
+        selector = config.selector
+        if "k" in selector.params or plan.top_k:
+            k = min(plan.top_k or selector.params["k"], experts)
+            selector = MethodRef.model_validate({"name": selector.name, **selector.params, "k": k})
+        router = Router(
+            scorer,
+            [_build("transform", ref) for ref in config.transforms],
+            _build("selector", selector),
+            anchored=gate == "anchored",
+        )
+        ranks = torch.tensor(plan.ranks, dtype=torch.float32)
+        groups[key] = RouteGroup(router, site, state, ranks / ranks.mean())
+    return groups
+
+
+def _initialise(model: MoLoRAModel, ref: MethodRef, seed: int) -> None:
+    init = _build("init", ref)
+    for name, site in model.sites.items():
+        bank = site.bank
+        if not isinstance(bank, LoRABank):
+            continue
+        for index, expert in enumerate(model.expert_ids(site)):
+            generator = torch.Generator().manual_seed(seed_for(seed, name, expert))
+            rows = bank.rows(index)
+            A = torch.zeros(rows.stop - rows.start, bank.site.d_in)
+            B = torch.zeros(bank.site.d_out, rows.stop - rows.start)
+            init(A, B, generator)
+            with torch.no_grad():
+                bank.A[rows].copy_(A)
+                bank.Bt[rows].copy_(B.t())

@@ -1,0 +1,320 @@
+"""A base model with MoLoRA experts, routers and a head; every trainable number lies in one flat vector."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from molehill.errors import AdapterError
+from molehill.molora.experts.lora import LoRABank
+from molehill.molora.head import Head
+from molehill.molora.interfaces import RouteRecord
+from molehill.molora.layer import ForwardState, MoLoRALinear, RouteGroup
+from molehill.wire.keys import NO_EXPERT, Key
+from molehill.wire.tree import Array, Layout, Tree
+
+
+@dataclass
+class Forward:
+    """What an objective sees of one forward pass.
+
+    Attributes:
+        logits: One row per prediction, ``[M, C]`` float32: per input row (classification) or per answer token.
+        labels: ``[M]`` int64.
+        rows: Input row of every prediction, ``[M]`` int64.
+        records: Routes of the pass, when they were asked for.
+        reference: Runs the same batch with all adapters off and returns ``[M, C]`` without gradient.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    rows: Tensor
+    records: list[RouteRecord]
+    reference: Callable[[], Tensor]
+
+
+class Slot(NamedTuple):
+    """Where one wire tensor lives in the flat vector.
+
+    Attributes:
+        start: First number.
+        shape: Shape in memory.
+        transposed: Whether the wire holds the transpose (B does).
+        scale: Factor from memory to wire (alpha / rank for B).
+    """
+
+    start: int
+    shape: tuple[int, ...]
+    transposed: bool
+    scale: float
+
+    @property
+    def stop(self) -> int:
+        """One past the last number."""
+        return self.start + int(np.prod(self.shape))
+
+    @property
+    def wire_shape(self) -> tuple[int, ...]:
+        """Shape on the wire."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+class MoLoRAModel(nn.Module):
+    """A frozen base with adapted linears, routers and, for classification, a head. Build one with `wrap`.
+
+    Args:
+        base: The base model with its adapted linears in place.
+        sites: The adapted linears by name.
+        groups: The routers by the name of their first site.
+        experts: Ids of all experts, shared ones first, in the order of the banks.
+        head: The classification head, or None for a causal LM.
+        state: State the sites share.
+
+    Attributes:
+        flat: All trainable numbers, ``[P]`` float32; every parameter is a view of it.
+        grad: Their gradients, ``[P]``; every parameter's ``.grad`` is a view of it.
+        slots: Where each wire tensor lies.
+        layout: Wire names and shapes.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        sites: Mapping[str, MoLoRALinear],
+        groups: Mapping[str, RouteGroup],
+        experts: tuple[str, ...],
+        head: Head | None,
+        state: ForwardState,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.sites = dict(sites)
+        self.groups = nn.ModuleDict({name.replace(".", "__"): group for name, group in groups.items()})
+        self.routers = dict(groups)
+        self.experts = experts
+        self.head = head
+        self.state = state
+        self.slots: dict[Key, Slot] = {}
+        self._flatten()
+        self.layout = Layout({key: slot.wire_shape for key, slot in self.slots.items()})
+
+    # ---- parameters ------------------------------------------------------------------------------------------
+
+    def expert_ids(self, site: MoLoRALinear) -> tuple[str, ...]:
+        """Ids of the experts of one site (a site may have fewer than the model)."""
+        shared = [e for e in self.experts if e.startswith("shared")][: site.shared]
+        routed = [e for e in self.experts if not e.startswith("shared")]
+        return (*shared, *routed[: site.bank.n_experts - site.shared])
+
+    def _tensors(self) -> Iterator[tuple[nn.Parameter, list[tuple[Key, slice | None, bool, float]]]]:
+        """Every parameter with the wire tensors it holds: key, its rows (None for all), transposed, scale."""
+        for name, site in self.sites.items():
+            ids, bank = self.expert_ids(site), site.bank
+            if isinstance(bank, LoRABank):
+                yield bank.A, [(Key(name, e, "A"), bank.rows(i), False, 1.0) for i, e in enumerate(ids)]
+                yield bank.Bt, [(Key(name, e, "B"), bank.rows(i), True, bank.scales[i]) for i, e in enumerate(ids)]
+            else:
+                yield bank.v, [(Key(name, e, "dense.v"), bank.rows(i), False, 1.0) for i, e in enumerate(ids)]
+        for name, group in self.routers.items():
+            router = group.router
+            for part, parameter in router.scorer.named_parameters():
+                yield parameter, [(Key(name, NO_EXPERT, f"gate.{part}"), None, False, 1.0)]
+            for part, parameter in router.residual.items():
+                role = f"gate.residual.{part.replace('__', '.')}"
+                yield parameter, [(Key(name, NO_EXPERT, role), None, False, 1.0)]
+        if self.head is not None:
+            for part, parameter in self.head.named_parameters():
+                yield parameter, [(Key("head", NO_EXPERT, f"head.{part}"), None, False, 1.0)]
+
+    def _flatten(self) -> None:
+        """Move all trainable parameters into one vector, with one vector of gradients."""
+        tensors = list(self._tensors())
+        device = next(self.base.parameters()).device
+        self.flat = torch.empty(sum(p.numel() for p, _ in tensors), device=device)
+        self.grad = torch.zeros_like(self.flat)
+        at = 0
+        for parameter, parts in tensors:
+            end = at + parameter.numel()
+            self.flat[at:end].copy_(parameter.data.reshape(-1))
+            parameter.data = self.flat[at:end].view(parameter.shape)
+            parameter.grad = self.grad[at:end].view(parameter.shape)
+            for key, rows, transposed, scale in parts:
+                width = parameter.shape[1] if parameter.dim() > 1 else 1
+                start, shape = at, tuple(parameter.shape)
+                if rows is not None:
+                    start, shape = at + rows.start * width, (rows.stop - rows.start, width)
+                self.slots[key] = Slot(start, shape, transposed, scale)
+            at = end
+
+    def tree(self, keep: Layout | Callable[[Key], bool] | None = None) -> Tree:
+        """Copy tensors out in wire form (float32; B transposed back, scale absorbed).
+
+        Args:
+            keep: Which keys; all when None.
+        """
+        layout = self.layout if keep is None else keep if isinstance(keep, Layout) else self.layout.where(keep)
+        tree = Tree(layout)
+        values = self.flat.detach().cpu().numpy()
+        for key, view in tree.items():
+            slot = self.slots[key]
+            memory = values[slot.start : slot.stop].reshape(slot.shape)
+            np.multiply(memory.T if slot.transposed else memory, np.float32(slot.scale), out=view)
+        return tree
+
+    def load(self, tree: Mapping[Key, Array]) -> None:
+        """Copy tensors in from wire form; keys that ``tree`` lacks keep their value.
+
+        An expert tensor of a lower rank fills its first ranks and zeroes the rest (which then get no gradient).
+
+        Raises:
+            AdapterError: A key is unknown here or has another shape.
+        """
+        for key, value in tree.items():
+            slot = self.slots.get(key)
+            if slot is None:
+                raise AdapterError(f"tensor {key.name} does not exist in this model", mend="Use the run's own layout.")
+            rows = value.T if slot.transposed else value
+            low = key.kind in {"A", "B"} and rows.shape[0] < slot.shape[0]
+            if rows.shape[1:] != slot.shape[1:] or (rows.shape[0] != slot.shape[0] and not low):
+                raise AdapterError(
+                    f"tensor {key.name} has shape {list(value.shape)}, this model needs {list(slot.wire_shape)}"
+                )
+            memory = self.flat.data[slot.start : slot.stop].view(slot.shape)
+            memory[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(memory.device)
+            if slot.scale != 1.0:
+                memory[: len(rows)] /= slot.scale
+            if low:
+                memory[len(rows) :].zero_()
+
+    def set_patches(self, patches: Mapping[tuple[str, str], tuple[Array, Array]]) -> None:
+        """Replace the frozen additions to experts.
+
+        Args:
+            patches: ``(A [p, d_in], B [d_out, p])`` by (site, expert id), scale absorbed.
+
+        Raises:
+            AdapterError: A site or expert is unknown or has no LoRA experts.
+        """
+        by_site: dict[str, dict[int, tuple[Tensor, Tensor]]] = {name: {} for name in self.sites}
+        for (name, expert), (A, B) in patches.items():
+            site = self.sites.get(name)
+            if site is None or expert not in self.expert_ids(site) or not isinstance(site.bank, LoRABank):
+                raise AdapterError(f"patch for {name}/{expert}, which this model does not have")
+            index = self.expert_ids(site).index(expert)
+            by_site[name][index] = (torch.from_numpy(np.array(A)), torch.from_numpy(np.array(B)))
+        for name, by_expert in by_site.items():
+            bank = self.sites[name].bank
+            if isinstance(bank, LoRABank):
+                bank.set_patches(by_expert)
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable numbers."""
+        return self.flat.numel()
+
+    # ---- switches --------------------------------------------------------------------------------------------
+
+    def use_personal(self, gate: bool, head: bool) -> None:
+        """Turn the personal residuals of routers and head on or off."""
+        for group in self.routers.values():
+            group.router.personal = gate
+        if self.head is not None:
+            self.head.personal = head
+
+    def use_uniform_gate(self, uniform: bool) -> None:
+        """Weigh all experts alike instead of asking the routers."""
+        for group in self.routers.values():
+            group.router.uniform = uniform
+
+    def use_fused(self, fused: bool) -> None:
+        """Choose between the fused product and plain autograd."""
+        for site in self.sites.values():
+            if isinstance(site.bank, LoRABank):
+                site.bank.fused = fused
+
+    def count_tokens(self, on: bool) -> None:
+        """Start (from zero) or stop counting the gate mass of experts."""
+        self.state.count = on
+        if on:
+            for group in self.routers.values():
+                group.reset_counts()
+
+    def tokens(self) -> dict[tuple[str, str], float]:
+        """Counted gate mass over real tokens by (site, expert id)."""
+        counts = {}
+        for name, site in self.sites.items():
+            ids = self.expert_ids(site)
+            for index, mass in site.tokens().items():
+                counts[name, ids[index]] = mass
+        return counts
+
+    # ---- forward ---------------------------------------------------------------------------------------------
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None
+    ) -> Forward:
+        """Predict.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: True for real tokens, ``[B, T]``.
+            labels: ``[B]`` classes, or ``[B, T]`` next-token targets with -100 where no loss counts.
+            task_ids: Task of every row ``[B]``, or None.
+
+        Returns:
+            Logits and labels of the predictions.
+        """
+        run = self._classify if self.head is not None else self._predict_tokens
+        mask = attention_mask.bool()
+        logits, targets, rows = run(input_ids, mask, labels, task_ids)
+        records = self.state.records
+
+        def reference() -> Tensor:
+            enabled, self.state.enabled = self.state.enabled, False
+            count, self.state.count = self.state.count, False
+            try:
+                with torch.no_grad():
+                    return run(input_ids, mask, labels, task_ids)[0]
+            finally:
+                self.state.enabled, self.state.count = enabled, count
+
+        return Forward(logits, targets, rows, records, reference)
+
+    def hidden(self, input_ids: Tensor, mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """Last token states of the base, ``[B, T, d]`` (classification backbones)."""
+        self.state.begin(mask, task_ids)
+        kwargs = {"attention_mask": mask.long()} if not bool(mask.all()) else {}
+        return self.base(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]
+
+    def _classify(
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.head is not None
+        logits = self.head(self.head.pool(self.hidden(input_ids, mask, task_ids), mask))
+        return logits, labels, torch.arange(len(labels), device=labels.device)
+
+    def _predict_tokens(
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self.state.begin(mask, task_ids)
+        wanted = labels[:, 1:] != -100  # noqa: PLR2004 - the field's ignore index
+        positions = wanted.any(0).nonzero().squeeze(1)  # the head runs only where some row has an answer token
+        out = self.base(
+            input_ids=input_ids, attention_mask=mask.long(), logits_to_keep=positions, use_cache=False
+        ).logits
+        keep = wanted[:, positions]
+        rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(keep)[keep]
+        return out[keep].float(), labels[:, 1:][:, positions][keep], rows
+
+
+def seed_for(*parts: object) -> int:
+    """A 63-bit seed that depends on all parts, equal on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
