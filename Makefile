@@ -1,0 +1,34 @@
+# The two commands of the README are `make demo` and `make test`; `make check` is the quick half of the gate.
+# Each creates .venv by itself and installs again only when pyproject.toml or constraints.txt changed.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
+	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$each && break; done)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check docs clean
+
+demo: .venv/demo.stamp  ## Fine-tune a small encoder across eight data owners and show what each gained
+	$(BIN)/molehill simulate --out runs/demo
+
+test: .venv/dev.stamp  ## The whole gate: what CI runs
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+check: .venv/dev.stamp  ## The gate without the tests: seconds
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check static
+
+docs: .venv/dev.stamp  ## Write the generated pages of docs/reference
+	$(BIN)/python scripts/docs.py
+
+clean:  ## Remove the environment and caches; runs/ stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Molehill needs Python 3.11 or newer; set PYTHON=/path/to/python." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing Molehill and its $* dependencies into .venv (a few minutes the first time)"
+	$(INSTALL) --editable ".[$*]"
+	@touch $@
