@@ -1,0 +1,150 @@
+"""`report.html`: one self-contained page about a run, drawn from its folder.
+
+Names of clients and reasons of refusals come from other machines: the template escapes everything, and the page's
+content policy allows neither scripts nor anything from elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from molehill.errors import ResumeError
+from molehill_simulation.charts import bar_plot, line_plot
+from molehill_simulation.summary import (
+    STAGES,
+    Event,
+    Summary,
+    evaluations_of,
+    read_events,
+    read_summary,
+    rounds_of,
+)
+from molehill_simulation.text import clean, duration, figure, megabytes
+
+_LINE_COLOURS = 10
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run folder.
+
+    Args:
+        folder: A run folder, finished or stopped; what a stopped run lacks is left out of the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: A file of the run cannot be read.
+        ResumeError: The folder does not hold a run.
+    """
+    if not (folder / "metrics.jsonl").is_file():
+        raise ResumeError("not a run folder", where=str(folder), mend="Give the folder that --out named.")
+    target = folder / "report.html"
+    part = folder / "report.html.part"
+    part.write_text(render(folder), encoding="utf-8")
+    os.replace(part, target)  # noqa: PTH105 - the one call that replaces atomically on every system
+    return target
+
+
+def render(folder: Path) -> str:
+    """The page of a run folder as HTML.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: A file of the run cannot be read.
+    """
+    events = read_events(folder / "metrics.jsonl")
+    summary_file, config_file = folder / "summary.json", folder / "config.toml"
+    summary = read_summary(summary_file) if summary_file.exists() else None
+    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    environment = Environment(
+        loader=PackageLoader("molehill_simulation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(clean=clean, figure=figure, zip=zip)
+    page = environment.get_template("report.html.j2")
+    return page.render(stages=STAGES, config=config, summary=summary, **_content(events, summary, config))
+
+
+def _content(events: Sequence[Event], summary: Summary | None, config: str) -> dict[str, Any]:
+    rounds = rounds_of(events)
+    start: Event = next((event for event in events if event["event"] == "start"), {})
+    numbers = [event["round"] for event in rounds]
+    clients = sorted({client for event in rounds for client in event["loss_by_client"]})
+    styles = {c: f"line-{i}" if len(clients) <= _LINE_COLOURS else "line-many" for i, c in enumerate(clients)}
+    curves = {c: {e["round"]: e["loss_by_client"][c] for e in rounds if c in e["loss_by_client"]} for c in clients}
+    mean = {event["round"]: event["loss"] for event in rounds}
+    traffic = {"up": [event["bytes_up"] for event in rounds], "down": [event["bytes_down"] for event in rounds]}
+    return {
+        "name": start.get("run", "run"),
+        "facts": _facts(start, rounds, summary, config),
+        "loss": line_plot(numbers, {**curves, "mean": mean}, {**styles, "mean": "line-mean"}),
+        "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
+        "heat": _heat(events),
+        "refused": [(e["round"], c, reason) for e in rounds for c, reason in sorted(e["quarantined"].items())],
+        "missing": [(e["round"], c) for e in rounds for c in e["missing"]],
+    }
+
+
+def _facts(start: Event, rounds: Sequence[Event], summary: Summary | None, config: str) -> list[tuple[str, str]]:
+    up = sum(event["bytes_up"] for event in rounds)
+    down = sum(event["bytes_down"] for event in rounds)
+    seconds = summary.seconds if summary else sum(event["seconds"] for event in rounds)
+    values = tomllib.loads(config)
+    facts = [
+        ("Clients", str(len(start.get("clients", ())))),
+        ("Rounds", f"{len(rounds)} of {start.get('rounds', len(rounds))}"),
+        ("Time", duration(seconds)),
+        ("Sent up", megabytes(up)),
+        ("Sent down", megabytes(down)),
+        ("Trained parameters", f"{start.get('parameters', 0):,}"),
+    ]
+    if summary:
+        base = summary.base_model
+        revision = f" at {base.revision[:12]}" if base.revision else ""
+        facts.append(("Base model", f"{base.id}{revision} ({base.digest[:12]})"))
+    for section, label in (("molora", "Adapter"), ("federation", "Federation"), ("personal", "Personal gate")):
+        table = values.get(section, {})
+        text = table.get("preset") or table.get("gate") or _named(table, "selector", "space")
+        if text:
+            facts.append((label, text))
+    if "data" in values:
+        facts.append(("Data", str(values["data"].get("source", ""))))
+    return facts
+
+
+def _named(table: Mapping[str, Any], *keys: str) -> str:
+    """The names of the methods at ``keys``, for example ``top_k`` of ``selector = {name = "top_k"}``."""
+    found = [table[key] for key in keys if key in table]
+    return ", ".join(str(value["name"] if isinstance(value, Mapping) else value) for value in found)
+
+
+def _heat(events: Sequence[Event]) -> dict[str, Any] | None:
+    """Share of every client's tokens per routed expert, from its held-out rows; None when nothing was routed."""
+    tokens = {client: evaluation["tokens"] for client, evaluation in evaluations_of(events).items()}
+    held_out = any(tokens.values())
+    if not held_out:
+        for event in rounds_of(events):
+            for client, counts in event["tokens"].items():
+                known = tokens.setdefault(client, {})
+                tokens[client] = {e: known.get(e, 0) + counts.get(e, 0) for e in {**known, **counts}}
+    names = {expert for counts in tokens.values() for expert in counts}
+    shared = sorted(name for name in names if name.startswith("shared"))
+    routed = sorted(names - set(shared), key=lambda name: (len(name), name))
+    if not routed:
+        return None
+    rows = []
+    for client, counts in sorted(tokens.items()):
+        total = sum(counts.get(expert, 0) for expert in routed)
+        rows.append((client, [counts.get(expert, 0) / total if total else 0.0 for expert in routed]))
+    return {"experts": routed, "shared": shared, "rows": rows, "held_out": held_out}

@@ -1,0 +1,215 @@
+"""What a run came to: `summary.json`, built from the run's events.
+
+Every event is one JSON object of `metrics.jsonl` (see `docs/reference/run-folder.md`). A resumed run may hold the same
+round twice; the later event counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from molehill.errors import DataError
+
+Event: TypeAlias = Mapping[str, Any]
+
+STAGES = ("base", "local", "global", "personalised")
+
+
+class Figures(BaseModel):
+    """Accuracy by stage, each on held-out rows; None for a stage that was not run.
+
+    Attributes:
+        base: Frozen base with only a head trained on the client.
+        local: The same MoLoRA trained on the client alone.
+        global_: The federated model (``global`` in JSON).
+        personalised: The federated model with the client's own gate and head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    base: float | None = None
+    local: float | None = None
+    global_: float | None = Field(default=None, alias="global")
+    personalised: float | None = None
+
+    @property
+    def row(self) -> tuple[float | None, float | None, float | None, float | None]:
+        """The figures in the order of `STAGES`."""
+        return self.base, self.local, self.global_, self.personalised
+
+    @property
+    def best(self) -> float | None:
+        """The highest figure."""
+        return max((value for value in self.row if value is not None), default=None)
+
+
+class ClientFigures(Figures):
+    """One client's figures.
+
+    Attributes:
+        id: The client.
+        n_train: Its training rows.
+        n_test: Its held-out rows.
+    """
+
+    id: str
+    n_train: int
+    n_test: int
+
+
+class BaseModelInfo(BaseModel):
+    """Which base model: by id, revision and weight digest, never by path alone.
+
+    Attributes:
+        id: Hub id, ``sample:`` name or the name of a local folder.
+        revision: Commit of a hub model; None for others.
+        digest: SHA-256 (hex) of the weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    revision: str | None = None
+    digest: str
+
+
+class Summary(BaseModel):
+    """The content of `summary.json`.
+
+    Attributes:
+        clients: Every client, sorted by id.
+        mean: Unweighted mean over clients.
+        worst: Lowest client, stage by stage.
+        rounds: Rounds completed.
+        seconds: Wall time of the run; of a resumed run at least that of all its rounds.
+        bytes_up: Encoded deltas, all clients and rounds.
+        bytes_down: Blobs fetched, all clients and rounds.
+        base_model: The base.
+        config_digest: SHA-256 (hex) of the resolved configuration.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clients: tuple[ClientFigures, ...]
+    mean: Figures
+    worst: Figures
+    rounds: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    base_model: BaseModelInfo
+    config_digest: str
+
+    def to_json(self) -> str:
+        """The summary as indented JSON with the names of the format."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The events in order. A last line cut off by a kill is left out.
+
+    Raises:
+        DataError: The file cannot be read, or a line is not an event.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"cannot read the run's events: {reason}", where=str(path)) from None
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            event = None
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            raise DataError("not an event of a run", where=f"{path}:{number}", mend="Was the file edited?")
+        events.append(event)
+    return events
+
+
+def rounds_of(events: Iterable[Event]) -> list[Event]:
+    """The round events in order of round, the last one of each round."""
+    latest = {event["round"]: event for event in events if event["event"] == "round"}
+    return [latest[number] for number in sorted(latest)]
+
+
+def evaluations_of(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
+    """The evaluation of every client by id, sorted; stages from several events are merged, later ones winning."""
+    merged: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "evaluation":
+            known = merged.setdefault(event["client"], {"stages": {}, "tokens": {}})
+            stages = {**known["stages"], **event["stages"]}
+            tokens = event.get("tokens") or known["tokens"]
+            merged[event["client"]] = {**event, "stages": stages, "tokens": tokens}
+    return dict(sorted(merged.items()))
+
+
+def summarise(events: Iterable[Event], base_model: BaseModelInfo, config_digest: str) -> Summary:
+    """Build the summary of a run.
+
+    Args:
+        events: The run's events.
+        base_model: The base.
+        config_digest: Digest of the resolved configuration.
+
+    Returns:
+        The summary.
+    """
+    events = list(events)
+    rounds = rounds_of(events)
+    clients = tuple(
+        ClientFigures(
+            id=client,
+            n_train=evaluation["n_train"],
+            n_test=evaluation["n_test"],
+            **{stage: scores["accuracy"] for stage, scores in evaluation["stages"].items()},
+        )
+        for client, evaluation in evaluations_of(events).items()
+    )
+    ends = [event["seconds"] for event in events if event["event"] == "end"]
+    return Summary(
+        clients=clients,
+        mean=_over(clients, lambda values: sum(values) / len(values)),
+        worst=_over(clients, min),
+        rounds=len(rounds),
+        seconds=max([*ends, sum(event["seconds"] for event in rounds)]),
+        bytes_up=sum(event["bytes_up"] for event in rounds),
+        bytes_down=sum(event["bytes_down"] for event in rounds),
+        base_model=base_model,
+        config_digest=config_digest,
+    )
+
+
+def read_summary(path: Path) -> Summary:
+    """Read `summary.json`.
+
+    Raises:
+        DataError: The file cannot be read or is not a summary.
+    """
+    try:
+        return Summary.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read the summary: {error.strerror}", where=str(path)) from None
+    except ValueError:
+        raise DataError("not the summary of a run", where=str(path), mend="Was the file edited?") from None
+
+
+def _over(clients: Iterable[ClientFigures], fold: Callable[[list[float]], float]) -> Figures:
+    columns = zip(STAGES, zip(*(client.row for client in clients), strict=True), strict=False)
+    known = {stage: [value for value in values if value is not None] for stage, values in columns}
+    return Figures.model_validate({stage: fold(values) for stage, values in known.items() if values})

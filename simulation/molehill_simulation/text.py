@@ -1,0 +1,38 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+
+def clean(value: object, limit: int = 300) -> str:
+    """Text that is safe to print: names and reasons come from clients, and a terminal obeys control characters.
+
+    Args:
+        value: Anything.
+        limit: Longest result in characters.
+
+    Returns:
+        One line without control characters, cut at ``limit``.
+    """
+    text = "".join(char if char.isprintable() else " " for char in str(value)[: 4 * limit])
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in units of 10^6 bytes, for example ``1.24 MB``."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    """A time such as ``41 s`` or ``3 min 05 s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds >= 10 or whole == seconds else f"{seconds:.1f} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def figure(value: float | None) -> str:
+    """An accuracy with three decimals, or a dash for one that was not measured."""
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,258 @@
+"""The report and the summary of a run, from a run folder as the engine leaves it."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from random import Random
+
+import pytest
+from molehill_simulation.charts import line_plot
+from molehill_simulation.report import write_report
+from molehill_simulation.summary import BaseModelInfo, read_events, read_summary, summarise
+from molehill_simulation.text import clean, duration
+from molehill_simulation.ui import RunView, show_summary
+from rich.console import Console
+
+from molehill.config import Config
+from molehill.errors import DataError, ResumeError
+
+HOSTILE = "<script>alert(1)</script>\x1b[31m&\"'"
+BASE = BaseModelInfo(id="sample:minilm", revision=None, digest="3f" * 32)
+
+
+def make_events(clients: list[str], rounds: int = 6, seed: int = 0) -> list[dict]:
+    """Events of a plausible run; the last client is refused once and missing once."""
+    rng = Random(seed)
+    events: list[dict] = [
+        {
+            "event": "start",
+            "time": 0.0,
+            "run": "reviews",
+            "rounds": rounds,
+            "clients": clients,
+            "parameters": 1_327_104,
+            "config_digest": "ab" * 32,
+        }
+    ]
+    for number in range(1, rounds + 1):
+        out = clients[-1] if len(clients) > 1 else None
+        quarantined = {out: f"1024 values of site 3 are NaN {HOSTILE}"} if out and number == 2 else {}
+        missing = [out] if out and number == 4 else []
+        accepted = [client for client in clients if client not in quarantined and client not in missing]
+        loss = {client: 1.1 * math.exp(-0.25 * number) + rng.uniform(0.0, 0.25) for client in accepted}
+        events += [
+            {"event": "progress", "time": 0.0, "stage": "train", "done": i + 1, "total": len(clients), "client": client}
+            for i, client in enumerate(accepted)
+        ]
+        events.append(
+            {
+                "event": "round",
+                "time": 0.0,
+                "round": number,
+                "seconds": 11.5 + rng.random(),
+                "selected": clients,
+                "accepted": accepted,
+                "missing": missing,
+                "quarantined": quarantined,
+                "loss": sum(loss.values()) / len(loss),
+                "loss_by_client": loss,
+                "bytes_up": 812_345 * len(accepted),
+                "bytes_down": 2_654_321 * len(clients),
+                "tokens": {client: {"e0": 100.0, "e1": 20.0} for client in accepted},
+                "report": {},
+            }
+        )
+    for client in clients:
+        base = rng.uniform(0.5, 0.62)
+        figures = {
+            "base": base,
+            "local": base + 0.06,
+            "global": base + 0.1,
+            "personalised": base + rng.uniform(0.09, 0.2),
+        }
+        scores = {stage: {"n": 80, "accuracy": v, "macro_f1": v - 0.03, "loss": 1 - v} for stage, v in figures.items()}
+        weights = [rng.expovariate(1.0) for _ in range(4)]
+        routed = {f"e{i}": 1e4 * weight for i, weight in enumerate(weights)}
+        common = {"event": "evaluation", "time": 0.0, "client": client, "n_train": 200, "n_test": 80}
+        events.append({**common, "stages": {k: scores[k] for k in ("base", "local")}, "tokens": {}})
+        trained = {k: scores[k] for k in ("global", "personalised")}
+        events.append({**common, "stages": trained, "tokens": {**routed, "shared0": 2e4}})
+    events.append({"event": "end", "time": 0.0, "seconds": 161.2})
+    return events
+
+
+def make_run(folder: Path, events: list[dict], *, finished: bool = True) -> Path:
+    """A run folder as the engine leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    (folder / "config.toml").write_text(Config().to_toml(), encoding="utf-8")
+    if finished:
+        (folder / "summary.json").write_text(summarise(events, BASE, "ab" * 32).to_json(), encoding="utf-8")
+    return folder
+
+
+CLIENTS = [f"{domain}-{i}" for domain in ("amazon", "movie", "nyt", "tweets") for i in (0, 1)]
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_summary_has_the_promised_shape_and_figures():
+    events = make_events(CLIENTS)
+    summary = json.loads(summarise(events, BASE, "cd").to_json())
+    assert set(summary) == {
+        "clients", "mean", "worst", "rounds", "seconds", "bytes_up", "bytes_down", "base_model", "config_digest",
+    }  # fmt: skip
+    assert set(summary["clients"][0]) == {"id", "n_train", "n_test", "base", "local", "global", "personalised"}
+    assert summary["rounds"] == 6
+    assert summary["seconds"] == 161.2
+    assert summary["base_model"] == {"id": "sample:minilm", "revision": None, "digest": "3f" * 32}
+    assert summary["bytes_up"] == sum(event["bytes_up"] for event in events if event["event"] == "round")
+    for stage in ("base", "local", "global", "personalised"):
+        values = [client[stage] for client in summary["clients"]]
+        assert summary["mean"][stage] == pytest.approx(sum(values) / len(values))
+        assert summary["worst"][stage] == min(values)
+
+
+def test_summary_counts_a_repeated_round_once_and_allows_missing_stages():
+    events = [event for event in make_events(CLIENTS) if "base" not in event.get("stages", {})]
+    again = next(event for event in events if event["event"] == "round")
+    summary = summarise([*events, again], BASE, "cd")
+    assert summary.rounds == 6
+    assert summary.mean.base is None
+    assert summary.clients[0].personalised is not None
+    assert summarise([], BASE, "cd").mean.personalised is None
+
+
+def test_summary_reads_back(tmp_path):
+    folder = make_run(tmp_path, make_events(CLIENTS))
+    assert read_summary(folder / "summary.json") == summarise(make_events(CLIENTS), BASE, "ab" * 32)
+    (folder / "summary.json").write_text("{}")
+    with pytest.raises(DataError, match="not the summary"):
+        read_summary(folder / "summary.json")
+    with pytest.raises(DataError, match="No such file"):
+        read_summary(folder / "absent.json")
+
+
+def test_events_cut_off_by_a_kill_are_read_up_to_the_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "start"}\n{"event": "rou')
+    assert read_events(path) == [{"event": "start"}]
+    path.write_text('{"event": "start"}\nnonsense\n{"event": "end"}\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl:2"):
+        read_events(path)
+
+
+def test_report_is_self_contained_and_accessible(tmp_path):
+    page = Page(write_report(make_run(tmp_path, make_events(CLIENTS))).read_text(encoding="utf-8"))
+    names = [tag for tag, _ in page.tags]
+    assert not {"script", "link", "img", "iframe", "object"} & set(names)
+    assert not any(key in ("src", "href") for _, attributes in page.tags for key in attributes)
+    assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
+    assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
+    assert names.count("svg") == 2
+    for text in (*CLIENTS, "sample:minilm", "Where tokens went", "shared0", "Refused updates", "Missing answers"):
+        assert text in page.text
+
+
+def test_report_escapes_what_clients_send(tmp_path):
+    clients = [*CLIENTS[:2], HOSTILE]
+    text = write_report(make_run(tmp_path, make_events(clients))).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "\x1b" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize(("clients", "rounds"), [(1, 1), (40, 30)])
+def test_report_of_few_and_many_clients(tmp_path, clients, rounds):
+    events = make_events([f"c{i:02d}" for i in range(clients)], rounds)
+    text = write_report(make_run(tmp_path, events)).read_text(encoding="utf-8")
+    assert "c00" in text
+    assert ("one line per client" in text) == (clients == 40)
+
+
+def test_report_of_an_unfinished_run(tmp_path):
+    events = make_events(CLIENTS)[:20]
+    text = write_report(make_run(tmp_path, events, finished=False)).read_text(encoding="utf-8")
+    assert "not finished" in text
+    assert "its training rows" in text
+    empty = write_report(make_run(tmp_path / "empty", events[:1], finished=False)).read_text(encoding="utf-8")
+    assert "Training loss" not in empty
+
+
+def test_report_of_another_folder_is_refused(tmp_path):
+    with pytest.raises(ResumeError, match="not a run folder"):
+        write_report(tmp_path)
+
+
+def test_curves_leave_out_what_is_not_finite():
+    plot = line_plot([1, 2, 3], {"a": {1: 1.0, 2: math.nan, 3: 0.5}}, {"a": "line-0"})
+    assert plot is not None
+    assert [point[0] for point in plot.lines[0].points] == [0.0, 100.0]
+    assert line_plot([1], {"a": {1: math.inf}}, {"a": "line-0"}) is None
+    flat = line_plot([1, 2], {"a": {1: 0.0, 2: 0.0}}, {"a": "line-0"})
+    assert flat is not None
+    assert all(0 <= y <= 100 for _, y in flat.lines[0].points)
+
+
+def shown(events: list[dict], **options) -> str:
+    console = Console(file=StringIO(), width=100, **options)
+    with RunView(console) as view:
+        for event in events:
+            view(event)
+    return console.file.getvalue()
+
+
+def test_progress_without_a_terminal_is_one_line_per_round():
+    lines = shown(make_events(CLIENTS), force_terminal=False).splitlines()
+    assert lines[0] == "reviews: 8 clients, 6 rounds, 1,327,104 trained parameters"
+    assert [line.split("  ")[0] for line in lines[1:] if line.startswith("round") and ":" not in line] == [
+        f"round {number}/6" for number in range(1, 7)
+    ]
+    assert any(line.startswith("round 2: quarantined tweets-1: 1024 values") for line in lines)
+    assert "round 4: no answer from tweets-1" in lines
+    assert "\x1b" not in "".join(lines)
+
+
+def test_progress_on_a_terminal_draws_bars():
+    text = shown(make_events(CLIENTS), force_terminal=True, force_interactive=True)
+    assert "Rounds" in text
+    assert "6/6" in text
+
+
+def test_final_table_is_aligned_and_marks_the_best():
+    console = Console(file=StringIO(), record=True, width=100, force_terminal=True, color_system="standard")
+    show_summary(summarise(make_events(CLIENTS), BASE, "cd"), console)
+    rows = console.export_text(clear=False).splitlines()
+    assert len({row.index(".") for row in rows if row.strip().startswith(("amazon", "tweets", "mean", "worst"))}) == 1
+    assert rows[-1] == "6 rounds in 2 min 41 s; up 37.37 MB, down 127.41 MB"
+    assert "\x1b[1;32m" in console.export_text(styles=True)
+
+
+def test_summary_without_clients_still_prints():
+    console = Console(file=StringIO(), width=100)
+    show_summary(summarise([], BASE, "cd"), console)
+    assert "0 rounds" in console.file.getvalue()
+
+
+def test_text_for_people():
+    assert clean("a\x1b[2Jb\nc") == "a [2Jb c"
+    assert clean("x" * 20, 5) == "xxxx…"
+    assert [duration(s) for s in (0.4, 41, 185, 7265)] == ["0.4 s", "41 s", "3 min 05 s", "2 h 01 min"]
