@@ -10,6 +10,7 @@ from molehill.wire.keys import NO_EXPERT
 from molehill.wire.tree import Array, Tree
 
 Pair: TypeAlias = tuple[str, str]  # (site, expert)
+State: TypeAlias = Mapping[str, Tree | float]  # of a server optimiser
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class LowRank:
     @property
     def rank(self) -> int:
         """R, the number of columns of B; the rank of the product is at most this."""
-        return self.A.shape[0]
+        return int(self.A.shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +67,7 @@ class Global:
 
     tree: Tree
     patches: Mapping[Pair, LowRank] = field(default_factory=dict)
-    state: Mapping[str, Tree | float] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
     round: int = 0
 
 

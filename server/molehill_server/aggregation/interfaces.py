@@ -8,7 +8,7 @@ from typing import Protocol
 
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Tree
-from molehill_server.records import AggOut, Global, LowRank, Pair, Update
+from molehill_server.records import AggOut, Global, LowRank, Pair, State, Update
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ class ServerOpt(Protocol):
 
     stateful: bool
 
-    def apply(
-        self, old: Tree, new: Tree, touched: frozenset[Key], state: Mapping[str, Tree | float], /
-    ) -> tuple[Tree, Mapping[str, Tree | float]]:
+    def apply(self, old: Tree, new: Tree, touched: frozenset[Key], state: State, /) -> tuple[Tree, State]:
         """The next model and the next state; neither argument is changed.
 
         Keys outside ``touched`` keep their old value and state, so that momentum does not move an expert that no

@@ -1,0 +1,143 @@
+"""One aggregation: updates in, the next global model out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from molehill import registry
+from molehill.config import Federation
+from molehill.errors import ConfigError, FederationError
+from molehill_server.aggregation.interfaces import Combined, Lower, ServerOpt, Space, Sum, WeightRule
+from molehill_server.aggregation.lowrank import concat, distance, fold, norm
+from molehill_server.aggregation.sums import factors
+from molehill_server.records import AggOut, Global, Update, pairs
+
+
+@dataclass(frozen=True)
+class Aggregator:
+    """Space x rule x lower x server optimiser.
+
+    Attributes:
+        space: What is combined.
+        rule: How much each client counts.
+        lower: How the result comes back to factors.
+        server_opt: What the combined change does to the model.
+        seed: Of the run; for lowers that draw fresh factors.
+    """
+
+    space: Space
+    rule: WeightRule
+    lower: Lower
+    server_opt: ServerOpt
+    seed: int = 0
+
+    @classmethod
+    def from_config(cls, federation: Federation, seed: int = 0) -> Aggregator:
+        """Build the four parts from a configuration.
+
+        Raises:
+            ConfigError: A part is unknown, or two of them make no sense together.
+        """
+        space: Space = registry.build("space", federation.space.name, federation.space.params)
+        rule: WeightRule = registry.build("rule", federation.rule.name, federation.rule.params)
+        lower: Lower = registry.build("lower", federation.lower.name, federation.lower.params)
+        server_opt: ServerOpt = registry.build("server_opt", federation.server_opt.name, federation.server_opt.params)
+        for conflict in conflicts(federation):
+            raise ConfigError(conflict, where="federation")
+        return cls(space, rule, lower, server_opt, seed)
+
+    def __call__(self, glob: Global, updates: Iterable[Update]) -> tuple[Global, dict[str, float]]:
+        """Merge the updates of one round.
+
+        Updates are pulled one at a time and dropped once they are added, unless the rule must see all of them. A
+        tensor that nobody sent, and an expert to which nobody routed a token, keeps its value bit for bit.
+
+        Args:
+            glob: The model the clients started from; it is not changed.
+            updates: Validated updates, in any order.
+
+        Returns:
+            The next model, and a report: ``updates``, ``experts_kept`` (experts that nobody trained), what the lower
+            reports, and where the space knows the products: ``factor_bias`` and ``residual``, the relative errors of
+            the averaged factors and of the returned model against the mean of products.
+
+        Raises:
+            FederationError: There is no update, or one does not fit the space.
+            MessageError: An update holds foreign tensors.
+        """
+        total = self.space.start(glob)
+        count = 0
+        for batch in _batches(updates, one_by_one=self.rule.additive):
+            count += self._add(total, batch, glob)
+            del batch  # or it would still be in memory while the next update is decoded
+        if not count:
+            raise FederationError("no update to aggregate", where=f"round {glob.round + 1}")
+        combined = total.finish()
+        out = self.lower.lower(combined, glob, self.seed)
+        tree, state = self.server_opt.apply(glob.tree, out.tree, combined.touched, glob.state)
+        patches = dict(glob.patches)
+        for pair, patch in out.patch.items():
+            patches[pair] = fold(concat([patches[pair], patch]) if pair in patches else patch)
+        kept = len(set(pairs(glob.tree)) - set(pairs(combined.touched)))
+        report = {"updates": count, "experts_kept": kept, **out.report, **_exactness(combined, glob, out)}
+        return Global(tree, patches, state, glob.round + 1), report
+
+    def _add(self, total: Sum, batch: list[Update], glob: Global) -> int:
+        for update, weight in zip(batch, self.rule.weights(batch, glob), strict=True):
+            total.add(update, weight)
+        return len(batch)
+
+
+def conflicts(federation: Federation) -> Iterator[str]:
+    """Combinations within ``[federation]`` that cannot work, each as one sentence with its reason."""
+    space: Space = registry.build("space", federation.space.name, federation.space.params)
+    lower: Lower = registry.build("lower", federation.lower.name, federation.lower.params)
+    server_opt: ServerOpt = registry.build("server_opt", federation.server_opt.name, federation.server_opt.params)
+    names = f"space {federation.space.name!r} with lower {federation.lower.name!r}"
+    if lower.needs_products and not space.products:
+        yield f"{names}: the lower reads the mean of products, which this space never forms; use space 'product'"
+    if not (lower.needs_products or space.closed):
+        yield f"{names}: the mean of products would be dropped; use lower 'svd', 'residual' or 'merge_restart'"
+    if server_opt.stateful and not lower.fixed_gauge:
+        yield (
+            f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}: factors are made anew "
+            "every round, so moments kept from the last round belong to other axes; use server_opt 'none'"
+        )
+    yield from _policy_conflicts(federation, space)
+
+
+def _policy_conflicts(federation: Federation, space: Space) -> Iterator[str]:
+    policy, name = federation.policy.name, federation.space.name
+    if name == "common" and policy in ("fedit", "share_a"):
+        yield f"space 'common' with policy {policy!r}: the policy leaves no factor common to all clients; use 'factor'"
+    if space.products and policy == "share_a":
+        yield f"space {name!r} with policy 'share_a': B never leaves the clients, so no product is known; use 'factor'"
+
+
+def _batches(updates: Iterable[Update], *, one_by_one: bool) -> Iterable[list[Update]]:
+    return map(_single, updates) if one_by_one else [list(updates)]
+
+
+def _single(update: Update) -> list[Update]:
+    return [update]
+
+
+def _exactness(combined: Combined, glob: Global, out: AggOut) -> dict[str, float]:
+    """Relative errors against the mean of products, over all pairs together; nothing when no product is known."""
+    whole, biases, residuals = [], [], []
+    for pair, product in combined.products.items():
+        new = factors(out.tree, glob.tree, pair)
+        returned = concat([new, out.patch[pair]]) if pair in out.patch else new
+        whole.append(norm(product))
+        biases.append(distance(factors(combined.tree, glob.tree, pair), product))
+        residuals.append(distance(returned, product))
+    size = float(np.linalg.norm(whole))
+    if not size:
+        return {}
+    return {
+        "factor_bias": float(np.linalg.norm(biases)) / size,
+        "residual": float(np.linalg.norm(residuals)) / size,
+    }

@@ -1,0 +1,1 @@
+"""Rules: how much each client counts."""

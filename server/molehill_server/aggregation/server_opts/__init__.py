@@ -1,0 +1,1 @@
+"""Server optimisers: the mean change of a round as a gradient."""

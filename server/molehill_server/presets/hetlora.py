@@ -1,0 +1,17 @@
+"""HetLoRA."""
+
+from __future__ import annotations
+
+from molehill.registry import register
+from molehill_server.presets import Preset
+
+
+@register("federation", "hetlora", paper="Cho et al. 2024, HetLoRA", url="https://arxiv.org/abs/2401.06432")
+def hetlora() -> Preset:
+    """Factors of mixed ranks are padded and weighted by the norm of their product."""
+    return {
+        "policy": "fedit",
+        "space": "factor",
+        "rule": "norm_weights",
+        "lower": "none",
+    }
