@@ -1,9 +1,9 @@
 """The interfaces of a routed site.
 
 A site pipes ``Scorer -> LogitTransform* -> Selector`` into a bank of experts. Where to put a new method:
-*changes z?* Scorer or LogitTransform; *z -> w?* Selector; *what is computed?* Expert; *how outputs meet weights?* Mixer;
-*in what order?* Topology; *how many and where?* Allocation; *start values?* InitStrategy; *extra gradient?* RoutingLoss;
-*decode time only?* InferenceStrategy; *only looks?* Diagnostic.
+*changes z?* Scorer or LogitTransform; *z -> w?* Selector; *what is computed?* Expert; *how outputs meet weights?*
+Mixer; *in what order?* Topology; *how many and where?* Allocation; *start values?* InitStrategy; *extra gradient?*
+RoutingLoss; *decode time only?* InferenceStrategy; *only looks?* Diagnostic.
 
 Shapes: B batch, T tokens, d features, E routed experts, H heads of a multi-head route, r rank, R sum of ranks.
 Router arithmetic is float32.
@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from molehill.molora.distributions import softmax
 
 
 class Site(NamedTuple):
@@ -79,15 +82,27 @@ class Route:
 
     Attributes:
         logits: Scores after all transforms, ``[B|1, T|1, (H,) E]`` float32.
-        probs: The selector's full distribution, same shape.
         weights: Final weights, 0 for unselected experts, same shape.
-        aux: Further tensors a loss may ask for, for example ``entropy`` ``[B, T]``.
+        distribution: The selector's full distribution, same shape; None when it is the softmax of the logits and the
+            selector had no need of it.
+        aux: Further tensors a loss may ask for: ``selected`` (bool, same shape) where the choice of experts differs
+            from ``weights > 0``, ``entropy`` ``[B, T]``.
     """
 
     logits: Tensor
-    probs: Tensor
     weights: Tensor
+    distribution: Tensor | None = None
     aux: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """The selector's full distribution; computed when first asked for, since only losses need it."""
+        return softmax(self.logits) if self.distribution is None else self.distribution
+
+    @property
+    def selected(self) -> Tensor:
+        """True for the experts chosen, same shape as the weights."""
+        return self.aux.get("selected", self.weights > 0)
 
 
 @dataclass
@@ -111,10 +126,15 @@ class RouteRecord:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """An ``nn.Module`` that produces logits."""
+    """An ``nn.Module`` that produces logits.
+
+    ``fusable`` says that the logits are ``x @ weight.T`` and nothing else, so that the product can be computed together
+    with the experts' first factors.
+    """
 
     n_experts: int
     heads: int
+    fusable: bool
 
     def __call__(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B|1, T|1, (H,) E]``."""
@@ -132,8 +152,8 @@ class LogitTransform(Protocol):
 class Selector(Protocol):
     """Turns logits into weights (activation included).
 
-    ``causal`` is False when a token's weights depend on later tokens or other rows; such selectors are refused for
-    generation. ``eval_form`` is the deterministic twin that is exported.
+    ``causal`` is False when at inference a token's weights depend on later tokens or other rows; such selectors are
+    refused for generation. ``eval_form`` is the deterministic twin that is exported.
     """
 
     causal: bool

@@ -1,0 +1,1 @@
+"""Allocations: how many experts of which rank every site gets."""

@@ -1,0 +1,1 @@
+"""Inference strategies: what a decoder does with the model's logits."""

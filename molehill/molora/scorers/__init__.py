@@ -1,0 +1,4 @@
+"""Scorers: from a router's input to logits over experts.
+
+Start values come from torch's global generator; seed it (or fork it) before building, as for any torch module.
+"""

@@ -1,0 +1,1 @@
+"""Logit transforms: edits between scores and selection."""
