@@ -128,6 +128,19 @@ class Tree(Mapping[Key, Array]):
             tree[key][...] = other[key]
         return tree
 
+    def require_finite(self) -> Tree:
+        """Return this tree.
+
+        Raises:
+            MessageError: A value is NaN or infinite; the message names its tensor.
+        """
+        if not np.isfinite(self.flat).all():
+            bad = next(key for key in self.layout if not np.isfinite(self[key]).all())
+            raise MessageError(
+                "not every value is finite", where=bad.name, mend="Training diverged, or the bytes are damaged."
+            )
+        return self
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of layout and values (little-endian float32)."""

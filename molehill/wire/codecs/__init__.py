@@ -1,0 +1,45 @@
+"""Codecs: how the values of a tree become bytes. One codec a file; numpy and zstandard only."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from molehill.wire.keys import Key
+from molehill.wire.tree import Array, Layout, Tree
+
+
+class Codec(Protocol):
+    """Turns the values of a tree into bytes; the names and shapes travel beside them.
+
+    Attributes:
+        linear: Decoding what was encoded gives a linear function of the tree, so that sums of encoded trees mean
+            something (secure aggregation asks for it).
+        feedback: `encode` uses its ``memory``; callers of other codecs need not keep one.
+    """
+
+    @property
+    def linear(self) -> bool: ...  # noqa: D102 - see the class
+
+    @property
+    def feedback(self) -> bool: ...  # noqa: D102 - see the class
+
+    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
+        """Encode the values of ``tree``.
+
+        Args:
+            tree: What to send.
+            memory: What earlier calls left unsent, by key. A codec with ``feedback`` adds it to the tree and stores
+                what this call leaves unsent; every other codec ignores it.
+
+        Raises:
+            MessageError: A value is NaN or infinite, or too large for the codec.
+        """
+        ...
+
+    def decode(self, payload: bytes | memoryview, layout: Layout) -> Tree:
+        """Decode what `encode` wrote for a tree of this layout. Memory stays in proportion to ``layout.size``.
+
+        Raises:
+            MessageError: The payload is damaged or belongs to another layout.
+        """
+        ...

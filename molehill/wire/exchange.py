@@ -1,0 +1,141 @@
+"""Where blobs lie between sender and receiver, addressed by their digest."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from molehill.errors import ConfigError, MessageError
+from molehill.wire.message import digest
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Exchange(Protocol):
+    """A store of blobs by SHA-256 (hex). Putting a blob twice is the same as once; all methods are thread-safe."""
+
+    def put(self, blob: bytes) -> str:
+        """Keep a blob and return its digest."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """Return the blob with this digest.
+
+        Raises:
+            MessageError: There is none, or it was damaged.
+        """
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is a blob with this digest."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Forget the blob with this digest, if there is one."""
+        ...
+
+
+class MemoryExchange:
+    """Blobs in the memory of this process."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, bytes] = {}
+
+    def put(self, blob: bytes) -> str:
+        """See `Exchange.put`."""
+        name = digest(blob)
+        self._blobs[name] = blob
+        return name
+
+    def get(self, name: str) -> bytes:
+        """See `Exchange.get`."""
+        try:
+            return self._blobs[name]
+        except KeyError:
+            raise _unknown(name) from None
+
+    def has(self, name: str) -> bool:
+        """See `Exchange.has`."""
+        return name in self._blobs
+
+    def drop(self, name: str) -> None:
+        """See `Exchange.drop`."""
+        self._blobs.pop(name, None)
+
+
+class FolderExchange:
+    """Blobs as files, for processes that share a file system. A file appears whole or not at all.
+
+    Args:
+        path: The folder; it is made when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def put(self, blob: bytes) -> str:
+        """See `Exchange.put`."""
+        name = digest(blob)
+        if not self.has(name):
+            part = self._path / f".{name}.{secrets.token_hex(8)}.part"
+            try:
+                part.write_bytes(blob)
+                part.replace(self._file(name))
+            finally:
+                part.unlink(missing_ok=True)
+        return name
+
+    def get(self, name: str) -> bytes:
+        """See `Exchange.get`; a file that does not fit its digest is removed, so that it can be put again."""
+        try:
+            blob = self._file(name).read_bytes()
+        except FileNotFoundError:
+            raise _unknown(name) from None
+        if digest(blob) != name:
+            self.drop(name)
+            raise MessageError("the file does not fit its digest", where=str(self._file(name)), mend="Send it again.")
+        return blob
+
+    def has(self, name: str) -> bool:
+        """See `Exchange.has`."""
+        return self._file(name).exists()
+
+    def drop(self, name: str) -> None:
+        """See `Exchange.drop`."""
+        self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        # A digest comes from the network: nothing else may become part of a path.
+        if not _DIGEST.fullmatch(name):
+            raise MessageError(f"{name[:80]!r} is no digest", mend="Expected 64 hexadecimal digits.")
+        return self._path / name
+
+
+_memories: dict[str, MemoryExchange] = {}
+_lock = threading.Lock()
+
+
+def connect(address: str) -> Exchange:
+    """Open the exchange at an address.
+
+    Args:
+        address: ``memory:NAME`` (the same object for everybody in this process) or ``folder:PATH``.
+
+    Raises:
+        ConfigError: No such kind of exchange, or no name or path.
+    """
+    kind, _, rest = address.partition(":")
+    if rest and kind == "memory":
+        with _lock:
+            return _memories.setdefault(rest, MemoryExchange())
+    if rest and kind == "folder":
+        return FolderExchange(Path(rest))
+    raise ConfigError(f"unknown exchange {address!r}", mend="Use memory:NAME or folder:PATH.")
+
+
+def _unknown(name: str) -> MessageError:
+    return MessageError(f"no blob {name[:80]!r} in the exchange", mend="It was never sent, or was dropped since.")

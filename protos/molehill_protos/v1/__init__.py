@@ -1,0 +1,1 @@
+"""Generated code of the first version of the messages."""
