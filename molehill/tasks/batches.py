@@ -1,0 +1,151 @@
+"""Examples, batches and the order they come in.
+
+Padding is work for nothing. Batches are therefore cut from windows of rows sorted by length ("length-bucketed"):
+padded over real tokens falls from about 1.4 to 1.1 on short texts, and the order stays random between batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a label that no loss and no score counts
+_WINDOW = 16  # batches per window; larger pads less, and orders more by length
+_MULTIPLE = 8  # padded lengths are multiples of this, so that few shapes occur
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised row.
+
+    Attributes:
+        input_ids: Token ids, without padding.
+        labels: The class, or one label per token (`IGNORE` where nothing is to be learnt).
+        task: Id of the row's task, for methods that route by task.
+    """
+
+    input_ids: list[int]
+    labels: int | list[int]
+    task: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples padded to one length.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64; right-padded.
+        attention_mask: ``[B, T]`` bool; False on padding.
+        labels: ``[B]`` int64 (classification) or ``[B, T]`` int64 with `IGNORE` (causal LM).
+        task_ids: ``[B]`` int64, or None when the rows have no task.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    task_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            task_ids=None if self.task_ids is None else self.task_ids.to(device),
+        )
+
+
+class Collator(Protocol):
+    """Turns examples into a batch; every `molehill.tasks.task.Task` is one."""
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad ``examples`` to one length."""
+        ...
+
+
+def pad(examples: Sequence[Example], pad_id: int, max_length: int) -> Batch:
+    """Pad on the right to the longest example, rounded up to a multiple of 8 but not above ``max_length``.
+
+    Args:
+        examples: At least one, of one kind.
+        pad_id: Token id of padding.
+        max_length: Longest input the model takes, in tokens.
+
+    Returns:
+        The batch; labels per token are padded with `IGNORE`.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    length = max(longest, min(-(-longest // _MULTIPLE) * _MULTIPLE, max_length))
+    ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(examples), length, dtype=torch.bool)
+    per_token = torch.full_like(ids, IGNORE)
+    per_row: list[int] = []
+    for row, example in enumerate(examples):
+        n = len(example.input_ids)
+        ids[row, :n] = torch.tensor(example.input_ids)
+        mask[row, :n] = True
+        if isinstance(example.labels, int):
+            per_row.append(example.labels)
+        else:
+            per_token[row, :n] = torch.tensor(example.labels)
+    tasks = [example.task for example in examples if example.task is not None]
+    task_ids = torch.tensor(tasks) if len(tasks) == len(examples) else None
+    return Batch(ids, mask, torch.tensor(per_row) if per_row else per_token, task_ids)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Endless length-bucketed training batches; equal arguments give equal batches.
+
+    Every batch has ``batch_size`` rows (fewer only when there are fewer examples). Within one pass no row comes
+    twice; the rows that do not fill a batch differ from pass to pass. Nothing needs saving to resume: give every
+    round a seed of its own.
+
+    Args:
+        examples: At least one.
+        batch_size: Rows per batch.
+        seed: Of the order.
+        task: Collates.
+    """
+
+    examples: Sequence[Example]
+    batch_size: int
+    seed: int
+    task: Collator
+
+    def __iter__(self) -> Iterator[Batch]:
+        for indices in self.order():
+            yield self.task.collate([self.examples[i] for i in indices])
+
+    def order(self) -> Iterator[list[int]]:
+        """Yield the row indices of every batch, without end."""
+        lengths = np.array([len(example.input_ids) for example in self.examples])
+        size = min(self.batch_size, len(lengths))
+        rng = np.random.default_rng(self.seed)
+        while True:
+            rows = rng.permutation(len(lengths))[: len(lengths) // size * size]
+            windows = [rows[i : i + _WINDOW * size] for i in range(0, len(rows), _WINDOW * size)]
+            ordered = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+            batches = ordered.reshape(-1, size)
+            for batch in rng.permutation(len(batches)):
+                yield batches[batch].tolist()
+
+
+def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator) -> Iterator[tuple[list[int], Batch]]:
+    """Yield every example once, longest first, as ``(indices into examples, batch)``.
+
+    Longest first, so that a batch too large for memory fails at once.
+    """
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        yield indices, task.collate([examples[i] for i in indices])

@@ -1,0 +1,57 @@
+"""Sequence classification: a text in, one of a list of labels out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from molehill.errors import DataError
+from molehill.tasks.batches import Batch, Example, pad
+from molehill.tasks.metrics import Tally
+from molehill.tasks.rows import Rows
+
+
+class Classification:
+    """Texts with one label each; implements `molehill.tasks.task.Task`.
+
+    Args:
+        tokenizer: Of the base model, with a padding token.
+        labels: Class names in the order of the logits.
+        max_length: Longest input in tokens, special tokens included; longer ones lose their end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int) -> None:
+        self.labels = tuple(labels)
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._ids = {label: i for i, label in enumerate(self.labels)}
+
+    def encode(self, rows: Rows) -> list[Example]:
+        """Tokenise the columns text and label (and task, where there is one).
+
+        Raises:
+            DataError: A text has no tokens.
+        """
+        texts = list(rows["text"])
+        encoded = self._tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"] if texts else []
+        tasks = rows.columns.get("task", (None,) * len(rows))
+        examples = []
+        for ids, label, task, where in zip(encoded, rows["label"], tasks, rows.where, strict=True):
+            if not ids:
+                raise DataError("the text has no tokens", where=where, mend="Remove the row.")
+            examples.append(Example(ids, self._ids[label], task))
+        return examples
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad examples to one length; labels ``[B]``."""
+        return pad(examples, self._tokenizer.pad_token_id, self.max_length)
+
+    def targets(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Every row counts: logits ``[B, C]``, labels ``[B]``."""
+        return logits, batch.labels
+
+    def tally(self, logits: Tensor, batch: Batch) -> Tally:
+        """Count rows, with the confusion matrix."""
+        return Tally.of(*self.targets(logits, batch), classes=True)

@@ -1,0 +1,86 @@
+"""A small immutable table that knows where every row came from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from molehill.errors import DataError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of equal length; a value a row lacks is None.
+
+    Attributes:
+        columns: Values by column name.
+        where: Place of every row for error messages, such as ``reviews.csv:12``.
+        source: What was read, for errors that concern all rows.
+    """
+
+    columns: Mapping[str, tuple[Any, ...]]
+    where: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.columns.items()}
+        if any(length != len(self.where) for length in lengths.values()):
+            raise ValueError(f"columns of {lengths} values for {len(self.where)} rows")
+        object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
+
+    @classmethod
+    def from_records(cls, records: Iterable[tuple[str, Mapping[str, Any]]], source: str) -> Rows:
+        """Build a table from ``(where, {column: value})`` pairs; columns are the union over rows, in order met."""
+        pairs = list(records)
+        names = dict.fromkeys(name for _, record in pairs for name in record)
+        columns = {name: tuple(record.get(name) for _, record in pairs) for name in names}
+        return cls(columns, tuple(where for where, _ in pairs), source)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, name: str) -> tuple[Any, ...]:
+        """Values of a column.
+
+        Raises:
+            DataError: No row has this column; names the nearest.
+        """
+        if name in self.columns:
+            return self.columns[name]
+        near = difflib.get_close_matches(name, self.columns, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise DataError(
+            f"there is no column {name!r}",
+            where=self.source,
+            mend=f"{hint}Columns there: {', '.join(self.columns)}. Map yours with data.columns.",
+        )
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield ``(where, {column: value})`` of every row."""
+        for i, where in enumerate(self.where):
+            yield where, {name: values[i] for name, values in self.columns.items()}
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """The rows at ``indices``, in that order."""
+        columns = {name: tuple(values[i] for i in indices) for name, values in self.columns.items()}
+        return Rows(columns, tuple(self.where[i] for i in indices), self.source)
+
+    def having(self, **columns: Sequence[Any]) -> Rows:
+        """The same rows with columns added or replaced."""
+        return Rows({**self.columns, **{k: tuple(v) for k, v in columns.items()}}, self.where, self.source)
+
+    def renamed(self, columns: Mapping[str, str]) -> Rows:
+        """The same rows with columns under the names that ``columns`` maps to them.
+
+        Args:
+            columns: Our name to theirs, for example ``{"text": "review"}``.
+
+        Raises:
+            DataError: A column it names is not there.
+        """
+        mapped = {ours: self[theirs] for ours, theirs in columns.items()}
+        rest = {k: v for k, v in self.columns.items() if k not in mapped and k not in columns.values()}
+        return Rows({**mapped, **rest}, self.where, self.source)

@@ -1,0 +1,153 @@
+"""Checks rows against the task and brings them to one form.
+
+Schemas: ``text, label`` for classification; ``instruction, [input,] output`` or ``messages`` for causal LM.
+Optional columns of any task: ``group`` (rows that must stay together) and ``task`` (a whole number per row, for
+methods that route by task).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from molehill import config
+from molehill.errors import DataError
+from molehill.tasks.rows import Rows
+from molehill.tasks.sources import read_rows
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def load_rows(data: config.Data, task: config.Task) -> tuple[Rows, config.Task]:
+    """Read and check the rows of a run.
+
+    Args:
+        data: Where the rows are.
+        task: What they must hold; empty ``labels`` are derived from all rows.
+
+    Returns:
+        The rows in one form, and the task with its labels.
+
+    Raises:
+        DataError: The source cannot be read, or a row does not fit; names file and line.
+    """
+    rows = read_rows(data.source, split=data.split, columns=data.columns)
+    if task.kind == "causal-lm":
+        return conform(rows, task), task
+    if not task.labels:
+        task = task.model_copy(update={"labels": derive_labels(rows)})
+    return conform(rows, task), task
+
+
+def conform(rows: Rows, task: config.Task) -> Rows:
+    """Check every row and bring its columns to one form: strings stripped of nothing, labels as strings.
+
+    Args:
+        rows: Rows with the schema's column names.
+        task: The kind, and for classification the labels allowed.
+
+    Raises:
+        DataError: A column or value is missing, has the wrong type, is empty, or is a label not in the list.
+    """
+    if "task" in rows.columns:
+        _task_ids(rows)
+    if task.kind == "classification":
+        labels = [_label(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
+        for label, where in zip(labels, rows.where, strict=True):
+            if label not in task.labels:
+                raise _unknown_label(label, task.labels, where)
+        return rows.having(text=_strings(rows, "text"), label=labels)
+    if "messages" in rows.columns:
+        return rows.having(messages=[_messages(v, w) for v, w in zip(rows["messages"], rows.where, strict=True)])
+    if "instruction" not in rows.columns and "output" not in rows.columns:
+        raise DataError(
+            "neither `messages` nor `instruction` and `output` are among the columns",
+            where=rows.source,
+            mend=f"Columns there: {', '.join(rows.columns)}. Map yours with data.columns.",
+        )
+    inputs: list[str] = [""] * len(rows)
+    if "input" in rows.columns:
+        inputs = [v if v == "" else _string(v, "input", w) for v, w in _filled(rows, "input")]
+    return rows.having(instruction=_strings(rows, "instruction"), input=inputs, output=_strings(rows, "output"))
+
+
+def derive_labels(rows: Rows) -> tuple[str, ...]:
+    """Labels that occur, sorted: by value when all are whole numbers, else as text.
+
+    Raises:
+        DataError: The column is missing, a label has the wrong type, or there are fewer than two.
+    """
+    found = {_label(value, where) for value, where in zip(rows["label"], rows.where, strict=True)}
+    if len(found) < 2:
+        raise DataError(f"every row has the label {found.pop()!r}", where=rows.source, mend="Give rows of two classes.")
+    numeric = all(label.removeprefix("-").isdecimal() for label in found)
+    return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))
+
+
+def content_keys(rows: Rows) -> list[str]:
+    """What a model would see of each row, without answers: rows with equal keys are duplicates."""
+    names = [name for name in ("text", "messages", "instruction", "input") if name in rows.columns]
+    columns = [rows[name] for name in names]
+    return [json.dumps([values[i] for values in columns], sort_keys=True, default=str) for i in range(len(rows))]
+
+
+def _filled(rows: Rows, name: str) -> list[tuple[Any, str]]:
+    return [("" if value is None else value, where) for value, where in zip(rows[name], rows.where, strict=True)]
+
+
+def _strings(rows: Rows, name: str) -> list[str]:
+    return [_string(value, name, where) for value, where in zip(rows[name], rows.where, strict=True)]
+
+
+def _string(value: Any, name: str, where: str) -> str:
+    if value is None:
+        raise DataError(f"the row has no {name!r}", where=where, mend="Fill it in, or remove the row.")
+    if not isinstance(value, str):
+        what = f"{name!r} must be text, but is {type(value).__name__} {value!r:.40}"
+        raise DataError(what, where=where, mend="Write it as a string.")
+    if not value.strip():
+        raise DataError(f"{name!r} is empty", where=where, mend="Fill it in, or remove the row.")
+    return value
+
+
+def _label(value: Any, where: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else _string(value, "label", where)
+
+
+def _unknown_label(label: str, labels: tuple[str, ...], where: str) -> DataError:
+    folded = {known.casefold(): known for known in labels}
+    near = difflib.get_close_matches(label.casefold().strip(), folded, n=1)
+    hint = f"Did you mean {folded[near[0]]!r}? " if near else ""
+    what = f"label {label!r:.60} is not in task.labels ({', '.join(labels)})"
+    return DataError(what, where=where, mend=f"{hint}Mend the row, or add the label to task.labels.")
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    """The conversation up to its last answer."""
+    mend = 'Write a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+    if not isinstance(value, list) or not value:
+        raise DataError("'messages' must be a list of messages", where=where, mend=mend)
+    turns: list[dict[str, str]] = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise DataError(f"message {number} lacks 'role' or 'content'", where=where, mend=mend)
+        if message["role"] not in _ROLES:
+            what = f"message {number} has the role {message['role']!r:.40}"
+            raise DataError(what, where=where, mend=f"Use one of {', '.join(_ROLES)}.")
+        turns.append({"role": message["role"], "content": _string(message["content"], f"message {number}", where)})
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if len(turns) < 2:
+        raise DataError("no message of the role 'assistant' answers another", where=where, mend=mend)
+    return turns
+
+
+def _task_ids(rows: Rows) -> None:
+    for value, where in zip(rows["task"], rows.where, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            what = f"'task' must be a whole number from 0, but is {value!r:.40}"
+            raise DataError(what, where=where, mend="Number the tasks, or leave the column out.")
