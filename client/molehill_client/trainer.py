@@ -182,7 +182,7 @@ def _accumulate(
 ) -> tuple[float, Mapping[str, float]]:
     """Gradients of one optimiser step; micro-batches count by their number of predictions."""
     micro = [next(batches) for _ in range(accumulation)]
-    sizes = [batch.predictions for batch in micro]
+    sizes = [_predictions(batch.labels) for batch in micro]
     total, extra = 0.0, {name: 0.0 for name, _, _ in losses}
     for batch, size in zip(micro, sizes, strict=True):
         share = size / sum(sizes)
@@ -195,6 +195,10 @@ def _accumulate(
             loss = loss + coef * value
         (loss * share if accumulation > 1 else loss).backward()
     return total, extra
+
+
+def _predictions(labels: Tensor) -> int:
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != -100).sum())
 
 
 def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scope]) -> list[_Range]:

@@ -71,9 +71,9 @@ class _Down(torch.autograd.Function):
         cell, rows = ctx.cell, ctx.rows
         grad, gx = cell.low, cell.gx
         cell.low = cell.gx = None
-        if grad is None:  # nobody used h: only the logits carry a gradient
+        if grad is None:  # `up` had another input, or nobody used h
             grad = torch.zeros(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-        elif g_low is not None and g_low.data_ptr() != grad.data_ptr():  # something else used h as well
+        if g_low is not None and g_low.data_ptr() != grad.data_ptr():
             grad[:, :rows] = g_low
         if ctx.has_gate:
             if g_logits is None:
@@ -218,9 +218,9 @@ def up(
 
 
 def reference(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, weights: Tensor, Bt: Tensor, ranks: Ranks
+    x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, weights: Tensor, Bt: Tensor, ranks: Ranks
 ) -> Tensor:
-    """`up` of `down` in plain autograd; arguments and result as there."""
+    """`up(x, ...)` of `down(seen, A)` in plain autograd; arguments and result as there."""
     gates = (weights * ranks.scale) @ ranks.expand
-    low = F.linear(x, A.to(x.dtype)) * gates.to(x.dtype)
+    low = F.linear(seen, A.to(x.dtype)) * gates.to(x.dtype)
     return F.linear(x, W, bias) + low @ Bt.to(x.dtype)

@@ -212,7 +212,7 @@ class MoLoRALinear(nn.Module):
         gate = self.group.gate_rows() if self.group is not None and same else None
         if not self.bank.fused:
             weights = self.flat_weights(x, None)
-            y = self.bank.plain(seen2, self.weight, self.bias, weights)
+            y = self.bank.plain(flat, seen2, self.weight, self.bias, weights)
             return y.view(*lead, -1)
         projection = self.bank.project(seen2, gate)
         logits = projection.logits.view(*lead, -1) if gate is not None else None
@@ -245,7 +245,7 @@ class MoLoRALinear(nn.Module):
 
 
 class ExpandLinear(MoLoRALinear):
-    """First linear of a routed block: keeps one output per expert, ``[B, T, E, d_out]``."""
+    """First linear of a routed block: keeps the frozen output and one output per expert, ``[B, T, 1 + E, d_out]``."""
 
     def _adapted(self, x: Tensor) -> Tensor:
         assert isinstance(self.bank, LoRABank)
@@ -254,21 +254,27 @@ class ExpandLinear(MoLoRALinear):
         rank, experts = self.bank.ranks[0], self.bank.n_experts
         low = F.linear(self.dropout(x), self.bank.A.to(x.dtype)).unflatten(-1, (experts, rank))
         Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype).view(experts, rank, -1)
-        y0 = F.linear(x, self.weight, self.bias)
-        return y0.unsqueeze(-2) + torch.einsum("bter,ero->bteo", low, Bt)
+        y0 = F.linear(x, self.weight, self.bias).unsqueeze(-2)
+        return torch.cat([y0, y0 + torch.einsum("bter,ero->bteo", low, Bt)], -2)
 
 
 class ContractLinear(MoLoRALinear):
-    """Last linear of a routed block: mixes ``[B, T, E, d_in]`` into ``[B, T, d_out]``."""
+    """Last linear of a routed block: mixes ``[B, T, 1 + E, d_in]`` into ``[B, T, d_out]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``W (sum_e w_e h_e) + b + sum_e w_e s B_e A_e h_e`` for ``h [B, T, E, d_in]``."""
+        """Mix the block's experts as deltas on the frozen block.
+
+        With h_0 the frozen block's activation and h_e an expert's, the result is
+        ``W (h_0 + sum_e w_e (h_e - h_0)) + b + sum_e w_e s B_e A_e h_e``: the plain mixture of blocks when the
+        weights sum to 1, and bitwise the frozen block when all B are zero.
+        """
         if not self.state.enabled:
             return self.base(x)  # type: ignore[no-any-return]
         assert isinstance(self.bank, LoRABank)
-        w = self.weights(x[:, :, 0], None).to(x.dtype)
+        h0, h = x[:, :, 0], x[:, :, 1:]
+        w = self.weights(h0, None).to(x.dtype)
         rank, experts = self.bank.ranks[0], self.bank.n_experts
-        mixed = torch.einsum("bted,bte->btd", x, w)
+        mixed = h0 + torch.einsum("bted,bte->btd", h - h0.unsqueeze(2), w)
         A = self.bank.A.to(x.dtype).view(experts, rank, -1)
-        low = torch.einsum("bted,erd->bter", self.dropout(x), A) * (w * self.bank.scales[0]).unsqueeze(-1)
+        low = torch.einsum("bted,erd->bter", self.dropout(h), A) * (w * self.bank.scales[0]).unsqueeze(-1)
         return F.linear(mixed, self.weight, self.bias) + low.flatten(2) @ self.bank.Bt.to(x.dtype)

@@ -103,10 +103,10 @@ class LoRABank(nn.Module):
         """Second GEMM: frozen output plus experts, ``[N, d_out]``; see `molehill.molora.fused.up`."""
         return up(x, W, bias, projection, weights, self.factors()[1], self.layout(), same_input=same_input)
 
-    def plain(self, x: Tensor, W: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
-        """The same output in plain autograd."""
+    def plain(self, x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
+        """The same output in plain autograd; ``seen`` is what the experts see of ``x`` (after dropout)."""
         A, Bt = self.factors()
-        return reference(x, W, bias, A, weights, Bt, self.layout())
+        return reference(x, seen, W, bias, A, weights, Bt, self.layout())
 
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
         """Return the weighted sum of the experts' deltas.

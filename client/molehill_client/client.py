@@ -1,0 +1,365 @@
+"""One data owner: trains from a plan, keeps its personal state, and evaluates on its own held-out rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from molehill import registry
+from molehill.config import Config
+from molehill.errors import MessageError
+from molehill.molora.interfaces import RoutingLoss
+from molehill.molora.model import MoLoRAModel, seed_for
+from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope, Scores
+from molehill.tasks.batches import Batch, Batches, eval_batches
+from molehill.tasks.metrics import ScoreSum
+from molehill.tasks.task import Example, Task
+from molehill.wire.exchange import Exchange
+from molehill.wire.keys import Key
+from molehill.wire.message import Delta, decode_tree, encode_delta
+from molehill.wire.tree import Array, Layout, Tree
+from molehill_client.state import PersonalState, StateStore
+from molehill_client.trainer import Observer, Rates, Settings, train
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What several clients of one process share: the base in memory once, adapters swapped in place.
+
+    Attributes:
+        config: The run.
+        model: The model; its adapter belongs to whoever used it last.
+        task: Encodes and collates rows.
+        base_digest: Digest of the base weights.
+        initial: The adapter every client starts from.
+        exchange: Where blobs come from and deltas go.
+    """
+
+    config: Config
+    model: MoLoRAModel
+    task: Task
+    base_digest: str
+    initial: Tree
+    exchange: Exchange
+
+
+class Client:
+    """A data owner.
+
+    Args:
+        bench: Model, task and exchange.
+        name: Client id.
+        train_rows: Encoded training rows.
+        test_rows: Encoded held-out rows, never trained on.
+        store: Where the personal state lives.
+        observe: Called after every local step.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        name: str,
+        train_rows: Sequence[Example],
+        test_rows: Sequence[Example],
+        store: StateStore,
+        observe: Observer | None = None,
+    ) -> None:
+        self.bench = bench
+        self.name = name
+        self.train_rows = train_rows
+        self.test_rows = test_rows
+        self.store = store
+        self.observe = observe
+
+    # ---- messages --------------------------------------------------------------------------------------------
+
+    def train(self, plan: ClientPlan) -> ClientReply:
+        """Train one round and put the delta of the shared tensors into the exchange.
+
+        Raises:
+            MessageError: The plan or its blobs do not fit this client.
+            TrainingError: The loss is not finite.
+        """
+        started = time.monotonic()
+        config, model = self.bench.config, self.bench.model
+        self._check(plan)
+        state = self.store.before(plan.round)
+        bytes_down = self._receive(plan, state)
+        received = self._shared(plan)
+        rounds = config.run.rounds
+        span = ((plan.round - 1) / rounds, plan.round / rounds)
+        result = train(
+            model,
+            self._batches(plan.seed),
+            self._objective(),
+            self._losses(),
+            self._settings(),
+            plan.scope,
+            steps=plan.steps,
+            progress=span,
+            observe=self.observe,
+            where=f"client {self.name}, round {plan.round}",
+        )
+        if config.personal.steps:
+            self._adapt(plan.scope, seed_for(plan.seed, "personal"), span)
+        trained = self._shared(plan, received.layout)
+        delta = Tree(received.layout, trained.flat - received.flat)
+        memory: dict[Key, Array] = {key: np.array(value) for key, value in state.memory.items()}
+        blob = encode_delta(
+            Delta(
+                run=plan.run,
+                round=plan.round,
+                client=self.name,
+                base=plan.base,
+                tree=delta,
+                examples=len(self.train_rows),
+                tokens=result.tokens,
+            ),
+            plan.codec,
+            memory,
+        )
+        digest = self.bench.exchange.put(blob)
+        state.tree = model.tree(lambda key: plan.scope(key) == "personal")
+        state.memory = Tree.of(memory)
+        self.store.save(plan.round, state)
+        return ClientReply(
+            client=self.name,
+            round=plan.round,
+            delta=digest,
+            bytes_up=len(blob),
+            bytes_down=bytes_down,
+            examples=len(self.train_rows),
+            loss=result.loss,
+            seconds=time.monotonic() - started,
+            metrics=result.routing,
+        )
+
+    def evaluate(self, plan: ClientPlan) -> EvaluationReply:
+        """Score the global and the personalised model on this client's held-out rows."""
+        started = time.monotonic()
+        config, model = self.bench.config, self.bench.model
+        self._check(plan)
+        state = self.store.before(plan.round + 1)
+        self._receive(plan, state)
+        keeps_gate = config.personal.gate in {"personal", "mixture"}
+        model.use_personal(gate=False, head=False)
+        model.use_uniform_gate(keeps_gate)  # nobody trained a gate for the global model: experts weigh alike
+        stages = {"global": self._score()}
+        model.use_uniform_gate(uniform=False)
+        model.use_personal(gate=True, head=True)
+        model.count_tokens(on=True)
+        stages["personalised"] = self._score()
+        model.count_tokens(on=False)
+        tokens: dict[str, float] = {}
+        for (_, expert), mass in model.tokens().items():
+            tokens[expert] = tokens.get(expert, 0.0) + mass
+        return self._evaluation(stages, tokens, started)
+
+    def baseline(self, plan: ClientPlan) -> EvaluationReply:
+        """Train and score what this client could do alone.
+
+        ``base`` is the frozen base with only a head; ``local`` is the same MoLoRA trained on this client's rows
+        for as many steps as the federation gives it.
+        """
+        started = time.monotonic()
+        config, model = self.bench.config, self.bench.model
+        self._check(plan)
+        self._start_over()
+        stages: dict[str, Scores] = {}
+        if model.head is not None:
+            stages["base"] = self._head_only(plan.seed)
+        else:
+            model.state.enabled = False
+            stages["base"] = self._score()
+            model.state.enabled = True
+        self._start_over()
+
+        def alone(key: Key) -> Scope:
+            return "frozen" if _is_residual(key) else "shared"
+
+        train(
+            model,
+            self._batches(plan.seed),
+            self._objective(),
+            self._losses(),
+            self._settings(),
+            alone,
+            steps=config.run.rounds * (config.train.steps + config.personal.steps),
+            observe=self.observe,
+            where=f"client {self.name}, local baseline",
+        )
+        stages["local"] = self._score()
+        return self._evaluation(stages, {}, started)
+
+    # ---- parts -----------------------------------------------------------------------------------------------
+
+    def _check(self, plan: ClientPlan) -> None:
+        if plan.client != self.name:
+            raise MessageError(f"plan is for client {plan.client!r}, this is {self.name!r}")
+        if plan.base != self.bench.base_digest:
+            raise MessageError(
+                f"plan is for a base with digest {plan.base[:12]}, this client has {self.bench.base_digest[:12]}",
+                where=f"client {self.name}",
+                mend="Use the same base model and revision on every machine.",
+            )
+
+    def _receive(self, plan: ClientPlan, state: PersonalState) -> int:
+        """Put the plan's blobs and the personal state into the model; returns the bytes that had to be fetched."""
+        model, limit = self.bench.model, self.bench.config.wire.max_bytes
+        self._start_over()
+        patches: dict[tuple[str, str], list[tuple[Array, Array]]] = {}
+        fetched = 0
+        for group, digest in sorted(plan.blobs.items()):
+            blob = self.bench.exchange.get(digest)
+            if state.held.get(group) != digest:
+                fetched += len(blob)
+            state.held[group] = digest
+            tree = decode_tree(blob, limit)
+            parts = {key: value for key, value in tree.items() if not key.role.startswith("patch.")}
+            model.load(_truncated(parts, plan.rank))
+            for key in tree:
+                if key.role == "patch.A":
+                    B = tree[key._replace(role="patch.B")]
+                    patches.setdefault((key.site, key.expert), []).append((tree[key], B))
+        model.set_patches(
+            {at: (np.concatenate([a for a, _ in ab]), np.concatenate([b for _, b in ab], 1)) for at, ab in patches.items()}
+        )
+        state.held = {group: digest for group, digest in state.held.items() if group in plan.blobs}
+        model.load(state.tree)
+        return fetched
+
+    def _start_over(self) -> None:
+        """The start every client shares, without patches."""
+        self.bench.model.load(self.bench.initial)
+        self.bench.model.set_patches({})
+        self.bench.model.use_personal(gate=True, head=True)
+
+    def _shared(self, plan: ClientPlan, layout: Layout | None = None) -> Tree:
+        """Values of the tensors that are sent, cut to this client's rank."""
+        tree = self.bench.model.tree(layout if plan.rank is None and layout else lambda key: plan.scope(key) == "shared")
+        if plan.rank is None:
+            return tree
+        return Tree.of(_truncated(tree, plan.rank))
+
+    def _adapt(self, scope: Callable[[Key], Scope], seed: int, span: tuple[float, float]) -> None:
+        """Extra steps in which only personal tensors learn."""
+        train(
+            self.bench.model,
+            self._batches(seed),
+            self._objective(),
+            (),
+            self._settings(),
+            lambda key: "personal" if scope(key) == "personal" else "frozen",
+            steps=self.bench.config.personal.steps,
+            progress=span,
+            where=f"client {self.name}, personal steps",
+        )
+
+    def _head_only(self, seed: int) -> Scores:
+        """Train only the head on cached features of the frozen base; until the loss stops falling."""
+        model, head = self.bench.model, self.bench.model.head
+        assert head is not None
+        model.state.enabled = False
+        model.eval()
+        x, y = self._features(self.train_rows)
+        x_test, y_test = self._features(self.test_rows)
+        model.state.enabled = True
+        weight = torch.zeros_like(head.weight, requires_grad=True)
+        bias = torch.zeros_like(head.bias, requires_grad=True)
+        scale = x.std().clamp_min(1e-6)
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> float:
+            optimiser.zero_grad()
+            loss = F.cross_entropy(F.linear(x / scale, weight, bias), y) + 1e-3 * weight.square().sum()
+            loss.backward()
+            return float(loss.detach())
+
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            score = ScoreSum(classes=len(bias))
+            score.add(F.linear(x_test / scale, weight, bias), y_test)
+        return score.scores()
+
+    @torch.no_grad()
+    def _features(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        model = self.bench.model
+        assert model.head is not None
+        features, labels = [], []
+        for batch in self._eval_batches(rows):
+            mask = batch.attention_mask.bool()
+            features.append(model.head.pool(model.hidden(batch.input_ids, mask), mask))
+            labels.append(batch.labels)
+        return torch.cat(features), torch.cat(labels)
+
+    @torch.no_grad()
+    def _score(self) -> Scores:
+        model = self.bench.model
+        model.eval()
+        total = ScoreSum(classes=len(model.head.bias) if model.head is not None else None)
+        for batch in self._eval_batches(self.test_rows):
+            forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
+            total.add(forward.logits, forward.labels)
+        return total.scores()
+
+    def _evaluation(self, stages: Mapping[str, Scores], tokens: dict[str, float], started: float) -> EvaluationReply:
+        return EvaluationReply(
+            client=self.name,
+            n_train=len(self.train_rows),
+            n_test=len(self.test_rows),
+            stages=dict(stages),
+            tokens=tokens,
+            seconds=time.monotonic() - started,
+        )
+
+    def _batches(self, seed: int) -> Iterator[Batch]:
+        device = self.bench.model.flat.device
+        batches = Batches(self.train_rows, self.bench.config.train.batch_size, seed, self.bench.task)
+        return (batch.to(device) for batch in batches)
+
+    def _eval_batches(self, rows: Sequence[Example]) -> Iterator[Batch]:
+        device = self.bench.model.flat.device
+        size = self.bench.config.evaluate.batch_size
+        return (batch.to(device) for batch in eval_batches(rows, size, self.bench.task))
+
+    def _objective(self) -> Callable[..., Tensor]:
+        ref = self.bench.config.train.objective
+        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]
+
+    def _losses(self) -> list[tuple[str, float, RoutingLoss]]:
+        return [
+            (ref.name, ref.coef, registry.build("routing_loss", ref.name, ref.params))
+            for ref in self.bench.config.molora.losses
+        ]
+
+    def _settings(self) -> Settings:
+        part = self.bench.config.train
+        return Settings(
+            rates=Rates(part.lr, part.router_lr or part.lr, part.head_lr or part.lr),
+            schedule=part.schedule,
+            decay=part.weight_decay,
+            personal_decay=self.bench.config.personal.decay,
+            clip=part.clip,
+            prox=part.prox,
+            accumulation=part.accumulation,
+        )
+
+
+def _is_residual(key: Key) -> bool:
+    return key.role.partition(".")[2].startswith("residual")
+
+
+def _truncated(tree: Mapping[Key, Array], rank: int | None) -> dict[Key, Array]:
+    """The first ``rank`` ranks of every expert."""
+    if rank is None:
+        return dict(tree)
+    cut = {"A": lambda value: value[:rank], "B": lambda value: value[:, :rank]}
+    return {key: cut.get(key.kind, lambda value: value)(value) for key, value in tree.items()}
+
+
