@@ -1,0 +1,173 @@
+"""Combinations that cannot work, found before anything starts, with the reason.
+
+Every rule is a small function of the configuration; `RULES` is the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from molehill import registry
+from molehill.config import Config, MethodRef
+from molehill.errors import ConfigError
+from molehill_server.aggregate import conflicts
+from molehill_server.planning.planner import shares
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Things in a configuration that do not go together.
+
+    Attributes:
+        verdict: ``refuse`` stops the run, ``warn`` only says so.
+        keys: The configuration keys concerned.
+        why: The reason.
+    """
+
+    verdict: Literal["refuse", "warn"]
+    keys: tuple[str, ...]
+    why: str
+
+
+Rule = Callable[[Config], Iterator[Conflict]]
+
+
+def check(config: Config) -> list[Conflict]:
+    """All conflicts in a configuration, refusals first."""
+    found = [conflict for rule in RULES for conflict in rule(config)]
+    return sorted(found, key=lambda conflict: conflict.verdict)
+
+
+def require(config: Config) -> None:
+    """Refuse a configuration that cannot work.
+
+    Raises:
+        ConfigError: Names the first refusal.
+    """
+    for conflict in check(config):
+        if conflict.verdict == "refuse":
+            raise ConfigError(conflict.why, where=" with ".join(conflict.keys), mend="Change one of the two.")
+
+
+def _build(axis: str, ref: MethodRef) -> Any:
+    return registry.build(axis, ref.name, ref.params)
+
+
+def _both_shared(config: Config) -> bool:
+    """Whether every client sends both factors in every round (methods that alternate do so with period 2)."""
+    return all(decided.A == decided.B == "shared" for decided in (shares(config, 1), shares(config, 2)))
+
+
+def _aggregation(config: Config) -> Iterator[Conflict]:
+    """Space, lower and server optimiser must fit each other."""
+    for why in conflicts(config.federation):
+        yield Conflict("refuse", ("federation",), why)
+
+
+def _products_need_factors(config: Config) -> Iterator[Conflict]:
+    policy, space = config.federation.policy.name, config.federation.space.name
+    if not _build("space", config.federation.space).closed and not _both_shared(config):
+        yield Conflict(
+            "refuse",
+            ("federation.policy", "federation.space"),
+            f"policy {policy!r} does not send both factors of every client, which the products of space {space!r} are "
+            "made of; where one factor is common to all, space 'common' is exact",
+        )
+
+
+def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
+    policy, lower = config.federation.policy.name, config.federation.lower.name
+    if lower != "none" and not _both_shared(config):
+        yield Conflict(
+            "refuse",
+            ("federation.policy", "federation.lower"),
+            f"lower {lower!r} makes both factors anew, but policy {policy!r} freezes one or keeps it on the "
+            "clients, so theirs would no longer belong to the server's",
+        )
+
+
+def _norms_need_products(config: Config) -> Iterator[Conflict]:
+    if config.federation.rule.name == "norm_weights" and shares(config, 1).B == "personal":
+        yield Conflict(
+            "refuse",
+            ("federation.policy", "federation.rule"),
+            "rule 'norm_weights' weighs by the norm of B A, but B never leaves the clients; use rule 'mean'",
+        )
+
+
+def _mixed_ranks_and_mean(config: Config) -> Iterator[Conflict]:
+    if shares(config, 1).ranks and config.federation.space.name == "common":
+        yield Conflict(
+            "refuse",
+            ("federation.policy", "federation.space"),
+            "clients of different ranks have no factor in common; use space 'factor', 'product' or 'stack'",
+        )
+
+
+def _mixture_of_routers(config: Config) -> Iterator[Conflict]:
+    mixture = config.molora.scorer.name == "mixture"
+    keys = ("personal.gate", "molora.scorer")
+    if config.personal.gate == "mixture" and not mixture:
+        yield Conflict(
+            "refuse",
+            keys,
+            "gate 'mixture' averages sub-routers and keeps the main one, which only scorer 'mixture' has",
+        )
+    if mixture and config.personal.gate == "anchored":
+        yield Conflict(
+            "warn",
+            keys,
+            "scorer 'mixture' has a main router of its own to keep on the client; gate 'mixture' does that, while "
+            "'anchored' adds a residual to every sub-router as well",
+        )
+
+
+def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
+    if config.federation.lower.name == "merge_restart" and config.personal.gate != "global":
+        yield Conflict(
+            "warn",
+            ("federation.lower", "personal.gate"),
+            "every round the experts move into their patches and start anew, so what a client's own gate has learnt "
+            "about them is about the patches",
+        )
+
+
+def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
+    policy = config.federation.policy
+    if policy.name == "fedpeft" and policy.params.get("group") == "head" and config.task.kind == "causal-lm":
+        yield Conflict("refuse", ("federation.policy", "task.kind"), "a causal language model has no head to train")
+    for number in (1, 2):
+        decided = shares(config, number)
+        if policy.name != "fedpeft" and decided.A == decided.B == "frozen":
+            yield Conflict(
+                "refuse",
+                ("federation.policy", "molora.init"),
+                f"init {config.molora.init.name!r} freezes the factor that policy {policy.name!r} trains"
+                + (" in every other round" if policy.name == "rolora" else ""),
+            )
+            return
+
+
+def _sends_changes(config: Config) -> Iterator[Conflict]:
+    name = config.wire.down.name
+    if _build("codec", config.wire.down).feedback:
+        yield Conflict(
+            "refuse",
+            ("wire.down", "wire"),
+            f"codec {name!r} sends the largest changes and owes the rest; the server sends values, not changes",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _aggregation,
+    _products_need_factors,
+    _lowers_rewrite_factors,
+    _norms_need_products,
+    _mixed_ranks_and_mean,
+    _mixture_of_routers,
+    _restart_and_personal_gate,
+    _nothing_to_learn,
+    _sends_changes,
+)

@@ -1,0 +1,184 @@
+"""Atomic checkpoints: after every round, everything that is needed to go on as if nothing had happened.
+
+``checkpoints/round-00003/`` holds ``tree.safetensors``, ``patches.safetensors``, ``state.<name>.safetensors`` per
+tree of the server optimiser, ``blobs/<digest>`` (what clients hold, byte for byte) and ``meta.json``. A folder is
+written under another name, synced and renamed, so a folder named ``round-*`` is whole. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehill.errors import AdapterError, MessageError, ResumeError
+from molehill.wire.message import decode_tree, digest
+from molehill.wire.store import load_tree, save_tree
+from molehill.wire.tree import Tree
+from molehill_server.broadcast import Blob, patch_tree, tree_patches
+from molehill_server.records import Global
+
+_FORMAT = 1
+_KEEP = 2
+_META = "meta.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must not change between a run and its continuation.
+
+    Attributes:
+        config: Digest of the resolved configuration.
+        base: Digest of the base weights.
+    """
+
+    config: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run between two rounds.
+
+    Attributes:
+        identity: Of the run.
+        glob: The model.
+        blobs: What was last sent, by group.
+        clients: Ids of all clients seen so far.
+        bytes_up: Bytes received in all rounds.
+        bytes_down: Bytes that clients fetched in all rounds.
+    """
+
+    identity: Identity
+    glob: Global
+    blobs: Mapping[str, Blob]
+    clients: tuple[str, ...]
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Commit a checkpoint and remove old ones.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        checkpoint: What to save.
+
+    Returns:
+        The folder of this checkpoint.
+    """
+    glob = checkpoint.glob
+    final = folder / f"round-{glob.round:05d}"
+    scratch = folder / f".{final.name}"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+    (scratch / "blobs").mkdir(parents=True)
+    save_tree(scratch / "tree.safetensors", glob.tree, {})
+    save_tree(scratch / "patches.safetensors", patch_tree(glob.patches), {})
+    numbers = {}
+    for name, value in glob.state.items():
+        if isinstance(value, Tree):
+            save_tree(scratch / f"state.{name}.safetensors", value, {})
+        else:
+            numbers[name] = float(value)
+    for blob in checkpoint.blobs.values():
+        (scratch / "blobs" / blob.digest).write_bytes(blob.data)
+    meta = {
+        "format": _FORMAT,
+        "round": glob.round,
+        "config": checkpoint.identity.config,
+        "base": checkpoint.identity.base,
+        "state": numbers,
+        "trees": [name for name, value in glob.state.items() if isinstance(value, Tree)],
+        "blobs": {name: blob.digest for name, blob in checkpoint.blobs.items()},
+        "clients": list(checkpoint.clients),
+        "bytes_up": checkpoint.bytes_up,
+        "bytes_down": checkpoint.bytes_down,
+    }
+    (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    for path in (*scratch.rglob("*"), scratch):
+        _sync(path)
+    scratch.rename(final)
+    _sync(folder)
+    for old in _committed(folder)[:-_KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
+    """Read the last committed checkpoint.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        identity: Of the run that wants to go on.
+        max_bytes: Largest blob.
+
+    Returns:
+        The checkpoint; None when none was committed.
+
+    Raises:
+        ResumeError: It belongs to another configuration or base model, or is damaged.
+    """
+    found = _committed(folder)
+    if not found:
+        return None
+    path = found[-1]
+    try:
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        if meta["format"] != _FORMAT:
+            raise ResumeError(
+                f"the checkpoint has format {meta['format']}, this version reads {_FORMAT}", where=str(path)
+            )
+        _refuse_other(path, Identity(meta["config"], meta["base"]), identity)
+        state: dict[str, Tree | float] = dict(meta["state"])
+        for name in meta["trees"]:
+            state[name], _ = load_tree(path / f"state.{name}.safetensors")
+        tree, _ = load_tree(path / "tree.safetensors")
+        patches, _ = load_tree(path / "patches.safetensors")
+        blobs = {name: _blob(path / "blobs" / sha, max_bytes) for name, sha in meta["blobs"].items()}
+        glob = Global(tree, tree_patches(patches), state, meta["round"])
+        return Checkpoint(identity, glob, blobs, tuple(meta["clients"]), int(meta["bytes_up"]), int(meta["bytes_down"]))
+    except (OSError, KeyError, ValueError, AdapterError, MessageError) as error:
+        raise ResumeError(
+            f"the checkpoint cannot be read ({error})",
+            where=str(path),
+            mend="Delete this folder to use the one before.",
+        ) from None
+
+
+def exists(folder: Path) -> bool:
+    """Whether a checkpoint was committed here."""
+    return bool(_committed(folder))
+
+
+def _refuse_other(path: Path, saved: Identity, wanted: Identity) -> None:
+    for name, what in (("config", "configuration"), ("base", "base model")):
+        before, now = getattr(saved, name), getattr(wanted, name)
+        if before != now:
+            raise ResumeError(
+                f"the run was started with another {what} (digest {before[:12]}, now {now[:12]})",
+                where=str(path),
+                mend=f"Resume with the {what} it was started with, or start a new run in another folder.",
+            )
+
+
+def _committed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("round-*") if path.is_dir())
+
+
+def _blob(path: Path, max_bytes: int) -> Blob:
+    data = path.read_bytes()
+    if digest(data) != path.name:
+        raise MessageError(f"{path.name[:12]} is damaged")
+    return Blob(data, path.name, decode_tree(data, max_bytes))
+
+
+def _sync(path: Path) -> None:
+    """Have the file system write a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

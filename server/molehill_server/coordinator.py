@@ -1,0 +1,335 @@
+"""The round loop: plan, send, collect, judge, aggregate, commit; then measure.
+
+It knows no network and no model: messages go through a `Transport`, tensors through an `Exchange`, and updates
+stream one at a time from the exchange into the aggregation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from molehill.config import Config
+from molehill.errors import FederationError, MessageError, ResumeError
+from molehill.plan import ClientPlan, ClientReply, EvaluationReply
+from molehill.wire.exchange import Exchange
+from molehill.wire.store import load_tree, save_tree
+from molehill.wire.tree import Tree
+from molehill_server import checkpoint, events
+from molehill_server.aggregate import Aggregator
+from molehill_server.broadcast import Broadcast, patch_tree
+from molehill_server.check import require
+from molehill_server.planning.planner import Planner, select
+from molehill_server.records import Global, Update
+from molehill_server.roster import Roster
+from molehill_server.transport import Collection, Incoming, Outgoing, Patience, Transport
+from molehill_server.validation import Limits, open_delta, parse_reply
+
+
+class _BelowQuorum(Exception):  # noqa: N818 - not an error yet: the round may be tried again
+    """Too few updates were accepted."""
+
+
+@dataclass
+class _Round:
+    """What is noted down while a round goes on."""
+
+    selected: list[str]
+    accepted: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, dict[str, float]] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss over rows; None when nobody trained."""
+        rows = sum(self.examples.values())
+        return sum(self.losses[c] * n for c, n in self.examples.items()) / rows if rows else None
+
+
+class Coordinator:
+    """Runs one federation, from the start or from its last checkpoint.
+
+    Args:
+        config: The run's configuration.
+        out: Run folder; holds ``initial.safetensors``, receives ``checkpoints/``, ``metrics.jsonl`` and
+            ``final.safetensors``.
+        exchange: Where blobs and deltas lie.
+        transport: Reaches the clients.
+        grace: Overrides ``round.grace``, in seconds.
+
+    Raises:
+        ConfigError: The configuration combines things that do not go together.
+        ResumeError: The folder holds a run with another configuration or base model.
+    """
+
+    def __init__(
+        self, config: Config, out: Path, exchange: Exchange, transport: Transport, *, grace: float | None = None
+    ) -> None:
+        require(config)
+        self._aggregator = Aggregator.from_config(config.federation, config.run.seed)
+        self._config = config
+        self._out = out
+        self._exchange = exchange
+        self._transport = transport
+        self._grace = config.round.grace if grace is None else grace
+        self._initial, meta = load_tree(out / "initial.safetensors")
+        if "base" not in meta:
+            raise ResumeError("it does not say which base model it is for", where=str(out / "initial.safetensors"))
+        self._planner = Planner(config, meta["base"])
+        identity = checkpoint.Identity(config.digest, meta["base"])
+        loaded = checkpoint.load(out / "checkpoints", identity, config.wire.max_bytes)
+        self._fresh = loaded is None
+        self._saved = loaded or checkpoint.Checkpoint(identity, Global(self._initial), {}, ())
+        wire = config.wire
+        self._broadcast = Broadcast(exchange, wire.down, wire.max_bytes, dict(self._saved.blobs))
+        self._late: set[str] = set()
+        events.rewind(out / "metrics.jsonl", self._saved.glob.round)
+        self._log = events.EventLog(out / "metrics.jsonl")
+        self._roster = Roster(transport, self._log)
+
+    def run(self) -> Tree:
+        """Do all rounds that are left, then measure.
+
+        Returns:
+            The final shared model as clients received it; also saved, with the patches, as ``final.safetensors``.
+
+        Raises:
+            FederationError: A round stayed below its quorum, or no client came.
+        """
+        began = time.perf_counter()
+        try:
+            clients = self._roster.gather(self._config.round.deadline, self._config.round.quorum, self._grace)
+            self._begin(list(clients))
+            while self._saved.glob.round < self._config.run.rounds:
+                self._round(self._saved.glob.round + 1)
+            final = self._broadcast.publish(self._saved.glob)
+            save_tree(
+                self._out / "final.safetensors",
+                Tree.of({**final.tree, **patch_tree(final.patches)}),
+                {"base": self._saved.identity.base, "round": str(final.round)},
+            )
+            self._measure(final)
+            self._broadcast.drop()
+            totals = {"bytes_up": self._saved.bytes_up, "bytes_down": self._saved.bytes_down}
+            self._log.emit("end", seconds=time.perf_counter() - began, **totals)
+        finally:
+            self._log.close()
+        return final.tree
+
+    def _begin(self, clients: list[str]) -> None:
+        if self._fresh:
+            self._log.emit(
+                "start",
+                run=self._config.run.name,
+                rounds=self._config.run.rounds,
+                clients=clients,
+                parameters=self._initial.layout.size,
+                config_digest=self._config.digest,
+            )
+            self._commit(replace(self._saved, clients=tuple(clients)))
+        else:
+            self._log.emit("resume", round=self._saved.glob.round, clients=clients)
+
+    def _commit(self, state: checkpoint.Checkpoint) -> None:
+        self._saved = state
+        checkpoint.save(self._out / "checkpoints", state)
+
+    def _present(self) -> dict[str, int]:
+        """The node of every client that is connected; clients that are new join the run."""
+        nodes = self._roster.refresh(self._grace)
+        newcomers = tuple(client for client in nodes if client not in self._saved.clients)
+        if newcomers:
+            self._saved = replace(self._saved, clients=self._saved.clients + newcomers)
+        return nodes
+
+    # Training
+
+    def _round(self, number: int) -> None:
+        """One round with its retries."""
+        began = time.perf_counter()
+        glob = self._broadcast.publish(self._saved.glob)
+        for attempt in range(self._config.round.retries + 1):
+            nodes = self._present()
+            notes = _Round(select(self._config, list(nodes), number, attempt) if nodes else [])
+            try:
+                after, report = self._attempt(glob, number, attempt, nodes, notes)
+                break
+            except _BelowQuorum:
+                self._log.emit(
+                    "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
+                )
+        else:
+            raise FederationError(*_below_quorum(number, notes, self._config))
+        self._log.emit(
+            "round",
+            round=number,
+            seconds=time.perf_counter() - began,
+            selected=notes.selected,
+            accepted=notes.accepted,
+            missing=notes.missing,
+            quarantined=notes.quarantined,
+            loss=notes.loss,
+            loss_by_client=notes.losses,
+            bytes_up=notes.bytes_up,
+            bytes_down=notes.bytes_down,
+            tokens=notes.tokens,
+            report=dict(report),
+        )
+        self._commit(
+            replace(
+                self._saved,
+                glob=after,
+                blobs=dict(self._broadcast.blobs),
+                bytes_up=self._saved.bytes_up + notes.bytes_up,
+                bytes_down=self._saved.bytes_down + notes.bytes_down,
+            )
+        )
+
+    def _attempt(
+        self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round
+    ) -> tuple[Global, Mapping[str, float]]:
+        plans = self._plans(notes.selected, number, glob)
+        collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._quorum(len(plans)))
+        updates = self._updates(glob, plans, collection, notes)
+        if not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
+            for _ in updates:  # nothing is shared: the clients train for themselves and there is nothing to combine
+                pass
+            return replace(glob, round=number), {}
+        return self._aggregator(glob, updates)
+
+    def _plans(self, clients: Iterable[str], number: int, glob: Global) -> dict[str, ClientPlan]:
+        """A plan per client, whose turn is its place among all clients in the order in which they came."""
+        turns = {client: turn for turn, client in enumerate(self._saved.clients)}
+        layout, digests = glob.tree.layout, self._broadcast.digests()
+        return {client: self._planner.plan(client, number, layout, digests, turns[client]) for client in clients}
+
+    def _updates(
+        self, glob: Global, plans: Mapping[str, ClientPlan], collection: Collection, notes: _Round
+    ) -> Iterator[Update]:
+        """Yield the accepted updates one at a time, as they arrive.
+
+        Raises:
+            _BelowQuorum: After the last one, when there were too few.
+        """
+        for done, (client, reply) in enumerate(collection, start=1):
+            try:
+                update = self._judge(glob, plans[client], reply, notes)
+            except MessageError as error:
+                notes.quarantined[client] = str(error)
+                update = None
+            self._log.emit("progress", stage="train", done=done, total=len(plans), client=client)
+            if update is not None:
+                collection.accept()
+                yield update
+        notes.missing = collection.missing
+        self._forget(collection)
+        if len(notes.accepted) < self._quorum(len(plans)):
+            raise _BelowQuorum
+
+    def _judge(self, glob: Global, plan: ClientPlan, incoming: Incoming, notes: _Round) -> Update:
+        if incoming.text is None:
+            raise MessageError(incoming.error)
+        reply = parse_reply(incoming.text, plan)
+        limits = Limits(self._config.wire.max_bytes, self._config.round.norm_bound)
+        try:
+            delta = open_delta(reply, plan, glob.tree.layout, self._exchange, limits)
+        finally:
+            self._exchange.drop(reply.delta)
+        notes.accepted.append(plan.client)
+        notes.losses[plan.client] = reply.loss
+        notes.examples[plan.client] = reply.examples
+        notes.bytes_up += reply.bytes_up
+        notes.bytes_down += reply.bytes_down
+        experts = notes.tokens.setdefault(plan.client, {})
+        for (_, expert), count in delta.tokens.items():
+            experts[expert] = experts.get(expert, 0.0) + count
+        values = delta.tree
+        for key, shape in values.layout.items():
+            values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
+        return Update(plan.client, values, reply.examples, delta.tokens)
+
+    def _quorum(self, count: int) -> int:
+        return max(1, math.ceil(self._config.round.quorum * count))
+
+    def _send(
+        self, kind: str, plans: Mapping[str, ClientPlan], nodes: Mapping[str, int], group: str, quorum: int
+    ) -> Collection:
+        deadline = self._config.round.deadline
+        messages = [
+            (client, Outgoing(nodes[client], kind, group, plan.model_dump_json(), deadline))
+            for client, plan in plans.items()
+        ]
+        return Collection(self._transport, messages, Patience(deadline, quorum, self._grace), self._late)
+
+    def _forget(self, collection: Collection) -> None:
+        """Drop what came too late to be used."""
+        for incoming in collection.overdue:
+            try:
+                self._exchange.drop(ClientReply.model_validate_json(incoming.text or "").delta)
+            except ValidationError:
+                continue  # no train reply, so there is nothing to drop
+
+    # Measuring
+
+    def _measure(self, final: Global) -> None:
+        """Ask every client for its scores: trained alone from the start (if configured), and with the final model."""
+        nodes = self._present()
+        replies: dict[str, list[EvaluationReply]] = {client: [] for client in nodes}
+        if self._config.evaluate.baselines:
+            self._ask("train.baseline", "baseline", self._plans(nodes, 0, final), nodes, replies)
+        self._ask("evaluate", "evaluate", self._plans(nodes, final.round, final), nodes, replies)
+        for client, parts in replies.items():
+            if parts:
+                stages = {stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()}
+                last = parts[-1]
+                self._log.emit(
+                    "evaluation",
+                    client=client,
+                    n_train=last.n_train,
+                    n_test=last.n_test,
+                    stages=stages,
+                    tokens=last.tokens,
+                )
+
+    def _ask(
+        self,
+        kind: str,
+        stage: str,
+        plans: Mapping[str, ClientPlan],
+        nodes: Mapping[str, int],
+        replies: Mapping[str, list[EvaluationReply]],
+    ) -> None:
+        collection = self._send(kind, plans, nodes, f"{kind}.0", len(plans))
+        for done, (client, reply) in enumerate(collection, start=1):
+            try:
+                answer = EvaluationReply.model_validate_json(reply.text or "")
+            except ValidationError as error:
+                self._log.emit("failed", stage=stage, client=client, reason=reply.error or str(error))
+            else:
+                replies[client].append(answer)
+                collection.accept()
+            self._log.emit("progress", stage=stage, done=done, total=len(plans), client=client)
+        for client in collection.missing:
+            self._log.emit("failed", stage=stage, client=client, reason="no answer before the deadline")
+        self._forget(collection)
+
+
+def _below_quorum(number: int, notes: _Round, config: Config) -> tuple[str]:
+    """Say who answered in a round that failed, and why the others did not count."""
+    need = math.ceil(config.round.quorum * len(notes.selected))
+    parts = [f"round {number} is below its quorum: {len(notes.accepted)} of {len(notes.selected)} clients answered"]
+    parts.append(f"with a usable update, {max(1, need)} are needed")
+    if notes.missing:
+        parts.append(f"no answer from {', '.join(notes.missing)}")
+    parts += [f"{client}: {reason}" for client, reason in notes.quarantined.items()]
+    return ("; ".join(parts),)

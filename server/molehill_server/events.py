@@ -1,0 +1,78 @@
+"""The event stream of a run: one JSON object a line in ``metrics.jsonl``, and to whoever listens in this process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Listener = Callable[[dict[str, Any]], None]
+
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Call ``listener`` with every event of any run in this process while the context is open."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class EventLog:
+    """Appends events to a file.
+
+    Args:
+        path: The file; made when it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write one event with the time of day and pass it on."""
+        record = {"event": event, "time": time.time(), **fields}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for listener in tuple(_listeners):
+            listener(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All events of a file; a line that a crash cut off at the end is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events
+
+
+def rewind(path: Path, round_number: int) -> None:
+    """Drop what was written after round ``round_number`` ended (all but the start for 0), atomically.
+
+    A resumed run writes those events again.
+    """
+    if not path.exists():
+        return
+    kept, done = [], round_number == 0
+    for event in read(path):
+        if done and event["event"] != "start":
+            break
+        kept.append(event)
+        done = done or (event["event"] == "round" and event["round"] == round_number)
+    scratch = path.with_name(f"{path.name}.new")
+    scratch.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+    scratch.replace(path)

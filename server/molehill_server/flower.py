@@ -1,0 +1,87 @@
+"""The server's only door to Flower: a `Grid` as a `Transport`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Set as AbstractSet
+from typing import Protocol, runtime_checkable
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from molehill_server.transport import Incoming, Outgoing
+
+__all__ = ["Context", "Grid", "GridTransport", "ServerApp"]
+
+
+@runtime_checkable
+class Clock(Protocol):
+    """A grid that keeps its own time, as a simulation does."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass."""
+        ...
+
+
+class WallClock:
+    """The time of this machine."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+        return time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+
+class GridTransport:
+    """Carries the round loop's messages over any Flower grid.
+
+    Args:
+        grid: In this process, of a simulation engine, or of a SuperLink.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._clock: Clock = grid if isinstance(grid, Clock) else WallClock()
+
+    def nodes(self) -> list[int]:
+        """The nodes that are connected now."""
+        return list(self._grid.get_node_ids())
+
+    def push(self, message: Outgoing) -> str | None:
+        """Send a message; return its id, or None when the grid does not take it."""
+        content = RecordDict({"plan": ConfigRecord({"json": message.text})} if message.text else {})
+        flower = Message(content, message.node, message.kind, ttl=message.ttl, group_id=message.group)
+        # One at a time: some grids leave a refused message out of the ids they return, others return None for it.
+        ids = list(self._grid.push_messages([flower]))
+        return ids[0] if ids and ids[0] else None
+
+    def pull(self, ids: AbstractSet[str]) -> list[Incoming]:
+        """Return replies that have arrived."""
+        # A reply is known by the message it answers: errors that Flower makes itself do not come from the node.
+        return [Incoming(reply.metadata.reply_to_message_id, *_read(reply)) for reply in self._grid.pull_messages(ids)]
+
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+        return self._clock.now()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass."""
+        self._clock.wait(seconds)
+
+
+def _read(reply: Message) -> tuple[str | None, str]:
+    if reply.has_error():
+        return None, reply.error.reason or f"failed with code {reply.error.code}"
+    record = reply.content.get("reply")
+    text = record.get("json") if isinstance(record, ConfigRecord) else None
+    return (text, "") if isinstance(text, str) else (None, "its reply holds no JSON")

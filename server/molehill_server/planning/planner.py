@@ -1,0 +1,122 @@
+"""Turns the configuration into one `ClientPlan` per client and round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from molehill import registry
+from molehill.config import Config
+from molehill.plan import ClientPlan, Scope
+from molehill.wire.keys import Key
+from molehill.wire.tree import Layout
+from molehill_server.planning.shares import Shares
+
+Scopes = tuple[tuple[str, Scope], ...]
+
+_GATES: dict[str, Scopes] = {
+    "anchored": (("*/gate.residual*", "personal"), ("*/gate*", "shared")),
+    "personal": (("*/gate*", "personal"),),
+    "global": (("*/gate.residual*", "frozen"), ("*/gate*", "shared")),
+    "mixture": (("*/gate.sub*", "shared"), ("*/gate*", "personal")),
+}
+_HEADS: dict[str, Scopes] = {
+    "anchored": (("*/head.residual*", "personal"), ("*/head*", "shared")),
+    "personal": (("*/head*", "personal"),),
+    "global": (("*/head.residual*", "frozen"), ("*/head*", "shared")),
+}
+
+
+def shares(config: Config, round_number: int) -> Shares:
+    """What the policy decides for this round, less what the start values keep frozen (an orthonormal A)."""
+    policy = config.federation.policy
+    decided: Shares = registry.build("policy", policy.name, policy.params, round_number=round_number)
+    init = config.molora.init
+    frozen = registry.build("init", init.name, init.params).frozen
+    return replace(decided, A="frozen" if "A" in frozen else decided.A, B="frozen" if "B" in frozen else decided.B)
+
+
+def scopes(config: Config, round_number: int) -> Scopes:
+    """Patterns over wire names with their scope in this round; the first that matches wins.
+
+    The policy decides on the factors; routers and head follow the ``personal`` section unless the policy claims them.
+    Patches match nothing and are therefore frozen.
+    """
+    decided = shares(config, round_number)
+    gate = _GATES[config.personal.gate] if decided.gate is None else (("*/gate*", decided.gate),)
+    head = _HEADS[config.personal.head] if decided.head is None else (("*/head*", decided.head),)
+    return (("*/A", decided.A), ("*/B", decided.B), ("*/dense*", decided.dense), *gate, *head)
+
+
+def select(config: Config, pool: Sequence[str], round_number: int, attempt: int) -> list[str]:
+    """The clients of this round, in the order of ``pool``."""
+    ref = config.federation.select
+    chosen: list[str] = registry.build(
+        "client_selector",
+        ref.name,
+        ref.params,
+        pool=pool,
+        round_number=round_number,
+        attempt=attempt,
+        seed=config.run.seed,
+    )
+    return chosen
+
+
+def seed(config: Config, round_number: int, client: str) -> int:
+    """Seed of one client in one round: 63 bits from the run's seed, the round and the client's id alone."""
+    text = f"{config.run.seed}/{round_number}/{client}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+
+
+class Planner:
+    """Writes the plans of one run.
+
+    Args:
+        config: The run's configuration.
+        base: Digest of the base weights.
+    """
+
+    def __init__(self, config: Config, base: str) -> None:
+        self._config = config
+        self._base = base
+
+    def plan(self, client: str, round_number: int, layout: Layout, blobs: Mapping[str, str], turn: int) -> ClientPlan:
+        """The plan of one client.
+
+        Args:
+            client: Id of the client.
+            round_number: Round; 0 for what is done before any.
+            layout: Layout of the shared model.
+            blobs: Digests to fetch by group.
+            turn: Number of the client in the run, for what is dealt to clients in turn.
+        """
+        config = self._config
+        ranks = shares(config, round_number).ranks
+        return ClientPlan(
+            run=config.run.name,
+            round=round_number,
+            client=client,
+            base=self._base,
+            layout=layout.digest,
+            blobs=dict(blobs),
+            scopes=scopes(config, round_number),
+            rank=ranks[turn % len(ranks)] if ranks else None,
+            steps=config.train.steps,
+            seed=seed(config, round_number, client),
+            codec=config.wire.up,
+        )
+
+
+def expected(plan: ClientPlan, layout: Layout) -> Layout:
+    """Names and shapes that a reply to ``plan`` must hold: the shared keys, with ranks cut to the plan's."""
+
+    def shape(key: Key) -> tuple[int, ...]:
+        full = layout[key]
+        if plan.rank is None or key.role not in {"A", "B"}:
+            return full
+        axis = 0 if key.role == "A" else 1
+        return tuple(min(size, plan.rank) if i == axis else size for i, size in enumerate(full))
+
+    return Layout({key: shape(key) for key in layout if plan.scope(key) == "shared"})

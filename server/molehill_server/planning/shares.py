@@ -1,0 +1,28 @@
+"""What a policy decides: which tensors are shared, personal or frozen in a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molehill.plan import Scope
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The scope of every kind of tensor.
+
+    Attributes:
+        A: Down-projections ``[r, d_in]`` of the experts.
+        B: Up-projections ``[d_out, r]`` of the experts.
+        dense: Tensors of experts that are not low-rank.
+        gate: Routers; None leaves the choice to ``personal.gate``.
+        head: Classification head; None leaves the choice to ``personal.head``.
+        ranks: Highest rank per expert of every client in turn; empty for the full rank everywhere.
+    """
+
+    A: Scope = "shared"
+    B: Scope = "shared"
+    dense: Scope = "shared"
+    gate: Scope | None = None
+    head: Scope | None = None
+    ranks: tuple[int, ...] = ()

@@ -1,0 +1,102 @@
+"""Which client sits behind which node."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from molehill.errors import FederationError
+from molehill_server.events import EventLog
+from molehill_server.transport import POLL, Collection, Outgoing, Patience, Transport
+
+
+class Hello(BaseModel):
+    """What a client says about itself.
+
+    Attributes:
+        client: Its id.
+        n_train: Training rows.
+        n_test: Held-out rows.
+        version: Version of Molehill it runs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    client: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}$")
+    n_train: int = Field(ge=0)
+    n_test: int = Field(ge=0)
+    version: str
+
+
+class Roster:
+    """Asks nodes who they are and remembers it.
+
+    Args:
+        transport: Reaches the nodes.
+        log: Told about nodes that are refused.
+    """
+
+    def __init__(self, transport: Transport, log: EventLog) -> None:
+        self._transport = transport
+        self._log = log
+        self._hellos: dict[int, Hello] = {}
+
+    def gather(self, deadline: float, quorum: float, grace: float) -> dict[str, int]:
+        """Wait for the first nodes and ask them all.
+
+        Args:
+            deadline: Seconds to wait at most.
+            quorum: Part of the nodes whose answer is enough.
+            grace: Seconds to wait for the others then.
+
+        Returns:
+            The node of every client, sorted by client id.
+
+        Raises:
+            FederationError: No node came, or none answered.
+        """
+        end = self._transport.now() + deadline
+        while not self._transport.nodes():
+            if self._transport.now() >= end:
+                raise FederationError(f"no client connected within {deadline:g} s", mend="Start the clients first.")
+            self._transport.wait(POLL)
+        count = math.ceil(quorum * len(self._transport.nodes()))
+        reasons = self._ask(Patience(deadline, count, grace))
+        if not self._hellos:
+            raise FederationError(f"no client is ready: {'; '.join(reasons) or 'none answered'}")
+        return self.present()
+
+    def refresh(self, seconds: float) -> dict[str, int]:
+        """Like `gather`, for the nodes that are new since the last time; waits for them at most ``seconds``."""
+        self._ask(Patience(seconds, 1, seconds))
+        return self.present()
+
+    def present(self) -> dict[str, int]:
+        """The node of every client that is connected, sorted by client id."""
+        clients: dict[str, int] = {}
+        for node in self._transport.nodes():
+            hello = self._hellos.get(node)
+            if hello is None:
+                continue
+            if hello.client in clients:
+                reason = f"node {node} says it is {hello.client!r}, which node {clients[hello.client]} is already"
+                self._log.emit("refused", client=hello.client, reason=reason)
+                continue
+            clients[hello.client] = node
+        return dict(sorted(clients.items()))
+
+    def _ask(self, patience: Patience) -> list[str]:
+        unknown = [node for node in self._transport.nodes() if node not in self._hellos]
+        messages = [(str(node), Outgoing(node, "query.hello", "0.0", "", patience.deadline)) for node in unknown]
+        collection = Collection(self._transport, messages, patience, set())
+        reasons = []
+        for node, reply in collection:
+            try:
+                self._hellos[int(node)] = Hello.model_validate_json(reply.text or "")
+            except ValidationError as error:
+                reasons.append(reply.error or f"malformed hello ({error.errors()[0]['msg']})")
+                self._log.emit("refused", client="", reason=f"node {node}: {reasons[-1]}")
+                continue
+            collection.accept()
+        return reasons

@@ -1,0 +1,97 @@
+"""Judges what a client sent. Nothing of an update is used before it has passed here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import ValidationError
+
+from molehill.errors import MessageError
+from molehill.plan import ClientPlan, ClientReply
+from molehill.wire.exchange import Exchange
+from molehill.wire.message import Delta, decode_delta, digest
+from molehill.wire.tree import Array, Layout
+from molehill_server.planning.planner import expected
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large an update may be.
+
+    Attributes:
+        max_bytes: Largest blob.
+        norm_bound: Largest L2 norm of the delta; None accepts any finite one.
+    """
+
+    max_bytes: int
+    norm_bound: float | None
+
+
+def parse_reply(text: str, plan: ClientPlan) -> ClientReply:
+    """Read a reply and check that it answers ``plan``.
+
+    Raises:
+        MessageError: It is malformed, not finite, or of another client or round.
+    """
+    try:
+        reply = ClientReply.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise MessageError(f"malformed reply, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if (reply.client, reply.round) != (plan.client, plan.round):
+        raise MessageError(f"the reply is of client {reply.client!r} in round {reply.round}")
+    if not math.isfinite(reply.loss):
+        raise MessageError(f"its training loss is {reply.loss}")
+    return reply
+
+
+def open_delta(
+    reply: ClientReply,
+    plan: ClientPlan,
+    model: Layout,
+    exchange: Exchange,
+    limits: Limits,
+) -> Delta:
+    """Fetch, decode and judge the delta a reply points at.
+
+    Args:
+        reply: The client's reply.
+        plan: What the client was told to do.
+        model: Layout of the shared model.
+        exchange: Where the delta lies.
+        limits: How large it may be.
+
+    Raises:
+        MessageError: The delta is not there, damaged, too large, of another run, round, client or base, has other
+            names or shapes than asked for, is not finite, too far from the broadcast, or counts impossible tokens.
+    """
+    blob = exchange.get(reply.delta)
+    if len(blob) > limits.max_bytes:
+        raise MessageError(f"its delta is {len(blob)} bytes, at most {limits.max_bytes} are allowed")
+    if len(blob) != reply.bytes_up:
+        raise MessageError(f"its delta is {len(blob)} bytes, it reported {reply.bytes_up}")
+    if digest(blob) != reply.delta:
+        raise MessageError(f"its delta does not have the digest {reply.delta[:12]} it was announced with")
+    delta = decode_delta(blob, limits.max_bytes, expected(plan, model))
+    told = {"run": plan.run, "round": plan.round, "client": plan.client, "base": plan.base, "examples": reply.examples}
+    for name, value in told.items():
+        if getattr(delta, name) != value:
+            raise MessageError(f"its delta says {name} = {getattr(delta, name)!r}, not {value!r}")
+    norm = _norm(delta.tree.require_finite().flat)
+    if limits.norm_bound is not None and norm > limits.norm_bound:
+        raise MessageError(f"its delta has norm {norm:.3g}, above the bound of {limits.norm_bound:g}")
+    experts = {(key.site, key.expert) for key in model}
+    for pair, tokens in delta.tokens.items():
+        if not math.isfinite(tokens) or tokens < 0:
+            raise MessageError(f"it counts {tokens} tokens for {'/'.join(pair)}")
+        if pair not in experts:
+            raise MessageError(f"it counts tokens for the foreign expert {'/'.join(pair)}")
+    return delta
+
+
+def _norm(flat: Array) -> float:
+    """L2 norm in float64, without a float64 copy of the whole vector."""
+    parts = (flat[start : start + 65536].astype(np.float64) for start in range(0, len(flat), 65536))
+    return math.sqrt(sum(float(part @ part) for part in parts))
