@@ -70,7 +70,13 @@ def _ref(name: str, **params: Any) -> Any:
 
 
 class Run(Section):
-    """The run as a whole."""
+    """The run as a whole.
+
+    Attributes:
+        name: Names the default run folder and every message of the run.
+        seed: Start values, batches, partition and client selection follow from it.
+        rounds: Rounds of train, send and merge.
+    """
 
     name: str = Field(default="molehill", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     seed: int = Field(default=0, ge=0)

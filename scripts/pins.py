@@ -16,7 +16,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 HEADER = """\
-# Exact versions of everything `molehill[dev]` needs; written by scripts/pins.py. Use: pip install -c constraints.txt -e ".[demo]"
+# Exact versions of everything `molehill[dev]` needs, by scripts/pins.py. pip install -c constraints.txt -e ".[demo]"
 """
 
 

@@ -1,0 +1,201 @@
+"""The command line: ``molehill simulate | check | methods | report``.
+
+Text for people goes to the terminal; with ``--json`` standard output holds one JSON document and nothing else. A
+mistake of the user ends in one paragraph and an exit code (`docs/reference/errors.md`), never in a traceback.
+Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from molehill import __version__
+from molehill.errors import ConfigError, MolehillError, ResumeError
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+app = typer.Typer(
+    help="Fine-tune one language model for many private data owners with mixtures of LoRA experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="molehill")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"molehill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@contextlib.contextmanager
+def _explained(as_json: bool = False) -> Iterator[None]:
+    """Turn a mistake of the user into one paragraph (or a JSON envelope) and its exit code."""
+    try:
+        yield
+    except MolehillError as error:
+        if as_json:
+            details = {"what": error.what, "where": error.where, "mend": error.mend}
+            _print_json({"error": {"kind": type(error).__name__, "code": error.exit_code, **details}})
+        else:
+            _say(Text.assemble(("error: ", "bold red"), str(error)))
+        raise typer.Exit(error.exit_code) from None
+
+
+def _say(text: Text) -> None:
+    """Print one paragraph on standard error, wrapped on a terminal and on one line elsewhere."""
+    console = Console(stderr=True)
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path | None, typer.Argument(help="TOML file; the demo when omitted.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder.", show_default="runs/<name of the run>")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
+    ] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="One process, or Flower's Ray engine.")] = "local",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a federation on this machine, from private rows to personalised models.
+
+    With --resume and no CONFIG, the configuration in the run folder is used.
+    """
+    with _explained(as_json):
+        from molehill.config import load  # noqa: PLC0415
+
+        if resume and config is None and out is not None and (out / "config.toml").is_file():
+            config = out / "config.toml"
+        resolved = load(config, overrides or ())
+        folder = out or Path("runs") / resolved.run.name
+        _claim(folder, resume)
+
+        from molehill_simulation.simulate import simulate as run  # noqa: PLC0415
+        from molehill_simulation.ui import RunView, show_summary  # noqa: PLC0415
+
+        console = Console(quiet=as_json)
+        try:
+            # Libraries below print to standard output too; with --json that stream is promised to one document.
+            with RunView(console) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+                summary = run(resolved, folder, engine=engine, resume=resume, observer=view)
+        except KeyboardInterrupt:
+            again = shlex.join(["molehill", "simulate", "--out", str(folder), "--resume"])
+            if as_json:
+                _print_json({"error": {"kind": "Interrupted", "code": INTERRUPTED, "what": "stopped", "mend": again}})
+            else:
+                _say(Text(f"stopped; resume with: {again}"))
+            raise typer.Exit(INTERRUPTED) from None
+        if as_json:
+            sys.stdout.write(summary.to_json())
+        else:
+            show_summary(summary, console)
+            console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
+
+
+def _claim(folder: Path, resume: bool) -> None:
+    """Refuse a run folder that holds something else, or nothing to resume."""
+    try:
+        used = any(folder.iterdir())
+    except FileNotFoundError:
+        used = False
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use the run folder: {error.strerror}", where=str(folder), mend="Choose another --out."
+        ) from None
+    if used and not resume:
+        mend = "Give --resume to go on with that run, or choose another --out."
+        raise ResumeError("the run folder is not empty", where=str(folder), mend=mend)
+    if resume and not used:
+        raise ResumeError("there is no run to resume", where=str(folder), mend="Leave out --resume to start one.")
+
+
+@app.command()
+def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
+    """Print what a configuration comes to, and refuse what cannot work."""
+    with _explained():
+        from molehill_server.check import check as find_conflicts  # noqa: PLC0415
+        from molehill_simulation.describe import describe  # noqa: PLC0415
+
+        from molehill.config import load  # noqa: PLC0415
+
+        resolved = load(config)
+        conflicts = find_conflicts(resolved)
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="dim")
+        for label, text in describe(resolved):
+            table.add_row(label, Text(text))
+        console = Console()
+        console.print(table)
+        refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
+        for conflict in conflicts:
+            if conflict not in refused:
+                keys = " with ".join(conflict.keys)
+                console.print(Text.assemble(("warning: ", "bold yellow"), f"{keys}: {conflict.why}"))
+        if refused:
+            reasons = "; ".join(f"{' with '.join(conflict.keys)}: {conflict.why}" for conflict in refused)
+            raise ConfigError(reasons, where=str(config), mend="Change one key of each pair.")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List every method: name, axis, paper, and the code of the system it stands for."""
+    with _explained(as_json):
+        from molehill import registry  # noqa: PLC0415
+
+        found = list(registry.methods())
+        if as_json:
+            keys = ("name", "axis", "paper", "url", "seeds", "summary")
+            _print_json([{key: getattr(method, key) for key in keys} for method in found])
+            return
+        table = Table(box=SIMPLE_HEAD)
+        for column in ("axis", "name", "paper", "seed"):
+            table.add_column(column, overflow="fold")
+        for method in found:
+            table.add_row(*(Text(text) for text in (method.axis, method.name, method.paper, " ".join(method.seeds))))
+        console = Console()
+        console.print(table, width=None if console.is_terminal else 160)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]) -> None:
+    """Write report.html of a run again, finished or not."""
+    with _explained():
+        from molehill_simulation.report import write_report  # noqa: PLC0415
+
+        typer.echo(str(write_report(folder)))
