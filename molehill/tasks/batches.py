@@ -140,12 +140,16 @@ class Batches:
                 yield batches[batch].tolist()
 
 
-def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator) -> Iterator[tuple[list[int], Batch]]:
-    """Yield every example once, longest first, as ``(indices into examples, batch)``.
+def eval_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Indices of the examples of every evaluation batch: each once, longest first.
 
     Longest first, so that a batch too large for memory fails at once.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        yield indices, task.collate([examples[i] for i in indices])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator) -> Iterator[Batch]:
+    """Yield every example once, in batches of similar length (see `eval_order`)."""
+    for indices in eval_order(examples, batch_size):
+        yield task.collate([examples[i] for i in indices])

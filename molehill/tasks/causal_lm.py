@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molehill.errors import DataError, ModelError
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
-from molehill.tasks.metrics import Tally
 from molehill.tasks.rows import Rows
 
 Messages = Sequence[dict[str, str]]
@@ -80,16 +78,6 @@ class CausalLM:
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B, T]`` with `IGNORE` on prompts and padding."""
         return pad(examples, self._tokenizer.pad_token_id, self.max_length)
-
-    def targets(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits at t predict the token at t + 1: logits ``[N, V]`` and labels ``[N]`` of the N answer tokens."""
-        labels = batch.labels[:, 1:]
-        counts = labels != IGNORE
-        return logits[:, :-1][counts], labels[counts]
-
-    def tally(self, logits: Tensor, batch: Batch) -> Tally:
-        """Count answer tokens."""
-        return Tally.of(*self.targets(logits, batch), classes=False)
 
     def _render(self, row: dict[str, Any], where: str) -> tuple[str, list[Span]]:
         """The whole text of a row, and where its answers are."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molehill.errors import DataError
 from molehill.tasks.batches import Batch, Example, pad
-from molehill.tasks.metrics import Tally
 from molehill.tasks.rows import Rows
 
 
@@ -47,11 +45,3 @@ class Classification:
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B]``."""
         return pad(examples, self._tokenizer.pad_token_id, self.max_length)
-
-    def targets(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Every row counts: logits ``[B, C]``, labels ``[B]``."""
-        return logits, batch.labels
-
-    def tally(self, logits: Tensor, batch: Batch) -> Tally:
-        """Count rows, with the confusion matrix."""
-        return Tally.of(*self.targets(logits, batch), classes=True)

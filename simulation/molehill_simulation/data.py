@@ -1,0 +1,124 @@
+"""Deals the rows of a simulation to its clients and holds out each client's test rows."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from molehill import config, registry
+from molehill.errors import DataError
+from molehill.tasks.rows import Rows
+from molehill_simulation.units import Shard, Unit, units
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """What one client owns.
+
+    Attributes:
+        name: Name of the client.
+        train: Rows it trains on.
+        test: Held-out rows; no client trains on them, nor on rows of the same group or content.
+    """
+
+    name: str
+    train: Rows
+    test: Rows
+
+
+def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
+    """Partition rows over clients, hold out test rows, then apply the caps.
+
+    A unit (see `molehill_simulation.units.units`) is held out or trained on as a whole, on whichever clients its rows
+    are. Labels are stratified as far as units allow. Equal arguments give equal rows.
+
+    Args:
+        data: Number of clients, partitioner, held-out fraction and caps.
+        rows: Checked rows.
+        seed: Of everything random here.
+
+    Returns:
+        One entry per client, in the partitioner's order.
+
+    Raises:
+        DataError: There are fewer rows than clients, or a client is left without training or held-out rows.
+    """
+    if len(rows) < data.clients:
+        raise DataError(
+            f"there are {len(rows)} rows for {data.clients} clients",
+            where=rows.source,
+            mend="Lower data.clients, or give more rows.",
+        )
+    shards: list[Shard] = registry.build(
+        "partitioner", data.partition.name, data.partition.params, rows=rows, clients=data.clients, seed=seed
+    )
+    labels = [str(label) for label in rows.columns.get("label", ("",) * len(rows))]
+    unit_of = {i: number for number, unit in enumerate(units(rows)) for i in unit}
+    held_out: dict[int, bool] = {}
+    result = []
+    for number, shard in enumerate(shards):
+        rng = np.random.default_rng([seed, number])
+        inside: dict[int, Unit] = {}
+        for i in shard.indices:
+            inside.setdefault(unit_of[i], []).append(i)
+        _hold_out(inside, labels, data.test_fraction, held_out, rng)
+        test = [i for i in shard.indices if held_out[unit_of[i]]]
+        train = [i for i in shard.indices if not held_out[unit_of[i]]]
+        if not test or not train:
+            raise DataError(
+                f"client {shard.name!r} has {len(shard.indices)} rows in {len(inside)} units: none to "
+                f"{'train on' if test else 'hold out'}",
+                where="data.test_fraction",
+                mend="Lower data.clients, change data.test_fraction or give more rows.",
+            )
+        train, test = _sample(train, labels, data.rows, rng), _sample(test, labels, data.test_rows, rng)
+        result.append(ClientRows(shard.name, rows.take(train), rows.take(test)))
+    return result
+
+
+def _hold_out(
+    inside: dict[int, Unit],
+    labels: Sequence[str],
+    fraction: float,
+    held_out: dict[int, bool],
+    rng: np.random.Generator,
+) -> None:
+    """Decide for every unit of a client, in random order, whether it is held out.
+
+    A unit is when that brings the held-out counts per label nearer to ``fraction`` of the client's rows. Units that
+    another client has decided on already keep their side.
+    """
+    counts = {key: Counter(labels[i] for i in unit) for key, unit in inside.items()}
+    want: dict[str, float] = defaultdict(float)  # rows still to hold out, per label
+    for key, count in counts.items():
+        for label, n in count.items():
+            want[label] += fraction * n - n * held_out.get(key, False)
+    undecided = [key for key in inside if key not in held_out]
+    for key in rng.permutation(undecided).tolist():
+        # |want|^2 - |want - count|^2, written out
+        held_out[key] = sum(2 * want[label] * n - n * n for label, n in counts[key].items()) > 0
+        if held_out[key]:
+            for label, n in counts[key].items():
+                want[label] -= n
+    sides = {held_out[key] for key in inside}
+    if len(sides) == 1 and undecided and len(inside) > 1:  # so few units that one side came out empty
+        smallest = min(undecided, key=lambda key: len(inside[key]))
+        held_out[smallest] = not held_out[smallest]
+
+
+def _sample(indices: list[int], labels: Sequence[str], most: int | None, rng: np.random.Generator) -> list[int]:
+    """At most ``most`` of ``indices``, with the labels in proportion (largest remainders)."""
+    if most is None or len(indices) <= most:
+        return indices
+    by_label: dict[str, list[int]] = {}
+    for i in rng.permutation(indices).tolist():
+        by_label.setdefault(labels[i], []).append(i)
+    quota: dict[str, Any] = {label: most * len(found) / len(indices) for label, found in by_label.items()}
+    keep = {label: int(q) for label, q in quota.items()}
+    for label in sorted(quota, key=lambda label: (keep[label] - quota[label], label))[: most - sum(keep.values())]:
+        keep[label] += 1
+    return sorted(i for label, found in by_label.items() for i in found[: keep[label]])

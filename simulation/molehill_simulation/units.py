@@ -1,0 +1,102 @@
+"""What a partitioner deals: units of rows that must stay together, into shards."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from molehill.errors import DataError
+from molehill.tasks.rows import Rows
+from molehill.tasks.schema import content_keys
+
+Unit = list[int]  # row indices
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of one client.
+
+    Attributes:
+        name: Name of the client; safe as a file name.
+        indices: Row indices.
+    """
+
+    name: str
+    indices: list[int]
+
+
+def units(rows: Rows) -> list[Unit]:
+    """Rows that belong together: those with the same ``group``, or the same content word for word.
+
+    Two rows of one document share its context, and two equal rows are one: were one of them trained on and the other
+    held out, the score would measure memory. Both relations are closed transitively.
+
+    Returns:
+        Disjoint units that hold every row, in order of their first row.
+    """
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    groups = rows.columns.get("group", (None,) * len(rows))
+    for keys in ([None if group is None else str(group) for group in groups], content_keys(rows)):
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            if key is not None:
+                a, b = root(first.setdefault(key, i)), root(i)
+                parent[max(a, b)] = min(a, b)
+    found: dict[int, Unit] = {}
+    for i in range(len(rows)):
+        found.setdefault(root(i), []).append(i)
+    return list(found.values())
+
+
+def spread(parts: Sequence[Unit], bins: int, rng: np.random.Generator) -> list[Unit]:
+    """Deal units at random into ``bins`` of nearly equal numbers of rows (largest first, to the emptiest).
+
+    Raises:
+        DataError: There are fewer units than bins.
+    """
+    need_units(parts, bins)
+    order = sorted(rng.permutation(len(parts)), key=lambda i: -len(parts[i]))
+    heap = [(0, b) for b in range(bins)]
+    dealt: list[Unit] = [[] for _ in range(bins)]
+    for i in order:
+        size, b = heapq.heappop(heap)
+        dealt[b] += parts[i]
+        heapq.heappush(heap, (size + len(parts[i]), b))
+    return [sorted(rows) for rows in dealt]
+
+
+def need_units(parts: Sequence[Unit], clients: int) -> None:
+    """Refuse to deal fewer units than clients.
+
+    Raises:
+        DataError: There are fewer.
+    """
+    if len(parts) < clients:
+        total = sum(map(len, parts))
+        raise DataError(
+            f"{total} rows make {len(parts)} units that can be dealt (rows of one group or with the same content stay "
+            f"together), fewer than the {clients} clients they are for",
+            where="data.clients",
+            mend="Lower data.clients, or give more rows.",
+        )
+
+
+def numbered(dealt: Sequence[Unit]) -> list[Shard]:
+    """Shards named ``client-1``, ``client-2``, ..."""
+    return [Shard(f"client-{number}", indices) for number, indices in enumerate(dealt, start=1)]
+
+
+def file_safe(value: object) -> str:
+    """A value of a column as part of a client's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", str(value)).strip("-.")[:40] or "none"
