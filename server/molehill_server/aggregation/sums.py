@@ -27,9 +27,11 @@ class FactorSum:
     """
 
     def __init__(self, glob: Global) -> None:
+        self._old = glob.tree
         self._tree = glob.tree.copy()
         self._flat = torch.from_numpy(self._tree.flat)
         self._totals: dict[Key, float] = {}
+        self._rows: dict[Key, int] = {}  # of A, sent by anybody
 
     def add(self, update: Update, weight: Weight) -> None:
         """Move the mean towards one update.
@@ -47,12 +49,14 @@ class FactorSum:
 
     def _steps(self, update: Update, weight: Weight) -> dict[Key, float]:
         steps = {}
-        for key in update.tree:
+        for key, shape in update.tree.layout.items():
             if key not in self._tree:
                 raise MessageError(f"the model has no tensor {key.name}", where=update.client)
             w = weight.of(key)
             if w > 0:
                 self._totals[key] = self._totals.get(key, 0.0) + w
+                if key.role == "A":
+                    self._rows[key] = max(self._rows.get(key, 0), shape[0])
             steps[key] = w / self._totals[key] if w > 0 else 0.0
         return steps
 
@@ -67,7 +71,13 @@ class FactorSum:
         ours[len(theirs) :].mul_(1.0 - step)
 
     def finish(self) -> Combined:
-        """The means; the sum must not be used afterwards."""
+        """The means; the sum must not be used afterwards.
+
+        Rows of A beyond every client's rank are the old ones. Their columns of B are 0, so the product is the same,
+        but with both at 0 they would never learn again.
+        """
+        for key, rows in self._rows.items():
+            self._tree[key][rows:] = self._old[key][rows:]
         return Combined(self._tree, frozenset(self._totals))
 
 

@@ -33,8 +33,9 @@ class SvdParams:
 class Svd:
     """Replaces a product ``U diag(s) V`` by its best approximation of the shared rank.
 
-    That is ``B = U_r diag(s_r)``, ``A = V_r``. The first columns are the best approximation of every lower rank too, so a client of rank r_k takes the first r_k.
-    Directions beyond the product's own rank or the threshold have B = 0 and a nonzero A, so they can still learn.
+    That is ``B = U_r diag(s_r)``, ``A = V_r``. The first columns are the best approximation of every lower rank too,
+    so a client of rank r_k takes the first r_k. Directions beyond the product's own rank or the threshold have B = 0
+    and a nonzero A, so they can still learn.
     """
 
     needs_products = True

@@ -11,7 +11,8 @@ from molehill_server.records import Global
 class Stack:
     """Puts the clients' factors side by side, ``[p_1 B_1 .. p_K B_K] [A_1; ..; A_K]`` of rank ``sum_k r_k``.
 
-    No arithmetic but the weights: the A's are the clients' bits. Rank, memory and download grow with the number of clients.
+    No arithmetic but the weights: the A's are the clients' bits. Rank, memory and download grow with the number
+    of clients.
     """
 
     products = True
