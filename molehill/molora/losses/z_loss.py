@@ -18,7 +18,7 @@ from molehill.registry import register
     url="https://arxiv.org/abs/2202.08906",
 )
 class ZLoss:
-    """``mean_t (log sum_e exp z_te)^2``: keeps logits small. A shift of all logits changes it, but no softmax weight."""
+    """``mean_t (log sum_e exp z_te)^2``: keeps logits small. A shift of all logits changes it, but no weight."""
 
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:
         """Return the mean over records."""

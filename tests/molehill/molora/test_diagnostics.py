@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from molehill import registry
+from molehill.molora.interfaces import Route, Site
+
+
+def _records(record, context, rows=2, seed=0):
+    torch.manual_seed(seed)
+    made = []
+    for name, n in (("a", 4), ("b", 4), ("c", 3)):
+        mask = torch.rand(rows, 5) > 0.3
+        z = torch.randn(rows, 5, n)
+        route = registry.build("selector", "top_k", {"k": 2})(z, context())
+        made.append(record(route, mask, site=Site(0, name, 1, 8, 8)))
+    return made
+
+
+def test_load_equals_a_count(record, context):
+    load, records = registry.build("diagnostic", "load"), _records(record, context)
+    load.update(records)
+    report, tokens = load.report(), load.tokens()
+    for r in records:
+        n, real = r.route.logits.shape[-1], int(r.mask.sum())
+        chosen = [0] * n
+        for e in range(n):
+            mass = sum(float(r.route.weights[b, t, e]) for b in range(2) for t in range(5) if r.mask[b, t])
+            chosen[e] = sum(bool(r.route.weights[b, t, e] > 0) for b in range(2) for t in range(5) if r.mask[b, t])
+            assert tokens[r.site.name, f"e{e}"] == pytest.approx(mass, rel=1e-5)
+            assert report[f"{r.site.name}/mass/e{e}"] == pytest.approx(mass / real, rel=1e-5)
+            assert report[f"{r.site.name}/chosen/e{e}"] == pytest.approx(chosen[e] / real)
+        assert report[f"{r.site.name}/violation"] == pytest.approx(max(chosen) / (sum(chosen) / n) - 1)
+        p = r.route.logits.softmax(-1)
+        entropy = float(-(p * p.log()).sum(-1)[r.mask].mean())
+        assert report[f"{r.site.name}/entropy"] == pytest.approx(entropy, rel=1e-4)
+
+
+def test_load_extremes(record):
+    load = registry.build("diagnostic", "load")
+    w = torch.zeros(1, 8, 4)
+    w[..., 2] = 1
+    load.update([record(Route(w * 99, w))])
+    (site,) = {site for site, _ in load.tokens()}
+    assert load.report()[f"{site}/violation"] == pytest.approx(3)
+    assert load.report()[f"{site}/entropy"] == pytest.approx(0, abs=1e-6)
+    even = registry.build("diagnostic", "load")
+    even.update([record(Route(torch.zeros(1, 8, 4), torch.full((1, 8, 4), 0.25)))])
+    assert even.report()[f"{site}/violation"] == pytest.approx(0)
+    assert even.report()[f"{site}/entropy"] == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_load_counts_a_routed_sequence_by_its_tokens_and_heads_once(record, context):
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    for shape in ((2, 1, 3), (1, 1, 3), (2, 1, 2, 3)):
+        load = registry.build("diagnostic", "load")
+        load.update([record(registry.build("selector", "dense")(torch.randn(shape), context()), mask)])
+        assert sum(load.tokens().values()) == pytest.approx(4)
+
+
+def test_coactivation_equals_a_count(record, context):
+    both, records = registry.build("diagnostic", "coactivation"), _records(record, context)
+    both.update(records)
+    for r in records:
+        chosen = (r.route.weights > 0)[r.mask].tolist()
+        n = r.route.logits.shape[-1]
+        for i in range(n):
+            for j in range(i + 1, n):
+                either = sum(c[i] or c[j] for c in chosen)
+                expected = sum(c[i] and c[j] for c in chosen) / either if either else 0.0
+                assert both.report()[f"{r.site.name}/e{i}/e{j}"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["load", "coactivation"])
+def test_merging_clients_equals_seeing_everything(name, record, context):
+    first, second = _records(record, context, seed=1), _records(record, context, seed=2)
+    union, one, two = (registry.build("diagnostic", name) for _ in range(3))
+    union.update(first)
+    union.update(second)
+    one.update(first)
+    two.update(second)
+    before = two.report()
+    one.merge(two)
+    assert one.report() == pytest.approx(union.report())
+    one.update(first)  # merging shares no memory
+    assert two.report() == before
+
+
+class _Toy(nn.Module):
+    """A causal model whose next-token logits are one-hot at the last token's successor."""
+
+    def forward(self, input_ids, attention_mask):
+        assert attention_mask.shape == input_ids.shape
+        return SimpleNamespace(logits=nn.functional.one_hot((input_ids + 1) % 10, 10).float())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_reads_the_last_real_token_on_either_side_of_padding(side):
+    ids, mask = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    if side == "left":
+        ids[1], mask[1] = ids[1].flip(0), mask[1].flip(0)
+    logits = registry.build("inference", "greedy").step(_Toy(), ids, mask)
+    assert logits.argmax(-1).tolist() == [4, 5]

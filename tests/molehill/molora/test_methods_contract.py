@@ -1,0 +1,127 @@
+"""What every routing method must have and do, whoever adds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import torch
+
+from molehill import registry
+from molehill.molora.interfaces import RouteRecord, Scorer, Site
+
+AXES = (
+    "scorer",
+    "transform",
+    "selector",
+    "routing_loss",
+    "allocation",
+    "init",
+    "diagnostic",
+    "inference",
+    "preset",
+)
+METHODS = [(axis, method.name) for axis in AXES for method in registry.methods(axis)]
+
+
+def _of(axis):
+    return [name for at, name in METHODS if at == axis]
+
+
+@pytest.mark.parametrize(("axis", "name"), METHODS)
+def test_says_where_it_comes_from_and_what_it_does(axis, name):
+    method = registry.get(axis, name)
+    assert method.paper
+    assert method.url.startswith("https://") or method.paper.startswith("house: ")
+    assert all(re.fullmatch(r"[SZ]\d{1,3}", code) for code in method.seeds)
+    assert len(method.summary) > 15
+    assert inspect.getdoc(inspect.getmodule(method.target))
+
+
+@pytest.mark.parametrize(("axis", "name"), METHODS)
+def test_parameters_are_frozen_documented_and_have_defaults(axis, name):
+    params = registry.get(axis, name).params
+    instance = params()
+    for field in dataclasses.fields(params):
+        assert f"{field.name}:" in inspect.getdoc(params)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(instance, field.name, None)
+
+
+@pytest.mark.parametrize("name", _of("scorer"))
+def test_scorers(name, context):
+    scorer = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3)
+    assert isinstance(scorer, Scorer)
+    assert scorer.n_experts == 5
+    x, tasks = torch.randn(2, 3, 8), torch.tensor([0, 2])
+    z = scorer(context(x=x, task_ids=tasks))
+    assert z.shape[-1] == 5
+    assert z.shape[0] in {1, 2}
+    assert z.shape[1] in {1, 3}
+    assert z.dtype == torch.float32
+    if scorer.fusable:
+        torch.testing.assert_close(z, x @ scorer.weight.T)
+    assert torch.equal(z, scorer(context(x=x, task_ids=tasks)))  # nothing random at inference
+    torch.manual_seed(1)
+    again = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3).state_dict()
+    torch.manual_seed(1)
+    same = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3).state_dict()
+    assert all(torch.equal(again[key], same[key]) for key in again)
+
+
+@pytest.mark.parametrize("name", _of("transform"))
+def test_transforms(name, context):
+    z = torch.randn(2, 3, 5)
+    for training in (False, True):
+        assert registry.build("transform", name)(z, context(training=training)).shape == z.shape
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 5), (1, 1, 5), (2, 3, 4, 5), (2, 3, 1)])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", _of("selector"))
+def test_selectors(name, training, shape, context):
+    z, mask = torch.randn(shape), torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    before = z.clone()
+    route = registry.build("selector", name)(z, context(training=training, mask=mask))
+    assert torch.equal(z, before)
+    assert route.weights.shape == route.probs.shape == route.selected.shape == shape
+    assert route.selected.dtype == torch.bool
+    assert bool((route.weights >= 0).all())
+    assert bool((route.weights <= 1 + 1e-6).all())
+    if not training:
+        assert bool((route.weights.sum(-1) > 0).all())
+
+
+@pytest.mark.parametrize("name", _of("routing_loss"))
+def test_losses(name, context):
+    site, z = Site(0, "a", 1, 8, 8), torch.randn(2, 3, 5, requires_grad=True)
+    route = registry.build("selector", "top_k")(z, context())
+    record = RouteRecord(site, route, torch.ones(2, 3, dtype=torch.bool), torch.ones(5), torch.tensor([0, 1]))
+    loss = registry.build("routing_loss", name)([record, record])
+    assert loss.shape == ()
+    assert float(loss.detach()) >= 0
+    loss.backward()
+    assert float(z.grad.abs().sum()) > 0
+    alone = registry.build("routing_loss", name)([record])
+    torch.testing.assert_close(alone, loss)  # a mean over records, not a sum
+    order = torch.randperm(5)
+    mixed = registry.build("selector", "top_k")(z[..., order], context())
+    if name != "localized_balance":  # there experts have types
+        other = RouteRecord(site, mixed, record.mask, record.costs, record.types)
+        torch.testing.assert_close(registry.build("routing_loss", name)([other]), alone)
+
+
+@pytest.mark.parametrize("name", _of("init"))
+def test_inits(name):
+    A, B = torch.ones(4, 16), torch.ones(8, 4)
+    init = registry.build("init", name)
+    init(A, B, torch.Generator().manual_seed(0))
+    assert init.frozen <= {"A", "B"}
+    assert float((B @ A).abs().max()) == 0
+
+
+@pytest.mark.parametrize("name", _of("inference"))
+def test_inference(name):
+    assert registry.build("inference", name).export in {"graph_input", "two_pass", "host_only"}
