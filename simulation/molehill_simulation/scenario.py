@@ -1,0 +1,145 @@
+"""What goes wrong in a simulation: clients that cannot be reached, vanish, are late, or send garbage.
+
+All of it is decided by the run's seed, the round, the attempt and the client's id, so a run and its repetition, or its
+continuation after a kill, meet the same misfortunes. It happens in the client, so every engine has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from molehill_protos.v1 import delta_pb2
+
+from molehill.config import Config, MethodRef
+from molehill.plan import ClientReply
+from molehill.wire.exchange import connect
+from molehill.wire.keys import Key
+from molehill.wire.message import decode_delta, encode_delta
+from molehill.wire.tree import Tree
+from molehill_simulation.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
+from molehill_simulation.grid import NoReply
+
+_EXACT = MethodRef(name="fp32")
+
+
+class Fate(NamedTuple):
+    """What happens to one client in one attempt of a round.
+
+    Attributes:
+        reachable: It gets the message.
+        finishes: It lives to answer.
+        delay: Seconds its answer is late.
+    """
+
+    reachable: bool
+    finishes: bool
+    delay: float
+
+
+def fate(config: Config, group: str, client: str) -> Fate:
+    """Draw a client's fate.
+
+    Args:
+        config: The run.
+        group: Round and attempt, as in the message's group id.
+        client: Any name of the client that does not change.
+    """
+
+    def draw(what: str) -> float:
+        text = f"{config.run.seed}/{group}/{client}/{what}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+    scenario = config.scenario
+    return Fate(
+        reachable=draw("reach") < scenario.availability,
+        finishes=draw("finish") >= scenario.dropout,
+        delay=scenario.delay if draw("late") < scenario.stragglers else 0.0,
+    )
+
+
+class ScenarioApp(ClientApp):
+    """A ClientApp with the misfortunes of the configuration.
+
+    Args:
+        app: The ClientApp.
+        config: The run.
+        late: Lets a client be late by some seconds.
+    """
+
+    def __init__(self, app: ClientApp, config: Config, late: Callable[[float], None]) -> None:
+        super().__init__()
+        self._app = app
+        self._config = config
+        self._late = late
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Run the ClientApp, unless fate is against it; only training is affected.
+
+        Raises:
+            NoReply: The client cannot be reached or has vanished.
+        """
+        if message.metadata.message_type != "train":
+            return self._app(message, context)
+        fortune = fate(self._config, message.metadata.group_id, str(context.node_config["partition-id"]))
+        if not fortune.reachable:
+            raise NoReply("not reachable")
+        reply = self._app(message, context)
+        said = ClientReply.model_validate_json(str(reply.content["reply"]["json"]))
+        exchange = connect(str(context.run_config["exchange"]))
+        if not fortune.finishes:
+            exchange.drop(said.delta)
+            raise NoReply("vanished")
+        kind = self._config.scenario.garbage.get(said.client)
+        if kind is not None:
+            blob = spoil(exchange.get(said.delta), kind, self._config.wire.max_bytes)
+            exchange.drop(said.delta)
+            said = said.model_copy(update={"delta": exchange.put(blob), "bytes_up": len(blob)})
+            reply = Message(RecordDict({"reply": ConfigRecord({"json": said.model_dump_json()})}), reply_to=message)
+        if fortune.delay:
+            self._late(fortune.delay)
+        return reply
+
+
+def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:
+    """Make garbage of an encoded delta.
+
+    Args:
+        blob: The delta.
+        kind: ``nan`` (values that are not numbers), ``shape`` (one row too many), ``huge`` (1e6 everywhere), ``keys``
+            (a tensor nobody asked for) or ``bytes`` (cut short).
+        max_bytes: Largest delta.
+
+    Returns:
+        Bytes that are well-formed up to the one thing that is wrong.
+    """
+    if kind == "bytes":
+        return blob[: len(blob) // 2]
+    delta = decode_delta(blob, max_bytes)
+    arrays = dict(delta.tree)
+    if kind == "nan":
+        return _forge_nan(encode_delta(replace(delta, tree=Tree(delta.tree.layout)), _EXACT))
+    if kind == "huge":
+        arrays = {key: np.full_like(value, 1e6) for key, value in arrays.items()}
+    elif kind == "shape":
+        key = next(iter(arrays))
+        arrays[key] = np.concatenate([arrays[key], arrays[key][:1]])
+    else:
+        arrays[Key("foreign.site", "e0", "A")] = np.zeros((1, 1), np.float32)
+    return encode_delta(replace(delta, tree=Tree.of(arrays)), _EXACT)
+
+
+def _forge_nan(blob: bytes) -> bytes:
+    """Fill an fp32 delta with NaN, which no honest encoder does, and make its checksum right again."""
+    message = delta_pb2.Delta.FromString(blob)
+    tree = message.tree
+    tree.payload = b"\x00\x00\xc0\x7f" * (len(tree.payload) // 4)
+    total = hashlib.sha256()
+    for part in (tree.codec.encode(), tree.params.encode(), tree.tensors, tree.payload):
+        total.update(len(part).to_bytes(8, "little"))
+        total.update(part)
+    tree.sha256 = total.digest()
+    return message.SerializeToString(deterministic=True)
