@@ -52,25 +52,31 @@ def _reference(name, params, record):
     p = _mean(t[2] for t in tokens)
     w = _mean(t[3] for t in tokens)
     f = _mean(t[4] for t in tokens)
-    if name == "switch_balance":
-        return n * sum(a * b for a, b in zip(f, p, strict=True)) / (sum(f) if params.get("normalise_by_k") else 1)
-    if name == "z_loss":
-        return sum(math.log(sum(math.exp(v) for v in t[1])) ** 2 for t in tokens) / len(tokens)
-    if name == "importance_cv2":
-        return _cv2(w)
-    if name == "entropy":
-        if params.get("kind") == "tsallis":
-            q = params["q"]
-            return sum((1 - sum(v**q for v in t[2])) / (1 - n ** (1 - q)) for t in tokens) / len(tokens)
-        return -sum(v * math.log(v) for t in tokens for v in t[2]) / len(tokens)
-    if name == "dynmole_balance":
-        return n * sum(a * b for a, b in zip(w, p, strict=True))
-    if name == "p_penalty":
-        return n * sum(a * c * b for a, c, b in zip(f, record.costs.tolist(), p, strict=True))
-    delta, types, z = params["delta"], params.get("types", 2), []
+    q = params.get("q", 1.1)
+    if params.get("kind") == "tsallis":
+        entropies = [(1 - sum(v**q for v in t[2])) / (1 - n ** (1 - q)) for t in tokens]
+    else:
+        entropies = [-sum(v * math.log(v) for v in t[2]) for t in tokens]
+    return {
+        "switch_balance": lambda: n * _dot(f, p) / (sum(f) if params.get("normalise_by_k") else 1),
+        "z_loss": lambda: sum(math.log(sum(math.exp(v) for v in t[1])) ** 2 for t in tokens) / len(tokens),
+        "importance_cv2": lambda: _cv2(w),
+        "entropy": lambda: sum(entropies) / len(tokens),
+        "dynmole_balance": lambda: n * _dot(w, p),
+        "p_penalty": lambda: n * _dot([a * c for a, c in zip(f, record.costs.tolist(), strict=True)], p),
+        "localized_balance": lambda: _localized(params["delta"], params.get("types", 2), tokens, record.types, n),
+    }[name]()
+
+
+def _dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _localized(delta, types, tokens, row_types, n):
+    z = []
     for b in sorted({t[0] for t in tokens}):
         for e, gate in enumerate(_mean(t[3] for t in tokens if t[0] == b)):
-            own = e * types // n == int(record.types[b]) % types
+            own = e * types // n == int(row_types[b]) % types
             z.append(gate * (1 + delta if own else 1 - delta))
     return _cv2(z)
 

@@ -13,7 +13,10 @@ PRESETS = [method.name for method in registry.methods("preset")]
 FILES = Path(__file__).parents[3] / "configs" / "methods"
 
 LLAMA = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
-BERT = "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense output.dense"
+BERT = (
+    "attention.self.query attention.self.key attention.self.value attention.output.dense "
+    "intermediate.dense output.dense"
+)
 GPT2 = "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"
 
 

@@ -55,26 +55,27 @@ def _one_token(name, params, z):
         for e in chosen:
             w[e] = p[e] if renorm == "none" or name == "switch" else p[e] / sum(p[i] for i in chosen)
         return w
-    mass, chosen = 0.0, []
-    limit = params.get("p", 0.4) if name == "top_p" else 0.75
-    for e in order:
-        if params.get("inclusive", True):
-            chosen.append(e)
-            mass += p[e]
-            if mass >= limit:
-                break
-        else:
-            mass += p[e]
-            if mass > limit:
-                break
-            chosen.append(e)
+    chosen = _up_to(
+        p, order, params.get("p", 0.4) if name == "top_p" else 0.75, inclusive=params.get("inclusive", True)
+    )
     if name == "dynmole":
-        chosen = sorted(set(chosen) | set(order[:2]))
-        if _tsallis(p, 1.1) > params.get("tau", 0.9):
-            chosen = order
+        unsure = _tsallis(p, 1.1) > params.get("tau", 0.9)
+        chosen = order if unsure else {*chosen, *order[:2]}
     for e in chosen:
         w[e] = p[e]
     return w
+
+
+def _up_to(p, order, limit, *, inclusive):
+    """The most probable experts until their mass reaches the limit, with or without the last of them."""
+    mass, chosen = 0.0, []
+    for e in order:
+        mass += p[e]
+        if inclusive or mass <= limit:
+            chosen.append(e)
+        if mass >= limit:
+            break
+    return chosen
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
