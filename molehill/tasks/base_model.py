@@ -232,6 +232,9 @@ def _tokenizer(folder: Path, origin: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _cannot_load("tokenizer", error, origin) from None
+    # Without its vocabulary transformers makes an empty tokenizer, which reads every word as unknown.
+    if not any((folder / name).is_file() for name in {"tokenizer.json", *tokenizer.vocab_files_names.values()}):
+        raise ModelError("the folder has no tokenizer", where=origin, mend="Save the tokenizer beside the model.")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(

@@ -1,0 +1,159 @@
+"""Only answers are learnt, whatever the template."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from molehill import config
+from molehill.errors import DataError, ModelError
+from molehill.tasks.batches import IGNORE
+from molehill.tasks.causal_lm import CausalLM
+from molehill.tasks.rows import Rows
+from molehill.tasks.task import make_task
+
+
+def rows(*records):
+    return Rows.from_records([(f"f:{i}", record) for i, record in enumerate(records, start=1)], "f")
+
+
+def talk(*turns):
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return {"messages": [{"role": roles[role], "content": content} for role, content in turns]}
+
+
+def learnt(tokenizer, example):
+    """The words learnt, and the words read."""
+    assert [label for label, i in zip(example.labels, example.input_ids, strict=True) if label not in (IGNORE, i)] == []
+    words = tokenizer.convert_ids_to_tokens(example.input_ids)
+    return [w for w, label in zip(words, example.labels, strict=True) if label != IGNORE], words
+
+
+def test_chat_template_learns_every_answer(chat_tokenizer):
+    conversation = talk(("s", "system"), ("u", "one two"), ("a", "user a"), ("u", "a"), ("a", "b"))
+    (example,) = CausalLM(chat_tokenizer, 64).encode(rows(conversation))
+    answers, words = learnt(chat_tokenizer, example)
+    assert answers == ["user", "a", "</s>", "b", "</s>"]
+    assert " ".join(words) == (
+        "<s> <|system|> system <|user|> one two <|assistant|> user a </s> <|user|> a <|assistant|> b </s>"
+    )
+
+
+def test_instruction_goes_through_the_template(chat_tokenizer):
+    task = CausalLM(chat_tokenizer, 64)
+    plain, context = task.encode(
+        rows(
+            {"instruction": "one", "input": "", "output": " a "},
+            {"instruction": "one", "input": "two", "output": "a", "task": None},
+        )
+    )
+    assert learnt(chat_tokenizer, plain) == (["a", "</s>"], ["<s>", "<|user|>", "one", "<|assistant|>", "a", "</s>"])
+    assert learnt(chat_tokenizer, context)[1] == ["<s>", "<|user|>", "one", "two", "<|assistant|>", "a", "</s>"]
+
+
+def test_alpaca_where_there_is_no_template(tokenizer):
+    task = make_task(config.Task(kind="causal-lm", max_length=64), tokenizer)
+    (example,) = task.encode(rows({"instruction": "one", "input": "two", "output": "a b"}))
+    answers, words = learnt(tokenizer, example)
+    assert answers == ["a", "b", "</s>"]
+    assert words.index("one") < words.index("two") < words.index("a", words.index("two"))
+    conversation = talk(("s", "three"), ("u", "one"), ("a", "a"), ("u", "two"), ("a", "b c"))
+    (example,) = task.encode(rows(conversation))
+    assert learnt(tokenizer, example)[0] == ["a", "b", "c", "</s>"]
+
+
+def test_begin_and_end_tokens_of_the_tokenizer_itself(make_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (example,) = CausalLM(tokenizer, 64).encode(rows({"instruction": "one", "input": "", "output": "a"}))
+    answers, words = learnt(tokenizer, example)
+    assert answers == ["a", "</s>"]
+    assert words[0] == "<s>"
+    assert words.count("</s>") == 1
+
+
+def test_template_that_writes_no_end(make_tokenizer):
+    tokenizer = make_tokenizer("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} three {% endfor %}")
+    (example,) = CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a"))))
+    assert learnt(tokenizer, example)[0] == ["a", "</s>"]
+
+
+def test_template_that_edits_earlier_answers(make_tokenizer):
+    """As reasoning templates do, which drop the thoughts of all answers but the last."""
+    edits = (
+        "{% for m in messages %}<|{{ m.role }}|> "
+        "{{ m.content if loop.last or m.role == 'user' else m.content.split(' ')[-1] }} {% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    tokenizer = make_tokenizer(edits)
+    (example,) = CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a b"), ("u", "two"), ("a", "c d"))))
+    assert learnt(tokenizer, example) == (
+        ["c", "d", "</s>"],
+        ["<|user|>", "one", "<|assistant|>", "b", "<|user|>", "two", "<|assistant|>", "c", "d", "</s>"],
+    )
+
+
+def test_template_that_hides_answers(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} <|assistant|>{% endif %}"
+    )
+    with pytest.raises(DataError, match="f:1: the tokenizer's chat template does not show the answer"):
+        CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a"))))
+
+
+def test_template_that_refuses(make_tokenizer):
+    tokenizer = make_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"f:1: .*roles must alternate"):
+        CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a"))))
+
+
+def test_a_token_that_holds_the_space_before_an_answer_is_learnt(make_tokenizer):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(["<unk>", "</s>", "Q:", "\u0120one", "\u0120A:", "\u0120a"])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", "merged_with_next"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else ' A: ' }}{{ m.content }}{% endfor %}"
+    )
+    (example,) = CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a"))))
+    assert learnt(tokenizer, example)[0] == ["\u0120a", "</s>"]
+
+
+def test_truncation_keeps_part_of_the_answer_or_drops_the_row(chat_tokenizer, caplog):
+    task = CausalLM(chat_tokenizer, 8)
+    short, long = talk(("u", "one"), ("a", "a b c d e f g h")), talk(("u", "one two three four one two"), ("a", "a"))
+    with caplog.at_level(logging.WARNING):
+        (example,) = task.encode(rows(short, long))
+    assert learnt(chat_tokenizer, example)[0] == ["a", "b", "c", "d"]
+    assert "1 of 2 rows dropped" in caplog.text
+    with pytest.raises(DataError, match=r"no answer begins within task.max_length"):
+        task.encode(rows(long))
+
+
+def test_batch(chat_tokenizer):
+    task = CausalLM(chat_tokenizer, 64)
+    conversation = talk(("u", "one"), ("a", "a b"))
+    batch = task.collate(task.encode(rows({**conversation, "task": 3}, {**talk(("u", "one"), ("a", "a")), "task": 0})))
+    assert batch.labels.shape == batch.input_ids.shape == (2, 8)
+    assert (batch.labels != IGNORE).sum(1).tolist() == [3, 2]
+    assert (batch.labels[~batch.attention_mask] == IGNORE).all()
+    assert batch.task_ids.tolist() == [3, 0]
+
+
+def test_tokenizer_must_have_an_end(make_tokenizer):
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        CausalLM(make_tokenizer(eos_token=None), 64)

@@ -1,0 +1,120 @@
+"""Rows are brought to one form, and what does not fit is refused with its line."""
+
+from __future__ import annotations
+
+import pytest
+
+from molehill import config
+from molehill.errors import DataError
+from molehill.tasks.schema import content_keys, load_rows
+
+CLASSES = config.Task(labels=("negative", "positive"))
+WRITE = config.Task(kind="causal-lm")
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def load(path, task=CLASSES, **columns):
+    return load_rows(config.Data(source=path, columns=columns), task)
+
+
+def test_text_and_label(write):
+    path = write("r.jsonl", [{"t": "x", "y": "negative", "domain": "d"}, {"t": "z", "y": "positive", "domain": "e"}])
+    rows, task = load(path, text="t", label="y")
+    assert rows["text"] == ("x", "z")
+    assert rows["label"] == ("negative", "positive")
+    assert rows["domain"] == ("d", "e")
+    assert task == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("labels", "derived"),
+    [
+        (["b", "a", "b"], ("a", "b")),
+        ([10, 2, 2], ("2", "10")),
+        (["10", "-1", "2"], ("-1", "2", "10")),
+        ([True, False, True], ("false", "true")),
+        (["1", "x", "02"], ("02", "1", "x")),
+    ],
+)
+def test_labels_are_derived_from_all_rows(write, labels, derived):
+    _, task = load(write("r.jsonl", [{"text": "t", "label": label} for label in labels]), config.Task())
+    assert task.labels == derived
+
+
+def test_sample_labels():
+    _, task = load_rows(config.Data(), config.Task())
+    assert task.labels == ("negative", "neutral", "positive")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": "positive"}, "the row has no 'text'"),
+        ({"text": "x"}, "the row has no 'label'"),
+        ({"text": None, "label": "positive"}, "the row has no 'text'"),
+        ({"text": 3, "label": "positive"}, "'text' must be text, but is int 3"),
+        ({"text": "  ", "label": "positive"}, "'text' is empty"),
+        ({"text": "x", "label": 0.5}, "'label' must be text, but is float"),
+        ({"text": "x", "label": "Positve"}, "Did you mean 'positive'?"),
+        ({"text": "x", "label": "positive", "task": -1}, "'task' must be a whole number"),
+    ],
+)
+def test_bad_row_of_classification(write, row, message):
+    good = {"text": "x", "label": "negative"} | ({"task": 0} if "task" in row else {})
+    path = write("r.jsonl", [good, row])
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert caught.value.where == f"{path}:2"
+    assert message in str(caught.value)
+
+
+def test_one_class_only(write):
+    with pytest.raises(DataError, match="every row has the label 'a'"):
+        load(write("r.jsonl", [{"text": "t", "label": "a"}] * 3), config.Task())
+
+
+def test_no_such_column(write):
+    with pytest.raises(DataError, match=r"no column 'text'.*Columns there: review, label"):
+        load(write("r.csv", "review,label\nx,positive\n"))
+
+
+def test_instruction_input_output(write):
+    path = write("r.jsonl", [{"instruction": "i", "output": "o"}, {"instruction": "i", "input": "n", "output": "o"}])
+    rows, task = load(path, WRITE)
+    assert rows["input"] == ("", "n")
+    assert task == WRITE
+
+
+def test_messages_end_with_an_answer(write):
+    rows, _ = load(write("r.jsonl", [{"messages": [*TURNS, {"role": "user", "content": "more"}]}]), WRITE)
+    assert rows["messages"] == (TURNS,)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "hello"}, "must be a list"),
+        ({"messages": []}, "must be a list"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "message 1 lacks 'role'"),
+        ({"messages": [{"role": "human", "content": "x"}, TURNS[1]]}, "message 1 has the role 'human'"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": 3}]}, "'message 2' must be text"),
+        ({"messages": [TURNS[0]]}, "no message of the role 'assistant'"),
+        ({"messages": [TURNS[1]]}, "no message of the role 'assistant' answers another"),
+        ({"instruction": "i", "output": ""}, "'output' is empty"),
+        ({"instruction": "i", "input": 5, "output": "o"}, "'input' must be text"),
+        ({"output": "o"}, "no column 'instruction'"),
+        ({"text": "t"}, "neither `messages` nor `instruction`"),
+    ],
+)
+def test_bad_row_of_causal_lm(write, row, message):
+    path = write("r.jsonl", [row])
+    with pytest.raises(DataError) as caught:
+        load(path, WRITE)
+    assert caught.value.where in {path, f"{path}:1"}
+    assert message in str(caught.value)
+
+
+def test_content_keys_ignore_answers(write):
+    path = write("r.jsonl", [{"instruction": "i", "output": "1"}, {"instruction": "i", "output": "2"}])
+    first, second = content_keys(load(path, WRITE)[0])
+    assert first == second
