@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -30,8 +31,10 @@ class FactorSum:
         self._old = glob.tree
         self._tree = glob.tree.copy()
         self._flat = torch.from_numpy(self._tree.flat)
-        self._totals: dict[Key, float] = {}
+        self._totals = dict.fromkeys(glob.tree, 0.0)
         self._rows: dict[Key, int] = {}  # of A, sent by anybody
+        self._layout = Layout({})
+        self._slots: list[_Slot] = []
 
     def add(self, update: Update, weight: Weight) -> None:
         """Move the mean towards one update.
@@ -39,26 +42,28 @@ class FactorSum:
         Raises:
             MessageError: The update holds a tensor the model does not have, or a larger one.
         """
+        if update.tree.layout != self._layout:  # most updates of a round have the same
+            self._slots = _slots(update, self._tree.layout)
+            self._layout = update.tree.layout
         source = _tensor(update.tree.flat)
-        steps = self._steps(update, weight)
-        for theirs, ours, step in _runs(update.tree.layout, self._tree.layout, steps):
+        for theirs, ours, step in _runs(self._fitting(update, weight)):
             self._flat[ours].lerp_(source[theirs], step)
-        for key, step in steps.items():
-            if step and update.tree.layout[key] != self._tree.layout[key]:
-                self._pad(key, _tensor(update.tree[key]), step, update.client)
 
-    def _steps(self, update: Update, weight: Weight) -> dict[Key, float]:
-        steps = {}
-        for key, shape in update.tree.layout.items():
-            if key not in self._tree:
-                raise MessageError(f"the model has no tensor {key.name}", where=update.client)
+    def _fitting(self, update: Update, weight: Weight) -> Iterator[tuple[_Slot, float]]:
+        """Tensors with weight and the step each one takes; those of another shape are dealt with on the way."""
+        totals = self._totals
+        for slot in self._slots:
+            key = slot.key
             w = weight.of(key)
-            if w > 0:
-                self._totals[key] = self._totals.get(key, 0.0) + w
-                if key.role == "A":
-                    self._rows[key] = max(self._rows.get(key, 0), shape[0])
-            steps[key] = w / self._totals[key] if w > 0 else 0.0
-        return steps
+            if w <= 0:
+                continue
+            totals[key] += w
+            if slot.rank:
+                self._rows[key] = max(self._rows.get(key, 0), slot.rank)
+            if slot.fits:
+                yield slot, w / totals[key]
+            else:
+                self._pad(key, _tensor(update.tree[key]), w / totals[key], update.client)
 
     def _pad(self, key: Key, theirs: torch.Tensor, step: float, client: str) -> None:
         """Average a factor of lower rank, as if filled up with zeros (HetLoRA, https://arxiv.org/abs/2401.06432)."""
@@ -78,7 +83,7 @@ class FactorSum:
         """
         for key, rows in self._rows.items():
             self._tree[key][rows:] = self._old[key][rows:]
-        return Combined(self._tree, frozenset(self._totals))
+        return Combined(self._tree, frozenset(key for key, total in self._totals.items() if total))
 
 
 class ProductSum:
@@ -132,22 +137,40 @@ def _mean(points: list[tuple[float, LowRank]]) -> tuple[float, LowRank]:
     return total, concat([point for _, point in points], [w / total for w, _ in points])
 
 
-def _runs(theirs: Layout, ours: Layout, steps: dict[Key, float]) -> Iterator[tuple[slice, slice, float]]:
+class _Slot(NamedTuple):
+    """Where a tensor lies in an update's flat vector and in the model's."""
+
+    key: Key
+    theirs: int
+    ours: int
+    size: int  # numbers
+    rank: int  # rows of A; 0 for anything else
+    fits: bool  # same shape in both
+
+
+def _slots(update: Update, ours: Layout) -> list[_Slot]:
+    theirs = update.tree.layout
+    slots = []
+    for key, shape in theirs.items():
+        if key not in ours:
+            raise MessageError(f"the model has no tensor {key.name}", where=update.client)
+        rank = shape[0] if key.role == "A" else 0
+        slots.append(_Slot(key, theirs.offsets[key], ours.offsets[key], prod(shape), rank, shape == ours[key]))
+    return slots
+
+
+def _runs(steps: Iterable[tuple[_Slot, float]]) -> Iterator[tuple[slice, slice, float]]:
     """Longest stretches that lie side by side in both flat vectors and take the same step."""
     start = target = length = 0
     last = 0.0
-    for key, shape in theirs.items():
-        step, size = steps[key], prod(shape)
-        if shape != ours[key]:
-            step = 0.0  # padded on its own
-        here, there = theirs.offsets[key], ours.offsets[key]
-        if step == last and here == start + length and there == target + length:
-            length += size
+    for slot, step in steps:
+        if step == last and slot.theirs == start + length and slot.ours == target + length:
+            length += slot.size
             continue
-        if last:
+        if length:
             yield slice(start, start + length), slice(target, target + length), last
-        start, target, length, last = here, there, size, step
-    if last:
+        start, target, length, last = slot.theirs, slot.ours, slot.size, step
+    if length:
         yield slice(start, start + length), slice(target, target + length), last
 
 
