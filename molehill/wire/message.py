@@ -294,10 +294,12 @@ def _parse(kind: type[M], blob: bytes | memoryview, max_bytes: int) -> M:
             mend="Raise wire.max_bytes if the sender is right.",
         )
     message = kind()
+    message = kind()
     try:
         message.ParseFromString(bytes(blob))
     except DecodeError:
         raise MessageError("not a message, or cut short", mend=_FOREIGN) from None
+    message.DiscardUnknownFields()
     if message.SerializeToString(deterministic=True) != blob:
         raise MessageError("message with unknown, repeated or trailing fields", mend=_FOREIGN)
     declared = getattr(message, "format", FORMAT)

@@ -104,7 +104,10 @@ def planes(values: NDArray[np.generic]) -> Bytes:
 def unplanes(data: Bytes, dtype: str) -> NDArray[np.generic]:
     """Undo `planes`."""
     width = np.dtype(dtype).itemsize
-    return np.ascontiguousarray(data.reshape(width, -1).T).view(dtype).ravel()
+    values = np.empty((len(data) // width, width), np.uint8)
+    for index, plane in enumerate(data.reshape(width, -1)):  # a transposed copy takes six times as long
+        values[:, index] = plane
+    return values.view(dtype).ravel()
 
 
 def to_half(values: Array) -> tuple[int, NDArray[np.float16]]:

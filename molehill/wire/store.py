@@ -26,7 +26,7 @@ def save_tree(path: Path, tree: Tree, meta: Mapping[str, str] | None = None) -> 
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        save_file({key.name: array for key, array in tree.items()}, part, metadata=dict(meta or {}))
+        save_file({key.name: array for key, array in tree.items()}, part, metadata=dict(meta) if meta else None)
         _sync(part)
         part.replace(path)
         _sync(path.parent)

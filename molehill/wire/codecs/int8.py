@@ -30,7 +30,7 @@ class Int8Params:
     params=Int8Params,
 )
 class Int8:
-    """Symmetric 8-bit integers, one float16 scale per row (see `Segments.rows`): ``x ~ q s``, ``s = max|row| / 127``."""
+    """Symmetric 8-bit integers, one float16 scale per row (short ones joined): ``x ~ q s``, ``s = max|row| / 127``."""
 
     linear = False
     feedback = False

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+
+from molehill.errors import ConfigError, MessageError
+from molehill.wire.exchange import Exchange, connect
+from molehill.wire.message import digest
+
+
+@pytest.fixture(params=["memory", "folder"])
+def exchange(request: pytest.FixtureRequest, tmp_path: Path) -> Exchange:
+    return connect(f"memory:{uuid.uuid4()}" if request.param == "memory" else f"folder:{tmp_path / 'deep' / 'blobs'}")
+
+
+def test_put_get_has_drop(exchange: Exchange) -> None:
+    name = exchange.put(b"abc")
+    assert name == digest(b"abc") == exchange.put(b"abc")
+    assert exchange.has(name)
+    assert exchange.get(name) == b"abc"
+    exchange.drop(name)
+    exchange.drop(name)
+    assert not exchange.has(name)
+    with pytest.raises(MessageError, match="no blob"):
+        exchange.get(name)
+
+
+def test_many_threads_may_put_the_same(exchange: Exchange) -> None:
+    blob = bytes(200_000)
+    threads = [threading.Thread(target=exchange.put, args=(blob,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert exchange.get(digest(blob)) == blob
+
+
+def test_memory_is_shared_by_name() -> None:
+    one, two = f"memory:{uuid.uuid4()}", f"memory:{uuid.uuid4()}"
+    name = connect(one).put(b"x")
+    assert connect(one).has(name)
+    assert not connect(two).has(name)
+
+
+def test_a_folder_is_shared_and_leaves_no_parts(tmp_path: Path) -> None:
+    name = connect(f"folder:{tmp_path}").put(b"x")
+    assert connect(f"folder:{tmp_path}").get(name) == b"x"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_damaged_file_is_refused_and_can_be_put_again(tmp_path: Path) -> None:
+    exchange = connect(f"folder:{tmp_path}")
+    name = exchange.put(b"abc")
+    (tmp_path / name).write_bytes(b"ab")
+    with pytest.raises(MessageError, match="does not fit its digest"):
+        exchange.get(name)
+    assert exchange.put(b"abc") == name
+    assert exchange.get(name) == b"abc"
+
+
+@pytest.mark.parametrize("name", ["../secret", "", "A" * 64, "0" * 63, "0" * 64 + "\n"])
+def test_nothing_but_a_digest_becomes_a_path(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"s")
+    exchange = connect(f"folder:{tmp_path / 'blobs'}")
+    for call in (exchange.get, exchange.has, exchange.drop):
+        with pytest.raises(MessageError, match="is no digest"):
+            call(name)
+    assert (tmp_path / "secret").exists()
+
+
+@pytest.mark.parametrize("address", ["", "memory:", "folder:", "ftp:host", "memory"])
+def test_unknown_addresses_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="unknown exchange"):
+        connect(address)
