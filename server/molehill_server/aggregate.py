@@ -106,15 +106,9 @@ def conflicts(federation: Federation) -> Iterator[str]:
             f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}: factors are made anew "
             "every round, so moments kept from the last round belong to other axes; use server_opt 'none'"
         )
-    yield from _policy_conflicts(federation, space)
-
-
-def _policy_conflicts(federation: Federation, space: Space) -> Iterator[str]:
-    policy, name = federation.policy.name, federation.space.name
-    if name == "common" and policy in ("fedit", "share_a"):
+    policy = federation.policy.name
+    if federation.space.name == "common" and policy in ("fedit", "share_a"):
         yield f"space 'common' with policy {policy!r}: the policy leaves no factor common to all clients; use 'factor'"
-    if space.products and policy == "share_a":
-        yield f"space {name!r} with policy 'share_a': B never leaves the clients, so no product is known; use 'factor'"
 
 
 def _batches(updates: Iterable[Update], *, one_by_one: bool) -> Iterable[list[Update]]:
