@@ -29,15 +29,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from molehill_server.aggregate import Aggregator
-from molehill_server.aggregation.lowrank import concat, svd
-from molehill_server.records import Global, LowRank, Update
 from rich.console import Console
 from rich.table import Table
 
 from molehill.config import Federation
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_server.aggregate import Aggregator
+from molehill_server.aggregation.lowrank import concat, svd
+from molehill_server.records import Global, LowRank, Update
 
 torch.set_num_threads(1)
 SITES, EXPERTS, RANK = 28, 4, 8

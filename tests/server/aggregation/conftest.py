@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from molehill_server.aggregate import Aggregator
-from molehill_server.records import Global, LowRank, Update
 
 from molehill import registry
 from molehill.config import Federation
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_server.aggregate import Aggregator
+from molehill_server.records import Global, LowRank, Update
 
 SITES = {"layer.0.query": (12, 10), "layer.0.ffn": (9, 14)}  # d_out, d_in
 EXPERTS = ("e0", "e1", "shared0")

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from molehill_server.aggregate import Aggregator, conflicts
 
 from molehill import registry
 from molehill.config import Federation
 from molehill.errors import ConfigError, FederationError
+from molehill_server.aggregate import Aggregator, conflicts
 
 SPACES, LOWERS, OPTS = ([method.name for method in registry.methods(axis)] for axis in ("space", "lower", "server_opt"))
 ALLOWED = {

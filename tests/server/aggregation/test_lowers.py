@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from molehill_server.aggregation.interfaces import Weight
-from molehill_server.aggregation.spaces.product import Product
-from molehill_server.aggregation.spaces.stack import Stack
 
 from molehill.errors import ConfigError
 from molehill.wire.keys import Key
+from molehill_server.aggregation.interfaces import Weight
+from molehill_server.aggregation.spaces.product import Product
+from molehill_server.aggregation.spaces.stack import Stack
 
 PAIR = ("layer.0.ffn", "e0")
 

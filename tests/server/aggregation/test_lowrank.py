@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from molehill_server.aggregation import lowrank
 from molehill_server.records import LowRank
 

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from molehill.errors import FederationError, MessageError
+from molehill.wire.keys import Key
+from molehill.wire.tree import Tree
 from molehill_server.aggregate import Aggregator
 from molehill_server.aggregation.interfaces import Weight
 from molehill_server.aggregation.lowers.none import NoLower
@@ -15,10 +19,6 @@ from molehill_server.aggregation.shares import shares
 from molehill_server.aggregation.spaces.factor import Factor
 from molehill_server.aggregation.sums import factors
 from molehill_server.records import Update, pairs
-
-from molehill.errors import FederationError, MessageError
-from molehill.wire.keys import Key
-from molehill.wire.tree import Tree
 
 
 @given(seeds=st.lists(st.integers(0, 999), min_size=1, max_size=6, unique=True), tokens=st.booleans())

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from molehill_server.records import Global, Update
 
 from molehill.errors import ConfigError
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_server.records import Global, Update
 
 B1, B2, TAU = 0.9, 0.99, 1e-3
 

@@ -7,10 +7,10 @@ import weakref
 
 import numpy as np
 import pytest
-from molehill_server.records import Global, Update
 
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_server.records import Global, Update
 
 
 def watched(kit, glob, roles, alive, most):

@@ -17,7 +17,8 @@ class NormWeights:
     """Weights by ``||B_k A_k||_F``, so that an update of low rank that says little also counts little.
 
     Numbers of examples do not count for experts, as in the paper; with several experts the norm is multiplied by the
-    fraction of the client's tokens routed to the expert. Router and head are weighted by examples. Products of norm 0 say nothing: an expert for which all are 0 keeps its old value.
+    fraction of the client's tokens routed to the expert. Router and head are weighted by examples. Products of norm 0
+    say nothing: an expert for which all are 0 keeps its old value.
     """
 
     additive = True
