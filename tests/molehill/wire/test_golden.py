@@ -15,13 +15,12 @@ from molehill.wire.tree import Tree
 
 SAME_ZSTD = zstandard.ZSTD_VERSION == (1, 5, 7)  # another version may compress the same content to other bytes
 
+FP32 = (
+    "0000003f000080bf0000803e000080bf721c47bfe4380ebfabaaaabe398ee3bd398ee33dabaaaa3ee4380e3f721c473f0000"
+    "803f6f12833a6f1203bb000000006f12833b"
+)
 PAYLOADS: list[tuple[str, dict[str, Any], str]] = [
-    (
-        "fp32",
-        {},
-        "0000003f000080bf0000803e000080bf721c47bfe4380ebfabaaaabe398ee3bd398ee33dabaaaa3ee4380e3f721c473f0000"
-        "803f6f12833a6f1203bb000000006f12833b",
-    ),
+    ("fp32", {}, FP32),
     ("fp16", {}, "f2ff000000003972551c1c557239001919001970f46cf4f2f0ede7676d7072744cd00054"),
     ("bf16", {}, "00808080470eabe4e4ab0e4780830300833fbf3ebfbfbfbebd3d3e3f3f3f3abb003b"),
     ("int8", {}, "ebff080821747454408120819db9d6f20e2a47637f20c1007f"),
@@ -31,7 +30,7 @@ PAYLOADS: list[tuple[str, dict[str, Any], str]] = [
     ("compeft", {"positions": "gap"}, "03000000000000000000803f0000803f00000000c00128b52ffd2003190000010108"),
     ("compeft", {"positions": "golomb"}, "03000000000000000000803f0000803f00000000c00201c0c2"),
 ]
-INT8 = [0.5, -1.0, 0.25197, -1.0, -0.77953, -0.55906, -0.33071, -0.11024, 0.11024, 0.33071, 0.55906, 0.77953, 1.0]
+INT8 = [0.50394, -1.0, 0.25197, -1.0, -0.77953, -0.55906, -0.33071, -0.11024, 0.11024, 0.33071, 0.55906, 0.77953, 1.0]
 INT4 = [0.57143, -1.0, 0.28571, -1.0, -0.71429, -0.57143, -0.28571, -0.14286, 0.14286, 0.28571, 0.57143, 0.71429, 1.0]
 TERNARY = [0.0, -1.0, 0.0, -1.0, 0, 0, 0, 0, 0, 0, 0, 0, 1.0]
 DELTA = (
