@@ -149,10 +149,9 @@ def _claim(folder: Path, resume: bool) -> None:
 def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
     """Print what a configuration comes to, and refuse what cannot work."""
     with _explained():
+        from molehill.config import load  # noqa: PLC0415
         from molehill_server.check import check as find_conflicts  # noqa: PLC0415
         from molehill_simulation.describe import describe  # noqa: PLC0415
-
-        from molehill.config import load  # noqa: PLC0415
 
         resolved = load(config)
         conflicts = find_conflicts(resolved)

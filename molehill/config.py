@@ -44,6 +44,8 @@ class MethodRef(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):  # presets write tuples, TOML reads lists: equal references must compare equal
+            return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
         return {"name": value} if isinstance(value, str) else value
 
     @property

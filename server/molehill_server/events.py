@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from molehill.errors import DataError
+
 Listener = Callable[[dict[str, Any]], None]
 
 _listeners: list[Listener] = []
@@ -50,13 +52,27 @@ class EventLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All events of a file; a line that a crash cut off at the end is left out."""
+    """All events of a file; a last line that a crash cut off is left out.
+
+    Raises:
+        DataError: The file cannot be read, or a line is not an event.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"cannot read the run's events: {reason}", where=str(path)) from None
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError:
-            break
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            event = None
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            raise DataError("not an event of a run", where=f"{path}:{number}", mend="Was the file edited?")
+        events.append(event)
     return events
 
 

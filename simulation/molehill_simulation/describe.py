@@ -29,13 +29,14 @@ def describe(config: Config) -> list[tuple[str, str]]:
     data, molora, train, federation = config.data, config.molora, config.train, config.federation
     plain = molora.experts == 1 and not molora.shared
     shared = f" and {molora.shared} always-on" if molora.shared else ""
+    experts = "one LoRA" if plain else f"{molora.experts} routed{shared}"
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
     rows = [
         ("run", f"{config.run.name}: {config.run.rounds} rounds, seed {config.run.seed}"),
         ("base", f"{config.base.model}, {config.base.precision} on {config.base.device}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
         ("data", f"{data.source} dealt to {data.clients} clients by {_show(data.partition)}"),
-        ("experts", f"{'one LoRA' if plain else f'{molora.experts} routed{shared}'} of rank {molora.rank} on {targets}"),
+        ("experts", f"{experts} of rank {molora.rank} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
         ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),
         ("training", f"{train.steps} steps of {train.batch_size * train.accumulation} rows, lr {train.lr:g}"),

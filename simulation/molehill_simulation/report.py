@@ -15,13 +15,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from molehill.errors import ResumeError
+from molehill_server import events as events_file
 from molehill_simulation.charts import bar_plot, line_plot
 from molehill_simulation.summary import (
     STAGES,
     Event,
     Summary,
     evaluations_of,
-    read_events,
     read_summary,
     rounds_of,
 )
@@ -64,7 +64,7 @@ def render(folder: Path) -> str:
     Raises:
         DataError: A file of the run cannot be read.
     """
-    events = read_events(folder / "metrics.jsonl")
+    events = events_file.read(folder / "metrics.jsonl")
     summary_file, config_file = folder / "summary.json", folder / "config.toml"
     summary = read_summary(summary_file) if summary_file.exists() else None
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""

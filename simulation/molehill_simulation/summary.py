@@ -6,7 +6,6 @@ round twice; the later event counts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -108,37 +107,6 @@ class Summary(BaseModel):
     def to_json(self) -> str:
         """The summary as indented JSON with the names of the format."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The events in order. A last line cut off by a kill is left out.
-
-    Raises:
-        DataError: The file cannot be read, or a line is not an event.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"cannot read the run's events: {reason}", where=str(path)) from None
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            event = None
-        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-            raise DataError("not an event of a run", where=f"{path}:{number}", mend="Was the file edited?")
-        events.append(event)
-    return events
 
 
 def rounds_of(events: Iterable[Event]) -> list[Event]:

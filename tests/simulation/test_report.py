@@ -10,15 +10,16 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from molehill_simulation.charts import line_plot
-from molehill_simulation.report import write_report
-from molehill_simulation.summary import BaseModelInfo, read_events, read_summary, summarise
-from molehill_simulation.text import clean, duration
-from molehill_simulation.ui import RunView, show_summary
 from rich.console import Console
 
 from molehill.config import Config
 from molehill.errors import DataError, ResumeError
+from molehill_server import events as events_file
+from molehill_simulation.charts import line_plot
+from molehill_simulation.report import write_report
+from molehill_simulation.summary import BaseModelInfo, read_summary, summarise
+from molehill_simulation.text import clean, duration
+from molehill_simulation.ui import RunView, show_summary
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m&\"'"
 BASE = BaseModelInfo(id="sample:minilm", revision=None, digest="3f" * 32)
@@ -154,10 +155,10 @@ def test_summary_reads_back(tmp_path):
 def test_events_cut_off_by_a_kill_are_read_up_to_the_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "start"}\n{"event": "rou')
-    assert read_events(path) == [{"event": "start"}]
+    assert events_file.read(path) == [{"event": "start"}]
     path.write_text('{"event": "start"}\nnonsense\n{"event": "end"}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl:2"):
-        read_events(path)
+        events_file.read(path)
 
 
 def test_report_is_self_contained_and_accessible(tmp_path):

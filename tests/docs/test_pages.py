@@ -1,0 +1,112 @@
+"""The documentation does what it says: every block is run, every link leads somewhere, every configuration loads."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from molehill import config
+from molehill.cli import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block; ``info`` is what stands behind the fence."""
+
+    page: str
+    info: str
+    text: str
+
+
+BLOCKS = [
+    Block(str(page.relative_to(ROOT)), match[1], match[2])
+    for page in PAGES
+    for match in FENCE.finditer(page.read_text(encoding="utf-8"))
+]
+
+
+def blocks(info):
+    return [pytest.param(block.text, id=f"{block.page}-{i}") for i, block in enumerate(BLOCKS) if block.info == info]
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    assert {block.info for block in BLOCKS} <= {"sh", "toml", "python method", "python test"}
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_configurations_in_pages_load(text, tmp_path):
+    path = tmp_path / "page.toml"
+    path.write_text(text, encoding="utf-8")
+    config.load(path)
+
+
+def test_the_method_of_the_contributing_page_passes_its_own_tests(tmp_path):
+    (method,) = (block.text for block in BLOCKS if block.info == "python method")
+    (tests,) = (block.text for block in BLOCKS if block.info == "python test")
+    (tmp_path / "sparsemax.py").write_text(method, encoding="utf-8")
+    (tmp_path / "test_sparsemax.py").write_text(f"import sparsemax\n{tests}", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+    lint = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "sparsemax.py"]
+    done = subprocess.run([*lint, "--ignore", "INP001"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("text", blocks("sh"))
+def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            assert arguments[0] in targets
+        elif program.startswith(".venv/bin/"):
+            assert (Path(sys.executable).parent / Path(program).name).exists()
+        else:
+            assert program == "molehill"
+            extra = tiny_settings if arguments[0] == "simulate" else []
+            result = CliRunner().invoke(app, [*arguments, *extra])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_survives_being_written(path, tmp_path):
+    loaded = config.load(path)
+    again = tmp_path / "again.toml"
+    again.write_text(loaded.to_toml(), encoding="utf-8")
+    assert config.load(again) == loaded
+
+
+def test_the_demo_file_spells_out_the_defaults():
+    demo = config.load(ROOT / "configs/demo.toml", ["run.name=molehill"])
+    assert demo == config.load()

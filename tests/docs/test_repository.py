@@ -1,0 +1,46 @@
+"""What the repository promises about itself: pins, targets, licence."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
+DIRECT = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+
+
+def test_pins_are_exact_and_named_once():
+    assert all([spec.operator for spec in pin.specifier] == ["=="] for pin in PINS)
+    assert len({canonicalize_name(pin.name) for pin in PINS}) == len(PINS)
+
+
+@pytest.mark.parametrize("line", sorted(set(DIRECT)))
+def test_every_dependency_is_pinned_within_its_range(line):
+    requirement = Requirement(line)
+    if requirement.name == "molehill":
+        assert requirement.extras <= set(PROJECT["optional-dependencies"])
+        return
+    (pin,) = (pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(requirement.name))
+    (version,) = (spec.version for spec in pin.specifier)
+    assert requirement.specifier.contains(version)
+
+
+def test_ci_runs_what_people_run():
+    commands = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert commands[-1] == "make test"
+    assert "scripts/check\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_licence_is_the_one_declared():
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")

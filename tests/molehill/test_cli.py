@@ -1,0 +1,197 @@
+"""The command line: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from molehill import __version__, registry
+from molehill.cli import app
+from molehill.errors import TrainingError
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Stands for the engine, so that what the command line makes of its ending can be seen; records the calls."""
+    calls = []
+
+    class Ends:
+        outcome: object = None
+
+        def __call__(self, config, out, **options):
+            calls.append((config, out, options))
+            options["observer"]({"event": "progress", "stage": "train", "done": 1, "total": 2, "client": "a"})
+            sys.stdout.write("chatter of a library\n")
+            if isinstance(self.outcome, BaseException):
+                raise self.outcome
+            return self.outcome
+
+    ends = Ends()
+    module = ModuleType("molehill_simulation.simulate")
+    module.simulate = ends
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    ends.calls = calls
+    return ends
+
+
+@pytest.fixture
+def summary():
+    from molehill_simulation.summary import BaseModelInfo, summarise
+
+    return summarise([], BaseModelInfo(id="sample:minilm", digest="0"), "1")
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy():
+    script = "import sys, molehill.cli; print(sorted({'torch', 'flwr', 'transformers', 'pydantic'} & set(sys.modules)))"
+    seen = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
+    text = run("--help").stdout
+    assert all(command in text for command in ("simulate", "check", "methods", "report"))
+    assert run("--version").stdout == f"molehill {__version__}\n"
+
+
+def test_methods_lists_the_whole_registry():
+    listed = json.loads(run("methods", "--json").stdout)
+    assert {(m["axis"], m["name"]) for m in listed} == {(m.axis, m.name) for m in registry.methods()}
+    assert {"name", "axis", "paper", "seeds"} <= set(listed[0])
+    table = run("methods").stdout
+    assert "top_k" in table
+    assert "selector" in table
+
+
+def test_a_mistake_is_one_paragraph_and_a_code(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("[train]\nlearning_rate = 1\n")
+    result = run("check", path)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {path}:2: unknown key 'train.learning_rate'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_mistake_as_json_is_an_envelope(tmp_path):
+    result = run("simulate", "--json", "--out", tmp_path / "run", "--set", "molora.selector=best")
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["kind"] == "ConfigError"
+    assert error["code"] == 2
+    assert set(error) == {"kind", "code", "what", "where", "mend"}
+
+
+def test_an_unknown_engine_is_refused():
+    assert run("simulate", "--engine", "magic").exit_code == 2
+
+
+def test_a_used_run_folder_is_not_overwritten(tmp_path, engine):
+    (tmp_path / "precious").write_text("x")
+    result = run("simulate", "--out", tmp_path)
+    assert result.exit_code == 7
+    assert "not empty" in result.stderr
+    file = run("simulate", "--out", tmp_path / "precious")
+    assert file.exit_code == 2
+    nothing = run("simulate", "--out", tmp_path / "absent", "--resume")
+    assert nothing.exit_code == 7
+    assert "no run to resume" in nothing.stderr
+    assert engine.calls == []
+
+
+def test_simulate_hands_the_configuration_to_the_engine(tmp_path, engine, summary):
+    engine.outcome = summary
+    result = run("simulate", "--out", tmp_path / "run", "--set", "run.rounds=3", "--set", "train.lr=1e-4")
+    assert result.exit_code == 0, result.output
+    ((config, out, options),) = engine.calls
+    assert (config.run.rounds, config.train.lr, out) == (3, 1e-4, tmp_path / "run")
+    assert (options["engine"], options["resume"]) == ("local", False)
+    assert "report.html" in result.stdout
+
+
+def test_the_default_run_folder_bears_the_name_of_the_run(tmp_path, engine, summary, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine.outcome = summary
+    assert run("simulate", "--set", "run.name=mine").exit_code == 0
+    assert str(engine.calls[0][1]) == "runs/mine"
+
+
+def test_json_is_alone_on_standard_output(tmp_path, engine, summary):
+    engine.outcome = summary
+    result = run("simulate", "--json", "--out", tmp_path / "run")
+    assert json.loads(result.stdout) == json.loads(summary.to_json())
+    assert "chatter" in result.stderr
+
+
+def test_resume_takes_the_configuration_of_the_run(tmp_path, engine, summary):
+    (tmp_path / "config.toml").write_text("[run]\nrounds = 9\n")
+    engine.outcome = summary
+    assert run("simulate", "--out", tmp_path, "--resume").exit_code == 0
+    assert engine.calls[0][0].run.rounds == 9
+    assert engine.calls[0][2]["resume"] is True
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, engine):
+    engine.outcome = KeyboardInterrupt()
+    folder = tmp_path / "a run"
+    result = run("simulate", "--out", folder)
+    assert result.exit_code == 130
+    assert result.stderr == f"stopped; resume with: molehill simulate --out '{folder}' --resume\n"
+    as_json = run("simulate", "--json", "--out", folder)
+    assert as_json.exit_code == 130
+    assert json.loads(as_json.stdout)["error"]["kind"] == "Interrupted"
+
+
+def test_an_error_in_the_run_keeps_its_code(tmp_path, engine):
+    engine.outcome = TrainingError("the loss is NaN", where="client a, round 2", mend="Lower train.lr.")
+    result = run("simulate", "--out", tmp_path / "run")
+    assert result.exit_code == 8
+    assert result.stderr.endswith("error: client a, round 2: the loss is NaN. Lower train.lr.\n")
+
+
+def test_a_bug_is_not_hidden(tmp_path, engine):
+    engine.outcome = ZeroDivisionError()
+    assert isinstance(run("simulate", "--out", tmp_path / "run").exception, ZeroDivisionError)
+
+
+def test_check_prints_the_plan(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[base]\nmodel = "someone/some-model"\n[federation]\npreset = "flexlora"\n')
+    result = run("check", path)
+    assert result.exit_code == 0, result.output
+    for text in ("someone/some-model", "4 routed of rank 8", "space product, rule mean, lower svd", "anchored"):
+        assert text in result.stdout
+
+
+def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_path):
+    path = tmp_path / "run.toml"
+    counts = []
+    for rank in (2, 4):
+        path.write_text(f'[molora]\ntargets = ["query"]\nexperts = 2\nrank = {rank}\n')
+        counts.append(int(re.search(r"([\d,]+) trained per client", run("check", path).stdout)[1].replace(",", "")))
+    assert counts[1] - counts[0] == 6 * 2 * 2 * (384 + 384)  # layers, experts, ranks, sizes
+    path.write_text('[molora]\ntargets = ["qeury"]\n')
+    wrong = run("check", path)
+    assert wrong.exit_code == 4
+    assert "qeury" in wrong.stderr
+
+
+def test_check_refuses_what_cannot_work(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[base]\nmodel = "a/b"\n[federation]\npolicy = "ffa"\nspace = "product"\nlower = "svd"\n')
+    result = run("check", path)
+    assert result.exit_code == 2
+    assert "federation.policy with federation.space" in result.stderr
+    assert "a/b" in result.stdout
+
+
+def test_report_of_another_folder(tmp_path):
+    result = run("report", tmp_path)
+    assert result.exit_code == 7
+    assert "not a run folder" in result.stderr
