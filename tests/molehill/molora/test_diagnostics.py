@@ -87,7 +87,9 @@ def test_merging_clients_equals_seeing_everything(name, record, context):
     before = two.report()
     one.merge(two)
     assert one.report() == pytest.approx(union.report())
-    one.update(first)  # merging shares no memory
+    empty = registry.build("diagnostic", name)
+    empty.merge(two)
+    empty.update(first)  # merging shares no memory
     assert two.report() == before
 
 
