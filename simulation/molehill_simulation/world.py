@@ -1,0 +1,108 @@
+"""The data owners of a simulation, in one process: the base once in memory, one model, rows dealt from one source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from molehill.config import Config, load
+from molehill.molora.adapter import Manifest
+from molehill.molora.attention import use_fast_attention
+from molehill.molora.build import wrap
+from molehill.molora.head import Head
+from molehill.molora.model import MoLoRAModel
+from molehill.tasks.base_model import BaseInfo, load_base
+from molehill.tasks.schema import load_rows
+from molehill.tasks.task import Task, make_task
+from molehill.wire.exchange import connect
+from molehill.wire.store import load_tree
+from molehill_client.client import Client, Workbench
+from molehill_client.flower import Context, make_app
+from molehill_client.state import StateStore
+from molehill_simulation.data import ClientRows, deal
+
+
+@dataclass(frozen=True)
+class World:
+    """What all clients of a simulation share.
+
+    Attributes:
+        config: The run, with the task's labels known.
+        model: Base and adapter.
+        base: Which base.
+        task: Encodes rows.
+        owners: Every client's rows.
+    """
+
+    config: Config
+    model: MoLoRAModel
+    base: BaseInfo
+    task: Task
+    owners: list[ClientRows]
+
+    @property
+    def manifest(self) -> Manifest:
+        """Description of the adapter for its folder."""
+        info = {"id": self.base.id, "revision": self.base.revision or "", "digest": self.base.digest}
+        part = self.config.task
+        pooling = self.model.head.pooling if self.model.head is not None else ""
+        return Manifest(
+            base=info, task=part.kind, labels=part.labels, pooling=pooling, molora=self.config.molora, ranks={}
+        )
+
+
+def open_world(config: Config) -> World:
+    """Load base model and rows.
+
+    Raises:
+        ModelError: The base cannot be loaded, or the targets do not fit it.
+        DataError: The rows cannot be read or dealt.
+        ConfigError: Parts of the adapter do not fit each other.
+    """
+    rows, task_config = load_rows(config.data, config.task)
+    config = config.model_copy(update={"task": task_config})
+    owners = deal(config.data, rows, config.run.seed)
+    loaded = load_base(config.base, config.task)
+    use_fast_attention(loaded.model, config.task.max_length)
+    head = None
+    if config.task.kind == "classification":
+        width = int(loaded.model.config.hidden_size)
+        classes = len(config.task.labels)
+        head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
+    model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
+    return World(config, model, loaded.info, make_task(config.task, loaded.tokenizer), owners)
+
+
+@lru_cache(maxsize=1)
+def world_of(path: str) -> World:
+    """The world of the configuration at ``path``; cached, so that engine and clients of a process share it."""
+    return open_world(load(path))
+
+
+@lru_cache(maxsize=1)
+def _clients(path: str, out: str, exchange: str) -> list[Client]:
+    """All clients of a run folder; cached, since a worker process answers many messages of one run."""
+    world = world_of(path)
+    initial, _ = load_tree(Path(out) / "initial.safetensors")
+    bench = Workbench(world.config, world.model, world.task, world.base.digest, initial, connect(exchange))
+    run = world.config.run.name
+    return [
+        Client(
+            bench,
+            owner.name,
+            world.task.encode(owner.train),
+            world.task.encode(owner.test),
+            StateStore(Path(out) / "clients" / owner.name, run, world.base.digest),
+        )
+        for owner in world.owners
+    ]
+
+
+def _open_client(context: Context) -> Client:
+    given = context.run_config
+    clients = _clients(str(given["config"]), str(given["out"]), str(given["exchange"]))
+    return clients[int(context.node_config["partition-id"])]
+
+
+app = make_app(_open_client)
