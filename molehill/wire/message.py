@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
-from molehill_protos.v1 import delta_pb2, tree_pb2
 
 from molehill import registry
 from molehill.errors import ConfigError, MessageError
@@ -22,6 +21,7 @@ from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import compress, expand
 from molehill.wire.tree import Array, Layout, Shape, Tree
+from molehill_protos.v1 import delta_pb2, tree_pb2
 
 FORMAT = 1
 _MAX_DIMS = 4

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+
+# How fast examples come says something about the machine, not about the code.
+settings.register_profile("wire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("wire")
 
 
 @pytest.fixture

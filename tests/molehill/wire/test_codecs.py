@@ -82,7 +82,7 @@ def test_every_registered_codec_is_tested() -> None:
 
 @variants
 @given(tree=trees)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_names_shapes_and_the_error_bound_survive(name: str, params: dict[str, Any], tree: Tree) -> None:
     codec = build(name, params)
     before = tree.copy()
@@ -100,7 +100,7 @@ def test_names_shapes_and_the_error_bound_survive(name: str, params: dict[str, A
 
 @pytest.mark.parametrize(("name", "params"), EXACTLY_REPEATING, ids=str)
 @given(tree=trees)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_encoding_what_was_decoded_gives_the_same(name: str, params: dict[str, Any], tree: Tree) -> None:
     codec = build(name, params)
     once = through(codec, tree)
@@ -153,7 +153,7 @@ def test_truncated_or_lengthened_payloads_are_refused(name: str, params: dict[st
 
 @variants
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_forged_payloads_end_in_a_message_error_or_a_finite_tree(name: str, params: dict[str, Any], data) -> None:
     codec = build(name, params)
     layout = Layout({Key("s", "e0", "A"): (3, 5), Key("s", "e0", "B"): (7, 3)})
@@ -256,7 +256,7 @@ def test_compeft_keeps_exactly_the_density_with_ties_and_never_a_zero() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), density=st.sampled_from([0.05, 0.2, 0.5]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_feedback_accounts_for_everything(seed: int, density: float) -> None:
     rng = np.random.default_rng(seed)
     codec = build("compeft", {"density": density})

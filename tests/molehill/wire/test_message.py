@@ -10,7 +10,6 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from molehill_protos.v1 import delta_pb2, tree_pb2
 
 from molehill.config import MethodRef
 from molehill.errors import ConfigError, MessageError
@@ -19,6 +18,7 @@ from molehill.wire.keys import Key
 from molehill.wire.message import Delta, decode_delta, decode_tree, digest, encode_delta, encode_tree
 from molehill.wire.packing import compress
 from molehill.wire.tree import Layout, Tree
+from molehill_protos.v1 import delta_pb2, tree_pb2
 
 LIMIT = 2**20
 FP32, INT4 = MethodRef(name="fp32"), MethodRef(name="int4")
@@ -251,7 +251,7 @@ def test_every_flipped_bit_of_a_tree_is_refused(small: Tree) -> None:
 
 
 @given(data=st.binary(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_random_bytes_are_refused(data: bytes) -> None:
     for decode in (decode_tree, decode_delta):
         with pytest.raises(MessageError):
@@ -262,7 +262,7 @@ _TREE = Tree(Layout({Key("s", "e0", "A"): (3, 5)}), np.linspace(-1, 1, 15, dtype
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damaged_deltas_end_in_a_message_error_or_a_sound_delta(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["fp16", "int8", "int4", "compeft"]))
     blob = bytearray(encode_delta(Delta("r", 1, "c", "b", _TREE, 5, {("s", "e0"): 2.0}), MethodRef(name=name)))
