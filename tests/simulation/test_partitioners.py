@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
-from molehill_simulation.data import deal
-from molehill_simulation.units import units
 
 from molehill import config, registry
 from molehill.errors import ConfigError, DataError
 from molehill.tasks.rows import Rows
+from molehill_simulation.data import deal
+from molehill_simulation.units import units
 
 EASY = {
     "iid": {},
@@ -192,6 +192,15 @@ def test_rows_without_labels_are_dealt():
     n = 40
     rows = Rows({"instruction": tuple(map(str, range(n))), "output": ("o",) * n}, tuple(map(str, range(n))), "f")
     assert [(len(c.train), len(c.test)) for c in deal(data(2), rows, 0)] == [(15, 5)] * 2
+
+
+def test_rows_that_another_client_holds_out_count_towards_the_fraction():
+    texts = [f"t{i}" for i in range(100)] + [f"t{i}" for i in range(200)]
+    columns = {"text": tuple(texts), "label": ("x",) * 300, "domain": ("a",) * 100 + ("b",) * 200}
+    rows = Rows(columns, tuple(map(str, range(300))), "f")
+    a, b = deal(data(2, "by_column"), rows, 0)
+    assert (len(a.test), len(b.test)) == (25, 50)
+    assert set(a.test["text"]) <= set(b.test["text"])
 
 
 def test_few_rows_still_have_both_sides():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from molehill import config
 from molehill.errors import DataError, ModelError
@@ -87,15 +89,16 @@ def test_template_that_edits_earlier_answers(make_tokenizer):
     """As reasoning templates do, which drop the thoughts of all answers but the last."""
     edits = (
         "{% for m in messages %}<|{{ m.role }}|> "
-        "{{ m.content if loop.last or m.role == 'user' else m.content.split(' ')[-1] }} {% endfor %}"
+        "{{ m.content if loop.last or m.role == 'user' else m.content.split(' ')[-1] }}</s>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|> {% endif %}"
     )
     tokenizer = make_tokenizer(edits)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # keeps line breaks
     (example,) = CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a b"), ("u", "two"), ("a", "c d"))))
-    assert learnt(tokenizer, example) == (
-        ["c", "d", "</s>"],
-        ["<|user|>", "one", "<|assistant|>", "b", "<|user|>", "two", "<|assistant|>", "c", "d", "</s>"],
-    )
+    answers, words = learnt(tokenizer, example)
+    assert answers == ["c", "d", "</s>"]
+    assert words[5:7] == ["b", "</s>"]  # the earlier answer is read, as edited; after </s> comes a line break
+    assert words[-3:] == answers
 
 
 def test_template_that_hides_answers(make_tokenizer):
@@ -114,9 +117,6 @@ def test_template_that_refuses(make_tokenizer):
 
 
 def test_a_token_that_holds_the_space_before_an_answer_is_learnt(make_tokenizer):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     vocab = {word: i for i, word in enumerate(["<unk>", "</s>", "Q:", "\u0120one", "\u0120A:", "\u0120a"])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
