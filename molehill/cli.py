@@ -113,7 +113,7 @@ def simulate(
         try:
             # Libraries below print to standard output too; with --json that stream is promised to one document.
             with RunView(console) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-                summary = run(resolved, folder, engine=engine, resume=resume, observer=view)
+                summary = run(resolved, folder, engine=engine, observer=view)
         except KeyboardInterrupt:
             again = shlex.join(["molehill", "simulate", "--out", str(folder), "--resume"])
             if as_json:

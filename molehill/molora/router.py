@@ -65,7 +65,8 @@ class Router(nn.Module):
             Weights ``[B|1, T|1, (H,) E]`` in float32.
         """
         if self.uniform:
-            z = torch.zeros(1, 1, self.n_experts, device=ctx.x.device)
+            heads = (self.scorer.heads,) if int(self.scorer.heads) > 1 else ()  # type: ignore[arg-type]
+            z = torch.zeros(1, 1, *heads, self.n_experts, device=ctx.x.device)  # type: ignore[arg-type]
             weights = torch.full_like(z, 1 / self.n_experts)
             return Route(z, weights, weights)
         z = self._score(ctx) if logits is None else logits

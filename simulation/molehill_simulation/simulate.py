@@ -1,0 +1,85 @@
+"""From a configuration to a finished run folder: the one call behind ``molehill simulate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from molehill.config import Config
+from molehill.errors import ResumeError
+from molehill.molora.adapter import save_adapter
+from molehill.tasks.schema import load_rows
+from molehill.wire.store import load_tree, save_tree
+from molehill_server.app import app as server_app
+from molehill_server.broadcast import tree_patches
+from molehill_server.check import require
+from molehill_server.events import read
+from molehill_simulation.engine import Observer, run_local, run_ray, write_config
+from molehill_simulation.report import write_report
+from molehill_simulation.summary import BaseModelInfo, Summary, summarise
+from molehill_simulation.world import World, app, world_of
+
+
+def simulate(
+    config: Config,
+    out: Path,
+    *,
+    engine: Literal["local", "ray"] = "local",
+    observer: Observer | None = None,
+) -> Summary:
+    """Run a federation and write the run folder: adapter, summary and report.
+
+    Args:
+        config: The run.
+        out: Run folder; a run that is there goes on from its last committed round.
+        engine: In this process, or Flower's Ray engine.
+        observer: Called with every event.
+
+    Returns:
+        What the run came to; also in ``summary.json``.
+
+    Raises:
+        MolehillError: Bad input, or a federation that cannot go on; the folder can be resumed.
+    """
+    require(config)
+    _, task = load_rows(config.data, config.task)
+    config = config.model_copy(update={"task": task})
+    path = write_config(config, out)
+    world = world_of(str(path))
+    _initial(world, out)
+    run = run_local if engine == "local" else run_ray
+    run(config, out, app, server_app, observer)
+    _save(world, out)
+    info = BaseModelInfo(id=world.base.id, revision=world.base.revision, digest=world.base.digest)
+    summary = summarise(read(out / "metrics.jsonl"), info, config.digest)
+    (out / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    write_report(out)
+    return summary
+
+
+def _initial(world: World, out: Path) -> None:
+    """Write the adapter that everybody starts from, or check that the folder's belongs to this base."""
+    path = out / "initial.safetensors"
+    if not path.exists():
+        tree = world.model.tree(lambda key: ".residual" not in key.role)
+        save_tree(path, tree, {"base": world.base.digest})
+        return
+    _, meta = load_tree(path)
+    if meta.get("base") != world.base.digest:
+        raise ResumeError(
+            f"the run was started on a base with weight digest {meta.get('base', '')[:12]}, "
+            f"{world.base.id} has {world.base.digest[:12]}",
+            where=str(out),
+            mend="Resume with the same base model, or start a new run in another folder.",
+        )
+
+
+def _save(world: World, out: Path) -> None:
+    """Write the final shared model as an adapter folder."""
+    final, _ = load_tree(out / "final.safetensors")
+    factors = final.select(lambda key: not key.role.startswith("patch."))
+    patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
+    world.model.load(factors)
+    world.model.set_patches({pair: (patch.A, patch.B) for pair, patch in patches.items()})
+    save_adapter(out / "adapter", world.model, world.manifest)
+
