@@ -91,6 +91,7 @@ class Client:
         self._check(plan)
         state = self.store.before(plan.round)
         bytes_down = self._receive(plan, state)
+        model.load(state.tree)
         received = self._shared(plan)
         rounds = config.run.rounds
         span = ((plan.round - 1) / rounds, plan.round / rounds)
@@ -147,12 +148,19 @@ class Client:
         self._check(plan)
         state = self.store.before(plan.round + 1)
         self._receive(plan, state)
-        keeps_gate = config.personal.gate in {"personal", "mixture"}
+        # What every client gets: no personal tensors. A head that nobody shares is the exception, since without
+        # one there is nothing to score; of a gate that nobody shares, all experts (or sub-routers) weigh alike.
+        keeps_head = config.personal.head == "personal"
+        model.load({key: value for key, value in state.tree.items() if key.kind == "head" and keeps_head})
         model.use_personal(gate=False, head=False)
-        model.use_uniform_gate(keeps_gate)  # nobody trained a gate for the global model: experts weigh alike
+        model.use_uniform_gate(config.personal.gate == "personal")
+        if config.personal.gate == "mixture":
+            main = self.bench.initial.select(lambda key: key.role.startswith("gate.main"))
+            model.load(Tree(main.layout))
         stages = {"global": self._score()}
         model.use_uniform_gate(uniform=False)
         model.use_personal(gate=True, head=True)
+        model.load(state.tree)
         model.count_tokens(on=True)
         stages["personalised"] = self._score()
         model.count_tokens(on=False)
@@ -210,7 +218,7 @@ class Client:
             )
 
     def _receive(self, plan: ClientPlan, state: PersonalState) -> int:
-        """Put the plan's blobs and the personal state into the model; returns the bytes that had to be fetched."""
+        """Put the plan's blobs into the model; returns the bytes that had to be fetched."""
         model, limit = self.bench.model, self.bench.config.wire.max_bytes
         self._start_over()
         patches: dict[tuple[str, str], list[tuple[Array, Array]]] = {}
@@ -231,7 +239,6 @@ class Client:
             {at: (np.concatenate([a for a, _ in ab]), np.concatenate([b for _, b in ab], 1)) for at, ab in patches.items()}
         )
         state.held = {group: digest for group, digest in state.held.items() if group in plan.blobs}
-        model.load(state.tree)
         return fetched
 
     def _start_over(self) -> None:
