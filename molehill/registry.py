@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -166,7 +167,7 @@ def parse_params(axis: str, name: str, values: Mapping[str, Any]) -> Any:
             f"unknown key {unknown[0]!r} for {axis} {name!r}", where=unknown[0], mend=f"Keys it takes: {allowed}."
         )
     try:
-        return TypeAdapter(_strict(method.params)).validate_python(dict(values))
+        return _adapter(method.params).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -175,10 +176,11 @@ def parse_params(axis: str, name: str, values: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{axis} {name!r}: {error}") from None
 
 
-def _strict(params: type[Any]) -> type[Any]:
+@functools.cache  # building one takes longer than all that is done with it
+def _adapter(params: type[Any]) -> TypeAdapter[Any]:
     if not hasattr(params, "__pydantic_config__"):
         _with_config(ConfigDict(extra="forbid"))(params)
-    return params
+    return TypeAdapter(params)
 
 
 def build(axis: str, name: str, values: Mapping[str, Any] | None = None, /, **context: Any) -> Any:

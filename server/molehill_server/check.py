@@ -97,13 +97,23 @@ def _norms_need_products(config: Config) -> Iterator[Conflict]:
         )
 
 
-def _mixed_ranks_and_mean(config: Config) -> Iterator[Conflict]:
-    if shares(config, 1).ranks and config.federation.space.name == "common":
-        yield Conflict(
-            "refuse",
-            ("federation.policy", "federation.space"),
-            "clients of different ranks have no factor in common; use space 'factor', 'product' or 'stack'",
-        )
+def _common_factor(config: Config) -> Iterator[Conflict]:
+    policy, space = config.federation.policy.name, config.federation.space
+    if space.name != "common":
+        return
+    fixed = registry.parse_params("space", space.name, space.params).factor
+    why = ""
+    for decided in (shares(config, 1), shares(config, 2)):
+        scopes = {"A": decided.A, "B": decided.B}
+        if decided.ranks:
+            why = "clients of different ranks have no factor in common"
+        elif scopes.get(fixed) == "shared" or scopes["A"] == scopes["B"] == "shared":
+            why = f"policy {policy!r} trains the factor that must be the same on all clients"
+        elif set(scopes.values()) == {"shared", "personal"}:
+            why = f"policy {policy!r} lets every client have a factor of its own"
+    if why:
+        keys = ("federation.policy", "federation.space")
+        yield Conflict("refuse", keys, f"space 'common' needs one common factor, but {why}; use space 'factor'")
 
 
 def _mixture_of_routers(config: Config) -> Iterator[Conflict]:
@@ -165,7 +175,7 @@ RULES: tuple[Rule, ...] = (
     _products_need_factors,
     _lowers_rewrite_factors,
     _norms_need_products,
-    _mixed_ranks_and_mean,
+    _common_factor,
     _mixture_of_routers,
     _restart_and_personal_gate,
     _nothing_to_learn,

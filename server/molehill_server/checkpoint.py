@@ -98,8 +98,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "bytes_down": checkpoint.bytes_down,
     }
     (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    for path in (*scratch.rglob("*"), scratch):
-        _sync(path)
+    for path in (*(scratch / "blobs").iterdir(), scratch / "blobs", scratch / _META, scratch):
+        _sync(path)  # trees are synced as they are written
     scratch.rename(final)
     _sync(folder)
     for old in _committed(folder)[:-_KEEP]:

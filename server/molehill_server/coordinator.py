@@ -93,7 +93,10 @@ class Coordinator:
         wire = config.wire
         self._broadcast = Broadcast(exchange, wire.down, wire.max_bytes, dict(self._saved.blobs))
         self._late: set[str] = set()
-        events.rewind(out / "metrics.jsonl", self._saved.glob.round)
+        if loaded is None:
+            (out / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            events.rewind(out / "metrics.jsonl", loaded.glob.round)
         self._log = events.EventLog(out / "metrics.jsonl")
         self._roster = Roster(transport, self._log)
 
@@ -107,23 +110,20 @@ class Coordinator:
             FederationError: A round stayed below its quorum, or no client came.
         """
         began = time.perf_counter()
-        try:
-            clients = self._roster.gather(self._config.round.deadline, self._config.round.quorum, self._grace)
-            self._begin(list(clients))
-            while self._saved.glob.round < self._config.run.rounds:
-                self._round(self._saved.glob.round + 1)
-            final = self._broadcast.publish(self._saved.glob)
-            save_tree(
-                self._out / "final.safetensors",
-                Tree.of({**final.tree, **patch_tree(final.patches)}),
-                {"base": self._saved.identity.base, "round": str(final.round)},
-            )
-            self._measure(final)
-            self._broadcast.drop()
-            totals = {"bytes_up": self._saved.bytes_up, "bytes_down": self._saved.bytes_down}
-            self._log.emit("end", seconds=time.perf_counter() - began, **totals)
-        finally:
-            self._log.close()
+        clients = self._roster.gather(self._config.round.deadline, self._config.round.quorum, self._grace)
+        self._begin(list(clients))
+        while self._saved.glob.round < self._config.run.rounds:
+            self._round(self._saved.glob.round + 1)
+        final = self._broadcast.publish(self._saved.glob)
+        save_tree(
+            self._out / "final.safetensors",
+            Tree.of({**final.tree, **patch_tree(final.patches)}),
+            {"base": self._saved.identity.base, "round": str(final.round)},
+        )
+        self._measure(final)
+        self._broadcast.drop()
+        totals = {"bytes_up": self._saved.bytes_up, "bytes_down": self._saved.bytes_down}
+        self._log.emit("end", seconds=time.perf_counter() - began, **totals)
         return final.tree
 
     def _begin(self, clients: list[str]) -> None:

@@ -36,19 +36,14 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
 
     def emit(self, event: str, **fields: Any) -> None:
         """Write one event with the time of day and pass it on."""
         record = {"event": event, "time": time.time(), **fields}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
         for listener in tuple(_listeners):
             listener(record)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

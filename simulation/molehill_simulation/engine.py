@@ -9,17 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from molehill_server.events import listening
-
 from molehill.config import Config, load
 from molehill.errors import ResumeError
+from molehill_server.events import listening
 from molehill_simulation.flower import (
     SERVER_NODE,
     ClientApp,
-    Configured,
     RunConfig,
     ServerApp,
-    configured,
     context_of,
     ray_engine,
 )
@@ -77,15 +74,18 @@ def run_ray(
     """
     exchange = out.resolve() / "exchange"
     run_config = _run_config(config, out, f"folder:{exchange}")
-    clients = Configured(ScenarioApp(client_app, config, time.sleep), run_config)
-    server = configured(server_app, {**run_config, "grace": config.round.deadline})
+    clients = ScenarioApp(client_app, config, time.sleep)
+    patient: RunConfig = {**run_config, "grace": config.round.deadline}
     with _observed(observer):
-        ray_engine(server, clients, config.data.clients, resources or {"num_cpus": 1})
+        ray_engine(server_app, clients, config.data.clients, patient, run_config, resources or {"num_cpus": 1})
     shutil.rmtree(exchange)
 
 
-def _run_config(config: Config, out: Path, exchange: str) -> RunConfig:
-    """Write the resolved configuration into the run folder and point both apps at it.
+def write_config(config: Config, out: Path) -> Path:
+    """Write the resolved configuration into the run folder, once; both apps read it from there.
+
+    Returns:
+        The absolute path of the file.
 
     Raises:
         ResumeError: The folder holds a run with another configuration.
@@ -99,11 +99,15 @@ def _run_config(config: Config, out: Path, exchange: str) -> RunConfig:
                 where=str(out),
                 mend="Resume with the configuration it was started with, or start a new run in another folder.",
             )
-    else:
-        scratch = path.with_name(".config.toml.new")
-        scratch.write_text(config.to_toml(), encoding="utf-8")
-        scratch.replace(path)
-    return {"config": str(path), "out": str(out.resolve()), "exchange": exchange}
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(".config.toml.new")
+    scratch.write_text(config.to_toml(), encoding="utf-8")
+    return scratch.replace(path)
+
+
+def _run_config(config: Config, out: Path, exchange: str) -> RunConfig:
+    return {"config": str(write_config(config, out)), "out": str(out.resolve()), "exchange": exchange}
 
 
 def _differences(before: Any, now: Any, at: str = "") -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 # Flower and Ray read these once, when they are imported: a simulation talks to nobody.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as later versions of Ray do; else it warns
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -20,11 +22,12 @@ from flwr.simulation import run_simulation
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from molehill.errors import FederationError
+
 __all__ = [
     "SERVER_NODE",
     "ClientApp",
     "ConfigRecord",
-    "Configured",
     "Context",
     "Grid",
     "Message",
@@ -32,7 +35,6 @@ __all__ = [
     "Run",
     "RunConfig",
     "ServerApp",
-    "configured",
     "context_of",
     "error_reply",
     "identify",
@@ -87,7 +89,7 @@ def error_reply(reason: str, message: Message) -> Message:
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
-class Configured(ClientApp):
+class _Configured(ClientApp):
     """A ClientApp that is given a run configuration; Flower's own engines start it with an empty one.
 
     Args:
@@ -102,33 +104,84 @@ class Configured(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Run the ClientApp."""
-        context.run_config = dict(self._run_config)
-        return self._app(message, context)
+        # A context of its own with the node's state: Flower refuses changes to the one it hands out.
+        inner = Context(context.run_id, context.node_id, context.node_config, context.state, dict(self._run_config))
+        return self._app(message, inner)
 
 
-def configured(app: ServerApp, run_config: RunConfig) -> ServerApp:
-    """A ServerApp that is given a run configuration."""
-    outer = ServerApp()
-
-    @outer.main()
-    def main(grid: Grid, context: Context) -> None:
-        context.run_config = dict(run_config)
-        app(grid, context)
-
-    return outer
-
-
-def ray_engine(server_app: ServerApp, client_app: ClientApp, nodes: int, resources: Mapping[str, float]) -> None:
+def ray_engine(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    nodes: int,
+    server_config: RunConfig,
+    client_config: RunConfig,
+    resources: Mapping[str, float],
+) -> None:
     """Run both apps on Flower's Ray engine.
 
     Args:
         server_app: Runs in a thread of this process.
         client_app: Runs in Ray actors; it is pickled.
         nodes: Number of clients.
+        server_config: Run configuration of the server.
+        client_config: Run configuration of the clients.
         resources: ``num_cpus`` and ``num_gpus`` of one client.
     """
-    with _without_deprecation():
-        run_simulation(server_app, client_app, nodes, backend_config={"client_resources": dict(resources)})
+    stop = threading.Event()
+    outer = ServerApp()
+
+    @outer.main()
+    def main(grid: Grid, context: Context) -> None:
+        context.run_config = dict(server_config)
+        server_app(_Stoppable(grid, stop), context)
+
+    try:
+        with _without_deprecation():
+            run_simulation(
+                outer,
+                _Configured(client_app, client_config),
+                nodes,
+                backend_config={"client_resources": dict(resources)},
+            )
+    finally:
+        stop.set()
+
+
+class _Stoppable(Grid):
+    """A grid that stops its ServerApp when the engine is gone, which would else wait for replies in its thread."""
+
+    def __init__(self, grid: Grid, stop: threading.Event) -> None:
+        self._grid = grid
+        self._stop = stop
+
+    def _running(self) -> Grid:
+        if self._stop.is_set():
+            raise FederationError("the simulation engine has stopped")
+        return self._grid
+
+    def set_run(self, run: Run) -> None:
+        self._running().set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._running().run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self._running().create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._running().get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._running().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._running().pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._running().send_and_receive(messages, timeout=timeout)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from molehill_protos.v1 import delta_pb2
 
 from molehill.config import Config, MethodRef
 from molehill.plan import ClientReply
@@ -20,6 +19,7 @@ from molehill.wire.exchange import connect
 from molehill.wire.keys import Key
 from molehill.wire.message import decode_delta, encode_delta
 from molehill.wire.tree import Tree
+from molehill_protos.v1 import delta_pb2
 from molehill_simulation.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
 from molehill_simulation.grid import NoReply
 

@@ -81,6 +81,7 @@ class Planner:
     def __init__(self, config: Config, base: str) -> None:
         self._config = config
         self._base = base
+        self._last: tuple[int, tuple[Scopes, tuple[int, ...]]] = (-1, ((), ()))
 
     def plan(self, client: str, round_number: int, layout: Layout, blobs: Mapping[str, str], turn: int) -> ClientPlan:
         """The plan of one client.
@@ -93,7 +94,7 @@ class Planner:
             turn: Number of the client in the run, for what is dealt to clients in turn.
         """
         config = self._config
-        ranks = shares(config, round_number).ranks
+        patterns, ranks = self._decided(round_number)
         return ClientPlan(
             run=config.run.name,
             round=round_number,
@@ -101,12 +102,19 @@ class Planner:
             base=self._base,
             layout=layout.digest,
             blobs=dict(blobs),
-            scopes=scopes(config, round_number),
+            scopes=patterns,
             rank=ranks[turn % len(ranks)] if ranks else None,
             steps=config.train.steps,
             seed=seed(config, round_number, client),
             codec=config.wire.up,
         )
+
+    def _decided(self, round_number: int) -> tuple[Scopes, tuple[int, ...]]:
+        """Scopes and ranks of a round; worked out once, since all its plans have them in common."""
+        if self._last[0] != round_number:
+            decided = scopes(self._config, round_number), shares(self._config, round_number).ranks
+            self._last = round_number, decided
+        return self._last[1]
 
 
 def expected(plan: ClientPlan, layout: Layout) -> Layout:

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from toy_federation import ToyClient, write_initial
+
+from molehill.config import Config
+from molehill.plan import ClientPlan
+from molehill.wire.exchange import MemoryExchange
+from molehill_server.coordinator import Coordinator
+from molehill_server.transport import Incoming, Outgoing
+
+
+@dataclass
+class ToyTransport:
+    """Calls the clients directly, one message per pull; ``fault`` may change or swallow what they say."""
+
+    clients: dict[int, ToyClient]
+    fault: object = None
+    time: float = 0.0
+    queue: deque = field(default_factory=deque)
+    pushed: list[Outgoing] = field(default_factory=list)
+
+    def nodes(self):
+        return list(self.clients)
+
+    def push(self, message):
+        self.pushed.append(message)
+        self.queue.append((str(len(self.pushed)), message))
+        return self.queue[-1][0]
+
+    def pull(self, ids):
+        while self.queue:
+            name, message = self.queue.popleft()
+            assert name in ids
+            client = self.clients[message.node]
+            if message.kind == "query.hello":
+                return [Incoming(name, json.dumps(client.hello()))]
+            plan = ClientPlan.model_validate_json(message.text)
+            if message.kind != "train":
+                reply = client.evaluate(plan) if message.kind == "evaluate" else client.baseline(plan)
+                return [Incoming(name, reply.model_dump_json())]
+            reply = client.train(plan)
+            text = reply.model_dump_json()
+            if self.fault is not None:
+                text = self.fault(client, plan, reply)
+            if isinstance(text, Exception):
+                return [Incoming(name, None, str(text))]
+            if text is not None:
+                return [Incoming(name, text)]
+        return []
+
+    def now(self):
+        return self.time
+
+    def wait(self, seconds):
+        self.time += seconds
+
+
+@dataclass
+class Toy:
+    """A federation in a folder."""
+
+    config: Config
+    out: Path
+    exchange: MemoryExchange = field(default_factory=MemoryExchange)
+
+    def start(self, fault=None) -> Coordinator:
+        if not (self.out / "initial.safetensors").exists():
+            write_initial(self.out)
+        clients = {n + 10: ToyClient(n, self.config, self.out, self.exchange) for n in range(self.config.data.clients)}
+        self.transport = ToyTransport(clients, fault)
+        return Coordinator(self.config, self.out, self.exchange, self.transport)
+
+    def run(self, fault=None):
+        return self.start(fault).run()
+
+    def events(self, kind=None):
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """No test can see whether a disk was synced, and it takes most of the time."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return lambda settings, name="run": Toy(settings, tmp_path / name)

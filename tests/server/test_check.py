@@ -1,0 +1,84 @@
+"""The table of combinations that cannot work."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from toy_federation import config
+
+from molehill import registry
+from molehill.errors import ConfigError
+from molehill_server.check import check, require
+from molehill_server.planning.planner import shares
+
+PRESETS = [method.name for method in registry.methods("federation")]
+POLICIES = [method.name for method in registry.methods("policy")]
+SERVER_OPTS = [method.name for method in registry.methods("server_opt")]
+REMADE = {"svd", "merge_restart"}  # lowers whose factors do not continue the old ones
+
+
+def refusals(**sections):
+    return [conflict for conflict in check(config(**sections)) if conflict.verdict == "refuse"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_works_as_published(preset):
+    assert refusals(federation={"preset": preset}) == []
+
+
+@pytest.mark.parametrize(("preset", "policy", "opt"), list(product(PRESETS, POLICIES, SERVER_OPTS)))
+def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy, opt):
+    settings = config(federation={"preset": preset, "policy": policy, "server_opt": opt})
+    found = [conflict for conflict in check(settings) if conflict.verdict == "refuse"]
+    federation = settings.federation
+    one, two = shares(settings, 1), shares(settings, 2)
+    both = one.A == one.B == two.A == two.B == "shared"
+    products = federation.space.name in {"product", "stack"}
+    fixed = federation.space.params.get("factor")  # of space common
+    no_common = fixed is not None and any(
+        decided.A == decided.B == "shared"
+        or (fixed == "A" and decided.A == "shared")
+        or decided.B == "personal" != decided.A
+        for decided in (one, two)
+    )
+    bad = (
+        (products and not both)
+        or (federation.lower.name != "none" and not both)
+        or (federation.lower.name in REMADE and opt != "none")
+        or (federation.space.name == "common" and bool(one.ranks))
+        or (federation.rule.name == "norm_weights" and one.B == "personal")
+        or no_common
+    )
+    assert bool(found) == bad, found
+    for conflict in found:
+        assert len(conflict.why) > 40
+        assert conflict.keys
+    if found:
+        with pytest.raises(ConfigError, match="federation"):
+            require(settings)
+    else:
+        require(settings)
+
+
+def test_routers_and_personal_gates():
+    assert refusals(personal={"gate": "mixture"})
+    assert not refusals(personal={"gate": "mixture"}, molora={"scorer": "mixture"})
+    warned = check(config(molora={"scorer": "mixture"}))
+    assert [conflict.verdict for conflict in warned] == ["warn"]
+    warned = check(config(federation={"preset": "flora"}))
+    assert [conflict.verdict for conflict in warned] == ["warn"]
+    assert not check(config(federation={"preset": "flora"}, personal={"gate": "global"}))
+
+
+def test_nothing_to_train():
+    head = {"policy": {"name": "fedpeft", "group": "head"}}
+    assert not refusals(federation=head)
+    assert "no head" in refusals(federation=head, task={"kind": "causal-lm"})[0].why
+    assert "orth" in refusals(federation={"preset": "rolora"}, molora={"init": "orth"})[0].why
+    assert not refusals(federation={"preset": "ffa"}, molora={"init": "orth"})
+
+
+def test_the_server_sends_values_not_changes():
+    assert "values" in refusals(wire={"down": "compeft"})[0].why
+    assert not refusals(wire={"up": "compeft"})

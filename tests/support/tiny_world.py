@@ -1,0 +1,110 @@
+"""A whole federation in seconds: random checkpoints of two layers, and rows that a model can learn from."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from molehill.config import Config, parse
+from molehill.wire import exchange
+from molehill_simulation import world
+
+LABELS = {"negative": ("bad", "poor", "dull"), "neutral": ("plain", "usual", "fair"), "positive": ("good", "fine", "fun")}
+DOMAINS = {"books": ("page", "plot", "author"), "films": ("scene", "actor", "screen")}
+FILLERS = ("the", "was", "very", "it", "and", "so", "then", "we", "saw", "all")
+WORDS = (
+    *("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "Instruction", "Input", "Response"),
+    *(word for group in (*LABELS.values(), *DOMAINS.values(), FILLERS) for word in group),
+    *LABELS,
+)
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }}"
+    "{% if m.role == 'assistant' %} {{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+}
+
+
+def save_base(folder: Path, kind: str, seed: int = 0) -> Path:
+    """Save a random checkpoint (``bert`` or ``llama``) with its tokenizer."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind == "bert":
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        model_max_length=64,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=["<|user|>", "<|assistant|>"],
+    )
+    if kind == "llama":
+        tokenizer.chat_template = CHAT
+    torch.manual_seed(seed)
+    model = BertForMaskedLM(BertConfig(**SIZES)) if kind == "bert" else LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, kind: str = "bert") -> list[dict[str, str]]:
+    """Distinct rows, sorted into two domains; the label follows from one word of the text."""
+    rng = random.Random(0)
+    seen: dict[str, dict[str, str]] = {}
+    while len(seen) < count:
+        label, domain = rng.choice(list(LABELS)), rng.choice(list(DOMAINS))
+        words = [rng.choice(DOMAINS[domain]), rng.choice(LABELS[label]), *rng.choices(FILLERS, k=rng.randint(2, 9))]
+        text = " ".join(rng.sample(words, len(words)))
+        seen[text] = {"text": text, "label": label, "domain": domain}
+    if kind == "bert":
+        return list(seen.values())
+    return [{"instruction": row["text"], "output": f"{row['label']} {row['domain'][:-1]}"} for row in seen.values()]
+
+
+def write_rows(path: Path, values: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in values), encoding="utf-8")
+    return path
+
+
+def config(base: Path, source: Path, **sections: dict[str, Any]) -> Config:
+    """Three clients, two experts at two sites a layer, two rounds of two steps, no baselines, unless said otherwise."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "rounds": 2},
+        "base": {"model": str(base), "precision": "fp32", "device": "cpu"},
+        "task": {"max_length": 16},
+        "data": {"source": str(source), "clients": 3, "partition": "iid"},
+        "molora": {"targets": ["query", "intermediate.dense"], "experts": 2, "rank": 2, "alpha": 4.0},
+        "train": {"steps": 2, "batch_size": 8, "lr": 1e-2},
+        "evaluate": {"baselines": False},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return parse(values)
+
+
+def forget() -> None:
+    """Lose what lives in the memory of a process only, as a new process would."""
+    world._clients.cache_clear()
+    world.world_of.cache_clear()
+    exchange._memories.clear()
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in a run folder."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]

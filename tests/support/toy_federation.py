@@ -1,0 +1,167 @@
+"""A federation small enough to follow by hand: linear regression with two LoRA experts, in numpy.
+
+The client keeps the contract of the real one: fetch blobs, add the personal state, train what the plan says, put the
+delta. Its experts have fixed gates, so every gradient is two lines.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from molehill.config import Config, parse
+from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
+from molehill.wire.exchange import Exchange
+from molehill.wire.keys import Key
+from molehill.wire.message import Delta, decode_tree, encode_delta
+from molehill.wire.store import load_tree, save_tree
+from molehill.wire.tree import Tree
+
+SITE = "layer.0.linear"
+EXPERTS = ("e0", "e1")
+BASE = "b" * 64
+D_IN, D_OUT, RANK = 5, 4, 3
+LR = 0.05
+HEAD = Key("head", "-", "head.bias")
+GATE = Key(SITE, "-", "gate.weight")
+
+
+def config(**sections) -> Config:
+    """Exact codecs, no baselines and no grace unless said otherwise."""
+    values = {
+        "run": {"rounds": 3, "seed": 7},
+        "data": {"clients": 4},
+        "train": {"steps": 2},
+        "wire": {"up": "fp32", "down": "fp32"},
+        "round": {"grace": 2.0, "deadline": 60.0},
+        "evaluate": {"baselines": False},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return parse(values)
+
+
+def initial() -> Tree:
+    rng = np.random.default_rng(0)
+    arrays = {HEAD: np.zeros(D_OUT, np.float32), GATE: rng.normal(size=(2, D_IN)).astype(np.float32)}
+    for expert in EXPERTS:
+        arrays[Key(SITE, expert, "A")] = rng.normal(size=(RANK, D_IN)).astype(np.float32)
+        arrays[Key(SITE, expert, "B")] = np.zeros((D_OUT, RANK), np.float32)
+    return Tree.of(arrays)
+
+
+def write_initial(out: Path, base: str = BASE) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    save_tree(out / "initial.safetensors", initial(), {"base": base})
+
+
+def client_name(number: int) -> str:
+    return f"client-{number}"
+
+
+def data(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of one client; each has its own target and number of rows."""
+    rng = np.random.default_rng(100 + number)
+    x = rng.normal(size=(10 + 5 * number, D_IN)).astype(np.float32)
+    return x, (x @ rng.normal(size=(D_IN, D_OUT)) + number).astype(np.float32)
+
+
+def steps(tree: dict[Key, np.ndarray], number: int, seed: int, count: int, trains) -> float:
+    """Gradient steps in place on the tensors for which ``trains(key)``; returns the last loss."""
+    x, y = data(number)
+    rng = np.random.default_rng(seed)
+    loss = 0.0
+    for _ in range(count):
+        rows = rng.choice(len(x), size=8, replace=False)
+        xb, yb = x[rows], y[rows]
+        product = sum(0.5 * tree[Key(SITE, e, "B")] @ tree[Key(SITE, e, "A")] for e in EXPERTS)
+        error = (xb @ product.T + tree[HEAD] - yb) / len(rows)
+        loss = float((error**2).sum() * len(rows))
+        grads = {HEAD: error.sum(0), GATE: tree[GATE] - number}
+        for e in EXPERTS:
+            a, b = Key(SITE, e, "A"), Key(SITE, e, "B")
+            grads[b] = 0.5 * error.T @ (xb @ tree[a].T)
+            grads[a] = 0.5 * (error @ tree[b]).T @ xb
+        for key, grad in grads.items():
+            if trains(key):
+                tree[key] = (tree[key] - LR * grad).astype(np.float32)
+    return loss
+
+
+class ToyClient:
+    """One data owner, following its plan to the letter."""
+
+    def __init__(self, number: int, settings: Config, out: Path, exchange: Exchange) -> None:
+        self.number, self.name = number, client_name(number)
+        self.config, self.exchange = settings, exchange
+        self.folder = out / "clients" / self.name
+        self.held: set[str] = set()
+
+    def hello(self) -> dict:
+        return {"client": self.name, "n_train": len(data(self.number)[0]), "n_test": 3, "version": "0"}
+
+    def receive(self, plan: ClientPlan) -> tuple[dict[Key, np.ndarray], int]:
+        """Values of all tensors, cut to the plan's rank; and the bytes that were new."""
+        tree, fetched = {}, 0
+        for digest in plan.blobs.values():
+            blob = self.exchange.get(digest)
+            fetched += 0 if digest in self.held else len(blob)
+            self.held.add(digest)
+            for key, value in decode_tree(blob, 2**24).items():
+                if key.kind == "patch":
+                    continue
+                cut = {"A": value[: plan.rank], "B": value[:, : plan.rank] if value.ndim == 2 else value}
+                tree[key] = cut.get(key.role, value).copy()
+        before = [path for path in sorted(self.folder.glob("*.safetensors")) if int(path.stem) < plan.round]
+        if before:
+            tree |= {key: value.copy() for key, value in load_tree(before[-1])[0].items()}
+        return tree, fetched
+
+    def train(self, plan: ClientPlan) -> ClientReply:
+        assert plan.client == self.name
+        assert plan.base == BASE
+        began = time.perf_counter()
+        tree, fetched = self.receive(plan)
+        before = dict(tree)
+        loss = steps(tree, self.number, plan.seed, plan.steps, lambda key: plan.scope(key) != "frozen")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        personal = Tree.of({key: value for key, value in tree.items() if plan.scope(key) == "personal"})
+        save_tree(self.folder / f"{plan.round:05d}.safetensors", personal)
+        changes = {key: tree[key] - before[key] for key in tree if plan.scope(key) == "shared"}
+        rows = len(data(self.number)[0])
+        tokens = {(SITE, "e0"): 2.0 * rows, (SITE, "e1"): 1.0 * rows}
+        delta = Delta(plan.run, plan.round, self.name, plan.base, Tree.of(changes), rows, tokens)
+        blob = encode_delta(delta, plan.codec)
+        return ClientReply(
+            client=self.name,
+            round=plan.round,
+            delta=self.exchange.put(blob),
+            bytes_up=len(blob),
+            bytes_down=fetched,
+            examples=rows,
+            loss=loss,
+            seconds=time.perf_counter() - began,
+        )
+
+    def evaluate(self, plan: ClientPlan) -> EvaluationReply:
+        tree, _ = self.receive(plan.model_copy(update={"round": plan.round + 1, "rank": None}))
+        return self._scores(tree, "global", "personalised")
+
+    def baseline(self, plan: ClientPlan) -> EvaluationReply:
+        del plan
+        tree = dict(initial())
+        steps(tree, self.number, 0, self.config.run.rounds * self.config.train.steps, lambda _: True)
+        return self._scores(tree, "base", "local")
+
+    def _scores(self, tree: dict[Key, np.ndarray], *stages: str) -> EvaluationReply:
+        loss = steps(dict(tree), self.number, 0, 1, lambda _: False)
+        scores = Scores(n=3, accuracy=1 / (1 + loss), loss=loss)
+        return EvaluationReply(
+            client=self.name,
+            n_train=len(data(self.number)[0]),
+            n_test=3,
+            stages=dict.fromkeys(stages, scores),
+            seconds=0,
+        )
