@@ -150,10 +150,10 @@ class Client:
         self._receive(plan, state)
         # What every client gets: no personal tensors. A head that nobody shares is the exception, since without
         # one there is nothing to score; of a gate that nobody shares, all experts (or sub-routers) weigh alike.
-        keeps_head = config.personal.head == "personal"
-        model.load({key: value for key, value in state.tree.items() if key.kind == "head" and keeps_head})
+        keeps = {key.kind for key in self.bench.initial if plan.scope(key) == "personal"}
+        model.load({key: value for key, value in state.tree.items() if key.kind == "head" and "head" in keeps})
         model.use_personal(gate=False, head=False)
-        model.use_uniform_gate(config.personal.gate == "personal")
+        model.use_uniform_gate("gate" in keeps and config.personal.gate != "mixture")
         if config.personal.gate == "mixture":
             main = self.bench.initial.select(lambda key: key.role.startswith("gate.main"))
             model.load(Tree(main.layout))
@@ -181,7 +181,7 @@ class Client:
         self._start_over()
         stages: dict[str, Scores] = {}
         if model.head is not None:
-            stages["base"] = self._head_only(plan.seed)
+            stages["base"] = self._head_only()
         else:
             model.state.enabled = False
             stages["base"] = self._score()
@@ -216,6 +216,12 @@ class Client:
                 where=f"client {self.name}",
                 mend="Use the same base model and revision on every machine.",
             )
+        if plan.layout != self.bench.initial.layout.digest:
+            raise MessageError(
+                "plan is for a model with other tensors than this client builds",
+                where=f"client {self.name}",
+                mend="Run the same configuration on server and clients.",
+            )
 
     def _receive(self, plan: ClientPlan, state: PersonalState) -> int:
         """Put the plan's blobs into the model; returns the bytes that had to be fetched."""
@@ -236,20 +242,29 @@ class Client:
                     B = tree[key._replace(role="patch.B")]
                     patches.setdefault((key.site, key.expert), []).append((tree[key], B))
         model.set_patches(
-            {at: (np.concatenate([a for a, _ in ab]), np.concatenate([b for _, b in ab], 1)) for at, ab in patches.items()}
+            {
+                at: (np.concatenate([a for a, _ in ab]), np.concatenate([b for _, b in ab], 1))
+                for at, ab in patches.items()
+            }
         )
         state.held = {group: digest for group, digest in state.held.items() if group in plan.blobs}
         return fetched
 
     def _start_over(self) -> None:
-        """The start every client shares, without patches."""
-        self.bench.model.load(self.bench.initial)
-        self.bench.model.set_patches({})
-        self.bench.model.use_personal(gate=True, head=True)
+        """The start every client shares: no patches, no residuals, and nothing of whoever used the model last."""
+        model = self.bench.model
+        model.load(self.bench.initial)
+        model.load(Tree(model.layout.where(_is_residual)))
+        model.set_patches({})
+        model.use_personal(gate=True, head=True)
+        model.use_uniform_gate(uniform=False)
+        model.state.enabled = True
 
     def _shared(self, plan: ClientPlan, layout: Layout | None = None) -> Tree:
         """Values of the tensors that are sent, cut to this client's rank."""
-        tree = self.bench.model.tree(layout if plan.rank is None and layout else lambda key: plan.scope(key) == "shared")
+        tree = self.bench.model.tree(
+            layout if plan.rank is None and layout else lambda key: plan.scope(key) == "shared"
+        )
         if plan.rank is None:
             return tree
         return Tree.of(_truncated(tree, plan.rank))
@@ -268,7 +283,7 @@ class Client:
             where=f"client {self.name}, personal steps",
         )
 
-    def _head_only(self, seed: int) -> Scores:
+    def _head_only(self) -> Scores:
         """Train only the head on cached features of the frozen base; until the loss stops falling."""
         model, head = self.bench.model, self.bench.model.head
         assert head is not None
@@ -368,5 +383,3 @@ def _truncated(tree: Mapping[Key, Array], rank: int | None) -> dict[Key, Array]:
         return dict(tree)
     cut = {"A": lambda value: value[:rank], "B": lambda value: value[:, :rank]}
     return {key: cut.get(key.kind, lambda value: value)(value) for key, value in tree.items()}
-
-

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +70,7 @@ class StateStore:
                     mend="Use a new run folder, or remove this client's folder to start its personal state anew.",
                 )
         memory, _ = load_tree(folder / "memory.safetensors")
-        held: Mapping[str, str] = json.loads((folder / "held.json").read_text(encoding="utf-8"))
-        return PersonalState(tree, memory, dict(held))
+        return PersonalState(tree, memory, json.loads(meta["held"]))
 
     def save(self, round_: int, state: PersonalState) -> None:
         """Write the state after ``round_``, all files at once, and drop old rounds."""
@@ -80,9 +78,8 @@ class StateStore:
         draft = self.folder / f".round-{round_:06d}.{os.getpid()}"
         _remove(draft)
         draft.mkdir(parents=True)
-        save_tree(draft / "personal.safetensors", state.tree, self._meta)
+        save_tree(draft / "personal.safetensors", state.tree, {**self._meta, "held": json.dumps(state.held)})
         save_tree(draft / "memory.safetensors", state.memory, self._meta)
-        (draft / "held.json").write_text(json.dumps(state.held), encoding="utf-8")
         _remove(final)
         draft.rename(final)
         for number in sorted(self._rounds())[:-_KEEP]:

@@ -15,7 +15,11 @@ from molehill.config import Config, parse
 from molehill.wire import exchange
 from molehill_simulation import world
 
-LABELS = {"negative": ("bad", "poor", "dull"), "neutral": ("plain", "usual", "fair"), "positive": ("good", "fine", "fun")}
+LABELS = {
+    "negative": ("bad", "poor", "dull"),
+    "neutral": ("plain", "usual", "fair"),
+    "positive": ("good", "fine", "fun"),
+}
 DOMAINS = {"books": ("page", "plot", "author"), "films": ("scene", "actor", "screen")}
 FILLERS = ("the", "was", "very", "it", "and", "so", "then", "we", "saw", "all")
 WORDS = (
@@ -43,7 +47,9 @@ def save_base(folder: Path, kind: str, seed: int = 0) -> Path:
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if kind == "bert":
-        inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         model_max_length=64,

@@ -1,0 +1,322 @@
+"""One data owner against plans written by hand: real model, real codecs, no server."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_world
+import torch
+
+from molehill.config import MethodRef
+from molehill.errors import AdapterError, MessageError, TrainingError
+from molehill.plan import ClientPlan
+from molehill.wire.exchange import MemoryExchange
+from molehill.wire.keys import Key
+from molehill.wire.message import decode_delta, encode_tree
+from molehill.wire.tree import Tree
+from molehill_client.client import Client, Workbench
+from molehill_client.state import StateStore
+from molehill_simulation.world import open_world
+
+FP32 = MethodRef(name="fp32")
+EXPERTS = (("*/A", "shared"), ("*/B", "shared"))
+HEAD = (("*/head.residual*", "personal"), ("*/head*", "shared"))
+ANCHORED = (*EXPERTS, ("*/gate.residual*", "personal"), ("*/gate*", "shared"), *HEAD)
+SITE = "encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_world.save_base(folder / "bert", "bert"), tiny_world.write_rows(folder / "r.jsonl", tiny_world.rows(60))
+
+
+class House:
+    """Clients of one process, and whoever writes their plans."""
+
+    def __init__(self, sources, folder, **sections):
+        self.config = tiny_world.config(*sources, **sections)
+        self.world = open_world(self.config)
+        self.exchange = MemoryExchange()
+        model = self.world.model
+        initial = model.tree(lambda key: ".residual" not in key.role)
+        self.bench = Workbench(
+            self.world.config, model, self.world.task, self.world.base.digest, initial, self.exchange
+        )
+        self.folder = folder
+
+    def client(self, number: int) -> Client:
+        owner = self.world.owners[number]
+        encode = self.world.task.encode
+        store = StateStore(self.folder / owner.name, "tiny", self.bench.base_digest)
+        return Client(self.bench, owner.name, encode(owner.train), encode(owner.test), store)
+
+    def plan(self, number: int, round_: int = 1, tree=None, patches=(), **values) -> ClientPlan:
+        trees = {"all": self.bench.initial if tree is None else tree}
+        trees |= {f"patch.{i}": patch for i, patch in enumerate(patches)}
+        given = {
+            "run": "tiny",
+            "round": round_,
+            "client": self.world.owners[number].name,
+            "base": self.bench.base_digest,
+            "layout": self.bench.initial.layout.digest,
+            "blobs": {name: self.exchange.put(encode_tree(each, FP32)) for name, each in trees.items()},
+            "scopes": ANCHORED,
+            "steps": 2,
+            "seed": 5,
+            "codec": FP32,
+        }
+        return ClientPlan.model_validate({**given, **values})
+
+    def delta(self, reply):
+        return decode_delta(self.exchange.get(reply.delta), 2**24)
+
+
+@pytest.fixture
+def house(sources, tmp_path):
+    torch.set_num_threads(1)
+    return lambda name="clients", **sections: House(sources, tmp_path / name, **sections)
+
+
+@pytest.fixture
+def one(house):
+    return house()
+
+
+def test_the_delta_is_trained_less_received_of_what_is_shared(one):
+    plan = one.plan(0)
+    client = one.client(0)
+    reply = client.train(plan)
+    delta = one.delta(reply)
+    assert set(delta.tree) == {key for key in one.bench.initial if plan.scope(key) == "shared"}
+    trained = one.bench.model.tree(delta.tree.layout)
+    np.testing.assert_array_equal(delta.tree.flat, trained.flat - one.bench.initial.select(delta.tree.layout).flat)
+    assert delta.tree.flat.any()
+    assert (delta.run, delta.round, delta.client, delta.base) == ("tiny", 1, "client-1", plan.base)
+    assert reply.examples == delta.examples == len(client.train_rows)
+    assert reply.bytes_up == len(one.exchange.get(reply.delta))
+    assert np.isfinite(reply.loss)
+
+
+def test_tokens_of_the_delta_are_the_real_tokens_of_the_batches(one):
+    client = one.client(0)
+    delta = one.delta(client.train(one.plan(0)))
+    batches = client._batches(5)
+    real = sum(float(next(batches).attention_mask.sum()) for _ in range(2))
+    for site in one.bench.model.sites:
+        assert sum(mass for (at, _), mass in delta.tokens.items() if at == site) == pytest.approx(real, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "scopes"),
+    [("A", (("*/A", "frozen"), *ANCHORED)), ("gate", (*EXPERTS, *HEAD)), ("head", (*ANCHORED[:4],))],
+)
+def test_what_the_plan_freezes_keeps_its_values_and_is_not_sent(one, frozen, scopes):
+    delta = one.delta(one.client(0).train(one.plan(0, scopes=scopes)))
+    assert frozen not in {key.kind for key in delta.tree}
+    kept = one.bench.initial.select(lambda key: key.kind == frozen)
+    np.testing.assert_array_equal(one.bench.model.tree(kept.layout).flat, kept.flat)
+
+
+def test_a_plan_that_trains_nothing_is_refused(one):
+    with pytest.raises(TrainingError, match="client client-1, round 1: the plan trains no tensor"):
+        one.client(0).train(one.plan(0, scopes=()))
+
+
+def test_a_client_does_not_depend_on_who_used_the_model_before(house):
+    alone, shared = house("alone"), house("shared")
+    want = alone.delta(alone.client(1).train(alone.plan(1)))
+    shared.client(0).train(shared.plan(0))
+    shared.client(0).evaluate(shared.plan(0))
+    reply = shared.client(1).train(shared.plan(1))
+    np.testing.assert_array_equal(shared.delta(reply).tree.flat, want.tree.flat)
+    mine, theirs = (h.client(1).store.before(2).tree for h in (shared, alone))
+    np.testing.assert_array_equal(mine.flat, theirs.flat)
+
+
+def test_what_a_client_could_do_alone_does_not_depend_on_any_federation(house):
+    alone, federated = house("alone"), house("federated")
+    want = alone.client(1).baseline(alone.plan(1, 0)).stages
+    for number in (0, 1):
+        federated.client(number).train(federated.plan(number))
+    assert federated.client(1).baseline(federated.plan(1, 0)).stages == want
+    assert set(want) == {"base", "local"}
+
+
+def test_the_model_is_as_it_was_after_somebody_was_stopped_in_the_middle(house):
+    calm, stopped = house("calm"), house("stopped")
+    want = calm.delta(calm.client(1).train(calm.plan(1))).tree.flat
+
+    def stop(step, steps):
+        raise KeyboardInterrupt
+
+    hurried = stopped.client(0)
+    hurried.observe = stop
+    with pytest.raises(KeyboardInterrupt):
+        hurried.train(stopped.plan(0))
+    stopped.bench.model.state.enabled = False
+    stopped.bench.model.use_uniform_gate(uniform=True)
+    np.testing.assert_array_equal(stopped.delta(stopped.client(1).train(stopped.plan(1))).tree.flat, want)
+
+
+def test_personal_state_is_where_the_next_round_starts(one):
+    one.client(0).train(one.plan(0))
+    before = one.client(0).store.before(2).tree
+    assert before.flat.any()
+    assert {key.role.partition(".")[2].partition(".")[0] for key in before} == {"residual"}
+    one.client(0).train(one.plan(0, 2, seed=6))
+    after = one.client(0).store.before(3).tree
+    assert 0 < np.abs(after.flat - before.flat).max() < 0.05
+    fresh = one.client(1)
+    fresh.store = StateStore(one.folder / "new", "tiny", one.bench.base_digest)
+    assert not fresh.store.before(2).tree
+
+
+def test_a_repeated_round_starts_from_what_was_before_it(one):
+    one.client(0).train(one.plan(0))
+    first = one.delta(one.client(0).train(one.plan(0, 2)))
+    again = one.delta(one.client(0).train(one.plan(0, 2)))
+    np.testing.assert_array_equal(first.tree.flat, again.tree.flat)
+
+
+def test_bytes_down_counts_what_the_client_did_not_have(one):
+    frozen = one.bench.initial.select(lambda key: key.kind == "A")
+    rest = one.bench.initial.select(lambda key: key.kind != "A")
+    blobs = {"A": encode_tree(frozen, FP32), "rest": encode_tree(rest, FP32)}
+
+    def train(round_, rest):
+        names = {"A": one.exchange.put(blobs["A"]), "rest": one.exchange.put(rest)}
+        return one.client(0).train(one.plan(0, round_, blobs=names)).bytes_down
+
+    assert train(1, blobs["rest"]) == len(blobs["A"]) + len(blobs["rest"])
+    assert train(2, blobs["rest"]) == 0
+    moved = rest.copy()
+    moved.flat += 1e-3
+    assert train(3, encode_tree(moved, FP32)) == len(encode_tree(moved, FP32))
+
+
+def test_a_low_rank_client_trains_and_sends_its_first_ranks_only(one):
+    plan = one.plan(0, rank=1)
+    tree = one.delta(one.client(0).train(plan)).tree
+    assert tree[Key(SITE, "e0", "A")].shape == (1, 16)
+    assert tree[Key(SITE, "e0", "B")].shape == (16, 1)
+    whole = one.bench.model.tree(lambda key: key.kind in {"A", "B"})
+    assert all(not (v[1:] if key.kind == "A" else v[:, 1:]).any() for key, v in whole.items())
+
+
+def test_patches_of_all_rounds_add_up(one):
+    rng = np.random.default_rng(0)
+    arrays = [
+        {
+            Key(SITE, "e0", "patch.A"): rng.normal(size=(n, 16)).astype(np.float32),
+            Key(SITE, "e0", "patch.B"): rng.normal(size=(16, n)).astype(np.float32),
+        }
+        for n in (1, 3)
+    ]
+    one.client(0).evaluate(one.plan(0, patches=[Tree.of(each) for each in arrays]))
+    bank = one.bench.model.sites[SITE].bank
+    mine = bank.patch_expert == 0
+    product = bank.patch_Bt[mine].T @ bank.patch_A[mine]
+    want = sum(each[Key(SITE, "e0", "patch.B")] @ each[Key(SITE, "e0", "patch.A")] for each in arrays)
+    np.testing.assert_allclose(product.numpy(), want, rtol=1e-5, atol=1e-6)
+    one.client(1).evaluate(one.plan(1))
+    assert len(bank.patch_expert) == 0
+
+
+def test_error_feedback_is_kept_and_sent_later(one):
+    codec = MethodRef.model_validate({"name": "compeft", "density": 0.1})
+    one.client(0).train(one.plan(0, codec=codec))
+    memory = one.client(0).store.before(2).memory
+    assert memory.flat.any()
+    sent = one.delta(one.client(0).train(one.plan(0, 2, codec=codec))).tree
+    assert memory.layout == sent.layout
+    fresh = one.client(0)
+    fresh.store = StateStore(one.folder / "fresh", "tiny", one.bench.base_digest)
+    fresh.store.save(1, one.client(0).store.before(2))
+    state = fresh.store.before(2)
+    state.memory = Tree(state.memory.layout)
+    fresh.store.save(1, state)
+    assert not np.array_equal(one.delta(fresh.train(one.plan(0, 2, codec=codec))).tree.flat, sent.flat)
+
+
+def test_personal_steps_move_personal_tensors_alone(house):
+    plain, more = house("plain"), house("more", personal={"steps": 3})
+    one, other = (h.delta(h.client(0).train(h.plan(0))).tree for h in (plain, more))
+    np.testing.assert_array_equal(one.flat, other.flat)
+    mine, theirs = (h.client(0).store.before(2).tree for h in (plain, more))
+    assert not np.allclose(mine.flat, theirs.flat, atol=1e-4)
+
+
+GATES = {
+    "anchored": ANCHORED,
+    "personal": (*EXPERTS, ("*/gate*", "personal"), *HEAD),
+    "mixture": (*EXPERTS, ("*/gate.sub*", "shared"), ("*/gate*", "personal"), *HEAD),
+    "own head": (*EXPERTS, ("*/gate*", "shared"), ("*/head*", "personal")),
+}
+
+
+def _sections(gate):
+    if gate == "mixture":
+        return {"personal": {"gate": "mixture"}, "molora": {"scorer": {"name": "mixture", "m": 2}}}
+    return {"personal": {"gate": "global", "head": "personal"} if gate == "own head" else {"gate": gate}}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_global_scores_use_no_personal_tensor_and_personalised_ones_do(house, gate):
+    h = house(**_sections(gate))
+    values = {"scopes": GATES[gate]}
+    h.client(0).train(h.plan(0, **values))
+    before = h.client(0).evaluate(h.plan(0, **values)).stages
+    state = h.client(0).store.before(2)
+    state.tree.flat[...] = np.random.default_rng(0).normal(size=state.tree.flat.shape) * 3
+    h.client(0).store.save(1, state)
+    after = h.client(0).evaluate(h.plan(0, **values)).stages
+    assert after["personalised"] != before["personalised"]
+    # A head that nobody shares is the one thing there is to score with.
+    assert (after["global"] == before["global"]) is (gate != "own head")
+
+
+def test_a_head_that_the_policy_keeps_is_used_for_the_global_score(house):
+    scopes = (("*/A", "shared"), ("*/B", "personal"), ("*/gate*", "shared"), ("*/head*", "personal"))
+    h = house(personal={"gate": "global", "head": "global"}, train={"lr": 0.1})
+    h.client(0).train(h.plan(0, scopes=scopes, steps=20))
+    stages = h.client(0).evaluate(h.plan(0, scopes=scopes)).stages
+    untrained = h.client(1).evaluate(h.plan(1, scopes=scopes)).stages
+    assert stages["global"].loss != untrained["global"].loss
+    assert stages["global"] != stages["personalised"]  # its B is personal, and no part of the global model
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"client": "somebody"}, "plan is for client 'somebody'"),
+        ({"base": "0" * 64}, "Use the same base model and revision"),
+        ({"layout": "0" * 64}, "other tensors than this client builds"),
+        ({"blobs": {"all": "0" * 64}}, "no blob"),
+        ({"blobs": {"all": "../secret"}}, "no blob"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(one, values, message):
+    for answer in (one.client(0).train, one.client(0).evaluate):
+        with pytest.raises(MessageError, match=message):
+            answer(one.plan(0, **values))
+    if "blobs" not in values:
+        with pytest.raises(MessageError, match=message):
+            one.client(0).baseline(one.plan(0, **values))
+    assert not one.folder.exists()
+
+
+def test_a_blob_with_foreign_tensors_is_refused(one):
+    foreign = Tree.of({Key("nowhere", "e0", "A"): np.zeros((2, 16), np.float32)})
+    with pytest.raises(AdapterError, match="nowhere/e0/A does not exist in this model"):
+        one.client(0).train(one.plan(0, tree=foreign))
+    damaged = one.exchange.put(encode_tree(one.bench.initial, FP32)[:-9])
+    with pytest.raises(MessageError):
+        one.client(0).train(one.plan(0, blobs={"all": damaged}))
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_leaves_no_state(house):
+    h = house(train={"lr": 1e30, "clip": 1.0})
+    with pytest.raises(TrainingError, match=r"client client-1, round 1: .*Lower train\.lr"):
+        h.client(0).train(h.plan(0, steps=5))
+    assert not h.folder.exists()
