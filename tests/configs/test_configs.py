@@ -1,4 +1,4 @@
-"""Every configuration that ships loads, is accepted, and runs a round of one step."""
+"""Every configuration that ships loads, is accepted, and runs a round."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from molehill_simulation.simulate import simulate
 
 ROOT = Path(__file__).parents[2] / "configs"
 FILES = sorted(ROOT.rglob("*.toml"))
+# With B = 0 at the start, A learns nothing in the first step.
 TINY = (
     "run.rounds=1",
-    "train.steps=1",
+    "train.steps=2",
     "train.batch_size=4",
     "data.clients=2",
     "task.max_length=32",
@@ -71,7 +72,7 @@ def test_a_configuration_runs_a_step(path, overrides, tmp_path):
     final, _ = load_tree(tmp_path / "final.safetensors")
     assert np.isfinite(final.flat).all()
     # Nothing is shared in "local"; what is broadcast as fp16 is only rounded.
-    moved = final.layout != initial.layout or np.abs(final.flat - initial.flat).max() > 1e-3
-    assert moved == (config.federation.preset != "local")
+    stays = final.layout == initial.layout and np.array_equal(final.flat, initial.flat.astype("f2").astype("f4"))
+    assert stays == (config.federation.preset == "local")
     assert (tmp_path / "report.html").stat().st_size > 1000
     assert (tmp_path / "adapter" / "molora.json").is_file()
