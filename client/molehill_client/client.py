@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,42 +11,35 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from molehill import registry
-from molehill.config import Config
 from molehill.errors import MessageError
-from molehill.molora.interfaces import RoutingLoss
-from molehill.molora.model import MoLoRAModel, seed_for
-from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope, Scores
+from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.tasks.batches import Batch, Batches, eval_batches
 from molehill.tasks.metrics import ScoreSum
-from molehill.tasks.task import Example, Task
-from molehill.wire.exchange import Exchange
+from molehill.tasks.task import Example
 from molehill.wire.keys import Key
 from molehill.wire.message import Delta, decode_tree, encode_delta
 from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.state import PersonalState, StateStore
-from molehill_client.trainer import Observer, Rates, Settings, train
+from molehill_client.together import baseline_together, train_together
+from molehill_client.trainer import Observer, Result
+from molehill_client.workbench import Workbench, is_residual
 
 
-@dataclass(frozen=True)
-class Workbench:
-    """What several clients of one process share: the base in memory once, adapters swapped in place.
+@dataclass
+class Session:
+    """One client's round between `Client.begin` and `Client.finish`.
 
     Attributes:
-        config: The run.
-        model: The model; its adapter belongs to whoever used it last.
-        task: Encodes and collates rows.
-        base_digest: Digest of the base weights.
-        initial: The adapter every client starts from.
-        exchange: Where blobs come from and deltas go.
+        plan: What to do.
+        state: What the client keeps for itself.
+        bytes_down: Length of the blobs that had to be fetched.
+        received: Values of the shared tensors before training.
     """
 
-    config: Config
-    model: MoLoRAModel
-    task: Task
-    base_digest: str
-    initial: Tree
-    exchange: Exchange
+    plan: ClientPlan
+    state: PersonalState
+    bytes_down: int
+    received: Tree
 
 
 class Client:
@@ -86,60 +79,7 @@ class Client:
             MessageError: The plan or its blobs do not fit this client.
             TrainingError: The loss is not finite.
         """
-        started = time.monotonic()
-        config, model = self.bench.config, self.bench.model
-        self._check(plan)
-        state = self.store.before(plan.round)
-        bytes_down = self._receive(plan, state)
-        model.load(state.tree)
-        received = self._shared(plan)
-        rounds = config.run.rounds
-        span = ((plan.round - 1) / rounds, plan.round / rounds)
-        result = train(
-            model,
-            self._batches(plan.seed),
-            self._objective(),
-            self._losses(),
-            self._settings(),
-            plan.scope,
-            steps=plan.steps,
-            progress=span,
-            observe=self.observe,
-            where=f"client {self.name}, round {plan.round}",
-        )
-        if config.personal.steps:
-            self._adapt(plan.scope, seed_for(plan.seed, "personal"), span)
-        trained = self._shared(plan, received.layout)
-        delta = Tree(received.layout, trained.flat - received.flat)
-        memory: dict[Key, Array] = {key: np.array(value) for key, value in state.memory.items()}
-        blob = encode_delta(
-            Delta(
-                run=plan.run,
-                round=plan.round,
-                client=self.name,
-                base=plan.base,
-                tree=delta,
-                examples=len(self.train_rows),
-                tokens=result.tokens,
-            ),
-            plan.codec,
-            memory,
-        )
-        digest = self.bench.exchange.put(blob)
-        state.tree = model.tree(lambda key: plan.scope(key) == "personal")
-        state.memory = Tree.of(memory)
-        self.store.save(plan.round, state)
-        return ClientReply(
-            client=self.name,
-            round=plan.round,
-            delta=digest,
-            bytes_up=len(blob),
-            bytes_down=bytes_down,
-            examples=len(self.train_rows),
-            loss=result.loss,
-            seconds=time.monotonic() - started,
-            metrics=result.routing,
-        )
+        return train_together([self], [plan])[0]
 
     def evaluate(self, plan: ClientPlan) -> EvaluationReply:
         """Score the global and the personalised model on this client's held-out rows."""
@@ -157,17 +97,17 @@ class Client:
         if config.personal.gate == "mixture":
             main = self.bench.initial.select(lambda key: key.role.startswith("gate.main"))
             model.load(Tree(main.layout))
-        stages = {"global": self._score()}
+        stages = {"global": self.score()}
         model.use_uniform_gate(uniform=False)
         model.use_personal(gate=True, head=True)
         model.load(state.tree)
         model.count_tokens(on=True)
-        stages["personalised"] = self._score()
+        stages["personalised"] = self.score()
         model.count_tokens(on=False)
         tokens: dict[str, float] = {}
         for (_, expert), mass in model.tokens().items():
             tokens[expert] = tokens.get(expert, 0.0) + mass
-        return self._evaluation(stages, tokens, started)
+        return self.evaluation(stages, tokens, time.monotonic() - started)
 
     def baseline(self, plan: ClientPlan) -> EvaluationReply:
         """Train and score what this client could do alone.
@@ -175,35 +115,7 @@ class Client:
         ``base`` is the frozen base with only a head; ``local`` is the same MoLoRA trained on this client's rows
         for as many steps as the federation gives it.
         """
-        started = time.monotonic()
-        config, model = self.bench.config, self.bench.model
-        self._check(plan)
-        self._start_over()
-        stages: dict[str, Scores] = {}
-        if model.head is not None:
-            stages["base"] = self._head_only()
-        else:
-            model.state.enabled = False
-            stages["base"] = self._score()
-            model.state.enabled = True
-        self._start_over()
-
-        def alone(key: Key) -> Scope:
-            return "frozen" if _is_residual(key) else "shared"
-
-        train(
-            model,
-            self._batches(plan.seed),
-            self._objective(),
-            self._losses(),
-            self._settings(),
-            alone,
-            steps=config.run.rounds * (config.train.steps + config.personal.steps),
-            observe=self.observe,
-            where=f"client {self.name}, local baseline",
-        )
-        stages["local"] = self._score()
-        return self._evaluation(stages, {}, started)
+        return baseline_together([self], [plan])[0]
 
     # ---- parts -----------------------------------------------------------------------------------------------
 
@@ -223,10 +135,52 @@ class Client:
                 mend="Run the same configuration on server and clients.",
             )
 
+    def begin(self, plan: ClientPlan) -> Session:
+        """Put what the plan names, and the personal state, into the model."""
+        self._check(plan)
+        state = self.store.before(plan.round)
+        bytes_down = self._receive(plan, state)
+        self.bench.model.load(state.tree)
+        return Session(plan, state, bytes_down, self._shared(plan))
+
+    def finish(self, session: Session, result: Result, seconds: float) -> ClientReply:
+        """Send what was learnt and keep what is personal."""
+        plan, state, received = session.plan, session.state, session.received
+        trained = self._shared(plan, received.layout)
+        memory: dict[Key, Array] = {key: np.array(value) for key, value in state.memory.items()}
+        blob = encode_delta(
+            Delta(
+                run=plan.run,
+                round=plan.round,
+                client=self.name,
+                base=plan.base,
+                tree=Tree(received.layout, trained.flat - received.flat),
+                examples=len(self.train_rows),
+                tokens=result.tokens,
+            ),
+            plan.codec,
+            memory,
+        )
+        digest = self.bench.exchange.put(blob)
+        state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal")
+        state.memory = Tree.of(memory)
+        self.store.save(plan.round, state)
+        return ClientReply(
+            client=self.name,
+            round=plan.round,
+            delta=digest,
+            bytes_up=len(blob),
+            bytes_down=session.bytes_down,
+            examples=len(self.train_rows),
+            loss=result.loss,
+            seconds=seconds,
+            metrics=result.routing,
+        )
+
     def _receive(self, plan: ClientPlan, state: PersonalState) -> int:
         """Put the plan's blobs into the model; returns the bytes that had to be fetched."""
         model, limit = self.bench.model, self.bench.config.wire.max_bytes
-        self._start_over()
+        self.start_over()
         patches: dict[tuple[str, str], list[tuple[Array, Array]]] = {}
         fetched = 0
         for group, digest in sorted(plan.blobs.items()):
@@ -250,11 +204,11 @@ class Client:
         state.held = {group: digest for group, digest in state.held.items() if group in plan.blobs}
         return fetched
 
-    def _start_over(self) -> None:
+    def start_over(self) -> None:
         """The start every client shares: no patches, no residuals, and nothing of whoever used the model last."""
         model = self.bench.model
         model.load(self.bench.initial)
-        model.load(Tree(model.layout.where(_is_residual)))
+        model.load(Tree(model.layout.where(is_residual)))
         model.set_patches({})
         model.use_personal(gate=True, head=True)
         model.use_uniform_gate(uniform=False)
@@ -269,19 +223,17 @@ class Client:
             return tree
         return Tree.of(_truncated(tree, plan.rank))
 
-    def _adapt(self, scope: Callable[[Key], Scope], seed: int, span: tuple[float, float]) -> None:
-        """Extra steps in which only personal tensors learn."""
-        train(
-            self.bench.model,
-            self._batches(seed),
-            self._objective(),
-            (),
-            self._settings(),
-            lambda key: "personal" if scope(key) == "personal" else "frozen",
-            steps=self.bench.config.personal.steps,
-            progress=span,
-            where=f"client {self.name}, personal steps",
-        )
+    def base(self, plan: ClientPlan) -> dict[str, Scores]:
+        """Score the frozen base with only a head."""
+        self._check(plan)
+        self.start_over()
+        if self.bench.model.head is not None:
+            return {"base": self._head_only()}
+        self.bench.model.state.enabled = False
+        try:
+            return {"base": self.score()}
+        finally:
+            self.bench.model.state.enabled = True
 
     def _head_only(self) -> Scores:
         """Train only the head on cached features of the frozen base; until the loss stops falling."""
@@ -321,7 +273,8 @@ class Client:
         return torch.cat(features), torch.cat(labels)
 
     @torch.no_grad()
-    def _score(self) -> Scores:
+    def score(self) -> Scores:
+        """Score the model as it is on the held-out rows."""
         model = self.bench.model
         model.eval()
         total = ScoreSum(classes=len(model.head.bias) if model.head is not None else None)
@@ -330,17 +283,24 @@ class Client:
             total.add(forward.logits, forward.labels)
         return total.scores()
 
-    def _evaluation(self, stages: Mapping[str, Scores], tokens: dict[str, float], started: float) -> EvaluationReply:
+    def evaluation(self, stages: Mapping[str, Scores], tokens: dict[str, float], seconds: float) -> EvaluationReply:
+        """A reply with what was measured."""
         return EvaluationReply(
             client=self.name,
             n_train=len(self.train_rows),
             n_test=len(self.test_rows),
             stages=dict(stages),
             tokens=tokens,
-            seconds=time.monotonic() - started,
+            seconds=seconds,
         )
 
-    def _batches(self, seed: int) -> Iterator[Batch]:
+    @property
+    def batch_size(self) -> int:
+        """Rows of every training batch."""
+        return min(self.bench.config.train.batch_size, len(self.train_rows))
+
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """Endless training batches on the model's device."""
         device = self.bench.model.flat.device
         batches = Batches(self.train_rows, self.bench.config.train.batch_size, seed, self.bench.task)
         return (batch.to(device) for batch in batches)
@@ -349,32 +309,6 @@ class Client:
         device = self.bench.model.flat.device
         size = self.bench.config.evaluate.batch_size
         return (batch.to(device) for batch in eval_batches(rows, size, self.bench.task))
-
-    def _objective(self) -> Callable[..., Tensor]:
-        ref = self.bench.config.train.objective
-        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]
-
-    def _losses(self) -> list[tuple[str, float, RoutingLoss]]:
-        return [
-            (ref.name, ref.coef, registry.build("routing_loss", ref.name, ref.params))
-            for ref in self.bench.config.molora.losses
-        ]
-
-    def _settings(self) -> Settings:
-        part = self.bench.config.train
-        return Settings(
-            rates=Rates(part.lr, part.router_lr or part.lr, part.head_lr or part.lr),
-            schedule=part.schedule,
-            decay=part.weight_decay,
-            personal_decay=self.bench.config.personal.decay,
-            clip=part.clip,
-            prox=part.prox,
-            accumulation=part.accumulation,
-        )
-
-
-def _is_residual(key: Key) -> bool:
-    return key.role.partition(".")[2].startswith("residual")
 
 
 def _truncated(tree: Mapping[Key, Array], rank: int | None) -> dict[Key, Array]:

@@ -1,9 +1,10 @@
-"""The local step loop on the model's flat vector."""
+"""The local step loop on the model's flat vector, for one client or for several in the same passes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from molehill.errors import TrainingError
+from molehill.molora.forward import Forward
 from molehill.molora.interfaces import RoutingLoss
-from molehill.molora.model import Forward, MoLoRAModel
+from molehill.molora.model import MoLoRAModel
 from molehill.plan import Scope
-from molehill.tasks.batches import Batch
+from molehill.tasks.batches import Batch, join
 from molehill.wire.keys import Key
 
 Objective = Callable[[Forward], Tensor]
@@ -97,7 +99,7 @@ def schedule_factor(kind: str, progress: float) -> float:
 
 def train(
     model: MoLoRAModel,
-    batches: Iterator[Batch],
+    streams: Sequence[Iterator[Batch]],
     objective: Objective,
     losses: Sequence[tuple[str, float, RoutingLoss]],
     settings: Settings,
@@ -107,12 +109,13 @@ def train(
     progress: tuple[float, float] = (0.0, 1.0),
     observe: Observer | None = None,
     where: str = "",
-) -> Result:
+) -> list[Result]:
     """Train in place.
 
     Args:
-        model: The model; tensors whose scope is ``frozen`` keep their values bit for bit.
-        batches: Endless batches on the model's device.
+        model: The model, holding as many clients as there are streams; tensors whose scope is ``frozen`` keep their
+            values bit for bit.
+        streams: Endless batches of every client, on the model's device; all batches have the same number of rows.
         objective: Loss of a pass.
         losses: Routing losses: name, coefficient, function.
         settings: Rates and bounds.
@@ -123,7 +126,7 @@ def train(
         where: Client and round, for error messages.
 
     Returns:
-        Mean losses and the gate mass of every expert over all steps.
+        Mean losses and the gate mass of every expert over all steps, for every client.
 
     Raises:
         TrainingError: A loss or a gradient is not finite, or nothing is trained.
@@ -131,70 +134,81 @@ def train(
     ranges = _trained(model, settings, scope)
     if not ranges:
         raise TrainingError("the plan trains no tensor", where=where, mend="Check federation.policy and personal.")
-    anchor = model.flat.detach().clone() if settings.prox else None
+    anchor = model.values.clone() if settings.prox else None
     optimiser = _optimiser(model, ranges)
-    model.train()
-    model.base.eval()  # dropout of the frozen base stays off
-    for site in model.sites.values():
-        site.dropout.train()
-    model.state.collect = bool(losses)
-    model.count_tokens(on=True)
-    total, sums = 0.0, {name: 0.0 for name, _, _ in losses}
-    try:
+    total = torch.zeros(1 + len(losses), len(streams))
+    with _training(model, records=bool(losses)):
         for step in range(steps):
             at = progress[0] + (progress[1] - progress[0]) * step / steps
             model.state.progress = at
             factor = schedule_factor(settings.schedule, at)
             for group, part in zip(optimiser.param_groups, ranges, strict=True):
                 group["lr"] = part.rate * factor
-            model.grad.zero_()
-            loss, extra = _accumulate(model, batches, objective, losses, settings.accumulation)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {step + 1}",
-                    where=where,
-                    mend="Lower train.lr, or set base.precision to fp32.",
-                )
+            model.grads.zero_()
+            found = _accumulate(model, streams, objective, losses, settings.accumulation)
+            _require_finite(found[0].tolist(), where, step)
             if anchor is not None:
                 for part in ranges:
-                    span = slice(part.start, part.stop)
-                    model.grad[span].add_(model.flat.detach()[span] - anchor[span], alpha=settings.prox)
-            _clip(model.grad, ranges, settings.clip, where, step)
+                    span = (slice(None), slice(part.start, part.stop))
+                    model.grads[span].add_(model.values[span] - anchor[span], alpha=settings.prox)
+            for grad in model.grads:
+                _clip(grad, ranges, settings.clip, where, step)
             optimiser.step()
-            total += loss
-            for name in sums:
-                sums[name] += extra[name]
+            total += found
             if observe is not None:
                 observe(step + 1, steps)
+    results = []
+    for client, (loss, *extra) in enumerate((total / steps).t().tolist()):
+        model.select(client)
+        results.append(
+            Result(loss, {loss[0]: value for loss, value in zip(losses, extra, strict=True)}, model.tokens())
+        )
+    return results
+
+
+@contextmanager
+def _training(model: MoLoRAModel, *, records: bool) -> Iterator[None]:
+    """The model's switches during training; dropout of the frozen base stays off."""
+    model.train()
+    model.base.eval()
+    for site in model.sites.values():
+        site.dropout.train()
+    model.state.collect = records
+    model.count_tokens(on=True)
+    try:
+        yield
     finally:
         model.eval()
         model.state.collect = False
         model.state.count = False
-    return Result(total / steps, {name: value / steps for name, value in sums.items()}, model.tokens())
 
 
 def _accumulate(
     model: MoLoRAModel,
-    batches: Iterator[Batch],
+    streams: Sequence[Iterator[Batch]],
     objective: Objective,
     losses: Sequence[tuple[str, float, RoutingLoss]],
     accumulation: int,
-) -> tuple[float, Mapping[str, float]]:
-    """Gradients of one optimiser step; micro-batches count by their number of predictions."""
-    micro = [next(batches) for _ in range(accumulation)]
-    sizes = [_predictions(batch.labels) for batch in micro]
-    total, extra = 0.0, {name: 0.0 for name, _, _ in losses}
-    for batch, size in zip(micro, sizes, strict=True):
-        share = size / sum(sizes)
+) -> Tensor:
+    """Gradients of one optimiser step; micro-batches count by their number of predictions.
+
+    Returns:
+        By client, the objective and then every routing loss, ``[1 + losses, C]``.
+    """
+    micro = [[next(stream) for stream in streams] for _ in range(accumulation)]
+    sizes = torch.tensor([[_predictions(batch.labels) for batch in batches] for batches in micro], dtype=torch.float32)
+    found = torch.zeros(1 + len(losses), len(streams))
+    for batches, shares in zip(micro, sizes / sizes.sum(0), strict=True):
+        batch = join(batches) if len(batches) > 1 else batches[0]
         forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
-        loss = objective(forward)
-        total += share * float(loss.detach())
-        for name, coef, function in losses:
-            value = function(forward.records)
-            extra[name] += share * float(value.detach())
-            loss = loss + coef * value
-        (loss * share if accumulation > 1 else loss).backward()
-    return total, extra
+        parts = forward.by_client(len(batches), len(batches[0]))
+        values = [torch.stack([objective(part) for part in parts])]
+        values += [torch.stack([function(part.records) for part in parts]) for _, _, function in losses]
+        weights = shares.to(model.flat.device)
+        loss = values[0] + sum(coef * value for (_, coef, _), value in zip(losses, values[1:], strict=True))
+        (loss * weights if accumulation > 1 else loss).sum().backward()
+        found += torch.stack(values).detach().cpu() * shares
+    return found
 
 
 def _predictions(labels: Tensor) -> int:
@@ -220,21 +234,31 @@ def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scop
             ranges[-1] = last._replace(stop=part.stop)
         else:
             ranges.append(part)
-    for parameter in model.parameters():
-        if parameter.grad is None:  # the frozen base
-            continue
-        start = (parameter.data_ptr() - model.flat.data_ptr()) // model.flat.element_size()
-        parameter.requires_grad_(bool(learns[start : start + parameter.numel()].any()))
+    for parameter, start, stop in model.places:
+        parameter.requires_grad_(bool(learns[start:stop].any()))
     return ranges
 
 
 def _optimiser(model: MoLoRAModel, ranges: Sequence[_Range]) -> torch.optim.AdamW:
     groups = []
     for part in ranges:
-        view = torch.nn.Parameter(model.flat.detach()[part.start : part.stop])
-        view.grad = model.grad[part.start : part.stop]
-        groups.append({"params": [view], "lr": part.rate, "weight_decay": part.decay})
+        views = []
+        for values, grads in zip(model.values, model.grads, strict=True):
+            view = torch.nn.Parameter(values[part.start : part.stop])
+            view.grad = grads[part.start : part.stop]
+            views.append(view)
+        groups.append({"params": views, "lr": part.rate, "weight_decay": part.decay})
     return torch.optim.AdamW(groups, fused=True)
+
+
+def _require_finite(losses: Sequence[float], where: str, step: int) -> None:
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {step + 1}",
+                where=where,
+                mend="Lower train.lr, or set base.precision to fp32.",
+            )
 
 
 def _clip(grad: Tensor, ranges: Sequence[_Range], limit: float | None, where: str, step: int) -> None:

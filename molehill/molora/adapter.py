@@ -4,7 +4,7 @@
       molora.json                      format, base model (id, revision, weight digest), the MoLoRA section, sites
       experts/e0/adapter_config.json   a standard PEFT LoRA (or IA3) folder
       experts/e0/adapter_model.safetensors
-      router.safetensors               routers, by wire name
+      router.safetensors               routers, by wire name (if any)
       head.safetensors                 classification head, by wire name (if any)
 
 An expert's saved LoRA has its scale absorbed in B (so ``lora_alpha`` equals the rank) and its frozen patches appended
@@ -79,9 +79,8 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest) -> None:
         for name, site in where.items():
             ranks.setdefault(expert, {})[name] = site.bank.ranks[model.expert_ids(site).index(expert)]
         _save_expert(out, model, expert, where, manifest)
-    save_file(_by_name(model, "gate"), folder / "router.safetensors")
-    if model.head is not None:
-        save_file(_by_name(model, "head"), folder / "head.safetensors")
+    for name, kind in _parts(model):
+        save_file(_by_name(model, kind), folder / name)
     text = manifest.model_copy(update={"ranks": ranks}).model_dump_json(indent=2)
     (folder / "molora.json").write_text(text + "\n", encoding="utf-8")
 
@@ -126,8 +125,7 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
             if name not in factors:
                 raise AdapterError(f"expert {expert} has no tensors for {name}", where=str(folder))
             _take(values, patches, Key(name, expert, ""), site, factors[name], manifest)
-    parts = ["router.safetensors"] + (["head.safetensors"] if model.head is not None else [])
-    for part in parts:
+    for part, _ in _parts(model):
         values |= {Key.parse(n): v.astype(np.float32) for n, v in _read(folder / part).items()}
     missing = [k.name for k in model.layout if k not in values and not k.role.partition(".")[2].startswith("residual")]
     if missing:
@@ -156,7 +154,9 @@ def read_peft(folder: Path) -> dict[str, Factors | Array]:
         raise AdapterError(f"peft type {config.get('peft_type')!r} cannot be an expert", where=str(path))
     for key, name in _UNSUPPORTED.items():
         if config.get(key):
-            raise AdapterError(f"{name} ({key}) cannot be an expert", where=str(path), mend="Merge or retrain it as plain LoRA.")
+            raise AdapterError(
+                f"{name} ({key}) cannot be an expert", where=str(path), mend="Merge or retrain it as plain LoRA."
+            )
     out: dict[str, Factors | Array] = {}
     for name, A in tensors.items():
         site, _, rest = name.partition(".lora_A.")
@@ -190,6 +190,12 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise AdapterError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     except SafetensorError as error:
         raise AdapterError(f"not a valid safetensors file: {error}", where=str(path)) from None
+
+
+def _parts(model: MoLoRAModel) -> list[tuple[str, str]]:
+    """Files beside the experts, with the kind of tensor each holds; a plain LoRA has no router."""
+    parts = [("router.safetensors", "gate")] if model.routers else []
+    return parts + ([("head.safetensors", "head")] if model.head is not None else [])
 
 
 def _by_name(model: MoLoRAModel, kind: str) -> dict[str, Array]:
@@ -257,5 +263,3 @@ def _take(
         raise AdapterError(f"expert {expert} at {name} is not an IA3 vector")
     else:
         values[Key(name, expert, "dense.v")] = factors.reshape(1, -1)
-
-

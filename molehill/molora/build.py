@@ -15,7 +15,7 @@ from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.head import Head
-from molehill.molora.interfaces import Site, SitePlan
+from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan
 from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
 from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.molora.router import Router
@@ -70,10 +70,13 @@ def wrap(
     for site in sites:
         plan, role = plans[site.name], roles[site.name]
         ranks = plan.shared_ranks + plan.ranks
-        bank = registry.build("expert", config.expert.name, config.expert.params, site=site, ranks=ranks, alpha=config.alpha)
+        bank = registry.build(
+            "expert", config.expert.name, config.expert.params, site=site, ranks=ranks, alpha=config.alpha
+        )
         if role != "plain" and not (isinstance(bank, LoRABank) and len(set(ranks)) == 1 and not plan.shared_ranks):
             raise ConfigError(
-                "topology 'block_ffn' needs routed LoRA experts of one rank and no shared experts", where="molora.topology"
+                "topology 'block_ffn' needs routed LoRA experts of one rank and no shared experts",
+                where="molora.topology",
             )
         group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
         module = kinds[role](
@@ -151,15 +154,22 @@ def _groups(
         if "k" in selector.params or plan.top_k:
             k = min(plan.top_k or selector.params["k"], experts)
             selector = MethodRef.model_validate({"name": selector.name, **selector.params, "k": k})
+        built = _build("selector", selector)
+        if experts == 1 and scope == "site" and _always_one(built, site):
+            continue  # a lone expert whose weight is 1 whatever the scores: a plain LoRA has no router
         router = Router(
-            scorer,
-            [_build("transform", ref) for ref in config.transforms],
-            _build("selector", selector),
-            anchored=gate == "anchored",
+            scorer, [_build("transform", ref) for ref in config.transforms], built, anchored=gate == "anchored"
         )
         ranks = torch.tensor(plan.ranks, dtype=torch.float32)
         groups[key] = RouteGroup(router, site, state, ranks / ranks.mean())
     return groups
+
+
+def _always_one(selector: Selector, site: Site) -> bool:
+    """Whether a single expert gets weight 1 from any score."""
+    scores = torch.tensor([-2.0, 0.0, 2.0]).view(1, 3, 1)
+    ctx = RouteContext(x=torch.zeros(1, 3, 1), site=site)
+    return bool((selector(scores, ctx).weights == 1).all())
 
 
 def _initialise(model: MoLoRAModel, ref: MethodRef, seed: int) -> None:

@@ -11,7 +11,10 @@ later, adds its own product into it with one ``addmm_``. So x gets one gradient 
 Adapter weights are float32 masters that are cast to x's dtype per call. `reference` is the same maths in plain
 autograd and serves as the oracle.
 
-Shapes: N tokens, R sum of ranks, E experts, G router rows.
+Weights may have a leading client axis (``A [C, R, d_in]``, ``gate [C, G, d_in]``, ``Bt [C, R, d_out]``): rows of x are
+then C equal runs, one per client. The frozen product still covers all rows at once, the low-rank ones are batched.
+
+Shapes: N tokens, R sum of ranks, E experts, G router rows, C clients.
 """
 
 from __future__ import annotations
@@ -51,14 +54,15 @@ class _Cell:
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, gate: Tensor | None, cell: _Cell) -> tuple[Tensor, Tensor]:
-        rows = A.shape[0]
+        rows = A.shape[-2]
         if gate is None:
             weight = A.to(x.dtype)
         else:
-            weight = torch.empty(rows + gate.shape[0], A.shape[1], dtype=x.dtype, device=x.device)
-            weight[:rows].copy_(A)
-            weight[rows:].copy_(gate)
-        low = x @ weight.t()
+            shape = (*A.shape[:-2], rows + gate.shape[-2], A.shape[-1])
+            weight = torch.empty(shape, dtype=x.dtype, device=x.device)
+            weight[..., :rows, :].copy_(A)
+            weight[..., rows:, :].copy_(gate)
+        low = _matmul(x, weight.mT)
         ctx.save_for_backward(x, weight)
         ctx.cell, ctx.rows, ctx.has_gate = cell, rows, gate is not None
         ctx.set_materialize_grads(False)
@@ -72,7 +76,7 @@ class _Down(torch.autograd.Function):
         grad, gx = cell.low, cell.gx
         cell.low = cell.gx = None
         if grad is None:  # `up` had another input, or nobody used h
-            grad = torch.zeros(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+            grad = torch.zeros(x.shape[0], weight.shape[-2], dtype=x.dtype, device=x.device)
         if g_low is not None and g_low.data_ptr() != grad.data_ptr():
             grad[:, :rows] = g_low
         if ctx.has_gate:
@@ -82,13 +86,10 @@ class _Down(torch.autograd.Function):
                 grad[:, rows:].copy_(g_logits)
         g_weight = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            g_weight = (grad.t() @ x).float()
-        if ctx.needs_input_grad[0]:
-            gx = grad @ weight if gx is None else gx.addmm_(grad, weight)
-        else:
-            gx = None
-        g_A = g_weight[:rows] if g_weight is not None and ctx.needs_input_grad[1] else None
-        g_gate = g_weight[rows:] if g_weight is not None and ctx.needs_input_grad[2] else None
+            g_weight = _outer(grad, x, weight).float()
+        gx = _matmul(grad, weight, onto=gx) if ctx.needs_input_grad[0] else None
+        g_A = g_weight[..., :rows, :] if g_weight is not None and ctx.needs_input_grad[1] else None
+        g_gate = g_weight[..., rows:, :] if g_weight is not None and ctx.needs_input_grad[2] else None
         return gx, g_A, g_gate, None
 
 
@@ -109,7 +110,7 @@ class _Up(torch.autograd.Function):
         y = F.linear(x, W, bias)
         bt = Bt.to(x.dtype)
         gates = _over_ranks(weights, ranks, x.dtype)
-        y.addmm_(_times(low, gates, ranks), bt)
+        _matmul(_times(low, gates, ranks), bt, onto=y)
         ctx.save_for_backward(W, low, gates, bt)
         ctx.ranks, ctx.cell, ctx.gate_rows = ranks, cell, gate_rows
         return y
@@ -121,10 +122,10 @@ class _Up(torch.autograd.Function):
         ranks, cell = ctx.ranks, ctx.cell
         gy = gy.contiguous()
         need_x, need_low, need_w, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
-        g_B = (_times(low, gates, ranks).t() @ gy).float() if need_B else None
+        g_B = _outer(_times(low, gates, ranks), gy, bt).float() if need_B else None
         g_low = g_w = None
         if need_low or need_w:
-            q = gy @ bt.t()
+            q = _matmul(gy, bt.mT)
             if need_w:
                 g_w = _per_expert(q * low, ranks)
             if need_low:
@@ -141,6 +142,27 @@ class _Up(torch.autograd.Function):
         if cell is not None and need_low:
             cell.gx, gx = gx, None
         return gx, None, None, g_low, g_w, g_B, None, None, None
+
+
+def _matmul(rows: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``rows [N, k] @ weight [k, m]``, each client's rows by its own ``[C, k, m]``; added to ``onto`` when given."""
+    if weight.dim() == 2:
+        return rows @ weight if onto is None else onto.addmm_(rows, weight)
+    if onto is None:
+        return torch.bmm(_by_client(rows, weight), weight).flatten(0, 1)
+    _by_client(onto, weight).baddbmm_(_by_client(rows, weight), weight)
+    return onto
+
+
+def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """``left.T @ right`` summed over tokens, or over each client's own when ``like`` has a client axis."""
+    if like.dim() == 2:
+        return left.t() @ right
+    return torch.bmm(_by_client(left, like).mT, _by_client(right, like))
+
+
+def _by_client(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view(like.shape[0], -1, rows.shape[-1])
 
 
 def _over_ranks(weights: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
@@ -175,8 +197,8 @@ def down(x: Tensor, A: Tensor, gate: Tensor | None) -> Projection:
 
     Args:
         x: Tokens ``[N, d_in]``.
-        A: ``[R, d_in]`` float32.
-        gate: Router rows ``[G, d_in]`` float32, or None when the route comes from elsewhere.
+        A: ``[R, d_in]`` float32, or ``[C, R, d_in]``.
+        gate: Router rows ``[G, d_in]`` float32, or ``[C, G, d_in]``; None when the route comes from elsewhere.
 
     Returns:
         ``A x``, the logits in float32, and the cell for `up`.
@@ -205,7 +227,7 @@ def up(
         bias: Frozen bias ``[d_out]`` or None.
         projection: From `down`.
         weights: Expert weights ``[N, E]`` float32.
-        Bt: ``[R, d_out]`` float32, the transposes of all B.
+        Bt: ``[R, d_out]`` float32, the transposes of all B, or ``[C, R, d_out]``.
         ranks: How R is split.
         same_input: False when `down` saw another tensor than ``x`` (adapter dropout).
 

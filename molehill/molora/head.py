@@ -52,7 +52,11 @@ class Head(nn.Module):
         return (hidden * weights).sum(1, dtype=torch.float32) / weights.sum(1, dtype=torch.float32)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Return logits ``[B, classes]``."""
+        """Return logits ``[B, classes]``; parameters with a client axis serve equal runs of rows, one per client."""
+        weight, bias = self.weight, self.bias
         if self.residual and self.personal:
-            return F.linear(pooled, self.weight + self.residual["weight"], self.bias + self.residual["bias"])
-        return F.linear(pooled, self.weight, self.bias)
+            weight, bias = weight + self.residual["weight"], bias + self.residual["bias"]
+        if weight.dim() == 2:
+            return F.linear(pooled, weight, bias)
+        rows = pooled.view(len(weight), -1, pooled.shape[-1])
+        return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT).flatten(0, 1)

@@ -153,7 +153,8 @@ class Selector(Protocol):
     """Turns logits into weights (activation included).
 
     ``causal`` is False when at inference a token's weights depend on later tokens or other rows; such selectors are
-    refused for generation. ``eval_form`` is the deterministic twin that is exported.
+    refused for generation. ``eval_form`` is the deterministic twin that is exported. A selector that in training lets
+    rows see each other says so with an attribute ``per_row = False``: clients then never share its batches.
     """
 
     causal: bool

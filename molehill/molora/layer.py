@@ -29,6 +29,7 @@ class ForwardState:
         enabled: False runs the frozen base alone.
         collect: Keep a `RouteRecord` of every route.
         count: Add up the gate mass of every expert.
+        clients: Clients whose rows follow each other in a batch, in equal numbers; see `MoLoRAModel.stack`.
         records: The records of the last forward pass.
         version: Increases with every pass; routes shared between sites are cached per version.
     """
@@ -39,6 +40,7 @@ class ForwardState:
     enabled: bool = True
     collect: bool = False
     count: bool = False
+    clients: int = 1
     records: list[RouteRecord] = field(default_factory=list)
     version: int = 0
 
@@ -63,6 +65,7 @@ class RouteGroup(nn.Module):
 
     costs: Tensor
     mass: Tensor
+    tokens: Tensor
 
     def __init__(self, router: Router, site: Site, state: ForwardState, costs: Tensor) -> None:
         super().__init__()
@@ -71,8 +74,9 @@ class RouteGroup(nn.Module):
         self.state = state
         self.overrides = Overrides()
         self.register_buffer("costs", costs, persistent=False)
-        self.register_buffer("mass", torch.zeros(len(costs)), persistent=False)  # gate mass over real tokens
-        self.tokens = 0.0  # real tokens
+        # By client: gate mass and number of real tokens.
+        self.register_buffer("mass", torch.zeros(1, len(costs)), persistent=False)
+        self.register_buffer("tokens", torch.zeros(1), persistent=False)
         self._cached: tuple[int, Route] | None = None
 
     def gate_rows(self) -> Tensor | None:
@@ -127,17 +131,21 @@ class RouteGroup(nn.Module):
         weights = route.weights.detach()
         if weights.dim() == 4:  # heads: an expert's mass is its mean over heads
             weights = weights.mean(2)
-        tokens = float(mask.sum()) if mask is not None else float(shape.numel())
-        if weights.shape[:2] != shape:
-            weights = weights.expand(*shape, -1)
-        flat = weights.reshape(-1, weights.shape[-1])
-        self.mass += flat.t() @ mask.reshape(-1).to(flat.dtype) if mask is not None else flat.sum(0)
-        self.tokens += tokens
+        clients = self.state.clients
+        flat = weights.expand(*shape, -1).reshape(clients, -1, weights.shape[-1])
+        real = torch.ones(shape, device=flat.device) if mask is None else mask.to(flat.dtype)
+        real = real.reshape(clients, 1, -1)
+        self.mass += (real @ flat).squeeze(1)
+        self.tokens += real.sum((1, 2))
+
+    def forget(self) -> None:
+        """Let go of the last route, whose graph remembers the shape of the router's rows."""
+        self._cached = None
 
     def reset_counts(self) -> None:
         """Forget the counted gate mass."""
-        self.mass.zero_()
-        self.tokens = 0.0
+        self.mass = self.mass.new_zeros(self.state.clients, self.mass.shape[-1])
+        self.tokens = self.tokens.new_zeros(self.state.clients)
 
 
 class MoLoRALinear(nn.Module):
@@ -148,7 +156,7 @@ class MoLoRALinear(nn.Module):
         site: Its place.
         bank: Its experts, shared ones first.
         shared: Number of shared experts; their weight is always 1.
-        group: Where the routed experts' weights come from; None when all experts are shared.
+        group: Where the routed experts' weights come from; None when all weights are 1.
         mixer: How weights meet experts.
         dropout: Dropout on the experts' input.
         state: Shared state of the pass.
@@ -224,7 +232,7 @@ class MoLoRALinear(nn.Module):
         """Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``."""
         ones = torch.ones(1, device=x.device)
         if self.group is None:
-            return ones.expand(1, 1, self.shared)
+            return ones.expand(1, 1, self.bank.n_experts)
         routed = self.group.route(x, logits).weights
         if not self.shared:
             return routed
@@ -235,13 +243,26 @@ class MoLoRALinear(nn.Module):
         weights = self.weights(x, logits)
         return weights.expand(*x.shape[:2], -1).reshape(-1, weights.shape[-1])
 
-    def tokens(self) -> dict[int, float]:
+    def tokens(self, client: int) -> dict[int, float]:
         """Counted gate mass of every expert by index; needs ``state.count`` during the passes."""
         if self.group is None:
             return {}
         group = self.group
-        mass = [group.tokens] * self.shared + group.mass.tolist()
+        mass = [float(group.tokens[client])] * self.shared + group.mass[client].tolist()
         return dict(enumerate(mass))
+
+    @property
+    def stackable(self) -> bool:
+        """Whether the weights of this site may have a client axis; dropout would draw other numbers than alone."""
+        bank = self.bank
+        routed = self.group is None or self.group.router.stackable
+        fused = (
+            type(self) is MoLoRALinear
+            and isinstance(bank, LoRABank)
+            and bank.fused
+            and getattr(self.mixer, "fused", False)
+        )
+        return routed and fused and self.dropout.p == 0
 
 
 class ExpandLinear(MoLoRALinear):

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from molehill.errors import AdapterError
+from molehill.errors import AdapterError, ModelError
 from molehill.molora.experts.lora import LoRABank
+from molehill.molora.forward import Forward
 from molehill.molora.head import Head
-from molehill.molora.interfaces import RouteRecord
 from molehill.molora.layer import ForwardState, MoLoRALinear, RouteGroup
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Array, Layout, Tree
-
-
-@dataclass
-class Forward:
-    """What an objective sees of one forward pass.
-
-    Attributes:
-        logits: One row per prediction, ``[M, C]`` float32: per input row (classification) or per answer token.
-        labels: ``[M]`` int64.
-        rows: Input row of every prediction, ``[M]`` int64.
-        records: Routes of the pass, when they were asked for.
-        reference: Runs the same batch with all adapters off and returns ``[M, C]`` without gradient.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    rows: Tensor
-    records: list[RouteRecord]
-    reference: Callable[[], Tensor]
 
 
 class Slot(NamedTuple):
@@ -76,10 +56,15 @@ class MoLoRAModel(nn.Module):
         head: The classification head, or None for a causal LM.
         state: State the sites share.
 
+    Several clients can be in the model at once, see `stack`; C is their number, 1 at first.
+
     Attributes:
-        flat: All trainable numbers, ``[P]`` float32; every parameter is a view of it.
-        grad: Their gradients, ``[P]``; every parameter's ``.grad`` is a view of it.
+        values: All trainable numbers, ``[C, P]`` float32; every parameter is a view of it.
+        grads: Their gradients, ``[C, P]``; every parameter's ``.grad`` is a view of it.
+        flat: The row of ``values`` that belongs to the selected client, ``[P]``.
+        grad: The same of ``grads``.
         slots: Where each wire tensor lies.
+        places: Every parameter with its start and stop in a row.
         layout: Wire names and shapes.
     """
 
@@ -101,6 +86,7 @@ class MoLoRAModel(nn.Module):
         self.head = head
         self.state = state
         self.slots: dict[Key, Slot] = {}
+        self.places: list[tuple[nn.Parameter, int, int]] = []
         self._flatten()
         self.layout = Layout({key: slot.wire_shape for key, slot in self.slots.items()})
 
@@ -121,11 +107,12 @@ class MoLoRAModel(nn.Module):
                 yield bank.Bt, [(Key(name, e, "B"), bank.rows(i), True, bank.scales[i]) for i, e in enumerate(ids)]
             else:
                 yield bank.v, [(Key(name, e, "dense.v"), bank.rows(i), False, 1.0) for i, e in enumerate(ids)]
+        # residuals apart, so that what is trained alike lies together
         for name, group in self.routers.items():
-            router = group.router
-            for part, parameter in router.scorer.named_parameters():
+            for part, parameter in group.router.scorer.named_parameters():
                 yield parameter, [(Key(name, NO_EXPERT, f"gate.{part}"), None, False, 1.0)]
-            for part, parameter in router.residual.items():
+        for name, group in self.routers.items():
+            for part, parameter in group.router.residual.items():
                 role = f"gate.residual.{part.replace('__', '.')}"
                 yield parameter, [(Key(name, NO_EXPERT, role), None, False, 1.0)]
         if self.head is not None:
@@ -134,23 +121,62 @@ class MoLoRAModel(nn.Module):
 
     def _flatten(self) -> None:
         """Move all trainable parameters into one vector, with one vector of gradients."""
-        tensors = list(self._tensors())
-        device = next(self.base.parameters()).device
-        self.flat = torch.empty(sum(p.numel() for p, _ in tensors), device=device)
-        self.grad = torch.zeros_like(self.flat)
         at = 0
-        for parameter, parts in tensors:
-            end = at + parameter.numel()
-            self.flat[at:end].copy_(parameter.data.reshape(-1))
-            parameter.data = self.flat[at:end].view(parameter.shape)
-            parameter.grad = self.grad[at:end].view(parameter.shape)
+        for parameter, parts in self._tensors():
             for key, rows, transposed, scale in parts:
                 width = parameter.shape[1] if parameter.dim() > 1 else 1
                 start, shape = at, tuple(parameter.shape)
                 if rows is not None:
                     start, shape = at + rows.start * width, (rows.stop - rows.start, width)
                 self.slots[key] = Slot(start, shape, transposed, scale)
-            at = end
+            self.places.append((parameter, at, at + parameter.numel()))
+            at += parameter.numel()
+        nothing = torch.empty(0, device=next(self.base.parameters()).device)
+        self._bind(torch.cat([nothing, *(parameter.data.flatten() for parameter, _, _ in self.places)]).unsqueeze(0))
+
+    def _bind(self, values: Tensor) -> None:
+        """Make the parameters views of ``values [C, P]``, with a leading client axis when C is not 1."""
+        self.values, self.grads = values, torch.zeros_like(values)
+        stacked, clients = self.state.clients > 1, len(values)
+        self.state.clients = clients
+        self.state.records = []
+        for group in self.routers.values():
+            group.forget()
+        for parameter, start, stop in self.places:
+            shape = parameter.shape[1:] if stacked else parameter.shape
+            part = (slice(None) if clients > 1 else 0, slice(start, stop))
+            full = (clients, *shape) if clients > 1 else shape
+            parameter.grad = None
+            parameter.data = values[part].view(full)
+            parameter.grad = self.grads[part].view(full)
+        self.count_tokens(on=False)
+        self.select(0)
+
+    @property
+    def stackable(self) -> bool:
+        """Whether several clients fit in at once: all experts are fused LoRAs, all scores one product with x."""
+        return all(site.stackable for site in self.sites.values())
+
+    def stack(self, clients: int) -> None:
+        """Make room for several clients, who all start with the values of the selected one.
+
+        Until ``stack(1)``, which keeps the selected client's values, a batch holds equal runs of rows, one per client,
+        and every client's rows see its own parameters only. Patches are not possible meanwhile.
+
+        Args:
+            clients: Number of clients.
+
+        Raises:
+            ModelError: The model is not `stackable`.
+        """
+        if clients > 1 and not self.stackable:
+            raise ModelError("this model holds one client at a time", mend="Set engine.together to 1.")
+        if clients != len(self.values):
+            self._bind(self.flat.detach().repeat(clients, 1))
+
+    def select(self, client: int) -> None:
+        """Choose the client that `load`, `tree`, `tokens`, `flat` and `grad` are about."""
+        self.flat, self.grad, self._selected = self.values[client], self.grads[client], client
 
     def tree(self, keep: Layout | Callable[[Key], bool] | None = None) -> Tree:
         """Copy tensors out in wire form (float32; B transposed back, scale absorbed).
@@ -246,11 +272,11 @@ class MoLoRAModel(nn.Module):
                 group.reset_counts()
 
     def tokens(self) -> dict[tuple[str, str], float]:
-        """Counted gate mass over real tokens by (site, expert id)."""
+        """Counted gate mass over real tokens of the selected client by (site, expert id)."""
         counts = {}
         for name, site in self.sites.items():
             ids = self.expert_ids(site)
-            for index, mass in site.tokens().items():
+            for index, mass in site.tokens(self._selected).items():
                 counts[name, ids[index]] = mass
         return counts
 
@@ -317,4 +343,3 @@ def seed_for(*parts: object) -> int:
     """A 63-bit seed that depends on all parts, equal on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-

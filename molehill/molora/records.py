@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molehill.molora.distributions import softmax
-from molehill.molora.interfaces import RouteRecord, Site
+from molehill.molora.interfaces import Route, RouteRecord, Site
 from molehill.molora.tokens import token_counts
 
 
@@ -99,6 +99,36 @@ def stacks(records: Sequence[RouteRecord]) -> Iterator[Stack]:
         groups.setdefault((record.route.logits.shape, mask, types), []).append(record)
     for group in groups.values():
         yield Stack(group)
+
+
+def by_client(records: Sequence[RouteRecord], clients: int) -> list[list[RouteRecord]]:
+    """Cut the records of a pass whose rows are C equal runs, one per client.
+
+    Args:
+        records: Of one pass; every route has an entry for every row.
+        clients: C.
+
+    Returns:
+        The records of every client.
+    """
+    shared: dict[int, Sequence[Tensor]] = {}  # records that share a mask keep sharing it
+
+    def cut(tensor: Tensor) -> Sequence[Tensor]:
+        return torch.split(tensor, tensor.shape[0] // clients)
+
+    def cut_once(tensor: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * clients if tensor is None else shared.setdefault(id(tensor), cut(tensor))
+
+    parts: list[list[RouteRecord]] = [[] for _ in range(clients)]
+    for record in records:
+        route = record.route
+        full = [None] * clients if route.distribution is None else cut(route.distribution)
+        aux = {name: cut(tensor) for name, tensor in route.aux.items()}
+        columns = (cut(route.logits), cut(route.weights), full, cut_once(record.mask), cut_once(record.types))
+        for c, (logits, weights, distribution, mask, types) in enumerate(zip(*columns, strict=True)):
+            mine = Route(logits, weights, distribution, {name: tensors[c] for name, tensors in aux.items()})
+            parts[c].append(RouteRecord(record.site, mine, mask, record.costs, types))
+    return parts
 
 
 def mean_over_records(records: Sequence[RouteRecord], loss: Callable[[Stack], Tensor]) -> Tensor:

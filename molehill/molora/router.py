@@ -47,6 +47,11 @@ class Router(nn.Module):
         """Routed experts."""
         return int(self.scorer.n_experts)  # type: ignore[arg-type]
 
+    @property
+    def stackable(self) -> bool:
+        """Whether the parameters may have a client axis: one product with x, and rows do not see each other."""
+        return bool(getattr(self.scorer, "fusable", False)) and getattr(self.selector, "per_row", True)
+
     def gate_rows(self) -> Tensor | None:
         """Rows ``[E, d]`` that may be multiplied together with A; None when the scores are not one product with x."""
         if self.uniform or not getattr(self.scorer, "fusable", False):

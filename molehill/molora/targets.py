@@ -14,9 +14,7 @@ from molehill.molora.interfaces import Site
 _INDEX = re.compile(r"\.(\d+)\.")
 
 
-def find_sites(
-    model: nn.Module, targets: Sequence[str] | str, layers: Sequence[int] | None = None
-) -> list[Site]:
+def find_sites(model: nn.Module, targets: Sequence[str] | str, layers: Sequence[int] | None = None) -> list[Site]:
     """Return the adapted linears in the order of the model's modules.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
 IGNORE = -100  # a label that no loss and no score counts
@@ -62,6 +63,28 @@ class Batch:
             labels=self.labels.to(device),
             task_ids=None if self.task_ids is None else self.task_ids.to(device),
         )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of all rows, in order, padded to the longest.
+
+    Args:
+        batches: At least one, of one kind.
+    """
+    length = max(batch.input_ids.shape[1] for batch in batches)
+
+    def longer(tensors: Sequence[Tensor], fill: float) -> Tensor:
+        return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=fill) for tensor in tensors])
+
+    per_row = batches[0].labels.dim() == 1
+    labels = [batch.labels for batch in batches]
+    tasks = [batch.task_ids for batch in batches if batch.task_ids is not None]
+    return Batch(
+        longer([batch.input_ids for batch in batches], 0),  # any token: it is masked
+        longer([batch.attention_mask for batch in batches], 0),
+        torch.cat(labels) if per_row else longer(labels, IGNORE),
+        torch.cat(tasks) if len(tasks) == len(batches) else None,
+    )
 
 
 class Collator(Protocol):

@@ -17,9 +17,10 @@ from molehill.tasks.schema import load_rows
 from molehill.tasks.task import Task, make_task
 from molehill.wire.exchange import connect
 from molehill.wire.store import load_tree
-from molehill_client.client import Client, Workbench
+from molehill_client.client import Client
 from molehill_client.flower import Context, make_app
 from molehill_client.state import StateStore
+from molehill_client.workbench import Workbench
 from molehill_simulation.data import ClientRows, deal
 
 

@@ -14,8 +14,9 @@ from molehill.wire.exchange import MemoryExchange
 from molehill.wire.keys import Key
 from molehill.wire.message import decode_delta, encode_tree
 from molehill.wire.tree import Tree
-from molehill_client.client import Client, Workbench
+from molehill_client.client import Client
 from molehill_client.state import StateStore
+from molehill_client.workbench import Workbench
 from molehill_simulation.world import open_world
 
 FP32 = MethodRef(name="fp32")
@@ -101,7 +102,7 @@ def test_the_delta_is_trained_less_received_of_what_is_shared(one):
 def test_tokens_of_the_delta_are_the_real_tokens_of_the_batches(one):
     client = one.client(0)
     delta = one.delta(client.train(one.plan(0)))
-    batches = client._batches(5)
+    batches = client.batches(5)
     real = sum(float(next(batches).attention_mask.sum()) for _ in range(2))
     for site in one.bench.model.sites:
         assert sum(mass for (at, _), mass in delta.tokens.items() if at == site) == pytest.approx(real, rel=1e-5)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from molehill.molora.model import Forward
+from molehill.molora.forward import Forward
 from molehill.registry import register
 from molehill_client.objectives.dft import DFT
 

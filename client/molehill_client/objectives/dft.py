@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from molehill.molora.model import Forward
+from molehill.molora.forward import Forward
 from molehill.registry import register
 
 
 @register(
     "objective",
     "dft",
-    paper="Wu et al. 2025, On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
+    paper="Wu et al. 2025, On the Generalization of SFT: A Reinforcement Learning Perspective with Reward "
+    "Rectification",
     url="https://arxiv.org/abs/2508.05629",
     seeds=("S150",),
 )

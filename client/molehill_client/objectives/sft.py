@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from molehill.molora.model import Forward
+from molehill.molora.forward import Forward
 from molehill.registry import register
 
 

@@ -45,6 +45,7 @@ class Switch:
 
     def __init__(self, params: SwitchParams) -> None:
         self.capacity = params.capacity
+        self.per_row = params.capacity is None  # places are shared by all rows of a batch
         self._top_1 = TopK(TopKParams(k=1, renorm="none"))
 
     def eval_form(self) -> Selector:

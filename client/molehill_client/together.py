@@ -1,0 +1,162 @@
+"""Training of clients that share a workbench in the same passes; one client alone is a company of one.
+
+The frozen products then run over the rows of all, which is faster than one after another, and only the small low-rank
+products are apart. Nobody's numbers meet anybody else's: every client has its own batches, parameters, losses,
+gradient norm and optimiser state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from molehill.molora.model import MoLoRAModel, seed_for
+from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
+from molehill.wire.keys import Key
+from molehill_client.trainer import Result, train
+from molehill_client.workbench import is_residual
+
+if TYPE_CHECKING:
+    from molehill_client.client import Client
+
+
+def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[ClientReply]:
+    """Train one round of clients that share a workbench, in the same passes; see `may_share`.
+
+    Args:
+        clients: The clients.
+        plans: The plan of each.
+
+    Returns:
+        Their replies; of each client's own numbers only rounding depends on the company.
+
+    Raises:
+        MessageError: A plan or its blobs do not fit its client.
+        TrainingError: A loss is not finite.
+    """
+    started = time.monotonic()
+    bench, plan = clients[0].bench, plans[0]
+    model, rounds = bench.model, bench.config.run.rounds
+    span = ((plan.round - 1) / rounds, plan.round / rounds)
+    where = f"client {', '.join(client.name for client in clients)}, round {plan.round}"
+    with _stacked(model, len(clients)):
+        sessions = []
+        for number, (client, own) in enumerate(zip(clients, plans, strict=True)):
+            model.select(number)
+            sessions.append(client.begin(own))
+        seeds = [own.seed for own in plans]
+        results = _fit(clients, seeds, plan.scope, plan.steps, span, where)
+        if bench.config.personal.steps:
+            _adapt(clients, seeds, plan.scope, span, where)
+        seconds = (time.monotonic() - started) / len(clients)
+        replies = []
+        for number, client in enumerate(clients):
+            model.select(number)
+            replies.append(client.finish(sessions[number], results[number], seconds))
+    return replies
+
+
+def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
+    """`Client.baseline` of clients that share a workbench, in the same passes; see `may_share`.
+
+    Raises:
+        MessageError: A plan does not fit its client.
+        TrainingError: A loss is not finite.
+    """
+    started = time.monotonic()
+    config, model = clients[0].bench.config, clients[0].bench.model
+    stages = [client.base(plan) for client, plan in zip(clients, plans, strict=True)]
+    clients[0].start_over()
+
+    def alone(key: Key) -> Scope:
+        return "frozen" if is_residual(key) else "shared"
+
+    steps = config.run.rounds * (config.train.steps + config.personal.steps)
+    where = f"client {', '.join(client.name for client in clients)}, local baseline"
+    with _stacked(model, len(clients)):
+        _fit(clients, [plan.seed for plan in plans], alone, steps, (0.0, 1.0), where)
+        trained = model.values.clone()
+    replies = []
+    for client, values, stage in zip(clients, trained, stages, strict=True):
+        model.flat.copy_(values)
+        stage["local"] = client.score()
+        replies.append(client.evaluation(stage, {}, (time.monotonic() - started) / len(clients)))
+    return replies
+
+
+def may_share(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> bool:
+    """Whether clients can train in the same passes: one workbench, one model that can be stacked, equal work."""
+    bench, plan = clients[0].bench, plans[0]
+    same = (plan.round, plan.scopes, plan.steps)
+    return (
+        bench.model.stackable
+        and all(client.bench is bench and client.batch_size == clients[0].batch_size for client in clients)
+        and all((own.round, own.scopes, own.steps) == same for own in plans)
+        and not any(group.startswith("patch") for own in plans for group in own.blobs)
+    )
+
+
+@contextmanager
+def _stacked(model: MoLoRAModel, clients: int) -> Iterator[None]:
+    model.stack(clients)
+    try:
+        yield
+    finally:
+        model.stack(1)
+
+
+def _fit(
+    clients: Sequence[Client],
+    seeds: Sequence[int],
+    scope: Callable[[Key], Scope],
+    steps: int,
+    span: tuple[float, float],
+    where: str,
+    *,
+    routing: bool = True,
+) -> list[Result]:
+    """Train the clients that are in the model; what is random follows from their seeds."""
+
+    def observe(step: int, steps: int) -> None:
+        for client in clients:
+            if client.observe is not None:
+                client.observe(step, steps)
+
+    bench = clients[0].bench
+    with torch.random.fork_rng():
+        torch.manual_seed(seeds[0])
+        return train(
+            bench.model,
+            [client.batches(seed) for client, seed in zip(clients, seeds, strict=True)],
+            bench.objective(),
+            bench.losses() if routing else (),
+            bench.settings(),
+            scope,
+            steps=steps,
+            progress=span,
+            observe=observe,
+            where=where,
+        )
+
+
+def _adapt(
+    clients: Sequence[Client],
+    seeds: Sequence[int],
+    scope: Callable[[Key], Scope],
+    span: tuple[float, float],
+    where: str,
+) -> None:
+    """Extra steps in which only personal tensors learn."""
+    _fit(
+        clients,
+        [seed_for(seed, "personal") for seed in seeds],
+        lambda key: "personal" if scope(key) == "personal" else "frozen",
+        clients[0].bench.config.personal.steps,
+        span,
+        f"{where}, personal steps",
+        routing=False,
+    )

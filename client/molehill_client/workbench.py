@@ -1,0 +1,69 @@
+"""What the clients of one process share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from molehill import registry
+from molehill.config import Config
+from molehill.molora.interfaces import RoutingLoss
+from molehill.molora.model import MoLoRAModel
+from molehill.tasks.task import Task
+from molehill.wire.exchange import Exchange
+from molehill.wire.keys import Key
+from molehill.wire.tree import Tree
+from molehill_client.trainer import Rates, Settings
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What several clients of one process share: the base in memory once, adapters swapped in place.
+
+    Attributes:
+        config: The run.
+        model: The model; its adapter belongs to whoever used it last.
+        task: Encodes and collates rows.
+        base_digest: Digest of the base weights.
+        initial: The adapter every client starts from.
+        exchange: Where blobs come from and deltas go.
+    """
+
+    config: Config
+    model: MoLoRAModel
+    task: Task
+    base_digest: str
+    initial: Tree
+    exchange: Exchange
+
+    def objective(self) -> Callable[..., Tensor]:
+        """The run's objective."""
+        ref = self.config.train.objective
+        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]
+
+    def losses(self) -> list[tuple[str, float, RoutingLoss]]:
+        """The run's routing losses: name, coefficient, function."""
+        return [
+            (ref.name, ref.coef, registry.build("routing_loss", ref.name, ref.params))
+            for ref in self.config.molora.losses
+        ]
+
+    def settings(self) -> Settings:
+        """How the run trains."""
+        part = self.config.train
+        return Settings(
+            rates=Rates(part.lr, part.router_lr or part.lr, part.head_lr or part.lr),
+            schedule=part.schedule,
+            decay=part.weight_decay,
+            personal_decay=self.config.personal.decay,
+            clip=part.clip,
+            prox=part.prox,
+            accumulation=part.accumulation,
+        )
+
+
+def is_residual(key: Key) -> bool:
+    """Whether a tensor is the part of a router or head that stays with its client."""
+    return key.role.partition(".")[2].startswith("residual")

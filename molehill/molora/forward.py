@@ -1,0 +1,50 @@
+"""What one forward pass gives to objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from molehill.molora.interfaces import RouteRecord
+from molehill.molora.records import by_client
+
+
+@dataclass
+class Forward:
+    """What an objective sees of one forward pass.
+
+    Attributes:
+        logits: One row per prediction, ``[M, C]`` float32: per input row (classification) or per answer token.
+        labels: ``[M]`` int64.
+        rows: Input row of every prediction, ``[M]`` int64.
+        records: Routes of the pass, when they were asked for.
+        reference: Runs the same batch with all adapters off and returns ``[M, C]`` without gradient.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    rows: Tensor
+    records: list[RouteRecord]
+    reference: Callable[[], Tensor]
+
+    def by_client(self, clients: int, batch_size: int) -> list[Forward]:
+        """The part of every client of a batch whose rows are equal runs, one per client.
+
+        Args:
+            clients: Number of clients.
+            batch_size: Rows of each.
+        """
+        if clients == 1:
+            return [self]
+        counts = torch.bincount(self.rows // batch_size, minlength=clients).tolist()
+        records = by_client(self.records, clients)
+        references = cache(lambda: torch.split(self.reference(), counts))
+        columns = (*(torch.split(part, counts) for part in (self.logits, self.labels, self.rows)), records)
+        return [
+            Forward(logits, labels, rows - c * batch_size, mine, lambda c=c: references()[c])  # type: ignore[misc]
+            for c, (logits, labels, rows, mine) in enumerate(zip(*columns, strict=True))
+        ]
