@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,7 +207,10 @@ def _accumulate(
         values += [torch.stack([function(part.records) for part in parts]) for _, _, function in losses]
         weights = shares.to(model.flat.device)
         loss = values[0] + sum(coef * value for (_, coef, _), value in zip(losses, values[1:], strict=True))
-        (loss * weights if accumulation > 1 else loss).sum().backward()
+        with warnings.catch_warnings():
+            # The gradients of stacked clients are not contiguous, which autograd mentions once.
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+            (loss * weights if accumulation > 1 else loss).sum().backward()
         found += torch.stack(values).detach().cpu() * shares
     return found
 

@@ -4,84 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny_world
-import torch
+from tiny_house import ANCHORED, EXPERTS, FP32, HEAD
 
 from molehill.config import MethodRef
 from molehill.errors import AdapterError, MessageError, TrainingError
-from molehill.plan import ClientPlan
-from molehill.wire.exchange import MemoryExchange
 from molehill.wire.keys import Key
-from molehill.wire.message import decode_delta, encode_tree
+from molehill.wire.message import encode_tree
 from molehill.wire.tree import Tree
-from molehill_client.client import Client
 from molehill_client.state import StateStore
-from molehill_client.workbench import Workbench
-from molehill_simulation.world import open_world
 
-FP32 = MethodRef(name="fp32")
-EXPERTS = (("*/A", "shared"), ("*/B", "shared"))
-HEAD = (("*/head.residual*", "personal"), ("*/head*", "shared"))
-ANCHORED = (*EXPERTS, ("*/gate.residual*", "personal"), ("*/gate*", "shared"), *HEAD)
 SITE = "encoder.layer.0.attention.self.query"
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny_world.save_base(folder / "bert", "bert"), tiny_world.write_rows(folder / "r.jsonl", tiny_world.rows(60))
-
-
-class House:
-    """Clients of one process, and whoever writes their plans."""
-
-    def __init__(self, sources, folder, **sections):
-        self.config = tiny_world.config(*sources, **sections)
-        self.world = open_world(self.config)
-        self.exchange = MemoryExchange()
-        model = self.world.model
-        initial = model.tree(lambda key: ".residual" not in key.role)
-        self.bench = Workbench(
-            self.world.config, model, self.world.task, self.world.base.digest, initial, self.exchange
-        )
-        self.folder = folder
-
-    def client(self, number: int) -> Client:
-        owner = self.world.owners[number]
-        encode = self.world.task.encode
-        store = StateStore(self.folder / owner.name, "tiny", self.bench.base_digest)
-        return Client(self.bench, owner.name, encode(owner.train), encode(owner.test), store)
-
-    def plan(self, number: int, round_: int = 1, tree=None, patches=(), **values) -> ClientPlan:
-        trees = {"all": self.bench.initial if tree is None else tree}
-        trees |= {f"patch.{i}": patch for i, patch in enumerate(patches)}
-        given = {
-            "run": "tiny",
-            "round": round_,
-            "client": self.world.owners[number].name,
-            "base": self.bench.base_digest,
-            "layout": self.bench.initial.layout.digest,
-            "blobs": {name: self.exchange.put(encode_tree(each, FP32)) for name, each in trees.items()},
-            "scopes": ANCHORED,
-            "steps": 2,
-            "seed": 5,
-            "codec": FP32,
-        }
-        return ClientPlan.model_validate({**given, **values})
-
-    def delta(self, reply):
-        return decode_delta(self.exchange.get(reply.delta), 2**24)
-
-
-@pytest.fixture
-def house(sources, tmp_path):
-    torch.set_num_threads(1)
-    return lambda name="clients", **sections: House(sources, tmp_path / name, **sections)
-
-
-@pytest.fixture
-def one(house):
-    return house()
 
 
 def test_the_delta_is_trained_less_received_of_what_is_shared(one):
