@@ -43,7 +43,7 @@ def run_local(
     """
     run_config = _run_config(config, out, f"memory:{out.resolve()}")
     grid = LocalGrid(client_app, config.data.clients, run_config)
-    grid.client_app = ScenarioApp(client_app, config, grid.late)
+    grid.stage.client_app = ScenarioApp(client_app, config, grid.late)
     with _observed(observer):
         server_app(grid, context_of(1, SERVER_NODE, {}, run_config))
 

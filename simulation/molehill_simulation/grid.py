@@ -1,18 +1,19 @@
-"""All clients in this process: the base model in memory once, no daemon, no network, no serialisation.
+"""All clients on this machine: the base model in memory once per process, no daemon and no network.
 
-A message is executed when somebody pulls replies, one message per pull: progress is live, a reply is used before the
-next client starts, and Ctrl-C stops between two clients. Time is the grid's own, so a simulated straggler is late
-without anybody waiting and two runs see the same order of events.
+A message is executed when somebody pulls replies, one message (or group of messages) per pull: progress is live, a
+reply is used before the next client starts, and Ctrl-C stops between two clients. Time is the grid's own, so a
+simulated straggler is late without anybody waiting, and replies come in the order of the messages, whoever worked on
+them: two runs see the same order of events.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Protocol
 
-from molehill.errors import MolehillError
 from molehill_simulation.flower import (
     Context,
     Grid,
@@ -20,20 +21,23 @@ from molehill_simulation.flower import (
     RecordDict,
     Run,
     RunConfig,
-    context_of,
-    error_reply,
     identify,
-    isolated,
     set_identity,
 )
-
-FIRST_NODE = 2  # 0 and 1 mean the server to Flower
-
-_log = logging.getLogger(__name__)
+from molehill_simulation.stage import FIRST_NODE, Answer, Stage
 
 
-class NoReply(Exception):  # noqa: N818 - what happened to the client, not a mistake
-    """Raised in place of a reply: the client has vanished and nothing will ever arrive."""
+class Crew(Protocol):
+    """Processes other than this one that call the ClientApp.
+
+    ``ahead`` is how many groups of messages are worth handing over before the first is answered.
+    """
+
+    ahead: int
+
+    def submit(self, messages: Sequence[Message]) -> Callable[[], list[Answer]]:
+        """Have a group of messages executed; the result waits for the answers and returns them."""
+        ...
 
 
 class LocalGrid(Grid):
@@ -47,22 +51,32 @@ class LocalGrid(Grid):
         nodes: Number of clients; each finds ``partition-id`` and ``num-partitions`` in its node configuration.
         run_config: Run configuration of the clients.
         run_id: Number of the run.
+        together: Most training messages that are executed as one group.
+        crew: Executes the messages in place of this process. What a client keeps in its context is then forgotten
+            between two messages.
     """
 
     def __init__(
-        self, client_app: Callable[[Message, Context], Message], nodes: int, run_config: RunConfig, run_id: int = 1
+        self,
+        client_app: Callable[[Message, Context], Message],
+        nodes: int,
+        run_config: RunConfig,
+        run_id: int = 1,
+        *,
+        together: int = 1,
+        crew: Crew | None = None,
     ) -> None:
         set_identity(run_id)
         self._run = Run.create_empty(run_id)
-        self.client_app = client_app
+        self.stage = Stage(client_app, nodes, run_config, run_id)
         self._nodes = nodes
-        self._run_config = run_config
-        self._contexts: dict[int, Context] = {}  # only of nodes that keep something in them
+        self._together = together
+        self._crew = crew
+        self._running: deque[tuple[list[Message], Callable[[], list[Answer]]]] = deque()
         self._queue: deque[Message] = deque()
         self._replies: dict[str, tuple[float, Message]] = {}  # by id of the message: when it is due, and the reply
         self._made = 0
         self._time = 0.0
-        self._delay = 0.0
 
     # Time
 
@@ -76,7 +90,7 @@ class LocalGrid(Grid):
 
     def late(self, seconds: float) -> None:
         """Called by a client while it runs: its reply arrives so much later."""
-        self._delay += seconds
+        self.stage.late(seconds)
 
     # The interface of a grid
 
@@ -114,11 +128,8 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are due; executes messages until there is one, or none of these is left to execute."""
         wanted = message_ids if isinstance(message_ids, AbstractSet) else set(message_ids)
-        while not (due := self._due(wanted)):
-            message = self._next(wanted)
-            if message is None:
-                break
-            self._execute(message)
+        while not (due := self._due(wanted)) and self._advance(wanted):
+            pass
         return due
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -141,35 +152,40 @@ class LocalGrid(Grid):
         names = [name for name, (moment, _) in self._replies.items() if moment <= self._time and name in wanted]
         return [self._replies.pop(name)[1] for name in names]
 
-    def _next(self, wanted: AbstractSet[str]) -> Message | None:
-        for _ in range(len(self._queue)):
-            message = self._queue.popleft()
-            if message.metadata.message_id in wanted:
-                return message
-            self._queue.append(message)
-        return None
+    def _advance(self, wanted: AbstractSet[str]) -> bool:
+        """Have the next messages executed; False when none of these is left."""
+        ahead, submit = (1, self._call) if self._crew is None else (self._crew.ahead, self._crew.submit)
+        while len(self._running) < ahead and (group := self._next(wanted)):
+            self._running.append((group, submit(group)))
+        if not self._running:
+            return False
+        group, answers = self._running.popleft()
+        for message, (reply, delay) in zip(group, answers(), strict=True):
+            if reply is not None:
+                name = message.metadata.message_id
+                self._replies[name] = (self._time + delay, identify(reply, self._name()))
+        return True
 
-    def _execute(self, message: Message) -> None:
-        node = message.metadata.dst_node_id
-        context = self._contexts.get(node) or context_of(
-            self._run.run_id,
-            node,
-            {"partition-id": node - FIRST_NODE, "num-partitions": self._nodes},
-            dict(self._run_config),
-        )
-        self._delay = 0.0
-        try:
-            reply = self.client_app(isolated(message), context)
-        except NoReply:
-            return
-        except MolehillError as error:
-            reply = error_reply(str(error), message)
-        except Exception as error:  # noqa: BLE001 - whatever a client does wrong is a reply to the server
-            _log.debug("client %d failed", node, exc_info=error)
-            reply = error_reply(f"{type(error).__name__}: {error}", message)
-        if context.state:
-            self._contexts[node] = context
-        self._replies[message.metadata.message_id] = (self._time + self._delay, identify(reply, self._name()))
+    def _call(self, messages: Sequence[Message]) -> Callable[[], list[Answer]]:
+        return lambda: self.stage.perform(messages)
+
+    def _next(self, wanted: AbstractSet[str]) -> list[Message]:
+        """Take the first of these messages from the queue, with its fair share of those it may be trained with."""
+        found = next((message for message in self._queue if message.metadata.message_id in wanted), None)
+        if found is None:
+            return []
+        group = [found]
+        if self._together > 1 and found.metadata.message_type.startswith("train"):
+            group = [
+                message
+                for message in self._queue
+                if message.metadata.message_id in wanted
+                and message.metadata.message_type == found.metadata.message_type
+            ]
+            group = group[: math.ceil(len(group) / math.ceil(len(group) / self._together))]
+        for message in group:
+            self._queue.remove(message)
+        return group
 
     def _name(self) -> str:
         self._made += 1

@@ -7,7 +7,7 @@ continuation after a kill, meet the same misfortunes. It happens in the client, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from molehill.wire.message import decode_delta, encode_delta
 from molehill.wire.tree import Tree
 from molehill_protos.v1 import delta_pb2
 from molehill_simulation.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
-from molehill_simulation.grid import NoReply
+from molehill_simulation.stage import NoReply, call
 
 _EXACT = MethodRef(name="fp32")
 
@@ -82,17 +82,36 @@ class ScenarioApp(ClientApp):
         Raises:
             NoReply: The client cannot be reached or has vanished.
         """
-        if message.metadata.message_type != "train":
-            return self._app(message, context)
-        fortune = fate(self._config, message.metadata.group_id, str(context.node_config["partition-id"]))
-        if not fortune.reachable:
-            raise NoReply("not reachable")
-        reply = self._app(message, context)
+        outcome = next(self.together([message], [context]))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message | Exception]:
+        """The same for several clients, which the ClientApp may serve at once; all messages are of one type."""
+        if messages[0].metadata.message_type != "train":
+            yield from call(self._app, messages, contexts)
+            return
+        fates = [
+            fate(self._config, message.metadata.group_id, str(context.node_config["partition-id"]))
+            for message, context in zip(messages, contexts, strict=True)
+        ]
+        reached = [i for i, fortune in enumerate(fates) if fortune.reachable]
+        outcomes = call(self._app, [messages[i] for i in reached], [contexts[i] for i in reached])
+        for message, context, fortune in zip(messages, contexts, fates, strict=True):
+            if not fortune.reachable:
+                yield NoReply("not reachable")
+                continue
+            outcome = next(outcomes)
+            yield outcome if isinstance(outcome, Exception) else self._afterwards(message, context, fortune, outcome)
+
+    def _afterwards(self, message: Message, context: Context, fortune: Fate, reply: Message) -> Message | NoReply:
+        """What becomes of a client's reply."""
         said = ClientReply.model_validate_json(str(reply.content["reply"]["json"]))
         exchange = connect(str(context.run_config["exchange"]))
         if not fortune.finishes:
             exchange.drop(said.delta)
-            raise NoReply("vanished")
+            return NoReply("vanished")
         kind = self._config.scenario.garbage.get(said.client)
         if kind is not None:
             blob = spoil(exchange.get(said.delta), kind, self._config.wire.max_bytes)

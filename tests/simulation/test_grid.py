@@ -12,7 +12,8 @@ from molehill.errors import TrainingError
 from molehill_server.flower import GridTransport
 from molehill_server.transport import Outgoing
 from molehill_simulation.flower import context_of
-from molehill_simulation.grid import FIRST_NODE, LocalGrid, NoReply
+from molehill_simulation.grid import LocalGrid
+from molehill_simulation.stage import FIRST_NODE, NoReply
 
 
 def message(number, record=None, kind="train"):
