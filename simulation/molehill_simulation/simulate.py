@@ -44,8 +44,10 @@ def simulate(
     require(config)
     _, task = load_rows(config.data, config.task)
     config = config.model_copy(update={"task": task})
-    path = write_config(config, out)
-    world = world_of(str(path))
+    if (out / "config.toml").exists():
+        write_config(config, out)  # refuses another configuration before anything is loaded
+    world = world_of(config.to_toml())
+    write_config(config, out)  # only now, so that a mistake leaves no run folder behind
     _initial(world, out)
     run = run_local if engine == "local" else run_ray
     run(config, out, app, server_app, observer)
@@ -61,8 +63,7 @@ def _initial(world: World, out: Path) -> None:
     """Write the adapter that everybody starts from, or check that the folder's belongs to this base."""
     path = out / "initial.safetensors"
     if not path.exists():
-        tree = world.model.tree(lambda key: ".residual" not in key.role)
-        save_tree(path, tree, {"base": world.base.digest})
+        save_tree(path, world.initial, {"base": world.base.digest})
         return
     _, meta = load_tree(path)
     if meta.get("base") != world.base.digest:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from molehill.config import Config, load
+from molehill.config import Config, parse
 from molehill.molora.adapter import Manifest
 from molehill.molora.attention import use_fast_attention
 from molehill.molora.build import wrap
@@ -17,6 +18,7 @@ from molehill.tasks.schema import load_rows
 from molehill.tasks.task import Task, make_task
 from molehill.wire.exchange import connect
 from molehill.wire.store import load_tree
+from molehill.wire.tree import Tree
 from molehill_client.client import Client
 from molehill_client.flower import Context, make_app
 from molehill_client.state import StateStore
@@ -34,6 +36,7 @@ class World:
         base: Which base.
         task: Encodes rows.
         owners: Every client's rows.
+        initial: The adapter that everybody starts from; the model's own values are those of whoever used it last.
     """
 
     config: Config
@@ -41,6 +44,7 @@ class World:
     base: BaseInfo
     task: Task
     owners: list[ClientRows]
+    initial: Tree
 
     @property
     def manifest(self) -> Manifest:
@@ -72,19 +76,20 @@ def open_world(config: Config) -> World:
         classes = len(config.task.labels)
         head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
     model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
-    return World(config, model, loaded.info, make_task(config.task, loaded.tokenizer), owners)
+    initial = model.tree(lambda key: ".residual" not in key.role)
+    return World(config, model, loaded.info, make_task(config.task, loaded.tokenizer), owners, initial)
 
 
 @lru_cache(maxsize=1)
-def world_of(path: str) -> World:
-    """The world of the configuration at ``path``; cached, so that engine and clients of a process share it."""
-    return open_world(load(path))
+def world_of(text: str) -> World:
+    """The world of a configuration, given as TOML; cached, so that engine and clients of a process share it."""
+    return open_world(parse(tomllib.loads(text)))
 
 
 @lru_cache(maxsize=1)
-def _clients(path: str, out: str, exchange: str) -> list[Client]:
+def _clients(text: str, out: str, exchange: str) -> list[Client]:
     """All clients of a run folder; cached, since a worker process answers many messages of one run."""
-    world = world_of(path)
+    world = world_of(text)
     initial, _ = load_tree(Path(out) / "initial.safetensors")
     bench = Workbench(world.config, world.model, world.task, world.base.digest, initial, connect(exchange))
     run = world.config.run.name
@@ -102,7 +107,8 @@ def _clients(path: str, out: str, exchange: str) -> list[Client]:
 
 def _open_client(context: Context) -> Client:
     given = context.run_config
-    clients = _clients(str(given["config"]), str(given["out"]), str(given["exchange"]))
+    text = Path(str(given["config"])).read_text(encoding="utf-8")  # the same path may hold another run tomorrow
+    clients = _clients(text, str(given["out"]), str(given["exchange"]))
     return clients[int(context.node_config["partition-id"])]
 
 

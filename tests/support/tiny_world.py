@@ -87,7 +87,7 @@ def write_rows(path: Path, values: list[dict[str, Any]]) -> Path:
     return path
 
 
-def config(base: Path, source: Path, **sections: dict[str, Any]) -> Config:
+def config(base: Path, source: Path, /, **sections: dict[str, Any]) -> Config:
     """Three clients, two experts at two sites a layer, two rounds of two steps, no baselines, unless said otherwise."""
     values: dict[str, dict[str, Any]] = {
         "run": {"name": "tiny", "rounds": 2},
