@@ -20,7 +20,9 @@ MAX_TOKENS = 512
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        scores = torch.matmul(q * scale, k.transpose(-1, -2))
+        # contiguous once: batched products would copy every operand at every use
+        q, k, v = (q * scale).contiguous(), k.contiguous(), v.contiguous()
+        scores = torch.matmul(q, k.transpose(-1, -2))
         if bias is not None:
             scores += bias
         p = torch.softmax(scores, -1)
@@ -31,10 +33,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
+        grad = grad.contiguous()
         gv = torch.matmul(p.transpose(-1, -2), grad)
         ds = torch._softmax_backward_data(torch.matmul(grad, v.transpose(-1, -2)), p, -1, p.dtype)  # noqa: SLF001
         gq = torch.matmul(ds, k).mul_(ctx.scale)
-        gk = torch.matmul(ds.transpose(-1, -2), q).mul_(ctx.scale)
+        gk = torch.matmul(ds.transpose(-1, -2), q)  # q carries the scale
         return gq, gk, gv, None, None
 
 

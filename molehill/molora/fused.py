@@ -11,6 +11,10 @@ later, adds its own product into it with one ``addmm_``. So x gets one gradient 
 Adapter weights are float32 masters that are cast to x's dtype per call. `reference` is the same maths in plain
 autograd and serves as the oracle.
 
+How the rank axis is split between experts is one matrix, ``spread [E, R]``: row e holds expert e's scale on its own
+ranks and 0 elsewhere, so ``weights @ spread`` is the g above. With that, every weighting is one dense product, which
+costs less than broadcasting over the ranks of an expert.
+
 Weights may have a leading client axis (``A [C, R, d_in]``, ``gate [C, G, d_in]``, ``Bt [C, R, d_out]``): rows of x are
 then C equal runs, one per client. The frozen product still covers all rows at once, the low-rank ones are batched.
 
@@ -25,20 +29,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-class Ranks(NamedTuple):
-    """How the rank axis is split between experts.
-
-    Attributes:
-        uniform: The common rank when all experts have the same one, else None.
-        expand: ``[E, R]`` float32; row e is 1 on the ranks of expert e.
-        scale: ``[E]`` float32, alpha / rank.
-    """
-
-    uniform: int | None
-    expand: Tensor
-    scale: Tensor
 
 
 class _Cell:
@@ -64,9 +54,9 @@ class _Down(torch.autograd.Function):
             weight[..., rows:, :].copy_(gate)
         low = _matmul(x, weight.mT)
         ctx.save_for_backward(x, weight)
-        ctx.cell, ctx.rows, ctx.has_gate = cell, rows, gate is not None
+        ctx.cell, ctx.rows, ctx.has_gate, ctx.master = cell, rows, gate is not None, A.dtype
         ctx.set_materialize_grads(False)
-        return low[:, :rows], low[:, rows:].float()
+        return low[:, :rows], low[:, rows:].to(A.dtype)
 
     @staticmethod
     @once_differentiable
@@ -86,7 +76,7 @@ class _Down(torch.autograd.Function):
                 grad[:, rows:].copy_(g_logits)
         g_weight = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            g_weight = _outer(grad, x, weight).float()
+            g_weight = _outer(grad, x, weight).to(ctx.master)
         gx = _matmul(grad, weight, onto=gx) if ctx.needs_input_grad[0] else None
         g_A = g_weight[..., :rows, :] if g_weight is not None and ctx.needs_input_grad[1] else None
         g_gate = g_weight[..., rows:, :] if g_weight is not None and ctx.needs_input_grad[2] else None
@@ -103,39 +93,36 @@ class _Up(torch.autograd.Function):
         low: Tensor,
         weights: Tensor,
         Bt: Tensor,
-        ranks: Ranks,
+        spread: Tensor,
         cell: _Cell | None,
         gate_rows: int,
     ) -> Tensor:
         y = F.linear(x, W, bias)
         bt = Bt.to(x.dtype)
-        gates = _over_ranks(weights, ranks, x.dtype)
-        _matmul(_times(low, gates, ranks), bt, onto=y)
-        ctx.save_for_backward(W, low, gates, bt)
-        ctx.ranks, ctx.cell, ctx.gate_rows = ranks, cell, gate_rows
+        _matmul(low * (weights @ spread).to(x.dtype), bt, onto=y)
+        ctx.save_for_backward(W, low, weights, bt, spread)
+        ctx.cell, ctx.gate_rows, ctx.master = cell, gate_rows, Bt.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        W, low, gates, bt = ctx.saved_tensors
-        ranks, cell = ctx.ranks, ctx.cell
+        W, low, weights, bt, spread = ctx.saved_tensors
+        cell = ctx.cell
         gy = gy.contiguous()
         need_x, need_low, need_w, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
-        g_B = _outer(_times(low, gates, ranks), gy, bt).float() if need_B else None
-        g_low = g_w = None
+        g_B = g_low = g_w = None
+        gates = (weights @ spread).to(gy.dtype) if need_B or need_low else None
+        if need_B:
+            g_B = _outer(low * gates, gy, bt).to(ctx.master)
         if need_low or need_w:
             q = _matmul(gy, bt.mT)
             if need_w:
-                g_w = _per_expert(q * low, ranks)
+                g_w = (q * low).to(spread.dtype) @ spread.t()
             if need_low:
+                # room for the router's rows, so that `down` has one operand for all of its products
                 buffer = torch.empty(q.shape[0], q.shape[1] + ctx.gate_rows, dtype=q.dtype, device=q.device)
-                g_low = buffer[:, : q.shape[1]]
-                g_low.copy_(_times(q, gates, ranks)) if ranks.uniform is None else torch.mul(
-                    q.unflatten(1, (-1, ranks.uniform)),
-                    gates.unsqueeze(-1),
-                    out=g_low.unflatten(1, (-1, ranks.uniform)),
-                )
+                g_low = torch.mul(q, gates, out=buffer[:, : q.shape[1]])
                 if cell is not None:
                     cell.low = buffer
         gx = gy @ W if need_x else None
@@ -163,25 +150,6 @@ def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
 
 def _by_client(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.shape[0], -1, rows.shape[-1])
-
-
-def _over_ranks(weights: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
-    """Scaled weights: per expert ``[N, E]`` when ranks are uniform, else per rank ``[N, R]``."""
-    scaled = weights * ranks.scale
-    return (scaled if ranks.uniform is not None else scaled @ ranks.expand).to(dtype)
-
-
-def _times(low: Tensor, gates: Tensor, ranks: Ranks) -> Tensor:
-    if ranks.uniform is None:
-        return low * gates
-    return (low.unflatten(1, (-1, ranks.uniform)) * gates.unsqueeze(-1)).flatten(1)
-
-
-def _per_expert(values: Tensor, ranks: Ranks) -> Tensor:
-    """Sum ``[N, R]`` over the ranks of each expert, times its scale: ``[N, E]`` float32."""
-    if ranks.uniform is not None:
-        return values.unflatten(1, (-1, ranks.uniform)).sum(-1, dtype=torch.float32) * ranks.scale
-    return (values.float() @ ranks.expand.t()) * ranks.scale
 
 
 class Projection(NamedTuple):
@@ -215,7 +183,7 @@ def up(
     projection: Projection,
     weights: Tensor,
     Bt: Tensor,
-    ranks: Ranks,
+    spread: Tensor,
     *,
     same_input: bool = True,
 ) -> Tensor:
@@ -228,7 +196,7 @@ def up(
         projection: From `down`.
         weights: Expert weights ``[N, E]`` float32.
         Bt: ``[R, d_out]`` float32, the transposes of all B, or ``[C, R, d_out]``.
-        ranks: How R is split.
+        spread: Scaled ranks of every expert, ``[E, R]`` float32.
         same_input: False when `down` saw another tensor than ``x`` (adapter dropout).
 
     Returns:
@@ -236,13 +204,12 @@ def up(
     """
     cell = projection.cell if same_input else None
     gate_rows = projection.logits.shape[1]
-    return _Up.apply(x, W, bias, projection.low, weights, Bt, ranks, cell, gate_rows)  # type: ignore[no-any-return]
+    return _Up.apply(x, W, bias, projection.low, weights, Bt, spread, cell, gate_rows)  # type: ignore[no-any-return]
 
 
 def reference(
-    x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, weights: Tensor, Bt: Tensor, ranks: Ranks
+    x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, weights: Tensor, Bt: Tensor, spread: Tensor
 ) -> Tensor:
     """`up(x, ...)` of `down(seen, A)` in plain autograd; arguments and result as there."""
-    gates = (weights * ranks.scale) @ ranks.expand
-    low = F.linear(seen, A.to(x.dtype)) * gates.to(x.dtype)
+    low = F.linear(seen, A.to(x.dtype)) * (weights @ spread).to(x.dtype)
     return F.linear(x, W, bias) + low @ Bt.to(x.dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from molehill.molora.fused import Projection, Ranks, down, reference, up
+from molehill.molora.fused import Projection, down, reference, up
 from molehill.molora.interfaces import Site
 from molehill.registry import register
 
@@ -33,12 +33,14 @@ class LoRABank(nn.Module):
         Bt: ``[R, d_out]`` float32, the transposes of all B.
         patch_A: Frozen rows ``[P, d_in]`` that belong to experts (from exact aggregation); empty at first.
         patch_Bt: Frozen rows ``[P, d_out]``, scale absorbed.
+        spread: Which ranks belong to which expert, with its scale: ``[E, R+P]`` float32; see `molehill.molora.fused`.
     """
 
     low_rank = True
     patch_A: Tensor
     patch_Bt: Tensor
     patch_expert: Tensor
+    spread: Tensor
 
     def __init__(self, *, site: Site, ranks: tuple[int, ...], alpha: float) -> None:
         super().__init__()
@@ -48,11 +50,10 @@ class LoRABank(nn.Module):
         total = sum(ranks)
         self.A = nn.Parameter(torch.zeros(total, site.d_in))
         self.Bt = nn.Parameter(torch.zeros(total, site.d_out))
-        self.register_buffer("expand", _expand(ranks), persistent=False)
-        self.register_buffer("scale", torch.tensor(self.scales), persistent=False)
         self.register_buffer("patch_A", torch.zeros(0, site.d_in), persistent=False)
         self.register_buffer("patch_Bt", torch.zeros(0, site.d_out), persistent=False)
         self.register_buffer("patch_expert", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.register_buffer("spread", self._spread(), persistent=False)
         self.fused = True
 
     @property
@@ -77,15 +78,14 @@ class LoRABank(nn.Module):
         self.patch_Bt = torch.cat([self.patch_Bt[:0], *(patches[e][1].t().to(device) for e in experts)])
         index = [e for e in experts for _ in range(patches[e][0].shape[0])]
         self.patch_expert = torch.tensor(index, dtype=torch.long, device=device)
+        self.spread = self._spread().to(device)
 
-    def layout(self) -> Ranks:
-        """How the rank axis, patches included, is divided."""
-        uniform = self.ranks[0] if len(set(self.ranks)) == 1 else None
-        if not len(self.patch_expert):
-            return Ranks(uniform, self.expand, self.scale)
-        # a patch has its scale absorbed: undo the expert's
-        patch = F.one_hot(self.patch_expert, self.n_experts).t().float() / self.scale[:, None]
-        return Ranks(None, torch.cat([self.expand, patch], 1), self.scale)
+    def _spread(self) -> Tensor:
+        """``[E, R+P]``: an expert's scale on its ranks, 1 on its patches (theirs is absorbed), 0 elsewhere."""
+        experts = [e for e, rank in enumerate(self.ranks) for _ in range(rank)] + self.patch_expert.tolist()
+        values = [scale for scale, rank in zip(self.scales, self.ranks, strict=True) for _ in range(rank)]
+        values += [1.0] * len(self.patch_expert)
+        return F.one_hot(torch.tensor(experts), self.n_experts).t() * torch.tensor(values)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``A [R+P, d_in]`` and ``Bt [R+P, d_out]``, patches included."""
@@ -101,12 +101,12 @@ class LoRABank(nn.Module):
         self, x: Tensor, W: Tensor, bias: Tensor | None, projection: Projection, weights: Tensor, *, same_input: bool
     ) -> Tensor:
         """Second GEMM: frozen output plus experts, ``[N, d_out]``; see `molehill.molora.fused.up`."""
-        return up(x, W, bias, projection, weights, self.factors()[1], self.layout(), same_input=same_input)
+        return up(x, W, bias, projection, weights, self.factors()[1], self.spread, same_input=same_input)
 
     def plain(self, x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
         """The same output in plain autograd; ``seen`` is what the experts see of ``x`` (after dropout)."""
         A, Bt = self.factors()
-        return reference(x, seen, W, bias, A, weights, Bt, self.layout())
+        return reference(x, seen, W, bias, A, weights, Bt, self.spread)
 
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
         """Return the weighted sum of the experts' deltas.
@@ -120,9 +120,7 @@ class LoRABank(nn.Module):
             ``[B, T, d_out]``.
         """
         A, Bt = self.factors()
-        layout = self.layout()
-        gates = (weights * layout.scale) @ layout.expand
-        return (F.linear(x, A.to(x.dtype)) * gates.to(x.dtype)) @ Bt.to(x.dtype)
+        return (F.linear(x, A.to(x.dtype)) * (weights @ self.spread).to(x.dtype)) @ Bt.to(x.dtype)
 
     def mixed(self, x: Tensor, weights: Tensor) -> Tensor:
         """Mix parameters instead of outputs: ``sum_e w_e A_e`` and ``sum_e w_e B_e`` by block of features.
@@ -145,8 +143,3 @@ class LoRABank(nn.Module):
         A_mix = torch.einsum("bhe,erhd->brhd", w, A).flatten(2).to(x.dtype)
         Bt_mix = torch.einsum("bhe,erhd->brhd", w, Bt).flatten(2).to(x.dtype)
         return (x @ A_mix.transpose(1, 2)) @ Bt_mix * self.scales[0]
-
-
-def _expand(ranks: tuple[int, ...]) -> Tensor:
-    index = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-    return F.one_hot(index, len(ranks)).t().float()
