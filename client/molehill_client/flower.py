@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,9 +13,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import molehill
-from molehill.errors import MessageError
+from molehill.errors import MessageError, MolehillError
 from molehill.plan import ClientPlan
 from molehill_client.client import Client
+from molehill_client.together import baseline_together, share, train_together
 
 __all__ = ["ClientApp", "Context", "make_app"]
 
@@ -34,38 +35,54 @@ def make_app(open_client: Callable[[Context], Client]) -> ClientApp:
         open_client: Returns the client behind a Flower context; called once per message.
 
     Returns:
-        An app that answers ``query.hello``, ``train``, ``train.baseline`` and ``evaluate``.
+        An app that answers ``query.hello``, ``train``, ``train.baseline`` and ``evaluate``. An engine that holds
+        several clients may call its `together` for training messages.
     """
-    app = ClientApp()
+    return _App(open_client)
 
-    def hello(_: Message, context: Context) -> RecordDict:
-        client = open_client(context)
-        return _record(
-            _Hello(
-                client=client.name,
-                n_train=len(client.train_rows),
-                n_test=len(client.test_rows),
-                version=molehill.__version__,
-            )
+
+class _App(ClientApp):
+    def __init__(self, open_client: Callable[[Context], Client]) -> None:
+        super().__init__()
+        self._open = open_client
+        self.query("hello")(self._hello)
+        self.train()(self._train)
+        self.train("baseline")(self._baseline)
+        self.evaluate()(self._evaluate)
+
+    def together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message | Exception]:
+        """Yield the reply to every training message, or why there is none; all are of one type."""
+        outcomes: Sequence[BaseModel | MolehillError]
+        try:
+            clients = [self._open(context) for context in contexts]
+            plans = [_plan(message) for message in messages]
+            if messages[0].metadata.message_type == "train":
+                outcomes = share(train_together, clients, plans)
+            else:
+                outcomes = share(baseline_together, clients, plans)
+        except MolehillError as error:
+            outcomes = [error] * len(messages)
+        for message, outcome in zip(messages, outcomes, strict=True):
+            yield outcome if isinstance(outcome, Exception) else _reply(outcome, message)
+
+    def _hello(self, message: Message, context: Context) -> Message:
+        client = self._open(context)
+        hello = _Hello(
+            client=client.name,
+            n_train=len(client.train_rows),
+            n_test=len(client.test_rows),
+            version=molehill.__version__,
         )
+        return _reply(hello, message)
 
-    def train(message: Message, context: Context) -> RecordDict:
-        return _record(open_client(context).train(_plan(message)))
+    def _train(self, message: Message, context: Context) -> Message:
+        return _reply(self._open(context).train(_plan(message)), message)
 
-    def baseline(message: Message, context: Context) -> RecordDict:
-        return _record(open_client(context).baseline(_plan(message)))
+    def _baseline(self, message: Message, context: Context) -> Message:
+        return _reply(self._open(context).baseline(_plan(message)), message)
 
-    def evaluate(message: Message, context: Context) -> RecordDict:
-        return _record(open_client(context).evaluate(_plan(message)))
-
-    def reply_to(handler: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
-        return lambda message, context: Message(handler(message, context), reply_to=message)
-
-    app.query("hello")(reply_to(hello))
-    app.train()(reply_to(train))
-    app.train("baseline")(reply_to(baseline))
-    app.evaluate()(reply_to(evaluate))
-    return app
+    def _evaluate(self, message: Message, context: Context) -> Message:
+        return _reply(self._open(context).evaluate(_plan(message)), message)
 
 
 def _plan(message: Message) -> ClientPlan:
@@ -81,5 +98,5 @@ def _plan(message: Message) -> ClientPlan:
         ) from None
 
 
-def _record(reply: BaseModel) -> RecordDict:
-    return RecordDict({"reply": ConfigRecord({"json": reply.model_dump_json()})})
+def _reply(content: BaseModel, message: Message) -> Message:
+    return Message(RecordDict({"reply": ConfigRecord({"json": content.model_dump_json()})}), reply_to=message)

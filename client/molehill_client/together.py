@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from molehill.errors import MolehillError
 from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
 from molehill.wire.keys import Key
@@ -22,6 +23,8 @@ from molehill_client.workbench import is_residual
 
 if TYPE_CHECKING:
     from molehill_client.client import Client
+
+Reply = TypeVar("Reply", ClientReply, EvaluationReply)
 
 
 def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[ClientReply]:
@@ -86,6 +89,41 @@ def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) ->
         stage["local"] = client.score()
         replies.append(client.evaluation(stage, {}, (time.monotonic() - started) / len(clients)))
     return replies
+
+
+def share(
+    work: Callable[[Sequence[Client], Sequence[ClientPlan]], list[Reply]],
+    clients: Sequence[Client],
+    plans: Sequence[ClientPlan],
+) -> list[Reply | MolehillError]:
+    """Work for clients in as few passes as possible: together where they may, else one after another.
+
+    Args:
+        work: `train_together` or `baseline_together`.
+        clients: The clients.
+        plans: The plan of each.
+
+    Returns:
+        For every client, in order, its reply or what stopped it.
+    """
+    companies: dict[int, list[int]] = {}
+    for number, client in enumerate(clients):
+        companies.setdefault(client.batch_size, []).append(number)
+    outcomes: dict[int, Reply | MolehillError] = {}
+    for company in companies.values():
+        some, own = [clients[i] for i in company], [plans[i] for i in company]
+        if len(company) > 1 and may_share(some, own):
+            try:
+                outcomes.update(zip(company, work(some, own), strict=True))
+                continue
+            except MolehillError:
+                pass  # one by one, so that the error meets the one who caused it
+        for i in company:
+            try:
+                outcomes[i] = work([clients[i]], [plans[i]])[0]
+            except MolehillError as error:
+                outcomes[i] = error
+    return [outcomes[i] for i in range(len(clients))]
 
 
 def may_share(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> bool:

@@ -8,17 +8,16 @@ import tiny_world
 import torch
 from tiny_house import House
 
-from molehill.errors import ModelError, TrainingError
+from molehill.errors import MessageError, ModelError, TrainingError
 from molehill.tasks.batches import Example, join, pad
-from molehill_client.together import baseline_together, may_share, train_together
+from molehill_client.together import baseline_together, may_share, share, train_together
 
 LOSSES = [{"name": "switch_balance", "coef": 0.1}, {"name": "localized_balance", "coef": 0.1}]
+RANKS = {"name": "hetero_rank", "kind": "explicit", "ranks": [1, 2, 3]}
 CASES = {
     "top_k": {},
     "losses": {"molora": {"losses": LOSSES}, "train": {"clip": 0.01}},
-    "mixed ranks": {
-        "molora": {"allocation": {"name": "hetero_rank", "kind": "explicit", "ranks": [1, 2, 3]}, "experts": 3}
-    },
+    "mixed ranks": {"molora": {"allocation": RANKS, "experts": 3}},
     "one route for all": {"molora": {"scope": "block", "selector": "dynmole"}},
     "dense, global": {"molora": {"selector": "dense"}, "personal": {"gate": "global", "head": "global"}},
     "prox, accumulation": {"train": {"prox": 0.5, "accumulation": 2, "objective": "dft"}},
@@ -122,6 +121,17 @@ def test_an_error_leaves_the_model_whole(house):
     assert len(model.values) == 1
     assert all(parameter.shape == parameter.grad.shape for parameter, _, _ in model.places)
     home.client(0).evaluate(home.plan(0))
+
+
+def test_an_error_meets_the_one_who_caused_it(one):
+    clients = [one.client(n) for n in range(3)]
+    plans = [one.plan(0), one.plan(1).model_copy(update={"base": "f" * 64}), one.plan(2)]
+    replies = share(train_together, clients, plans)
+    assert isinstance(replies[1], MessageError)
+    assert [replies[n].client for n in (0, 2)] == ["client-1", "client-3"]
+    clients[2].train_rows = clients[2].train_rows[:5]  # a smaller batch: alone
+    plans[1] = one.plan(1)
+    assert [reply.examples for reply in share(train_together, clients, plans)] == [15, 16, 5]
 
 
 def test_stacking_keeps_the_values_of_the_selected_client(one):
