@@ -335,6 +335,9 @@ class MoLoRAModel(nn.Module):
             input_ids=input_ids, attention_mask=mask.long(), logits_to_keep=positions, use_cache=False
         ).logits
         keep = wanted[:, positions]
+        if bool(keep.all()):  # a selection would copy the logits, the largest tensor of the pass, and their gradient
+            rows = torch.arange(len(labels), device=labels.device).repeat_interleave(len(positions))
+            return out.flatten(0, 1).float(), labels[:, 1:][:, positions].flatten(), rows
         rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(keep)[keep]
         return out[keep].float(), labels[:, 1:][:, positions][keep], rows
 
