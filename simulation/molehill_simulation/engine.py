@@ -1,8 +1,10 @@
-"""Runs the same ServerApp and ClientApp in this process, or on Flower's Ray engine."""
+"""Runs the same ServerApp and ClientApp on this machine, or on Flower's Ray engine."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,30 +24,56 @@ from molehill_simulation.flower import (
 )
 from molehill_simulation.grid import LocalGrid
 from molehill_simulation.scenario import ScenarioApp
+from molehill_simulation.worker import Job
+from molehill_simulation.workers import Workers
+
+RUN = 1  # the only run of a grid
 
 Observer = Callable[[dict[str, Any]], None]
 
 
 def run_local(
-    config: Config, out: Path, client_app: ClientApp, server_app: ServerApp, observer: Observer | None = None
+    config: Config,
+    out: Path,
+    client_app: ClientApp,
+    server_app: ServerApp,
+    observer: Observer | None = None,
+    importable: str | None = None,
 ) -> None:
-    """Run a federation in this process, from the start or from the last checkpoint in ``out``.
+    """Run a federation on this machine, from the start or from the last checkpoint in ``out``.
 
     Args:
-        config: The run.
+        config: The run; where ``engine`` says ``auto``, all is done in this process, one client at a time.
         out: Run folder; must hold ``initial.safetensors``.
         client_app: The clients.
         server_app: The server.
         observer: Called with every event.
+        importable: The clients as ``module:name``, by which worker processes find them.
 
     Raises:
         MolehillError: Whatever stops a run; the folder can be resumed.
     """
-    run_config = _run_config(config, out, f"memory:{out.resolve()}")
-    grid = LocalGrid(client_app, config.data.clients, run_config)
-    grid.stage.client_app = ScenarioApp(client_app, config, grid.late)
-    with _observed(observer):
-        server_app(grid, context_of(1, SERVER_NODE, {}, run_config))
+    workers = 1 if config.engine.workers == "auto" else config.engine.workers
+    together = 1 if config.engine.together == "auto" else config.engine.together
+    nodes = config.data.clients
+    with _observed(observer), ExitStack() as stack:
+        if workers == 1 or importable is None:
+            run_config = _run_config(config, out, f"memory:{out.resolve()}")
+            grid = LocalGrid(client_app, nodes, run_config, together=together)
+            grid.stage.client_app = ScenarioApp(client_app, config, grid.late)
+        else:
+            exchange = out.resolve() / "exchange"
+            run_config = _run_config(config, out, f"folder:{exchange}")
+            stack.callback(shutil.rmtree, exchange, ignore_errors=True)
+            job = Job(importable, nodes, run_config, RUN, sys.path)
+            crew = stack.enter_context(Workers(workers, job, max(1, cores() // workers)))
+            grid = LocalGrid(client_app, nodes, run_config, together=together, crew=crew)
+        server_app(grid, context_of(RUN, SERVER_NODE, {}, run_config))
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_ray(
@@ -92,14 +120,13 @@ def write_config(config: Config, out: Path) -> Path:
     """
     path = out.resolve() / "config.toml"
     if path.exists():
-        differ = _differences(load(path).model_dump(mode="json"), config.model_dump(mode="json"))
+        differ = _differences(load(path).substance, config.substance)
         if differ:
             raise ResumeError(
                 f"the run was started with another configuration, {', '.join(differ[:5])} differ",
                 where=str(out),
                 mend="Resume with the configuration it was started with, or start a new run in another folder.",
             )
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(".config.toml.new")
     scratch.write_text(config.to_toml(), encoding="utf-8")

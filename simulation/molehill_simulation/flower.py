@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 # Flower and Ray read these once, when they are imported: a simulation talks to nobody.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -17,8 +16,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as later ver
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -39,8 +39,10 @@ __all__ = [
     "error_reply",
     "identify",
     "isolated",
+    "pack",
     "ray_engine",
     "set_identity",
+    "unpack",
 ]
 
 RunConfig = dict[str, bool | float | int | str]
@@ -71,17 +73,22 @@ def isolated(message: Message) -> Message:
 
     Arrays hold immutable bytes and are not copied.
     """
-    records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
-    for name, record in message.content.items():
-        if isinstance(record, ArrayRecord):
-            records[name] = ArrayRecord(dict(record))
-        elif isinstance(record, MetricRecord):
-            records[name] = MetricRecord({key: _own(value) for key, value in record.items()})
-        else:
-            records[name] = ConfigRecord({key: _own(value) for key, value in record.items()})
-    copy = Message(RecordDict(records), message.metadata.dst_node_id, message.metadata.message_type)
-    copy.__dict__["_metadata"] = message.metadata
-    return copy
+    content = message.content.copy()
+    for name, record in content.items():
+        content[name] = _own(record)
+    mine = Message.__new__(Message)  # the constructor would make other metadata
+    mine.__dict__.update(message.__dict__, _content=content)
+    return mine
+
+
+def pack(message: Message) -> bytes:
+    """A message in Flower's own encoding."""
+    return bytes(message_to_proto(message).SerializeToString())
+
+
+def unpack(data: bytes) -> Message:
+    """The message that `pack` encoded."""
+    return message_from_proto(ProtoMessage.FromString(data))
 
 
 def error_reply(reason: str, message: Message) -> Message:
@@ -127,6 +134,8 @@ def ray_engine(
         client_config: Run configuration of the clients.
         resources: ``num_cpus`` and ``num_gpus`` of one client.
     """
+    from flwr.simulation import run_simulation  # noqa: PLC0415 - takes a second, and most runs do without
+
     stop = threading.Event()
     outer = ServerApp()
 
@@ -203,5 +212,11 @@ def _without_deprecation() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def _own(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
+def _own(record: ArrayRecord | ConfigRecord | MetricRecord) -> ArrayRecord | ConfigRecord | MetricRecord:
+    own = record.copy()
+    if isinstance(own, ArrayRecord):
+        return own
+    for key, value in own.items():
+        if isinstance(value, list):
+            own[key] = value.copy()  # type: ignore[assignment]
+    return own
