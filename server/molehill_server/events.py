@@ -47,7 +47,13 @@ class EventLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All events of a file; a last line that a crash cut off is left out.
+    """Read an event file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        All events; a last line that a crash cut off is left out.
 
     Raises:
         DataError: The file cannot be read, or a line is not an event.

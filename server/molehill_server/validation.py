@@ -32,6 +32,13 @@ class Limits:
 def parse_reply(text: str, plan: ClientPlan) -> ClientReply:
     """Read a reply and check that it answers ``plan``.
 
+    Args:
+        text: JSON of the reply.
+        plan: What the client was told to do.
+
+    Returns:
+        The reply.
+
     Raises:
         MessageError: It is malformed, not finite, or of another client or round.
     """
@@ -62,6 +69,9 @@ def open_delta(
         model: Layout of the shared model.
         exchange: Where the delta lies.
         limits: How large it may be.
+
+    Returns:
+        The delta, fit to be used.
 
     Raises:
         MessageError: The delta is not there, damaged, too large, of another run, round, client or base, has other

@@ -116,6 +116,9 @@ class LocalGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages; they are executed when their replies are pulled.
 
+        Args:
+            messages: The messages.
+
         Returns:
             The id of every message, in order.
         """

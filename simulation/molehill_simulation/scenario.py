@@ -47,6 +47,9 @@ def fate(config: Config, group: str, client: str) -> Fate:
         config: The run.
         group: Round and attempt, as in the message's group id.
         client: Any name of the client that does not change.
+
+    Returns:
+        Its fate.
     """
 
     def draw(what: str) -> float:

@@ -84,7 +84,7 @@ class Planner:
         self._last: tuple[int, tuple[Scopes, tuple[int, ...]]] = (-1, ((), ()))
 
     def plan(self, client: str, round_number: int, layout: Layout, blobs: Mapping[str, str], turn: int) -> ClientPlan:
-        """The plan of one client.
+        """Write the plan of one client.
 
         Args:
             client: Id of the client.
@@ -92,6 +92,9 @@ class Planner:
             layout: Layout of the shared model.
             blobs: Digests to fetch by group.
             turn: Number of the client in the run, for what is dealt to clients in turn.
+
+        Returns:
+            The plan.
         """
         config = self._config
         patterns, ranks = self._decided(round_number)
