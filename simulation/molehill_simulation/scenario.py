@@ -80,11 +80,7 @@ class ScenarioApp(ClientApp):
         self._late = late
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Run the ClientApp, unless fate is against it; only training is affected.
-
-        Raises:
-            NoReply: The client cannot be reached or has vanished.
-        """
+        """Run the ClientApp, unless fate is against it (`NoReply`); only training is affected."""
         outcome = next(self.together([message], [context]))
         if isinstance(outcome, Exception):
             raise outcome
