@@ -195,13 +195,14 @@ class Personal(Section):
             ``mixture``: sub-routers are averaged, the main router stays (needs ``scorer = "mixture"``).
         head: The same choice for the classification head.
         decay: L2 pull of the residuals towards zero, per step and unit of learning rate.
-        steps: Extra steps per round in which only personal tensors learn.
+        steps: Extra steps per round in which only personal tensors learn. Residuals learn in no other steps: what
+            is sent then says nothing about them.
     """
 
     gate: Literal["anchored", "personal", "global", "mixture"] = "anchored"
     head: Literal["anchored", "personal", "global"] = "anchored"
     decay: float = Field(default=0.1, ge=0)
-    steps: int = Field(default=0, ge=0)
+    steps: int = Field(default=3, ge=0)
 
 
 class Train(Section):
@@ -318,6 +319,19 @@ class Evaluate(Section):
     batch_size: int = Field(default=64, ge=1)
 
 
+class Engine(Section):
+    """How a simulation uses this machine; it changes how long a run takes, and the rounding of its numbers.
+
+    Attributes:
+        workers: Processes that share the clients' work; ``auto`` is one per core where the work is worth it.
+        together: Most clients that train in the same passes, where the model allows it; ``auto`` follows from the
+            number of workers and the size of a batch.
+    """
+
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    together: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+
+
 class Config(Section):
     """A whole run."""
 
@@ -333,6 +347,7 @@ class Config(Section):
     wire: Wire = Wire()
     scenario: Scenario = Scenario()
     evaluate: Evaluate = Evaluate()
+    engine: Engine = Engine()
 
     @field_validator("molora", mode="before")
     @classmethod
@@ -346,8 +361,13 @@ class Config(Section):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the resolved configuration."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """SHA-256 (hex) of the resolved configuration, less what does not change the run itself."""
+        return hashlib.sha256(json.dumps(self.substance, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def substance(self) -> dict[str, Any]:
+        """The resolved values on which results depend: all but ``engine``."""
+        return self.model_dump(mode="json", exclude={"engine"})
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; loading it gives an equal `Config`."""

@@ -1,0 +1,144 @@
+"""Worker processes that share the clients' work; see `molehill_simulation.worker` for what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from types import TracebackType
+from typing import IO, Self
+
+from molehill.errors import FederationError
+from molehill_simulation.flower import Message, pack, unpack
+from molehill_simulation.stage import Answer
+from molehill_simulation.worker import Job, read_frame, write_frame
+
+# Large blocks stay with the process instead of going back to the kernel after every step, which then has to clear them
+# anew: about a tenth of a training step. glibc reads these when a process starts.
+_MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+    "MALLOC_TOP_PAD_": str(256 * 2**20),
+}
+_LAST_WORDS = 5.0  # seconds for a process that has closed its output to end
+
+
+class _Worker:
+    """One process."""
+
+    def __init__(self, job: Job, threads: str) -> None:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "molehill_simulation.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **_MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )
+        self._job: Job | None = job
+
+    def ask(self, parts: Sequence[bytes]) -> list[bytes]:
+        """Send a frame and wait for the answer.
+
+        Raises:
+            FederationError: The process has ended.
+        """
+        requests, replies = self.process.stdin, self.process.stdout
+        assert requests is not None
+        assert replies is not None
+        answer = None
+        try:
+            if self._job is not None:
+                write_frame(requests, [json.dumps(self._job._asdict()).encode()])
+                self._job = None
+            write_frame(requests, parts)
+            answer = read_frame(replies)
+        except (OSError, EOFError, ValueError):  # a broken pipe, or one that was closed here
+            pass
+        if answer is None:
+            raise self._lost()
+        return answer
+
+    def _lost(self) -> FederationError:
+        try:
+            code = self.process.wait(_LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        return FederationError(
+            f"a worker process {how}{f': {said[-1]}' if said else ''}",
+            where="engine.workers",
+            mend="If memory ran out, set engine.workers or engine.together lower. Then go on with --resume.",
+        )
+
+    def stop(self) -> None:
+        """End the process at once; what its client had not finished is lost."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self._errors):
+            with contextlib.suppress(OSError):  # what was still to be sent goes nowhere
+                if stream is not None:
+                    stream.close()
+
+
+class Workers:
+    """Processes that execute groups of messages, each one group at a time. Use inside ``with``.
+
+    When a process dies, whoever waits for its answers is told, and the run ends: it is the machine's failure, and to
+    go on without some clients would change what the run measures.
+
+    Args:
+        count: Number of processes.
+        job: What they do.
+        threads: Threads of every matrix product in a process.
+    """
+
+    def __init__(self, count: int, job: Job, threads: int) -> None:
+        self.ahead = 2 * count
+        self._workers = [_Worker(job, str(threads)) for _ in range(count)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(count)
+
+    def __enter__(self) -> Self:
+        """Nothing; the processes are there already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the processes."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.process.kill()  # a thread that waits for an answer sees the end of the stream
+        self._threads.shutdown(wait=True)
+        for worker in self._workers:
+            worker.stop()
+
+    def submit(self, messages: Sequence[Message]) -> Callable[[], list[Answer]]:
+        """Have a group of messages executed; the result waits for the answers and returns them.
+
+        The result raises `FederationError` when the process that has the group dies.
+        """
+        return self._threads.submit(self._execute, [pack(message) for message in messages]).result
+
+    def _execute(self, parts: Sequence[bytes]) -> list[Answer]:
+        worker = self._idle.get()
+        try:
+            delays, *replies = worker.ask(parts)
+        finally:
+            self._idle.put(worker)
+        return [
+            Answer(unpack(reply) if reply else None, delay)
+            for reply, delay in zip(replies, json.loads(delays), strict=True)
+        ]

@@ -1,0 +1,110 @@
+"""Worker processes: the same run, and what happens when one dies or is interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_app
+from toy_federation import config, write_initial
+
+from molehill.errors import FederationError
+from molehill.wire.store import load_tree
+from molehill_server import app as server
+from molehill_simulation.engine import run_local
+from molehill_simulation.worker import read_frame, write_frame
+
+FOUL = {"availability": 0.8, "dropout": 0.2, "stragglers": 0.3, "delay": 1.0, "garbage": {"client-1": "nan"}}
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+def run(settings, out, observer=None, app="toy_app:app"):
+    out.mkdir(exist_ok=True)
+    if not (out / "initial.safetensors").exists():
+        write_initial(out)
+    run_local(settings, out, toy_app.app, server.app, observer, app)
+    return load_tree(out / "final.safetensors")[0]
+
+
+def rounds(out):
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    timeless = ("seconds", "time")
+    return [{k: v for k, v in e.items() if k not in timeless} for e in lines if e["event"] in ("round", "progress")]
+
+
+def workers_of(settings, count=2):
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update={"workers": count})})
+
+
+def children():
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
+def test_two_workers_do_what_one_process_does(tmp_path):
+    settings = config(scenario=FOUL, round={"quorum": 0.25, "retries": 3})
+    alone, before = run(settings, tmp_path / "alone"), children()
+    shared = run(workers_of(settings), tmp_path / "shared")
+    assert np.array_equal(alone.flat, shared.flat)
+    assert rounds(tmp_path / "shared") == rounds(tmp_path / "alone")
+    assert not (tmp_path / "shared" / "exchange").exists()
+    assert children() == before
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_clear_error_and_it_can_be_resumed(tmp_path):
+    settings = config(run={"rounds": 4})
+
+    def kill(event):
+        if event["event"] == "round" and event["round"] == 2:
+            for pid in children() - before:
+                os.kill(pid, signal.SIGKILL)
+
+    before = children()
+    with pytest.raises(FederationError, match=r"engine\.workers: a worker process was ended by signal 9.*--resume"):
+        run(workers_of(settings), tmp_path / "run", kill)
+    assert children() == before
+    assert len([e for e in rounds(tmp_path / "run") if e["event"] == "round"]) == 2
+    resumed = run(settings, tmp_path / "run")  # with another engine
+    assert np.array_equal(resumed.flat, run(settings, tmp_path / "whole").flat)
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path):
+    with pytest.raises(FederationError, match="ended with code 1: ModuleNotFoundError: No module named 'nowhere'"):
+        run(workers_of(config()), tmp_path, app="nowhere:app")
+
+
+def test_an_interrupt_ends_the_workers(tmp_path):
+    before = children()
+
+    def interrupt(event):
+        if event["event"] == "progress":
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(workers_of(config()), tmp_path, interrupt)
+    assert children() == before
+
+
+def test_frames():
+    stream = io.BytesIO()
+    write_frame(stream, [b"", b"abc"])
+    write_frame(stream, [])
+    whole = stream.getvalue()
+    stream.seek(0)
+    assert read_frame(stream) == [b"", b"abc"]
+    assert read_frame(stream) == []
+    assert read_frame(stream) is None
+    for cut in range(1, 15):
+        with pytest.raises(EOFError):
+            read_frame(io.BytesIO(whole[:cut]))
