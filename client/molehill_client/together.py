@@ -52,8 +52,8 @@ def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> li
             model.select(number)
             sessions.append(client.begin(own))
         seeds = [own.seed for own in plans]
-        results = _fit(clients, seeds, plan.scope, plan.steps, span, where)
-        if bench.config.personal.steps:
+        results = _fit(clients, seeds, _without_residuals(plan.scope), plan.steps, span, where)
+        if _personal_steps(clients[0], plan):
             _adapt(clients, seeds, plan.scope, span, where)
         seconds = (time.monotonic() - started) / len(clients)
         replies = []
@@ -74,14 +74,10 @@ def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) ->
     config, model = clients[0].bench.config, clients[0].bench.model
     stages = [client.base(plan) for client, plan in zip(clients, plans, strict=True)]
     clients[0].start_over()
-
-    def alone(key: Key) -> Scope:
-        return "frozen" if is_residual(key) else "shared"
-
-    steps = config.run.rounds * (config.train.steps + config.personal.steps)
+    steps = config.run.rounds * (config.train.steps + _personal_steps(clients[0], plans[0]))
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     with _stacked(model, len(clients)):
-        _fit(clients, [plan.seed for plan in plans], alone, steps, (0.0, 1.0), where)
+        _fit(clients, [plan.seed for plan in plans], _without_residuals(lambda _: "shared"), steps, (0.0, 1.0), where)
         trained = model.values.clone()
     replies = []
     for client, values, stage in zip(clients, trained, stages, strict=True):
@@ -179,6 +175,21 @@ def _fit(
             observe=observe,
             where=where,
         )
+
+
+def _without_residuals(scope: Callable[[Key], Scope]) -> Callable[[Key], Scope]:
+    """The scopes of the main steps: residuals learn afterwards, in steps of their own.
+
+    Trained in the same steps, a residual would get the very update of the tensor it is added to, and who sees the
+    delta of that tensor would know it.
+    """
+    return lambda key: "frozen" if is_residual(key) else scope(key)
+
+
+def _personal_steps(client: Client, plan: ClientPlan) -> int:
+    """Extra steps per round for what stays with the client; none when nothing does."""
+    kept = any(plan.scope(key) == "personal" for key in client.bench.model.layout)
+    return client.bench.config.personal.steps if kept else 0
 
 
 def _adapt(

@@ -134,10 +134,6 @@ def test_no_personal_tensor_leaves(watched, case):
             assert not np.isin(found, decoded).any(), key.name
 
 
-@pytest.mark.xfail(
-    reason="a residual and what it is added to learn from the same gradients, so the change that is sent is its change",
-    strict=True,
-)
 @pytest.mark.parametrize("case", [case for case in CASES if "anchored" in case])
 def test_no_residual_can_be_told_from_what_is_sent(watched, case):
     run = watched(**CASES[case])
