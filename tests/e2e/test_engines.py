@@ -1,0 +1,31 @@
+"""One process or Flower's Ray engine: the same numbers for the same seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny_world import events
+
+from molehill.wire.store import load_tree
+from molehill_simulation.simulate import simulate
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_ray_gives_the_same_numbers(config, tmp_path):
+    settings = config(
+        evaluate={"baselines": True},
+        scenario={"garbage": {"client-2": "nan"}},
+        wire={"up": {"name": "compeft", "density": 0.5}, "down": "fp32"},
+    )
+    local, ray = (simulate(settings, tmp_path / engine, engine=engine) for engine in ("local", "ray"))
+    trees = [load_tree(tmp_path / engine / "final.safetensors")[0] for engine in ("local", "ray")]
+    np.testing.assert_allclose(trees[0].flat, trees[1].flat, atol=1e-5)
+    same = {"seconds": 0}
+    assert local.model_copy(update=same) == ray.model_copy(update=same)
+    for one, other in zip(*(events(tmp_path / engine, "round") for engine in ("local", "ray")), strict=True):
+        assert one["loss_by_client"] == pytest.approx(other["loss_by_client"], rel=1e-5)
+        assert one["quarantined"].keys() == other["quarantined"].keys() == {"client-2"}
+    for path in (tmp_path / "local" / "clients").glob("*/*/personal.safetensors"):
+        theirs, _ = load_tree(tmp_path / "ray" / path.relative_to(tmp_path / "local"))
+        np.testing.assert_allclose(load_tree(path)[0].flat, theirs.flat, atol=1e-5)
