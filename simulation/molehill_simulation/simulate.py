@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from molehill.config import Config
-from molehill.errors import ResumeError
+from molehill.errors import ConfigError, ResumeError
 from molehill.molora.adapter import save_adapter
 from molehill.tasks.schema import load_rows
 from molehill.wire.store import load_tree, save_tree
@@ -59,6 +59,20 @@ def simulate(
     return summary
 
 
+def _known_clients(world: World) -> None:
+    """Refuse a scenario for clients that do not exist.
+
+    Raises:
+        ConfigError: Names the first one.
+    """
+    names = [owner.name for owner in world.owners]
+    unknown = sorted(set(world.config.scenario.garbage) - set(names))
+    if unknown:
+        raise ConfigError(
+            f"there is no client {unknown[0]!r}", where="scenario.garbage", mend=f"Clients: {', '.join(names)}."
+        )
+
+
 def _initial(world: World, out: Path) -> None:
     """Write the adapter that everybody starts from, or check that the folder's belongs to this base."""
     path = out / "initial.safetensors"
@@ -83,4 +97,3 @@ def _save(world: World, out: Path) -> None:
     world.model.load(factors)
     world.model.set_patches({pair: (patch.A, patch.B) for pair, patch in patches.items()})
     save_adapter(out / "adapter", world.model, world.manifest)
-

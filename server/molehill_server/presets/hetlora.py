@@ -8,9 +8,9 @@ from molehill_server.presets import Preset
 
 @register("federation", "hetlora", paper="Cho et al. 2024, HetLoRA", url="https://arxiv.org/abs/2401.06432")
 def hetlora() -> Preset:
-    """Factors of mixed ranks are padded and weighted by the norm of their product."""
+    """Clients train the first ranks they can afford; factors are padded and weighted by the norm of their product."""
     return {
-        "policy": "fedit",
+        "policy": "mixed_rank",
         "space": "factor",
         "rule": "norm_weights",
         "lower": "none",
