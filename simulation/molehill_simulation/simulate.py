@@ -47,6 +47,7 @@ def simulate(
     if (out / "config.toml").exists():
         write_config(config, out)  # refuses another configuration before anything is loaded
     world = world_of(config.to_toml())
+    _known_clients(world)
     write_config(config, out)  # only now, so that a mistake leaves no run folder behind
     _initial(world, out)
     run = run_local if engine == "local" else run_ray
