@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,7 +103,7 @@ def simulate(
 
         if resume and config is None and out is not None and (out / "config.toml").is_file():
             config = out / "config.toml"
-        resolved = load(config, overrides or ())
+        resolved = load(config or _demo(), overrides or ())
         folder = out or Path("runs") / resolved.run.name
         _claim(folder, resume)
 
@@ -126,6 +127,11 @@ def simulate(
         else:
             show_summary(summary, console)
             console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
+
+
+def _demo() -> Path:
+    """The configuration that runs when none is named."""
+    return Path(str(resources.files("molehill_simulation") / "demo.toml"))
 
 
 def _claim(folder: Path, resume: bool) -> None:

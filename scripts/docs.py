@@ -73,7 +73,7 @@ def config_page() -> str:
         "# Configuration\n",
         NOTE,
         "One TOML file per run, checked before anything starts; an unknown key is an error. Every key has a default:",
-        "the defaults together are the demo. `molehill check FILE` prints what a file comes to, and",
+        "without a file, `molehill simulate` runs `configs/demo.toml`. `molehill check FILE` prints what a file comes to, and",
         "`molehill simulate --set section.key=value` overrides one key.\n",
     ]
     for name, info in Config.model_fields.items():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from molehill import config
+from molehill import cli, config
 from molehill.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,5 @@ def test_every_shipped_configuration_loads_and_survives_being_written(path, tmp_
     assert config.load(again) == loaded
 
 
-def test_the_demo_file_spells_out_the_defaults():
-    demo = config.load(ROOT / "configs/demo.toml", ["run.name=molehill"])
-    assert demo == config.load()
+def test_what_runs_without_a_configuration_is_the_demo_file():
+    assert cli._demo().read_bytes() == (ROOT / "configs/demo.toml").read_bytes()
