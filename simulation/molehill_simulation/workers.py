@@ -21,7 +21,7 @@ from molehill_simulation.worker import Job, read_frame, write_frame
 
 # Large blocks stay with the process instead of going back to the kernel after every step, which then has to clear them
 # anew: about a tenth of a training step. glibc reads these when a process starts.
-_MALLOC = {
+MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
@@ -39,7 +39,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, **_MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            env={**os.environ, **MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
         self._job: Job | None = job
 
