@@ -25,6 +25,7 @@ TINY = (
     "task.max_length=32",
     "base.device=cpu",
     "wire.down=fp32",
+    "engine.workers=1",
 )
 
 

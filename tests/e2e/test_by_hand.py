@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch.nn import functional
 
+from molehill.molora.model import seed_for
 from molehill.tasks.batches import Batches
 from molehill.wire.store import load_tree
 from molehill_server.planning.planner import seed
 from molehill_simulation.world import open_world
 
-ROUNDS, STEPS, LR, DECAY, CLIP, EXPERTS = 2, 3, 5e-3, 0.3, 0.05, 3
+ROUNDS, STEPS, OWN_STEPS, LR, DECAY, CLIP, EXPERTS = 2, 3, 2, 5e-3, 0.3, 0.05, 3
 EXACT = {
     "run": {"rounds": ROUNDS},
     "train": {"steps": STEPS, "lr": LR, "clip": CLIP, "batch_size": 6},
-    "personal": {"decay": DECAY},
+    "personal": {"decay": DECAY, "steps": OWN_STEPS},
     "molora": {"selector": {"name": "top_k", "k": 1}, "experts": EXPERTS},
     "wire": {"up": "fp32", "down": "fp32"},
 }
@@ -49,16 +50,22 @@ class ByHand:
     def train(self, number, owner):
         """One client's round: number of rows, tokens by site and expert, values."""
         self.set({**self.shared, **self.own[owner.name]})
-        groups = [
-            {"params": [p for name, p in self.parameters.items() if name not in self.personal], "weight_decay": 0.0},
-            {"params": [self.parameters[name] for name in self.personal], "weight_decay": DECAY},
-        ]
-        optimiser = torch.optim.AdamW(groups, lr=LR, fused=False, foreach=False)
         rows = self.world.task.encode(owner.train)
+        number = seed(self.config, number, owner.name)
+        tokens = self.steps(rows, number, STEPS, set(self.shared), decay=0.0)
+        self.steps(rows, seed_for(number, "personal"), OWN_STEPS, self.personal, decay=DECAY)
+        values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.own[owner.name] = {name: values[name] for name in self.personal}
+        return len(rows), tokens, values
+
+    def steps(self, rows, number, count, names, decay):
+        """AdamW on some of the parameters; returns the tokens that went to every expert."""
+        learning = [self.parameters[name] for name in names]
+        optimiser = torch.optim.AdamW(learning, lr=LR, weight_decay=decay, fused=False, foreach=False)
         part = self.config.train
-        batches = iter(Batches(rows, part.batch_size, seed(self.config, number, owner.name), self.world.task))
+        batches = iter(Batches(rows, part.batch_size, number, self.world.task))
         tokens = {site: torch.zeros(EXPERTS) for site in self.model.sites}
-        for _ in range(STEPS):
+        for _ in range(count):
             for p in self.parameters.values():
                 p.grad.zero_()
             for batch in islice(batches, part.accumulation):
@@ -66,11 +73,9 @@ class ByHand:
                 for record in out.records:
                     tokens[record.site.name] += record.route.weights.detach()[batch.attention_mask].sum(0)
                 (functional.cross_entropy(out.logits, batch.labels) / part.accumulation).backward()
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP)
+            torch.nn.utils.clip_grad_norm_(learning, CLIP)
             optimiser.step()
-        values = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.own[owner.name] = {name: values[name] for name in self.personal}
-        return len(rows), tokens, values
+        return tokens
 
     def mean(self, name, results):
         total = value = torch.zeros(())

@@ -1,4 +1,4 @@
-"""One process or Flower's Ray engine: the same numbers for the same seed."""
+"""However a simulation uses its machines, the same seed gives the same numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from tiny_world import events
 
 from molehill.wire.store import load_tree
 from molehill_simulation.simulate import simulate
+
+
+@pytest.mark.parametrize("engine", [{"workers": 1, "together": 3}, {"workers": 2, "together": 1}], ids=str)
+def test_clients_at_once_give_the_same_numbers_up_to_rounding(config, tmp_path, engine):
+    settings = {"evaluate": {"baselines": True}, "wire": {"up": "fp32", "down": "fp32"}}
+    alone = simulate(config(**settings), tmp_path / "alone")
+    at_once = simulate(config(**settings, engine=engine), tmp_path / "at once")
+    trees = [load_tree(tmp_path / name / "final.safetensors")[0] for name in ("alone", "at once")]
+    np.testing.assert_allclose(trees[0].flat, trees[1].flat, atol=1e-4)
+    assert alone.bytes_up == pytest.approx(at_once.bytes_up, rel=1e-2)  # token counts are compressed
+    assert alone.bytes_down == at_once.bytes_down
+    for one, other in zip(*(events(tmp_path / name, "round") for name in ("alone", "at once")), strict=True):
+        assert one["loss_by_client"] == pytest.approx(other["loss_by_client"], rel=1e-3)
+        assert one["accepted"] == other["accepted"]
 
 
 @pytest.mark.slow

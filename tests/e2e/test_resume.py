@@ -20,6 +20,7 @@ RUNS = {
     "personal": {"personal": {"gate": "personal", "head": "personal"}},
     "error feedback": {"wire": FEEDBACK},
     "server state": {"federation": {"server_opt": {"name": "adam", "lr": 1e-2}}},
+    "in groups": {"engine": {"workers": 1, "together": 2}},
     "patches": {"federation": {"preset": "fedex"}},
     "chance": {"federation": {"select": {"name": "random", "fraction": 0.6}}, "scenario": {"availability": 0.7}},
 }

@@ -97,6 +97,7 @@ def config(base: Path, source: Path, /, **sections: dict[str, Any]) -> Config:
         "molora": {"targets": ["query", "intermediate.dense"], "experts": 2, "rank": 2, "alpha": 4.0},
         "train": {"steps": 2, "batch_size": 8, "lr": 1e-2},
         "evaluate": {"baselines": False},
+        "engine": {"workers": 1, "together": 1},
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
