@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -244,7 +245,7 @@ class Coordinator:
         try:
             delta = open_delta(reply, plan, glob.tree.layout, self._exchange, limits)
         finally:
-            self._exchange.drop(reply.delta)
+            self._discard(reply.delta)
         notes.accepted.append(plan.client)
         notes.losses[plan.client] = reply.loss
         notes.examples[plan.client] = reply.examples
@@ -275,9 +276,15 @@ class Coordinator:
         """Drop what came too late to be used."""
         for incoming in collection.overdue:
             try:
-                self._exchange.drop(ClientReply.model_validate_json(incoming.text or "").delta)
+                self._discard(ClientReply.model_validate_json(incoming.text or "").delta)
             except ValidationError:
                 continue  # no train reply, so there is nothing to drop
+
+    def _discard(self, name: str) -> None:
+        """Drop a delta. A client may name anything: neither nonsense nor what others still fetch is dropped."""
+        if name not in self._broadcast.digests().values():
+            with suppress(MessageError):
+                self._exchange.drop(name)
 
     # Measuring
 
