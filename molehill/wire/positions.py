@@ -64,7 +64,7 @@ def decode(data: memoryview, count: int, size: int) -> Ints:
         bits = np.unpackbits(np.frombuffer(expand_exactly(rest, -(-size // 8)), np.uint8))
         found = np.flatnonzero(bits)
     else:
-        gaps = _ungap(rest, count) if way == "gap" else _ungolomb(rest, count)
+        gaps = _ungap(rest, count) if way == "gap" else _ungolomb(rest, count, size)
         found = np.cumsum(gaps + 1) - 1
     if len(found) != count or (count and found[-1] >= size):
         raise MessageError(f"positions are not {count} below {size}")
@@ -99,11 +99,15 @@ def _golomb(gaps: Ints) -> bytes:
     return _GOLOMB.pack(bits) + np.packbits(low.astype(np.uint8)).tobytes() + np.packbits(unary).tobytes()
 
 
-def _ungolomb(data: memoryview, count: int) -> Ints:
+def _ungolomb(data: memoryview, count: int, size: int) -> Ints:
     (bits,), rest = split_head(data, _GOLOMB)
     width = -(-count * bits // 8)
     if bits > _MOST_BITS or len(rest) < width:
         raise MessageError("Golomb-coded positions are cut short")
+    # One bit ends each code; the gaps come to at most size - count together, and what is left of them to the rest.
+    most = -(-(count + (max(size - count, 0) >> bits)) // 8)
+    if len(rest) - width > most:
+        raise MessageError(f"Golomb codes of {len(rest) - width} bytes, {count} below {size} take at most {most}")
     coded: Bytes = np.frombuffer(rest, np.uint8)
     low = np.unpackbits(coded[:width], count=count * bits).reshape(count, bits).astype(np.int64)
     ends = np.flatnonzero(np.unpackbits(coded[width:]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from molehill import registry
 from molehill.errors import ConfigError, MessageError
+from molehill.wire import positions
 from molehill.wire.keys import Key
 from molehill.wire.packing import Segments
 from molehill.wire.tree import Layout, Tree
@@ -227,22 +229,40 @@ def test_compeft_is_sign_times_scale_of_the_largest(over: str, groups: bool, sca
 
 
 @pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.2, 0.35, 0.5])
-@pytest.mark.parametrize("positions", ["golomb", "auto"])
-def test_compeft_size_is_near_the_entropy(density: float, positions: str) -> None:
+@pytest.mark.parametrize("way", ["golomb", "auto"])
+def test_compeft_size_is_near_the_entropy(density: float, way: str) -> None:
     n = 400_000
     flat = np.random.default_rng(3).standard_normal(n, np.float32)
     tree = Tree.of({Key("s", "e0", "A"): flat})
     entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
-    payload = build("compeft", {"density": density, "positions": positions}).encode(tree)
+    payload = build("compeft", {"density": density, "positions": way}).encode(tree)
     assert len(payload) <= n * (entropy + density) / 8 * 1.05 + 32
 
 
-@pytest.mark.parametrize("positions", ["mask", "gap", "golomb"])
-def test_the_three_ways_to_write_positions_agree_and_auto_is_the_shortest(positions: str, heavy: Tree) -> None:
+@pytest.mark.parametrize("way", ["mask", "gap", "golomb"])
+def test_the_three_ways_to_write_positions_agree_and_auto_is_the_shortest(way: str, heavy: Tree) -> None:
     heavy.flat[3000:9000] = 0  # a gap above one byte
-    auto, one = build("compeft", {}), build("compeft", {"positions": positions})
+    auto, one = build("compeft", {}), build("compeft", {"positions": way})
     assert through(auto, heavy).digest == through(one, heavy).digest
     assert len(auto.encode(heavy)) <= len(one.encode(heavy))
+
+
+@given(mask=st.lists(st.booleans(), max_size=200))
+def test_golomb_codes_never_take_more_than_their_bound(mask: list[bool]) -> None:
+    places = np.array(mask, bool)
+    coded = memoryview(positions.encode(places, "golomb"))
+    assert positions.decode(coded, int(places.sum()), len(mask)).tolist() == np.flatnonzero(places).tolist()
+
+
+def test_golomb_codes_that_are_too_long_are_refused_before_they_are_unpacked() -> None:
+    coded = memoryview(positions.encode(np.ones(64, bool), "golomb") + bytes(2**20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(MessageError, match="at most 8"):
+            positions.decode(coded, 64, 64)
+        assert tracemalloc.get_traced_memory()[1] < 2**16
+    finally:
+        tracemalloc.stop()
 
 
 def test_compeft_keeps_exactly_the_density_with_ties_and_never_a_zero() -> None:
