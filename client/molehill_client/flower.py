@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import molehill
-from molehill.errors import MessageError, MolehillError
+from molehill.errors import MessageError
 from molehill.plan import ClientPlan
 from molehill_client.client import Client
 from molehill_client.together import baseline_together, share, train_together
@@ -51,17 +51,18 @@ class _App(ClientApp):
         self.evaluate()(self._evaluate)
 
     def together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message | Exception]:
-        """Yield the reply to every training message, or why there is none; all are of one type."""
-        outcomes: Sequence[BaseModel | MolehillError]
-        try:
-            clients = [self._open(context) for context in contexts]
-            plans = [_plan(message) for message in messages]
-            if messages[0].metadata.message_type == "train":
-                outcomes = share(train_together, clients, plans)
-            else:
-                outcomes = share(baseline_together, clients, plans)
-        except MolehillError as error:
-            outcomes = [error] * len(messages)
+        """Yield the reply to every training message, or why there is none; all are of one type.
+
+        Raises:
+            MessageError: A plan is malformed; called one by one, the other clients answer.
+        """
+        outcomes: Sequence[BaseModel | Exception]
+        clients = [self._open(context) for context in contexts]
+        plans = [_plan(message) for message in messages]
+        if messages[0].metadata.message_type == "train":
+            outcomes = share(train_together, clients, plans)
+        else:
+            outcomes = share(baseline_together, clients, plans)
         for message, outcome in zip(messages, outcomes, strict=True):
             yield outcome if isinstance(outcome, Exception) else _reply(outcome, message)
 

@@ -7,6 +7,7 @@ gradient norm and optimiser state.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from molehill.errors import MolehillError
+from molehill import registry
 from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
 from molehill.wire.keys import Key
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from molehill_client.client import Client
 
 Reply = TypeVar("Reply", ClientReply, EvaluationReply)
+
+_log = logging.getLogger(__name__)
 
 
 def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[ClientReply]:
@@ -66,6 +69,8 @@ def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> li
 def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
     """`Client.baseline` of clients that share a workbench, in the same passes; see `may_share`.
 
+    Everything learns that the adapter itself allows to: only a factor that the start values freeze stays.
+
     Raises:
         MessageError: A plan does not fit its client.
         TrainingError: A loss is not finite.
@@ -76,8 +81,10 @@ def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) ->
     clients[0].start_over()
     steps = config.run.rounds * (config.train.steps + _personal_steps(clients[0], plans[0]))
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
+    fixed = registry.build("init", config.molora.init.name, config.molora.init.params).frozen
+    scope = _without_residuals(lambda key: "frozen" if key.kind in fixed else "shared")
     with _stacked(model, len(clients)):
-        _fit(clients, [plan.seed for plan in plans], _without_residuals(lambda _: "shared"), steps, (0.0, 1.0), where)
+        _fit(clients, [plan.seed for plan in plans], scope, steps, (0.0, 1.0), where)
         trained = model.values.clone()
     replies = []
     for client, values, stage in zip(clients, trained, stages, strict=True):
@@ -91,7 +98,7 @@ def share(
     work: Callable[[Sequence[Client], Sequence[ClientPlan]], list[Reply]],
     clients: Sequence[Client],
     plans: Sequence[ClientPlan],
-) -> list[Reply | MolehillError]:
+) -> list[Reply | Exception]:
     """Work for clients in as few passes as possible: together where they may, else one after another.
 
     Args:
@@ -105,19 +112,19 @@ def share(
     companies: dict[int, list[int]] = {}
     for number, client in enumerate(clients):
         companies.setdefault(client.batch_size, []).append(number)
-    outcomes: dict[int, Reply | MolehillError] = {}
+    outcomes: dict[int, Reply | Exception] = {}
     for company in companies.values():
         some, own = [clients[i] for i in company], [plans[i] for i in company]
         if len(company) > 1 and may_share(some, own):
             try:
                 outcomes.update(zip(company, work(some, own), strict=True))
                 continue
-            except MolehillError:
-                pass  # one by one, so that the error meets the one who caused it
+            except Exception:  # noqa: BLE001 - whatever it was (memory ran out, say) must not stop the others
+                _log.debug("clients fail together, now one by one", exc_info=True)  # so it meets who caused it
         for i in company:
             try:
                 outcomes[i] = work([clients[i]], [plans[i]])[0]
-            except MolehillError as error:
+            except Exception as error:  # noqa: BLE001 - a client alone would answer with it, whatever it is
                 outcomes[i] = error
     return [outcomes[i] for i in range(len(clients))]
 

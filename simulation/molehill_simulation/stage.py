@@ -35,7 +35,10 @@ class Together(Protocol):
     """A ClientApp that can also serve several clients at once, which saves time."""
 
     def together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message | Exception]:
-        """Yield, for every message in order, its reply or what a call for it alone would have raised."""
+        """Yield, for every message in order, its reply or what a call for it alone would have raised.
+
+        What it raises itself concerns all messages not yet answered; they are then called one by one.
+        """
         ...
 
 
@@ -43,10 +46,15 @@ def call(
     app: Callable[[Message, Context], Message], messages: Sequence[Message], contexts: Sequence[Context]
 ) -> Iterator[Message | Exception]:
     """Call an app for several messages, at once when it can; yields each reply, or what was raised instead."""
+    answered = 0
     if len(messages) > 1 and isinstance(app, Together):
-        yield from app.together(messages, contexts)
-        return
-    for message, context in zip(messages, contexts, strict=True):
+        try:
+            for outcome in app.together(messages, contexts):
+                yield outcome
+                answered += 1
+        except Exception:  # noqa: BLE001 - one by one from here, so that it meets the client who caused it
+            _log.debug("clients fail together, now one by one", exc_info=True)
+    for message, context in zip(messages[answered:], contexts[answered:], strict=True):
         try:
             yield app(message, context)
         except Exception as error:  # noqa: BLE001 - whatever a client does wrong is a reply to the server

@@ -134,6 +134,27 @@ def test_an_error_meets_the_one_who_caused_it(one):
     assert [reply.examples for reply in share(train_together, clients, plans)] == [15, 16, 5]
 
 
+def test_any_failure_of_a_client_is_its_own(one):
+    def fail(step, steps):
+        raise RuntimeError("not enough memory")
+
+    clients, plans = [one.client(n) for n in range(3)], [one.plan(n) for n in range(3)]
+    clients[1].observe = fail
+    first, second, third = share(train_together, clients, plans)
+    assert [first.client, third.client] == ["client-1", "client-3"]
+    assert repr(second) == "RuntimeError('not enough memory')"
+
+
+@pytest.mark.parametrize(("init", "learns"), [("lora", {"A", "B"}), ("orth", {"B"})])
+def test_the_local_baseline_is_the_same_adapter(house, init, learns):
+    home = house(molora={"init": init})
+    baseline_together([home.client(0)], [home.plan(0)])
+    before = home.bench.initial
+    after = home.bench.model.tree(before.layout)
+    changed = {key.kind for key in before if not np.array_equal(before[key], after[key])}
+    assert changed & {"A", "B"} == learns
+
+
 def test_stacking_keeps_the_values_of_the_selected_client(one):
     model = one.bench.model
     model.flat.normal_()

@@ -79,6 +79,27 @@ def test_faults_become_error_replies_and_interrupts_pass():
         one.send_and_receive([message(2)])
 
 
+@pytest.mark.parametrize("answered", [0, 1])
+def test_a_fault_of_a_group_meets_the_one_who_caused_it(answered):
+    class App:
+        def __call__(self, msg, context):
+            if number(context) == 1:
+                raise MemoryError("client-1 is too large")
+            return Message(RecordDict(), reply_to=msg)
+
+        def together(self, messages, contexts):
+            yield from (Message(RecordDict(), reply_to=msg) for msg in messages[:answered])
+            raise MemoryError("too large")
+
+    one = LocalGrid(App(), 3, {}, together=3)
+    replies = list(one.send_and_receive([message(n) for n in range(3)]))
+    assert [reply.error.reason if reply.has_error() else None for reply in replies] == [
+        None,
+        "MemoryError: client-1 is too large",
+        None,
+    ]
+
+
 def test_late_and_lost_replies_follow_the_grids_clock():
     def train(msg, context):
         if number(context) == 0:
