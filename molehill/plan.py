@@ -23,7 +23,8 @@ class ClientPlan(BaseModel):
         client: Id of the client the plan is for.
         base: Digest of the base weights.
         layout: Digest of the layout of the shared model the blobs hold.
-        blobs: Digest of every blob to fetch, by group (an expert id, ``gate``, ``head`` or ``patch``).
+        blobs: Digest of every blob to fetch, by group: ``e0.A`` (a factor of an expert), ``gate``,
+            ``head`` or ``patch.3``.
         scopes: Patterns over wire names with what happens to matching tensors; the first match wins and
             a tensor that nothing matches is frozen. ``shared`` is trained and sent, ``personal`` is trained and
             stays, ``frozen`` is not trained.
