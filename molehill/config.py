@@ -195,14 +195,14 @@ class Personal(Section):
             ``mixture``: sub-routers are averaged, the main router stays (needs ``scorer = "mixture"``).
         head: The same choice for the classification head.
         decay: L2 pull of the residuals towards zero, per step and unit of learning rate.
-        steps: Extra steps per round in which only personal tensors learn. Residuals learn in no other steps: what
-            is sent then says nothing about them.
+        steps: Extra steps per round in which only personal tensors learn. In the other steps a residual and what it
+            is added to take turns: no step moves both, so an update that is sent is not the residual's own.
     """
 
     gate: Literal["anchored", "personal", "global", "mixture"] = "anchored"
     head: Literal["anchored", "personal", "global"] = "anchored"
     decay: float = Field(default=0.1, ge=0)
-    steps: int = Field(default=3, ge=0)
+    steps: int = Field(default=0, ge=0)
 
 
 class Train(Section):

@@ -22,7 +22,7 @@ from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.state import PersonalState, StateStore
 from molehill_client.together import baseline_together, train_together
 from molehill_client.trainer import Observer, Result
-from molehill_client.workbench import Workbench, is_residual
+from molehill_client.workbench import Workbench
 
 
 @dataclass
@@ -208,7 +208,7 @@ class Client:
         """The start every client shares: no patches, no residuals, and nothing of whoever used the model last."""
         model = self.bench.model
         model.load(self.bench.initial)
-        model.load(Tree(model.layout.where(is_residual)))
+        model.load(Tree(model.layout.where(lambda key: key.residual)))
         model.set_patches({})
         model.use_personal(gate=True, head=True)
         model.use_uniform_gate(uniform=False)

@@ -20,7 +20,6 @@ from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
 from molehill.wire.keys import Key
 from molehill_client.trainer import Result, train
-from molehill_client.workbench import is_residual
 
 if TYPE_CHECKING:
     from molehill_client.client import Client
@@ -55,7 +54,7 @@ def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> li
             model.select(number)
             sessions.append(client.begin(own))
         seeds = [own.seed for own in plans]
-        results = _fit(clients, seeds, _without_residuals(plan.scope), plan.steps, span, where)
+        results = _fit(clients, seeds, plan.scope, plan.steps, span, where)
         if _personal_steps(clients[0], plan):
             _adapt(clients, seeds, plan.scope, span, where)
         seconds = (time.monotonic() - started) / len(clients)
@@ -82,7 +81,10 @@ def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) ->
     steps = config.run.rounds * (config.train.steps + _personal_steps(clients[0], plans[0]))
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     fixed = registry.build("init", config.molora.init.name, config.molora.init.params).frozen
-    scope = _without_residuals(lambda key: "frozen" if key.kind in fixed else "shared")
+
+    def scope(key: Key) -> Scope:
+        return "frozen" if key.residual or key.kind in fixed else "shared"
+
     with _stacked(model, len(clients)):
         _fit(clients, [plan.seed for plan in plans], scope, steps, (0.0, 1.0), where)
         trained = model.values.clone()
@@ -182,15 +184,6 @@ def _fit(
             observe=observe,
             where=where,
         )
-
-
-def _without_residuals(scope: Callable[[Key], Scope]) -> Callable[[Key], Scope]:
-    """The scopes of the main steps: residuals learn afterwards, in steps of their own.
-
-    Trained in the same steps, a residual would get the very update of the tensor it is added to, and who sees the
-    delta of that tensor would know it.
-    """
-    return lambda key: "frozen" if is_residual(key) else scope(key)
 
 
 def _personal_steps(client: Client, plan: ClientPlan) -> int:

@@ -87,6 +87,7 @@ class _Range(NamedTuple):
     stop: int
     rate: float
     decay: float
+    turn: int | None  # 0 learns in even steps, 1 in odd ones, None in all
 
 
 def schedule_factor(kind: str, progress: float) -> float:
@@ -145,6 +146,9 @@ def train(
             factor = schedule_factor(settings.schedule, at)
             for group, part in zip(optimiser.param_groups, ranges, strict=True):
                 group["lr"] = part.rate * factor
+                rests = part.turn is not None and part.turn != step % 2
+                for view, grad in zip(group["params"], model.grads, strict=True):
+                    view.grad = None if rests else grad[part.start : part.stop]
             model.grads.zero_()
             found = _accumulate(model, streams, objective, losses, settings.accumulation)
             _require_finite(found[0].tolist(), where, step)
@@ -226,13 +230,13 @@ def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scop
     by_kind = {"gate": rates.router, "head": rates.head}
     learns = torch.zeros(model.flat.numel(), dtype=torch.bool)
     for key, slot in sorted(model.slots.items(), key=lambda item: item[1].start):
-        what = scope(key)
-        if what == "frozen":
+        if scope(key) == "frozen":
             continue
         learns[slot.start : slot.stop] = True
-        residual = key.role.partition(".")[2].startswith("residual")
+        residual = key.residual
         decay = settings.personal_decay if residual else settings.decay
-        part = _Range(slot.start, slot.stop, by_kind.get(key.kind, rates.experts), decay)
+        turn = int(residual) if _has_partner(model, key, scope) else None
+        part = _Range(slot.start, slot.stop, by_kind.get(key.kind, rates.experts), decay, turn)
         last = ranges[-1] if ranges else None
         if last and last.stop == part.start and last[2:] == part[2:]:
             ranges[-1] = last._replace(stop=part.stop)
@@ -243,14 +247,22 @@ def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scop
     return ranges
 
 
+def _has_partner(model: MoLoRAModel, key: Key, scope: Callable[[Key], Scope]) -> bool:
+    """Whether a residual and the tensor it is added to both learn.
+
+    They then take turns. In the same steps both would get the same gradients, and the update that is sent would be
+    the residual's own.
+    """
+    kind, _, name = key.role.partition(".")
+    role = f"{kind}.{name.removeprefix('residual.')}" if key.residual else f"{kind}.residual.{name}"
+    partner = key._replace(role=role)
+    return partner in model.slots and scope(partner) != "frozen"
+
+
 def _optimiser(model: MoLoRAModel, ranges: Sequence[_Range]) -> torch.optim.AdamW:
     groups = []
     for part in ranges:
-        views = []
-        for values, grads in zip(model.values, model.grads, strict=True):
-            view = torch.nn.Parameter(values[part.start : part.stop])
-            view.grad = grads[part.start : part.stop]
-            views.append(view)
+        views = [torch.nn.Parameter(values[part.start : part.stop]) for values in model.values]
         groups.append({"params": views, "lr": part.rate, "weight_decay": part.decay})
     return torch.optim.AdamW(groups, fused=True)
 

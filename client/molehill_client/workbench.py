@@ -13,7 +13,6 @@ from molehill.molora.interfaces import RoutingLoss
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.task import Task
 from molehill.wire.exchange import Exchange
-from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
 from molehill_client.trainer import Rates, Settings
 
@@ -62,8 +61,3 @@ class Workbench:
             prox=part.prox,
             accumulation=part.accumulation,
         )
-
-
-def is_residual(key: Key) -> bool:
-    """Whether a tensor is the part of a router or head that stays with its client."""
-    return key.role.partition(".")[2].startswith("residual")

@@ -127,7 +127,7 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
             _take(values, patches, Key(name, expert, ""), site, factors[name], manifest)
     for part, _ in _parts(model):
         values |= {Key.parse(n): v.astype(np.float32) for n, v in _read(folder / part).items()}
-    missing = [k.name for k in model.layout if k not in values and not k.role.partition(".")[2].startswith("residual")]
+    missing = [k.name for k in model.layout if k not in values and not k.residual]
     if missing:
         raise AdapterError(f"adapter lacks {missing[0]} and {len(missing) - 1} more tensors", where=str(folder))
     model.load(values)
@@ -200,7 +200,7 @@ def _parts(model: MoLoRAModel) -> list[tuple[str, str]]:
 
 def _by_name(model: MoLoRAModel, kind: str) -> dict[str, Array]:
     """Shared tensors of one kind by wire name; personal residuals are not part of an adapter."""
-    tree = model.tree(lambda key: key.kind == kind and not key.role.startswith(f"{kind}.residual"))
+    tree = model.tree(lambda key: key.kind == kind and not key.residual)
     return {key.name: np.ascontiguousarray(value) for key, value in tree.items()}
 
 

@@ -32,6 +32,11 @@ class Key(NamedTuple):
         return self.role.partition(".")[0]
 
     @property
+    def residual(self) -> bool:
+        """Whether this is the part of a router or head that stays with its client (``gate.residual.weight``)."""
+        return self.role.partition(".")[2].startswith("residual")
+
+    @property
     def name(self) -> str:
         """The wire name, ``site/expert/role``."""
         return "/".join(self)

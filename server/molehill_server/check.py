@@ -160,16 +160,6 @@ def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
             return
 
 
-def _residuals_need_steps(config: Config) -> Iterator[Conflict]:
-    anchored = [f"personal.{part}" for part in ("gate", "head") if getattr(config.personal, part) == "anchored"]
-    if anchored and not config.personal.steps:
-        yield Conflict(
-            "refuse",
-            (anchored[0], "personal.steps"),
-            "an anchored residual learns only in personal steps, and there are none; set personal.steps to 1 or more",
-        )
-
-
 def _sends_changes(config: Config) -> Iterator[Conflict]:
     name = config.wire.down.name
     if _build("codec", config.wire.down).feedback:
@@ -189,6 +179,5 @@ RULES: tuple[Rule, ...] = (
     _mixture_of_routers,
     _restart_and_personal_gate,
     _nothing_to_learn,
-    _residuals_need_steps,
     _sends_changes,
 )

@@ -128,18 +128,18 @@ class Coordinator:
         return final.tree
 
     def _begin(self, clients: list[str]) -> None:
+        facts = {
+            "run": self._config.run.name,
+            "rounds": self._config.run.rounds,
+            "clients": clients,
+            "parameters": self._initial.layout.size,
+            "config_digest": self._config.digest,
+        }
         if self._fresh:
-            self._log.emit(
-                "start",
-                run=self._config.run.name,
-                rounds=self._config.run.rounds,
-                clients=clients,
-                parameters=self._initial.layout.size,
-                config_digest=self._config.digest,
-            )
+            self._log.emit("start", **facts)
             self._commit(replace(self._saved, clients=tuple(clients)))
         else:
-            self._log.emit("resume", round=self._saved.glob.round, clients=clients)
+            self._log.emit("resume", round=self._saved.glob.round, **facts)
 
     def _commit(self, state: checkpoint.Checkpoint) -> None:
         self._saved = state

@@ -78,18 +78,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind(path: Path, round_number: int) -> None:
-    """Drop what was written after round ``round_number`` ended (all but the start for 0), atomically.
+    """Drop what was written after round ``round_number`` ended (after the start for 0), atomically.
 
     A resumed run writes those events again.
     """
     if not path.exists():
         return
-    kept, done = [], round_number == 0
+    kept = []
+    last = ("round", round_number) if round_number else ("start", None)
     for event in read(path):
-        if done and event["event"] != "start":
-            break
         kept.append(event)
-        done = done or (event["event"] == "round" and event["round"] == round_number)
+        if (event["event"], event.get("round")) == last:
+            break
     scratch = path.with_name(f"{path.name}.new")
     scratch.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
     scratch.replace(path)

@@ -76,7 +76,7 @@ def open_world(config: Config) -> World:
         classes = len(config.task.labels)
         head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
     model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
-    initial = model.tree(lambda key: ".residual" not in key.role)
+    initial = model.tree(lambda key: not key.residual)
     return World(config, model, loaded.info, make_task(config.task, loaded.tokenizer), owners, initial)
 
 

@@ -173,7 +173,7 @@ def test_error_feedback_is_kept_and_sent_later(one):
 
 
 def test_personal_steps_move_personal_tensors_alone(house):
-    plain, more = house("plain", personal={"steps": 1}), house("more", personal={"steps": 3})
+    plain, more = house("plain"), house("more", personal={"steps": 3})
     one, other = (h.delta(h.client(0).train(h.plan(0))).tree for h in (plain, more))
     np.testing.assert_array_equal(one.flat, other.flat)
     mine, theirs = (h.client(0).store.before(2).tree for h in (plain, more))

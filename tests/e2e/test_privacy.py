@@ -135,14 +135,14 @@ def test_no_personal_tensor_leaves(watched, case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "anchored" in case])
 def test_no_residual_can_be_told_from_what_is_sent(watched, case):
-    run = watched(**CASES[case])
+    run = watched(**CASES[case], train={"steps": 8})  # Adam's first step is the same wherever gradients agree in sign
     first = {delta.client: delta.tree for delta in run.deltas if delta.round == 1}
     likeness = {}
     for client, sent in first.items():
         residuals, _ = load_tree(run.out / "clients" / client / "round-000001" / "personal.safetensors")
         for key, own in residuals.items():
             shared = key._replace(role=key.role.replace(".residual", ""))
-            if ".residual" in key.role and own.any():
+            if ".residual" in key.role and own.any() and own.size > 8:
                 distance = np.linalg.norm(own - sent[shared]) / np.linalg.norm(own)
                 likeness[client, key.name] = distance
     assert min(likeness.values()) > 0.1

@@ -44,9 +44,14 @@ def scopes(config: Config, round_number: int) -> Scopes:
     Patches match nothing and are therefore frozen.
     """
     decided = shares(config, round_number)
-    gate = _GATES[config.personal.gate] if decided.gate is None else (("*/gate*", decided.gate),)
-    head = _HEADS[config.personal.head] if decided.head is None else (("*/head*", decided.head),)
+    gate = _GATES[config.personal.gate] if decided.gate is None else _whole("gate", decided.gate)
+    head = _HEADS[config.personal.head] if decided.head is None else _whole("head", decided.head)
     return (("*/A", decided.A), ("*/B", decided.B), ("*/dense*", decided.dense), *gate, *head)
+
+
+def _whole(kind: str, scope: Scope) -> Scopes:
+    """One scope for a router or head that a policy claims; a residual beside it would be a second copy."""
+    return ((f"*/{kind}.residual*", "frozen"), (f"*/{kind}*", scope))
 
 
 def select(config: Config, pool: Sequence[str], round_number: int, attempt: int) -> list[str]:
