@@ -57,7 +57,7 @@ class RunView:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         match event["event"]:
-            case "start":
+            case "start" | "resume":
                 self._start(event)
             case "progress":
                 self._progress(event)
@@ -65,10 +65,11 @@ class RunView:
                 self._round(event)
 
     def _start(self, event: Event) -> None:
-        self._rounds = event["rounds"]
+        self._rounds, self._done = event["rounds"], event.get("round", 0)
         clients = len(event["clients"])
         facts = f"{clients} clients, {self._rounds} rounds, {event['parameters']:,} trained parameters"
-        self._line(f"{clean(event['run'])}: {facts}")
+        again = f", on from round {self._done}" if event["event"] == "resume" else ""
+        self._line(f"{clean(event['run'])}: {facts}{again}")
 
     def _progress(self, event: Event) -> None:
         stage, done, total = event["stage"], event["done"], event["total"]

@@ -257,3 +257,16 @@ def test_text_for_people():
     assert clean("a\x1b[2Jb\nc") == "a [2Jb c"
     assert clean("x" * 20, 5) == "xxxx…"
     assert [duration(s) for s in (0.4, 41, 185, 7265)] == ["0.4 s", "41 s", "3 min 05 s", "2 h 01 min"]
+
+
+def test_a_resumed_run_counts_on_from_its_last_round():
+    start, *rest = make_events(CLIENTS)
+    again = {**start, "event": "resume", "round": 3}
+    later = [event for event in rest if event["event"] == "round" and event["round"] > 3]
+    for options in ({"force_terminal": False}, {"force_terminal": True, "force_interactive": True}):
+        text = shown([again, rest[0], *later], **options)
+        assert "on from round 3" in text
+        assert "/6" in text
+        assert "/1" not in text
+    lines = shown([again, rest[0], *later], force_terminal=False).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:] if ":" not in line] == ["round 4/6", "round 5/6", "round 6/6"]
