@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -32,6 +33,7 @@ class ForwardState:
         clients: Clients whose rows follow each other in a batch, in equal numbers; see `MoLoRAModel.stack`.
         records: The records of the last forward pass.
         version: Increases with every pass; routes shared between sites are cached per version.
+        next: Mask and task ids that the coming pass of the base is to use.
     """
 
     mask: Tensor | None = None
@@ -43,10 +45,18 @@ class ForwardState:
     clients: int = 1
     records: list[RouteRecord] = field(default_factory=list)
     version: int = 0
+    next: tuple[Tensor, Tensor | None] | None = None
 
-    def begin(self, mask: Tensor | None, task_ids: Tensor | None) -> None:
-        """Start a forward pass."""
-        self.mask, self.task_ids = mask, task_ids
+    def announce(self, mask: Tensor, task_ids: Tensor | None) -> None:
+        """Say what the coming pass of the base is about."""
+        self.next = (mask, task_ids)
+
+    def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        """Start a pass; a forward pre-hook of the base, so that a pass somebody else starts gets routes of its own."""
+        mask = kwargs.get("attention_mask")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask, self.task_ids = self.next or (mask, None)
+        self.next = None
         self.records = []
         self.version += 1
 
@@ -79,9 +89,19 @@ class RouteGroup(nn.Module):
         self.register_buffer("tokens", torch.zeros(1), persistent=False)
         self._cached: tuple[int, Route] | None = None
 
-    def gate_rows(self) -> Tensor | None:
-        """Router rows to multiply together with A, when this pass has no route yet."""
-        return self.router.gate_rows() if self._current() is None else None
+    def gate_rows(self, x: Tensor) -> Tensor | None:
+        """Router rows to multiply together with A, when this pass has no route yet.
+
+        Args:
+            x: Input of the calling site, ``[B, T, d]``.
+
+        Raises:
+            ModelError: The calling site comes first but has another width than the router.
+        """
+        if self._current() is not None:
+            return None
+        self._require_width(x)
+        return self.router.gate_rows()
 
     def route(self, x: Tensor, logits: Tensor | None) -> Route:
         """The route of this pass.
@@ -96,12 +116,7 @@ class RouteGroup(nn.Module):
         route = self._current()
         if route is not None:
             return route
-        if x.shape[-1] != self.site.d_in:
-            raise ModelError(
-                f"the shared router of {self.site.name} was first reached with {x.shape[-1]} features, "
-                f"it takes {self.site.d_in}",
-                mend="Use scope 'site'.",
-            )
+        self._require_width(x)
         state = self.state
         mask = state.mask if state.mask is not None and state.mask.shape == x.shape[:2] else None
         ctx = RouteContext(
@@ -120,6 +135,14 @@ class RouteGroup(nn.Module):
         if state.count:
             self._count(route, mask, x.shape[:2])
         return route
+
+    def _require_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.site.d_in:
+            raise ModelError(
+                f"the shared router of {self.site.name} was first reached with {x.shape[-1]} features, "
+                f"it takes {self.site.d_in}",
+                mend="Use scope 'site'.",
+            )
 
     def _current(self) -> Route | None:
         if self._cached is not None and self._cached[0] == self.state.version:
@@ -217,7 +240,7 @@ class MoLoRALinear(nn.Module):
         lead = x.shape[:2]
         flat, seen2 = x.reshape(-1, x.shape[-1]), seen.reshape(-1, x.shape[-1])
         same = seen is x
-        gate = self.group.gate_rows() if self.group is not None and same else None
+        gate = self.group.gate_rows(x) if self.group is not None and same else None
         if not self.bank.fused:
             weights = self.flat_weights(x, None)
             y = self.bank.plain(flat, seen2, self.weight, self.bias, weights)
@@ -275,8 +298,13 @@ class ExpandLinear(MoLoRALinear):
         rank, experts = self.bank.ranks[0], self.bank.n_experts
         low = F.linear(self.dropout(x), self.bank.A.to(x.dtype)).unflatten(-1, (experts, rank))
         Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype).view(experts, rank, -1)
+        delta = torch.einsum("bter,ero->bteo", low, Bt)
+        if len(self.bank.patch_expert):
+            owner = F.one_hot(self.bank.patch_expert, experts).to(x.dtype)
+            frozen = F.linear(x, self.bank.patch_A.to(x.dtype))
+            delta = delta + torch.einsum("btp,pe,po->bteo", frozen, owner, self.bank.patch_Bt.to(x.dtype))
         y0 = F.linear(x, self.weight, self.bias).unsqueeze(-2)
-        return torch.cat([y0, y0 + torch.einsum("bter,ero->bteo", low, Bt)], -2)
+        return torch.cat([y0, y0 + delta], -2)
 
 
 class ContractLinear(MoLoRALinear):
@@ -298,4 +326,9 @@ class ContractLinear(MoLoRALinear):
         mixed = h0 + torch.einsum("bted,bte->btd", h - h0.unsqueeze(2), w)
         A = self.bank.A.to(x.dtype).view(experts, rank, -1)
         low = torch.einsum("bted,erd->bter", self.dropout(h), A) * (w * self.bank.scales[0]).unsqueeze(-1)
-        return F.linear(mixed, self.weight, self.bias) + low.flatten(2) @ self.bank.Bt.to(x.dtype)
+        y = F.linear(mixed, self.weight, self.bias) + low.flatten(2) @ self.bank.Bt.to(x.dtype)
+        owner = self.bank.patch_expert
+        if len(owner):
+            frozen = torch.einsum("btpd,pd->btp", h[:, :, owner], self.bank.patch_A.to(x.dtype))
+            y = y + (frozen * w[..., owner]) @ self.bank.patch_Bt.to(x.dtype)
+        return y

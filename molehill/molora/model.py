@@ -85,6 +85,7 @@ class MoLoRAModel(nn.Module):
         self.experts = experts
         self.head = head
         self.state = state
+        base.register_forward_pre_hook(state.begin, with_kwargs=True)
         self.slots: dict[Key, Slot] = {}
         self.places: list[tuple[nn.Parameter, int, int]] = []
         self._flatten()
@@ -314,7 +315,7 @@ class MoLoRAModel(nn.Module):
 
     def hidden(self, input_ids: Tensor, mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Last token states of the base, ``[B, T, d]`` (classification backbones)."""
-        self.state.begin(mask, task_ids)
+        self.state.announce(mask, task_ids)
         kwargs = {"attention_mask": mask.long()} if not bool(mask.all()) else {}
         return self.base(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]
 
@@ -328,7 +329,7 @@ class MoLoRAModel(nn.Module):
     def _predict_tokens(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        self.state.begin(mask, task_ids)
+        self.state.announce(mask, task_ids)
         wanted = labels[:, 1:] != -100  # noqa: PLR2004 - the field's ignore index
         positions = wanted.any(0).nonzero().squeeze(1)  # the head runs only where some row has an answer token
         out = self.base(

@@ -17,6 +17,9 @@ from molehill.registry import register
 def poly() -> dict[str, Any]:
     """Poly: every task mixes the parameters of 8 skill LoRAs with its own row of gates; nothing depends on the token.
 
+    A client is one task here (one row, kept by the client with ``personal.gate = "personal"``); for clients that hold
+    several tasks set the scorer's ``tasks`` and map a task column.
+
     Differs from the paper: gates are plain sigmoids, not samples of a relaxed Bernoulli.
     """
     return {

@@ -18,10 +18,13 @@ class TaskTableParams:
     """Parameters of `TaskTable`.
 
     Attributes:
+        tasks: Rows of the table; a row's task is its place among the data's task names. One suits a federation in
+            which every client is a task of its own and keeps its gate.
         splits: Heads; each has its own logits for its own block of A's and B's features. 1 is Poly, more is MHR.
         scale: Start values are U(-scale, scale).
     """
 
+    tasks: Annotated[int, Field(ge=1)] = 1
     splits: Annotated[int, Field(ge=1)] = 1
     scale: Annotated[float, Field(ge=0)] = 1e-3
 
@@ -49,7 +52,7 @@ class TaskTable(nn.Module):
         super().__init__()
         self.n_experts = n_experts
         self.heads = params.splits
-        self.table = nn.Parameter(torch.empty(n_tasks, params.splits, n_experts))
+        self.table = nn.Parameter(torch.empty(max(params.tasks, n_tasks), params.splits, n_experts))
         nn.init.uniform_(self.table, -params.scale, params.scale)
 
     def forward(self, ctx: RouteContext) -> Tensor:
