@@ -13,12 +13,12 @@ from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 
-VOCAB, WIDTH, FFN, CLASSES = 40, 32, 48, 3
+VOCAB, WIDTH, FFN, CLASSES = 40, 32, 64, 3  # whole vector registers: torch rounds the rest of a tensor differently
 ARCHITECTURES = ("llama", "bert", "gpt2")
 
 
 def base(architecture: str, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A causal LM (``llama`` with grouped-query attention, ``gpt2`` with `Conv1D`) or an encoder (``bert``), eval mode."""
+    """A causal LM (``llama``: grouped-query attention; ``gpt2``: `Conv1D`) or an encoder (``bert``), in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module
@@ -69,6 +69,24 @@ def shake(model: MoLoRAModel, *, scale: float = 0.3, seed: int = 1) -> MoLoRAMod
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         model.flat.copy_(scale * torch.randn(model.flat.shape, generator=generator))
+    return model
+
+
+def separate(model: MoLoRAModel, factor: float = 8.0) -> MoLoRAModel:
+    """Move the routers' logits apart, so that rounding does not change which experts are chosen."""
+    with torch.no_grad():
+        for group in model.routers.values():
+            for parameter in group.router.scorer.parameters():
+                parameter.mul_(factor)
+    return model
+
+
+def training(model: MoLoRAModel) -> MoLoRAModel:
+    """Training mode as a client has it: dropout of the frozen base stays off."""
+    model.train()
+    model.base.eval()
+    for site in model.sites.values():
+        site.dropout.train()
     return model
 
 
