@@ -184,7 +184,7 @@ class Client:
         patches: dict[tuple[str, str], list[tuple[Array, Array]]] = {}
         fetched = 0
         for group, digest in sorted(plan.blobs.items()):
-            blob = self.bench.exchange.get(digest)
+            blob = self.bench.exchange.get(digest, limit)
             if state.held.get(group) != digest:
                 fetched += len(blob)
             state.held[group] = digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import threading
@@ -21,11 +22,15 @@ class Exchange(Protocol):
         """Keep a blob and return its digest."""
         ...
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, max_bytes: int | None = None) -> bytes:
         """Return the blob with this digest.
 
+        Args:
+            name: The digest.
+            max_bytes: Its largest size; a larger one is not read. None reads any.
+
         Raises:
-            MessageError: There is none, or it was damaged.
+            MessageError: There is none, it is too large, or it was damaged.
         """
         ...
 
@@ -50,12 +55,14 @@ class MemoryExchange:
         self._blobs[name] = blob
         return name
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, max_bytes: int | None = None) -> bytes:
         """See `Exchange.get`."""
         try:
-            return self._blobs[name]
+            blob = self._blobs[name]
         except KeyError:
             raise _unknown(name) from None
+        _require_size(len(blob), max_bytes)
+        return blob
 
     def has(self, name: str) -> bool:
         """See `Exchange.has`."""
@@ -89,10 +96,12 @@ class FolderExchange:
                 part.unlink(missing_ok=True)
         return name
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, max_bytes: int | None = None) -> bytes:
         """See `Exchange.get`; a file that does not fit its digest is removed, so that it can be put again."""
         try:
-            blob = self._file(name).read_bytes()
+            with self._file(name).open("rb") as file:
+                _require_size(os.fstat(file.fileno()).st_size, max_bytes)
+                blob = file.read()
         except FileNotFoundError:
             raise _unknown(name) from None
         if digest(blob) != name:
@@ -135,6 +144,13 @@ def connect(address: str) -> Exchange:
     if rest and kind == "folder":
         return FolderExchange(Path(rest))
     raise ConfigError(f"unknown exchange {address!r}", mend="Use memory:NAME or folder:PATH.")
+
+
+def _require_size(size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise MessageError(
+            f"a blob of {size} bytes, the limit is {max_bytes}", mend="Raise wire.max_bytes if the sender is right."
+        )
 
 
 def _unknown(name: str) -> MessageError:

@@ -59,6 +59,7 @@ class Delta:
         tree: Trained minus received.
         examples: Rows the client trains on, at least 1.
         tokens: Tokens routed (gate mass) by ``(site, expert)``.
+        codec: Name of the codec it came in; empty before it is sent.
     """
 
     run: str
@@ -68,6 +69,7 @@ class Delta:
     tree: Tree
     examples: int
     tokens: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    codec: str = ""
 
 
 def digest(blob: bytes | memoryview) -> str:
@@ -161,6 +163,7 @@ def decode_delta(blob: bytes | memoryview, max_bytes: int, expect: Layout | None
         tree=tree,
         examples=message.examples,
         tokens={(site, expert): tokens for site, expert, tokens in experts},
+        codec=message.tree.codec,
     )
     _require_sane(delta)
     return delta
@@ -293,7 +296,6 @@ def _parse(kind: type[M], blob: bytes | memoryview, max_bytes: int) -> M:
             f"message of {len(blob)} bytes, the limit is {max_bytes}",
             mend="Raise wire.max_bytes if the sender is right.",
         )
-    message = kind()
     message = kind()
     try:
         message.ParseFromString(bytes(blob))

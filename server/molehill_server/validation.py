@@ -77,9 +77,7 @@ def open_delta(
         MessageError: The delta is not there, damaged, too large, of another run, round, client or base, has other
             names or shapes than asked for, is not finite, too far from the broadcast, or counts impossible tokens.
     """
-    blob = exchange.get(reply.delta)
-    if len(blob) > limits.max_bytes:
-        raise MessageError(f"its delta is {len(blob)} bytes, at most {limits.max_bytes} are allowed")
+    blob = exchange.get(reply.delta, limits.max_bytes)
     if len(blob) != reply.bytes_up:
         raise MessageError(f"its delta is {len(blob)} bytes, it reported {reply.bytes_up}")
     if digest(blob) != reply.delta:

@@ -28,6 +28,14 @@ def test_put_get_has_drop(exchange: Exchange) -> None:
         exchange.get(name)
 
 
+def test_what_is_too_large_is_not_read(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = exchange.put(b"abc")
+    assert exchange.get(name, 3) == b"abc"
+    monkeypatch.setattr("molehill.wire.exchange.digest", lambda _: pytest.fail("it was read"))
+    with pytest.raises(MessageError, match="a blob of 3 bytes, the limit is 2"):
+        exchange.get(name, 2)
+
+
 def test_many_threads_may_put_the_same(exchange: Exchange) -> None:
     blob = bytes(200_000)
     threads = [threading.Thread(target=exchange.put, args=(blob,)) for _ in range(8)]
