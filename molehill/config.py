@@ -124,6 +124,8 @@ class Data(Section):
         source: ``sample:reviews``, a JSONL, CSV or Parquet file, a folder saved by ``datasets``, or a hub id.
         split: Split to read of a ``datasets`` folder or hub id.
         columns: Names of your columns by the names Molehill uses, for example ``{text = "review", label = "stars"}``.
+            Two more are read only when they are named here: ``group``, for rows that must stay together (of one
+            author, say), and ``task``, a name or number per row for methods that route by task.
         clients: Number of clients.
         partition: How rows are dealt to clients.
         rows: At most this many training rows per client.

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehill.errors import DataError, ModelError
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import TASK, Rows
 
 Messages = Sequence[dict[str, str]]
 Span = tuple[int, int]  # characters [start, end)
@@ -53,12 +53,12 @@ class CausalLM:
         self._frames: dict[tuple[str, ...], list[str]] = {}
 
     def encode(self, rows: Rows) -> list[Example]:
-        """Tokenise the columns messages, or instruction, input and output (and task, where there is one).
+        """Tokenise the columns messages, or instruction, input and output (and the task, where there is one).
 
         Raises:
             DataError: A row does not fit the chat template, or no row has an answer within ``max_length``.
         """
-        tasks = rows.columns.get("task", (None,) * len(rows))
+        tasks = rows.columns.get(TASK, (None,) * len(rows))
         examples = []
         for (where, row), task in zip(rows.records(), tasks, strict=True):
             ids, labels = self._tokenise(*self._render(row, where))

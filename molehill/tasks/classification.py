@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehill.errors import DataError
 from molehill.tasks.batches import Batch, Example, pad
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import TASK, Rows
 
 
 class Classification:
@@ -27,14 +27,14 @@ class Classification:
         self._ids = {label: i for i, label in enumerate(self.labels)}
 
     def encode(self, rows: Rows) -> list[Example]:
-        """Tokenise the columns text and label (and task, where there is one).
+        """Tokenise the columns text and label (and the task, where there is one).
 
         Raises:
             DataError: A text has no tokens.
         """
         texts = list(rows["text"])
         encoded = self._tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"] if texts else []
-        tasks = rows.columns.get("task", (None,) * len(rows))
+        tasks = rows.columns.get(TASK, (None,) * len(rows))
         examples = []
         for ids, label, task, where in zip(encoded, rows["label"], tasks, rows.where, strict=True):
             if not ids:

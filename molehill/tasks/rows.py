@@ -10,6 +10,10 @@ from typing import Any
 
 from molehill.errors import DataError
 
+# Columns that only Molehill makes: a source's own `task` and `group` mean what their owner says.
+TASK = "molehill.task"
+GROUP = "molehill.group"
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -21,7 +21,7 @@ from typing import Any
 import platformdirs
 
 from molehill.errors import DataError
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import GROUP, Rows
 
 _REVIEWS = "sample:reviews"
 _PIN = "vaderSentiment==2.5"
@@ -77,7 +77,7 @@ def _sentences(data: bytes, domain: str) -> Iterator[tuple[str, dict[str, Any]]]
         label = "negative" if score <= -_NEUTRAL else "positive" if score >= _NEUTRAL else "neutral"
         # amazon and nyt ids are DOCUMENT_SENTENCE; the other two number their rows.
         group = f"{domain}/{name.partition('_')[0]}"
-        yield f"{_REVIEWS}:{domain}:{number}", {"text": text.strip(), "label": label, "domain": domain, "group": group}
+        yield f"{_REVIEWS}:{domain}:{number}", {"text": text.strip(), "label": label, "domain": domain, GROUP: group}
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

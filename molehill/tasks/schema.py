@@ -1,8 +1,8 @@
 """Checks rows against the task and brings them to one form.
 
 Schemas: ``text, label`` for classification; ``instruction, [input,] output`` or ``messages`` for causal LM.
-Optional columns of any task: ``group`` (rows that must stay together) and ``task`` (a whole number per row, for
-methods that route by task).
+``group`` (rows that must stay together) and ``task`` (for methods that route by task) are read only from the columns
+that ``data.columns`` names for them: a column that merely bears the name may mean anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from molehill import config
 from molehill.errors import DataError
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.sources import read_rows
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -33,7 +33,12 @@ def load_rows(data: config.Data, task: config.Task) -> tuple[Rows, config.Task]:
     Raises:
         DataError: The source cannot be read, or a row does not fit; names file and line.
     """
-    rows = read_rows(data.source, split=data.split, columns=data.columns)
+    read = read_rows(data.source, split=data.split)
+    rows = read.renamed({ours: theirs for ours, theirs in data.columns.items() if ours not in ("group", "task")})
+    if "group" in data.columns:
+        rows = rows.having(**{GROUP: read[data.columns["group"]]})
+    if "task" in data.columns:
+        rows = rows.having(**{TASK: _task_ids(read, data.columns["task"])})
     if task.kind == "causal-lm":
         return conform(rows, task), task
     if not task.labels:
@@ -51,8 +56,6 @@ def conform(rows: Rows, task: config.Task) -> Rows:
     Raises:
         DataError: A column or value is missing, has the wrong type, is empty, or is a label not in the list.
     """
-    if "task" in rows.columns:
-        _task_ids(rows)
     if task.kind == "classification":
         labels = [_label(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
         for label, where in zip(labels, rows.where, strict=True):
@@ -82,8 +85,7 @@ def derive_labels(rows: Rows) -> tuple[str, ...]:
     found = {_label(value, where) for value, where in zip(rows["label"], rows.where, strict=True)}
     if len(found) < 2:
         raise DataError(f"every row has the label {found.pop()!r}", where=rows.source, mend="Give rows of two classes.")
-    numeric = all(label.removeprefix("-").isdecimal() for label in found)
-    return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))
+    return _in_order(found)
 
 
 def content_keys(rows: Rows) -> list[str]:
@@ -146,8 +148,21 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _task_ids(rows: Rows) -> None:
-    for value, where in zip(rows["task"], rows.where, strict=True):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            what = f"'task' must be a whole number from 0, but is {value!r:.40}"
-            raise DataError(what, where=where, mend="Number the tasks, or leave the column out.")
+def _task_ids(rows: Rows, column: str) -> list[int]:
+    """The task of every row: whole numbers as they are, names (and all cells of a CSV file) as their place in order."""
+    values = rows[column]
+    for value, where in zip(values, rows.where, strict=True):
+        named = isinstance(value, str) and value.strip()
+        if not named and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            what = f"{column!r} must be a name or a whole number from 0 to be the task, but is {value!r:.40}"
+            raise DataError(what, where=where, mend="Fill it in, or leave task out of data.columns.")
+    if not any(isinstance(value, str) for value in values):
+        return list(values)
+    ids = {name: number for number, name in enumerate(_in_order({str(value) for value in values}))}
+    return [ids[str(value)] for value in values]
+
+
+def _in_order(names: set[str]) -> tuple[str, ...]:
+    """Sorted: by value when all are whole numbers, else as text."""
+    numeric = all(name.removeprefix("-").isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,23 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _KINDS = "a .jsonl, .csv or .parquet file, a folder saved by `datasets`, a hub id, or sample:reviews"
 
 
-def read_rows(source: str, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
+def read_rows(source: str, *, split: str = "train") -> Rows:
     """Read all rows of a source.
 
     Args:
         source: JSONL, CSV or Parquet file, folder saved by ``datasets``, hub id, or ``sample:reviews``.
         split: Split of a ``datasets`` folder or hub id; other sources have none.
-        columns: Our column names to theirs.
 
     Returns:
-        The rows with every column of the source; mapped ones under our name.
+        The rows with every column of the source.
 
     Raises:
-        DataError: The source cannot be found, read or parsed, has no rows, or lacks a mapped column.
+        DataError: The source cannot be found, read or parsed, or has no rows.
     """
     rows = _read(source, split)
     if not len(rows):
         raise DataError("there are no rows", where=source, mend="Give a source with at least one row.")
-    return rows.renamed(columns or {})
+    return rows
 
 
 def _read(source: str, split: str) -> Rows:

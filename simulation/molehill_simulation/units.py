@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from molehill.errors import DataError
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import GROUP, Rows
 from molehill.tasks.schema import content_keys
 
 Unit = list[int]  # row indices
@@ -30,7 +30,7 @@ class Shard:
 
 
 def units(rows: Rows) -> list[Unit]:
-    """Rows that belong together: those with the same ``group``, or the same content word for word.
+    """Rows that belong together: those of the same group (column `GROUP`), or with the same content word for word.
 
     Two rows of one document share its context, and two equal rows are one: were one of them trained on and the other
     held out, the score would measure memory. Both relations are closed transitively.
@@ -46,7 +46,7 @@ def units(rows: Rows) -> list[Unit]:
             i = parent[i]
         return i
 
-    groups = rows.columns.get("group", (None,) * len(rows))
+    groups = rows.columns.get(GROUP, (None,) * len(rows))
     for keys in ([None if group is None else str(group) for group in groups], content_keys(rows)):
         first: dict[str, int] = {}
         for i, key in enumerate(keys):

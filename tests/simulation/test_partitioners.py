@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from molehill import config, registry
 from molehill.errors import ConfigError, DataError
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import GROUP, Rows
 from molehill_simulation.data import deal
 from molehill_simulation.units import units
 
@@ -32,7 +32,7 @@ def table(n, *, documents=None, texts=None, domains=("a", "b"), seed=0):
         "domain": [domains[i % len(domains)] for i in range(n)],
     }
     if documents is not None:
-        columns["group"] = [
+        columns[GROUP] = [
             None if rng.random() < 0.2 else f"{columns['domain'][i]}/{rng.integers(documents)}" for i in range(n)
         ]
     return Rows({k: tuple(v) for k, v in columns.items()}, tuple(f"f:{i + 1}" for i in range(n)), "f")
@@ -89,10 +89,10 @@ def test_every_row_to_one_client(name, rows, clients, seed):
     together = [{client[i] for i in unit} for unit in units(rows)]
     if name != "by_column":
         assert all(len(names) == 1 for names in together)
-    elif "group" in rows.columns and clients >= 2:
+    elif GROUP in rows.columns and clients >= 2:
         # A text may occur in both domains, so only documents (which lie in one) must be whole.
         at = {}
-        for i, group in enumerate(rows["group"]):
+        for i, group in enumerate(rows[GROUP]):
             assert group is None or at.setdefault(group, client[i]) == client[i]
 
 
@@ -128,7 +128,7 @@ def test_labels_are_stratified(n, fraction, seed):
 
 
 def test_units_are_transitive():
-    rows = Rows({"text": ("x", "y", "x", "z", "y"), "group": ("g", "g", "h", None, None)}, tuple("12345"), "f")
+    rows = Rows({"text": ("x", "y", "x", "z", "y"), GROUP: ("g", "g", "h", None, None)}, tuple("12345"), "f")
     assert units(rows) == [[0, 1, 2, 4], [3]]
 
 

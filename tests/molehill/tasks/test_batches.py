@@ -14,7 +14,7 @@ from molehill import config
 from molehill.errors import DataError
 from molehill.tasks.batches import IGNORE, Batches, Example, eval_batches, eval_order, pad
 from molehill.tasks.classification import Classification
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import TASK, Rows
 from molehill.tasks.task import make_task
 
 
@@ -103,7 +103,7 @@ def rows(**columns):
 def test_classification_encodes(tokenizer):
     task = make_task(config.Task(labels=("x", "y"), max_length=8), tokenizer)
     assert isinstance(task, Classification)
-    found = task.encode(rows(text=["a b", "c " * 20], label=["y", "x"], task=[1, 0]))
+    found = task.encode(rows(text=["a b", "c " * 20], label=["y", "x"], **{TASK: [1, 0]}))
     assert [len(e.input_ids) for e in found] == [2, 8]
     assert [e.labels for e in found] == [1, 0]
     batch = task.collate(found)

@@ -12,7 +12,7 @@ from molehill import config
 from molehill.errors import DataError, ModelError
 from molehill.tasks.batches import IGNORE
 from molehill.tasks.causal_lm import CausalLM
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import TASK, Rows
 from molehill.tasks.task import make_task
 
 
@@ -47,7 +47,7 @@ def test_instruction_goes_through_the_template(chat_tokenizer):
     plain, context = task.encode(
         rows(
             {"instruction": "one", "input": "", "output": " a "},
-            {"instruction": "one", "input": "two", "output": "a", "task": None},
+            {"instruction": "one", "input": "two", "output": "a", "task": "ours"},
         )
     )
     assert learnt(chat_tokenizer, plain) == (["a", "</s>"], ["<s>", "<|user|>", "one", "<|assistant|>", "a", "</s>"])
@@ -147,7 +147,7 @@ def test_truncation_keeps_part_of_the_answer_or_drops_the_row(chat_tokenizer, ca
 def test_batch(chat_tokenizer):
     task = CausalLM(chat_tokenizer, 64)
     conversation = talk(("u", "one"), ("a", "a b"))
-    batch = task.collate(task.encode(rows({**conversation, "task": 3}, {**talk(("u", "one"), ("a", "a")), "task": 0})))
+    batch = task.collate(task.encode(rows({**conversation, TASK: 3}, {**talk(("u", "one"), ("a", "a")), TASK: 0})))
     assert batch.labels.shape == batch.input_ids.shape == (2, 8)
     assert (batch.labels != IGNORE).sum(1).tolist() == [3, 2]
     assert (batch.labels[~batch.attention_mask] == IGNORE).all()

@@ -8,6 +8,7 @@ import pytest
 
 from molehill.errors import DataError
 from molehill.tasks import samples
+from molehill.tasks.rows import GROUP
 from molehill.tasks.samples import read_sample
 
 
@@ -26,7 +27,7 @@ def test_reviews():
     assert Counter(rows["domain"]) == {"amazon": 3708, "movie": 10605, "nyt": 5190, "tweets": 4200}
     assert set(rows["label"]) == {"negative", "neutral", "positive"}
     assert all(text.strip() == text and text for text in rows["text"])
-    groups = Counter(rows["group"])
+    groups = Counter(rows[GROUP])
     assert len([group for group in groups if group.startswith("amazon/")]) == 300
     assert len([group for group in groups if group.startswith("tweets/")]) == 4200
     assert Counter(zip(rows["domain"], rows["label"], strict=True))["nyt", "neutral"] == 2220

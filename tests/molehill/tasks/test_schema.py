@@ -6,6 +6,7 @@ import pytest
 
 from molehill import config
 from molehill.errors import DataError
+from molehill.tasks.rows import GROUP, TASK
 from molehill.tasks.schema import content_keys, load_rows
 
 CLASSES = config.Task(labels=("negative", "positive"))
@@ -13,8 +14,8 @@ WRITE = config.Task(kind="causal-lm")
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-def load(path, task=CLASSES, **columns):
-    return load_rows(config.Data(source=path, columns=columns), task)
+def load(path, kind=CLASSES, /, **columns):
+    return load_rows(config.Data(source=path, columns=columns), kind)
 
 
 def test_text_and_label(write):
@@ -56,16 +57,40 @@ def test_sample_labels():
         ({"text": "  ", "label": "positive"}, "'text' is empty"),
         ({"text": "x", "label": 0.5}, "'label' must be text, but is float"),
         ({"text": "x", "label": "Positve"}, "Did you mean 'positive'?"),
-        ({"text": "x", "label": "positive", "task": -1}, "'task' must be a whole number"),
     ],
 )
 def test_bad_row_of_classification(write, row, message):
-    good = {"text": "x", "label": "negative"} | ({"task": 0} if "task" in row else {})
-    path = write("r.jsonl", [good, row])
+    path = write("r.jsonl", [{"text": "x", "label": "negative"}, row])
     with pytest.raises(DataError) as caught:
         load(path)
     assert caught.value.where == f"{path}:2"
     assert message in str(caught.value)
+
+
+def test_task_and_group_are_columns_like_others_unless_mapped(write):
+    path = write("r.csv", "text,label,task,group,kind\nx,positive,sum,,b\ny,negative,-1,g,a\nz,negative,,g,b\n")
+    rows, _ = load(path)
+    assert rows["task"] == ("sum", "-1", "")
+    assert not {TASK, GROUP} & set(rows.columns)
+    rows, _ = load(path, task="kind", group="kind")
+    assert (rows[TASK], rows[GROUP]) == ((1, 0, 1), ("b", "a", "b"))
+    assert rows["kind"] == ("b", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "ids"), [(["10", "2", "2"], (1, 0, 0)), ([3, 0, 3], (3, 0, 3)), (["b", "a", 1], (2, 1, 0))]
+)
+def test_tasks_are_numbered(write, tasks, ids):
+    rows, _ = load(write("r.jsonl", [{"text": "x", "label": "negative", "t": t} for t in tasks]), task="t")
+    assert rows[TASK] == ids
+
+
+@pytest.mark.parametrize("task", [-1, True, None, " ", 0.5])
+def test_a_row_without_its_task(write, task):
+    path = write("r.jsonl", [{"text": "x", "label": "negative", "t": t} for t in (0, task)])
+    with pytest.raises(DataError, match="'t' must be a name or a whole number") as caught:
+        load(path, task="t")
+    assert caught.value.where == f"{path}:2"
 
 
 def test_one_class_only(write):

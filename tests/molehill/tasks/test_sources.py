@@ -62,7 +62,7 @@ def test_places_are_lines_of_the_file(write):
 
 def test_columns_are_renamed_and_others_kept(write):
     path = write("rows.jsonl", [{"review": "r", "text": "shadowed", "stars": 1, "site": "s"}])
-    rows = read_rows(path, columns={"text": "review", "label": "stars"})
+    rows = read_rows(path).renamed({"text": "review", "label": "stars"})
     assert dict(rows.columns) == {"text": ("r",), "label": (1,), "site": ("s",)}
 
 
@@ -113,7 +113,7 @@ def test_bad_files(write, tmp_path, name, content, line, what):
 def test_missing_column_names_the_nearest(write):
     path = write("rows.jsonl", [{"review_text": "x", "label": "a"}])
     with pytest.raises(DataError, match=r"no column 'reviewtext'.*Did you mean 'review_text'"):
-        read_rows(path, columns={"text": "reviewtext"})
+        read_rows(path).renamed({"text": "reviewtext"})
 
 
 def test_bad_folders(tmp_path):
