@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from molehill.config import MethodRef
 from molehill.wire.keys import Key
@@ -69,7 +69,7 @@ class ClientReply(BaseModel):
         examples: Rows the client trains on.
         loss: Mean training loss over the round.
         seconds: Wall time of the local work.
-        metrics: Further scalars, for example the routing losses by name.
+        metrics: Mean of every routing loss over the round, unweighted, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,7 +82,7 @@ class ClientReply(BaseModel):
     examples: int = Field(ge=1)
     loss: float
     seconds: float = Field(ge=0)
-    metrics: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Scores(BaseModel):

@@ -41,11 +41,13 @@ class _Round:
     """What is noted down while a round goes on."""
 
     selected: list[str]
+    rows: Mapping[str, int]  # as the clients joined with
     accepted: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -53,8 +55,17 @@ class _Round:
     @property
     def loss(self) -> float | None:
         """Mean training loss over rows; None when nobody trained."""
-        rows = sum(self.examples.values())
-        return sum(self.losses[c] * n for c, n in self.examples.items()) / rows if rows else None
+        return self._mean(self.losses)
+
+    @property
+    def routing(self) -> dict[str, float | None]:
+        """Mean of every routing loss over the rows of the clients that name it."""
+        names = sorted({name for metrics in self.metrics.values() for name in metrics})
+        return {name: self._mean({c: m[name] for c, m in self.metrics.items() if name in m}) for name in names}
+
+    def _mean(self, values: Mapping[str, float]) -> float | None:
+        rows = sum(self.examples[client] for client in values)
+        return sum(value * self.examples[client] for client, value in values.items()) / rows if rows else None
 
 
 class Coordinator:
@@ -86,6 +97,8 @@ class Coordinator:
         self._initial, meta = load_tree(out / "initial.safetensors")
         if "base" not in meta:
             raise ResumeError("it does not say which base model it is for", where=str(out / "initial.safetensors"))
+        self._limits = Limits.from_config(config)
+        self._metrics = [ref.name for ref in config.molora.losses]
         self._planner = Planner(config, meta["base"])
         identity = checkpoint.Identity(config.digest, meta["base"])
         loaded = checkpoint.load(out / "checkpoints", identity, config.wire.max_bytes)
@@ -161,7 +174,8 @@ class Coordinator:
         glob = self._broadcast.publish(self._saved.glob)
         for attempt in range(self._config.round.retries + 1):
             nodes = self._present()
-            notes = _Round(select(self._config, list(nodes), number, attempt) if nodes else [])
+            chosen = select(self._config, list(nodes), number, attempt) if nodes else []
+            notes = _Round(chosen, self._roster.rows(nodes))
             try:
                 after, report = self._attempt(glob, number, attempt, nodes, notes)
                 break
@@ -181,6 +195,7 @@ class Coordinator:
             quarantined=notes.quarantined,
             loss=notes.loss,
             loss_by_client=notes.losses,
+            routing=notes.routing,
             bytes_up=notes.bytes_up,
             bytes_down=notes.bytes_down,
             tokens=notes.tokens,
@@ -240,14 +255,14 @@ class Coordinator:
     def _judge(self, glob: Global, plan: ClientPlan, incoming: Incoming, notes: _Round) -> Update:
         if incoming.text is None:
             raise MessageError(incoming.error)
-        reply = parse_reply(incoming.text, plan)
-        limits = Limits(self._config.wire.max_bytes, self._config.round.norm_bound)
+        reply = parse_reply(incoming.text, plan, notes.rows[plan.client])
         try:
-            delta = open_delta(reply, plan, glob.tree.layout, self._exchange, limits)
+            delta = open_delta(reply, plan, glob.tree.layout, self._exchange, self._limits)
         finally:
             self._discard(reply.delta)
         notes.accepted.append(plan.client)
         notes.losses[plan.client] = reply.loss
+        notes.metrics[plan.client] = {name: reply.metrics[name] for name in self._metrics if name in reply.metrics}
         notes.examples[plan.client] = reply.examples
         notes.bytes_up += reply.bytes_up
         notes.bytes_down += reply.bytes_down

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -85,6 +86,10 @@ class Roster:
                 continue
             clients[hello.client] = node
         return dict(sorted(clients.items()))
+
+    def rows(self, nodes: Mapping[str, int]) -> dict[str, int]:
+        """Training rows that every client named when it joined, by client."""
+        return {client: self._hellos[node].n_train for client, node in nodes.items()}
 
     def _ask(self, patience: Patience) -> list[str]:
         unknown = [node for node in self._transport.nodes() if node not in self._hellos]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import ValidationError
 
+from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, ClientReply
 from molehill.wire.exchange import Exchange
@@ -23,24 +24,39 @@ class Limits:
     Attributes:
         max_bytes: Largest blob.
         norm_bound: Largest L2 norm of the delta; None accepts any finite one.
+        tokens: Largest gate mass of one expert at one site, in tokens.
     """
 
     max_bytes: int
     norm_bound: float | None
+    tokens: float
+
+    @classmethod
+    def from_config(cls, config: Config) -> Limits:
+        """The limits of a run.
+
+        No gate weighs more than 1, so an expert cannot get more tokens in a round than there are in its batches.
+        """
+        train = config.train
+        rows = (train.steps + config.personal.steps) * train.accumulation * train.batch_size
+        rounding = 1.01  # the mass is summed in float32
+        return cls(config.wire.max_bytes, config.round.norm_bound, rounding * rows * config.task.max_length)
 
 
-def parse_reply(text: str, plan: ClientPlan) -> ClientReply:
+def parse_reply(text: str, plan: ClientPlan, rows: int) -> ClientReply:
     """Read a reply and check that it answers ``plan``.
 
     Args:
         text: JSON of the reply.
         plan: What the client was told to do.
+        rows: Training rows the client named when it joined. It is weighed by them, and cannot take more weight once
+            it knows the others.
 
     Returns:
         The reply.
 
     Raises:
-        MessageError: It is malformed, not finite, or of another client or round.
+        MessageError: It is malformed, not finite, of another client or round, or trained on other rows.
     """
     try:
         reply = ClientReply.model_validate_json(text)
@@ -51,6 +67,8 @@ def parse_reply(text: str, plan: ClientPlan) -> ClientReply:
         raise MessageError(f"the reply is of client {reply.client!r} in round {reply.round}")
     if not math.isfinite(reply.loss):
         raise MessageError(f"its training loss is {reply.loss}")
+    if reply.examples != rows:
+        raise MessageError(f"it trains on {reply.examples} rows, and joined with {rows}")
     return reply
 
 
@@ -75,7 +93,8 @@ def open_delta(
 
     Raises:
         MessageError: The delta is not there, damaged, too large, of another run, round, client or base, has other
-            names or shapes than asked for, is not finite, too far from the broadcast, or counts impossible tokens.
+            names or shapes than asked for, is not finite, too far from the broadcast, in another codec than asked
+            for, or counts impossible tokens.
     """
     blob = exchange.get(reply.delta, limits.max_bytes)
     if len(blob) != reply.bytes_up:
@@ -92,10 +111,12 @@ def open_delta(
         raise MessageError(f"its delta has norm {norm:.3g}, above the bound of {limits.norm_bound:g}")
     experts = {(key.site, key.expert) for key in model}
     for pair, tokens in delta.tokens.items():
-        if not math.isfinite(tokens) or tokens < 0:
+        if not 0 <= tokens <= limits.tokens:  # NaN fails too
             raise MessageError(f"it counts {tokens} tokens for {'/'.join(pair)}")
         if pair not in experts:
             raise MessageError(f"it counts tokens for the foreign expert {'/'.join(pair)}")
+    if delta.codec != plan.codec.name:
+        raise MessageError(f"its delta comes in codec {delta.codec!r}, not {plan.codec.name!r}")
     return delta
 
 

@@ -229,7 +229,8 @@ def test_a_retry_that_succeeds_leaves_no_trace_of_the_first(toy):
         ({"round": 9}, "in round 9"),
         ({"delta": "0" * 64}, "no blob"),
         ({"bytes_up": 3}, "it reported 3"),
-        ({"examples": 99}, "says examples = "),
+        ({"examples": 2**53}, "it trains on 9007199254740992 rows, and joined with 10"),
+        ({"metrics": {"z_loss": float("nan")}}, "metrics.z_loss"),
         ({"loss": float("nan")}, "loss"),
     ],
 )

@@ -1,0 +1,73 @@
+"""What a well-formed delta may not say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from toy_federation import SITE, config
+
+from molehill.config import MethodRef
+from molehill.wire.message import decode_delta, encode_delta
+
+PAIR = (SITE, "e0")
+
+
+def sent(toy, change, codec="fp32", name="run", **sections):
+    """The round in which the first client changes its delta before it sends it."""
+    run = toy(config(run={"rounds": 1}, **sections), name)
+
+    def fault(client, plan, reply):
+        if client.number:
+            return reply.model_dump_json()
+        delta = change(decode_delta(run.exchange.get(reply.delta), 2**24))
+        blob = encode_delta(delta, MethodRef(name=codec))
+        update = {"delta": run.exchange.put(blob), "bytes_up": len(blob)}
+        return reply.model_copy(update=update).model_dump_json()
+
+    run.run(fault)
+    (event,) = run.events("round")
+    return event
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fits"), [({PAIR: 0.0}, True), ({PAIR: 2 * 32 * 64.0}, True), ({PAIR: 2 * 32 * 64 * 1.1}, False)]
+)
+def test_no_expert_gets_more_tokens_than_there_are(toy, tokens, fits):
+    event = sent(toy, lambda delta: replace(delta, tokens=tokens), task={"max_length": 64}, personal={"steps": 0})
+    assert ("client-0" in event["accepted"]) == fits
+    assert fits or "it counts 4505.6 tokens" in event["quarantined"]["client-0"]
+
+
+def test_tokens_of_a_foreign_expert_are_refused(toy):
+    event = sent(toy, lambda delta: replace(delta, tokens={(SITE, "e9"): 1.0}))
+    assert "foreign expert" in event["quarantined"]["client-0"]
+
+
+def test_a_delta_comes_in_the_codec_that_was_asked_for(toy):
+    event = sent(toy, lambda delta: delta, codec="fp16")
+    assert event["quarantined"] == {"client-0": "its delta comes in codec 'fp16', not 'fp32'."}
+    assert not sent(toy, lambda delta: delta, codec="fp16", name="asked", wire={"up": "fp16"})["quarantined"]
+
+
+def test_a_delta_says_the_rows_that_its_reply_says(toy):
+    event = sent(toy, lambda delta: replace(delta, examples=99))
+    assert "its delta says examples = 99, not 10" in event["quarantined"]["client-0"]
+
+
+def test_routing_losses_reach_the_events_as_means_over_rows(toy):
+    run = toy(
+        config(
+            run={"rounds": 1},
+            molora={"losses": [{"name": "z_loss", "coef": 0.1}, {"name": "switch_balance", "coef": 0.1}]},
+        )
+    )
+
+    def fault(client, plan, reply):
+        metrics = {"z_loss": float(client.number), "not asked for": 7.0}
+        return reply.model_copy(update={"metrics": metrics}).model_dump_json()
+
+    run.run(fault)
+    (event,) = run.events("round")
+    rows = [10, 15, 20, 25]
+    assert event["routing"] == {"z_loss": pytest.approx(sum(n * r for n, r in enumerate(rows)) / sum(rows))}
