@@ -24,6 +24,7 @@ from rich.text import Text
 
 from molehill import __version__
 from molehill.errors import ConfigError, MolehillError, ResumeError
+from molehill.extras import needs
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -107,8 +108,9 @@ def simulate(
         folder = out or Path("runs") / resolved.run.name
         _claim(folder, resume)
 
-        from molehill_simulation.simulate import simulate as run  # noqa: PLC0415
-        from molehill_simulation.ui import RunView, show_summary  # noqa: PLC0415
+        with needs("simulation"):
+            from molehill_simulation.simulate import simulate as run  # noqa: PLC0415
+            from molehill_simulation.ui import RunView, show_summary  # noqa: PLC0415
 
         console = Console(quiet=as_json)
         try:
@@ -156,8 +158,10 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
     """Print what a configuration comes to, and refuse what cannot work."""
     with _explained():
         from molehill.config import load  # noqa: PLC0415
-        from molehill_server.check import check as find_conflicts  # noqa: PLC0415
-        from molehill_simulation.describe import describe  # noqa: PLC0415
+
+        with needs("simulation"):
+            from molehill_server.check import check as find_conflicts  # noqa: PLC0415
+            from molehill_simulation.describe import describe  # noqa: PLC0415
 
         resolved = load(config)
         conflicts = find_conflicts(resolved)
@@ -201,6 +205,7 @@ def methods(as_json: Json = False) -> None:
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]) -> None:
     """Write report.html of a run again, finished or not."""
     with _explained():
-        from molehill_simulation.report import write_report  # noqa: PLC0415
+        with needs("simulation"):
+            from molehill_simulation.report import write_report  # noqa: PLC0415
 
         typer.echo(str(write_report(folder)))

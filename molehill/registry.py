@@ -26,6 +26,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import with_config as _with_config
 
 from molehill.errors import ConfigError
+from molehill.extras import needs
 
 _GROUP = "molehill.methods"
 T = TypeVar("T", bound=Callable[..., Any])
@@ -116,13 +117,18 @@ def axes() -> list[str]:
 
 
 def load(axis: str) -> None:
-    """Import every module of the packages that hold ``axis`` (once)."""
+    """Import every module of the packages that hold ``axis`` (once).
+
+    Raises:
+        ConfigError: A third-party module they need is not installed; names the extra that brings it.
+    """
     if axis in _registry.loaded:
         return
     for point in entry_points(group=_GROUP, name=axis):
-        package = importlib.import_module(point.value)
-        for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
-            importlib.import_module(module.name)
+        with needs("simulation"):
+            package = importlib.import_module(point.value)
+            for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
+                importlib.import_module(module.name)
     _registry.loaded.add(axis)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from molehill.config import Config
 from molehill.errors import ConfigError, ResumeError
+from molehill.extras import needs
 from molehill.molora.adapter import save_adapter
 from molehill.tasks.schema import load_rows
 from molehill.wire.store import load_tree, save_tree
@@ -41,6 +43,9 @@ def simulate(
     Raises:
         MolehillError: Bad input, or a federation that cannot go on; the folder can be resumed.
     """
+    if engine == "ray":
+        with needs("ray"):
+            import_module("ray")
     require(config)
     _, task = load_rows(config.data, config.task)
     config = config.model_copy(update={"task": task})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from molehill import __version__, registry
 from molehill.cli import app
 from molehill.errors import TrainingError
+from molehill.extras import needs
 
 
 def run(*arguments: object):
@@ -90,6 +92,40 @@ def test_a_mistake_as_json_is_an_envelope(tmp_path):
 
 def test_an_unknown_engine_is_refused():
     assert run("simulate", "--engine", "magic").exit_code == 2
+
+
+def test_an_install_without_extras_is_told_what_to_install(tmp_path):
+    (tmp_path / "run.toml").write_text("[run]\nrounds = 1\n")
+    script = """
+import json, sys
+sys.modules["torch"] = sys.modules["jinja2"] = None
+from typer.testing import CliRunner
+from molehill.cli import app
+for words in (["methods"], ["check", "run.toml"], ["simulate", "run.toml"], ["simulate"], ["report", "."]):
+    result = CliRunner().invoke(app, words)
+    print(json.dumps([words, result.exit_code, result.stderr]))
+"""
+    seen = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    results = [json.loads(line) for line in seen.stdout.splitlines()]
+    assert len(results) == 5
+    for words, code, text in results:
+        assert code == 2, words
+        assert "cannot import" in text
+        assert text.endswith("Run: pip install 'molehill[simulation]'\n")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_ray_engine_without_ray(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("simulate", "--engine", "ray", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "molehill[ray]" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_our_own_import_errors_are_bugs():
+    with pytest.raises(ModuleNotFoundError), needs("simulation"):
+        importlib.import_module("molehill.no_such_module")
 
 
 def test_a_used_run_folder_is_not_overwritten(tmp_path, engine):
