@@ -101,10 +101,16 @@ def conflicts(federation: Federation) -> Iterator[str]:
         yield f"{names}: the lower reads the mean of products, which this space never forms; use space 'product'"
     if not (lower.needs_products or space.closed):
         yield f"{names}: the mean of products would be dropped; use lower 'svd', 'residual' or 'merge_restart'"
-    if server_opt.stateful and not lower.fixed_gauge:
+    opt = f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}"
+    if lower.patches and federation.server_opt.name != "none":
         yield (
-            f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}: factors are made anew "
-            "every round, so moments kept from the last round belong to other axes; use server_opt 'none'"
+            f"{opt}: a patch holds what the new factors lack, and the optimiser would then put other factors in their "
+            "place; use server_opt 'none'"
+        )
+    elif server_opt.stateful and not lower.fixed_gauge:
+        yield (
+            f"{opt}: factors are made anew every round, so moments kept from the last round belong to other axes; "
+            "use server_opt 'none'"
         )
     policy = federation.policy.name
     if federation.space.name == "common" and policy in ("fedit", "share_a"):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from molehill import registry
 from molehill.config import Config, MethodRef
 from molehill.errors import ConfigError
+from molehill.molora.interfaces import Site
 from molehill_server.aggregate import conflicts
 from molehill_server.planning.planner import shares
 
@@ -144,6 +145,53 @@ def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
         )
 
 
+def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
+    """A patch is added to what one expert says, which is no sum of parameters."""
+    lower = config.federation.lower
+    if config.molora.mixer.name == "param" and _build("lower", lower).patches:
+        yield Conflict(
+            "refuse",
+            ("federation.lower", "molora.mixer"),
+            f"lower {lower.name!r} patches the products of single experts, but mixer 'param' mixes their factors "
+            "before it multiplies them; use mixer 'output', or a lower without patches",
+        )
+
+
+def _mixed_parameters(config: Config) -> Iterator[Conflict]:
+    scorer = config.molora.scorer.name
+    if config.molora.mixer.name == "param" and scorer != "task_table":
+        yield Conflict(
+            "refuse",
+            ("molora.mixer", "molora.scorer"),
+            f"mixer 'param' makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
+            "scorer 'task_table'",
+        )
+
+
+def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
+    """Parts that stack the experts of a site need LoRAs of one rank."""
+    molora = config.molora
+    parts = {"molora.mixer": molora.mixer.name, "molora.topology": molora.topology.name}
+    needy = [key for key, name in parts.items() if name in ("param", "block_ffn")]
+    site = Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1)
+    try:
+        plan = _build("allocation", molora.allocation).plan([site], molora.experts, molora.shared, molora.rank)["any"]
+    except ConfigError as error:
+        yield Conflict("refuse", ("molora.allocation", "molora.experts"), error.what)
+        return
+    for key in needy:
+        name = parts[key]
+        if molora.expert.name != "lora":
+            why = f"{name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
+            yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert 'lora'")
+        if len({*plan.ranks, *plan.shared_ranks}) > 1:
+            why = f"{name!r} stacks the experts of a site, and allocation {molora.allocation.name!r} gives them "
+            yield Conflict("refuse", (key, "molora.allocation"), f"{why}different ranks; use allocation 'uniform'")
+        if name == "block_ffn" and molora.shared:
+            why = "'block_ffn' has one block per routed expert and none for experts that are always on"
+            yield Conflict("refuse", (key, "molora.shared"), f"{why}; set molora.shared to 0")
+
+
 def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
     policy = config.federation.policy
     if policy.name == "fedpeft" and policy.params.get("group") == "head" and config.task.kind == "causal-lm":
@@ -178,6 +226,9 @@ RULES: tuple[Rule, ...] = (
     _common_factor,
     _mixture_of_routers,
     _restart_and_personal_gate,
+    _one_expert_at_a_time,
+    _mixed_parameters,
+    _experts_of_one_shape,
     _nothing_to_learn,
     _sends_changes,
 )

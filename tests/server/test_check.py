@@ -15,7 +15,7 @@ from molehill_server.planning.planner import shares
 PRESETS = [method.name for method in registry.methods("federation")]
 POLICIES = [method.name for method in registry.methods("policy")]
 SERVER_OPTS = [method.name for method in registry.methods("server_opt")]
-REMADE = {"svd", "merge_restart"}  # lowers whose factors do not continue the old ones
+NO_OPT = {"svd", "merge_restart", "residual"}  # lowers whose factors are made anew or go with their patch
 
 
 def refusals(**sections):
@@ -45,7 +45,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
     bad = (
         (products and not both)
         or (federation.lower.name != "none" and not both)
-        or (federation.lower.name in REMADE and opt != "none")
+        or (federation.lower.name in NO_OPT and opt != "none")
         or (federation.space.name == "common" and bool(one.ranks))
         or (federation.rule.name == "norm_weights" and one.B == "personal")
         or no_common
@@ -59,6 +59,40 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
             require(settings)
     else:
         require(settings)
+
+
+@pytest.mark.parametrize(
+    ("molora", "keys"),
+    [
+        ({"mixer": "param"}, {("molora.mixer", "molora.scorer")}),
+        ({"preset": "poly"}, set()),
+        ({"preset": "poly", "shared": 1}, set()),
+        ({"preset": "poly", "allocation": {"name": "hetero_rank"}}, {("molora.mixer", "molora.allocation")}),
+        (
+            {"preset": "poly", "shared": 1, "allocation": {"name": "fine_grained", "m": 2}},
+            {("molora.mixer", "molora.allocation")},
+        ),
+        ({"preset": "poly", "expert": "ia3"}, {("molora.mixer", "molora.expert")}),
+        ({"preset": "mixlora"}, set()),
+        ({"preset": "mixlora", "allocation": "hetero_rank"}, {("molora.topology", "molora.allocation")}),
+        ({"preset": "mixlora", "shared": 1}, {("molora.topology", "molora.shared")}),
+        ({"preset": "hmoe"}, set()),
+        (
+            {"experts": 3, "allocation": {"name": "hetero_rank", "kind": "explicit", "ranks": [1, 2]}},
+            {("molora.allocation", "molora.experts")},
+        ),
+    ],
+)
+def test_experts_that_are_stacked_or_mixed_have_one_shape(molora, keys):
+    assert {conflict.keys for conflict in refusals(molora=molora)} == keys
+
+
+@pytest.mark.parametrize(("preset", "fits"), [("fedex", False), ("flora", False), ("flexlora", True), ("fedit", True)])
+def test_patches_are_of_single_experts(preset, fits):
+    federation = {"preset": preset}
+    found = refusals(molora={"preset": "poly"}, federation=federation)
+    assert [conflict.keys for conflict in found] == ([] if fits else [("federation.lower", "molora.mixer")])
+    assert not refusals(molora={"preset": "mixlora"}, federation=federation)
 
 
 def test_routers_and_personal_gates():

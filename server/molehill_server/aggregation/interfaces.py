@@ -93,10 +93,12 @@ class Lower(Protocol):
         needs_products: It reads ``Combined.products``.
         fixed_gauge: The new factors continue the old ones, so a server optimiser may compare them; False when they
             are factored anew, since (B G, G^-1 A) is the same product for every G.
+        patches: What the new factors cannot hold goes into patches, which are right for these factors only.
     """
 
     needs_products: bool
     fixed_gauge: bool
+    patches: bool
 
     def lower(self, combined: Combined, glob: Global, seed: int, /) -> AggOut:
         """New shared tensors, and patches for what they cannot hold. ``seed`` is the run's."""

@@ -23,7 +23,7 @@ ALLOWED = {
 @pytest.mark.parametrize(("space", "lower", "opt"), list(itertools.product(SPACES, LOWERS, OPTS)))
 def test_every_combination_is_refused_with_a_reason_or_runs(kit, space, lower, opt):
     federation = Federation.model_validate({"policy": "ffa", "space": space, "lower": lower, "server_opt": opt})
-    fine = (space, lower) in ALLOWED and (opt == "none" or lower in ("none", "residual"))
+    fine = (space, lower) in ALLOWED and (opt == "none" or lower == "none")
     assert (not list(conflicts(federation))) == fine
     if not fine:
         with pytest.raises(ConfigError, match="federation: "):

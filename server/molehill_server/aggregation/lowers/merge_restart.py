@@ -23,6 +23,7 @@ class MergeRestart:
 
     needs_products = True
     fixed_gauge = False
+    patches = True
 
     def lower(self, combined: Combined, glob: Global, seed: int, /) -> AggOut:
         """Fresh factors and the product as a patch."""

@@ -13,6 +13,7 @@ class NoLower:
 
     needs_products = False
     fixed_gauge = True
+    patches = False
 
     def lower(self, combined: Combined, _glob: Global, _seed: int, /) -> AggOut:
         """The means of the factors."""

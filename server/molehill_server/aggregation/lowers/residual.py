@@ -19,6 +19,7 @@ class Residual:
 
     needs_products = True
     fixed_gauge = True
+    patches = True
 
     def lower(self, combined: Combined, glob: Global, _seed: int, /) -> AggOut:
         """The means and the residuals; a residual within rounding of zero is left out."""

@@ -40,6 +40,7 @@ class Svd:
 
     needs_products = True
     fixed_gauge = False
+    patches = False
 
     def __init__(self, params: SvdParams) -> None:
         self._tau = params.tau
