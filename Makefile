@@ -10,7 +10,11 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constr
 .PHONY: demo test check docs clean
 
 demo: .venv/demo.stamp  ## Fine-tune a small encoder across eight data owners and show what each gained
-	$(BIN)/molehill simulate --out runs/demo
+	@out=runs/demo; number=1; \
+	while [ -e $$out/summary.json ]; do number=$$((number + 1)); out=runs/demo-$$number; done; \
+	[ $$number = 1 ] || echo "Earlier demos are finished; see their report.html. This one goes to $$out."; \
+	resume=; [ ! -e $$out/config.toml ] || { resume=--resume; echo "Going on with the demo in $$out."; }; \
+	$(BIN)/molehill simulate --out $$out $$resume
 
 test: .venv/dev.stamp  ## The whole gate: what CI runs
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

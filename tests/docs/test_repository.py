@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -33,6 +34,32 @@ def test_every_dependency_is_pinned_within_its_range(line):
     (pin,) = (pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(requirement.name))
     (version,) = (spec.version for spec in pin.specifier)
     assert requirement.specifier.contains(version)
+
+
+def test_the_demo_can_be_made_again(tmp_path):
+    program = tmp_path / "bin" / "molehill"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$@" >> calls\nmkdir -p "$3"\ntouch "$3/config.toml"\n')
+    program.chmod(0o755)
+    make = ["make", "-C", tmp_path, "-f", ROOT / "Makefile", "-o", ".venv/demo.stamp", "demo", "BIN=bin"]
+    said = []
+    for finished in ("demo", None, "demo-2", None):
+        said.append(subprocess.run(make, capture_output=True, text=True, check=True).stdout)
+        if finished:
+            subprocess.run(make, capture_output=True, check=True)  # as after Ctrl-C
+            (tmp_path / "runs" / finished / "summary.json").touch()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    folders = [f"simulate --out runs/{name}" for name in ("demo", "demo-2", "demo-3")]
+    assert calls == [
+        folders[0],
+        f"{folders[0]} --resume",
+        folders[1],
+        f"{folders[1]} --resume",
+        f"{folders[1]} --resume",
+        folders[2],
+    ]
+    assert "Earlier demos are finished" not in said[0]
+    assert "This one goes to runs/demo-2" in said[1]
 
 
 def test_ci_runs_what_people_run():
