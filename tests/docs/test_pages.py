@@ -83,6 +83,8 @@ def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
         program, *arguments = shlex.split(line, comments=True)
         if program == "make":
             assert arguments[0] in targets
+        elif program == ".":
+            assert arguments == [".venv/bin/activate"]  # which `make demo` and `make test` make
         elif program.startswith(".venv/bin/"):
             assert (Path(sys.executable).parent / Path(program).name).exists()
         else:
