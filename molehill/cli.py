@@ -149,8 +149,9 @@ def _claim(folder: Path, resume: bool) -> None:
     if used and not resume:
         mend = "Give --resume to go on with that run, or choose another --out."
         raise ResumeError("the run folder is not empty", where=str(folder), mend=mend)
-    if resume and not used:
-        raise ResumeError("there is no run to resume", where=str(folder), mend="Leave out --resume to start one.")
+    if resume and not (folder / "config.toml").is_file():
+        mend = "Leave out --resume to start one, or give the --out of a run."
+        raise ResumeError("there is no run to resume", where=str(folder), mend=mend)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from molehill.errors import ResumeError
+from molehill.errors import DataError, ResumeError
 from molehill_server import events as events_file
 from molehill_simulation.charts import bar_plot, line_plot
 from molehill_simulation.summary import (
@@ -67,16 +67,32 @@ def render(folder: Path) -> str:
     events = events_file.read(folder / "metrics.jsonl")
     summary_file, config_file = folder / "summary.json", folder / "config.toml"
     summary = read_summary(summary_file) if summary_file.exists() else None
-    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    config, values = _read_config(config_file) if config_file.exists() else ("", {})
     environment = Environment(
         loader=PackageLoader("molehill_simulation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(clean=clean, figure=figure, zip=zip)
     page = environment.get_template("report.html.j2")
-    return page.render(stages=STAGES, config=config, summary=summary, **_content(events, summary, config))
+    try:
+        return page.render(stages=STAGES, config=config, summary=summary, **_content(events, summary, values))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"an event or a section of the configuration is not as Molehill writes it ({error!r})",
+            where=str(folder),
+            mend="Was a file edited, or written by another version?",
+        ) from None
 
 
-def _content(events: Sequence[Event], summary: Summary | None, config: str) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a configuration and its values."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the run's configuration: {error}", where=str(path)) from None
+
+
+def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[str, Any]) -> dict[str, Any]:
     rounds = rounds_of(events)
     start: Event = next((event for event in events if event["event"] == "start"), {})
     numbers = [event["round"] for event in rounds]
@@ -96,11 +112,12 @@ def _content(events: Sequence[Event], summary: Summary | None, config: str) -> d
     }
 
 
-def _facts(start: Event, rounds: Sequence[Event], summary: Summary | None, config: str) -> list[tuple[str, str]]:
+def _facts(
+    start: Event, rounds: Sequence[Event], summary: Summary | None, config: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     up = sum(event["bytes_up"] for event in rounds)
     down = sum(event["bytes_down"] for event in rounds)
     seconds = summary.seconds if summary else sum(event["seconds"] for event in rounds)
-    values = tomllib.loads(config)
     facts = [
         ("Clients", str(len(start.get("clients", ())))),
         ("Rounds", f"{len(rounds)} of {start.get('rounds', len(rounds))}"),
@@ -114,12 +131,12 @@ def _facts(start: Event, rounds: Sequence[Event], summary: Summary | None, confi
         revision = f" at {base.revision[:12]}" if base.revision else ""
         facts.append(("Base model", f"{base.id}{revision} ({base.digest[:12]})"))
     for section, label in (("molora", "Adapter"), ("federation", "Federation"), ("personal", "Personal gate")):
-        table = values.get(section, {})
+        table = config.get(section, {})
         text = table.get("preset") or table.get("gate") or _named(table, "selector", "space")
         if text:
             facts.append((label, text))
-    if "data" in values:
-        facts.append(("Data", str(values["data"].get("source", ""))))
+    if "data" in config:
+        facts.append(("Data", str(config["data"].get("source", ""))))
     return facts
 
 

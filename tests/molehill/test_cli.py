@@ -138,6 +138,13 @@ def test_a_used_run_folder_is_not_overwritten(tmp_path, engine):
     nothing = run("simulate", "--out", tmp_path / "absent", "--resume")
     assert nothing.exit_code == 7
     assert "no run to resume" in nothing.stderr
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    nothing = run("simulate", "--out", foreign, "--resume")
+    assert nothing.exit_code == 7
+    assert "no run to resume" in nothing.stderr
+    assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
     assert engine.calls == []
 
 

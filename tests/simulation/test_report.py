@@ -203,6 +203,26 @@ def test_report_of_another_folder_is_refused(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("text", [b"a = = 1", b"\xff", b"molora = 3"], ids=str)
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path, text):
+    folder = make_run(tmp_path, make_events(CLIENTS))
+    (folder / "config.toml").write_bytes(text)
+    with pytest.raises(DataError, match="configuration"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize("field", ["seconds", "bytes_up", "loss_by_client", "quarantined"])
+def test_an_event_without_its_fields_is_no_traceback(tmp_path, field):
+    events = [{k: v for k, v in event.items() if k != field} for event in make_events(CLIENTS)]
+    folder = make_run(tmp_path, events, finished=False)
+    with pytest.raises(DataError, match=f"KeyError\\('{field}'\\)"):
+        write_report(folder)
+    events[1:] = [{**event, field: 3.5} for event in make_events(CLIENTS)[1:]]
+    if field in ("loss_by_client", "quarantined"):
+        with pytest.raises(DataError, match="not as Molehill writes it"):
+            write_report(make_run(tmp_path, events, finished=False))
+
+
 def test_curves_leave_out_what_is_not_finite():
     plot = line_plot([1, 2, 3], {"a": {1: 1.0, 2: math.nan, 3: 0.5}}, {"a": "line-0"})
     assert plot is not None
