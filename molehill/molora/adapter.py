@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -54,7 +55,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 1
+    format: Literal[1] = 1
     base: dict[str, str]
     task: str
     labels: tuple[str, ...] = ()
@@ -67,11 +68,13 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest) -> None:
     """Write an adapter folder.
 
     Args:
-        folder: Created when missing; files in it are replaced.
+        folder: Created when missing; files in it are replaced, and experts of an adapter that was there removed.
         model: The model.
         manifest: What to record; its ``ranks`` are filled in here.
     """
     ranks: dict[str, dict[str, int]] = {}
+    if (folder / "experts").exists():
+        shutil.rmtree(folder / "experts")  # the adapter before may have had more of them
     for expert in model.experts:
         where = {n: s for n, s in model.sites.items() if expert in model.expert_ids(s)}
         out = folder / "experts" / expert
@@ -97,8 +100,11 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise AdapterError(f"no adapter here: {error.strerror}", where=str(path)) from None
     except (ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not UTF-8 text"
-        raise AdapterError(f"not a valid adapter description: {first}", where=str(path)) from None
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "not UTF-8 text"}
+        if first["loc"] == ("format",):
+            what, mend = f"its format is {first['input']!r}, not 1", "Read it with the Molehill that wrote it."
+            raise AdapterError(what, where=str(path), mend=mend) from None
+        raise AdapterError(f"not a valid adapter description: {first['msg']}", where=str(path)) from None
 
 
 def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
