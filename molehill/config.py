@@ -325,9 +325,10 @@ class Engine(Section):
     """How a simulation uses this machine; it changes how long a run takes, and the rounding of its numbers.
 
     Attributes:
-        workers: Processes that share the clients' work; ``auto`` is one per core where the work is worth it.
-        together: Most clients that train in the same passes, where the model allows it; ``auto`` follows from the
-            number of workers and the size of a batch.
+        workers: Processes that share the clients' work; ``auto`` is one per core for a base of five million parameters
+            or more, else one.
+        together: Most clients that train in the same passes, where the model allows it; ``auto`` is up to four for
+            such a base, while every worker has a group of its own.
     """
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

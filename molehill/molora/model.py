@@ -245,6 +245,11 @@ class MoLoRAModel(nn.Module):
         """Trainable numbers."""
         return self.flat.numel()
 
+    @property
+    def base_parameters(self) -> int:
+        """Frozen numbers."""
+        return sum(p.numel() for p in self.base.parameters()) - self.n_parameters
+
     # ---- switches --------------------------------------------------------------------------------------------
 
     def use_personal(self, gate: bool, head: bool) -> None:
@@ -330,7 +335,7 @@ class MoLoRAModel(nn.Module):
         self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.state.announce(mask, task_ids)
-        wanted = labels[:, 1:] != -100  # noqa: PLR2004 - the field's ignore index
+        wanted = labels[:, 1:] != -100
         positions = wanted.any(0).nonzero().squeeze(1)  # the head runs only where some row has an answer token
         out = self.base(
             input_ids=input_ids, attention_mask=mask.long(), logits_to_keep=positions, use_cache=False

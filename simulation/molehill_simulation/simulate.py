@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from molehill.config import Config
+from molehill.config import Config, Engine
 from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
 from molehill.molora.adapter import save_adapter
@@ -16,10 +16,13 @@ from molehill_server.app import app as server_app
 from molehill_server.broadcast import tree_patches
 from molehill_server.check import require
 from molehill_server.events import read
-from molehill_simulation.engine import Observer, run_local, run_ray, write_config
+from molehill_simulation.engine import Observer, cores, run_local, run_ray, write_config
 from molehill_simulation.report import write_report
 from molehill_simulation.summary import BaseModelInfo, Summary, summarise
 from molehill_simulation.world import World, app, world_of
+
+IMPORTABLE = "molehill_simulation.world:app"
+SMALL = 5_000_000  # parameters of a base whose clients are done before worker processes have started
 
 
 def simulate(
@@ -55,14 +58,27 @@ def simulate(
     _known_clients(world)
     write_config(config, out)  # only now, so that a mistake leaves no run folder behind
     _initial(world, out)
-    run = run_local if engine == "local" else run_ray
-    run(config, out, app, server_app, observer)
+    if engine == "local":
+        run_local(_with_engine(config, world), out, app, server_app, observer, IMPORTABLE)
+    else:
+        run_ray(config, out, app, server_app, observer)
     _save(world, out)
     info = BaseModelInfo(id=world.base.id, revision=world.base.revision, digest=world.base.digest)
     summary = summarise(read(out / "metrics.jsonl"), info, config.digest)
     (out / "summary.json").write_text(summary.to_json(), encoding="utf-8")
     write_report(out)
     return summary
+
+
+def _with_engine(config: Config, world: World) -> Config:
+    """The configuration with what ``engine`` leaves to us decided."""
+    clients = len(world.owners)
+    workers, together = config.engine.workers, config.engine.together
+    if workers == "auto":
+        workers = 1 if world.model.base_parameters < SMALL else min(cores(), clients)
+    if together == "auto":  # fuller products, while every worker still has a group of its own
+        together = 1 if world.model.base_parameters < SMALL else min(4, -(-clients // workers))
+    return config.model_copy(update={"engine": Engine(workers=workers, together=together)})
 
 
 def _known_clients(world: World) -> None:

@@ -55,7 +55,7 @@ class Watched:
         monkeypatch.setattr(simulation, "run_local", self._engine)
         simulation.simulate(config, out)
 
-    def _engine(self, config, out, client_app, server, observer):
+    def _engine(self, config, out, client_app, server, observer, importable):
         def app(message, context):
             self.exchange.who = "client"
             reply = client_app(message, context)
@@ -68,6 +68,7 @@ class Watched:
 
         assert server is server_app
         assert observer is None
+        assert importable
         run_config = _run_config(config, out, f"memory:{out.resolve()}")
         server(LocalGrid(app, config.data.clients, run_config), context_of(1, SERVER_NODE, {}, run_config))
 
