@@ -26,7 +26,7 @@ class Site(NamedTuple):
     """One adapted module.
 
     Attributes:
-        layer: Index of its transformer layer; -1 when it lies outside the layers.
+        layer: Index of its transformer layer.
         name: Path in the base model.
         n_layers: Number of transformer layers.
         d_in: Input features.

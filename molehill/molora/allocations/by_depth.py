@@ -34,8 +34,8 @@ class ByDepthParams:
 class ByDepth:
     """The layers are cut into as many groups as numbers are given; every site of a group gets that many experts.
 
-    The paper's shapes have one total: 2-4-6-8 (best), 8-6-4-2, 2-8-8-2, 8-2-2-8, 5-5-5-5. Sites outside the layers get
-    the configured number.
+    The paper's shapes have one total: 2-4-6-8 (best), 8-6-4-2, 2-8-8-2, 8-2-2-8, 5-5-5-5. The configured
+    number of experts does not count.
     """
 
     def __init__(self, params: ByDepthParams) -> None:
@@ -43,10 +43,8 @@ class ByDepth:
 
     def plan(self, sites: Sequence[Site], experts: int, shared: int, rank: int) -> Mapping[str, SitePlan]:
         """Return the plan of every site by its name."""
-        return {
-            site.name: SitePlan((rank,) * (experts if site.layer < 0 else self._at(site)), (rank,) * shared)
-            for site in sites
-        }
+        del experts
+        return {site.name: SitePlan((rank,) * self._at(site), (rank,) * shared) for site in sites}
 
     def _at(self, site: Site) -> int:
         return self.experts[min(site.layer * len(self.experts) // site.n_layers, len(self.experts) - 1)]

@@ -17,7 +17,7 @@ from molehill.registry import register
 def mola() -> dict[str, Any]:
     """MoLA: 2, 4, 6, 8 LoRAs of rank 8 in the four quarters of the layers, bottom to top, top-2 renormalised.
 
-    As the paper; sites outside the layers get 5, the mean.
+    As the paper. ``experts`` is their mean, and nothing else follows from it.
     """
     return {
         "targets": "all-linear",

@@ -11,13 +11,12 @@ from molehill.molora.allocations.hetero_rank import apportion
 from molehill.molora.interfaces import Site
 
 
-def _sites(layers, outside=()):
-    inside = [Site(i, f"layers.{i}.{n}", layers, 32, 64) for i in range(layers) for n in ("q_proj", "up_proj")]
-    return inside + [Site(-1, name, layers, 32, 64) for name in outside]
+def _sites(layers):
+    return [Site(i, f"layers.{i}.{n}", layers, 32, 64) for i in range(layers) for n in ("q_proj", "up_proj")]
 
 
-def _plan(name, values=None, *, layers=8, experts=8, shared=1, rank=16, outside=()):
-    return registry.build("allocation", name, values).plan(_sites(layers, outside), experts, shared, rank)
+def _plan(name, values=None, *, layers=8, experts=8, shared=1, rank=16):
+    return registry.build("allocation", name, values).plan(_sites(layers), experts, shared, rank)
 
 
 @pytest.mark.parametrize("name", ["uniform", "by_depth", "hetero_rank", "fine_grained"])
@@ -40,9 +39,9 @@ def test_by_depth_follows_the_shape_and_keeps_the_total(shape, layers):
     assert sum(counts) == 5 * layers
 
 
-def test_by_depth_in_a_shallow_model_and_outside_the_layers():
-    plans = _plan("by_depth", {"experts": (2, 4, 6, 8)}, layers=2, experts=3, outside=("score",))
-    assert [len(plans[n].ranks) for n in ("layers.0.q_proj", "layers.1.q_proj", "score")] == [2, 6, 3]
+def test_by_depth_in_a_shallow_model():
+    plans = _plan("by_depth", {"experts": (2, 4, 6, 8)}, layers=2, experts=3)
+    assert [len(plans[n].ranks) for n in ("layers.0.q_proj", "layers.1.q_proj")] == [2, 6]
 
 
 def test_hetero_rank_gives_the_sizes_of_the_paper():
