@@ -18,7 +18,7 @@ class NormWeights:
 
     Numbers of examples do not count for experts, as in the paper; with several experts the norm is multiplied by the
     fraction of the client's tokens routed to the expert. Router and head are weighted by examples. Products of norm 0
-    say nothing: an expert for which all are 0 keeps its old value.
+    say nothing: an expert for which all are 0 keeps its old value. The paper's rank self-pruning is left out.
     """
 
     additive = True

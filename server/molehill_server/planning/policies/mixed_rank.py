@@ -32,6 +32,9 @@ class MixedRankParams:
     url="https://arxiv.org/abs/2401.06432",
 )
 def mixed_rank(params: MixedRankParams, round_number: int) -> Shares:
-    """Share both factors, but every client only the first ranks of each expert that it can afford."""
+    """Share both factors, but every client only the first ranks of each expert that it can afford.
+
+    Differs from the paper: ranks are given and stay; the paper's clients also prune their own (rank self-pruning).
+    """
     del round_number
     return Shares(ranks=params.ranks)
