@@ -31,7 +31,7 @@ def methods_page() -> str:
         "# Methods\n",
         NOTE,
         "Named in a configuration as a string, or as a table of `name` and parameters; `molehill methods` lists them.",
-        "The last column holds the codes of the systems in the project's list that a method stands for.\n",
+        "`seed`: code of the system that the method stands for, in the project's list of systems to cover.\n",
     ]
     packages = {point.name: point.value for point in entry_points(group="molehill.methods")}
     for axis in registry.axes():
@@ -73,8 +73,8 @@ def config_page() -> str:
         "# Configuration\n",
         NOTE,
         "One TOML file per run, checked before anything starts; an unknown key is an error. Every key has a default:",
-        "without a file, `molehill simulate` runs `configs/demo.toml`. `molehill check FILE` prints what a file comes to, and",
-        "`molehill simulate --set section.key=value` overrides one key.\n",
+        "without a file, `molehill simulate` runs `configs/demo.toml`. `molehill check FILE` prints what a file comes",
+        "to, and `molehill simulate --set section.key=value` overrides one key.\n",
     ]
     for name, info in Config.model_fields.items():
         section: Any = info.annotation
