@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from molehill.config import MoLoRA as MoLoRAConfig
-from molehill.errors import AdapterError
+from molehill.errors import AdapterError, MessageError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
@@ -62,6 +63,36 @@ class Manifest(BaseModel):
     pooling: str = ""
     molora: MoLoRAConfig
     ranks: dict[str, dict[str, int]]
+
+
+class _PeftConfig(BaseModel):
+    """What of an ``adapter_config.json`` decides what its tensors mean."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: str
+    lora_alpha: float = 8
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _expressions(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in value or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"alpha_pattern {pattern!r}: {error}") from None
+        return value
+
+    def scale(self, site: str, rank: int) -> float:
+        """Alpha over the rank; a pattern is a regular expression over the end of the module path, as in peft."""
+        alpha = self.lora_alpha
+        for pattern, value in (self.alpha_pattern or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", site):
+                alpha = value
+                break
+        return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest) -> None:
@@ -132,7 +163,10 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
                 raise AdapterError(f"expert {expert} has no tensors for {name}", where=str(folder))
             _take(values, patches, Key(name, expert, ""), site, factors[name], manifest)
     for part, _ in _parts(model):
-        values |= {Key.parse(n): v.astype(np.float32) for n, v in _read(folder / part).items()}
+        try:
+            values |= {Key.parse(n): v for n, v in _read(folder / part).items()}
+        except MessageError as error:
+            raise AdapterError(error.what, where=str(folder / part)) from None
     missing = [k.name for k in model.layout if k not in values and not k.residual]
     if missing:
         raise AdapterError(f"adapter lacks {missing[0]} and {len(missing) - 1} more tensors", where=str(folder))
@@ -148,18 +182,18 @@ def read_peft(folder: Path) -> dict[str, Factors | Array]:
     """
     path = folder / "adapter_config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = _PeftConfig.model_validate_json(path.read_bytes())
     except OSError as error:
         raise AdapterError(f"no PEFT adapter here: {error.strerror}", where=str(path)) from None
-    except ValueError:
-        raise AdapterError("not valid JSON", where=str(path)) from None
+    except ValidationError as error:
+        raise AdapterError(f"not a PEFT configuration: {error.errors()[0]['msg']}", where=str(path)) from None
     tensors = {n.removeprefix(_PREFIX): t for n, t in _read(folder / "adapter_model.safetensors").items()}
-    if config.get("peft_type") == "IA3":
-        return {n.removesuffix(".ia3_l"): (t.reshape(-1) - 1).astype(np.float32) for n, t in tensors.items()}
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"peft type {config.get('peft_type')!r} cannot be an expert", where=str(path))
+    if config.peft_type == "IA3":
+        return {n.removesuffix(".ia3_l"): t.reshape(-1) - 1 for n, t in tensors.items()}
+    if config.peft_type != "LORA":
+        raise AdapterError(f"peft type {config.peft_type!r} cannot be an expert", where=str(path))
     for key, name in _UNSUPPORTED.items():
-        if config.get(key):
+        if (config.model_extra or {}).get(key):
             raise AdapterError(
                 f"{name} ({key}) cannot be an expert", where=str(path), mend="Merge or retrain it as plain LoRA."
             )
@@ -171,27 +205,14 @@ def read_peft(folder: Path) -> dict[str, Factors | Array]:
         B = tensors.get(f"{site}.lora_B.{rest}")
         if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise AdapterError(f"factors of {site} do not fit each other", where=str(folder))
-        scale = _scale(config, site, A.shape[0])
-        out[site] = (A.astype(np.float32), (B.astype(np.float32) * np.float32(scale)))
+        out[site] = (A, B * np.float32(config.scale(site, A.shape[0])))
     return out
 
 
-def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
-    alpha = _pattern(config.get("alpha_pattern") or {}, site, config.get("lora_alpha", rank))
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _pattern(patterns: Mapping[str, Any], site: str, default: Any) -> Any:
-    """peft's rule: a pattern is a regular expression over the end of the module path."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", site):
-            return value
-    return default
-
-
-def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def _read(path: Path) -> dict[str, Array]:
+    """Tensors of a safetensors file in float32, whatever they are stored in."""
     try:
-        return load_file(path)
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
     except OSError as error:
         raise AdapterError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     except SafetensorError as error:

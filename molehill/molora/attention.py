@@ -68,7 +68,7 @@ def _bmm_attention(
         bias = bias.triu(1 + size[1] - size[0])
     if bias is not None:
         bias = bias[..., : key.shape[2]]
-    out = _Attention.apply(query, key, value, bias, scale)
+    out = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
 
 

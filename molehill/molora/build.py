@@ -96,8 +96,8 @@ def wrap(
             torch.manual_seed(seed_for(seed, "head"))
             nn.init.normal_(head.weight, std=0.02)
         head.to(device)
-    for module in [*adapted.values(), *groups.values()]:
-        module.to(device)
+    for part in [*adapted.values(), *groups.values()]:
+        part.to(device)
     model = MoLoRAModel(base, adapted, {g.site.name: g for g in groups.values()}, experts, head, state)
     _initialise(model, config.init, seed)
     return model

@@ -112,7 +112,7 @@ class _Up(torch.autograd.Function):
         gy = gy.contiguous()
         need_x, need_low, need_w, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
         g_B = g_low = g_w = None
-        gates = (weights @ spread).to(gy.dtype) if need_B or need_low else None
+        gates = (weights @ spread).to(gy.dtype)
         if need_B:
             g_B = _outer(low * gates, gy, bt).to(ctx.master)
         if need_low or need_w:
@@ -172,7 +172,7 @@ def down(x: Tensor, A: Tensor, gate: Tensor | None) -> Projection:
         ``A x``, the logits in float32, and the cell for `up`.
     """
     cell = _Cell()
-    low, logits = _Down.apply(x, A, gate, cell)
+    low, logits = _Down.apply(x, A, gate, cell)  # type: ignore[no-untyped-call]
     return Projection(low, logits, cell)
 
 
@@ -204,7 +204,8 @@ def up(
     """
     cell = projection.cell if same_input else None
     gate_rows = projection.logits.shape[1]
-    return _Up.apply(x, W, bias, projection.low, weights, Bt, spread, cell, gate_rows)  # type: ignore[no-any-return]
+    y: Tensor = _Up.apply(x, W, bias, projection.low, weights, Bt, spread, cell, gate_rows)  # type: ignore[no-untyped-call]
+    return y
 
 
 def reference(

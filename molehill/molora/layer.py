@@ -296,7 +296,7 @@ class ExpandLinear(MoLoRALinear):
         assert self.group is not None
         self.group.route(x, None)
         rank, experts = self.bank.ranks[0], self.bank.n_experts
-        low = F.linear(self.dropout(x), self.bank.A.to(x.dtype)).unflatten(-1, (experts, rank))
+        low = F.linear(self.dropout(x), self.bank.A.to(x.dtype)).view(*x.shape[:2], experts, rank)
         Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype).view(experts, rank, -1)
         delta = torch.einsum("bter,ero->bteo", low, Bt)
         if len(self.bank.patch_expert):

@@ -71,7 +71,7 @@ class Router(nn.Module):
         """
         if self.uniform:
             heads = (self.scorer.heads,) if int(self.scorer.heads) > 1 else ()  # type: ignore[arg-type]
-            z = torch.zeros(1, 1, *heads, self.n_experts, device=ctx.x.device)  # type: ignore[arg-type]
+            z = torch.zeros(1, 1, *heads, self.n_experts, device=ctx.x.device)
             weights = torch.full_like(z, 1 / self.n_experts)
             return Route(z, weights, weights)
         z = self._score(ctx) if logits is None else logits

@@ -37,8 +37,8 @@ class LoRABank(nn.Module):
     """
 
     low_rank = True
-    patch_A: Tensor
-    patch_Bt: Tensor
+    patch_A: Tensor  # noqa: N815
+    patch_Bt: Tensor  # noqa: N815
     patch_expert: Tensor
     spread: Tensor
 
@@ -97,7 +97,7 @@ class LoRABank(nn.Module):
         """First GEMM: tokens ``[N, d_in]`` on all A rows and, when given, the router's rows ``[G, d_in]``."""
         return down(x, self.factors()[0], gate)
 
-    def combine(  # noqa: D417 - the arguments of `fused.up`
+    def combine(
         self, x: Tensor, W: Tensor, bias: Tensor | None, projection: Projection, weights: Tensor, *, same_input: bool
     ) -> Tensor:
         """Second GEMM: frozen output plus experts, ``[N, d_out]``; see `molehill.molora.fused.up`."""

@@ -46,4 +46,4 @@ class BlockFFN:
                 mend=f"Found first linears {expand or 'none'} and last linears {contract or 'none'} in a layer.",
             )
         roles: dict[str, Literal["plain", "expand", "contract"]] = dict.fromkeys(site_names, "plain")
-        return roles | dict.fromkeys(expand, "expand") | dict.fromkeys(contract, "contract")  # type: ignore[return-value]
+        return roles | dict.fromkeys(expand, "expand") | dict.fromkeys(contract, "contract")

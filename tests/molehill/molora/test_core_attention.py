@@ -1,0 +1,80 @@
+"""Attention by two products against torch's own, in float32 where the two must agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, adapted, base, batch, shake
+
+from molehill.molora import attention
+
+
+def states(model, embeddings, mask):
+    out = model(inputs_embeds=embeddings, attention_mask=mask)
+    return out[0]
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_outputs_and_gradients_are_those_of_sdpa(architecture, padding):
+    """Llama has grouped-query attention and a causal mask, GPT-2 a causal mask, BERT looks both ways."""
+    torch.manual_seed(0)
+    model = base(architecture)
+    assert model.config._attn_implementation == "sdpa"
+    embeddings = torch.randn(3, 9, 32, requires_grad=True)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    if padding != "none":
+        mask[1, slice(6, None) if padding == "right" else slice(3)] = 0
+    probe = torch.randn(3, 9, 1) * mask.unsqueeze(-1)  # what padding sees is nobody's business
+    found = []
+    for name in ("sdpa", attention.NAME):
+        if name == attention.NAME:
+            attention.register()
+            model.set_attn_implementation(name)
+        out = states(model, embeddings, mask if padding != "none" else None)
+        found.append(((out * mask.unsqueeze(-1)).detach(), *torch.autograd.grad((out * probe).sum(), embeddings)))
+    for mine, other in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.full((4, 4), -torch.inf, dtype=torch.float64).triu(1)
+    assert torch.autograd.gradcheck(lambda *qkv: attention._Attention.apply(*qkv, bias, 0.7), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *qkv: attention._Attention.apply(*qkv, None, 0.7), (q, k, v))
+
+
+def test_more_keys_than_queries_are_the_past():
+    """With a cache the queries are the last tokens: each sees all of the past and no later token."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 4) for n in (3, 7, 7))
+    module = torch.nn.Module()
+    module.is_causal = True
+    out, _ = attention._bmm_attention(module, q, k, v, None)
+    allowed = torch.ones(3, 7, dtype=torch.bool).tril(4)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "switched"),
+    [(torch.bfloat16, 128, True), (torch.bfloat16, attention.MAX_TOKENS + 1, False), (torch.float32, 128, False)],
+)
+def test_only_short_inputs_in_bf16_are_switched(dtype, length, switched):
+    model = base("llama", dtype=dtype)
+    attention.use_fast_attention(model, length)
+    assert (model.config._attn_implementation == attention.NAME) == switched
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapted_bf16_model_trains_with_it(architecture):
+    grads = []
+    for fast in (False, True):
+        model = shake(adapted(architecture, dtype=torch.bfloat16, selector="dense", rank=2), scale=0.1)
+        if fast:
+            attention.use_fast_attention(model.base, 16)
+        forward = model(**batch(architecture))
+        torch.nn.functional.cross_entropy(forward.logits, forward.labels).backward()
+        grads.append(model.grad.clone())
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.99

@@ -1,0 +1,96 @@
+"""Which modules are adapted, and what is said when none is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FFN, WIDTH, adapted, base, batch
+
+from molehill.errors import ModelError
+from molehill.molora.targets import find_sites
+
+LAST = {
+    "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "bert": {"query", "key", "value", "dense"},
+    "gpt2": {"c_attn", "c_proj", "c_fc"},
+}
+
+
+@pytest.mark.parametrize(("architecture", "per_layer"), [("llama", 7), ("bert", 6), ("gpt2", 4)])
+def test_all_linear_is_every_linear_inside_the_layers(architecture, per_layer):
+    sites = find_sites(base(architecture), "all-linear")
+    assert len(sites) == 2 * per_layer  # and neither the LM head nor the embeddings
+    assert {site.name.rpartition(".")[2] for site in sites} == LAST[architecture]
+    assert [site.layer for site in sites] == [0] * per_layer + [1] * per_layer
+    assert {site.n_layers for site in sites} == {2}
+
+
+def test_shapes_are_those_of_the_product_for_linear_and_conv1d():
+    gpt2, llama = (
+        {site.name.partition(".0.")[2]: (site.d_in, site.d_out) for site in find_sites(base(model), "all-linear")}
+        for model in ("gpt2", "llama")
+    )
+    assert gpt2["attn.c_attn"] == (WIDTH, 3 * WIDTH)
+    assert (gpt2["mlp.c_fc"], gpt2["mlp.c_proj"]) == ((WIDTH, FFN), (FFN, WIDTH))
+    assert (llama["self_attn.k_proj"], llama["mlp.down_proj"]) == ((WIDTH, WIDTH // 2), (FFN, WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "expected"),
+    [
+        ("bert", ("query",), ["attention.self.query"]),
+        ("bert", ("attention.output.dense",), ["attention.output.dense"]),
+        ("bert", (r"(?<!attention\.)output\.dense",), ["output.dense"]),
+        ("bert", ("dense",), ["attention.output.dense", "intermediate.dense", "output.dense"]),
+        ("llama", ("q_proj", "self_attn.v_proj"), ["self_attn.q_proj", "self_attn.v_proj"]),
+        ("llama", (r"mlp\..*",), ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+        ("llama", r"[qv]_proj", ["self_attn.q_proj", "self_attn.v_proj"]),
+        ("gpt2", ("mlp.c_proj",), ["mlp.c_proj"]),
+    ],
+)
+def test_a_pattern_matches_an_end_of_the_path_at_a_dot(architecture, targets, expected):
+    names = [site.name for site in find_sites(base(architecture), targets, layers=[1])]
+    assert [name.partition(".1.")[2] for name in names] == expected
+
+
+def test_part_of_a_name_is_no_match():
+    with pytest.raises(ModelError):
+        find_sites(base("llama"), ("proj",))
+
+
+@pytest.mark.parametrize("targets", [("nothing",), ("q_proj", "nothing"), "nothing"])
+def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(targets):
+    with pytest.raises(ModelError, match=r"'nothing' matches no linear.*down_proj, gate_proj, k_proj") as caught:
+        find_sites(base("llama"), targets)
+    assert caught.value.where == "molora.targets"
+
+
+def test_a_layer_that_is_not_there_is_an_error():
+    with pytest.raises(ModelError, match=r"layers \[7\] hold no target.*The model has 2 layers") as caught:
+        find_sites(base("llama"), "all-linear", layers=[7])
+    assert caught.value.where == "molora.layers"
+
+
+def test_only_the_chosen_layers_are_adapted_and_none_below_is_differentiated():
+    model = adapted("llama", layers=(1,), experts=2, rank=2)
+    assert {site.site.layer for site in model.sites.values()} == {1}
+    states = []
+    for layer in model.base.model.layers:
+        layer.register_forward_hook(lambda _, __, out: states.append(out))
+    seen = []
+    model.sites["model.layers.1.self_attn.q_proj"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**batch()).logits.sum().backward()
+    assert [state.requires_grad for state in states] == [False, True]
+    assert [x.requires_grad for x in seen] == [False]
+    assert torch.count_nonzero(model.grad)
+
+
+def test_even_the_first_layer_needs_no_gradient_of_its_input():
+    model = adapted("bert", experts=2, rank=2)
+    inputs = {}
+    for name, site in model.sites.items():
+        site.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].requires_grad}))
+    model(**batch("bert")).logits.sum().backward()
+    assert sorted(name for name, wanted in inputs.items() if not wanted) == [
+        f"encoder.layer.0.attention.self.{name}" for name in ("key", "query", "value")
+    ]
