@@ -13,6 +13,24 @@ from molehill.wire.keys import Key
 Scope: TypeAlias = Literal["shared", "personal", "frozen"]
 
 
+class Hello(BaseModel):
+    """What a client says about itself.
+
+    Attributes:
+        client: Its id.
+        n_train: Training rows.
+        n_test: Held-out rows.
+        version: Version of Molehill it runs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    client: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}$")
+    n_train: int = Field(ge=0)
+    n_test: int = Field(ge=0)
+    version: str
+
+
 class ClientPlan(BaseModel):
     """Everything a client may not decide alone.
 

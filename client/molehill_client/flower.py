@@ -14,18 +14,11 @@ from flwr.clientapp import ClientApp
 
 import molehill
 from molehill.errors import MessageError
-from molehill.plan import ClientPlan
+from molehill.plan import ClientPlan, Hello
 from molehill_client.client import Client
 from molehill_client.together import baseline_together, share, train_together
 
 __all__ = ["ClientApp", "Context", "make_app"]
-
-
-class _Hello(BaseModel):
-    client: str
-    n_train: int
-    n_test: int
-    version: str
 
 
 def make_app(open_client: Callable[[Context], Client]) -> ClientApp:
@@ -68,7 +61,7 @@ class _App(ClientApp):
 
     def _hello(self, message: Message, context: Context) -> Message:
         client = self._open(context)
-        hello = _Hello(
+        hello = Hello(
             client=client.name,
             n_train=len(client.train_rows),
             n_test=len(client.test_rows),

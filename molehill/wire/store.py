@@ -27,9 +27,9 @@ def save_tree(path: Path, tree: Tree, meta: Mapping[str, str] | None = None) -> 
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         save_file({key.name: array for key, array in tree.items()}, part, metadata=dict(meta) if meta else None)
-        _sync(part)
+        sync(part)
         part.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -59,8 +59,8 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, str]]:
         ) from None
 
 
-def _sync(path: Path) -> None:
-    """Make sure that what was written survives a crash."""
+def sync(path: Path) -> None:
+    """Have the file system write a file, or a folder's entries, to the disk, so that it survives a crash."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

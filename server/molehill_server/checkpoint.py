@@ -8,7 +8,6 @@ written under another name, synced and renamed, so a folder named ``round-*`` is
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from molehill.errors import AdapterError, MessageError, ResumeError
 from molehill.wire.message import decode_tree, digest
-from molehill.wire.store import load_tree, save_tree
+from molehill.wire.store import load_tree, save_tree, sync
 from molehill.wire.tree import Tree
 from molehill_server.broadcast import Blob, patch_tree, tree_patches
 from molehill_server.records import Global
@@ -99,9 +98,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     }
     (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     for path in (*(scratch / "blobs").iterdir(), scratch / "blobs", scratch / _META, scratch):
-        _sync(path)  # trees are synced as they are written
+        sync(path)  # trees are synced as they are written
     scratch.rename(final)
-    _sync(folder)
+    sync(folder)
     for old in _committed(folder)[:-_KEEP]:
         shutil.rmtree(old)
     return final
@@ -173,12 +172,3 @@ def _blob(path: Path, max_bytes: int) -> Blob:
     if digest(data) != path.name:
         raise MessageError(f"{path.name[:12]} is damaged")
     return Blob(data, path.name, decode_tree(data, max_bytes))
-
-
-def _sync(path: Path) -> None:
-    """Have the file system write a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,29 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from molehill.errors import FederationError
+from molehill.plan import Hello
 from molehill_server.events import EventLog
 from molehill_server.transport import POLL, Collection, Outgoing, Patience, Transport
-
-
-class Hello(BaseModel):
-    """What a client says about itself.
-
-    Attributes:
-        client: Its id.
-        n_train: Training rows.
-        n_test: Held-out rows.
-        version: Version of Molehill it runs.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    client: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}$")
-    n_train: int = Field(ge=0)
-    n_test: int = Field(ge=0)
-    version: str
 
 
 class Roster:

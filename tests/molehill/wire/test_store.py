@@ -35,7 +35,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, small: Tree, m
     def fail(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_sync", fail)
+    monkeypatch.setattr(store, "sync", fail)
     with pytest.raises(KeyboardInterrupt):
         save_tree(path, Tree(small.layout))
     assert load_tree(path)[0].digest == small.digest
