@@ -12,25 +12,17 @@ Both sides run alternately (A B A B) on one thread; figures are medians.
 
 from __future__ import annotations
 
+from common import alternate, grown_by, in_own_process, show
+
+# Above numpy, since common sets the number of threads that numpy reads when it is imported.
+# isort: split
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from molehill.config import Federation
 from molehill.wire.keys import Key
@@ -89,22 +81,9 @@ def list_of_lists(held: list[Update], count: int) -> list[np.ndarray]:
     return [reduce(np.add, layers) / total for layers in zip(*weighted, strict=True)]
 
 
-def alternate(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds per call, taken in turns after one turn to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def peak(name: str, parameters: int, count: int) -> float:
     """Peak MiB above what is held before, measured in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, str(parameters), str(count)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(in_own_process("--peak", name, str(parameters), str(count)))
 
 
 def print_peak(name: str, parameters: int, count: int) -> None:
@@ -116,18 +95,7 @@ def print_peak(name: str, parameters: int, count: int) -> None:
         list_of_lists(held, 4)
     glob = model(parameters)
     held = clients(glob, routed=name == "routed")
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    if name == "flower":
-        list_of_lists(held, count)
-    else:
-        streaming(glob, held, count)
-    print((status("VmHWM") - before) / 1024)
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if field in line)
+    print(grown_by(lambda: list_of_lists(held, count) if name == "flower" else streaming(glob, held, count)))
 
 
 def averaging(parameters: int, count: int, rounds: int) -> dict[str, Any]:
@@ -192,28 +160,35 @@ def refactoring(width: int, count: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def show(mean: dict[str, Any], qr: dict[str, Any]) -> None:
+def print_tables(mean: dict[str, Any], qr: dict[str, Any]) -> None:
     """Two tables."""
-    console = Console()
-    table = Table("mean", "ms per update", "x flower", "x flat add", "peak MiB", "over the result")
+    rows = []
     for name in ("flower", "streaming", "routed", "flat add"):
         seconds = mean["seconds"][name]
         extra = mean["peak_mib"].get(name)
-        table.add_row(
-            name,
-            f"{1000 * seconds / mean['updates']:.2f}",
-            f"{mean['seconds']['flower'] / seconds:.2f}",
-            f"{seconds / mean['seconds']['flat add']:.2f}",
-            "" if extra is None else f"{extra:.0f}",
-            "" if extra is None else f"{extra - mean['result_mib']:.0f}",
+        rows.append(
+            [
+                name,
+                f"{1000 * seconds / mean['updates']:.2f}",
+                f"{mean['seconds']['flower'] / seconds:.2f}",
+                f"{seconds / mean['seconds']['flat add']:.2f}",
+                "" if extra is None else f"{extra:.0f}",
+                "" if extra is None else f"{extra - mean['result_mib']:.0f}",
+            ]
         )
-    console.print(f"{mean['updates']} updates of {mean['parameters']:,}; differ by {mean['largest_difference']:.1e}")
-    console.print(table)
-    table = Table("re-factorisation", "ms", "x dense svd")
-    for name, seconds in qr["seconds"].items():
-        table.add_row(name, f"{1000 * seconds:.1f}", f"{qr['seconds']['dense svd'] / seconds:.0f}")
-    console.print(f"d={qr['width']}, {qr['clients']} clients of rank {RANK}; differ by {qr['relative_difference']:.1e}")
-    console.print(table)
+    show(
+        f"{mean['updates']} updates of {mean['parameters']:,}; differ by {mean['largest_difference']:.1e}",
+        ["mean", "ms per update", "x flower", "x flat add", "peak MiB", "over the result"],
+        rows,
+    )
+    show(
+        f"d={qr['width']}, {qr['clients']} clients of rank {RANK}; differ by {qr['relative_difference']:.1e}",
+        ["re-factorisation", "ms", "x dense svd"],
+        [
+            [name, f"{1000 * seconds:.1f}", f"{qr['seconds']['dense svd'] / seconds:.0f}"]
+            for name, seconds in qr["seconds"].items()
+        ],
+    )
 
 
 def main() -> None:
@@ -231,7 +206,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"averaging": mean, "refactoring": qr}, indent=2))
     else:
-        show(mean, qr)
+        print_tables(mean, qr)
 
 
 if __name__ == "__main__":
