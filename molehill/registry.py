@@ -173,7 +173,7 @@ def parse_params(axis: str, name: str, values: Mapping[str, Any]) -> Any:
             f"unknown key {unknown[0]!r} for {axis} {name!r}", where=unknown[0], mend=f"Keys it takes: {allowed}."
         )
     try:
-        return _adapter(method.params).validate_python(dict(values))
+        return _adapter(method.params).validate_python(dict(values))  # type: ignore[arg-type]  # classes are hashable
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

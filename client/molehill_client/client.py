@@ -252,7 +252,7 @@ class Client:
         def closure() -> float:
             optimiser.zero_grad()
             loss = F.cross_entropy(F.linear(x / scale, weight, bias), y) + 1e-3 * weight.square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return float(loss.detach())
 
         optimiser.step(closure)  # type: ignore[no-untyped-call]

@@ -72,12 +72,11 @@ def simulate(
 
 def _with_engine(config: Config, world: World) -> Config:
     """The configuration with what ``engine`` leaves to us decided."""
-    clients = len(world.owners)
-    workers, together = config.engine.workers, config.engine.together
-    if workers == "auto":
-        workers = 1 if world.model.base_parameters < SMALL else min(cores(), clients)
-    if together == "auto":  # fuller products, while every worker still has a group of its own
-        together = 1 if world.model.base_parameters < SMALL else min(4, -(-clients // workers))
+    clients, given = len(world.owners), config.engine
+    small = world.model.base_parameters < SMALL
+    workers = given.workers if given.workers != "auto" else 1 if small else min(cores(), clients)
+    # Fuller products, while every worker still has a group of its own.
+    together = given.together if given.together != "auto" else 1 if small else min(4, -(-clients // workers))
     return config.model_copy(update={"engine": Engine(workers=workers, together=together)})
 
 

@@ -1,0 +1,113 @@
+"""Accuracy on `sample:reviews`: base, local-only, FedIT, MoLoRA global and personalised, over several seeds.
+
+    python benchmarks/quality.py --out runs/quality --seeds 3      # trains, then writes docs/reference/results.md
+    python benchmarks/quality.py --out runs/quality --table        # only rewrites the table from finished runs
+
+Every run keeps its folder, so an interrupted study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from molehill.config import Config, load
+from molehill_simulation.simulate import simulate
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reference" / "results.md"
+METHODS = {"fedit": ROOT / "configs" / "baselines" / "fedit.toml", "molora": ROOT / "configs" / "demo.toml"}
+ROWS = (  # name in the table, run it comes from, stage of that run
+    ("base (head only)", "molora", "base"),
+    ("local only (the same MoLoRA, alone)", "molora", "local"),
+    ("FedIT (one LoRA, averaged)", "fedit", "global"),
+    ("MoLoRA, global", "molora", "global"),
+    ("MoLoRA, personalised", "molora", "personalised"),
+)
+
+
+def study(seed: int, method: str, overrides: list[str]) -> Config:
+    """The configuration of one run."""
+    baselines = "true" if method == "molora" else "false"
+    return load(METHODS[method], [f"run.seed={seed}", f"evaluate.baselines={baselines}", *overrides])
+
+
+def run(config: Config, out: Path) -> None:
+    """Run, or go on with, one study."""
+    if not (out / "summary.json").exists():
+        simulate(config, out)
+
+
+def scores(out: Path, stage: str, what: str) -> list[float]:
+    """One figure of every client."""
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [e["stages"][stage][what] for e in events if e["event"] == "evaluation"]
+
+
+def table(folder: Path, seeds: Iterable[int]) -> list[list[str]]:
+    """Rows of the table."""
+    seeds = list(seeds)
+    rows = []
+    for name, method, stage in ROWS:
+        outs = [folder / f"{method}-{seed}" for seed in seeds]
+        accuracy = [scores(out, stage, "accuracy") for out in outs]
+        f1 = [scores(out, stage, "macro_f1") for out in outs]
+        summaries = [json.loads((out / "summary.json").read_text(encoding="utf-8")) for out in outs]
+        alone = stage in {"base", "local"}
+        rows.append(
+            [
+                name,
+                over(map(statistics.mean, accuracy)),
+                over(map(min, accuracy)),
+                over(map(statistics.mean, f1)),
+                over(map(min, f1)),
+                "0" if alone else megabytes(summaries, "bytes_up"),
+                "0" if alone else megabytes(summaries, "bytes_down"),
+            ]
+        )
+    return rows
+
+
+def over(values: Iterable[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    figures = list(values)
+    spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
+    return f"{statistics.mean(figures):.3f} ± {spread:.3f}"
+
+
+def megabytes(summaries: list[dict[str, Any]], key: str) -> str:
+    """Mean over seeds, in MB (10^6 bytes)."""
+    return f"{statistics.mean(summary[key] for summary in summaries) / 1e6:.2f}"
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    echo = Console().print
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    arguments = parser.parse_args()
+    for seed in range(arguments.seeds):
+        for method in METHODS:
+            if not arguments.table:
+                echo(f"{method}, seed {seed}")
+                run(study(seed, method, arguments.overrides), arguments.out / f"{method}-{seed}")
+    head = ["", "accuracy", "worst client", "macro-F1", "worst client", "MB up", "MB down"]
+    lines = [head, ["---"] * len(head), *table(arguments.out, range(arguments.seeds))]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    before, marker, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    after = rest.partition("<!-- end -->")[2]
+    PAGE.write_text(f"{before}{marker}\n{text}\n\n<!-- end -->{after}", encoding="utf-8")
+    echo(text)
+
+
+if __name__ == "__main__":
+    main()
