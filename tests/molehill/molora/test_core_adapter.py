@@ -41,7 +41,7 @@ def patches_for(model, name, expert, rank=2):
     return {(name, expert): (A.astype(np.float32), B.astype(np.float32))}
 
 
-# ---- round trips ----------------------------------------------------------------------------------------------------
+# ---- round trips ----
 
 
 PAIRS = {(preset, ARCHITECTURES[i % 3]) for i, preset in enumerate(PRESETS)} | {("molora", a) for a in ARCHITECTURES}
@@ -81,7 +81,7 @@ def test_personal_residuals_stay_at_home(tmp_path):
     assert not any("residual" in name for name in names)
 
 
-# ---- peft on the other side -----------------------------------------------------------------------------------------
+# ---- peft on the other side ----
 
 
 @PEFT_NOISE
@@ -138,7 +138,7 @@ def test_an_adapter_stored_in_bf16_can_come_in(tmp_path):
     np.testing.assert_array_equal(read[1], 2 * B.float())
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- what is refused ----
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_parameters_cannot_be_mixed_by_token():
         logits(model)
 
 
-# ---- vectors --------------------------------------------------------------------------------------------------------
+# ---- vectors ----
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -148,7 +148,7 @@ def test_equal_vectors_rescale_the_frozen_output_whatever_the_route(architecture
         assert_close(site(x), expected)
 
 
-# ---- scopes ---------------------------------------------------------------------------------------------------------
+# ---- scopes ----
 
 
 @pytest.mark.parametrize(("scope", "routes"), [("site", 14), ("block", 4), ("layer", 2), ("model", 1)])
@@ -191,7 +191,7 @@ def test_a_shared_route_needs_equal_numbers_of_experts():
         adapted("llama", preset="mola", scope="model")
 
 
-# ---- residuals ------------------------------------------------------------------------------------------------------
+# ---- residuals ----
 
 
 @pytest.mark.parametrize("scorer", ["linear", "mixture"])
