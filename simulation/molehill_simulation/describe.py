@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
-from molehill.config import Config, MethodRef
+from molehill.config import Config, MethodRef, MoLoRA
 from molehill.molora.build import wrap
+from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import load_base
 from molehill_simulation.text import megabytes
 
@@ -27,27 +30,57 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ConfigError: The parts of the adapter do not fit each other.
     """
     data, molora, train, federation = config.data, config.molora, config.train, config.federation
-    plain = molora.experts == 1 and not molora.shared
-    shared = f" and {molora.shared} always-on" if molora.shared else ""
-    experts = "one LoRA" if plain else f"{molora.experts} routed{shared}"
+    model = None
+    if config.base.model.startswith("sample:") or Path(config.base.model).expanduser().is_dir():
+        model = wrap(load_base(config.base, config.task).model, molora, gate=config.personal.gate, seed=config.run.seed)
+    plain = molora.experts == 1 and not molora.shared if model is None else not model.routers
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
     rows = [
         ("run", f"{config.run.name}: {config.run.rounds} rounds, seed {config.run.seed}"),
         ("base", f"{config.base.model}, {config.base.precision} on {config.base.device}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
         ("data", f"{data.source} dealt to {data.clients} clients by {_show(data.partition)}"),
-        ("experts", f"{experts} of rank {molora.rank} on {targets}"),
+        ("experts", f"{_planned(molora) if model is None else _dealt(model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
         ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),
         ("training", f"{train.steps} steps of {train.batch_size * train.accumulation} rows, lr {train.lr:g}"),
         ("federation", f"{_show(federation.policy)}: {_merge(config)}"),
         ("wire", f"{_show(config.wire.up)} up, {_show(config.wire.down)} down"),
     ]
-    if config.base.model.startswith("sample:") or Path(config.base.model).expanduser().is_dir():
-        model = wrap(load_base(config.base, config.task).model, molora, gate=config.personal.gate, seed=config.run.seed)
+    if model is not None:
         count = model.n_parameters
         rows.insert(5, ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart"))
     return rows
+
+
+def _planned(molora: MoLoRA) -> str:
+    """The experts before an allocation has seen the sites."""
+    shared = f" and {molora.shared} always-on" if molora.shared else ""
+    experts = "one LoRA" if molora.experts == 1 and not shared else f"{molora.experts} routed{shared}"
+    dealt = "" if molora.allocation.name == "uniform" else f" before {_show(molora.allocation)},"
+    return f"{experts} of rank {molora.rank}{dealt}"
+
+
+def _dealt(model: MoLoRAModel) -> str:
+    """The experts that the sites have; as a range where they differ."""
+    sites = model.sites.values()
+    lone = not model.routers and not any(site.shared for site in sites)
+    parts = []
+    for kind, groups in (
+        ("routed", [site.bank.ranks[site.shared :] for site in sites]),
+        ("always-on", [site.bank.ranks[: site.shared] for site in sites]),
+    ):
+        present = [ranks for ranks in groups if ranks]
+        if present:
+            number = "one LoRA" if lone else f"{_range(map(len, present))} {kind}"
+            low_rank = all(site.bank.low_rank for site in sites)
+            parts.append(f"{number} of rank {_range(chain(*present))}" if low_rank else f"{number} vectors")
+    return " and ".join(parts)
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _merge(config: Config) -> str:

@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 
 import pytest
+import tiny_world
 from typer.testing import CliRunner
 
 from molehill import __version__, registry
@@ -222,6 +223,31 @@ def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_pat
     wrong = run("check", path)
     assert wrong.exit_code == 4
     assert "qeury" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("preset", "text"),
+    [
+        ("mola", "2 to 6 routed of rank 8 on"),
+        ("deepseek", "32 routed of rank 2 and 1 always-on of rank 8 on"),
+        ("lora", "one LoRA of rank 8 on"),
+        ("mov", "routed vectors on"),
+    ],
+)
+def test_check_tells_what_every_site_gets(tmp_path, preset, text):
+    base = tiny_world.save_base(tmp_path / "base", "llama")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[base]\nmodel = "{base}"\n[task]\nkind = "causal-lm"\nmax_length = 32\n[molora]\npreset = "{preset}"\n'
+    )
+    result = run("check", path)
+    assert text in " ".join(result.stdout.split()), result.output
+
+
+def test_check_of_a_base_elsewhere_names_the_allocation(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[base]\nmodel = "a/b"\n[molora]\npreset = "mola"\n')
+    assert "5 routed of rank 8 before by_depth(experts=[2, 4, 6, 8]), on" in run("check", path).stdout
 
 
 def test_check_refuses_what_cannot_work(tmp_path):
