@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from molehill import registry
 from molehill.config import MoLoRA
+from molehill.errors import ConfigError
 from molehill.molora.build import wrap
 
 
@@ -57,6 +58,14 @@ def test_greedy_steps_are_the_generated_tokens():
         logits = greedy.step(model.base, text, torch.ones_like(text, dtype=torch.bool))
         text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(text, generated)
+
+
+def test_selectors_that_look_ahead_do_not_generate():
+    model = _model()
+    next(iter(model.routers.values())).router.selector.causal = False
+    text = torch.randint(3, 48, (1, 5))
+    with pytest.raises(ConfigError, match="is not causal"):
+        registry.build("inference", "greedy").step(model.base, text, torch.ones_like(text, dtype=torch.bool))
 
 
 def test_patches_of_a_routed_block_are_ranks_that_do_not_learn():
