@@ -10,11 +10,15 @@ from typing import Protocol, runtime_checkable
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from molehill_server.transport import Incoming, Outgoing
 
 __all__ = ["Context", "Grid", "GridTransport", "ServerApp"]
+
+# What Flower itself answers in place of a client that will not.
+_LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
 
 @runtime_checkable
@@ -79,9 +83,10 @@ class GridTransport:
         self._clock.wait(seconds)
 
 
-def _read(reply: Message) -> tuple[str | None, str]:
+def _read(reply: Message) -> tuple[str | None, str, bool]:
     if reply.has_error():
-        return None, reply.error.reason or f"failed with code {reply.error.code}"
+        reason = reply.error.reason or f"failed with code {reply.error.code}"
+        return None, reason, reply.error.code in _LOST
     record = reply.content.get("reply")
     text = record.get("json") if isinstance(record, ConfigRecord) else None
-    return (text, "") if isinstance(text, str) else (None, "its reply holds no JSON")
+    return (text, "", False) if isinstance(text, str) else (None, "its reply holds no JSON", False)

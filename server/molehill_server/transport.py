@@ -41,11 +41,13 @@ class Incoming:
         reply_to: Id of the message it answers.
         text: JSON of the reply; None when the client failed.
         error: Why the client failed; empty when it did not.
+        lost: The transport's word that the client will never answer, for example since its node is gone.
     """
 
     reply_to: str
     text: str | None
     error: str = ""
+    lost: bool = False
 
 
 class Transport(Protocol):
@@ -119,7 +121,7 @@ class Collection:
 
     @property
     def missing(self) -> list[str]:
-        """Clients that could not be reached or have not answered."""
+        """Clients that could not be reached, were lost or have not answered."""
         return self.unreached + list(self._pending.values())
 
     def accept(self) -> None:
@@ -150,7 +152,11 @@ class Collection:
         replies = []
         for reply in self._transport.pull(wanted):
             if reply.reply_to in self._pending:
-                replies.append((self._pending.pop(reply.reply_to), reply))
+                client = self._pending.pop(reply.reply_to)
+                if reply.lost:
+                    self.unreached.append(client)
+                else:
+                    replies.append((client, reply))
             else:
                 self._late.discard(reply.reply_to)
                 self.overdue.append(reply)

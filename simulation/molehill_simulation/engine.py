@@ -23,7 +23,7 @@ from molehill_simulation.flower import (
     ray_engine,
 )
 from molehill_simulation.grid import LocalGrid
-from molehill_simulation.scenario import ScenarioApp
+from molehill_simulation.scenario import Reported, ScenarioApp
 from molehill_simulation.worker import Job
 from molehill_simulation.workers import Workers
 
@@ -102,7 +102,7 @@ def run_ray(
     """
     exchange = out.resolve() / "exchange"
     run_config = _run_config(config, out, f"folder:{exchange}")
-    clients = ScenarioApp(client_app, config, time.sleep)
+    clients = Reported(ScenarioApp(client_app, config, time.sleep))
     patient: RunConfig = {**run_config, "grace": config.round.deadline}
     with _observed(observer):
         ray_engine(server_app, clients, config.data.clients, patient, run_config, resources or {"num_cpus": 1})

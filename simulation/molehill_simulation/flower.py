@@ -39,6 +39,7 @@ __all__ = [
     "error_reply",
     "identify",
     "isolated",
+    "lost_reply",
     "pack",
     "ray_engine",
     "set_identity",
@@ -94,6 +95,11 @@ def unpack(data: bytes) -> Message:
 def error_reply(reason: str, message: Message) -> Message:
     """The reply that Flower makes when a ClientApp raises."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def lost_reply(reason: str, message: Message) -> Message:
+    """The reply that Flower makes in place of a node that is gone."""
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
 
 
 class _Configured(ClientApp):

@@ -20,7 +20,7 @@ from molehill.wire.keys import Key
 from molehill.wire.message import decode_delta, encode_delta
 from molehill.wire.tree import Tree
 from molehill_protos.v1 import delta_pb2
-from molehill_simulation.flower import ClientApp, ConfigRecord, Context, Message, RecordDict
+from molehill_simulation.flower import ClientApp, ConfigRecord, Context, Message, RecordDict, lost_reply
 from molehill_simulation.stage import NoReply, call
 
 _EXACT = MethodRef(name="fp32")
@@ -120,6 +120,25 @@ class ScenarioApp(ClientApp):
         if fortune.delay:
             self._late(fortune.delay)
         return reply
+
+
+class Reported(ClientApp):
+    """For engines that answer every message: of a client that vanished they say so, as Flower does of a lost node.
+
+    Args:
+        app: The ClientApp, which raises `NoReply`.
+    """
+
+    def __init__(self, app: ClientApp) -> None:
+        super().__init__()
+        self._app = app
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Run the ClientApp."""
+        try:
+            return self._app(message, context)
+        except NoReply as fate:
+            return lost_reply(str(fate), message)
 
 
 def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:

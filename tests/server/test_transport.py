@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -97,6 +98,15 @@ def test_what_comes_too_late_is_seen_in_a_later_round_but_not_used():
     assert got == ["c1"]
     assert [reply.reply_to for reply in collection.overdue] == ["1.0/2"]
     assert late == set()
+
+
+def test_who_is_lost_is_missing_and_not_waited_for():
+    transport = Clockwork({1: 0, 2: 1, 3: 2})
+    real = transport.pull
+    transport.pull = lambda ids: [replace(reply, lost="/2" in reply.reply_to) for reply in real(ids)]
+    got, collection = collect(transport, Patience(100, 3, 1))
+    assert (got, collection.missing) == (["c1", "c3"], ["c2"])
+    assert transport.time < 4
 
 
 def log(tmp_path):

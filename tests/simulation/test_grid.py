@@ -13,6 +13,7 @@ from molehill_server.flower import GridTransport
 from molehill_server.transport import Outgoing
 from molehill_simulation.flower import context_of
 from molehill_simulation.grid import LocalGrid
+from molehill_simulation.scenario import Reported
 from molehill_simulation.stage import FIRST_NODE, NoReply
 
 
@@ -200,3 +201,14 @@ def test_the_transport_uses_the_grids_clock_and_reads_replies():
     empty = GridTransport(grid(lambda msg, context: RecordDict()))
     (reply,) = empty.pull({empty.push(Outgoing(FIRST_NODE, "train", "1.0", "", 10.0))})
     assert (reply.text, reply.error) == (None, "its reply holds no JSON")
+    assert not reply.lost
+
+
+def test_on_engines_that_answer_everything_who_vanished_is_lost():
+    def app(msg, context):
+        raise NoReply("not reachable")
+
+    one = LocalGrid(Reported(app), 1, {})
+    transport = GridTransport(one)
+    (reply,) = transport.pull({transport.push(Outgoing(FIRST_NODE, "train", "1.0", "", 10.0))})
+    assert (reply.text, reply.error, reply.lost) == (None, "not reachable", True)
