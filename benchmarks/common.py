@@ -1,0 +1,71 @@
+"""What the benchmarks share: alternating measurement, peak memory of a process of its own, and a table.
+
+Two ways to do a thing are compared by running them in turns (A B A B) and taking medians, so that a machine that
+gets slower or faster in between does so for both.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds per call, taken in turns after one turn to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if turn:
+                times[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """Processor time for one thread, which other programs do not disturb; wall time for several."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def in_own_process(*arguments: str) -> str:
+    """Run the calling script again with ``arguments`` and return what it prints."""
+    command = [sys.executable, sys.argv[0], *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def grown_by(call: Callable[[], Any]) -> float:
+    """MiB by which this process grows at most while ``call`` runs (Linux)."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    call()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in KiB."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if field in line)
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; all columns but the first are numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
