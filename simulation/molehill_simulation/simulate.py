@@ -74,7 +74,8 @@ def _with_engine(config: Config, world: World) -> Config:
     """The configuration with what ``engine`` leaves to us decided."""
     clients, given = len(world.owners), config.engine
     small = world.model.base_parameters < SMALL
-    workers = given.workers if given.workers != "auto" else 1 if small else min(cores(), clients)
+    alone = small or world.model.flat.is_cuda  # one GPU holds one base
+    workers = given.workers if given.workers != "auto" else 1 if alone else min(cores(), clients)
     # Fuller products, while every worker still has a group of its own.
     together = given.together if given.together != "auto" else 1 if small else min(4, -(-clients // workers))
     return config.model_copy(update={"engine": Engine(workers=workers, together=together)})

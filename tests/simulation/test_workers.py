@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_world
+import torch
 import toy_app
 from toy_federation import config, write_initial
 
@@ -19,6 +21,7 @@ from molehill.errors import FederationError
 from molehill.wire.store import load_tree
 from molehill_server import app as server
 from molehill_simulation.engine import run_local
+from molehill_simulation.simulate import simulate
 from molehill_simulation.worker import read_frame, write_frame
 
 FOUL = {"availability": 0.8, "dropout": 0.2, "stragglers": 0.3, "delay": 1.0, "garbage": {"client-1": "nan"}}
@@ -94,6 +97,24 @@ def test_an_interrupt_ends_the_workers(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(workers_of(config()), tmp_path, interrupt)
     assert children() == before
+
+
+def test_real_clients_in_companies_come_out_alike_wherever_they_train(tmp_path):
+    torch.set_num_threads(1)
+    base = tiny_world.save_base(tmp_path / "bert", "bert")
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(80))
+    finals = {}
+    for workers, together in ((1, 1), (1, 2), (2, 2)):
+        tiny_world.forget()
+        engine = {"workers": workers, "together": together}
+        settings = tiny_world.config(
+            base, rows, data={"clients": 4}, wire={"up": "fp32", "down": "fp32"}, engine=engine
+        )
+        out = tmp_path / f"{workers}-{together}"
+        simulate(settings, out)
+        finals[workers, together] = load_tree(out / "final.safetensors")[0].flat
+    assert np.array_equal(finals[1, 2], finals[2, 2])
+    assert np.linalg.norm(finals[1, 2] - finals[1, 1]) <= 1e-5 * np.linalg.norm(finals[1, 1])
 
 
 def test_frames():
