@@ -43,9 +43,13 @@ def clock_for(threads: int) -> Callable[[], float]:
 
 
 def in_own_process(*arguments: str) -> str:
-    """Run the calling script again with ``arguments`` and return what it prints."""
+    """Run the calling script again with ``arguments`` and return what it prints.
+
+    The allocator gives large blocks back at once there, so that a peak is what was held and not what it kept.
+    """
     command = [sys.executable, sys.argv[0], *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def grown_by(call: Callable[[], Any]) -> float:

@@ -209,6 +209,7 @@ def _accumulate(
         parts = forward.by_client(len(batches), len(batches[0]))
         values = [torch.stack([objective(part) for part in parts])]
         values += [torch.stack([function(part.records) for part in parts]) for _, _, function in losses]
+        del forward, parts  # the logits are the largest tensor of a pass, and the backward needs them no more
         weights = shares.to(model.flat.device)
         loss = values[0] + sum(coef * value for (_, coef, _), value in zip(losses, values[1:], strict=True))
         with warnings.catch_warnings():

@@ -9,6 +9,7 @@ from tiny_models import ARCHITECTURES, adapted, base, batch, shake
 
 from molehill import registry
 from molehill.molora.forward import Forward
+from molehill_client.objectives.nll import nll
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,16 @@ def test_sft_is_the_mean_negative_log_probability(drawn):
     logits, labels, _ = drawn
     expected = -logits.log_softmax(-1)[torch.arange(6), labels].mean()
     torch.testing.assert_close(objective("sft")(forward_of(logits, labels)), expected)
+
+
+def test_the_negative_log_likelihood_is_that_of_torch(drawn):
+    logits, labels, _ = drawn
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: nll(z, labels), logits)
+    ours, theirs = nll(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    probe = torch.randn(6, dtype=torch.float64)
+    torch.testing.assert_close(*(torch.autograd.grad((y * probe).sum(), logits)[0] for y in (ours, theirs)))
 
 
 def test_the_gradient_of_dft_is_that_of_sft_times_the_probability(drawn):
@@ -86,4 +97,3 @@ def test_the_loss_of_a_decoder_is_transformers_own():
             input_ids=at["input_ids"], attention_mask=at["attention_mask"].long(), labels=at["labels"]
         ).loss
     torch.testing.assert_close(objective("sft")(model(**at)).detach(), expected)
-    assert F.cross_entropy(model(**at).logits, model(**at).labels) == objective("sft")(model(**at))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill.registry import register
+from molehill_client.objectives.nll import nll
 
 
 @register(
@@ -22,5 +22,5 @@ class DFT:
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return the loss of one pass."""
-        nll = F.cross_entropy(forward.logits, forward.labels, reduction="none")
-        return (nll.detach().neg().exp() * nll).mean()
+        loss = nll(forward.logits, forward.labels)
+        return (loss.detach().neg().exp() * loss).mean()

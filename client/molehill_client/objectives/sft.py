@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill.registry import register
+from molehill_client.objectives.nll import nll
 
 
 @register("objective", "sft", paper="house: plain cross-entropy")
@@ -15,4 +15,4 @@ class SFT:
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return ``mean(-log p(y))``."""
-        return F.cross_entropy(forward.logits, forward.labels)
+        return nll(forward.logits, forward.labels).mean()
