@@ -24,7 +24,6 @@ from molehill import config
 from molehill.errors import ConfigError, ModelError
 
 _SAMPLE = "sample:minilm"
-_ALIGNMENT = 64  # bytes, of what torch allocates
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -92,11 +91,6 @@ def load_base(base: config.Base, task: config.Task) -> LoadedBase:
     model.config.pad_token_id = tokenizer.pad_token_id
     model.train(mode=False).requires_grad_(requires_grad=False)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps the method and hides its signature
-    for parameter in model.parameters():
-        # A tensor keeps its place in the file that was mapped, and matrix products round by alignment: with one of its
-        # own, every process computes the same.
-        if parameter.data_ptr() % _ALIGNMENT:
-            parameter.data = parameter.data.clone()
     return LoadedBase(model, tokenizer, BaseInfo(name, revision, digest(files)), _pooling(task, settings))
 
 
