@@ -52,20 +52,29 @@ class ByHand:
         self.set({**self.shared, **self.own[owner.name]})
         rows = self.world.task.encode(owner.train)
         number = seed(self.config, number, owner.name)
-        tokens = self.steps(rows, number, STEPS, set(self.shared), decay=0.0)
-        self.steps(rows, seed_for(number, "personal"), OWN_STEPS, self.personal, decay=DECAY)
+        tokens = self.steps(rows, number, STEPS, set(self.parameters))
+        self.steps(rows, seed_for(number, "personal"), OWN_STEPS, self.personal)
         values = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.own[owner.name] = {name: values[name] for name in self.personal}
         return len(rows), tokens, values
 
-    def steps(self, rows, number, count, names, decay):
-        """AdamW on some of the parameters; returns the tokens that went to every expert."""
+    def steps(self, rows, number, count, names):
+        """AdamW on some of the parameters; returns the tokens that went to every expert.
+
+        Residuals rest in even steps and what they are added to in odd ones, where both learn.
+        """
         learning = [self.parameters[name] for name in names]
-        optimiser = torch.optim.AdamW(learning, lr=LR, weight_decay=decay, fused=False, foreach=False)
+        groups = [
+            {"params": [self.parameters[name]], "weight_decay": DECAY if name in self.personal else 0.0}
+            for name in names
+        ]
+        optimiser = torch.optim.AdamW(groups, lr=LR, fused=False, foreach=False)
+        both = names == set(self.parameters)
+        partners = {name for name in self.shared if "scorer" in name or name.startswith("head")}
         part = self.config.train
         batches = iter(Batches(rows, part.batch_size, number, self.world.task))
         tokens = {site: torch.zeros(EXPERTS) for site in self.model.sites}
-        for _ in range(count):
+        for step in range(count):
             for p in self.parameters.values():
                 p.grad.zero_()
             for batch in islice(batches, part.accumulation):
@@ -74,7 +83,13 @@ class ByHand:
                     tokens[record.site.name] += record.route.weights.detach()[batch.attention_mask].sum(0)
                 (functional.cross_entropy(out.logits, batch.labels) / part.accumulation).backward()
             torch.nn.utils.clip_grad_norm_(learning, CLIP)
+            resting = (self.personal if step % 2 == 0 else partners) if both else set()
+            kept = {name: self.parameters[name].grad for name in resting}
+            for name in resting:
+                self.parameters[name].grad = None
             optimiser.step()
+            for name, grad in kept.items():
+                self.parameters[name].grad = grad
         return tokens
 
     def mean(self, name, results):
