@@ -192,19 +192,24 @@ class Personal(Section):
     """What every client keeps for itself.
 
     Attributes:
-        gate: ``anchored``: the router is averaged and every client adds a residual of its own; ``personal``: the
+        gate: ``anchored``: the router is averaged, and every client fits a residual of its own to the final model;
+            ``personal``: the
             whole router stays (the global model mixes uniformly); ``global``: nothing of the router stays;
             ``mixture``: sub-routers are averaged, the main router stays (needs ``scorer = "mixture"``).
         head: The same choice for the classification head.
         decay: L2 pull of the residuals towards zero, per step and unit of learning rate.
-        steps: Extra steps per round in which only personal tensors learn. In the other steps a residual and what it
-            is added to take turns: no step moves both, so an update that is sent is not the residual's own.
+        steps: Steps in which a client fits its residuals, after the rounds and on its own rows. No step moves a
+            residual and what is sent: the deltas are the same whether a client has residuals or not.
+        gate_lr: Peak learning rate of a gate's residual; it falls linearly.
+        head_lr: The same for the head's.
     """
 
     gate: Literal["anchored", "personal", "global", "mixture"] = "anchored"
     head: Literal["anchored", "personal", "global"] = "anchored"
     decay: float = Field(default=0.1, ge=0)
-    steps: int = Field(default=0, ge=0)
+    steps: int = Field(default=16, ge=0)
+    gate_lr: float = Field(default=3e-3, gt=0)
+    head_lr: float = Field(default=1e-3, gt=0)
 
 
 class Train(Section):

@@ -20,7 +20,7 @@ from molehill.wire.keys import Key
 from molehill.wire.message import Delta, decode_tree, encode_delta
 from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.state import PersonalState, StateStore
-from molehill_client.together import baseline_together, train_together
+from molehill_client.together import baseline_together, evaluate_together, train_together
 from molehill_client.trainer import Observer, Result
 from molehill_client.workbench import Workbench
 
@@ -82,32 +82,11 @@ class Client:
         return train_together([self], [plan])[0]
 
     def evaluate(self, plan: ClientPlan) -> EvaluationReply:
-        """Score the global and the personalised model on this client's held-out rows."""
-        started = time.monotonic()
-        config, model = self.bench.config, self.bench.model
-        self._check(plan)
-        state = self.store.before(plan.round + 1)
-        self._receive(plan, state)
-        # What every client gets: no personal tensors. A head that nobody shares is the exception, since without
-        # one there is nothing to score; of a gate that nobody shares, all experts (or sub-routers) weigh alike.
-        keeps = {key.kind for key in self.bench.initial if plan.scope(key) == "personal"}
-        model.load({key: value for key, value in state.tree.items() if key.kind == "head" and "head" in keeps})
-        model.use_personal(gate=False, head=False)
-        model.use_uniform_gate("gate" in keeps and config.personal.gate != "mixture")
-        if config.personal.gate == "mixture":
-            main = self.bench.initial.select(lambda key: key.role.startswith("gate.main"))
-            model.load(Tree(main.layout))
-        stages = {"global": self.score()}
-        model.use_uniform_gate(uniform=False)
-        model.use_personal(gate=True, head=True)
-        model.load(state.tree)
-        model.count_tokens(on=True)
-        stages["personalised"] = self.score()
-        model.count_tokens(on=False)
-        tokens: dict[str, float] = {}
-        for (_, expert), mass in model.tokens().items():
-            tokens[expert] = tokens.get(expert, 0.0) + mass
-        return self.evaluation(stages, tokens, time.monotonic() - started)
+        """Fit the residuals to the model as received, keep them, and score the global and the personalised model.
+
+        Only this client's held-out rows are scored, and only its training rows are fitted to.
+        """
+        return evaluate_together([self], [plan])[0]
 
     def baseline(self, plan: ClientPlan) -> EvaluationReply:
         """Train and score what this client could do alone.
@@ -135,13 +114,55 @@ class Client:
                 mend="Run the same configuration on server and clients.",
             )
 
-    def begin(self, plan: ClientPlan) -> Session:
-        """Put what the plan names, and the personal state, into the model."""
+    def begin(self, plan: ClientPlan, *, after: bool = False) -> Session:
+        """Put what the plan names, and the personal state without its residuals, into the model.
+
+        Args:
+            plan: The plan.
+            after: Start from the state after the plan's round, not before it.
+        """
         self._check(plan)
-        state = self.store.before(plan.round)
+        state = self.store.before(plan.round + after)
         bytes_down = self._receive(plan, state)
-        self.bench.model.load(state.tree)
+        self.bench.model.load({key: value for key, value in state.tree.items() if not key.residual})
         return Session(plan, state, bytes_down, self._shared(plan))
+
+    def keep(self, plan: ClientPlan, state: PersonalState) -> None:
+        """Save the personal tensors that are in the model as part of the state after the plan's round."""
+        state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal")
+        self.store.save(plan.round, state)
+
+    def globally(self, plan: ClientPlan) -> dict[str, Scores]:
+        """Score what every client gets: no personal tensors.
+
+        A head that nobody shares is the exception, since without one there is nothing to score; of a gate that nobody
+        shares, all experts (or sub-routers) weigh alike.
+        """
+        self._check(plan)
+        config, model = self.bench.config, self.bench.model
+        state = self.store.before(plan.round + 1)
+        self._receive(plan, state)
+        keeps = {key.kind for key in self.bench.initial if plan.scope(key) == "personal"}
+        model.load({key: value for key, value in state.tree.items() if key.kind == "head" and "head" in keeps})
+        model.use_personal(gate=False, head=False)
+        model.use_uniform_gate("gate" in keeps and config.personal.gate != "mixture")
+        if config.personal.gate == "mixture":
+            main = self.bench.initial.select(lambda key: key.role.startswith("gate.main"))
+            model.load(Tree(main.layout))
+        return {"global": self.score()}
+
+    def personally(self, stages: dict[str, Scores]) -> dict[str, float]:
+        """Score the model as it is, into ``stages``; returns the tokens that every expert got."""
+        model = self.bench.model
+        model.use_uniform_gate(uniform=False)
+        model.use_personal(gate=True, head=True)
+        model.count_tokens(on=True)
+        stages["personalised"] = self.score()
+        model.count_tokens(on=False)
+        tokens: dict[str, float] = {}
+        for (_, expert), mass in model.tokens().items():
+            tokens[expert] = tokens.get(expert, 0.0) + mass
+        return tokens
 
     def finish(self, session: Session, result: Result, seconds: float) -> ClientReply:
         """Send what was learnt and keep what is personal."""
@@ -162,7 +183,7 @@ class Client:
             memory,
         )
         digest = self.bench.exchange.put(blob)
-        state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal")
+        state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal" and not key.residual)
         state.memory = Tree.of(memory)
         self.store.save(plan.round, state)
         return ClientReply(

@@ -16,7 +16,7 @@ import molehill
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, Hello
 from molehill_client.client import Client
-from molehill_client.together import baseline_together, share, train_together
+from molehill_client.together import baseline_together, evaluate_together, share, train_together
 
 __all__ = ["ClientApp", "Context", "make_app"]
 
@@ -29,7 +29,7 @@ def make_app(open_client: Callable[[Context], Client]) -> ClientApp:
 
     Returns:
         An app that answers ``query.hello``, ``train``, ``train.baseline`` and ``evaluate``. An engine that holds
-        several clients may call its `together` for training messages.
+        several clients may call its `together` for plans.
     """
     return _App(open_client)
 
@@ -44,18 +44,21 @@ class _App(ClientApp):
         self.evaluate()(self._evaluate)
 
     def together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message | Exception]:
-        """Yield the reply to every training message, or why there is none; all are of one type.
+        """Yield the reply to every message with a plan, or why there is none; all are of one type.
 
         Raises:
             MessageError: A plan is malformed; called one by one, the other clients answer.
         """
-        outcomes: Sequence[BaseModel | Exception]
         clients = [self._open(context) for context in contexts]
         plans = [_plan(message) for message in messages]
-        if messages[0].metadata.message_type == "train":
-            outcomes = share(train_together, clients, plans)
-        else:
-            outcomes = share(baseline_together, clients, plans)
+        outcomes: Sequence[BaseModel | Exception]
+        match messages[0].metadata.message_type:
+            case "train":
+                outcomes = share(train_together, clients, plans)
+            case "train.baseline":
+                outcomes = share(baseline_together, clients, plans)
+            case _:
+                outcomes = share(evaluate_together, clients, plans)
         for message, outcome in zip(messages, outcomes, strict=True):
             yield outcome if isinstance(outcome, Exception) else _reply(outcome, message)
 

@@ -53,15 +53,44 @@ def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> li
         for number, (client, own) in enumerate(zip(clients, plans, strict=True)):
             model.select(number)
             sessions.append(client.begin(own))
-        seeds = [own.seed for own in plans]
-        results = _fit(clients, seeds, plan.scope, plan.steps, span, where)
-        if _personal_steps(clients[0], plan):
-            _adapt(clients, seeds, plan.scope, span, where)
+        model.use_personal(gate=False, head=False)
+        results = _fit(clients, [own.seed for own in plans], _in_rounds(plan), plan.steps, span, where)
         seconds = (time.monotonic() - started) / len(clients)
         replies = []
         for number, client in enumerate(clients):
             model.select(number)
             replies.append(client.finish(sessions[number], results[number], seconds))
+    return replies
+
+
+def evaluate_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
+    """`Client.evaluate` of clients that share a workbench: they fit their residuals in the same passes; see `may_share`.
+
+    Raises:
+        MessageError: A plan or its blobs do not fit its client.
+        TrainingError: A loss is not finite.
+    """
+    started = time.monotonic()
+    plan, model = plans[0], clients[0].bench.model
+    stages = [client.globally(own) for client, own in zip(clients, plans, strict=True)]
+    where = f"client {', '.join(client.name for client in clients)}, after round {plan.round}"
+    states = []
+    with _stacked(model, len(clients)):
+        for number, (client, own) in enumerate(zip(clients, plans, strict=True)):
+            model.select(number)
+            states.append(client.begin(own, after=True).state)
+        steps = _personal_steps(clients[0], plan)
+        if steps:
+            seeds = [seed_for(own.seed, "personal") for own in plans]
+            _fit(clients, seeds, _residuals(plan), steps, (0.0, 1.0), where, residuals=True)
+        trained = model.values.clone()
+    replies = []
+    for client, own, values, state, stage in zip(clients, plans, trained, states, stages, strict=True):
+        model.flat.copy_(values)
+        if steps:
+            client.keep(own, state)
+        tokens = client.personally(stage)
+        replies.append(client.evaluation(stage, tokens, (time.monotonic() - started) / len(clients)))
     return replies
 
 
@@ -78,7 +107,7 @@ def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) ->
     config, model = clients[0].bench.config, clients[0].bench.model
     stages = [client.base(plan) for client, plan in zip(clients, plans, strict=True)]
     clients[0].start_over()
-    steps = config.run.rounds * (config.train.steps + _personal_steps(clients[0], plans[0]))
+    steps = config.run.rounds * config.train.steps + _personal_steps(clients[0], plans[0])
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     fixed = registry.build("init", config.molora.init.name, config.molora.init.params).frozen
 
@@ -104,7 +133,7 @@ def share(
     """Work for clients in as few passes as possible: together where they may, else one after another.
 
     Args:
-        work: `train_together` or `baseline_together`.
+        work: `train_together`, `baseline_together` or `evaluate_together`.
         clients: The clients.
         plans: The plan of each.
 
@@ -160,9 +189,12 @@ def _fit(
     span: tuple[float, float],
     where: str,
     *,
-    routing: bool = True,
+    residuals: bool = False,
 ) -> list[Result]:
-    """Train the clients that are in the model; what is random follows from their seeds."""
+    """Train the clients that are in the model; what is random follows from their seeds.
+
+    Residuals are fitted to the objective alone, without the routing losses.
+    """
 
     def observe(step: int, steps: int) -> None:
         for client in clients:
@@ -176,8 +208,8 @@ def _fit(
             bench.model,
             [client.batches(seed) for client, seed in zip(clients, seeds, strict=True)],
             bench.objective(),
-            bench.losses() if routing else (),
-            bench.settings(),
+            () if residuals else bench.losses(),
+            bench.residual_settings() if residuals else bench.settings(),
             scope,
             steps=steps,
             progress=span,
@@ -186,26 +218,17 @@ def _fit(
         )
 
 
+def _in_rounds(plan: ClientPlan) -> Callable[[Key], Scope]:
+    """What learns in the rounds: all but residuals, so that what is sent does not depend on them."""
+    return lambda key: "frozen" if key.residual else plan.scope(key)
+
+
+def _residuals(plan: ClientPlan) -> Callable[[Key], Scope]:
+    """What learns when a client fits its residuals."""
+    return lambda key: plan.scope(key) if key.residual else "frozen"
+
+
 def _personal_steps(client: Client, plan: ClientPlan) -> int:
-    """Extra steps per round for what stays with the client; none when nothing does."""
-    kept = any(plan.scope(key) == "personal" for key in client.bench.model.layout)
-    return client.bench.config.personal.steps if kept else 0
-
-
-def _adapt(
-    clients: Sequence[Client],
-    seeds: Sequence[int],
-    scope: Callable[[Key], Scope],
-    span: tuple[float, float],
-    where: str,
-) -> None:
-    """Extra steps in which only personal tensors learn."""
-    _fit(
-        clients,
-        [seed_for(seed, "personal") for seed in seeds],
-        lambda key: "personal" if scope(key) == "personal" else "frozen",
-        clients[0].bench.config.personal.steps,
-        span,
-        f"{where}, personal steps",
-        routing=False,
-    )
+    """Steps in which residuals are fitted; none when the client has none."""
+    config, layout = client.bench.config, client.bench.model.layout
+    return config.personal.steps if any(_residuals(plan)(key) == "personal" for key in layout) else 0

@@ -51,8 +51,7 @@ class Settings:
     Attributes:
         rates: Peak learning rates.
         schedule: Shape over the whole run.
-        decay: Decoupled weight decay of shared tensors.
-        personal_decay: The same for residuals.
+        decay: Decoupled weight decay.
         clip: Largest gradient norm, or None.
         prox: FedProx coefficient mu.
         accumulation: Micro-batches per step.
@@ -61,7 +60,6 @@ class Settings:
     rates: Rates
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     decay: float = 0.0
-    personal_decay: float = 0.0
     clip: float | None = 1.0
     prox: float = 0.0
     accumulation: int = 1
@@ -86,8 +84,6 @@ class _Range(NamedTuple):
     start: int
     stop: int
     rate: float
-    decay: float
-    turn: int | None  # 0 learns in even steps, 1 in odd ones, None in all
 
 
 def schedule_factor(kind: str, progress: float) -> float:
@@ -137,7 +133,7 @@ def train(
     if not ranges:
         raise TrainingError("the plan trains no tensor", where=where, mend="Check federation.policy and personal.")
     anchor = model.values.clone() if settings.prox else None
-    optimiser = _optimiser(model, ranges)
+    optimiser = _optimiser(model, ranges, settings.decay)
     total = torch.zeros(1 + len(losses), len(streams))
     with _training(model, records=bool(losses)):
         for step in range(steps):
@@ -146,9 +142,6 @@ def train(
             factor = schedule_factor(settings.schedule, at)
             for group, part in zip(optimiser.param_groups, ranges, strict=True):
                 group["lr"] = part.rate * factor
-                rests = part.turn is not None and part.turn != step % 2
-                for view, grad in zip(group["params"], model.grads, strict=True):
-                    view.grad = None if rests else grad[part.start : part.stop]
             model.grads.zero_()
             found = _accumulate(model, streams, objective, losses, settings.accumulation)
             _require_finite(found[0].tolist(), where, step)
@@ -234,12 +227,9 @@ def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scop
         if scope(key) == "frozen":
             continue
         learns[slot.start : slot.stop] = True
-        residual = key.residual
-        decay = settings.personal_decay if residual else settings.decay
-        turn = int(residual) if _has_partner(model, key, scope) else None
-        part = _Range(slot.start, slot.stop, by_kind.get(key.kind, rates.experts), decay, turn)
+        part = _Range(slot.start, slot.stop, by_kind.get(key.kind, rates.experts))
         last = ranges[-1] if ranges else None
-        if last and last.stop == part.start and last[2:] == part[2:]:
+        if last and last.stop == part.start and last.rate == part.rate:
             ranges[-1] = last._replace(stop=part.stop)
         else:
             ranges.append(part)
@@ -248,24 +238,16 @@ def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scop
     return ranges
 
 
-def _has_partner(model: MoLoRAModel, key: Key, scope: Callable[[Key], Scope]) -> bool:
-    """Whether a residual and the tensor it is added to both learn.
-
-    They then take turns. In the same steps both would get the same gradients, and the update that is sent would be
-    the residual's own.
-    """
-    kind, _, name = key.role.partition(".")
-    role = f"{kind}.{name.removeprefix('residual.')}" if key.residual else f"{kind}.residual.{name}"
-    partner = key._replace(role=role)
-    return partner in model.slots and scope(partner) != "frozen"
-
-
-def _optimiser(model: MoLoRAModel, ranges: Sequence[_Range]) -> torch.optim.AdamW:
+def _optimiser(model: MoLoRAModel, ranges: Sequence[_Range], decay: float) -> torch.optim.AdamW:
     groups = []
     for part in ranges:
-        views = [torch.nn.Parameter(values[part.start : part.stop]) for values in model.values]
-        groups.append({"params": views, "lr": part.rate, "weight_decay": part.decay})
-    return torch.optim.AdamW(groups, fused=True)
+        views = []
+        for values, grads in zip(model.values, model.grads, strict=True):
+            view = torch.nn.Parameter(values[part.start : part.stop])
+            view.grad = grads[part.start : part.stop]
+            views.append(view)
+        groups.append({"params": views, "lr": part.rate})
+    return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 
 def _require_finite(losses: Sequence[float], where: str, step: int) -> None:

@@ -50,14 +50,24 @@ class Workbench:
         ]
 
     def settings(self) -> Settings:
-        """How the run trains."""
+        """How the rounds train."""
         part = self.config.train
         return Settings(
             rates=Rates(part.lr, part.router_lr or part.lr, part.head_lr or part.lr),
             schedule=part.schedule,
             decay=part.weight_decay,
-            personal_decay=self.config.personal.decay,
             clip=part.clip,
             prox=part.prox,
             accumulation=part.accumulation,
+        )
+
+    def residual_settings(self) -> Settings:
+        """How residuals are fitted to a model that stands still."""
+        part, train = self.config.personal, self.config.train
+        return Settings(
+            rates=Rates(train.lr, part.gate_lr, part.head_lr),
+            schedule="linear",
+            decay=part.decay,
+            clip=train.clip,
+            accumulation=train.accumulation,
         )

@@ -51,7 +51,7 @@ class LocalGrid(Grid):
         nodes: Number of clients; each finds ``partition-id`` and ``num-partitions`` in its node configuration.
         run_config: Run configuration of the clients.
         run_id: Number of the run.
-        together: Most training messages that are executed as one group.
+        together: Most messages with a plan that are executed as one group.
         crew: Executes the messages in place of this process. What a client keeps in its context is then forgotten
             between two messages.
     """
@@ -178,7 +178,7 @@ class LocalGrid(Grid):
         if found is None:
             return []
         group = [found]
-        if self._together > 1 and found.metadata.message_type.startswith("train"):
+        if self._together > 1 and not found.metadata.message_type.startswith("query"):
             group = [
                 message
                 for message in self._queue

@@ -92,12 +92,13 @@ def test_the_model_is_as_it_was_after_somebody_was_stopped_in_the_middle(house):
     np.testing.assert_array_equal(stopped.delta(stopped.client(1).train(stopped.plan(1))).tree.flat, want)
 
 
-def test_personal_state_is_where_the_next_round_starts(one):
-    one.client(0).train(one.plan(0))
+def test_personal_state_is_where_the_next_round_starts(house):
+    one, scopes = house(personal={"gate": "personal"}), GATES["personal"]
+    one.client(0).train(one.plan(0, scopes=scopes))
     before = one.client(0).store.before(2).tree
     assert before.flat.any()
-    assert {key.role.partition(".")[2].partition(".")[0] for key in before} == {"residual"}
-    one.client(0).train(one.plan(0, 2, seed=6))
+    assert {key.kind for key in before} == {"gate"}
+    one.client(0).train(one.plan(0, 2, seed=6, scopes=scopes))
     after = one.client(0).store.before(3).tree
     assert 0 < np.abs(after.flat - before.flat).max() < 0.05
     fresh = one.client(1)
@@ -172,12 +173,44 @@ def test_error_feedback_is_kept_and_sent_later(one):
     assert not np.array_equal(one.delta(fresh.train(one.plan(0, 2, codec=codec))).tree.flat, sent.flat)
 
 
-def test_personal_steps_move_personal_tensors_alone(house):
-    plain, more = house("plain"), house("more", personal={"steps": 3})
-    one, other = (h.delta(h.client(0).train(h.plan(0))).tree for h in (plain, more))
-    np.testing.assert_array_equal(one.flat, other.flat)
-    mine, theirs = (h.client(0).store.before(2).tree for h in (plain, more))
-    assert not np.allclose(mine.flat, theirs.flat, atol=1e-4)
+def test_what_is_sent_does_not_depend_on_residuals(house):
+    """A client that has fitted its residuals sends the same bytes as one without any."""
+    h, without = house("own"), house("without", personal={"gate": "global", "head": "global"})
+    scopes = tuple((pattern, "frozen" if "residual" in pattern else scope) for pattern, scope in ANCHORED)
+    for number in (1, 2):
+        mine = h.client(0).train(h.plan(0, number))
+        h.client(0).evaluate(h.plan(0, number))
+        assert h.client(0).store.before(number + 1).tree.flat.any()
+        theirs = without.client(0).train(without.plan(0, number, scopes=scopes))
+        assert mine.delta == theirs.delta
+
+
+def test_residuals_are_fitted_to_the_model_as_received(house):
+    h = house(personal={"gate_lr": 0.05, "head_lr": 0.05})
+    h.client(0).train(h.plan(0))
+    state = h.client(0).store.before(2)
+    assert not [key for key in state.tree if key.residual]
+    first = h.client(0).evaluate(h.plan(0))
+    kept = h.client(0).store.before(2)
+    assert all(key.residual for key in kept.tree)
+    assert kept.memory.layout == state.memory.layout
+    assert h.client(0).evaluate(h.plan(0)).stages == first.stages  # whatever was fitted before
+    np.testing.assert_array_equal(h.client(0).store.before(2).tree.flat, kept.tree.flat)
+    h.client(0).train(h.plan(0, 2))
+    assert not [key for key in h.client(0).store.before(3).tree if key.residual]
+
+
+def test_a_newcomer_fits_its_residuals_too(one):
+    stages = one.client(1).evaluate(one.plan(1)).stages
+    assert one.client(1).store.before(2).tree.flat.any()
+    assert stages["personalised"].loss != stages["global"].loss
+
+
+def test_without_personal_steps_nothing_is_fitted(house):
+    h = house(personal={"steps": 0})
+    stages = h.client(0).evaluate(h.plan(0)).stages
+    assert stages["personalised"] == stages["global"]
+    assert not h.folder.exists()
 
 
 GATES = {
@@ -197,14 +230,18 @@ def _sections(gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_global_scores_use_no_personal_tensor_and_personalised_ones_do(house, gate):
     h = house(**_sections(gate))
-    values = {"scopes": GATES[gate]}
+    tree = h.bench.initial.copy()
+    tree.flat[...] = np.random.default_rng(1).normal(size=tree.flat.shape) / 4  # experts that a gate can choose from
+    values = {"scopes": GATES[gate], "tree": tree}
     h.client(0).train(h.plan(0, **values))
     before = h.client(0).evaluate(h.plan(0, **values)).stages
+    assert (before["personalised"] != before["global"]) is (gate != "own head")
     state = h.client(0).store.before(2)
     state.tree.flat[...] = np.random.default_rng(0).normal(size=state.tree.flat.shape) * 3
     h.client(0).store.save(1, state)
     after = h.client(0).evaluate(h.plan(0, **values)).stages
-    assert after["personalised"] != before["personalised"]
+    # Residuals are fitted anew.
+    assert (after["personalised"] == before["personalised"]) is (gate == "anchored")
     # A head that nobody shares is the one thing there is to score with.
     assert (after["global"] == before["global"]) is (gate != "own head")
 

@@ -19,7 +19,7 @@ ROUNDS, STEPS, OWN_STEPS, LR, DECAY, CLIP, EXPERTS = 2, 3, 2, 5e-3, 0.3, 0.05, 3
 EXACT = {
     "run": {"rounds": ROUNDS},
     "train": {"steps": STEPS, "lr": LR, "clip": CLIP, "batch_size": 6},
-    "personal": {"decay": DECAY, "steps": OWN_STEPS},
+    "personal": {"decay": DECAY, "steps": OWN_STEPS, "gate_lr": LR, "head_lr": LR},
     "molora": {"selector": {"name": "top_k", "k": 1}, "experts": EXPERTS},
     "wire": {"up": "fp32", "down": "fp32"},
 }
@@ -51,30 +51,27 @@ class ByHand:
         """One client's round: number of rows, tokens by site and expert, values."""
         self.set({**self.shared, **self.own[owner.name]})
         rows = self.world.task.encode(owner.train)
-        number = seed(self.config, number, owner.name)
-        tokens = self.steps(rows, number, STEPS, set(self.parameters))
-        self.steps(rows, seed_for(number, "personal"), OWN_STEPS, self.personal)
-        values = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.own[owner.name] = {name: values[name] for name in self.personal}
-        return len(rows), tokens, values
+        tokens = self.steps(rows, seed(self.config, number, owner.name), STEPS, set(self.shared))
+        return len(rows), tokens, {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def fit(self, owner):
+        """One client's residuals, fitted to the final model."""
+        self.set({**self.shared, **self.own[owner.name]})
+        number = seed_for(seed(self.config, ROUNDS, owner.name), "personal")
+        self.steps(self.world.task.encode(owner.train), number, OWN_STEPS, self.personal)
+        self.own[owner.name] = {name: self.parameters[name].detach().clone() for name in self.personal}
 
     def steps(self, rows, number, count, names):
-        """AdamW on some of the parameters; returns the tokens that went to every expert.
-
-        Residuals rest in even steps and what they are added to in odd ones, where both learn.
-        """
+        """AdamW on some of the parameters; returns the tokens that went to every expert."""
         learning = [self.parameters[name] for name in names]
-        groups = [
-            {"params": [self.parameters[name]], "weight_decay": DECAY if name in self.personal else 0.0}
-            for name in names
-        ]
-        optimiser = torch.optim.AdamW(groups, lr=LR, fused=False, foreach=False)
-        both = names == set(self.parameters)
-        partners = {name for name in self.shared if "scorer" in name or name.startswith("head")}
+        own = names == self.personal
+        optimiser = torch.optim.AdamW(learning, lr=LR, weight_decay=DECAY if own else 0.0, fused=False, foreach=False)
         part = self.config.train
         batches = iter(Batches(rows, part.batch_size, number, self.world.task))
         tokens = {site: torch.zeros(EXPERTS) for site in self.model.sites}
         for step in range(count):
+            if own:
+                optimiser.param_groups[0]["lr"] = LR * (1 - 0.9 * step / count)
             for p in self.parameters.values():
                 p.grad.zero_()
             for batch in islice(batches, part.accumulation):
@@ -83,13 +80,7 @@ class ByHand:
                     tokens[record.site.name] += record.route.weights.detach()[batch.attention_mask].sum(0)
                 (functional.cross_entropy(out.logits, batch.labels) / part.accumulation).backward()
             torch.nn.utils.clip_grad_norm_(learning, CLIP)
-            resting = (self.personal if step % 2 == 0 else partners) if both else set()
-            kept = {name: self.parameters[name].grad for name in resting}
-            for name in resting:
-                self.parameters[name].grad = None
             optimiser.step()
-            for name, grad in kept.items():
-                self.parameters[name].grad = grad
         return tokens
 
     def mean(self, name, results):
@@ -106,6 +97,8 @@ class ByHand:
         for number in range(1, ROUNDS + 1):
             results = [self.train(number, owner) for owner in self.world.owners]
             self.shared = {name: self.mean(name, results) for name in self.shared}
+        for owner in self.world.owners:
+            self.fit(owner)
         return self
 
 
