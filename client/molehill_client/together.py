@@ -64,7 +64,7 @@ def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> li
 
 
 def evaluate_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
-    """`Client.evaluate` of clients that share a workbench: they fit their residuals in the same passes; see `may_share`.
+    """`Client.evaluate` of clients that share a workbench; they fit residuals in the same passes, see `may_share`.
 
     Raises:
         MessageError: A plan or its blobs do not fit its client.
