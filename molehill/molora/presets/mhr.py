@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from molehill.molora.presets.poly import poly
 from molehill.registry import register
 
 
@@ -19,12 +20,4 @@ def mhr() -> dict[str, Any]:
 
     Differs from the paper as Poly does.
     """
-    return {
-        "targets": "all-linear",
-        "experts": 8,
-        "rank": 4,
-        "alpha": 16.0,
-        "scorer": {"name": "task_table", "splits": 4},
-        "selector": {"name": "dense", "activation": "sigmoid_norm"},
-        "mixer": "param",
-    }
+    return {**poly(), "scorer": {"name": "task_table", "splits": 4}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -62,3 +63,41 @@ def adapt(
         v[key][...] = second(v[key], change**2)
         out[key][...] += lr * m[key] / (np.sqrt(v[key]) + tau)
     return out, {**state, "m": m, "v": v}
+
+
+@dataclass(frozen=True)
+class AdaptiveParams:
+    """Parameters of Adam and Yogi.
+
+    Attributes:
+        lr: Server learning rate.
+        beta1: Decay of the mean of changes.
+        beta2: Decay of the mean of squared changes.
+        tau: Degree of adaptivity; small is strong.
+    """
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checked(lr=self.lr, beta=self.beta1, beta2=self.beta2, tau=self.tau)
+
+
+class Adaptive:
+    """A server optimiser of this family; one differs from another in its second moment alone."""
+
+    stateful = True
+
+    def __init__(self, params: AdaptiveParams) -> None:
+        self._params = params
+
+    def apply(self, old: Tree, new: Tree, touched: frozenset[Key], state: State, /) -> tuple[Tree, State]:
+        """One step on the touched keys."""
+        p = self._params
+        return adapt(old, new, touched, state, lr=p.lr, beta1=p.beta1, tau=p.tau, second=self.second)
+
+    def second(self, v: Array, square: Array) -> Array:
+        """Next v from v and the squared change."""
+        raise NotImplementedError
