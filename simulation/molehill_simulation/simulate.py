@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -96,10 +98,10 @@ def _known_clients(world: World) -> None:
 
 
 def _initial(world: World, out: Path) -> None:
-    """Write the adapter that everybody starts from, or check that the folder's belongs to this base."""
-    path = out / "initial.safetensors"
+    """Write the adapter that everybody starts from, or check that the folder's belongs to this base and these rows."""
+    path, rows = out / "initial.safetensors", _digest(world)
     if not path.exists():
-        save_tree(path, world.initial, {"base": world.base.digest})
+        save_tree(path, world.initial, {"base": world.base.digest, "rows": rows})
         return
     _, meta = load_tree(path)
     if meta.get("base") != world.base.digest:
@@ -109,6 +111,21 @@ def _initial(world: World, out: Path) -> None:
             where=str(out),
             mend="Resume with the same base model, or start a new run in another folder.",
         )
+    if meta.get("rows") != rows:
+        raise ResumeError(
+            f"the rows of {world.config.data.source} are not those the run was started with",
+            where=str(out),
+            mend="Bring the old rows back, or start a new run in another folder.",
+        )
+
+
+def _digest(world: World) -> str:
+    """SHA-256 of every client's rows."""
+    total = hashlib.sha256()
+    for owner in world.owners:
+        for rows in (owner.train, owner.test):
+            total.update(json.dumps([owner.name, dict(rows.columns)], default=str).encode())
+    return total.hexdigest()
 
 
 def _save(world: World, out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +158,19 @@ def test_another_base_is_refused_by_digest(config, bert, tmp_path):
     shutil.rmtree(base)
     tiny_world.save_base(base, "bert", seed=1)
     with pytest.raises(ResumeError, match=r"weight digest [0-9a-f]{12}, local:bert has [0-9a-f]{12}\. .*same base"):
+        simulate(settings, tmp_path / "out")
+
+
+def test_rows_that_changed_are_refused(config, source, tmp_path):
+    rows = shutil.copy(source, tmp_path / "rows.jsonl")
+    settings = config(data={"source": str(rows)})
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, tmp_path / "out", observer=Stop(5))
+    tiny_world.forget()
+    text = Path(rows).read_text(encoding="utf-8")
+    word = next(word for word in tiny_world.WORDS if word in text)
+    Path(rows).write_text(text.replace(word, "other", 1), encoding="utf-8")
+    with pytest.raises(ResumeError, match=r"rows of .*rows\.jsonl are not those the run was started with"):
         simulate(settings, tmp_path / "out")
 
 
