@@ -38,7 +38,7 @@ class Limits:
         No gate weighs more than 1, so an expert cannot get more tokens in a round than there are in its batches.
         """
         train = config.train
-        rows = (train.steps + config.personal.steps) * train.accumulation * train.batch_size
+        rows = train.steps * train.accumulation * train.batch_size
         rounding = 1.01  # the mass is summed in float32
         return cls(config.wire.max_bytes, config.round.norm_bound, rounding * rows * config.task.max_length)
 

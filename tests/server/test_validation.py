@@ -34,7 +34,7 @@ def sent(toy, change, codec="fp32", name="run", **sections):
     ("tokens", "fits"), [({PAIR: 0.0}, True), ({PAIR: 2 * 32 * 64.0}, True), ({PAIR: 2 * 32 * 64 * 1.1}, False)]
 )
 def test_no_expert_gets_more_tokens_than_there_are(toy, tokens, fits):
-    event = sent(toy, lambda delta: replace(delta, tokens=tokens), task={"max_length": 64}, personal={"steps": 0})
+    event = sent(toy, lambda delta: replace(delta, tokens=tokens), task={"max_length": 64})
     assert ("client-0" in event["accepted"]) == fits
     assert fits or "it counts 4505.6 tokens" in event["quarantined"]["client-0"]
 
