@@ -1,7 +1,9 @@
-"""Attention by two batched matrix products, for bf16 training on CPUs.
+"""Attention for bf16 training on CPUs: torch's forward with a backward of batched matrix products.
 
-The CPU flash kernel has a slow bf16 backward; below a few hundred tokens the plain form with a hand-written backward
-is faster. Memory grows with T^2, so it is used for short inputs only (`MAX_TOKENS`).
+The CPU flash kernel has a slow bf16 backward; below a few hundred tokens the plain form is faster. Only q, k and v are
+kept: the backward computes the probabilities again, for a few rows at a time, so that the ``[T, S]`` tensors stay in
+the processor's cache and never exist for the whole batch. The work grows with T^2 all the same, so it is used for
+short inputs only (`MAX_TOKENS`).
 """
 
 from __future__ import annotations
@@ -9,35 +11,49 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 NAME = "molehill_bmm"
 MAX_TOKENS = 512
+_AT_ONCE = 2**19  # scores of the rows that the backward takes together: 1 MiB in bf16
 
 
 class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        # contiguous once: batched products would copy every operand at every use
-        q, k, v = (q * scale).contiguous(), k.contiguous(), v.contiguous()
-        scores = torch.matmul(q, k.transpose(-1, -2))
-        if bias is not None:
-            scores += bias
-        p = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return torch.matmul(p, v)
+    """Queries ``[B, H, T, D]``, keys and values ``[B, K, S, D]``; every H / K queries in a row share a key head."""
 
     @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        if bias is not None:
+            bias = bias[(None,) * (4 - bias.dim())]
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p = ctx.saved_tensors
-        grad = grad.contiguous()
-        gv = torch.matmul(p.transpose(-1, -2), grad)
-        ds = torch._softmax_backward_data(torch.matmul(grad, v.transpose(-1, -2)), p, -1, p.dtype)  # noqa: SLF001
-        gq = torch.matmul(ds, k).mul_(ctx.scale)
-        gk = torch.matmul(ds.transpose(-1, -2), q)  # q carries the scale
+        q, k, v, bias = ctx.saved_tensors
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        (batch, heads, tokens, _), (_, shared, keys, _) = q.shape, k.shape
+        step = max(1, _AT_ONCE // (heads * tokens * keys))
+        for start in range(0, batch, step):
+            at = slice(start, start + step)
+            # [rows * K, H / K * T, D]: one product serves all queries of a key head, and backwards sums over them
+            q3, g3 = (t[at].reshape(-1, heads // shared * tokens, t.shape[-1]) for t in (q, grad))
+            k3, v3 = (t[at].reshape(-1, keys, t.shape[-1]) for t in (k, v))
+            q3 = q3 * ctx.scale
+            scores = q3 @ k3.mT
+            if bias is not None:
+                scores.view(-1, heads, tokens, keys).add_(bias if len(bias) == 1 else bias[at])
+            p = torch.softmax(scores, -1)
+            ds = torch._softmax_backward_data(g3 @ v3.mT, p, -1, p.dtype)  # noqa: SLF001
+            gq[at].copy_((ds @ k3).mul_(ctx.scale).view_as(q[at]))
+            gk[at].copy_((ds.mT @ q3).view_as(k[at]))  # q3 carries the scale
+            gv[at].copy_((p.mT @ g3).view_as(v[at]))
         return gq, gk, gv, None, None
 
 
@@ -53,9 +69,6 @@ def _bmm_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # grouped-query attention
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     bias = attention_mask
     if bias is not None and bias.dtype == torch.bool:
@@ -79,7 +92,7 @@ def register() -> None:
 
 
 def use_fast_attention(base: nn.Module, max_length: int) -> None:
-    """Switch a bf16 CPU model with short inputs to the two-product form; other models keep theirs.
+    """Switch a bf16 CPU model with short inputs to this attention; other models keep theirs.
 
     Args:
         base: A Hugging Face model.
