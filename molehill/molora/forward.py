@@ -18,18 +18,24 @@ class Forward:
     """What an objective sees of one forward pass.
 
     Attributes:
-        logits: One row per prediction, ``[M, C]`` float32: per input row (classification) or per answer token.
+        scores: One row per prediction, ``[M, C]`` in the model's type: per input row (classification) or per answer
+            token. The largest tensor of a causal LM's pass, which a float32 copy would double or triple.
         labels: ``[M]`` int64.
         rows: Input row of every prediction, ``[M]`` int64.
         records: Routes of the pass, when they were asked for.
         reference: Runs the same batch with all adapters off and returns ``[M, C]`` without gradient.
     """
 
-    logits: Tensor
+    scores: Tensor
     labels: Tensor
     rows: Tensor
     records: list[RouteRecord]
     reference: Callable[[], Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """The scores in float32 (float64 stays)."""
+        return self.scores.to(torch.promote_types(self.scores.dtype, torch.float32))
 
     def by_client(self, clients: int, batch_size: int) -> list[Forward]:
         """The part of every client of a batch whose rows are equal runs, one per client.
@@ -43,8 +49,8 @@ class Forward:
         counts = torch.bincount(self.rows // batch_size, minlength=clients).tolist()
         records = by_client(self.records, clients)
         references = cache(lambda: torch.split(self.reference(), counts))
-        columns = (*(torch.split(part, counts) for part in (self.logits, self.labels, self.rows)), records)
+        columns = (*(torch.split(part, counts) for part in (self.scores, self.labels, self.rows)), records)
         return [
-            Forward(logits, labels, rows - c * batch_size, mine, lambda c=c: references()[c])  # type: ignore[misc]
-            for c, (logits, labels, rows, mine) in enumerate(zip(*columns, strict=True))
+            Forward(scores, labels, rows - c * batch_size, mine, lambda c=c: references()[c])  # type: ignore[misc]
+            for c, (scores, labels, rows, mine) in enumerate(zip(*columns, strict=True))
         ]

@@ -304,7 +304,7 @@ class MoLoRAModel(nn.Module):
         """
         run = self._classify if self.head is not None else self._predict_tokens
         mask = attention_mask.bool()
-        logits, targets, rows = run(input_ids, mask, labels, task_ids)
+        scores, targets, rows = run(input_ids, mask, labels, task_ids)
         records = self.state.records
 
         def reference() -> Tensor:
@@ -312,11 +312,11 @@ class MoLoRAModel(nn.Module):
             count, self.state.count = self.state.count, False
             try:
                 with torch.no_grad():
-                    return run(input_ids, mask, labels, task_ids)[0]
+                    return run(input_ids, mask, labels, task_ids)[0].float()
             finally:
                 self.state.enabled, self.state.count = enabled, count
 
-        return Forward(logits, targets, rows, records, reference)
+        return Forward(scores, targets, rows, records, reference)
 
     def hidden(self, input_ids: Tensor, mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Last token states of the base, ``[B, T, d]`` (classification backbones)."""
@@ -343,9 +343,9 @@ class MoLoRAModel(nn.Module):
         keep = wanted[:, positions]
         if bool(keep.all()):  # a selection would copy the logits, the largest tensor of the pass, and their gradient
             rows = torch.arange(len(labels), device=labels.device).repeat_interleave(len(positions))
-            return out.flatten(0, 1).float(), labels[:, 1:][:, positions].flatten(), rows
+            return out.flatten(0, 1), labels[:, 1:][:, positions].flatten(), rows
         rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(keep)[keep]
-        return out[keep].float(), labels[:, 1:][:, positions][keep], rows
+        return out[keep], labels[:, 1:][:, positions][keep], rows
 
 
 def seed_for(*parts: object) -> int:

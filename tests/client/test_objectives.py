@@ -9,6 +9,7 @@ from tiny_models import ARCHITECTURES, adapted, base, batch, shake
 
 from molehill import registry
 from molehill.molora.forward import Forward
+from molehill_client.objectives import nll as nll_module
 from molehill_client.objectives.nll import nll
 
 
@@ -51,6 +52,26 @@ def test_the_negative_log_likelihood_is_that_of_torch(drawn):
     torch.testing.assert_close(ours, theirs)
     probe = torch.randn(6, dtype=torch.float64)
     torch.testing.assert_close(*(torch.autograd.grad((y * probe).sum(), logits)[0] for y in (ours, theirs)))
+
+
+def test_logits_in_bf16_give_what_their_float32_copies_give():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 7).bfloat16().requires_grad_()
+    labels, probe = torch.arange(5), torch.randn(5)
+    loss = nll(logits, labels)
+    expected = F.cross_entropy(logits.float(), labels, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad((y * probe).sum(), logits)[0] for y in (loss, expected))
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_logits_are_taken_in_parts(monkeypatch):
+    monkeypatch.setattr(nll_module, "_AT_ONCE", 10)
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 3, 1, 1, 2])
+    torch.testing.assert_close(nll(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
+    assert torch.autograd.gradcheck(lambda z: nll(z, labels), logits)
 
 
 def test_the_gradient_of_dft_is_that_of_sft_times_the_probability(drawn):

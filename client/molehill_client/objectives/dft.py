@@ -22,5 +22,5 @@ class DFT:
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return the loss of one pass."""
-        loss = nll(forward.logits, forward.labels)
+        loss = nll(forward.scores, forward.labels)
         return (loss.detach().neg().exp() * loss).mean()

@@ -15,4 +15,4 @@ class SFT:
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return ``mean(-log p(y))``."""
-        return nll(forward.logits, forward.labels).mean()
+        return nll(forward.scores, forward.labels).mean()
