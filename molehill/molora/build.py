@@ -18,6 +18,7 @@ from molehill.molora.head import Head
 from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan
 from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
 from molehill.molora.model import MoLoRAModel, seed_for
+from molehill.molora.recompute import keep_less
 from molehill.molora.router import Router
 from molehill.molora.targets import find_sites
 
@@ -50,6 +51,7 @@ def wrap(
     """
     base.requires_grad_(requires_grad=False)
     sites = find_sites(base, config.targets, config.layers)
+    keep_less(base)
     topology = _build("topology", config.topology)
     roles: dict[str, str] = {}
     for layer in sorted({site.layer for site in sites}):

@@ -8,8 +8,9 @@ selector gets the fast path.
 The pair shares a `_Cell`: `up` leaves the frozen layer's input gradient there and `down`, which autograd always runs
 later, adds its own product into it with one ``addmm_``. So x gets one gradient tensor, as from one function.
 
-Adapter weights are float32 masters that are cast to x's dtype per call. `reference` is the same maths in plain
-autograd and serves as the oracle.
+Adapter weights are float32 masters that are cast to x's dtype per call, and once more in the backward. What is cheap to
+make again is not kept, x included where it comes from a norm or an activation (`molehill.molora.recompute`).
+`reference` is the same maths in plain autograd and serves as the oracle.
 
 How the rank axis is split between experts is one matrix, ``spread [E, R]``: row e holds expert e's scale on its own
 ranks and 0 elsewhere, so ``weights @ spread`` is the g above. With that, every weighting is one dense product, which
@@ -30,6 +31,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from molehill.molora.recompute import Source
+
 
 class _Cell:
     """Carries gradients from `_Up.backward` to `_Down.backward` of the same call."""
@@ -43,30 +46,31 @@ class _Cell:
 
 class _Down(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, gate: Tensor | None, cell: _Cell) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, gate: Tensor | None, cell: _Cell, source: Source | None
+    ) -> tuple[Tensor, Tensor]:
         rows = A.shape[-2]
-        if gate is None:
-            weight = A.to(x.dtype)
-        else:
-            shape = (*A.shape[:-2], rows + gate.shape[-2], A.shape[-1])
-            weight = torch.empty(shape, dtype=x.dtype, device=x.device)
-            weight[..., :rows, :].copy_(A)
-            weight[..., rows:, :].copy_(gate)
-        low = _matmul(x, weight.mT)
-        ctx.save_for_backward(x, weight)
-        ctx.cell, ctx.rows, ctx.has_gate, ctx.master = cell, rows, gate is not None, A.dtype
+        low = _matmul(x, _joined(A, gate, x.dtype).mT)
+        kept: tuple[Tensor, ...] = (x,)
+        ctx.recipe = None
+        if source is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            ctx.recipe, kept = source.recipe, source.inputs
+            ctx.recipe.readers += 1
+        ctx.save_for_backward(A, gate, *kept)
+        ctx.cell, ctx.rows, ctx.has_gate, ctx.tokens, ctx.dtype = cell, rows, gate is not None, x.shape[0], x.dtype
         ctx.set_materialize_grads(False)
         return low[:, :rows], low[:, rows:].to(A.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_low: Tensor | None, g_logits: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        A, gate, *kept = ctx.saved_tensors
+        weight = _joined(A, gate, ctx.dtype)
         cell, rows = ctx.cell, ctx.rows
         grad, gx = cell.low, cell.gx
         cell.low = cell.gx = None
         if grad is None:  # `up` had another input, or nobody used h
-            grad = torch.zeros(x.shape[0], weight.shape[-2], dtype=x.dtype, device=x.device)
+            grad = torch.zeros(ctx.tokens, weight.shape[-2], dtype=weight.dtype, device=weight.device)
         if g_low is not None and g_low.data_ptr() != grad.data_ptr():
             grad[:, :rows] = g_low
         if ctx.has_gate:
@@ -76,11 +80,12 @@ class _Down(torch.autograd.Function):
                 grad[:, rows:].copy_(g_logits)
         g_weight = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            g_weight = _outer(grad, x, weight).to(ctx.master)
+            x = kept[0] if ctx.recipe is None else ctx.recipe.make(tuple(kept))[1].detach().flatten(0, -2)
+            g_weight = _outer(grad, x, weight).to(A.dtype)
         gx = _matmul(grad, weight, onto=gx) if ctx.needs_input_grad[0] else None
         g_A = g_weight[..., :rows, :] if g_weight is not None and ctx.needs_input_grad[1] else None
         g_gate = g_weight[..., rows:, :] if g_weight is not None and ctx.needs_input_grad[2] else None
-        return gx, g_A, g_gate, None
+        return gx, g_A, g_gate, None, None
 
 
 class _Up(torch.autograd.Function):
@@ -98,23 +103,23 @@ class _Up(torch.autograd.Function):
         gate_rows: int,
     ) -> Tensor:
         y = F.linear(x, W, bias)
-        bt = Bt.to(x.dtype)
-        _matmul(low * (weights @ spread).to(x.dtype), bt, onto=y)
-        ctx.save_for_backward(W, low, weights, bt, spread)
-        ctx.cell, ctx.gate_rows, ctx.master = cell, gate_rows, Bt.dtype
+        _matmul(low * (weights @ spread).to(x.dtype), Bt.to(x.dtype), onto=y)
+        ctx.save_for_backward(W, low, weights, Bt, spread)
+        ctx.cell, ctx.gate_rows = cell, gate_rows
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        W, low, weights, bt, spread = ctx.saved_tensors
+        W, low, weights, Bt, spread = ctx.saved_tensors
         cell = ctx.cell
         gy = gy.contiguous()
+        bt = Bt.to(gy.dtype)
         need_x, need_low, need_w, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
         g_B = g_low = g_w = None
         gates = (weights @ spread).to(gy.dtype)
         if need_B:
-            g_B = _outer(low * gates, gy, bt).to(ctx.master)
+            g_B = _outer(low * gates, gy, bt).to(Bt.dtype)
         if need_low or need_w:
             q = _matmul(gy, bt.mT)
             if need_w:
@@ -129,6 +134,17 @@ class _Up(torch.autograd.Function):
         if cell is not None and need_low:
             cell.gx, gx = gx, None
         return gx, None, None, g_low, g_w, g_B, None, None, None
+
+
+def _joined(A: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows of A and of the router under each other, in ``dtype``."""
+    if gate is None:
+        return A.to(dtype)
+    rows = A.shape[-2]
+    weight = torch.empty((*A.shape[:-2], rows + gate.shape[-2], A.shape[-1]), dtype=dtype, device=A.device)
+    weight[..., :rows, :].copy_(A)
+    weight[..., rows:, :].copy_(gate)
+    return weight
 
 
 def _matmul(rows: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -160,19 +176,20 @@ class Projection(NamedTuple):
     cell: _Cell
 
 
-def down(x: Tensor, A: Tensor, gate: Tensor | None) -> Projection:
+def down(x: Tensor, A: Tensor, gate: Tensor | None, source: Source | None = None) -> Projection:
     """Project tokens on the A rows of all experts and on the router's rows, in one GEMM.
 
     Args:
         x: Tokens ``[N, d_in]``.
         A: ``[R, d_in]`` float32, or ``[C, R, d_in]``.
         gate: Router rows ``[G, d_in]`` float32, or ``[C, G, d_in]``; None when the route comes from elsewhere.
+        source: How x was made (before its leading axes were joined), when the backward is to make it again.
 
     Returns:
         ``A x``, the logits in float32, and the cell for `up`.
     """
     cell = _Cell()
-    low, logits = _Down.apply(x, A, gate, cell)  # type: ignore[no-untyped-call]
+    low, logits = _Down.apply(x, A, gate, cell, source)  # type: ignore[no-untyped-call]
     return Projection(low, logits, cell)
 
 

@@ -14,6 +14,7 @@ from molehill.errors import ModelError
 from molehill.molora.experts.ia3 import IA3Bank
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.interfaces import Mixer, Overrides, Route, RouteContext, RouteRecord, Site
+from molehill.molora.recompute import source_of
 from molehill.molora.router import Router
 
 Bank = LoRABank | IA3Bank
@@ -245,7 +246,7 @@ class MoLoRALinear(nn.Module):
             weights = self.flat_weights(x, None)
             y = self.bank.plain(flat, seen2, self.weight, self.bias, weights)
             return y.view(*lead, -1)
-        projection = self.bank.project(seen2, gate)
+        projection = self.bank.project(seen2, gate, source_of(x) if same else None)
         logits = projection.logits.view(*lead, -1) if gate is not None else None
         weights = self.flat_weights(x, logits)
         y = self.bank.combine(flat, self.weight, self.bias, projection, weights, same_input=same)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from molehill.molora.fused import Projection, down, reference, up
 from molehill.molora.interfaces import Site
+from molehill.molora.recompute import Source
 from molehill.registry import register
 
 
@@ -93,9 +94,9 @@ class LoRABank(nn.Module):
             return self.A, self.Bt
         return torch.cat([self.A, self.patch_A]), torch.cat([self.Bt, self.patch_Bt])
 
-    def project(self, x: Tensor, gate: Tensor | None) -> Projection:
-        """First GEMM: tokens ``[N, d_in]`` on all A rows and, when given, the router's rows ``[G, d_in]``."""
-        return down(x, self.factors()[0], gate)
+    def project(self, x: Tensor, gate: Tensor | None, source: Source | None) -> Projection:
+        """First GEMM: tokens ``[N, d_in]`` on all A rows and, when given, the router's rows; see `fused.down`."""
+        return down(x, self.factors()[0], gate, source)
 
     def combine(
         self, x: Tensor, W: Tensor, bias: Tensor | None, projection: Projection, weights: Tensor, *, same_input: bool
