@@ -1,17 +1,17 @@
-"""Attention for bf16 training on CPUs: torch's forward with a backward of batched matrix products.
+"""Attention by batched matrix products, for bf16 training on CPUs.
 
-The CPU flash kernel has a slow bf16 backward; below a few hundred tokens the plain form is faster. Only q, k and v are
-kept: the backward computes the probabilities again, for a few rows at a time, so that the ``[T, S]`` tensors stay in
-the processor's cache and never exist for the whole batch. The work grows with T^2 all the same, so it is used for
+The CPU flash kernel has a slow bf16 backward; below a few hundred tokens the plain form is faster. It goes through the
+batch a few rows at a time, so that scores stay in the processor's cache and never exist for the whole batch, and keeps
+q, k and v only: the backward computes the probabilities again. The work grows with T^2 all the same, so it is used for
 short inputs only (`MAX_TOKENS`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask
 
 NAME = "molehill_bmm"
 MAX_TOKENS = 512
-_AT_ONCE = 2**19  # scores of the rows that the backward takes together: 1 MiB in bf16
+_AT_ONCE = 2**19  # scores of the rows that are taken together: 1 MiB in bf16
 
 
 class _Attention(torch.autograd.Function):
@@ -31,30 +31,45 @@ class _Attention(torch.autograd.Function):
             bias = bias[(None,) * (4 - bias.dim())]
         ctx.save_for_backward(q, k, v, bias)
         ctx.scale = scale
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # as the next product wants it
+        for at in _runs(q, k):
+            q3, k3, v3 = _together(q[at], k), _together(k[at], k), _together(v[at], k)
+            out[at] = (_probabilities(q3, k3, bias, at, q.shape, scale) @ v3).view_as(out[at])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        (batch, heads, tokens, _), (_, shared, keys, _) = q.shape, k.shape
-        step = max(1, _AT_ONCE // (heads * tokens * keys))
-        for start in range(0, batch, step):
-            at = slice(start, start + step)
-            # [rows * K, H / K * T, D]: one product serves all queries of a key head, and backwards sums over them
-            q3, g3 = (t[at].reshape(-1, heads // shared * tokens, t.shape[-1]) for t in (q, grad))
-            k3, v3 = (t[at].reshape(-1, keys, t.shape[-1]) for t in (k, v))
-            q3 = q3 * ctx.scale
-            scores = q3 @ k3.mT
-            if bias is not None:
-                scores.view(-1, heads, tokens, keys).add_(bias if len(bias) == 1 else bias[at])
-            p = torch.softmax(scores, -1)
+        for at in _runs(q, k):
+            q3, k3, v3, g3 = _together(q[at], k), _together(k[at], k), _together(v[at], k), _together(grad[at], k)
+            p = _probabilities(q3, k3, bias, at, q.shape, ctx.scale)
+            gv[at] = (p.mT @ g3).view_as(v[at])
             ds = torch._softmax_backward_data(g3 @ v3.mT, p, -1, p.dtype)  # noqa: SLF001
-            gq[at].copy_((ds @ k3).mul_(ctx.scale).view_as(q[at]))
-            gk[at].copy_((ds.mT @ q3).view_as(k[at]))  # q3 carries the scale
-            gv[at].copy_((p.mT @ g3).view_as(v[at]))
+            gq[at] = (ds @ k3).mul_(ctx.scale).view_as(q[at])
+            gk[at] = (ds.mT @ q3).mul_(ctx.scale).view_as(k[at])
         return gq, gk, gv, None, None
+
+
+def _runs(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Rows of the batch whose scores fit in the cache."""
+    step = max(1, _AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[2]))
+    return (slice(start, start + step) for start in range(0, len(q), step))
+
+
+def _together(t: Tensor, k: Tensor) -> Tensor:
+    """``[n, H, T, D]`` to ``[n * K, H / K * T, D]``, contiguous: one product serves all queries of a key head."""
+    n, heads, tokens, width = t.shape
+    return t.reshape(n * k.shape[1], heads // k.shape[1] * tokens, width).contiguous()
+
+
+def _probabilities(q3: Tensor, k3: Tensor, bias: Tensor | None, at: slice, shape: torch.Size, scale: float) -> Tensor:
+    """Softmax of the scaled scores of one run, ``[n * K, H / K * T, S]``; ``shape`` is that of all queries."""
+    scores = (q3 * scale) @ k3.mT
+    if bias is not None:
+        scores.view(-1, shape[1], shape[2], k3.shape[1]).add_(bias if len(bias) == 1 else bias[at])
+    return torch.softmax(scores, -1)
 
 
 def _bmm_attention(
