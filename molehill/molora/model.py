@@ -264,12 +264,6 @@ class MoLoRAModel(nn.Module):
         for group in self.routers.values():
             group.router.uniform = uniform
 
-    def use_fused(self, fused: bool) -> None:
-        """Choose between the fused product and plain autograd."""
-        for site in self.sites.values():
-            if isinstance(site.bank, LoRABank):
-                site.bank.fused = fused
-
     def count_tokens(self, on: bool) -> None:
         """Start (from zero) or stop counting the gate mass of experts."""
         self.state.count = on

@@ -121,13 +121,6 @@ class Tree(Mapping[Key, Array]):
             view[...] = self[key]
         return tree
 
-    def updated(self, other: Mapping[Key, Array]) -> Tree:
-        """A copy in which the keys of ``other`` have its values (all must exist here, with equal shapes)."""
-        tree = self.copy()
-        for key in other:
-            tree[key][...] = other[key]
-        return tree
-
     def require_finite(self) -> Tree:
         """Return this tree.
 

@@ -147,11 +147,6 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
         ) from None
 
 
-def exists(folder: Path) -> bool:
-    """Whether a checkpoint was committed here."""
-    return bool(_committed(folder))
-
-
 def _refuse_other(path: Path, saved: Identity, wanted: Identity) -> None:
     for name, what in (("config", "configuration"), ("base", "base model")):
         before, now = getattr(saved, name), getattr(wanted, name)

@@ -45,15 +45,6 @@ def distance(p: LowRank, q: LowRank) -> float:
     return norm(concat([p, q], [1.0, -1.0]))
 
 
-def gram(points: Sequence[LowRank]) -> NDArray[np.float64]:
-    """``[K, K]`` inner products of K products; it does not depend on how each one is factored."""
-    out = np.empty((len(points), len(points)))
-    for i, p in enumerate(points):
-        for j, q in enumerate(points[: i + 1]):
-            out[i, j] = out[j, i] = inner(p, q)
-    return out
-
-
 def svd(p: LowRank) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Thin singular value decomposition ``U diag(s) V`` of the product by QR of both factors.
 

@@ -13,7 +13,7 @@ from molehill.wire.tree import Tree
 from molehill_server.aggregate import Aggregator
 from molehill_server.aggregation.interfaces import Weight
 from molehill_server.aggregation.lowers.none import NoLower
-from molehill_server.aggregation.lowrank import gram
+from molehill_server.aggregation.lowrank import distance
 from molehill_server.aggregation.server_opts.none import NoOpt
 from molehill_server.aggregation.shares import shares
 from molehill_server.aggregation.spaces.factor import Factor
@@ -103,9 +103,8 @@ class Loneliest:
     def weights(self, updates, glob, /):
         chosen = {}
         for pair in pairs(glob.tree):
-            g = gram([factors(update.tree, glob.tree, pair) for update in updates])
-            far = np.diag(g)[:, None] + np.diag(g)[None] - 2 * g
-            chosen[pair] = int(far.sum(axis=1).argmax())
+            points = [factors(update.tree, glob.tree, pair) for update in updates]
+            chosen[pair] = int(np.argmax([sum(distance(p, q) for q in points) for p in points]))
         return [Weight(1.0, {pair: float(k == i) for pair, i in chosen.items()}) for k in range(len(updates))]
 
 
