@@ -179,7 +179,8 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
                 console.print(Text.assemble(("warning: ", "bold yellow"), f"{keys}: {conflict.why}"))
         if refused:
             reasons = "; ".join(f"{' with '.join(conflict.keys)}: {conflict.why}" for conflict in refused)
-            raise ConfigError(reasons, where=str(config), mend="Change one key of each pair.")
+            mend = refused[0].mend if len(refused) == 1 else "Change one key of each."
+            raise ConfigError(reasons, where=str(config), mend=mend)
 
 
 @app.command()

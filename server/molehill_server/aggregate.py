@@ -45,8 +45,8 @@ class Aggregator:
         rule: WeightRule = registry.build("rule", federation.rule.name, federation.rule.params)
         lower: Lower = registry.build("lower", federation.lower.name, federation.lower.params)
         server_opt: ServerOpt = registry.build("server_opt", federation.server_opt.name, federation.server_opt.params)
-        for conflict in conflicts(federation):
-            raise ConfigError(conflict, where="federation")
+        for keys, why in conflicts(federation):
+            raise ConfigError(why, where=" with ".join(keys))
         return cls(space, rule, lower, server_opt, seed)
 
     def __call__(self, glob: Global, updates: Iterable[Update]) -> tuple[Global, dict[str, float]]:
@@ -91,30 +91,25 @@ class Aggregator:
         return len(batch)
 
 
-def conflicts(federation: Federation) -> Iterator[str]:
-    """Combinations within ``[federation]`` that cannot work, each as one sentence with its reason."""
+def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Combinations within ``[federation]`` that cannot work: the keys, and one sentence with the reason."""
     space: Space = registry.build("space", federation.space.name, federation.space.params)
     lower: Lower = registry.build("lower", federation.lower.name, federation.lower.params)
     server_opt: ServerOpt = registry.build("server_opt", federation.server_opt.name, federation.server_opt.params)
+    keys: tuple[str, ...] = ("federation.space", "federation.lower")
     names = f"space {federation.space.name!r} with lower {federation.lower.name!r}"
     if lower.needs_products and not space.products:
-        yield f"{names}: the lower reads the mean of products, which this space never forms; use space 'product'"
+        yield keys, f"{names}: the lower reads the mean of products, which this space never forms; use space 'product'"
     if not (lower.needs_products or space.closed):
-        yield f"{names}: the mean of products would be dropped; use lower 'svd', 'residual' or 'merge_restart'"
-    opt = f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}"
+        yield keys, f"{names}: the mean of products would be dropped; use lower 'svd', 'residual' or 'merge_restart'"
+    keys = ("federation.server_opt", "federation.lower")
+    names = f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}"
     if lower.patches and federation.server_opt.name != "none":
-        yield (
-            f"{opt}: a patch holds what the new factors lack, and the optimiser would then put other factors in their "
-            "place; use server_opt 'none'"
-        )
+        why = "a patch holds what the new factors lack, and the optimiser would then put other factors in their place"
+        yield keys, f"{names}: {why}; use server_opt 'none'"
     elif server_opt.stateful and not lower.fixed_gauge:
-        yield (
-            f"{opt}: factors are made anew every round, so moments kept from the last round belong to other axes; "
-            "use server_opt 'none'"
-        )
-    policy = federation.policy.name
-    if federation.space.name == "common" and policy in ("fedit", "share_a"):
-        yield f"space 'common' with policy {policy!r}: the policy leaves no factor common to all clients; use 'factor'"
+        why = "factors are made anew every round, so moments kept from the last round belong to other axes"
+        yield keys, f"{names}: {why}; use server_opt 'none'"
 
 
 def _batches(updates: Iterable[Update], *, one_by_one: bool) -> Iterable[list[Update]]:

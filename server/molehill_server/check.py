@@ -31,6 +31,11 @@ class Conflict:
     keys: tuple[str, ...]
     why: str
 
+    @property
+    def mend(self) -> str:
+        """What to do."""
+        return "Change one of them." if len(self.keys) > 1 else "Change it."
+
 
 Rule = Callable[[Config], Iterator[Conflict]]
 
@@ -49,7 +54,7 @@ def require(config: Config) -> None:
     """
     for conflict in check(config):
         if conflict.verdict == "refuse":
-            raise ConfigError(conflict.why, where=" with ".join(conflict.keys), mend="Change one of the two.")
+            raise ConfigError(conflict.why, where=" with ".join(conflict.keys), mend=conflict.mend)
 
 
 def _build(axis: str, ref: MethodRef) -> Any:
@@ -63,8 +68,8 @@ def _both_shared(config: Config) -> bool:
 
 def _aggregation(config: Config) -> Iterator[Conflict]:
     """Space, lower and server optimiser must fit each other."""
-    for why in conflicts(config.federation):
-        yield Conflict("refuse", ("federation",), why)
+    for keys, why in conflicts(config.federation):
+        yield Conflict("refuse", keys, why)
 
 
 def _products_need_factors(config: Config) -> Iterator[Conflict]:
@@ -213,7 +218,7 @@ def _sends_changes(config: Config) -> Iterator[Conflict]:
     if _build("codec", config.wire.down).feedback:
         yield Conflict(
             "refuse",
-            ("wire.down", "wire"),
+            ("wire.down",),
             f"codec {name!r} sends the largest changes and owes the rest; the server sends values, not changes",
         )
 

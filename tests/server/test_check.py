@@ -22,6 +22,14 @@ def refusals(**sections):
     return [conflict for conflict in check(config(**sections)) if conflict.verdict == "refuse"]
 
 
+def assert_real(keys):
+    """Every one is a dotted key of the configuration."""
+    assert keys
+    for key in keys:
+        section, _, name = key.partition(".")
+        assert name in type(getattr(config(), section)).model_fields, key
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_works_as_published(preset):
     assert refusals(federation={"preset": preset}) == []
@@ -53,7 +61,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
     assert bool(found) == bad, found
     for conflict in found:
         assert len(conflict.why) > 40
-        assert conflict.keys
+        assert_real(conflict.keys)
     if found:
         with pytest.raises(ConfigError, match="federation"):
             require(settings)
@@ -113,6 +121,26 @@ def test_nothing_to_train():
     assert not refusals(federation={"preset": "ffa"}, molora={"init": "orth"})
 
 
+@pytest.mark.parametrize("policy", ["fedit", "share_a"])
+def test_a_policy_without_a_common_factor_is_refused_once(policy):
+    (conflict,) = refusals(federation={"policy": policy, "space": "common"})
+    assert policy in conflict.why
+
+
 def test_the_server_sends_values_not_changes():
     assert "values" in refusals(wire={"down": "compeft"})[0].why
     assert not refusals(wire={"up": "compeft"})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"wire": {"down": "compeft"}}, r"^wire\.down: .* Change it\.$"),
+        ({"federation": {"lower": "svd"}}, r"^federation\.space with federation\.lower: .* Change one of them\.$"),
+    ],
+)
+def test_a_refusal_names_its_keys_and_what_to_change(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        require(config(**sections))
+    for conflict in refusals(**sections):
+        assert_real(conflict.keys)

@@ -26,19 +26,12 @@ def test_every_combination_is_refused_with_a_reason_or_runs(kit, space, lower, o
     fine = (space, lower) in ALLOWED and (opt == "none" or lower == "none")
     assert (not list(conflicts(federation))) == fine
     if not fine:
-        with pytest.raises(ConfigError, match="federation: "):
+        with pytest.raises(ConfigError, match=r"federation\.\w+ with federation\.lower: "):
             Aggregator.from_config(federation)
         return
     glob = kit.model()
     new, _ = Aggregator.from_config(federation)(glob, [kit.client(glob, seed, roles=("B",)) for seed in range(3)])
     assert np.all(np.isfinite(new.tree.flat))
-
-
-@pytest.mark.parametrize("policy", ["fedit", "share_a"])
-def test_policies_without_a_common_factor_are_refused_in_its_space(policy):
-    federation = Federation.model_validate({"policy": policy, "space": "common"})
-    with pytest.raises(ConfigError, match=policy):
-        Aggregator.from_config(federation)
 
 
 @pytest.mark.parametrize(("factor", "roles"), [("A", ("A",)), ("A", ("A", "B")), ("B", ("B",)), ("either", ("A", "B"))])
