@@ -81,6 +81,8 @@ def wrap(
                 where="molora.topology",
             )
         group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
+        if group is not None:
+            _require_whole_blocks(site, group.router.heads)
         module = kinds[role](
             base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
             mixer=_build("mixer", MethodRef(name="output")) if group is None else mixer, dropout=config.dropout,
@@ -107,6 +109,15 @@ def wrap(
 
 def _build(axis: str, ref: MethodRef, **context: Any) -> Any:
     return registry.build(axis, ref.name, ref.params, **context)
+
+
+def _require_whole_blocks(site: Site, heads: int) -> None:
+    if site.d_in % heads or site.d_out % heads:
+        raise ConfigError(
+            f"{heads} heads do not divide the {site.d_in} features in and {site.d_out} out of {site.name}",
+            where="molora.scorer",
+            mend="Set the scorer's splits to a number that divides both, or choose other molora.targets.",
+        )
 
 
 def _unrouted(forced: str | None, role: str) -> bool:
@@ -153,6 +164,12 @@ def _groups(
             torch.manual_seed(seed_for(seed, "gate", site.name))
             scorer = _build("scorer", config.scorer, d_in=site.d_in, n_experts=experts, n_tasks=1)
         selector = config.selector
+        if plan.top_k and not hasattr(registry.parse_params("selector", selector.name, selector.params), "k"):
+            raise ConfigError(
+                f"allocation {config.allocation.name!r} needs a selector with k, which {selector.name!r} does not have",
+                where="molora.selector",
+                mend="Use selector 'top_k', or another allocation.",
+            )
         if "k" in selector.params or plan.top_k:
             k = min(plan.top_k or selector.params["k"], experts)
             selector = MethodRef.model_validate({"name": selector.name, **selector.params, "k": k})

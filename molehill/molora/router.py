@@ -48,6 +48,11 @@ class Router(nn.Module):
         return int(self.scorer.n_experts)  # type: ignore[arg-type]
 
     @property
+    def heads(self) -> int:
+        """Heads of a route; more than one have weights each for their own block of features."""
+        return int(self.scorer.heads)  # type: ignore[arg-type]  # modules hide the types of their attributes
+
+    @property
     def stackable(self) -> bool:
         """Whether the parameters may have a client axis: one product with x, and rows do not see each other."""
         return bool(getattr(self.scorer, "fusable", False)) and getattr(self.selector, "per_row", True)
@@ -70,7 +75,7 @@ class Router(nn.Module):
             Weights ``[B|1, T|1, (H,) E]`` in float32.
         """
         if self.uniform:
-            heads = (self.scorer.heads,) if int(self.scorer.heads) > 1 else ()  # type: ignore[arg-type]
+            heads = (self.heads,) if self.heads > 1 else ()
             z = torch.zeros(1, 1, *heads, self.n_experts, device=ctx.x.device)
             weights = torch.full_like(z, 1 / self.n_experts)
             return Route(z, weights, weights)

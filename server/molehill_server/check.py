@@ -57,8 +57,8 @@ def require(config: Config) -> None:
             raise ConfigError(conflict.why, where=" with ".join(conflict.keys), mend=conflict.mend)
 
 
-def _build(axis: str, ref: MethodRef) -> Any:
-    return registry.build(axis, ref.name, ref.params)
+def _build(axis: str, ref: MethodRef, **context: Any) -> Any:
+    return registry.build(axis, ref.name, ref.params, **context)
 
 
 def _both_shared(config: Config) -> bool:
@@ -171,10 +171,27 @@ def _mixed_parameters(config: Config) -> Iterator[Conflict]:
             f"mixer 'param' makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
             "scorer 'task_table'",
         )
+    if config.molora.mixer.name == "param" and config.molora.topology.name == "block_ffn":
+        yield Conflict(
+            "refuse",
+            ("molora.mixer", "molora.topology"),
+            "topology 'block_ffn' mixes the outputs of whole blocks, so mixer 'param' would do nothing; use mixer "
+            "'output', or topology 'parallel'",
+        )
+    if (
+        config.molora.mixer.name != "param"
+        and _build("scorer", config.molora.scorer, d_in=1, n_experts=1, n_tasks=1).heads > 1
+    ):
+        yield Conflict(
+            "refuse",
+            ("molora.mixer", "molora.scorer"),
+            f"every head of scorer {scorer!r} has weights for its own block of A's and B's features, which only mixer "
+            "'param' mixes; use mixer 'param', or one head",
+        )
 
 
 def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
-    """Parts that stack the experts of a site need LoRAs of one rank."""
+    """Parts that stack the experts of a site need LoRAs of one rank; an allocation may also decide how many count."""
     molora = config.molora
     parts = {"molora.mixer": molora.mixer.name, "molora.topology": molora.topology.name}
     needy = [key for key, name in parts.items() if name in ("param", "block_ffn")]
@@ -184,6 +201,10 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
     except ConfigError as error:
         yield Conflict("refuse", ("molora.allocation", "molora.experts"), error.what)
         return
+    selector = molora.selector
+    if plan.top_k and not hasattr(registry.parse_params("selector", selector.name, selector.params), "k"):
+        why = f"allocation {molora.allocation.name!r} needs a selector with k, which {selector.name!r} does not have"
+        yield Conflict("refuse", ("molora.allocation", "molora.selector"), f"{why}; use selector 'top_k'")
     for key in needy:
         name = parts[key]
         if molora.expert.name != "lora":

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import adapted
 
 from molehill import registry
 from molehill.errors import ConfigError
@@ -99,6 +100,13 @@ def test_fine_grained_keeps_the_parameters_and_the_active_rank(m):
 def test_impossible_plans_are_refused(name, values):
     with pytest.raises(ConfigError):
         _plan(name, values)
+
+
+def test_an_allocation_that_decides_k_needs_a_selector_that_has_it():
+    keys = {"experts": 2, "rank": 8, "allocation": {"name": "fine_grained", "m": 2, "k": 1}}
+    assert adapted(selector="top_k", **keys).routers
+    with pytest.raises(ConfigError, match="'fine_grained' needs a selector with k, which 'dense' does not have"):
+        adapted(selector="dense", **keys)
 
 
 # --- start values -----------------------------------------------------------------------------------------------

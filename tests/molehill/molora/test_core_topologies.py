@@ -118,6 +118,11 @@ def test_mixed_parameters_are_one_lora():
     assert (logits(by_output, task=0) - logits(model, task=0)).abs().max() > 1e-2
 
 
+def test_heads_that_do_not_divide_the_features_are_refused():
+    with pytest.raises(ConfigError, match=r"5 heads do not divide the 32 features in and 32 out of .*q_proj"):
+        adapted("llama", preset="mhr", scorer={"name": "task_table", "splits": 5})
+
+
 def test_mhr_is_poly_by_block_of_features():
     keys = {"preset": "mhr", "experts": 3, "rank": 2}
     row = torch.randn(1, 1, 3)
