@@ -25,7 +25,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] | str, layers: Sequence[
         layers: Indices of the transformer layers to keep; all when None.
 
     Raises:
-        ModelError: A pattern, or the choice of layers, matches nothing.
+        ModelError: A pattern is no regular expression, or it, or the choice of layers, matches nothing.
     """
     linears = {
         name: module
@@ -36,7 +36,14 @@ def find_sites(model: nn.Module, targets: Sequence[str] | str, layers: Sequence[
         targets = (r".*",) if targets == "all-linear" else (targets,)
     chosen: set[str] = set()
     for pattern in targets:
-        hits = {name for name in linears if _matches(pattern, name)}
+        try:
+            hits = {name for name in linears if _matches(pattern, name)}
+        except re.error as error:
+            raise ModelError(
+                f"{pattern!r} is no regular expression: {error}",
+                where="molora.targets",
+                mend="Give names of modules; in a regular expression put a backslash before ( [ * + ? and the like.",
+            ) from None
         if not hits:
             kinds = sorted({name.rpartition(".")[2] for name in linears})
             raise ModelError(

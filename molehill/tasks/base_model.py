@@ -135,7 +135,7 @@ def digest(files: list[Path]) -> str:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # some names stand for devices that hold no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"no device {name!r}: {reason}", where="base.device", mend="Use auto or cpu.") from None

@@ -65,6 +65,12 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(targets)
     assert caught.value.where == "molora.targets"
 
 
+def test_a_pattern_that_is_no_regular_expression_is_an_error():
+    with pytest.raises(ModelError, match=r"'\(' is no regular expression: missing \)") as caught:
+        find_sites(base("llama"), ("(",))
+    assert caught.value.where == "molora.targets"
+
+
 def test_a_layer_that_is_not_there_is_an_error():
     with pytest.raises(ModelError, match=r"layers \[7\] hold no target.*The model has 2 layers") as caught:
         find_sites(base("llama"), "all-linear", layers=[7])

@@ -174,9 +174,10 @@ def test_code_of_a_model_is_not_run(bert_folder):
         load(bert_folder)
 
 
-def test_no_such_device(llama_folder):
-    with pytest.raises(ConfigError, match="no device 'tpu9000'"):
-        load(llama_folder, device="tpu9000")
+@pytest.mark.parametrize("device", ["tpu9000", "meta"])
+def test_no_such_device(llama_folder, device):
+    with pytest.raises(ConfigError, match=f"no device '{device}'"):
+        load(llama_folder, device=device)
 
 
 def test_settings_of_transformers_are_restored(bert_folder):
