@@ -11,6 +11,7 @@ import contextlib
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -137,11 +138,10 @@ def _demo() -> Path:
 
 
 def _claim(folder: Path, resume: bool) -> None:
-    """Refuse a run folder that holds something else, or nothing to resume."""
+    """Refuse a run folder that holds something else, or nothing to resume, or that cannot be written."""
     try:
-        used = any(folder.iterdir())
-    except FileNotFoundError:
-        used = False
+        used = folder.exists() and any(folder.iterdir())
+        _try_to_write(folder)
     except OSError as error:
         raise ConfigError(
             f"cannot use the run folder: {error.strerror}", where=str(folder), mend="Choose another --out."
@@ -152,6 +152,19 @@ def _claim(folder: Path, resume: bool) -> None:
     if resume and not (folder / "config.toml").is_file():
         mend = "Leave out --resume to start one, or give the --out of a run."
         raise ResumeError("there is no run to resume", where=str(folder), mend=mend)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make the folder and a file in it, and leave everything as it was."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @app.command()

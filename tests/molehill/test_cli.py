@@ -149,6 +149,23 @@ def test_a_used_run_folder_is_not_overwritten(tmp_path, engine):
     assert engine.calls == []
 
 
+@pytest.mark.parametrize("folder", ["/proc/none/run", "file/run", "dangling", "x" * 300, "new/" + "x" * 300])
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path, engine, folder):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    result = run("simulate", "--out", tmp_path / folder)
+    assert result.exit_code == 2, result.output
+    assert "cannot use the run folder" in result.stderr
+    assert engine.calls == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_trying_a_run_folder_leaves_no_trace(tmp_path, engine, summary):
+    engine.outcome = summary
+    assert run("simulate", "--out", tmp_path / "new" / "run").exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_simulate_hands_the_configuration_to_the_engine(tmp_path, engine, summary):
     engine.outcome = summary
     result = run("simulate", "--out", tmp_path / "run", "--set", "run.rounds=3", "--set", "train.lr=1e-4")
