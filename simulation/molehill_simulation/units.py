@@ -6,6 +6,7 @@ import heapq
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,22 @@ def units(rows: Rows) -> list[Unit]:
     for i in range(len(rows)):
         found.setdefault(root(i), []).append(i)
     return list(found.values())
+
+
+def values_of(rows: Rows, column: str) -> tuple[Any, ...]:
+    """Values of the column by which rows are dealt.
+
+    Raises:
+        DataError: No row has this column.
+    """
+    if column in rows.columns:
+        return rows.columns[column]
+    raise DataError(
+        f"there is no column {column!r} to deal the rows by",
+        where=rows.source,
+        mend=f"Columns there: {', '.join(rows.columns)}. Name one in data.partition, such as "
+        "{ name = 'by_column', column = ... }, or use data.partition = 'iid'.",
+    )
 
 
 def spread(parts: Sequence[Unit], bins: int, rng: np.random.Generator) -> list[Unit]:

@@ -218,8 +218,16 @@ def test_few_rows_still_have_both_sides():
         (table(50, texts=1), data(2), r"50 rows make 1 units.*fewer than the 2 clients"),
         (table(20, domains=("a",) * 18 + ("b", "b"), texts=None), data(40, "by_column"), r"20 rows for 40 clients"),
         (table(20).having(domain=["a"] * 19 + [None]), data(2, "by_column"), r"f:20: the row has no 'domain'"),
-        (table(20), data(2, partition={"name": "by_column", "column": "author"}), r"no column 'author'"),
-        (table(20), data(2, partition={"name": "dirichlet", "column": "author"}), r"no column 'author'"),
+        (
+            table(20),
+            data(2, partition={"name": "by_column", "column": "author"}),
+            r"no column 'author'.*domain\. Name one in data\.partition",
+        ),
+        (
+            table(20),
+            data(2, partition={"name": "dirichlet", "column": "author"}),
+            r"no column 'author'.*domain\. Name one in data\.partition",
+        ),
         (table(20), data(3, partition={"name": "dirichlet", "min_units": 10}), r"fewer than 10 units.*Raise alpha"),
         (table(20), data(3, partition={"name": "quantity_skew"}), r"20 rows are too few for 3 clients of at least 10"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 from molehill.errors import DataError
 from molehill.registry import register
 from molehill.tasks.rows import Rows
-from molehill_simulation.units import Shard, Unit, file_safe, numbered, spread, units
+from molehill_simulation.units import Shard, Unit, file_safe, numbered, spread, units, values_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def by_column(params: ByColumnParams, *, rows: Rows, clients: int, seed: int) ->
     """
     rng = np.random.default_rng(seed)
     values: dict[str, list[Unit]] = {}
-    column = rows[params.column]
+    column = values_of(rows, params.column)
     for unit in units(rows):
         inside: dict[str, Unit] = {}
         for i in unit:  # a unit may span values; its parts then go to different clients
