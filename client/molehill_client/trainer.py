@@ -55,6 +55,7 @@ class Settings:
         clip: Largest gradient norm, or None.
         prox: FedProx coefficient mu.
         accumulation: Micro-batches per step.
+        keys: Where the rates are in the configuration, for error messages.
     """
 
     rates: Rates
@@ -63,6 +64,7 @@ class Settings:
     clip: float | None = 1.0
     prox: float = 0.0
     accumulation: int = 1
+    keys: str = "train.lr"
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,13 @@ def train(
                 group["lr"] = part.rate * factor
             model.grads.zero_()
             found = _accumulate(model, streams, objective, losses, settings.accumulation)
-            _require_finite(found[0].tolist(), where, step)
+            _require_finite(found[0].tolist(), settings, where, step)
             if anchor is not None:
                 for part in ranges:
                     span = (slice(None), slice(part.start, part.stop))
                     model.grads[span].add_(model.values[span] - anchor[span], alpha=settings.prox)
             for grad in model.grads:
-                _clip(grad, ranges, settings.clip, where, step)
+                _clip(grad, ranges, settings, where, step)
             optimiser.step()
             total += found
             if observe is not None:
@@ -250,23 +252,25 @@ def _optimiser(model: MoLoRAModel, ranges: Sequence[_Range], decay: float) -> to
     return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 
-def _require_finite(losses: Sequence[float], where: str, step: int) -> None:
+def _require_finite(losses: Sequence[float], settings: Settings, where: str, step: int) -> None:
     for loss in losses:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {step + 1}",
                 where=where,
-                mend="Lower train.lr, or set base.precision to fp32.",
+                mend=f"Lower {settings.keys}, or set base.precision to fp32.",
             )
 
 
-def _clip(grad: Tensor, ranges: Sequence[_Range], limit: float | None, where: str, step: int) -> None:
+def _clip(grad: Tensor, ranges: Sequence[_Range], settings: Settings, where: str, step: int) -> None:
     views = [grad[part.start : part.stop] for part in ranges]
     norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(view) for view in views])))
     if not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient is not finite at step {step + 1}", where=where, mend="Lower train.lr, or use fp32."
+            f"the gradient is not finite at step {step + 1}",
+            where=where,
+            mend=f"Lower {settings.keys}, or set base.precision to fp32.",
         )
-    if limit is not None and norm > limit:
+    if settings.clip is not None and norm > settings.clip:
         for view in views:
-            view.mul_(limit / (norm + 1e-6))
+            view.mul_(settings.clip / (norm + 1e-6))

@@ -70,4 +70,5 @@ class Workbench:
             decay=part.decay,
             clip=train.clip,
             accumulation=train.accumulation,
+            keys="personal.gate_lr and personal.head_lr",
         )

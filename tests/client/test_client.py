@@ -200,6 +200,12 @@ def test_residuals_are_fitted_to_the_model_as_received(house):
     assert not [key for key in h.client(0).store.before(3).tree if key.residual]
 
 
+def test_residuals_that_diverge_name_their_own_learning_rates(house):
+    h = house(personal={"gate_lr": 1e38, "head_lr": 1e38})
+    with pytest.raises(TrainingError, match=r"Lower personal\.gate_lr and personal\.head_lr"):
+        h.client(0).evaluate(h.plan(0))
+
+
 def test_a_newcomer_fits_its_residuals_too(one):
     stages = one.client(1).evaluate(one.plan(1)).stages
     assert one.client(1).store.before(2).tree.flat.any()

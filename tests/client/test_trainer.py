@@ -177,8 +177,10 @@ def test_a_gradient_that_is_not_finite_stops_training():
     def steep(forward):
         return (forward.logits - forward.logits.detach()).abs().sum().sqrt()  # 0, with an infinite slope
 
-    with pytest.raises(TrainingError, match="gradient is not finite at step 1"):
+    with pytest.raises(TrainingError, match=r"gradient is not finite at step 1\. Lower train\.lr, or"):
         fit(model_of(), batches("bert"), objective=steep)
+    with pytest.raises(TrainingError, match=r"gradient is not finite at step 1\. Lower personal\.gate_lr, or"):
+        fit(model_of(), batches("bert"), objective=steep, keys="personal.gate_lr")
 
 
 def test_ranks_that_start_at_zero_stay_there():
