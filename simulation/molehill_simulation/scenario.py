@@ -147,7 +147,8 @@ def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:
     Args:
         blob: The delta.
         kind: ``nan`` (values that are not numbers), ``shape`` (one row too many), ``huge`` (1e6 everywhere), ``keys``
-            (a tensor nobody asked for) or ``bytes`` (cut short).
+            (a tensor nobody asked for; for a delta without values also in place of the former three) or ``bytes`` (cut
+            short).
         max_bytes: Largest delta.
 
     Returns:
@@ -157,6 +158,8 @@ def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:
         return blob[: len(blob) // 2]
     delta = decode_delta(blob, max_bytes)
     arrays = dict(delta.tree)
+    if not arrays:  # where nothing is shared there is no value to spoil
+        kind = "keys"
     if kind == "nan":
         return _forge_nan(encode_delta(replace(delta, tree=Tree(delta.tree.layout)), _EXACT))
     if kind == "huge":

@@ -134,6 +134,13 @@ def test_spoiling_says_what_it_is_asked_to():
     assert len({spoil(blob, kind, 2**20) for kind in kinds}) == len(kinds)
 
 
+@pytest.mark.parametrize("kind", ["nan", "shape", "huge"])
+def test_where_nothing_is_shared_garbage_is_what_nobody_asked_for(tmp_path, kind):
+    run(config(federation={"preset": "local"}, scenario={"garbage": {"client-1": kind}}), tmp_path)
+    for event in events(tmp_path, "round"):
+        assert "nobody asked" in event["quarantined"]["client-1"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_ray_gives_the_same_numbers(tmp_path):
