@@ -116,6 +116,14 @@ class Task(Section):
     max_length: int = Field(default=128, ge=8)
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
 
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"label {twice[0]!r} is there twice")
+        return labels
+
 
 class Data(Section):
     """The rows and how they are dealt to clients.
@@ -169,7 +177,7 @@ class MoLoRA(Section):
     """
 
     preset: str | None = None
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(default="all-linear", min_length=1)
     layers: tuple[int, ...] | None = None
     experts: int = Field(default=4, ge=1)
     shared: int = Field(default=0, ge=0)
@@ -458,7 +466,7 @@ def parse(values: Mapping[str, Any], lines: _Lines | None = None) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, lines) from None
+        raise _explain(error, values, lines) from None
     except ConfigError as error:
         raise ConfigError(error.what, where=lines.find(error.where or "preset"), mend=error.mend) from None
     for key, axis, ref in method_refs(config):
@@ -470,12 +478,12 @@ def parse(values: Mapping[str, Any], lines: _Lines | None = None) -> Config:
     return config
 
 
-def _explain(error: ValidationError, lines: _Lines) -> ConfigError:
+def _explain(error: ValidationError, values: Mapping[str, Any], lines: _Lines) -> ConfigError:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path, text = registry.first_error(error, values)
     key = ".".join(path)
     if first["type"] != "extra_forbidden":
-        return ConfigError(f"{key}: {first['msg']}", where=lines.find(key), mend=f"Given: {first['input']!r}.")
+        return ConfigError(f"{key}: {text}", where=lines.find(key), mend=f"Given: {first['input']!r}.")
     section: type[BaseModel] | None = Config
     for part in path[:-1]:
         info = section.model_fields.get(part) if section else None

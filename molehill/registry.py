@@ -17,6 +17,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -175,11 +176,35 @@ def parse_params(axis: str, name: str, values: Mapping[str, Any]) -> Any:
     try:
         return _adapter(method.params).validate_python(dict(values))  # type: ignore[arg-type]  # classes are hashable
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{axis} {name!r}, key {key!r}: {first['msg']}", where=key) from None
+        path, text = first_error(error, values)
+        key = ".".join(path)
+        of = f", key {key!r}" if key else ""
+        raise ConfigError(f"{axis} {name!r}{of}: {text}", where=key) from None
     except ValueError as error:
         raise ConfigError(f"{axis} {name!r}: {error}") from None
+
+
+def first_error(error: ValidationError, values: Any) -> tuple[list[str], str]:
+    """What pydantic found first, in the terms of a configuration.
+
+    Args:
+        error: The error.
+        values: What was validated.
+
+    Returns:
+        The path of the value (keys and indices only, and not which member of a union did not fit), and the text.
+    """
+    first = error.errors()[0]
+    path = []
+    for part in first["loc"]:
+        inside = part in values if isinstance(values, Mapping) else isinstance(part, int)
+        if inside:
+            values = values[part]
+            path.append(str(part))
+        elif first["type"] == "missing" and part is first["loc"][-1]:
+            path.append(str(part))
+    text = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
+    return path, re.sub(r"dictionary( or (an )?instance of \w+)?$", "table", text)
 
 
 @functools.cache  # building one takes longer than all that is done with it
