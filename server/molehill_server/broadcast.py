@@ -110,6 +110,11 @@ class Broadcast:
         """Digest of every blob by group."""
         return {name: blob.digest for name, blob in self.blobs.items()}
 
+    @property
+    def size(self) -> int:
+        """Length of all blobs in bytes: what a client that has none of them fetches."""
+        return sum(len(blob.data) for blob in self.blobs.values())
+
     def drop(self) -> None:
         """Take all blobs out of the exchange."""
         for blob in self.blobs.values():

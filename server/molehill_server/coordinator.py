@@ -29,7 +29,7 @@ from molehill_server.planning.planner import Planner, select
 from molehill_server.records import Global, Update
 from molehill_server.roster import Roster
 from molehill_server.transport import Collection, Incoming, Outgoing, Patience, Transport
-from molehill_server.validation import Limits, open_delta, parse_reply
+from molehill_server.validation import Limits, check_reply, open_delta, parse_reply
 
 
 class _BelowQuorum(Exception):  # noqa: N818 - not an error yet: the round may be tried again
@@ -38,7 +38,7 @@ class _BelowQuorum(Exception):  # noqa: N818 - not an error yet: the round may b
 
 @dataclass
 class _Round:
-    """What is noted down while a round goes on."""
+    """What is noted down while a round goes on; its bytes are all that came and went, also for nothing."""
 
     selected: list[str]
     rows: Mapping[str, int]  # as the clients joined with
@@ -172,14 +172,16 @@ class Coordinator:
         """One round with its retries."""
         began = time.perf_counter()
         glob = self._broadcast.publish(self._saved.glob)
+        up = down = 0  # bytes of the attempts before
         for attempt in range(self._config.round.retries + 1):
             nodes = self._present()
             chosen = select(self._config, list(nodes), number, attempt) if nodes else []
-            notes = _Round(chosen, self._roster.rows(nodes))
+            notes = _Round(chosen, self._roster.rows(nodes), bytes_up=up, bytes_down=down)
             try:
                 after, report = self._attempt(glob, number, attempt, nodes, notes)
                 break
             except _BelowQuorum:
+                up, down = notes.bytes_up, notes.bytes_down
                 self._log.emit(
                     "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
                 )
@@ -255,17 +257,19 @@ class Coordinator:
     def _judge(self, glob: Global, plan: ClientPlan, incoming: Incoming, notes: _Round) -> Update:
         if incoming.text is None:
             raise MessageError(incoming.error)
-        reply = parse_reply(incoming.text, plan, notes.rows[plan.client])
+        reply = parse_reply(incoming.text)
         try:
-            delta = open_delta(reply, plan, glob.tree.layout, self._exchange, self._limits)
+            notes.bytes_down += min(reply.bytes_down, self._broadcast.size)
+            blob = self._exchange.get(reply.delta, self._limits.max_bytes)
+            notes.bytes_up += len(blob)
+            check_reply(reply, plan, notes.rows[plan.client])
+            delta = open_delta(blob, reply, plan, glob.tree.layout, self._limits)
         finally:
             self._discard(reply.delta)
         notes.accepted.append(plan.client)
         notes.losses[plan.client] = reply.loss
         notes.metrics[plan.client] = {name: reply.metrics[name] for name in self._metrics if name in reply.metrics}
         notes.examples[plan.client] = reply.examples
-        notes.bytes_up += reply.bytes_up
-        notes.bytes_down += reply.bytes_down
         experts = notes.tokens.setdefault(plan.client, {})
         for (_, expert), count in delta.tokens.items():
             experts[expert] = experts.get(expert, 0.0) + count

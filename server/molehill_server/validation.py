@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, ClientReply
-from molehill.wire.exchange import Exchange
 from molehill.wire.message import Delta, decode_delta, digest
 from molehill.wire.tree import Array, Layout
 from molehill_server.planning.planner import expected
@@ -43,60 +42,63 @@ class Limits:
         return cls(config.wire.max_bytes, config.round.norm_bound, rounding * rows * config.task.max_length)
 
 
-def parse_reply(text: str, plan: ClientPlan, rows: int) -> ClientReply:
-    """Read a reply and check that it answers ``plan``.
+def parse_reply(text: str) -> ClientReply:
+    """Read a reply.
 
     Args:
         text: JSON of the reply.
-        plan: What the client was told to do.
-        rows: Training rows the client named when it joined. It is weighed by them, and cannot take more weight once
-            it knows the others.
 
     Returns:
         The reply.
 
     Raises:
-        MessageError: It is malformed, not finite, of another client or round, or trained on other rows.
+        MessageError: It is malformed.
     """
     try:
-        reply = ClientReply.model_validate_json(text)
+        return ClientReply.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise MessageError(f"malformed reply, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def check_reply(reply: ClientReply, plan: ClientPlan, rows: int) -> None:
+    """Check that a reply answers ``plan``.
+
+    Args:
+        reply: The client's reply.
+        plan: What the client was told to do.
+        rows: Training rows the client named when it joined. It is weighed by them, and cannot take more weight once
+            it knows the others.
+
+    Raises:
+        MessageError: It is not finite, of another client or round, or trained on other rows.
+    """
     if (reply.client, reply.round) != (plan.client, plan.round):
         raise MessageError(f"the reply is of client {reply.client!r} in round {reply.round}")
     if not math.isfinite(reply.loss):
         raise MessageError(f"its training loss is {reply.loss}")
     if reply.examples != rows:
         raise MessageError(f"it trains on {reply.examples} rows, and joined with {rows}")
-    return reply
 
 
-def open_delta(
-    reply: ClientReply,
-    plan: ClientPlan,
-    model: Layout,
-    exchange: Exchange,
-    limits: Limits,
-) -> Delta:
-    """Fetch, decode and judge the delta a reply points at.
+def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout, limits: Limits) -> Delta:
+    """Decode and judge the delta a reply points at.
 
     Args:
+        blob: The delta as it lay in the exchange.
         reply: The client's reply.
         plan: What the client was told to do.
         model: Layout of the shared model.
-        exchange: Where the delta lies.
         limits: How large it may be.
 
     Returns:
         The delta, fit to be used.
 
     Raises:
-        MessageError: The delta is not there, damaged, too large, of another run, round, client or base, has other
-            names or shapes than asked for, is not finite, too far from the broadcast, in another codec than asked
-            for, or counts impossible tokens.
+        MessageError: The delta is damaged, too large, of another run, round, client or base, has other names or shapes
+            than asked for, is not finite, too far from the broadcast, in another codec than asked for, or counts
+            impossible tokens.
     """
-    blob = exchange.get(reply.delta, limits.max_bytes)
     if len(blob) != reply.bytes_up:
         raise MessageError(f"its delta is {len(blob)} bytes, it reported {reply.bytes_up}")
     if digest(blob) != reply.delta:

@@ -222,6 +222,22 @@ def test_a_retry_that_succeeds_leaves_no_trace_of_the_first(toy):
     assert run.events("round")[0]["missing"] == []
 
 
+def test_bytes_of_refused_updates_and_of_retries_count(toy):
+    settings = config(run={"rounds": 1}, round={"quorum": 1.0, "retries": 2})
+    clean, again = toy(settings, "clean"), toy(settings, "again")
+    clean.run()
+    lies = [{"round": 9}, {"bytes_up": 3, "bytes_down": 2**80}]
+
+    def fault(client, plan, reply):
+        change = lies.pop() if client.number == 1 and lies else {}
+        return reply.model_copy(update=change).model_dump_json()
+
+    again.run(fault)
+    (one,), (three,) = clean.events("round"), again.events("round")
+    assert three["bytes_up"] == pytest.approx(3 * one["bytes_up"], rel=0.01)  # names and counts are compressed
+    assert three["bytes_down"] == one["bytes_down"]  # what was fetched once, for whichever attempt
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -66,8 +66,8 @@ def test_garbage_is_quarantined_with_its_reason_and_the_round_goes_on(tmp_path, 
     assert np.isfinite(final.flat).all()
     assert np.abs(final.flat).max() < 100
     run(config(), clean)
-    lost = sum(e["bytes_up"] for e in events(clean, "round")) - sum(e["bytes_up"] for e in events(dirty, "round"))
-    assert lost > 0
+    sent = {out: sum(e["bytes_up"] for e in events(out, "round")) for out in (clean, dirty)}
+    assert sent[dirty] > 0.8 * sent[clean]  # the fourth client's garbage was received, if only half a message
 
 
 def test_too_much_garbage_stops_the_run_and_says_why(tmp_path):
