@@ -121,7 +121,7 @@ class Coordinator:
             The final shared model as clients received it; also saved, with the patches, as ``final.safetensors``.
 
         Raises:
-            FederationError: A round stayed below its quorum, or no client came.
+            FederationError: A round stayed below its quorum, no client came, or none could be scored.
         """
         began = time.perf_counter()
         clients = self._roster.gather(self._config.round.deadline, self._config.round.quorum, self._grace)
@@ -308,24 +308,32 @@ class Coordinator:
     # Measuring
 
     def _measure(self, final: Global) -> None:
-        """Ask every client for its scores: trained alone from the start (if configured), and with the final model."""
+        """Ask every client for its scores: trained alone from the start (if configured), and with the final model.
+
+        Raises:
+            FederationError: Nobody's scores with the final model came.
+        """
         nodes = self._present()
+        absent = {client: "it is not connected" for client in self._saved.clients if client not in nodes}
+        for client, reason in absent.items():
+            self._log.emit("failed", stage="evaluate", client=client, reason=reason)
         replies: dict[str, list[EvaluationReply]] = {client: [] for client in nodes}
         if self._config.evaluate.baselines:
             self._ask("train.baseline", "baseline", self._plans(nodes, 0, final), nodes, replies)
-        self._ask("evaluate", "evaluate", self._plans(nodes, final.round, final), nodes, replies)
+        failed = self._ask("evaluate", "evaluate", self._plans(nodes, final.round, final), nodes, replies)
         for client, parts in replies.items():
-            if parts:
-                stages = {stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()}
-                last = parts[-1]
-                self._log.emit(
-                    "evaluation",
-                    client=client,
-                    n_train=last.n_train,
-                    n_test=last.n_test,
-                    stages=stages,
-                    tokens=last.tokens,
-                )
+            hello = self._roster.hello(nodes[client])
+            self._log.emit(
+                "evaluation",
+                client=client,
+                n_train=hello.n_train,
+                n_test=hello.n_test,
+                stages={stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()},
+                tokens=parts[-1].tokens if parts else {},
+            )
+        if len(failed) == len(nodes):
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in {**absent, **failed}.items())
+            raise FederationError(f"no client could be scored with the final model: {reasons or 'there is none'}")
 
     def _ask(
         self,
@@ -334,20 +342,26 @@ class Coordinator:
         plans: Mapping[str, ClientPlan],
         nodes: Mapping[str, int],
         replies: Mapping[str, list[EvaluationReply]],
-    ) -> None:
+    ) -> dict[str, str]:
+        """Add the answers to ``replies``; returns why the others did not answer."""
+        self._log.emit("stage", stage=stage, total=len(plans))
+        failed = {}
         collection = self._send(kind, plans, nodes, f"{kind}.0", len(plans))
         for done, (client, reply) in enumerate(collection, start=1):
             try:
                 answer = EvaluationReply.model_validate_json(reply.text or "")
             except ValidationError as error:
-                self._log.emit("failed", stage=stage, client=client, reason=reply.error or str(error))
+                failed[client] = reply.error or f"malformed answer ({error.errors()[0]['msg']})"
+                self._log.emit("failed", stage=stage, client=client, reason=failed[client])
             else:
                 replies[client].append(answer)
                 collection.accept()
             self._log.emit("progress", stage=stage, done=done, total=len(plans), client=client)
         for client in collection.missing:
-            self._log.emit("failed", stage=stage, client=client, reason="no answer before the deadline")
+            failed[client] = "no answer before the deadline"
+            self._log.emit("failed", stage=stage, client=client, reason=failed[client])
         self._forget(collection)
+        return failed
 
 
 def _below_quorum(number: int, notes: _Round, config: Config) -> tuple[str]:

@@ -74,6 +74,10 @@ class Roster:
         """Training rows that every client named when it joined, by client."""
         return {client: self._hellos[node].n_train for client, node in nodes.items()}
 
+    def hello(self, node: int) -> Hello:
+        """What a node that is present said about itself."""
+        return self._hellos[node]
+
     def _ask(self, patience: Patience) -> list[str]:
         unknown = [node for node in self._transport.nodes() if node not in self._hellos]
         messages = [(str(node), Outgoing(node, "query.hello", "0.0", "", patience.deadline)) for node in unknown]

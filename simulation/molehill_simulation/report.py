@@ -6,6 +6,7 @@ content policy allows neither scripts nor anything from elsewhere.
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -107,9 +108,21 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
         "loss": line_plot(numbers, {**curves, "mean": mean}, {**styles, "mean": "line-mean"}),
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "heat": _heat(events),
-        "refused": [(e["round"], c, reason) for e in rounds for c, reason in sorted(e["quarantined"].items())],
-        "missing": [(e["round"], c) for e in rounds for c in e["missing"]],
+        "refused": [(at, c, reason) for at, e in _attempts(events) for c, reason in sorted(e["quarantined"].items())],
+        "missing": [(at, c) for at, e in _attempts(events) for c in e["missing"]],
+        "failed": [(e["stage"], e["client"], e["reason"]) for e in events if e["event"] == "failed"],
+        "strangers": sorted({(e["client"], e["reason"]) for e in events if e["event"] == "refused"}),
     }
+
+
+def _attempts(events: Sequence[Event]) -> list[tuple[str, Event]]:
+    """Every attempt that stayed below its quorum and then every round, by round, each with its name."""
+    retries = {(event["round"], event["attempt"]): event for event in events if event["event"] == "retry"}
+    rounds = {(event["round"], math.inf): event for event in rounds_of(events)}
+    return [
+        (str(number) if attempt == math.inf else f"{number}, attempt {attempt + 1}", event)
+        for (number, attempt), event in sorted({**retries, **rounds}.items())
+    ]
 
 
 def _facts(
@@ -163,5 +176,6 @@ def _heat(events: Sequence[Event]) -> dict[str, Any] | None:
     rows = []
     for client, counts in sorted(tokens.items()):
         total = sum(counts.get(expert, 0) for expert in routed)
-        rows.append((client, [counts.get(expert, 0) / total if total else 0.0 for expert in routed]))
+        if total:
+            rows.append((client, [counts.get(expert, 0) / total for expert in routed]))
     return {"experts": routed, "shared": shared, "rows": rows, "held_out": held_out}

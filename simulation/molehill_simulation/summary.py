@@ -81,9 +81,9 @@ class Summary(BaseModel):
     """The content of `summary.json`.
 
     Attributes:
-        clients: Every client, sorted by id.
-        mean: Unweighted mean over clients.
-        worst: Lowest client, stage by stage.
+        clients: Every client that was there to be scored, sorted by id.
+        mean: Unweighted mean over the clients that have a figure for every stage that was run, so that stages compare.
+        worst: Lowest of these clients, stage by stage.
         rounds: Rounds completed.
         seconds: Wall time of the run; of a resumed run at least that of all its rounds.
         bytes_up: Encoded deltas, all clients and rounds.
@@ -103,6 +103,11 @@ class Summary(BaseModel):
     bytes_down: int
     base_model: BaseModelInfo
     config_digest: str
+
+    @property
+    def complete(self) -> tuple[ClientFigures, ...]:
+        """The clients that ``mean`` and ``worst`` are over."""
+        return _complete(self.clients)
 
     def to_json(self) -> str:
         """The summary as indented JSON with the names of the format."""
@@ -149,11 +154,12 @@ def summarise(events: Iterable[Event], base_model: BaseModelInfo, config_digest:
         )
         for client, evaluation in evaluations_of(events).items()
     )
+    complete = _complete(clients)
     ends = [event["seconds"] for event in events if event["event"] == "end"]
     return Summary(
         clients=clients,
-        mean=_over(clients, lambda values: sum(values) / len(values)),
-        worst=_over(clients, min),
+        mean=_over(complete, lambda values: sum(values) / len(values)),
+        worst=_over(complete, min),
         rounds=len(rounds),
         seconds=max([*ends, sum(event["seconds"] for event in rounds)]),
         bytes_up=sum(event["bytes_up"] for event in rounds),
@@ -175,6 +181,16 @@ def read_summary(path: Path) -> Summary:
         raise DataError(f"cannot read the summary: {error.strerror}", where=str(path)) from None
     except ValueError:
         raise DataError("not the summary of a run", where=str(path), mend="Was the file edited?") from None
+
+
+def _complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
+    """The clients that have every stage that any of them has."""
+    run = {stage for client in clients for stage, value in zip(STAGES, client.row, strict=True) if value is not None}
+    return tuple(
+        client
+        for client in clients
+        if run and all(value is not None for stage, value in zip(STAGES, client.row, strict=True) if stage in run)
+    )
 
 
 def _over(clients: Iterable[ClientFigures], fold: Callable[[list[float]], float]) -> Figures:

@@ -1,6 +1,7 @@
 """What the terminal shows: progress while a run goes on, and the table at its end.
 
-On a terminal there is one bar per stage; elsewhere (a pipe, a log) one plain line per round.
+On a terminal there is one bar per stage; elsewhere (a pipe, a log) one plain line per round and per stage that follows
+the rounds. Whatever goes wrong is a line of its own on both.
 """
 
 from __future__ import annotations
@@ -63,6 +64,17 @@ class RunView:
                 self._progress(event)
             case "round":
                 self._round(event)
+            case "retry":
+                number = event["round"]
+                self._line(f"round {number}: attempt {event['attempt'] + 1} is below its quorum", "yellow")
+                self._lost(number, event)
+            case "stage":
+                self._stage(event)
+            case "failed":
+                name = _NAMES.get(event["stage"], clean(event["stage"], 10))
+                self._line(f"{name}: no scores of {clean(event['client'], 40)}: {clean(event['reason'])}", "yellow")
+            case "refused":
+                self._line(f"refused {clean(event['client'] or 'a node', 40)}: {clean(event['reason'])}", "yellow")
 
     def _start(self, event: Event) -> None:
         self._rounds, self._done = event["rounds"], event.get("round", 0)
@@ -87,6 +99,15 @@ class RunView:
         if not self._console.is_terminal:
             answered = f"{len(event['accepted'])} of {len(event['selected'])} clients"
             self._line(f"round {number}/{self._rounds}  {note}  {answered}  {duration(event['seconds'])}")
+        self._lost(number, event)
+
+    def _stage(self, event: Event) -> None:
+        stage, total = event["stage"], event["total"]
+        self._bar(stage, 0, total, "")
+        if not self._console.is_terminal:
+            self._line(f"{_NAMES.get(stage, clean(stage, 10))}: {total} clients")
+
+    def _lost(self, number: int, event: Event) -> None:
         for client, reason in event["quarantined"].items():
             self._line(f"round {number}: quarantined {clean(client, 40)}: {clean(reason)}", "yellow")
         if event["missing"]:
@@ -135,4 +156,8 @@ def show_summary(summary: Summary, console: Console) -> None:
     """Print the results of a finished run."""
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
+    complete, clients = len(summary.complete), len(summary.clients)
+    if complete < clients:
+        text = f"mean and worst are over the {complete} of {clients} clients that have all figures"
+        console.print(Text(text, style="yellow"), soft_wrap=True)
     console.print(Text(f"{summary.rounds} rounds in {duration(summary.seconds)}; {traffic}"), soft_wrap=True)

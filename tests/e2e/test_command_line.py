@@ -138,6 +138,14 @@ def test_a_loss_that_is_not_finite_says_what_to_do(toml, tmp_path):
     refused(result, 9, r"round 1 is below its quorum: 0 of 3 .*client-1: .*(loss|gradient) is .*Lower train\.lr")
 
 
+def test_clients_of_whom_none_can_be_scored_are_no_success(toml, tmp_path):
+    result = molehill("simulate", toml(), "--out", tmp_path / "out", "--set", "personal.head_lr=1e38")
+    refused(result, 9, r"no client could be scored with the final model: client-1: .*(loss|gradient) is ")
+    assert "Evaluation: no scores of client-1: " in result.stdout
+    assert molehill("report", tmp_path / "out").exit_code == 0
+    assert "Missing scores" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_clients_that_send_garbage_are_quarantined_with_the_reason_and_the_run_goes_on(toml, tmp_path):
     kinds = {client: kind for client, (kind, _) in GARBAGE.items()}
     path = toml(data={"clients": 10}, scenario={"garbage": kinds})

@@ -84,12 +84,12 @@ def kill_and_resume(config, out, at):
     return end_of(out)
 
 
-# Three clients: start, three steps of progress and the round, twice; then the evaluation.
-@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16])
+# Three clients: start, three steps of progress and the round, twice; then the evaluation, which begins with a line.
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 17])
 def test_a_kill_at_any_event_changes_nothing(undisturbed, tmp_path, at):
     config, end, seen = undisturbed("anchored")
     assert seen[:5] == ["start", "progress", "progress", "progress", "round"]
-    assert len(seen) == 16
+    assert len(seen) == 17
     assert kill_and_resume(config, tmp_path, at) == end
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from toy_federation import EXPERTS, HEAD, SITE, client_name, config, data, initial, steps
@@ -260,6 +262,53 @@ def test_replies_that_do_not_fit_are_quarantined(toy, change, reason):
     (event,) = run.events("round")
     assert reason in event["quarantined"]["client-0"]
     assert len(event["accepted"]) == 3
+
+
+def speechless(coordinator, numbers):
+    """Of these clients, what they answer when they are scored is nonsense."""
+    for number in numbers:
+        client = coordinator._transport.clients[number + 10]
+        client.evaluate = lambda plan: SimpleNamespace(model_dump_json=lambda: "nonsense")
+
+
+def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
+    run = toy(config(evaluate={"baselines": True}))
+    coordinator = run.start()
+    speechless(coordinator, [1])
+    coordinator.run()
+    (failed,) = run.events("failed")
+    assert (failed["stage"], failed["client"]) == ("evaluate", "client-1")
+    assert "malformed answer" in failed["reason"]
+    assert [event["stage"] for event in run.events("stage")] == ["baseline", "evaluate"]
+    stages = {event["client"]: set(event["stages"]) for event in run.events("evaluation")}
+    assert stages.pop("client-1") == {"base", "local"}
+    assert set(map(frozenset, stages.values())) == {frozenset({"base", "local", "global", "personalised"})}
+    assert run.events("end")
+
+
+def test_a_run_whose_clients_cannot_be_scored_is_no_success(toy):
+    run = toy(config(run={"rounds": 1}))
+    coordinator = run.start()
+    speechless(coordinator, range(4))
+    with pytest.raises(FederationError, match=r"no client could be scored with the final model: client-0: malformed"):
+        coordinator.run()
+    assert [(event["n_train"], event["stages"]) for event in run.events("evaluation")] == [
+        (rows, {}) for rows in (10, 15, 20, 25)
+    ]
+    assert run.events("end") == []
+    run.start().run()
+    assert len(run.events("round")) == 1
+    assert all(event["stages"] for event in run.events("evaluation"))
+
+
+def test_a_client_that_left_before_the_end_is_told(toy):
+    run = toy(config(run={"rounds": 1}))
+    coordinator = run.start()
+    nodes, pushed = run.transport.nodes, run.transport.pushed
+    run.transport.nodes = lambda: nodes()[: 3 if pushed and pushed[-1].kind == "train" else None]
+    coordinator.run()
+    (failed,) = run.events("failed")
+    assert (failed["client"], failed["reason"]) == ("client-3", "it is not connected")
 
 
 def test_mixed_ranks_are_averaged_as_if_filled_with_zeros(toy):

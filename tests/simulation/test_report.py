@@ -142,6 +142,33 @@ def test_summary_counts_a_repeated_round_once_and_allows_missing_stages():
     assert summarise([], BASE, "cd").mean.personalised is None
 
 
+def without_scores(events: list[dict], *clients: str) -> list[dict]:
+    """The same run, in which clients could not be scored with the final model."""
+    return [
+        {**event, "stages": {k: v for k, v in event["stages"].items() if k in ("base", "local")}}
+        if event.get("client") in clients and "stages" in event
+        else event
+        for event in events
+    ]
+
+
+def test_mean_and_worst_are_over_clients_that_have_every_figure():
+    whole = summarise(make_events(CLIENTS), BASE, "cd")
+    part = summarise(without_scores(make_events(CLIENTS), *CLIENTS[:2]), BASE, "cd")
+    assert len(part.clients) == 8
+    assert [client.id for client in part.complete] == CLIENTS[2:]
+    for stage in ("base", "personalised"):
+        values = [getattr(client, stage) for client in whole.clients[2:]]
+        assert getattr(part.mean, stage) == pytest.approx(sum(values) / 6)
+        assert getattr(part.worst, stage) == min(values)
+    assert whole.complete == whole.clients
+    console = Console(file=StringIO(), width=100)
+    show_summary(part, console)
+    assert "mean and worst are over the 6 of 8 clients that have all figures" in console.file.getvalue()
+    none = summarise([{**e, "stages": {}} for e in make_events(CLIENTS) if e["event"] == "evaluation"], BASE, "cd")
+    assert (len(none.clients), none.complete, none.mean.base) == (8, (), None)
+
+
 def test_summary_reads_back(tmp_path):
     folder = make_run(tmp_path, make_events(CLIENTS))
     assert read_summary(folder / "summary.json") == summarise(make_events(CLIENTS), BASE, "ab" * 32)
@@ -179,6 +206,33 @@ def test_report_escapes_what_clients_send(tmp_path):
     assert "<script" not in text
     assert "\x1b" not in text
     assert "&lt;script&gt;alert(1)" in text
+
+
+TROUBLES = [
+    {"event": "refused", "time": 0.0, "client": "", "reason": f"node 7: malformed hello {HOSTILE}"},
+    {
+        "event": "retry",
+        "time": 0.0,
+        "round": 2,
+        "attempt": 0,
+        "missing": [CLIENTS[3]],
+        "quarantined": {CLIENTS[2]: f"cut short {HOSTILE}"},
+    },
+    {"event": "failed", "time": 0.0, "stage": "evaluate", "client": CLIENTS[1], "reason": f"the loss is NaN {HOSTILE}"},
+]
+
+
+def test_report_tells_all_that_went_wrong(tmp_path):
+    events = [*without_scores(make_events(CLIENTS), CLIENTS[1]), *TROUBLES]
+    text = write_report(make_run(tmp_path, events)).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "\x1b" not in text
+    seen = " ".join(Page(text).text.split())
+    assert "Refused nodes node 7: malformed hello" in seen
+    assert f"2, attempt 1{CLIENTS[2]}cut short" in seen
+    assert f"Round 2, attempt 1: {CLIENTS[3]}; Round 4: tweets-1." in seen
+    assert f"These clients could not be scored. stageclientreason evaluate{CLIENTS[1]}the loss is NaN" in seen
+    assert "Mean and worst are over the 7 of 8 clients that have all figures." in seen
 
 
 @pytest.mark.parametrize(("clients", "rounds"), [(1, 1), (40, 30)])
@@ -250,6 +304,27 @@ def test_progress_without_a_terminal_is_one_line_per_round():
     assert any(line.startswith("round 2: quarantined tweets-1: 1024 values") for line in lines)
     assert "round 4: no answer from tweets-1" in lines
     assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_goes_wrong_is_shown_as_it_happens(terminal):
+    options = {"force_terminal": terminal, "force_interactive": terminal}
+    text = shown([make_events(CLIENTS)[0], *TROUBLES], color_system=None, **options)
+    for line in (
+        "refused a node: node 7: malformed hello",
+        "round 2: attempt 1 is below its quorum",
+        f"round 2: quarantined {CLIENTS[2]}: cut short",
+        f"round 2: no answer from {CLIENTS[3]}",
+        f"Evaluation: no scores of {CLIENTS[1]}: the loss is NaN",
+    ):
+        assert line in text
+
+
+def test_stages_after_the_rounds_begin_with_a_line():
+    begins = [{"event": "stage", "time": 0.0, "stage": stage, "total": 8} for stage in ("baseline", "evaluate")]
+    events = [make_events(CLIENTS)[0], *begins]
+    assert shown(events, force_terminal=False).splitlines()[1:] == ["Baselines: 8 clients", "Evaluation: 8 clients"]
+    assert "0/8" in shown(events, force_terminal=True, force_interactive=True)
 
 
 def test_progress_on_a_terminal_draws_bars():
