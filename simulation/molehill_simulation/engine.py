@@ -104,9 +104,11 @@ def run_ray(
     run_config = _run_config(config, out, f"folder:{exchange}")
     clients = Reported(ScenarioApp(client_app, config, time.sleep))
     patient: RunConfig = {**run_config, "grace": config.round.deadline}
-    with _observed(observer):
-        ray_engine(server_app, clients, config.data.clients, patient, run_config, resources or {"num_cpus": 1})
-    shutil.rmtree(exchange)
+    try:
+        with _observed(observer):
+            ray_engine(server_app, clients, config.data.clients, patient, run_config, resources or {"num_cpus": 1})
+    finally:
+        shutil.rmtree(exchange, ignore_errors=True)
 
 
 def write_config(config: Config, out: Path) -> Path:

@@ -141,6 +141,17 @@ def test_where_nothing_is_shared_garbage_is_what_nobody_asked_for(tmp_path, kind
         assert "nobody asked" in event["quarantined"]["client-1"]
 
 
+def test_a_run_on_ray_that_fails_leaves_no_exchange(tmp_path, monkeypatch):
+    def fail(*_):
+        (tmp_path / "exchange").mkdir()
+        raise FederationError("it stops")
+
+    monkeypatch.setattr(engine, "ray_engine", fail)
+    with pytest.raises(FederationError, match="it stops"):
+        run(config(), tmp_path, how=engine.run_ray)
+    assert not (tmp_path / "exchange").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_ray_gives_the_same_numbers(tmp_path):
