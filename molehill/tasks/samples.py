@@ -63,6 +63,11 @@ def read_sample(name: str) -> Rows:
         )
 
 
+def needs_download(name: str) -> bool:
+    """Whether `read_sample` would have to fetch a sample first."""
+    return name == _REVIEWS and not _cached().is_file()
+
+
 def cache_folder() -> Path:
     """Folder of downloaded samples: ``MOLEHILL_CACHE``, or the user's cache folder."""
     return Path(os.environ.get("MOLEHILL_CACHE") or platformdirs.user_cache_path("molehill"))
@@ -88,7 +93,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 def _archive() -> bytes:
     """The pinned source distribution, from the cache or through pip; its hash is checked on every read."""
-    cached = cache_folder() / "samples" / _FILE
+    cached = _cached()
     for attempt in range(2):
         data = cached.read_bytes() if cached.is_file() else b""
         if hashlib.sha256(data).hexdigest() == _SHA256:
@@ -96,6 +101,10 @@ def _archive() -> bytes:
         if attempt == 0:
             _download(cached)
     raise DataError("the downloaded archive changed on disk", where=str(cached), mend="Remove it and try again.")
+
+
+def _cached() -> Path:
+    return cache_folder() / "samples" / _FILE
 
 
 def _download(cached: Path) -> None:

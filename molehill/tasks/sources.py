@@ -37,6 +37,14 @@ def read_rows(source: str, *, split: str = "train") -> Rows:
     return rows
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is read without a network: neither from the hub, nor a sample that has to be fetched first."""
+    if source.startswith("sample:"):
+        return not samples.needs_download(source)
+    path = Path(source).expanduser()
+    return path.exists() or path.suffix.lower() in _FILES or not _HUB_ID.fullmatch(source)
+
+
 def _read(source: str, split: str) -> Rows:
     path = Path(source).expanduser()
     if source.startswith("sample:"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from molehill.config import Config, MethodRef, MoLoRA
 from molehill.molora.build import wrap
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import load_base
+from molehill.tasks.schema import load_rows
+from molehill.tasks.sources import is_local
+from molehill_simulation.data import ClientRows, deal
 from molehill_simulation.text import megabytes
 
 
@@ -17,7 +20,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
     """The plan of a run as labelled facts.
 
     A base model that is on this machine is loaded and wrapped, which finds targets that match nothing and counts
-    what will be trained; a hub model is not downloaded for that.
+    what will be trained; rows that are on this machine are read and dealt. Nothing is downloaded for that.
 
     Args:
         config: A configuration.
@@ -26,10 +29,16 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ``(label, text)`` rows.
 
     Raises:
+        DataError: The rows cannot be read or dealt.
         ModelError: The base cannot be loaded, or the targets do not fit it.
         ConfigError: The parts of the adapter do not fit each other.
     """
     data, molora, train, federation = config.data, config.molora, config.train, config.federation
+    owners = None
+    if is_local(data.source):
+        rows_read, task = load_rows(data, config.task)
+        owners = deal(data, rows_read, config.run.seed)
+        config = config.model_copy(update={"task": task})
     model = None
     if config.base.model.startswith("sample:") or Path(config.base.model).expanduser().is_dir():
         model = wrap(load_base(config.base, config.task).model, molora, gate=config.personal.gate, seed=config.run.seed)
@@ -39,7 +48,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ("run", f"{config.run.name}: {config.run.rounds} rounds, seed {config.run.seed}"),
         ("base", f"{config.base.model}, {config.base.precision} on {config.base.device}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
-        ("data", f"{data.source} dealt to {data.clients} clients by {_show(data.partition)}"),
+        ("data", f"{data.source} dealt to {data.clients} clients by {_show(data.partition)}{_rows(owners)}"),
         ("experts", f"{_planned(molora) if model is None else _dealt(model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
         ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),
@@ -51,6 +60,15 @@ def describe(config: Config) -> list[tuple[str, str]]:
         count = model.n_parameters
         rows.insert(5, ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart"))
     return rows
+
+
+def _rows(owners: Sequence[ClientRows] | None) -> str:
+    if owners is None:
+        return ""
+    train, test = (
+        _range(len(part) for part in parts) for parts in zip(*((o.train, o.test) for o in owners), strict=True)
+    )
+    return f": {train} rows each to train on, {test} held out"
 
 
 def _planned(molora: MoLoRA) -> str:

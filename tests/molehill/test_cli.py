@@ -253,12 +253,45 @@ def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_pat
 )
 def test_check_tells_what_every_site_gets(tmp_path, preset, text):
     base = tiny_world.save_base(tmp_path / "base", "llama")
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60, "llama"))
     path = tmp_path / "run.toml"
     path.write_text(
-        f'[base]\nmodel = "{base}"\n[task]\nkind = "causal-lm"\nmax_length = 32\n[molora]\npreset = "{preset}"\n'
+        f'[base]\nmodel = "{base}"\n[data]\nsource = "{rows}"\npartition = "iid"\n'
+        f'[task]\nkind = "causal-lm"\nmax_length = 32\n[molora]\npreset = "{preset}"\n'
     )
     result = run("check", path)
     assert text in " ".join(result.stdout.split()), result.output
+
+
+ROWS = {"text": "good", "label": "positive"}, {"text": "bad", "label": "negative"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "code", "message"),
+    [
+        (None, "", 3, "rows.jsonl: cannot read the file: No such file"),
+        ([{"text": "good"}], "", 3, "there is no column 'label'"),
+        (ROWS, "", 3, "there are 2 rows for 8 clients"),
+        ([ROWS[i % 2] | {"text": f"{i}"} for i in range(40)], "", 0, "by iid: 4 rows each to train on, 1 held out"),
+    ],
+)
+def test_check_reads_and_deals_the_rows_that_are_here(tmp_path, rows, data, code, message):
+    path = tmp_path / "rows.jsonl"
+    if rows is not None:
+        tiny_world.write_rows(path, rows)
+    config = tmp_path / "run.toml"
+    config.write_text(f'[base]\nmodel = "a/b"\n[data]\nsource = "{path}"\npartition = "iid"\n{data}\n')
+    result = run("check", config)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+
+
+def test_check_leaves_rows_elsewhere_where_they_are(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[base]\nmodel = "a/b"\n[data]\nsource = "someone/some-rows"\n')
+    result = run("check", path)
+    assert result.exit_code == 0, result.output
+    assert "someone/some-rows dealt to 8 clients by by_column(column=domain)\n" in result.stdout
 
 
 def test_check_of_a_base_elsewhere_names_the_allocation(tmp_path):

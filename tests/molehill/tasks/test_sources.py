@@ -6,7 +6,7 @@ import pytest
 
 from molehill.errors import DataError
 from molehill.tasks.rows import Rows
-from molehill.tasks.sources import read_rows
+from molehill.tasks.sources import is_local, read_rows
 
 ROWS = [{"text": "good, really", "label": "pos"}, {"text": "bad\nindeed \u2028 yes", "label": "neg"}]
 
@@ -139,6 +139,18 @@ def test_hub_offline(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"nobody/nothing: cannot load it from the hub.*give a local file"):
         read_rows("nobody/nothing")
+
+
+def test_what_needs_no_network(tmp_path, monkeypatch):
+    (tmp_path / "saved").mkdir()
+    for source in ("rows.jsonl", "a/rows.csv", "/nowhere/rows", str(tmp_path / "saved"), "sample:revews"):
+        assert is_local(source), source
+    monkeypatch.setenv("MOLEHILL_CACHE", str(tmp_path))
+    for source in ("imdb", "someone/some-rows", "sample:reviews"):
+        assert not is_local(source), source
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "vaderSentiment-2.5.tar.gz").touch()
+    assert is_local("sample:reviews")
 
 
 def test_unknown_sample():
