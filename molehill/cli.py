@@ -100,36 +100,46 @@ def simulate(
 
     With --resume and no CONFIG, the configuration in the run folder is used.
     """
+    folder = out if resume else None  # of a run that there is something of
     with _explained(as_json):
-        from molehill.config import load  # noqa: PLC0415
-
-        if resume and config is None and out is not None and (out / "config.toml").is_file():
-            config = out / "config.toml"
-        resolved = load(config or _demo(), overrides or ())
-        folder = out or Path("runs") / resolved.run.name
-        _claim(folder, resume)
-
-        with needs("simulation"):
-            from molehill_simulation.simulate import simulate as run  # noqa: PLC0415
-            from molehill_simulation.ui import RunView, show_summary  # noqa: PLC0415
-
-        console = Console(quiet=as_json)
         try:
+            from molehill.config import load  # noqa: PLC0415
+
+            if resume and config is None and out is not None and (out / "config.toml").is_file():
+                config = out / "config.toml"
+            resolved = load(config or _demo(), overrides or ())
+            claimed = out or Path("runs") / resolved.run.name
+            _claim(claimed, resume)
+            folder = claimed
+
+            with needs("simulation"):
+                from molehill_simulation.simulate import simulate as run  # noqa: PLC0415
+                from molehill_simulation.ui import RunView, show_summary  # noqa: PLC0415
+
+            console = Console(quiet=as_json)
             # Libraries below print to standard output too; with --json that stream is promised to one document.
             with RunView(console) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
                 summary = run(resolved, folder, engine=engine, observer=view)
         except KeyboardInterrupt:
-            again = shlex.join(["molehill", "simulate", "--out", str(folder), "--resume"])
-            if as_json:
-                _print_json({"error": {"kind": "Interrupted", "code": INTERRUPTED, "what": "stopped", "mend": again}})
-            else:
-                _say(Text(f"stopped; resume with: {again}"))
+            _interrupted(folder, engine, as_json)
             raise typer.Exit(INTERRUPTED) from None
         if as_json:
             sys.stdout.write(summary.to_json())
         else:
             show_summary(summary, console)
             console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
+
+
+def _interrupted(folder: Path | None, engine: str, as_json: bool) -> None:
+    """Say how to go on with a run that was stopped, if there is anything of it."""
+    what, mend = "stopped before the run began", ""
+    if folder is not None and (folder / "config.toml").is_file():
+        other = [] if engine == "local" else ["--engine", engine]
+        what, mend = "stopped", shlex.join(["molehill", "simulate", "--out", str(folder), *other, "--resume"])
+    if as_json:
+        _print_json({"error": {"kind": "Interrupted", "code": INTERRUPTED, "what": what, "mend": mend}})
+    else:
+        _say(Text(f"{what}; resume with: {mend}" if mend else what))
 
 
 def _demo() -> Path:

@@ -156,7 +156,9 @@ def errors_page() -> str:
         (str(kind.exit_code), f"`{kind.__name__}`", (kind.__doc__ or "").strip().partition("\n")[0])
         for kind in sorted(kinds, key=lambda kind: kind.exit_code)
     ]
-    rows.append(("130", "", "Stopped with Ctrl-C; the message holds the command that goes on with the run."))
+    rows.append(
+        ("130", "", "Stopped with Ctrl-C; once the run has begun, the message holds the command that goes on with it.")
+    )
     lines = [
         "# Errors and exit codes\n",
         NOTE,

@@ -180,30 +180,41 @@ def test_a_folder_is_resumed_as_what_it_is_or_not_at_all(toml, tmp_path):
     assert {**json.loads(resumed.stdout), "seconds": 0} == {**before, "seconds": 0}
 
 
-def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, tmp_path):
-    command, out = str(Path(sys.executable).with_name("molehill")), tmp_path / "out"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    path = toml(run={"rounds": 8}, evaluate={"baselines": True})
+def stopped(path, out, when):
+    """The error that a run ends with which gets Ctrl-C as soon as ``when()``."""
     running = subprocess.Popen(
-        [command, "simulate", str(path), "--out", str(out), "--json"],
+        [str(Path(sys.executable).with_name("molehill")), "simulate", str(path), "--out", str(out), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=env,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 120
-    metrics = out / "metrics.jsonl"
-    while not (metrics.exists() and '"event": "round"' in metrics.read_text()):
+    while not when():
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     stdout, stderr = running.communicate(timeout=60)
     assert running.returncode == 130, stderr
-    error = json.loads(stdout)["error"]
+    assert "Traceback" not in stderr
+    return json.loads(stdout)["error"]
+
+
+def test_ctrl_c_before_the_first_round_leaves_a_run_that_can_be_resumed(toml, tmp_path):
+    out = tmp_path / "out"
+    error = stopped(toml(run={"rounds": 8}), out, (out / "config.toml").exists)
+    assert error["mend"] == f"molehill simulate --out {out} --resume"
+    assert molehill("simulate", "--out", out, "--resume").exit_code == 0
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, tmp_path):
+    out = tmp_path / "out"
+    metrics = out / "metrics.jsonl"
+    path = toml(run={"rounds": 8}, evaluate={"baselines": True})
+    error = stopped(path, out, lambda: metrics.exists() and '"event": "round"' in metrics.read_text())
     assert error["kind"] == "Interrupted"
     assert error["mend"] == f"molehill simulate --out {out} --resume"
-    assert "Traceback" not in stderr
     assert not (out / "summary.json").exists()
 
     resumed = molehill("simulate", "--out", out, "--resume", "--json")

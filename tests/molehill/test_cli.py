@@ -202,10 +202,31 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, engine):
     folder = tmp_path / "a run"
     result = run("simulate", "--out", folder)
     assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "stopped before the run began"
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "config.toml").write_text("")
+    result = run("simulate", "--out", folder, "--resume")
+    assert result.exit_code == 130
     assert result.stderr == f"stopped; resume with: molehill simulate --out '{folder}' --resume\n"
-    as_json = run("simulate", "--json", "--out", folder)
+    as_json = run("simulate", "--json", "--engine", "ray", "--out", folder, "--resume")
     assert as_json.exit_code == 130
-    assert json.loads(as_json.stdout)["error"]["kind"] == "Interrupted"
+    error = json.loads(as_json.stdout)["error"]
+    assert error["kind"] == "Interrupted"
+    assert error["mend"] == f"molehill simulate --out '{folder}' --engine ray --resume"
+
+
+def test_ctrl_c_while_the_engine_is_imported(tmp_path, engine, monkeypatch):
+    class Slow(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "molehill_simulation.simulate", Slow("molehill_simulation.simulate"))
+    result = run("simulate", "--json", "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    error = {"kind": "Interrupted", "code": 130, "what": "stopped before the run began", "mend": ""}
+    assert json.loads(result.stdout) == {"error": error}
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_in_the_run_keeps_its_code(tmp_path, engine):
