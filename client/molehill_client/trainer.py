@@ -21,6 +21,7 @@ from molehill.tasks.batches import Batch, join
 from molehill.wire.keys import Key
 
 Objective = Callable[[Forward], Tensor]
+Regulariser = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class Observer(Protocol):
@@ -53,7 +54,7 @@ class Settings:
         schedule: Shape over the whole run.
         decay: Decoupled weight decay.
         clip: Largest gradient norm, or None.
-        prox: FedProx coefficient mu.
+        regulariser: Adds its gradient, given gradients, values and received values of what learns; or None.
         accumulation: Micro-batches per step.
         keys: Where the rates are in the configuration, for error messages.
     """
@@ -62,7 +63,7 @@ class Settings:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     decay: float = 0.0
     clip: float | None = 1.0
-    prox: float = 0.0
+    regulariser: Regulariser | None = None
     accumulation: int = 1
     keys: str = "train.lr"
 
@@ -134,7 +135,8 @@ def train(
     ranges = _trained(model, settings, scope)
     if not ranges:
         raise TrainingError("the plan trains no tensor", where=where, mend="Check federation.policy and personal.")
-    anchor = model.values.clone() if settings.prox else None
+    pull = settings.regulariser
+    received = model.values.clone() if pull else model.values
     optimiser = _optimiser(model, ranges, settings.decay)
     total = torch.zeros(1 + len(losses), len(streams))
     with _training(model, records=bool(losses)):
@@ -147,10 +149,10 @@ def train(
             model.grads.zero_()
             found = _accumulate(model, streams, objective, losses, settings.accumulation)
             _require_finite(found[0].tolist(), settings, where, step)
-            if anchor is not None:
+            if pull:
                 for part in ranges:
                     span = (slice(None), slice(part.start, part.stop))
-                    model.grads[span].add_(model.values[span] - anchor[span], alpha=settings.prox)
+                    pull(model.grads[span], model.values[span], received[span])
             for grad in model.grads:
                 _clip(grad, ranges, settings, where, step)
             optimiser.step()

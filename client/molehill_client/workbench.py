@@ -57,7 +57,7 @@ class Workbench:
             schedule=part.schedule,
             decay=part.weight_decay,
             clip=part.clip,
-            prox=part.prox,
+            regulariser=registry.build("regulariser", "fedprox", {"mu": part.prox}) if part.prox else None,
             accumulation=part.accumulation,
         )
 

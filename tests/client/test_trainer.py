@@ -15,6 +15,7 @@ from molehill import registry
 from molehill.errors import TrainingError
 from molehill.tasks.batches import Batch
 from molehill_client.objectives.sft import SFT
+from molehill_client.regularisers.fedprox import FedProx, FedProxParams
 from molehill_client.trainer import Rates, Settings, schedule_factor, train
 
 
@@ -36,6 +37,10 @@ def fit(model, data, *, steps=3, scope=lambda _: "shared", objective=None, losse
         model, [itertools.cycle(data)], objective or SFT(), losses, Settings(**settings), scope, steps=steps
     )
     return result
+
+
+def pull(mu):
+    return FedProx(FedProxParams(mu))
 
 
 def model_of(architecture="bert", **keys):
@@ -82,7 +87,7 @@ def test_frozen_tensors_keep_every_bit(kind):
         return "frozen" if kind in {key.kind, key.expert} else "shared"
 
     base = {name: value.clone() for name, value in model.base.state_dict().items() if "bank" not in name}
-    fit(model, batches("bert"), scope=scope, decay=0.1, prox=0.1)
+    fit(model, batches("bert"), scope=scope, decay=0.1, regulariser=pull(0.1))
     after = model.tree()
     for key in before:
         assert (before[key] == after[key]).all() == (scope(key) == "frozen"), key
@@ -135,13 +140,21 @@ def test_accumulation_is_one_large_batch(architecture):
 
 def test_a_strong_pull_keeps_the_model_where_it_started():
     moved = {}
-    for prox in (0.0, 1.0, 1e6):
+    for mu in (0.0, 1.0, 1e6):
         model = model_of()
         start = model.flat.clone()
-        fit(model, batches("bert"), steps=40, prox=prox, clip=None)
-        moved[prox] = float((model.flat - start).norm())
+        fit(model, batches("bert"), steps=40, regulariser=pull(mu), clip=None)
+        moved[mu] = float((model.flat - start).norm())
     assert moved[0.0] > moved[1.0] > moved[1e6]
     assert moved[1e6] < 0.2 * moved[0.0]
+
+
+def test_fedprox_is_a_method_with_its_paper_that_train_prox_builds(house):
+    assert house(train={"prox": 0.3}).bench.settings().regulariser.mu == 0.3
+    assert house("without").bench.settings().regulariser is None
+    method = registry.get("regulariser", "fedprox")
+    assert method.target is FedProx
+    assert method.url == "https://arxiv.org/abs/1812.06127"
 
 
 def test_the_pull_is_the_gradient_of_half_the_squared_distance():
@@ -150,7 +163,9 @@ def test_the_pull_is_the_gradient_of_half_the_squared_distance():
     fit(model, batches("bert", 1), steps=1, clip=None)
     near = model.flat.clone()
     again = model_of()
-    fit(again, batches("bert", 1), steps=2, clip=None, prox=0.7)  # the first step starts from the anchor itself
+    fit(
+        again, batches("bert", 1), steps=2, clip=None, regulariser=pull(0.7)
+    )  # the first step starts from the anchor itself
     at = batches("bert", 1)[0]
     probe = model_of()
     probe.flat.copy_(near)
