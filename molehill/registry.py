@@ -97,7 +97,7 @@ def register(
     Raises:
         ValueError: The name is taken by another object, or ``params`` is not a frozen dataclass.
     """
-    if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]  # dataclasses have it
         raise ValueError(f"{axis}/{name}: params must be a frozen dataclass")
 
     def decorate(target: T) -> T:

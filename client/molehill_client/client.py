@@ -272,10 +272,10 @@ class Client:
         def closure() -> float:
             optimiser.zero_grad()
             loss = F.cross_entropy(F.linear(x / scale, weight, bias), y) + 1e-3 * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped torch
             return float(loss.detach())
 
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
+        optimiser.step(closure)  # type: ignore[no-untyped-call]  # untyped torch
         with torch.no_grad():
             score = ScoreSum(classes=len(bias))
             score.add(F.linear(x_test / scale, weight, bias), y_test)

@@ -40,7 +40,7 @@ class Workbench:
     def objective(self) -> Callable[..., Tensor]:
         """The run's objective."""
         ref = self.config.train.objective
-        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]
+        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]  # its callee is untyped
 
     def losses(self) -> list[tuple[str, float, RoutingLoss]]:
         """The run's routing losses: name, coefficient, function."""

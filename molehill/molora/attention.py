@@ -96,7 +96,7 @@ def _bmm_attention(
         bias = bias.triu(1 + size[1] - size[0])
     if bias is not None:
         bias = bias[..., : key.shape[2]]
-    out = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
+    out = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]  # untyped torch
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -116,4 +116,4 @@ def use_fast_attention(base: nn.Module, max_length: int) -> None:
     first = next(base.parameters())
     if first.device.type == "cpu" and first.dtype == torch.bfloat16 and max_length <= MAX_TOKENS:
         register()
-        base.set_attn_implementation(NAME)  # type: ignore[operator]
+        base.set_attn_implementation(NAME)  # type: ignore[operator]  # modules hide their attributes' types

@@ -20,14 +20,14 @@ _TINY = 1e-9
 def softmax(z: Tensor) -> Tensor:
     """Return the softmax of logits ``[..., E]``, same shape."""
     if torch.is_grad_enabled() and z.requires_grad:
-        return _Softmax.apply(z, None)  # type: ignore[no-any-return, no-untyped-call]
+        return _Softmax.apply(z, None)  # type: ignore[no-any-return, no-untyped-call]  # untyped torch
     return _softmax(z)
 
 
 def top_k_softmax(z: Tensor, k: int) -> Tensor:
     """Return the softmax over the ``k`` largest logits of ``[..., E]``, and 0 for the others, same shape."""
     if torch.is_grad_enabled() and z.requires_grad:
-        return _Softmax.apply(z, k)  # type: ignore[no-any-return, no-untyped-call]
+        return _Softmax.apply(z, k)  # type: ignore[no-any-return, no-untyped-call]  # untyped torch
     return _top_k_softmax(z, k)
 
 

@@ -51,6 +51,6 @@ class Forward:
         references = cache(lambda: torch.split(self.reference(), counts))
         columns = (*(torch.split(part, counts) for part in (self.scores, self.labels, self.rows)), records)
         return [
-            Forward(scores, labels, rows - c * batch_size, mine, lambda c=c: references()[c])  # type: ignore[misc]
+            Forward(scores, labels, rows - c * batch_size, mine, lambda c=c: references()[c])  # type: ignore[misc]  # a default binds c
             for c, (scores, labels, rows, mine) in enumerate(zip(*columns, strict=True))
         ]

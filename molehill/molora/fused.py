@@ -189,7 +189,7 @@ def down(x: Tensor, A: Tensor, gate: Tensor | None, source: Source | None = None
         ``A x``, the logits in float32, and the cell for `up`.
     """
     cell = _Cell()
-    low, logits = _Down.apply(x, A, gate, cell, source)  # type: ignore[no-untyped-call]
+    low, logits = _Down.apply(x, A, gate, cell, source)  # type: ignore[no-untyped-call]  # untyped torch
     return Projection(low, logits, cell)
 
 
@@ -221,7 +221,7 @@ def up(
     """
     cell = projection.cell if same_input else None
     gate_rows = projection.logits.shape[1]
-    y: Tensor = _Up.apply(x, W, bias, projection.low, weights, Bt, spread, cell, gate_rows)  # type: ignore[no-untyped-call]
+    y: Tensor = _Up.apply(x, W, bias, projection.low, weights, Bt, spread, cell, gate_rows)  # type: ignore[no-untyped-call]  # untyped torch
     return y
 
 

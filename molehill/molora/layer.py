@@ -52,7 +52,7 @@ class ForwardState:
         """Say what the coming pass of the base is about."""
         self.next = (mask, task_ids)
 
-    def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+    def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a pass; a forward pre-hook of the base, so that a pass somebody else starts gets routes of its own."""
         mask = kwargs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -213,18 +213,18 @@ class MoLoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Frozen weight ``[d_out, d_in]``."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        weight: Tensor = self.base.weight  # type: ignore[assignment]  # modules hide their attributes' types
         return weight.t() if isinstance(self.base, Conv1D) else weight
 
     @property
     def bias(self) -> Tensor | None:
         """Frozen bias ``[d_out]`` or None."""
-        return self.base.bias  # type: ignore[return-value]
+        return self.base.bias  # type: ignore[return-value]  # modules hide their attributes' types
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., d_out]`` for ``x [..., d_in]``; two or three dimensions."""
         if not self.state.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
         x3 = x if x.dim() == 3 else x.unsqueeze(0)
         y = self._adapted(x3)
         return y if x.dim() == 3 else y.squeeze(0)
@@ -319,7 +319,7 @@ class ContractLinear(MoLoRALinear):
         weights sum to 1, and bitwise the frozen block when all B are zero.
         """
         if not self.state.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
         assert isinstance(self.bank, LoRABank)
         h0, h = x[:, :, 0], x[:, :, 1:]
         w = self.weights(h0, None).to(x.dtype)

@@ -316,7 +316,7 @@ class MoLoRAModel(nn.Module):
         """Last token states of the base, ``[B, T, d]`` (classification backbones)."""
         self.state.announce(mask, task_ids)
         kwargs = {"attention_mask": mask.long()} if not bool(mask.all()) else {}
-        return self.base(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]
+        return self.base(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]  # its callee is untyped
 
     def _classify(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None

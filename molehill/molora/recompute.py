@@ -110,7 +110,7 @@ _SOURCES = WeakTensorKeyDictionary()
 
 def source_of(x: Tensor) -> Source | None:
     """How ``x`` was made, when it is cheap to do again and still gives the same."""
-    source: Source | None = _SOURCES.get(x)  # type: ignore[no-untyped-call]
+    source: Source | None = _SOURCES.get(x)  # type: ignore[no-untyped-call]  # untyped torch
     return source if source is not None and source.versions == _versions(x, *source.inputs) else None
 
 
@@ -136,7 +136,7 @@ def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return function(*inputs)
     recipe = Recipe(function, graph=True)
-    y: Tensor = _Again.apply(recipe, function, *inputs)  # type: ignore[no-untyped-call]
+    y: Tensor = _Again.apply(recipe, function, *inputs)  # type: ignore[no-untyped-call]  # untyped torch
     _remember(y, recipe, inputs)
     return y
 
@@ -144,11 +144,11 @@ def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 def _gated(block: nn.Module, x: Tensor) -> Tensor:
     """The forward pass of a feed-forward block with a gate."""
     part: Any = block
-    return part.down_proj(_again(partial(_gate, part.act_fn), part.gate_proj(x), part.up_proj(x)))  # type: ignore[no-any-return]
+    return part.down_proj(_again(partial(_gate, part.act_fn), part.gate_proj(x), part.up_proj(x)))  # type: ignore[no-any-return]  # its callee is untyped
 
 
 def _gate(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    return activation(gate) * up  # type: ignore[no-any-return]
+    return activation(gate) * up  # type: ignore[no-any-return]  # its callee is untyped
 
 
 def keep_less(base: nn.Module) -> None:
@@ -173,7 +173,7 @@ def keep_less(base: nn.Module) -> None:
 @torch.no_grad()
 def _is_gated(block: nn.Module) -> bool:
     """Whether a block with the parts of a gated one puts them together as `_gated` does."""
-    weight: Tensor = block.gate_proj.weight  # type: ignore[union-attr, assignment]
+    weight: Tensor = block.gate_proj.weight  # type: ignore[union-attr, assignment]  # modules hide their attributes' types
     x = torch.randn(1, 3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         return torch.equal(block(x), _gated(block, x))

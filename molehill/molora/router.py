@@ -45,7 +45,7 @@ class Router(nn.Module):
     @property
     def n_experts(self) -> int:
         """Routed experts."""
-        return int(self.scorer.n_experts)  # type: ignore[arg-type]
+        return int(self.scorer.n_experts)  # type: ignore[arg-type]  # modules hide their attributes' types
 
     @property
     def heads(self) -> int:
@@ -61,7 +61,7 @@ class Router(nn.Module):
         """Rows ``[E, d]`` that may be multiplied together with A; None when the scores are not one product with x."""
         if self.uniform or not getattr(self.scorer, "fusable", False):
             return None
-        weight: Tensor = self.scorer.weight  # type: ignore[assignment]
+        weight: Tensor = self.scorer.weight  # type: ignore[assignment]  # modules hide their attributes' types
         return weight + self.residual["weight"] if self.residual and self.personal else weight
 
     def route(self, ctx: RouteContext, logits: Tensor | None = None) -> Route:
@@ -91,9 +91,9 @@ class Router(nn.Module):
 
     def _score(self, ctx: RouteContext) -> Tensor:
         if not (self.residual and self.personal):
-            return self.scorer(ctx).float()  # type: ignore[no-any-return]
+            return self.scorer(ctx).float()  # type: ignore[no-any-return]  # its callee is untyped
         effective = {
             name: parameter + self.residual[name.replace(".", "__")]
             for name, parameter in self.scorer.named_parameters()
         }
-        return functional_call(self.scorer, effective, (ctx,)).float()  # type: ignore[no-any-return]
+        return functional_call(self.scorer, effective, (ctx,)).float()  # type: ignore[no-any-return]  # its callee is untyped

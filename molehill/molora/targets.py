@@ -79,4 +79,4 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     weight = module.weight  # Conv1D stores [d_in, d_out]
-    return int(weight.shape[0]), int(weight.shape[1])  # type: ignore[index]
+    return int(weight.shape[0]), int(weight.shape[1])  # type: ignore[index]  # modules hide their attributes' types

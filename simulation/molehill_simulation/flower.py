@@ -224,5 +224,5 @@ def _own(record: ArrayRecord | ConfigRecord | MetricRecord) -> ArrayRecord | Con
         return own
     for key, value in own.items():
         if isinstance(value, list):
-            own[key] = value.copy()  # type: ignore[assignment]
+            own[key] = value.copy()  # type: ignore[assignment]  # records take what they gave
     return own

@@ -53,4 +53,4 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``[M]``.
     """
-    return _NLL.apply(logits, labels)  # type: ignore[no-any-return, no-untyped-call]
+    return _NLL.apply(logits, labels)  # type: ignore[no-any-return, no-untyped-call]  # untyped torch

@@ -33,7 +33,7 @@ class IA3Bank(nn.Module):
 
     low_rank = False
 
-    def __init__(self, *, site: Site, ranks: tuple[int, ...], alpha: float) -> None:  # noqa: ARG002
+    def __init__(self, *, site: Site, ranks: tuple[int, ...], alpha: float) -> None:
         super().__init__()
         self.site = site
         self.ranks = (1,) * len(ranks)
@@ -48,6 +48,6 @@ class IA3Bank(nn.Module):
         """The rows of `v` that belong to an expert."""
         return slice(expert, expert + 1)
 
-    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return ``(sum_e w_e v_e) * y0``, ``[B, T, d_out]``, for weights ``[B|1, T|1, E]``."""
         return (weights @ self.v).to(y0.dtype) * y0

@@ -109,7 +109,7 @@ class LoRABank(nn.Module):
         A, Bt = self.factors()
         return reference(x, seen, W, bias, A, weights, Bt, self.spread)
 
-    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the experts' deltas.
 
         Args:

@@ -22,7 +22,7 @@ class ParamMixer:
 
     fused = False
 
-    def __call__(self, bank: Expert, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, bank: Expert, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return the delta ``[B, T, d_out]`` for weights ``[B|1, 1, (H,) E]``.
 
         Raises:

@@ -49,7 +49,7 @@ class Linear(nn.Module):
         fusable: Whether the logits are always ``x @ weight.T``; jitter needs its own product.
     """
 
-    def __init__(self, params: LinearParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:  # noqa: ARG002
+    def __init__(self, params: LinearParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.heads = 1

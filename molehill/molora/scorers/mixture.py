@@ -50,7 +50,7 @@ class Mixture(nn.Module):
 
     fusable = False
 
-    def __init__(self, params: MixtureParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:  # noqa: ARG002
+    def __init__(self, params: MixtureParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.heads = 1

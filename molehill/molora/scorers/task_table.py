@@ -48,7 +48,7 @@ class TaskTable(nn.Module):
 
     fusable = False
 
-    def __init__(self, params: TaskTableParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:  # noqa: ARG002
+    def __init__(self, params: TaskTableParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.heads = params.splits

@@ -45,7 +45,7 @@ class Dense:
         """The selector itself."""
         return self
 
-    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:  # noqa: ARG002
+    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""
         if self.activation == "softmax":
             w = softmax(z)

@@ -67,7 +67,7 @@ class DynMoLE:
         """The selector itself."""
         return self
 
-    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:  # noqa: ARG002
+    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""
         at = self.params
         p = softmax(z)

@@ -50,7 +50,7 @@ class TopK:
         """The selector itself."""
         return self
 
-    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:  # noqa: ARG002
+    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""
         k = min(self.params.k, z.shape[-1])
         if self.params.renorm == "selected":

@@ -45,7 +45,7 @@ class TopP:
         """The selector itself."""
         return self
 
-    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:  # noqa: ARG002
+    def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""
         p = softmax(z)
         return Route(z, p * top_p_mask(p, self.p), p)

@@ -34,7 +34,7 @@ class Bf16:
     def __init__(self, params: Bf16Params) -> None:
         self.params = params
 
-    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:  # noqa: ARG002 - no feedback
+    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
         """Encode; see `Codec.encode`."""
         bits = tree.require_finite().flat.view(np.uint32)
         # Adding just under half of the dropped part, plus the lowest kept bit, carries exactly when rounding is up.

@@ -37,7 +37,7 @@ class Fp16:
     def __init__(self, params: Fp16Params) -> None:
         self.params = params
 
-    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:  # noqa: ARG002 - no feedback
+    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
         """Encode; see `Codec.encode`."""
         exponent, half = to_half(tree.require_finite().flat)
         return _HEAD.pack(exponent) + pack(planes(half), zstd=self.params.zstd)

@@ -17,7 +17,7 @@ class Fp32:
     linear = True
     feedback = False
 
-    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:  # noqa: ARG002 - exact
+    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
         """Encode; see `Codec.encode`."""
         return tree.require_finite().flat.astype("<f4", copy=False).tobytes()
 

@@ -43,7 +43,7 @@ class Int4:
     def __init__(self, params: Int4Params) -> None:
         self.params = params
 
-    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:  # noqa: ARG002 - no feedback
+    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
         """Encode; see `Codec.encode`."""
         return integers.encode(tree.require_finite().flat, self._groups(tree.layout), 4, zstd=self.params.zstd)
 

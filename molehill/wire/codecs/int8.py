@@ -38,7 +38,7 @@ class Int8:
     def __init__(self, params: Int8Params) -> None:
         self.params = params
 
-    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:  # noqa: ARG002 - no feedback
+    def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
         """Encode; see `Codec.encode`."""
         return integers.encode(tree.require_finite().flat, Segments.rows(tree.layout), 8, zstd=self.params.zstd)
 
