@@ -1,30 +1,42 @@
 """How small each codec makes a delta, how close it stays, and how long it takes.
 
-    python benchmarks/codecs.py [--delta FILE.safetensors] [--repeat 5] [--json]
+    python benchmarks/codecs.py [--synthetic | --delta FILE.safetensors] [--repeat 5] [--json]
 
-The file is one written by `molehill.wire.store.save_tree`; without one a synthetic heavy-tailed delta of 2.4M numbers
-is used. Bytes are those of the whole self-describing message, names included.
+The delta is that of the demo's first owner: one round on MiniLM and its own reviews, in fp32 on the wire.
+``--synthetic`` takes a heavy-tailed one of 2.1M numbers instead, ``--delta`` a file written by
+`molehill.wire.store.save_tree`. Bytes are those of the whole self-describing message, names included. What ComPEFT
+costs in accuracy: `quality.py --compeft`.
 """
 
 from __future__ import annotations
 
+from common import alternate, show
+
+# Above numpy, since common sets the number of threads that numpy reads when it is imported.
+# isort: split
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from molehill.config import MethodRef
+from molehill.config import MethodRef, load
+from molehill.wire.exchange import MemoryExchange
 from molehill.wire.keys import Key
-from molehill.wire.message import decode_tree, encode_tree
+from molehill.wire.message import decode_delta, decode_tree, encode_tree
 from molehill.wire.store import load_tree
 from molehill.wire.tree import Tree
+from molehill_client.client import Client
+from molehill_client.state import StateStore
+from molehill_client.workbench import Workbench
+from molehill_server.broadcast import Broadcast
+from molehill_server.planning.planner import Planner
+from molehill_server.records import Global
+from molehill_simulation.world import open_world
+
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.toml"
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32": ("fp32", {}),
@@ -59,13 +71,19 @@ def synthetic(seed: int = 0) -> Tree:
     return Tree.of(arrays)
 
 
-def milliseconds(call: Callable[[], Any], repeat: int) -> float:
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def real() -> Tree:
+    """The delta of the demo's first owner after its first round."""
+    world = open_world(load(DEMO, ["wire.up=fp32"]))
+    config, owner, exchange = world.config, world.owners[0], MemoryExchange()
+    bench = Workbench(config, world.model, world.task, world.base.digest, world.initial, exchange)
+    broadcast = Broadcast(exchange, config.wire.down, config.wire.max_bytes)
+    layout = broadcast.publish(Global(world.initial)).tree.layout
+    plan = Planner(config, world.base.digest).plan(owner.name, 1, layout, broadcast.digests(), 0)
+    rows = (world.task.encode(part) for part in (owner.train, owner.test))
+    with tempfile.TemporaryDirectory() as folder:
+        store = StateStore(Path(folder), config.run.name, world.base.digest)
+        reply = Client(bench, owner.name, *rows, store).train(plan)
+    return decode_delta(exchange.get(reply.delta), config.wire.max_bytes).tree
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -77,6 +95,9 @@ def measure(tree: Tree, name: str, params: dict[str, Any], repeat: int) -> dict[
     codec = MethodRef.model_validate({"name": name, **params})
     limit = 8 * tree.flat.nbytes
     blob = encode_tree(tree, codec)
+    seconds = alternate(
+        {"encode": lambda: encode_tree(tree, codec), "decode": lambda: decode_tree(blob, limit)}, repeat
+    )
     return {
         "codec": name,
         "params": params,
@@ -84,36 +105,44 @@ def measure(tree: Tree, name: str, params: dict[str, Any], repeat: int) -> dict[
         "times_smaller": tree.flat.nbytes / len(blob),
         "bits_per_parameter": 8 * len(blob) / tree.layout.size,
         "cosine": cosine(tree.flat, decode_tree(blob, limit).flat),
-        "encode_ms": milliseconds(lambda: encode_tree(tree, codec), repeat),
-        "decode_ms": milliseconds(lambda: decode_tree(blob, limit), repeat),
+        **{f"{way}_ms": 1e3 * value for way, value in seconds.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--delta", type=Path, help="safetensors file written by save_tree")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--synthetic", action="store_true", help="a delta drawn at random; trains nothing")
+    source.add_argument("--delta", type=Path, help="safetensors file written by save_tree")
     parser.add_argument("--repeat", type=int, default=5, help="timings per row; the median is shown")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    tree = load_tree(options.delta)[0] if options.delta else synthetic()
+    name = "synthetic" if options.synthetic else str(options.delta or "the demo's first owner")
+    tree = synthetic() if options.synthetic else load_tree(options.delta)[0] if options.delta else real()
     rows = {label: measure(tree, *row, options.repeat) for label, row in ROWS.items()}
     if options.json:
-        print(json.dumps({"numbers": tree.layout.size, "tensors": len(tree), "codecs": list(rows.values())}, indent=1))
-        return
-    table = Table(title=f"{tree.layout.size:,} numbers in {len(tree)} tensors ({options.delta or 'synthetic'})")
-    table.add_column("codec", no_wrap=True)
-    for heading in ("x smaller", "bits each", "cosine", "enc ms", "dec ms"):
-        table.add_column(heading, justify="right")
-    for label, row in rows.items():
-        table.add_row(
-            label,
-            f"{row['times_smaller']:.1f}",
-            f"{row['bits_per_parameter']:.2f}",
-            f"{row['cosine']:.5f}",
-            f"{row['encode_ms']:.1f}",
-            f"{row['decode_ms']:.1f}",
+        print(
+            json.dumps(
+                {"delta": name, "numbers": tree.layout.size, "tensors": len(tree), "codecs": list(rows.values())},
+                indent=1,
+            )
         )
-    Console().print(table)
+        return
+    show(
+        f"{tree.layout.size:,} numbers in {len(tree)} tensors ({name})",
+        ["codec", "x smaller", "bits each", "cosine", "enc ms", "dec ms"],
+        [
+            [
+                label,
+                f"{row['times_smaller']:.1f}",
+                f"{row['bits_per_parameter']:.2f}",
+                f"{row['cosine']:.5f}",
+                f"{row['encode_ms']:.1f}",
+                f"{row['decode_ms']:.1f}",
+            ]
+            for label, row in rows.items()
+        ],
+    )
 
 
 if __name__ == "__main__":
