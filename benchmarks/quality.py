@@ -4,6 +4,7 @@ Settings were chosen on seeds 0 and 1, so the study counts seeds from 2.
 
     python benchmarks/quality.py --out runs/quality --seeds 3      # trains, then writes docs/reference/results.md
     python benchmarks/quality.py --out runs/quality --table        # only rewrites the table from finished runs
+    python benchmarks/quality.py --out runs/quality --compeft      # and MoLoRA with ComPEFT deltas at 20%
 
 Every run keeps its folder, so an interrupted study goes on where it stopped.
 """
@@ -35,6 +36,9 @@ METHODS = {  # FedIT's personal head takes no part in its rounds: what it is fit
     # Nobody averages out what a high rate does to one client, so alone it needs a lower one.
     "local": (LOCAL, ("evaluate.baselines=false", "train.steps=24", "train.lr=1e-3")),
 }
+COMPEFT = {  # to cost no more than 1 point of accuracy; not run unless asked for
+    "molora-compeft": (DEMO, ("evaluate.baselines=false", 'wire.up={name="compeft", density=0.2}')),
+}
 ROWS = (  # name in the table, run it comes from, stage of that run
     ("base (head only)", "molora", "base"),
     ("local only, the same MoLoRA", "molora", "local"),
@@ -44,12 +48,14 @@ ROWS = (  # name in the table, run it comes from, stage of that run
     ("FedIT, 24 steps per round", "fedit-long", "global"),
     ("MoLoRA, global", "molora", "global"),
     ("MoLoRA, personalised", "molora", "personalised"),
+    ("MoLoRA, global, ComPEFT at 20%", "molora-compeft", "global"),
+    ("MoLoRA, personalised, ComPEFT at 20%", "molora-compeft", "personalised"),
 )
 
 
 def study(seed: int, method: str, overrides: list[str]) -> Config:
     """The configuration of one run."""
-    path, settings = METHODS[method]
+    path, settings = {**METHODS, **COMPEFT}[method]
     return load(path, [*STUDY, *settings, f"run.seed={seed}", *overrides])
 
 
@@ -65,11 +71,13 @@ def scores(out: Path, stage: str, what: str) -> list[float]:
     return [e["stages"][stage][what] for e in events if e["event"] == "evaluation"]
 
 
-def table(folder: Path, seeds: Iterable[int]) -> list[list[str]]:
-    """Rows of the table."""
-    seeds = list(seeds)
+def table(folder: Path, seeds: Iterable[int], methods: Iterable[str]) -> list[list[str]]:
+    """Rows of the table, of these methods."""
+    seeds, methods = list(seeds), set(methods)
     rows = []
     for name, method, stage in ROWS:
+        if method not in methods:
+            continue
         outs = [folder / f"{method}-{seed}" for seed in seeds]
         accuracy = [scores(out, stage, "accuracy") for out in outs]
         f1 = [scores(out, stage, "macro_f1") for out in outs]
@@ -108,16 +116,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--compeft", action="store_true", help="also MoLoRA with ComPEFT deltas")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
     seeds = range(2, 2 + arguments.seeds)
+    methods = [*METHODS, *(COMPEFT if arguments.compeft else ())]
     for seed in seeds:
-        for method in METHODS:
+        for method in methods:
             if not arguments.table:
                 echo(f"{method}, seed {seed}")
                 run(study(seed, method, arguments.overrides), arguments.out / f"{method}-{seed}")
     head = ["", "accuracy", "worst client", "macro-F1", "worst client", "MB up", "MB down"]
-    lines = [head, ["---"] * len(head), *table(arguments.out, seeds)]
+    lines = [head, ["---"] * len(head), *table(arguments.out, seeds, methods)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     before, marker, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
     after = rest.partition("<!-- end -->")[2]
