@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,11 @@ def test_the_method_of_the_contributing_page_passes_its_own_tests(tmp_path):
 def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for block in BLOCKS:  # what a page says to write
+        if block.info == "toml" and "run" in (written := tomllib.loads(block.text)):
+            (tmp_path / f"{written['run']['name']}.toml").write_text(block.text, encoding="utf-8")
+    rows = [f"{word} {shop},{label},{shop}" for shop in range(5) for word in "abcdef" for label in ("good", "bad")]
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,stars,shop", *rows]), encoding="utf-8")
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for line in text.splitlines():
         program, *arguments = shlex.split(line, comments=True)
