@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "reference" / "results.md"
 DEMO = ROOT / "configs" / "demo.toml"
 FEDIT, LOCAL = (ROOT / "configs" / "baselines" / f"{name}.toml" for name in ("fedit", "local"))
 # More rows than in the demo, to learn from and for figures with a smaller error; one epoch for what is personal.
-STUDY = ("data.rows=1000", "data.test_rows=600", "personal.steps=64", "train.lr=4e-3")
+STUDY = ("data.rows=1000", "data.test_rows=600", "train.steps=13", "train.lr=4e-3", "personal.steps=64")
 METHODS = {  # FedIT's personal head takes no part in its rounds: what it is fitted to is plain FedIT
     "fedit": (FEDIT, ("evaluate.baselines=false", "personal.head=anchored", "personal.head_lr=3e-3")),
     "fedit-long": (FEDIT, ("evaluate.baselines=false", "train.steps=24")),
