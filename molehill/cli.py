@@ -1,4 +1,4 @@
-"""The command line: ``molehill simulate | check | methods | report``.
+"""The command line: ``molehill simulate | check | methods | report | pki``.
 
 Text for people goes to the terminal; with ``--json`` standard output holds one JSON document and nothing else. A
 mistake of the user ends in one paragraph and an exit code (`docs/reference/errors.md`), never in a traceback.
@@ -8,14 +8,12 @@ Heavy imports wait until a command needs them.
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -23,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from molehill import __version__
-from molehill.errors import ConfigError, MolehillError, ResumeError
+from molehill import __version__, logs
+from molehill.commands import pki
+from molehill.commands.common import Json, explained, print_json, say
+from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -35,8 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+app.add_typer(pki.app, name="pki")
 
 
 def main() -> None:
@@ -55,32 +54,14 @@ def _options(
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    log_json: Annotated[
+        bool,
+        typer.Option("--log-json", envvar="MOLEHILL_LOG_JSON", help="Log to standard error, one JSON object a line."),
+    ] = False,
 ) -> None:
     """Options before the command."""
-
-
-@contextlib.contextmanager
-def _explained(as_json: bool = False) -> Iterator[None]:
-    """Turn a mistake of the user into one paragraph (or a JSON envelope) and its exit code."""
-    try:
-        yield
-    except MolehillError as error:
-        if as_json:
-            details = {"what": error.what, "where": error.where, "mend": error.mend}
-            _print_json({"error": {"kind": type(error).__name__, "code": error.exit_code, **details}})
-        else:
-            _say(Text.assemble(("error: ", "bold red"), str(error)))
-        raise typer.Exit(error.exit_code) from None
-
-
-def _say(text: Text) -> None:
-    """Print one paragraph on standard error, wrapped on a terminal and on one line elsewhere."""
-    console = Console(stderr=True)
-    console.print(text, soft_wrap=not console.is_terminal)
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    if log_json:
+        logs.use_json()
 
 
 @app.command()
@@ -101,7 +82,7 @@ def simulate(
     With --resume and no CONFIG, the configuration in the run folder is used.
     """
     folder = out if resume else None  # of a run that there is something of
-    with _explained(as_json):
+    with explained(as_json):
         try:
             from molehill.config import load  # noqa: PLC0415
 
@@ -137,9 +118,9 @@ def _interrupted(folder: Path | None, engine: str, as_json: bool) -> None:
         other = [] if engine == "local" else ["--engine", engine]
         what, mend = "stopped", shlex.join(["molehill", "simulate", "--out", str(folder), *other, "--resume"])
     if as_json:
-        _print_json({"error": {"kind": "Interrupted", "code": INTERRUPTED, "what": what, "mend": mend}})
+        print_json({"error": {"kind": "Interrupted", "code": INTERRUPTED, "what": what, "mend": mend}})
     else:
-        _say(Text(f"{what}; resume with: {mend}" if mend else what))
+        say(Text(f"{what}; resume with: {mend}" if mend else what))
 
 
 def _demo() -> Path:
@@ -180,7 +161,7 @@ def _try_to_write(folder: Path) -> None:
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
     """Print what a configuration comes to, and refuse what cannot work."""
-    with _explained():
+    with explained():
         from molehill.config import load  # noqa: PLC0415
 
         with needs("simulation"):
@@ -209,13 +190,13 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
 @app.command()
 def methods(as_json: Json = False) -> None:
     """List every method: name, axis, paper, and the code of the system it stands for."""
-    with _explained(as_json):
+    with explained(as_json):
         from molehill import registry  # noqa: PLC0415
 
         found = list(registry.methods())
         if as_json:
             keys = ("name", "axis", "paper", "url", "seeds", "summary")
-            _print_json([{key: getattr(method, key) for key in keys} for method in found])
+            print_json([{key: getattr(method, key) for key in keys} for method in found])
             return
         table = Table(box=SIMPLE_HEAD)
         for column in ("axis", "name", "paper", "seed"):
@@ -229,7 +210,7 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]) -> None:
     """Write report.html of a run again, finished or not."""
-    with _explained():
+    with explained():
         with needs("simulation"):
             from molehill_simulation.report import write_report  # noqa: PLC0415
 

@@ -11,7 +11,8 @@ MolehillError
 ├── MessageError      bytes that came over a wire
 ├── ResumeError       a run folder that does not fit the run to resume
 ├── TrainingError     training itself failed (for example a NaN loss)
-└── FederationError   the round cannot go on (for example below quorum)
+├── FederationError   the round cannot go on (for example below quorum)
+└── IdentityError     a key, certificate or certificate authority
 """
 
 from __future__ import annotations
@@ -86,3 +87,9 @@ class FederationError(MolehillError):
     """A round could not be completed, for example because too few clients answered."""
 
     exit_code = 9
+
+
+class IdentityError(MolehillError):
+    """A key or certificate is missing, expired, revoked, open to others or not what it is used for."""
+
+    exit_code = 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from molehill.errors import AdapterError, MessageError
+from molehill.files import sync
 from molehill.wire.keys import Key
 from molehill.wire.tree import Layout, Tree
 
@@ -57,12 +57,3 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, str]]:
         raise AdapterError(
             f"cannot read tensors ({error})", where=str(path), mend="Restore the file or make it again."
         ) from None
-
-
-def sync(path: Path) -> None:
-    """Have the file system write a file, or a folder's entries, to the disk, so that it survives a crash."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molehill.errors import AdapterError, MessageError, ResumeError
+from molehill.files import sync
 from molehill.wire.message import decode_tree, digest
-from molehill.wire.store import load_tree, save_tree, sync
+from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
 from molehill_server.broadcast import Blob, patch_tree, tree_patches
 from molehill_server.records import Global

@@ -1,0 +1,1 @@
+"""Commands of the command line that come in groups: one module each."""

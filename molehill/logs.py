@@ -1,0 +1,64 @@
+"""Log records as JSON: one object a line on standard error, for programs that read logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+_FIELDS = "molehill_fields"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record: ``time`` (UTC), ``level``, ``logger``, ``message``, and what `fields` added.
+
+    A record with an exception has ``exception``, the whole traceback as one string.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, _FIELDS, {}),
+        }
+        if record.exc_info and record.exc_info[0]:
+            line["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(line, default=str)
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to what standard error is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def use_json() -> None:
+    """Send all records of this process to standard error as JSON; warnings of Python as well.
+
+    Records of Molehill count from INFO on, those of other libraries from WARNING on.
+    """
+    handler = _Handler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(handlers=[handler], force=True)
+    for name in ("molehill", "molehill_server", "molehill_client", "molehill_simulation"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.captureWarnings(capture=True)
+
+
+def structured() -> bool:
+    """Whether `use_json` was called."""
+    return any(isinstance(handler, _Handler) for handler in logging.getLogger().handlers)
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """What to give as ``extra`` so that a record has further fields; ``time`` and the like cannot be replaced."""
+    reserved = {"time", "level", "logger", "message"}
+    return {_FIELDS: {key: value for key, value in values.items() if key not in reserved}}

@@ -1,0 +1,23 @@
+"""Who belongs to a federation: an offline certificate authority, and one identity per machine.
+
+An identity serves mutual TLS with the exchange and the authentication of Flower's nodes. Needs ``cryptography`` only.
+"""
+
+from molehill.pki.authority import YEAR, YEARS, Authority, Issued, Revoked
+from molehill.pki.certificate import Certificate, stamp
+from molehill.pki.identity import Identity, install, request
+from molehill.pki.keys import read_passphrase
+
+__all__ = [
+    "YEAR",
+    "YEARS",
+    "Authority",
+    "Certificate",
+    "Identity",
+    "Issued",
+    "Revoked",
+    "install",
+    "read_passphrase",
+    "request",
+    "stamp",
+]

@@ -1,0 +1,458 @@
+"""Identities: what the authority signs holds in a real TLS handshake, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from molehill import pki
+from molehill.errors import IdentityError
+
+HOSTS = ("localhost", "127.0.0.1")
+
+
+class Lab:
+    """An authority and machines, each in a folder of its own."""
+
+    def __init__(self, folder, **options):
+        self.folder = folder
+        self.authority = pki.Authority.create(folder / "ca", **options)
+
+    def join(self, name, hosts=(), folder=None, now=None, **options):
+        folder = self.folder / (folder or name)
+        csr = pki.request(folder, name, hosts=hosts)
+        _, bundle = self.authority.sign(csr, server=bool(hosts), now=now, **options)
+        return pki.install(bundle, folder, now=now)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    made = Lab(tmp_path_factory.mktemp("lab"))
+    made.server = made.join("coordinator", HOSTS)
+    made.client = made.join("lab-1")
+    return made
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An authority for one test."""
+    return Lab(tmp_path)
+
+
+def context(identity, purpose):
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if purpose == "server" else ssl.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = ssl.TLSVersion.TLSv1_3
+    made.verify_mode = ssl.CERT_REQUIRED
+    made.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
+    made.load_verify_locations(identity.ca)
+    made.load_cert_chain(identity.cert, identity.key)
+    return made
+
+
+def handshake(server, client, host="localhost", crl=None):
+    """What the server knows of its peer after one message each way; raises what both sides raised, in one."""
+    listener = context(server, "server")
+    if crl is not None:
+        listener.load_verify_locations(crl)
+        listener.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    seen, errors = {}, {}
+
+    def serve():
+        try:
+            with listener.wrap_socket(there, server_side=True) as link:
+                seen["peer"] = pki.Certificate.parse(
+                    ssl.DER_cert_to_PEM_cert(link.getpeercert(binary_form=True)).encode()
+                )
+                link.sendall(link.recv(5))
+        except (ssl.SSLError, OSError) as error:
+            errors["server"] = error
+            there.close()
+
+    here, there = socket.socketpair()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with context(client, "client").wrap_socket(here, server_hostname=host) as link:
+            link.sendall(b"hello")
+            seen["echo"] = link.recv(5)
+    except (ssl.SSLError, OSError) as error:
+        errors["client"] = error
+    finally:
+        here.close()
+        thread.join(10)
+    if errors:
+        raise ssl.SSLError(str(errors))
+    return seen
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_mutual_tls_with_what_was_issued(lab, host):
+    seen = handshake(lab.server, lab.client, host)
+    assert seen["echo"] == b"hello"
+    assert (seen["peer"].name, seen["peer"].serial) == ("lab-1", lab.client.certificate.serial)
+
+
+def test_another_host_name_is_refused(lab):
+    with pytest.raises(ssl.SSLError, match="Hostname mismatch"):
+        handshake(lab.server, lab.client, "elsewhere.example")
+
+
+def test_a_node_cannot_pass_for_the_server(lab):
+    other = lab.join("lab-2")
+    with pytest.raises(ssl.SSLError, match=r"unsuitable certificate purpose|unsupported certificate"):
+        handshake(other, lab.client)
+
+
+def test_another_authority_is_refused_by_both_sides(lab, own):
+    stranger = own.join("lab-1")
+    with pytest.raises(ssl.SSLError):
+        handshake(lab.server, stranger)
+    (stranger.folder / "ca.pem").write_bytes(lab.client.ca.read_bytes())
+    with pytest.raises(ssl.SSLError, match=r"unknown ca|certificate verify failed"):
+        handshake(lab.server, stranger)
+    with pytest.raises(IdentityError, match=r"cert\.pem: it was not signed by 'molehill'"):
+        pki.Identity.load(stranger.folder)
+
+
+def test_an_expired_certificate_is_refused_and_both_times_are_named(tmp_path):
+    then = datetime.now(UTC) - timedelta(days=20)
+    lab = Lab(tmp_path, now=then)
+    server, client = lab.join("coordinator", HOSTS), lab.join("lab-1", now=then, days=10)
+    with pytest.raises(ssl.SSLError, match=r"certificate has expired|certificate expired"):
+        handshake(server, client)
+    ended = (then + timedelta(days=10)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    with pytest.raises(IdentityError, match=rf"lab-1: it expired at {ended}, and the clock .* says {today}T.*renew"):
+        pki.Identity.load(client.folder)
+
+
+def test_a_clock_that_is_behind_is_named(lab):
+    with pytest.raises(IdentityError, match=r"holds from 2\d{3}-.* on, and the clock of this machine says 2001-01-01"):
+        pki.Identity.load(lab.client.folder, now=datetime(2001, 1, 1, tzinfo=UTC))
+    soon = datetime.now(UTC) - timedelta(minutes=50)  # nobody's clock is exact
+    assert pki.Identity.load(lab.client.folder, now=soon).name == "lab-1"
+
+
+def test_a_certificate_ends_with_its_authority_at_the_latest(tmp_path):
+    lab = Lab(tmp_path, days=5)
+    assert lab.join("lab-1", days=365).certificate.ends == lab.authority.certificate.ends
+    csr = pki.request(tmp_path / "late", "lab-2")
+    with pytest.raises(IdentityError, match="it expired"):
+        lab.authority.sign(csr, now=datetime.now(UTC) + timedelta(days=6))
+
+
+def test_a_revoked_node_is_in_the_list_and_in_the_signed_list(own):
+    server, client, other = own.join("coordinator", HOSTS), own.join("lab-1"), own.join("lab-2")
+    revoked, crl = pki.Revoked(own.authority.folder / "revoked.json"), own.authority.folder / "revoked.crl"
+    assert client.certificate not in revoked
+    assert handshake(server, client, crl=crl)["echo"] == b"hello"
+
+    assert [row.name for row in own.authority.revoke("lab-1")] == ["lab-1"]
+    assert client.certificate in revoked  # read again
+    assert other.certificate not in revoked
+    assert json.loads((own.authority.folder / "revoked.json").read_text()) == [client.certificate.serial]
+    with pytest.raises(ssl.SSLError, match="certificate revoked"):
+        handshake(server, client, crl=crl)
+    assert handshake(server, other, crl=crl)["echo"] == b"hello"
+    signed = x509.load_pem_x509_crl(crl.read_bytes())
+    assert signed.is_signature_valid(own.authority.certificate.public_key)
+    assert own.authority.revoke("lab-1") == []  # and nothing else changes
+    assert [row.name for row in own.authority.revoke(other.certificate.serial.upper())] == ["lab-2"]
+    with pytest.raises(IdentityError, match="no certificate was issued for 'lab-9'"):
+        own.authority.revoke("lab-9")
+
+
+def test_a_list_of_revoked_that_cannot_be_read_lets_nobody_in(lab, tmp_path):
+    path = tmp_path / "revoked.json"
+    with pytest.raises(IdentityError, match="cannot read it"):
+        pki.Revoked(path)
+    path.write_text("[]")
+    revoked = pki.Revoked(path)
+    path.write_text("[no list")
+    with pytest.raises(IdentityError, match="not a list of serial numbers"):
+        _ = lab.client.certificate in revoked
+
+
+def test_two_machines_cannot_have_one_name(own):
+    first = own.join("lab-1")
+    csr = pki.request(own.folder / "imposter", "lab-1")
+    with pytest.raises(IdentityError, match=r"lab-1 has a certificate for another key until 2.*--replace"):
+        own.authority.sign(csr)
+    assert len(own.authority.issued()) == 1
+    made, bundle = own.authority.sign(csr, replace_living=True)
+    assert pki.install(bundle, own.folder / "imposter").certificate.serial == made.serial
+    assert first.certificate in pki.Revoked(own.authority.folder / "revoked.json")
+    assert [row.state(datetime.now(UTC)) for row in own.authority.issued()] == ["revoked", "living"]
+
+
+def test_a_name_is_free_again_when_its_certificate_has_expired(own):
+    own.join("lab-1", days=1)
+    csr = pki.request(own.folder / "again", "lab-1")
+    own.authority.sign(csr, now=datetime.now(UTC) + timedelta(days=2))
+
+
+def test_one_key_cannot_have_two_names(own):
+    own.join("lab-1")
+    key = serialization.load_pem_private_key((own.folder / "lab-1" / "key.pem").read_bytes(), None)
+    csr = own.folder / "copied.csr"
+    csr.write_bytes(raw_request(key, "lab-2"))
+    with pytest.raises(IdentityError, match="the key of lab-2 is that of lab-1"):
+        own.authority.sign(csr)
+
+
+def raw_request(key, *names, extensions=()):
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def test_what_a_request_asks_for_is_not_what_it_gets(own):
+    csr = own.folder / "greedy.csr"
+    wishes = [x509.BasicConstraints(ca=True, path_length=None), x509.SubjectAlternativeName([x509.DNSName("a.b")])]
+    csr.write_bytes(raw_request(ec.generate_private_key(ec.SECP384R1()), "lab-1", extensions=wishes))
+    with pytest.raises(IdentityError, match=r"lab-1 asks to be a server, a\.b"):
+        own.authority.sign(csr)
+    made, _ = own.authority.sign(csr, server=True)
+    assert made.hosts == ("a.b",)
+    assert not made.x509.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+@pytest.mark.parametrize(
+    ("names", "curve", "what"),
+    [
+        (["../lab"], ec.SECP384R1(), "'../lab' cannot be the name"),
+        (["-x"], ec.SECP384R1(), "cannot be the name"),
+        ([], ec.SECP384R1(), "common name"),
+        (["a", "b"], ec.SECP384R1(), "common name"),
+        (["lab-1"], ec.SECP256R1(), "not on the curve P-384"),
+    ],
+)
+def test_odd_requests_are_refused(own, names, curve, what):
+    csr = own.folder / "odd.csr"
+    csr.write_bytes(raw_request(ec.generate_private_key(curve), *names))
+    with pytest.raises(IdentityError, match=what):
+        own.authority.sign(csr)
+    assert own.authority.issued() == []
+
+
+def test_a_request_of_somebody_else_s_key_is_refused(own):
+    whole = pki.request(own.folder / "lab-1", "lab-1").read_bytes()
+    other = pki.request(own.folder / "lab-2", "lab-2").read_bytes()
+    parts = [x509.load_pem_x509_csr(each).public_bytes(serialization.Encoding.DER) for each in (whole, other)]
+    ours, theirs = (
+        x509.load_pem_x509_csr(each)
+        .public_key()
+        .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        for each in (whole, other)
+    )
+    csr = own.folder / "mixed.csr"
+    csr.write_text(
+        ssl.DER_cert_to_PEM_cert(parts[0].replace(ours, theirs)).replace("CERTIFICATE", "CERTIFICATE REQUEST")
+    )
+    with pytest.raises(IdentityError, match="does not have its key"):
+        own.authority.sign(csr)
+    csr.write_text("nonsense")
+    with pytest.raises(IdentityError, match="not a certificate signing request"):
+        own.authority.sign(csr)
+
+
+@pytest.mark.parametrize("host", ["https://a", "a:9092", "", "a b", "*.a"])
+def test_hosts_are_names_or_addresses(tmp_path, host):
+    with pytest.raises(IdentityError, match="neither a host name nor an address"):
+        pki.request(tmp_path / "server", "coordinator", hosts=["good.example", host])
+    assert not (tmp_path / "server").exists()
+
+
+def test_secrets_are_for_their_owner_only(lab, own):
+    old = os.umask(0)
+    try:
+        Lab(own.folder / "wide").join("lab-1")
+    finally:
+        os.umask(old)
+    for folder in (own.folder / "wide" / "ca" / "ca.key", own.folder / "wide" / "lab-1" / "key.pem"):
+        assert folder.stat().st_mode & 0o777 == 0o600
+    identity = own.join("lab-1")
+    identity.key.chmod(0o640)
+    with pytest.raises(IdentityError, match=r"key\.pem: other users can read this secret\. Run: chmod 600"):
+        pki.Identity.load(identity.folder)
+    (own.folder / "ca" / "ca.key").chmod(0o604)
+    with pytest.raises(IdentityError, match=r"ca\.key: other users can read"):
+        own.authority.revoke("lab-1")
+
+
+def test_keys_with_a_passphrase(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("correct horse\n")
+    secret.chmod(0o600)
+    passphrase = pki.read_passphrase(secret)
+    assert passphrase == b"correct horse"
+    authority = pki.Authority.create(tmp_path / "ca", passphrase=passphrase)
+    folder = tmp_path / "lab-1"
+    csr = pki.request(folder, "lab-1", passphrase=passphrase)
+    for path in (tmp_path / "ca" / "ca.key", folder / "key.pem"):
+        assert path.read_text().startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+    with pytest.raises(IdentityError, match=r"ca\.key: the key is encrypted\. Give its passphrase"):
+        pki.Authority(tmp_path / "ca").sign(csr)
+    with pytest.raises(IdentityError, match="the passphrase is wrong"):
+        pki.Authority(tmp_path / "ca", b"battery").sign(csr)
+    _, bundle = authority.sign(csr)
+    identity = pki.install(bundle, folder, passphrase=passphrase)
+    assert b"ENCRYPTED" not in identity.key_pem()
+    assert b"ENCRYPTED" in identity.key.read_bytes()
+    with pytest.raises(IdentityError, match="the key is encrypted"):
+        pki.Identity.load(folder)
+    link = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    link.load_cert_chain(identity.cert, identity.key, password=passphrase)
+
+    plain = Lab(tmp_path / "plain").join("lab-1")
+    with pytest.raises(IdentityError, match="the key has no passphrase"):
+        pki.Identity.load(plain.folder, passphrase=b"x")
+    secret.chmod(0o644)
+    with pytest.raises(IdentityError, match="other users can read this secret"):
+        pki.read_passphrase(secret)
+    secret.write_text("\n")
+    secret.chmod(0o600)
+    with pytest.raises(IdentityError, match="no passphrase"):
+        pki.read_passphrase(secret)
+
+
+def test_flower_takes_the_same_key(lab, tmp_path):
+    from argparse import Namespace
+
+    from flwr.cli.supernode.register import try_load_public_key
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
+
+    path = lab.client.openssh_private_key(tmp_path / "node")
+    assert path.stat().st_mode & 0o777 == 0o600
+    arguments = Namespace(auth_supernode_private_key=str(path), auth_supernode_public_key=None)
+    private, public = _try_setup_client_authentication(arguments)
+    assert private.public_key() == lab.client.certificate.public_key
+    (tmp_path / "node.pub").write_text(lab.client.openssh_public_key() + "\n")
+    assert try_load_public_key(tmp_path / "node.pub") == public_key_to_bytes(public)
+    assert lab.authority.issued()[1].public_key == lab.client.openssh_public_key()
+
+
+def test_a_renewal_changes_key_and_certificate_and_nothing_before_that(own):
+    server, client = own.join("coordinator", HOSTS), own.join("lab-1")
+    with pytest.raises(IdentityError, match=r"key\.pem: there is a key already\. Renew it with --renew"):
+        pki.request(client.folder, "lab-1")
+    csr = pki.request(client.folder, renew=True)
+    assert pki.Identity.load(client.folder).certificate == client.certificate
+    with pytest.raises(IdentityError, match=r"key\.new\.pem: there is a key already"):
+        pki.request(client.folder, renew=True)
+    _, bundle = own.authority.sign(csr, replace_living=True)
+    renewed = pki.install(bundle, client.folder)
+    assert renewed.name == "lab-1"
+    assert renewed.certificate.public_key != client.certificate.public_key
+    assert not (client.folder / "key.new.pem").exists()
+    assert handshake(server, renewed)["peer"].serial == renewed.certificate.serial
+    assert client.certificate in pki.Revoked(own.authority.folder / "revoked.json")
+
+    csr = pki.request(server.folder, renew=True)
+    _, bundle = own.authority.sign(csr, server=True, replace_living=True)
+    assert pki.install(bundle, server.folder).certificate.hosts == HOSTS
+
+
+def test_an_install_that_was_killed_can_be_repeated(own):
+    client = own.join("lab-1")
+    _, bundle = own.authority.sign(pki.request(client.folder, renew=True), replace_living=True)
+    (client.folder / "key.new.pem").replace(client.key)  # the last thing it did
+    with pytest.raises(IdentityError, match=r"key and certificate do not belong together.*pki install"):
+        pki.Identity.load(client.folder)
+    assert pki.install(bundle, client.folder) == pki.Identity.load(client.folder)
+
+
+def test_the_same_key_can_be_certified_for_longer(own):
+    client = own.join("lab-1", days=30)
+    longer, bundle = own.authority.sign(client.folder / "request.csr", days=300)
+    assert pki.install(bundle, client.folder).certificate.ends == longer.ends
+    assert [row.state(datetime.now(UTC)) for row in own.authority.issued()] == ["living", "living"]
+
+
+def test_what_is_installed_must_fit(own, lab):
+    client, other = own.join("lab-1"), own.join("lab-2")
+    bundle = own.authority.folder / "issued" / "lab-2.pem"
+    with pytest.raises(IdentityError, match=r"lab-2\.pem: it is for a key that is not in .*lab-1"):
+        pki.install(bundle, client.folder)
+    with pytest.raises(IdentityError, match="there is no key in"):
+        pki.install(bundle, own.folder / "nowhere")
+    with pytest.raises(IdentityError, match="comes from another authority"):
+        pki.install(lab.authority.folder / "issued" / "lab-1.pem", other.folder)
+    with pytest.raises(IdentityError, match="the authority's fingerprint is"):
+        pki.install(bundle, other.folder, fingerprint="00" * 32)
+    fingerprint = own.authority.certificate.fingerprint
+    colons = ":".join(fingerprint[i : i + 2] for i in range(0, 64, 2)).upper()
+    assert pki.install(bundle, other.folder, fingerprint=colons) == other
+    with pytest.raises(IdentityError, match="1 certificates where 2 should be"):
+        pki.install(other.cert, other.folder)
+
+
+def test_an_identity_with_a_missing_or_foreign_part_is_refused(own, lab):
+    client = own.join("lab-1")
+    with pytest.raises(IdentityError, match="there is no identity here"):
+        pki.Identity.load(own.folder / "nowhere")
+    with pytest.raises(IdentityError, match="the certificate of lab-1 is for a client, not for a server"):
+        pki.Identity.load(client.folder, usage="server")
+    assert pki.Identity.load(lab.server.folder, usage="client").name == "coordinator"
+    whole = client.cert.read_bytes()
+    client.cert.write_bytes(whole[:200])
+    with pytest.raises(IdentityError, match=r"cert\.pem: not a certificate"):
+        pki.Identity.load(client.folder)
+    client.cert.write_bytes((own.folder / "ca" / "ca.pem").read_bytes())
+    with pytest.raises(IdentityError, match="do not belong together"):
+        pki.Identity.load(client.folder)
+    client.cert.unlink()
+    with pytest.raises(IdentityError, match=r"there is no cert\.pem\. Have request\.csr signed"):
+        pki.Identity.load(client.folder)
+    client.key.write_text("nothing")
+    client.cert.write_bytes(whole)
+    with pytest.raises(IdentityError, match=r"key\.pem: not a private key"):
+        pki.Identity.load(client.folder)
+
+
+def test_the_key_in_an_identity_is_not_printed(lab):
+    assert "PrivateKey" not in repr(lab.client)
+
+
+def test_an_authority_is_never_overwritten(own):
+    before = {path: path.read_bytes() for path in own.authority.folder.iterdir() if path.is_file()}
+    with pytest.raises(IdentityError, match="there is a certificate authority already"):
+        pki.Authority.create(own.authority.folder)
+    (own.authority.folder / "ca.pem").unlink()
+    with pytest.raises(IdentityError, match=r"ca\.key: there is a key already"):
+        pki.Authority.create(own.authority.folder)
+    with pytest.raises(IdentityError, match="no certificate authority here"):
+        pki.Authority(own.authority.folder)
+    assert all(path.read_bytes() == data for path, data in before.items() if path.name != "ca.pem")
+
+
+def test_signing_at_once_loses_nothing(own):
+    requests = [pki.request(own.folder / f"lab-{n}", f"lab-{n}") for n in range(8)]
+    threads = [threading.Thread(target=pki.Authority(own.authority.folder).sign, args=[csr]) for csr in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {row.name for row in own.authority.issued()} == {f"lab-{n}" for n in range(8)}
+
+
+def test_openssl_agrees(lab):
+    chain = ["-CAfile", lab.client.ca, "-x509_strict"]
+    for identity, purpose in ((lab.client, "sslclient"), (lab.server, "sslserver"), (lab.server, "sslclient")):
+        command = ["openssl", "verify", *chain, "-purpose", purpose, identity.cert]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
