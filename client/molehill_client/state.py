@@ -1,4 +1,4 @@
-"""What a client keeps for itself, on its own disk.
+"""What a client keeps for itself, encrypted on its own disk.
 
 One folder per client. Every round writes new files and keeps a few old ones, so that a round that has to be repeated
 after a crash starts from what the client had before it.
@@ -11,11 +11,14 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from molehill import files
 from molehill.errors import ResumeError
-from molehill.wire.store import load_tree, save_tree
+from molehill.wire.store import pack_tree, unpack_tree
 from molehill.wire.tree import Layout, Tree
+from molehill_client.secret import KeyFile, KeySource, seal, unseal
 
 _KEEP = 3  # rounds
+_TREE, _MEMORY, _HELD = "personal.sealed", "memory.sealed", "held.sealed"
 
 
 @dataclass
@@ -41,52 +44,94 @@ class PersonalState:
 class StateStore:
     """Reads and writes the personal state of one client in one run.
 
+    Every file is bound to run, base, client and round: none can be read anywhere else, nor in another's place.
+
     Args:
-        folder: The client's folder.
+        folder: The client's folder; its name is the client's.
         run: Name of the run.
         base: Digest of the base weights.
+        key: Where the key is; ``state.key`` beside the folder when omitted, one for all clients there.
     """
 
-    def __init__(self, folder: Path, run: str, base: str) -> None:
+    def __init__(self, folder: Path, run: str, base: str, key: KeySource | None = None) -> None:
         self.folder = folder
-        self._meta = {"run": run, "base": base}
+        self._key = key or KeyFile(folder.parent / "state.key")
+        self._label = {"run": run, "base": base, "client": folder.name}
 
     def before(self, round_: int) -> PersonalState:
         """The newest state from a round earlier than ``round_``; empty when there is none.
 
         Raises:
-            ResumeError: The state belongs to another run or base model.
+            ResumeError: The state belongs to another run, base model or client, is damaged, or its key is not here.
         """
-        rounds = [number for number in self._rounds() if number < round_]
+        rounds = [number for number in self.rounds() if number < round_]
         if not rounds:
             return PersonalState.empty()
-        folder = self.folder / f"round-{max(rounds):06d}"
-        tree, meta = load_tree(folder / "personal.safetensors")
-        for key, wanted in self._meta.items():
-            if meta.get(key) != wanted:
-                raise ResumeError(
-                    f"personal state belongs to another {key} ({meta.get(key)!r}, not {wanted!r})",
-                    where=str(folder),
-                    mend="Use a new run folder, or remove this client's folder to start its personal state anew.",
-                )
-        memory, _ = load_tree(folder / "memory.safetensors")
-        return PersonalState(tree, memory, json.loads(meta["held"]))
+        key = self._key.load()
+        if key is None:
+            raise _no_key(self._key, self.folder)
+        number = max(rounds)
+        tree, memory, held = (self._open(number, name, key) for name in (_TREE, _MEMORY, _HELD))
+        where = str(self._at(number))
+        return PersonalState(unpack_tree(tree, where), unpack_tree(memory, where), json.loads(held))
 
     def save(self, round_: int, state: PersonalState) -> None:
-        """Write the state after ``round_``, all files at once, and drop old rounds."""
-        final = self.folder / f"round-{round_:06d}"
-        draft = self.folder / f".round-{round_:06d}.{os.getpid()}"
+        """Write the state after ``round_``, all files at once, and drop old rounds.
+
+        Raises:
+            ResumeError: There are older states, and their key is not here; or it cannot be used.
+        """
+        key = self._key.load()
+        if key is None:
+            if self.rounds():
+                raise _no_key(self._key, self.folder)
+            key = self._key.create()
+        final = self._at(round_)
+        draft = self.folder / f".{final.name}.{os.getpid()}"
         _remove(draft)
         draft.mkdir(parents=True)
-        save_tree(draft / "personal.safetensors", state.tree, {**self._meta, "held": json.dumps(state.held)})
-        save_tree(draft / "memory.safetensors", state.memory, self._meta)
+        parts = {
+            _TREE: pack_tree(state.tree),
+            _MEMORY: pack_tree(state.memory),
+            _HELD: json.dumps(state.held).encode(),
+        }
+        for name, data in parts.items():
+            files.write(draft / name, seal(data, self._label_of(round_, name), key), mode=files.PRIVATE)
         _remove(final)
         draft.rename(final)
-        for number in sorted(self._rounds())[:-_KEEP]:
-            _remove(self.folder / f"round-{number:06d}")
+        files.sync(self.folder)
+        for number in self.rounds()[:-_KEEP]:
+            _remove(self._at(number))
 
-    def _rounds(self) -> list[int]:
-        return [int(path.name.removeprefix("round-")) for path in self.folder.glob("round-*")]
+    def rounds(self) -> list[int]:
+        """Rounds after which a state was kept, in their order."""
+        return sorted(int(path.name.removeprefix("round-")) for path in self.folder.glob("round-*"))
+
+    def _open(self, number: int, name: str, key: bytes) -> bytes:
+        path = self._at(number) / name
+        try:
+            sealed = path.read_bytes()
+        except OSError as error:
+            raise ResumeError(
+                f"cannot read the personal state: {error.strerror}",
+                where=str(path),
+                mend="Remove this round's folder to go on from the one before.",
+            ) from None
+        return unseal(sealed, self._label_of(number, name), key, str(path))
+
+    def _at(self, number: int) -> Path:
+        return self.folder / f"round-{number:06d}"
+
+    def _label_of(self, number: int, name: str) -> dict[str, str]:
+        return {**self._label, "round": str(number), "file": name}
+
+
+def _no_key(key: KeySource, folder: Path) -> ResumeError:
+    return ResumeError(
+        f"the key of the personal state is not there ({key})",
+        where=str(folder),
+        mend="Bring it back, or remove this folder to start the personal state anew.",
+    )
 
 
 def _remove(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save, save_file
 
 from molehill.errors import AdapterError, MessageError
 from molehill.files import sync
@@ -57,3 +57,24 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, str]]:
         raise AdapterError(
             f"cannot read tensors ({error})", where=str(path), mend="Restore the file or make it again."
         ) from None
+
+
+def pack_tree(tree: Tree) -> bytes:
+    """A tree as `save_tree` writes it, in memory and without strings."""
+    return save({key.name: np.ascontiguousarray(array) for key, array in tree.items()})
+
+
+def unpack_tree(data: bytes, where: str = "") -> Tree:
+    """Undo `pack_tree`.
+
+    Raises:
+        AdapterError: It is damaged, or holds something other than named float32 tensors.
+    """
+    try:
+        arrays = {Key.parse(name): array for name, array in load(data).items()}
+    except (SafetensorError, MessageError) as error:
+        raise AdapterError(f"cannot read tensors ({error})", where=where) from None
+    for key, array in arrays.items():
+        if array.dtype != np.float32:
+            raise AdapterError(f"tensor {key.name} is {array.dtype}, not float32", where=where)
+    return Tree.of(arrays)

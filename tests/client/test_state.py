@@ -1,13 +1,21 @@
-"""Personal state on disk: survives restarts, belongs to one run and one base, and never appears half written."""
+"""Personal state on disk: encrypted, survives restarts, belongs to one place, and never appears half written."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
+
+import keyring
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from keyring.backend import KeyringBackend
 
-from molehill.errors import AdapterError, ResumeError
+from molehill.errors import ConfigError, ResumeError
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_client.secret import KeyFile, Keyring, unseal
 from molehill_client.state import PersonalState, StateStore
 
 
@@ -68,11 +76,11 @@ def test_a_state_of_another_run_or_base_is_refused(store, other, what):
 def test_a_crash_while_writing_leaves_the_state_before(store, monkeypatch, tmp_path):
     store().save(1, state(1))
 
-    def crash(*_):
+    def crash(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("molehill_client.state.save_tree", crash)
+        patch.setattr("molehill_client.state.files.write", crash)
         with pytest.raises(KeyboardInterrupt):
             store().save(2, state(2))
     assert store().before(3).held == {"gate": "1"}
@@ -81,8 +89,169 @@ def test_a_crash_while_writing_leaves_the_state_before(store, monkeypatch, tmp_p
     assert sorted(path.name for path in (tmp_path / "client-1").iterdir()) == ["round-000001", "round-000002"]
 
 
-def test_a_damaged_file_is_an_error_that_names_it(store, tmp_path):
+FILES = ("personal.sealed", "memory.sealed", "held.sealed")
+
+
+def test_nothing_is_in_the_clear(store, tmp_path):
+    store().save(1, state(0.123))
+    written = b"".join((tmp_path / "client-1" / "round-000001" / name).read_bytes() for name in FILES)
+    for secret in (np.float32(0.123).tobytes(), np.float32(-0.123).tobytes(), b"0.123", b"gate", b"site"):
+        assert secret not in written
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "client-1" / "round-000001").iterdir()]
+    assert modes == [0o600] * 3
+
+
+def test_the_same_state_is_never_written_alike(store, tmp_path):
+    path = tmp_path / "client-1" / "round-000001" / "personal.sealed"
     store().save(1, state(1))
-    (tmp_path / "client-1" / "round-000001" / "personal.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(AdapterError, match=r"personal\.safetensors"):
+    before = path.read_bytes()
+    store().save(1, state(1))
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_changed_or_missing_byte_is_refused(store, tmp_path, name):
+    store().save(1, state(1))
+    path = tmp_path / "client-1" / "round-000001" / name
+    whole = path.read_bytes()
+    head = 11 + int.from_bytes(whole[7:11], "big")
+    spots = [*range(head), *range(head, len(whole), 7), len(whole) - 1]
+    for spot in spots:
+        path.write_bytes(whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :])
+        with pytest.raises(ResumeError, match=re.escape(str(path))):
+            store().before(2)
+    for length in (0, 5, 11, head, head + 12, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ResumeError, match=r"damaged\. Remove this round's folder to go on from the one before"):
+            store().before(2)
+    path.unlink()
+    with pytest.raises(ResumeError, match="cannot read the personal state: No such file"):
         store().before(2)
+
+
+def test_files_cannot_change_places(store, tmp_path):
+    store().save(1, state(1))
+    store().save(2, state(2))
+    first, second = (tmp_path / "client-1" / f"round-00000{n}" for n in (1, 2))
+    for name in FILES:
+        before = (second / name).read_bytes()
+        (second / name).write_bytes((first / name).read_bytes())
+        with pytest.raises(ResumeError, match=r"another round \('1', not '2'\)"):
+            store().before(3)
+        (second / name).write_bytes(before)
+    (second / "personal.sealed").write_bytes((second / "memory.sealed").read_bytes())
+    with pytest.raises(ResumeError, match="another file"):
+        store().before(3)
+
+
+def test_the_state_of_another_client_is_refused(store, tmp_path):
+    store().save(1, state(1))
+    shutil.copytree(tmp_path / "client-1", tmp_path / "client-2")
+    with pytest.raises(ResumeError, match=r"another client \('client-1', not 'client-2'\)"):
+        StateStore(tmp_path / "client-2", "run", "b" * 64).before(2)
+
+
+def test_a_newer_format_says_so(store, tmp_path):
+    store().save(1, state(1))
+    path = tmp_path / "client-1" / "round-000001" / "personal.sealed"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:6] + b"\x02" + whole[7:])
+    with pytest.raises(ResumeError, match="has format 2, this version of Molehill reads up to 1"):
+        store().before(2)
+
+
+def test_format_1_can_be_read_for_good(tmp_path):
+    """Written by the first version; whatever changes, this must stay readable."""
+    key = bytes(range(32))
+    head = b'{"base": "b", "client": "c", "file": "f", "key": "4f732237d67c1d36", "round": "1", "run": "r"}'
+    sealed = b"MHSEAL\x01" + len(head).to_bytes(4, "big") + head
+    sealed += bytes(12) + AESGCM(key).encrypt(bytes(12), b"what was kept", sealed)
+    label = {"run": "r", "base": "b", "client": "c", "round": "1", "file": "f"}
+    assert unseal(sealed, label, key, "here") == b"what was kept"
+
+
+def test_one_key_for_all_clients_beside_their_folders(store, tmp_path):
+    store().save(1, state(1))
+    path = tmp_path / "state.key"
+    before = path.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o600
+    other = StateStore(tmp_path / "client-2", "run", "b" * 64)
+    other.save(1, state(2))
+    assert path.read_bytes() == before
+    assert other.before(2).held == {"gate": "2"}
+
+
+def test_a_key_of_ones_own_choice(tmp_path):
+    key = KeyFile(tmp_path / "elsewhere" / "key")
+    StateStore(tmp_path / "a", "run", "b", key).save(1, state(1))
+    assert not (tmp_path / "state.key").exists()
+    assert StateStore(tmp_path / "a", "run", "b", key).before(2).held == {"gate": "1"}
+
+
+def test_another_key_and_a_key_that_is_gone(store, tmp_path):
+    store().save(1, state(1))
+    path = tmp_path / "state.key"
+    whole = path.read_bytes()
+    path.unlink()
+    for call in (lambda: store().before(2), lambda: store().save(2, state(2))):
+        with pytest.raises(
+            ResumeError, match=r"the key of the personal state is not there \(.*state\.key\)\. Bring it back"
+        ):
+            call()
+    assert not path.exists()
+    KeyFile(path).create()
+    with pytest.raises(ResumeError, match=r"encrypted with another key \([0-9a-f]{16}, this one is [0-9a-f]{16}\)"):
+        store().before(2)
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ResumeError, match=r"state\.key: not a key"):
+        store().before(2)
+    path.write_bytes(whole)
+    path.chmod(0o644)
+    with pytest.raises(ResumeError, match=r"other users can read the key .*chmod 600"):
+        store().before(2)
+    path.chmod(0o600)
+    assert store().before(2).held == {"gate": "1"}
+
+
+def test_who_comes_second_takes_the_key_of_the_first(tmp_path):
+    """Two processes of one run, each of which saw that there was none."""
+    keys = [KeyFile(tmp_path / "state.key") for _ in range(2)]
+    assert [key.load() for key in keys] == [None, None]
+    assert keys[0].create() == keys[1].create() == keys[0].load()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.key"]
+
+
+def test_the_keyring_of_the_system(tmp_path, monkeypatch):
+    class Ring(KeyringBackend):
+        priority = 1
+
+        def __init__(self):
+            self.secrets = {}
+            self.locked = False
+
+        def get_password(self, service, username):
+            if self.locked:
+                raise keyring.errors.KeyringLocked("locked")
+            return self.secrets.get((service, username))
+
+        def set_password(self, service, username, password):
+            self.secrets[service, username] = password
+
+    ring, before = Ring(), keyring.get_keyring()
+    keyring.set_keyring(ring)
+    try:
+        store = StateStore(tmp_path / "a", "run", "b", Keyring("lab-1"))
+        store.save(1, state(1))
+        assert StateStore(tmp_path / "a", "run", "b", Keyring("lab-1")).before(2).held == {"gate": "1"}
+        assert list(ring.secrets) == [("molehill personal state", "lab-1")]
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        ring.locked = True
+        with pytest.raises(
+            ResumeError, match=r"keyring entry lab-1: the keyring cannot be read \(locked\)\. Unlock it"
+        ):
+            store.before(2)
+    finally:
+        keyring.set_keyring(before)
+    monkeypatch.setitem(sys.modules, "keyring", None)
+    with pytest.raises(ConfigError, match=r"molehill\[keyring\]"):
+        Keyring("lab-1")

@@ -12,7 +12,6 @@ from molehill.errors import FederationError
 from molehill.plan import ClientPlan
 from molehill.wire import exchange
 from molehill.wire.message import decode_delta
-from molehill.wire.store import load_tree
 from molehill_server.app import app as server_app
 from molehill_simulation import simulate as simulation
 from molehill_simulation.engine import _run_config
@@ -80,9 +79,9 @@ class Watched:
 
     def personal(self):
         """Every personal tensor that was ever saved, by client."""
-        paths = sorted((self.out / "clients").glob("*/*/personal.safetensors"))
-        assert len(paths) == 6  # three clients, two rounds
-        return [(key, value) for path in paths for key, value in load_tree(path)[0].items()]
+        states = tiny_world.states(self.out)
+        assert len(states) == 6  # three clients, two rounds
+        return [(key, value) for state in states.values() for key, value in state.tree.items()]
 
 
 @pytest.fixture
@@ -134,6 +133,14 @@ def test_no_personal_tensor_leaves(watched, case):
         found = pairs(value)
         assert not np.isin(found, seen).any(), key.name
         assert not np.isin(found, decoded).any(), key.name
+
+
+def test_what_is_personal_is_on_no_disk_in_the_clear(watched):
+    run = watched(**CASES["anchored gate, anchored head"])
+    kept = [path.read_bytes() for path in run.out.rglob("*") if path.is_file()]
+    seen = np.unique(np.concatenate([windows(data) for data in kept]))
+    for key, value in run.personal():
+        assert not np.isin(pairs(value), seen).any(), key.name
 
 
 def test_what_is_sent_is_the_same_with_and_without_residuals(watched):

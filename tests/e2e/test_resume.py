@@ -33,10 +33,8 @@ def end_of(out):
     del summary["seconds"]
     trees = {"final": load_tree(out / "final.safetensors")[0]}
     held = {}
-    for path in sorted((out / "clients").glob("*/*/*.safetensors")):
-        name = str(path.relative_to(out))
-        trees[name], meta = load_tree(path)
-        held[name] = meta.get("held")
+    for name, state in tiny_world.states(out).items():
+        trees[name], trees[f"{name} memory"], held[name] = state.tree, state.memory, state.held
     rounds = [
         {key: value for key, value in event.items() if key not in {"time", "seconds"}}
         for event in tiny_world.events(out, "round")

@@ -13,6 +13,8 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from molehill.config import Config, parse
 from molehill.wire import exchange
+from molehill.wire.store import load_tree
+from molehill_client.state import PersonalState, StateStore
 from molehill_simulation import world
 
 LABELS = {
@@ -115,3 +117,13 @@ def events(out: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind in a run folder."""
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def states(out: Path, run: str = "tiny") -> dict[str, PersonalState]:
+    """Every personal state in a run folder, by ``client/round``."""
+    _, meta = load_tree(out / "initial.safetensors")
+    found = {}
+    for folder in sorted(path for path in (out / "clients").iterdir() if path.is_dir()):
+        store = StateStore(folder, run, meta["base"])
+        found |= {f"{folder.name}/{number}": store.before(number + 1) for number in store.rounds()}
+    return found
