@@ -1,4 +1,4 @@
-"""The command line: ``molehill simulate | check | methods | report | pki``.
+"""The command line: ``molehill simulate | check | methods | report | pki | audit``.
 
 Text for people goes to the terminal; with ``--json`` standard output holds one JSON document and nothing else. A
 mistake of the user ends in one paragraph and an exit code (`docs/reference/errors.md`), never in a traceback.
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import __version__, logs
-from molehill.commands import pki
+from molehill.commands import audit, pki
 from molehill.commands.common import Json, explained, print_json, say
 from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
@@ -36,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(pki.app, name="pki")
+app.add_typer(audit.app, name="audit")
 
 
 def main() -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from molehill.config import Config
-from molehill.errors import FederationError, MessageError, ResumeError
+from molehill.errors import FederationError, MessageError, MolehillError, ResumeError
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply
 from molehill.wire.exchange import Exchange
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
 from molehill_server import checkpoint, events
 from molehill_server.aggregate import Aggregator
+from molehill_server.audit import AuditLog
 from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
 from molehill_server.planning.planner import Planner, select
@@ -43,6 +44,7 @@ class _Round:
     selected: list[str]
     rows: Mapping[str, int]  # as the clients joined with
     accepted: list[str] = field(default_factory=list)
+    deltas: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
@@ -73,15 +75,15 @@ class Coordinator:
 
     Args:
         config: The run's configuration.
-        out: Run folder; holds ``initial.safetensors``, receives ``checkpoints/``, ``metrics.jsonl`` and
-            ``final.safetensors``.
+        out: Run folder; holds ``initial.safetensors``, receives ``checkpoints/``, ``metrics.jsonl``,
+            ``audit.jsonl`` and ``final.safetensors``.
         exchange: Where blobs and deltas lie.
         transport: Reaches the clients.
         grace: Overrides ``round.grace``, in seconds.
 
     Raises:
         ConfigError: The configuration combines things that do not go together.
-        ResumeError: The folder holds a run with another configuration or base model.
+        ResumeError: The folder holds a run with another configuration or base model, or its audit log was changed.
     """
 
     def __init__(
@@ -107,11 +109,12 @@ class Coordinator:
         wire = config.wire
         self._broadcast = Broadcast(exchange, wire.down, wire.max_bytes, dict(self._saved.blobs))
         self._late: set[str] = set()
+        self._audit = AuditLog(out / "audit.jsonl")
         if loaded is None:
             (out / "metrics.jsonl").unlink(missing_ok=True)
         else:
             events.rewind(out / "metrics.jsonl", loaded.glob.round)
-        self._log = events.EventLog(out / "metrics.jsonl")
+        self._log = events.EventLog(out / "metrics.jsonl", self._audit.record)
         self._roster = Roster(transport, self._log)
 
     def run(self) -> Tree:
@@ -123,6 +126,13 @@ class Coordinator:
         Raises:
             FederationError: A round stayed below its quorum, no client came, or none could be scored.
         """
+        try:
+            return self._run()
+        except MolehillError as error:
+            self._audit.append("stopped", reason=str(error))
+            raise
+
+    def _run(self) -> Tree:
         began = time.perf_counter()
         clients = self._roster.gather(self._config.round.deadline, self._config.round.quorum, self._grace)
         self._begin(list(clients))
@@ -153,10 +163,16 @@ class Coordinator:
             self._commit(replace(self._saved, clients=tuple(clients)))
         else:
             self._log.emit("resume", round=self._saved.glob.round, **facts)
+            self._note_version()  # again: a kill may have come between the commit and its note
 
     def _commit(self, state: checkpoint.Checkpoint) -> None:
         self._saved = state
         checkpoint.save(self._out / "checkpoints", state)
+        self._note_version()
+
+    def _note_version(self) -> None:
+        glob = self._saved.glob
+        self._audit.append("version", round=glob.round, digest=glob.tree.digest)
 
     def _present(self) -> dict[str, int]:
         """The node of every client that is connected; clients that are new join the run."""
@@ -164,6 +180,8 @@ class Coordinator:
         newcomers = tuple(client for client in nodes if client not in self._saved.clients)
         if newcomers:
             self._saved = replace(self._saved, clients=self._saved.clients + newcomers)
+        for client in newcomers:
+            self._log.emit("joined", client=client)
         return nodes
 
     # Training
@@ -193,6 +211,7 @@ class Coordinator:
             seconds=time.perf_counter() - began,
             selected=notes.selected,
             accepted=notes.accepted,
+            deltas=notes.deltas,
             missing=notes.missing,
             quarantined=notes.quarantined,
             loss=notes.loss,
@@ -267,6 +286,7 @@ class Coordinator:
         finally:
             self._discard(reply.delta)
         notes.accepted.append(plan.client)
+        notes.deltas[plan.client] = reply.delta
         notes.losses[plan.client] = reply.loss
         notes.metrics[plan.client] = {name: reply.metrics[name] for name in self._metrics if name in reply.metrics}
         notes.examples[plan.client] = reply.examples

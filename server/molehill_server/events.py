@@ -31,10 +31,12 @@ class EventLog:
 
     Args:
         path: The file; made when it is not there.
+        listeners: Called with every event of this log.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *listeners: Listener) -> None:
         self._path = path
+        self._own = listeners
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -42,7 +44,7 @@ class EventLog:
         record = {"event": event, "time": time.time(), **fields}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        for listener in tuple(_listeners):
+        for listener in (*self._own, *_listeners):
             listener(record)
 
 
