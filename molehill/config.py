@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from molehill import registry
 from molehill.errors import ConfigError
@@ -313,6 +313,8 @@ class Scenario(Section):
         stragglers: Probability that a client is slow in a round.
         delay: Seconds a straggler is late.
         garbage: Ids of clients that send garbage, and which: ``nan``, ``shape``, ``huge``, ``keys`` or ``bytes``.
+        poison: Ids of clients that send what they learnt times a number: ``-1`` flips its sign, ``-5`` pulls five
+            times as hard the other way. Such a delta is well-formed, and below ``round.norm_bound`` it is accepted.
     """
 
     availability: float = Field(default=1.0, gt=0, le=1)
@@ -320,6 +322,7 @@ class Scenario(Section):
     stragglers: Fraction = 0.0
     delay: float = Field(default=5.0, ge=0)
     garbage: dict[str, Literal["nan", "shape", "huge", "keys", "bytes"]] = Field(default_factory=dict)
+    poison: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Evaluate(Section):

@@ -10,7 +10,8 @@ import numpy as np
 from molehill import registry
 from molehill.config import Federation
 from molehill.errors import ConfigError, FederationError
-from molehill_server.aggregation.interfaces import Combined, Lower, ServerOpt, Space, Sum, WeightRule
+from molehill_server.aggregation.coordinates import CoordinateSum
+from molehill_server.aggregation.interfaces import Combined, CoordRule, Lower, ServerOpt, Space, Sum, WeightRule
 from molehill_server.aggregation.lowrank import concat, distance, fold, norm
 from molehill_server.aggregation.sums import factors
 from molehill_server.records import AggOut, Global, Update, pairs
@@ -65,16 +66,22 @@ class Aggregator:
             the averaged factors and of the returned model against the mean of products.
 
         Raises:
-            FederationError: There is no update, or one does not fit the space.
+            FederationError: There is no update, fewer than the rule needs, or one does not fit the space.
             MessageError: An update holds foreign tensors.
         """
-        total = self.space.start(glob)
+        total = CoordinateSum(glob, self.rule) if isinstance(self.rule, CoordRule) else self.space.start(glob)
         count = 0
         for batch in _batches(updates, one_by_one=self.rule.additive):
             count += self._add(total, batch, glob)
             del batch  # or it would still be in memory while the next update is decoded
         if not count:
             raise FederationError("no update to aggregate", where=f"round {glob.round + 1}")
+        if count < self.rule.least:
+            raise FederationError(
+                f"{count} updates, and the rule needs {self.rule.least} to tell which of them are wrong",
+                where=f"round {glob.round + 1}",
+                mend="Have more clients take part, or use rule 'mean'.",
+            )
         combined = total.finish()
         out = self.lower.lower(combined, glob, self.seed)
         tree, state = self.server_opt.apply(glob.tree, out.tree, combined.touched, glob.state)
@@ -94,6 +101,7 @@ class Aggregator:
 def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
     """Combinations within ``[federation]`` that cannot work: the keys, and one sentence with the reason."""
     space: Space = registry.build("space", federation.space.name, federation.space.params)
+    rule: WeightRule = registry.build("rule", federation.rule.name, federation.rule.params)
     lower: Lower = registry.build("lower", federation.lower.name, federation.lower.params)
     server_opt: ServerOpt = registry.build("server_opt", federation.server_opt.name, federation.server_opt.params)
     keys: tuple[str, ...] = ("federation.space", "federation.lower")
@@ -102,6 +110,7 @@ def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
         yield keys, f"{names}: the lower reads the mean of products, which this space never forms; use space 'product'"
     if not (lower.needs_products or space.closed):
         yield keys, f"{names}: the mean of products would be dropped; use lower 'svd', 'residual' or 'merge_restart'"
+    yield from _robust(federation, space, rule)
     keys = ("federation.server_opt", "federation.lower")
     names = f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}"
     if lower.patches and federation.server_opt.name != "none":
@@ -110,6 +119,24 @@ def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
     elif server_opt.stateful and not lower.fixed_gauge:
         why = "factors are made anew every round, so moments kept from the last round belong to other axes"
         yield keys, f"{names}: {why}; use server_opt 'none'"
+
+
+def _robust(federation: Federation, space: Space, rule: WeightRule) -> Iterator[tuple[tuple[str, ...], str]]:
+    keys: tuple[str, ...] = ("federation.rule", "federation.space")
+    names = f"rule {federation.rule.name!r} with space {federation.space.name!r}"
+    if rule.needs_products and not space.products:
+        yield (
+            keys,
+            f"{names}: one and the same update B A can be written with factors as far apart as one likes, "
+            "(B G, G^-1 A), so neither distances nor orders of factors tell who is wrong; use space 'product' with "
+            "lower 'svd', or space 'common'",
+        )
+    elif isinstance(rule, CoordRule) and (federation.space.name, federation.lower.name) != ("product", "svd"):
+        yield (
+            keys,
+            f"{names} and lower {federation.lower.name!r}: merged number by number, products have full rank, which "
+            "only space 'product' with lower 'svd' brings back to factors",
+        )
 
 
 def _batches(updates: Iterable[Update], *, one_by_one: bool) -> Iterable[list[Update]]:
@@ -126,13 +153,13 @@ def _exactness(combined: Combined, glob: Global, out: AggOut) -> dict[str, float
     for pair, product in combined.products.items():
         new = factors(out.tree, glob.tree, pair)
         returned = concat([new, out.patch[pair]]) if pair in out.patch else new
-        whole.append(norm(product))
-        biases.append(distance(factors(combined.tree, glob.tree, pair), product))
-        residuals.append(distance(returned, product))
+        tail = combined.tails.get(pair, 0.0)
+        whole.append(np.hypot(norm(product), tail))
+        residuals.append(np.hypot(distance(returned, product), tail))
+        if not combined.tails:  # else no factors were averaged
+            biases.append(distance(factors(combined.tree, glob.tree, pair), product))
     size = float(np.linalg.norm(whole))
     if not size:
         return {}
-    return {
-        "factor_bias": float(np.linalg.norm(biases)) / size,
-        "residual": float(np.linalg.norm(residuals)) / size,
-    }
+    bias = {"factor_bias": float(np.linalg.norm(biases)) / size} if biases else {}
+    return {**bias, "residual": float(np.linalg.norm(residuals)) / size}

@@ -14,7 +14,7 @@ from molehill.config import Config, MethodRef
 from molehill.errors import ConfigError
 from molehill.molora.interfaces import Site
 from molehill_server.aggregate import conflicts
-from molehill_server.planning.planner import shares
+from molehill_server.planning.planner import select, shares
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,19 @@ def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
             ("federation.policy", "federation.lower"),
             f"lower {lower!r} makes both factors anew, but policy {policy!r} freezes one or keeps it on the "
             "clients, so theirs would no longer belong to the server's",
+        )
+
+
+def _enough_to_judge(config: Config) -> Iterator[Conflict]:
+    """A rule against poisoned updates needs a majority of others in every round."""
+    least = _build("rule", config.federation.rule).least
+    count = len(select(config, [str(number) for number in range(config.data.clients)], 1, 0))
+    if count < least:
+        yield Conflict(
+            "refuse",
+            ("federation.rule", "data.clients" if count == config.data.clients else "federation.select"),
+            f"rule {config.federation.rule.name!r} needs {least} updates a round to tell which are poisoned, and of "
+            f"{config.data.clients} clients {count} take part; choose a smaller f, or more clients",
         )
 
 
@@ -248,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     _aggregation,
     _products_need_factors,
     _lowers_rewrite_factors,
+    _enough_to_judge,
     _norms_need_products,
     _common_factor,
     _mixture_of_routers,

@@ -204,7 +204,7 @@ class Coordinator:
                     "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
                 )
         else:
-            raise FederationError(*_below_quorum(number, notes, self._config))
+            raise FederationError(*_below_quorum(number, notes, self._quorum(len(notes.selected))))
         self._log.emit(
             "round",
             round=number,
@@ -299,7 +299,7 @@ class Coordinator:
         return Update(plan.client, values, reply.examples, delta.tokens)
 
     def _quorum(self, count: int) -> int:
-        return max(1, math.ceil(self._config.round.quorum * count))
+        return max(self._aggregator.rule.least, math.ceil(self._config.round.quorum * count))
 
     def _send(
         self, kind: str, plans: Mapping[str, ClientPlan], nodes: Mapping[str, int], group: str, quorum: int
@@ -384,11 +384,10 @@ class Coordinator:
         return failed
 
 
-def _below_quorum(number: int, notes: _Round, config: Config) -> tuple[str]:
+def _below_quorum(number: int, notes: _Round, need: int) -> tuple[str]:
     """Say who answered in a round that failed, and why the others did not count."""
-    need = math.ceil(config.round.quorum * len(notes.selected))
     parts = [f"round {number} is below its quorum: {len(notes.accepted)} of {len(notes.selected)} clients answered"]
-    parts.append(f"with a usable update, {max(1, need)} are needed")
+    parts.append(f"with a usable update, {need} are needed")
     if notes.missing:
         parts.append(f"no answer from {', '.join(notes.missing)}")
     parts += [f"{client}: {reason}" for client, reason in notes.quarantined.items()]

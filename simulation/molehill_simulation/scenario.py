@@ -1,4 +1,4 @@
-"""What goes wrong in a simulation: clients that cannot be reached, vanish, are late, or send garbage.
+"""What goes wrong in a simulation: clients that cannot be reached, vanish, are late, or send garbage or poison.
 
 All of it is decided by the run's seed, the round, the attempt and the client's id, so a run and its repetition, or its
 continuation after a kill, meet the same misfortunes. It happens in the client, so every engine has it.
@@ -111,9 +111,13 @@ class ScenarioApp(ClientApp):
         if not fortune.finishes:
             exchange.drop(said.delta)
             return NoReply("vanished")
-        kind = self._config.scenario.garbage.get(said.client)
-        if kind is not None:
-            blob = spoil(exchange.get(said.delta), kind, self._config.wire.max_bytes)
+        scenario, wire = self._config.scenario, self._config.wire
+        if said.client in scenario.garbage or said.client in scenario.poison:
+            blob = exchange.get(said.delta)
+            if said.client in scenario.poison:
+                blob = poison(blob, scenario.poison[said.client], wire.up, wire.max_bytes)
+            if said.client in scenario.garbage:
+                blob = spoil(blob, scenario.garbage[said.client], wire.max_bytes)
             exchange.drop(said.delta)
             said = said.model_copy(update={"delta": exchange.put(blob), "bytes_up": len(blob)})
             reply = Message(RecordDict({"reply": ConfigRecord({"json": said.model_dump_json()})}), reply_to=message)
@@ -170,6 +174,22 @@ def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:
     else:
         arrays[Key("foreign.site", "e0", "A")] = np.zeros((1, 1), np.float32)
     return encode_delta(replace(delta, tree=Tree.of(arrays)), _EXACT)
+
+
+def poison(blob: bytes, factor: float, codec: MethodRef, max_bytes: int) -> bytes:
+    """Multiply an encoded delta; nothing but the model shows that it is wrong.
+
+    Args:
+        blob: The delta.
+        factor: What all of its values are multiplied by.
+        codec: How the delta is encoded.
+        max_bytes: Largest delta.
+
+    Returns:
+        The delta, encoded again.
+    """
+    delta = decode_delta(blob, max_bytes)
+    return encode_delta(replace(delta, tree=Tree(delta.tree.layout, np.float32(factor) * delta.tree.flat)), codec)
 
 
 def _forge_nan(blob: bytes) -> bytes:

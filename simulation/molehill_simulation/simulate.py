@@ -90,11 +90,13 @@ def _known_clients(world: World) -> None:
         ConfigError: Names the first one.
     """
     names = [owner.name for owner in world.owners]
-    unknown = sorted(set(world.config.scenario.garbage) - set(names))
-    if unknown:
-        raise ConfigError(
-            f"there is no client {unknown[0]!r}", where="scenario.garbage", mend=f"Clients: {', '.join(names)}."
-        )
+    scenario = world.config.scenario
+    for key, wanted in (("garbage", scenario.garbage), ("poison", scenario.poison)):
+        unknown = sorted(set(wanted) - set(names))
+        if unknown:
+            raise ConfigError(
+                f"there is no client {unknown[0]!r}", where=f"scenario.{key}", mend=f"Clients: {', '.join(names)}."
+            )
 
 
 def _initial(world: World, out: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from molehill.wire.keys import NO_EXPERT, Key
-from molehill.wire.tree import Tree
+from molehill.wire.tree import Array, Tree
 from molehill_server.records import AggOut, Global, LowRank, Pair, State, Update
 
 
@@ -37,11 +37,14 @@ class Combined:
             bit for bit.
         touched: Keys of ``tree`` that took part in a mean.
         products: The mean of the products ``B A`` of every touched pair; empty in spaces without products.
+        tails: Frobenius norm of what a product of ``products`` lacks, by pair, for rules whose result has full rank;
+            at right angles to the product.
     """
 
     tree: Tree
     touched: frozenset[Key]
     products: Mapping[Pair, LowRank] = field(default_factory=dict)
+    tails: Mapping[Pair, float] = field(default_factory=dict)
 
 
 class WeightRule(Protocol):
@@ -49,12 +52,27 @@ class WeightRule(Protocol):
 
     Attributes:
         additive: An update's weight does not depend on the others, so updates can be taken one at a time.
+        needs_products: It judges products ``B A``, so the space must combine them.
+        least: Fewest updates it can judge; an expert that fewer clients used keeps its value.
     """
 
     additive: bool
+    needs_products: bool
+
+    @property
+    def least(self) -> int: ...  # noqa: D102 - see the class
 
     def weights(self, updates: Sequence[Update], glob: Global, /) -> Sequence[Weight]:
         """The weight of each of ``updates``: one update when additive, else all of the round."""
+        ...
+
+
+@runtime_checkable
+class CoordRule(WeightRule, Protocol):
+    """A rule that works number by number; its weights only say who takes part."""
+
+    def merge(self, stack: Array, /) -> Array:
+        """From ``[K, ...]`` of at least ``least`` clients to ``[...]``; the order of the clients does not matter."""
         ...
 
 

@@ -10,7 +10,7 @@ import torch
 
 from molehill.errors import MessageError
 from molehill.wire.keys import Key
-from molehill.wire.tree import Array, Layout, Tree
+from molehill.wire.tree import Array, Layout, Shape, Tree
 from molehill_server.aggregation.interfaces import Combined, Weight
 from molehill_server.aggregation.lowrank import concat, fold
 from molehill_server.records import Global, LowRank, Pair, Update, pairs
@@ -67,11 +67,10 @@ class FactorSum:
 
     def _pad(self, key: Key, theirs: torch.Tensor, step: float, client: str) -> None:
         """Average a factor of lower rank, as if filled up with zeros (HetLoRA, https://arxiv.org/abs/2401.06432)."""
+        require_fit(key, tuple(theirs.shape), self._tree.layout, client)
         ours = torch.from_numpy(self._tree[key])
         ours = ours.T if key.role == "B" else ours  # rank first
         theirs = theirs.T if key.role == "B" else theirs
-        if key.role not in ("A", "B") or theirs.shape[1:] != ours.shape[1:] or len(theirs) > len(ours):
-            raise MessageError(f"tensor {key.name} does not fit {list(self._tree.layout[key])}", where=client)
         ours[: len(theirs)].lerp_(theirs, step)
         ours[len(theirs) :].mul_(1.0 - step)
 
@@ -120,6 +119,20 @@ class ProductSum:
         combined = self._means.finish()
         products = {pair: _mean(points)[1] for pair, points in self._points.items()}
         return Combined(combined.tree, combined.touched, products)
+
+
+def require_fit(key: Key, shape: Shape, ours: Layout, client: str) -> None:
+    """Refuse a tensor that is not the model's; a factor may be of lower rank.
+
+    Raises:
+        MessageError: The model has no such tensor, or one of another shape.
+    """
+    if key not in ours:
+        raise MessageError(f"the model has no tensor {key.name}", where=client)
+    theirs, wanted = (shape[::-1], ours[key][::-1]) if key.role == "B" else (shape, ours[key])  # rank first
+    smaller = key.role in ("A", "B") and theirs[1:] == wanted[1:] and theirs[0] <= wanted[0]
+    if not (shape == ours[key] or smaller):
+        raise MessageError(f"tensor {key.name} does not fit {list(ours[key])}", where=client)
 
 
 def factors(tree: Tree, old: Tree, pair: Pair) -> LowRank:

@@ -99,6 +99,8 @@ class Loneliest:
     """Takes only the update whose products are farthest from those of all others: it must see the whole round."""
 
     additive = False
+    needs_products = False
+    least = 1
 
     def weights(self, updates, glob, /):
         chosen = {}

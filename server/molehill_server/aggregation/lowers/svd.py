@@ -53,15 +53,15 @@ class Svd:
             u, s, v = svd(product)
             a, b = tree[Key(*pair, "A")], tree[Key(*pair, "B")]  # a holds the mean of factors until overwritten
             n = min(len(a), len(s))
-            keep = min(n, self._rank(s))
+            keep = min(n, self._rank(s, combined.tails.get(pair, 0.0)))
             a[:n] = v[:n]
             b[...] = 0
             b[:, :keep] = u[:, :keep] * s[:keep]
             ranks.append(keep)
         return AggOut(tree, report={"rank": float(np.mean(ranks))} if ranks else {})
 
-    def _rank(self, s: np.ndarray) -> int:
+    def _rank(self, s: np.ndarray, tail: float) -> int:
         energy = np.cumsum(s**2)
         if self._tau == 1 or not energy[-1]:
             return len(s)
-        return int(np.searchsorted(energy, self._tau * energy[-1])) + 1
+        return int(np.searchsorted(energy, self._tau * (energy[-1] + tail**2))) + 1

@@ -21,6 +21,8 @@ class Mean:
     """
 
     additive = True
+    needs_products = False
+    least = 1
 
     def weights(self, updates: Sequence[Update], _glob: Global, /) -> list[Weight]:
         """Weights of the updates, see the class."""

@@ -22,6 +22,8 @@ class NormWeights:
     """
 
     additive = True
+    needs_products = False
+    least = 1
 
     def weights(self, updates: Sequence[Update], glob: Global, /) -> list[Weight]:
         """Weights of the updates, see the class."""
