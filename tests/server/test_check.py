@@ -110,6 +110,34 @@ def test_patches_are_of_single_experts(preset, fits):
     assert not refusals(molora={"preset": "mixlora"}, federation=federation)
 
 
+@pytest.mark.parametrize(
+    ("rule", "clients", "select", "keys"),
+    [
+        ({"name": "krum", "f": 2}, 7, "all", None),
+        ({"name": "krum", "f": 2}, 6, "all", ("federation.rule", "data.clients")),
+        ({"name": "krum", "f": 2}, 14, {"name": "random", "fraction": 0.5}, None),
+        ({"name": "krum", "f": 2}, 12, {"name": "random", "fraction": 0.5}, ("federation.rule", "federation.select")),
+        ({"name": "multi_krum", "f": 1}, 4, "all", ("federation.rule", "data.clients")),
+        ({"name": "trimmed_mean", "f": 3}, 7, "all", None),
+        ({"name": "trimmed_mean", "f": 3}, 6, "all", ("federation.rule", "data.clients")),
+        ("median", 9, {"name": "round_robin", "count": 2}, ("federation.rule", "federation.select")),
+        ("geometric_median", 2, "all", ("federation.rule", "data.clients")),
+        ("mean", 1, "all", None),
+    ],
+)
+def test_rules_against_poison_need_enough_clients(rule, clients, select, keys):
+    space = {} if rule == "mean" else {"space": "product", "lower": "svd"}
+    found = refusals(federation={"rule": rule, "select": select, **space}, data={"clients": clients})
+    assert [conflict.keys for conflict in found] == ([keys] if keys else [])
+
+
+def test_rules_against_poison_are_refused_in_factor_space():
+    (conflict,) = refusals(federation={"rule": {"name": "krum", "f": 1}}, data={"clients": 8})
+    assert "(B G, G^-1 A)" in conflict.why
+    (conflict,) = refusals(federation={"rule": "median", "space": "product", "lower": "residual"})
+    assert "full rank" in conflict.why
+
+
 def test_routers_and_personal_gates():
     assert refusals(personal={"gate": "mixture"})
     assert not refusals(personal={"gate": "mixture"}, molora={"scorer": "mixture"})

@@ -208,6 +208,20 @@ def test_below_quorum_tries_again_and_then_stops_with_the_reasons(toy):
     assert run.transport.time < 4 * 60  # three deadlines, no more
 
 
+def test_a_round_with_fewer_updates_than_its_rule_needs_is_below_its_quorum(toy):
+    robust = {"space": "product", "rule": {"name": "trimmed_mean", "f": 1}, "lower": "svd"}
+    run = toy(config(federation=robust, round={"quorum": 0.25, "retries": 1}))
+
+    def fault(client, plan, reply):
+        silent = client.number < (1 if plan.round == 1 else 2)
+        return None if silent else reply.model_dump_json()
+
+    with pytest.raises(FederationError, match=r"round 2 is below its quorum: 2 of 4 .* 3 are needed"):
+        run.run(fault)
+    assert [event["accepted"] for event in run.events("round")] == [["client-1", "client-2", "client-3"]]
+    assert len(run.events("retry")) == 2
+
+
 def test_a_retry_that_succeeds_leaves_no_trace_of_the_first(toy):
     settings = config(run={"rounds": 1}, round={"quorum": 1.0})
     whole = toy(settings, "whole").run()
