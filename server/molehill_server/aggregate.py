@@ -125,18 +125,18 @@ def _robust(federation: Federation, space: Space, rule: WeightRule) -> Iterator[
     keys: tuple[str, ...] = ("federation.rule", "federation.space")
     names = f"rule {federation.rule.name!r} with space {federation.space.name!r}"
     if rule.needs_products and not space.products:
-        yield (
-            keys,
-            f"{names}: one and the same update B A can be written with factors as far apart as one likes, "
-            "(B G, G^-1 A), so neither distances nor orders of factors tell who is wrong; use space 'product' with "
-            "lower 'svd', or space 'common'",
+        why = (
+            "one and the same update B A can be written with factors as far apart as one likes, (B G, G^-1 A), so "
+            "neither distances nor orders of factors tell who is wrong; use space 'product' with lower 'svd', or space "
+            "'common'"
         )
+        yield keys, f"{names}: {why}"
     elif isinstance(rule, CoordRule) and (federation.space.name, federation.lower.name) != ("product", "svd"):
-        yield (
-            keys,
-            f"{names} and lower {federation.lower.name!r}: merged number by number, products have full rank, which "
-            "only space 'product' with lower 'svd' brings back to factors",
+        why = (
+            "merged number by number, products have full rank, which only space 'product' with lower 'svd' brings back "
+            "to factors"
         )
+        yield (*keys, "federation.lower"), f"{names} and lower {federation.lower.name!r}: {why}"
 
 
 def _batches(updates: Iterable[Update], *, one_by_one: bool) -> Iterable[list[Update]]:
