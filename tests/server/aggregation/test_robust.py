@@ -157,7 +157,7 @@ def test_clients_that_agree_come_back_unchanged(kit, name):
     update = kit.client(glob, 0)
     same = [Update(f"c{k}", update.tree, 10 + k, update.tokens) for k in range(7)]
     new, report = aggregator(name)(glob, same)
-    want = Global(glob.tree.updated(update.tree), glob.patches)
+    want = Global(Tree.of({**glob.tree, **update.tree}), glob.patches)
     close(kit, new, want, 2e-5)
     assert report["updates"] == 7
     assert report["residual"] < 1e-6
@@ -247,7 +247,7 @@ def test_only_spaces_that_know_the_products_are_accepted(name, space, lower):
     federation = Federation.model_validate(
         {"policy": "ffa", "rule": rule_of(name), "space": space, "lower": lower}  # ffa has a common factor
     )
-    why = " ".join(conflicts(federation))
+    why = " ".join(reason for _, reason in conflicts(federation))
     if space == "factor":
         assert f"rule {name!r} with space 'factor'" in why
         assert "(B G, G^-1 A)" in why
