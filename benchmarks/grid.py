@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from common import alternate, clock_for, grown_by, in_own_process, show
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp

@@ -6,7 +6,7 @@ Gathers the tokens of each expert, runs its LoRA in float32, and adds the result
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 

@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 import transformers
 from common import show
 from loop import LoopLinear, put_loops

@@ -29,7 +29,7 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 import transformers
 from common import alternate, clock_for, grown_by, in_own_process, show
 from loop import put_loops

@@ -85,7 +85,7 @@ def simulate(
     folder = out if resume else None  # of a run that there is something of
     with explained(as_json):
         try:
-            from molehill.config import load  # noqa: PLC0415
+            from molehill.config import load
 
             if resume and config is None and out is not None and (out / "config.toml").is_file():
                 config = out / "config.toml"
@@ -95,8 +95,8 @@ def simulate(
             folder = claimed
 
             with needs("simulation"):
-                from molehill_simulation.simulate import simulate as run  # noqa: PLC0415
-                from molehill_simulation.ui import RunView, show_summary  # noqa: PLC0415
+                from molehill_simulation.simulate import simulate as run
+                from molehill_simulation.ui import RunView, show_summary
 
             console = Console(quiet=as_json)
             # Libraries below print to standard output too; with --json that stream is promised to one document.
@@ -163,11 +163,11 @@ def _try_to_write(folder: Path) -> None:
 def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
     """Print what a configuration comes to, and refuse what cannot work."""
     with explained():
-        from molehill.config import load  # noqa: PLC0415
+        from molehill.config import load
 
         with needs("simulation"):
-            from molehill_server.check import check as find_conflicts  # noqa: PLC0415
-            from molehill_simulation.describe import describe  # noqa: PLC0415
+            from molehill_server.check import check as find_conflicts
+            from molehill_simulation.describe import describe
 
         resolved = load(config)
         conflicts = find_conflicts(resolved)
@@ -192,7 +192,7 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
 def methods(as_json: Json = False) -> None:
     """List every method: name, axis, paper, and the code of the system it stands for."""
     with explained(as_json):
-        from molehill import registry  # noqa: PLC0415
+        from molehill import registry
 
         found = list(registry.methods())
         if as_json:
@@ -213,6 +213,6 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folde
     """Write report.html of a run again, finished or not."""
     with explained():
         with needs("simulation"):
-            from molehill_simulation.report import write_report  # noqa: PLC0415
+            from molehill_simulation.report import write_report
 
         typer.echo(str(write_report(folder)))

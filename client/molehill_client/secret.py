@@ -100,7 +100,7 @@ class Keyring:
 
     def __init__(self, name: str) -> None:
         try:
-            import keyring  # noqa: PLC0415
+            import keyring  # noqa: PLC0415  (an extra)
         except ImportError:
             raise ConfigError(
                 "cannot import keyring", mend="Run: pip install 'molehill[keyring]', or keep the key in a file."

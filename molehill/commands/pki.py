@@ -68,7 +68,7 @@ def init(
 ) -> None:
     """Make a certificate authority; keep its folder off the network, and a copy of it."""
     with _on_disk():
-        from molehill import pki  # noqa: PLC0415
+        from molehill import pki
 
         made = pki.Authority.create(folder, name=name, days=days, passphrase=pki.read_passphrase(passphrase_file))
         typer.echo(f"authority {name} in {folder}, until {pki.stamp(made.certificate.ends)}")
@@ -91,7 +91,7 @@ def request(
 ) -> None:
     """Make a key on this machine, and request.csr to have it certified."""
     with _on_disk():
-        from molehill import pki  # noqa: PLC0415
+        from molehill import pki
 
         if server != bool(host) and not renew:
             raise IdentityError("--server and --host go together", mend="Name all hosts that clients use.")
@@ -119,7 +119,7 @@ def sign(
 ) -> None:
     """Certify a machine; what is written goes back to it."""
     with _on_disk():
-        from molehill import pki  # noqa: PLC0415
+        from molehill import pki
 
         authority = pki.Authority(ca, pki.read_passphrase(passphrase_file))
         made, path = authority.sign(csr, days=days, out=out, server=server, replace_living=replace)
@@ -139,7 +139,7 @@ def install(
 ) -> None:
     """Put a certificate beside the key it is for; a renewal takes the place of the old one now."""
     with _on_disk():
-        from molehill import pki  # noqa: PLC0415
+        from molehill import pki
 
         passphrase = pki.read_passphrase(passphrase_file)
         identity = pki.install(cert, folder, passphrase=passphrase, fingerprint=fingerprint)
@@ -155,7 +155,7 @@ def revoke(
 ) -> None:
     """Take a certificate back; the coordinator refuses it as soon as it has the new revoked.json."""
     with _on_disk():
-        from molehill import pki  # noqa: PLC0415
+        from molehill import pki
 
         gone = pki.Authority(ca, pki.read_passphrase(passphrase_file)).revoke(node)
         for row in gone:
@@ -172,7 +172,7 @@ def show(
 ) -> None:
     """List certificates: name, serial number, expiry, days left, fingerprint."""
     with _on_disk(as_json):
-        from molehill import pki  # noqa: PLC0415
+        from molehill import pki
 
         rows: list[dict[str, Any]]
         now = datetime.now(UTC)

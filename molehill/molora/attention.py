@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
             q3, k3, v3, g3 = _together(q[at], k), _together(k[at], k), _together(v[at], k), _together(grad[at], k)
             p = _probabilities(q3, k3, bias, at, q.shape, ctx.scale)
             gv[at] = (p.mT @ g3).view_as(v[at])
-            ds = torch._softmax_backward_data(g3 @ v3.mT, p, -1, p.dtype)  # noqa: SLF001
+            ds = torch._softmax_backward_data(g3 @ v3.mT, p, -1, p.dtype)  # noqa: SLF001  (one kernel; public autograd would keep p)
             gq[at] = (ds @ k3).mul_(ctx.scale).view_as(q[at])
             gk[at] = (ds.mT @ q3).mul_(ctx.scale).view_as(k[at])
         return gq, gk, gv, None, None

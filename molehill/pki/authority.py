@@ -133,17 +133,7 @@ class Authority:
                 )
             key = keys.new_key()
             keys.save_key(folder / "ca.key", key, passphrase)
-            usage = x509.KeyUsage(
-                digital_signature=False,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                key_cert_sign=True,
-                crl_sign=True,
-                encipher_only=False,
-                decipher_only=False,
-            )
+            usage = _key_usage(authority=True)
             builder = (
                 x509.CertificateBuilder()
                 .subject_name(subject)
@@ -259,17 +249,7 @@ class Authority:
 
     def _certify(self, wanted: _Request, key: keys.PrivateKey, days: int, server: bool, now: datetime) -> Certificate:
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
-        usage = x509.KeyUsage(
-            digital_signature=True,
-            content_commitment=False,
-            key_encipherment=False,
-            data_encipherment=False,
-            key_agreement=False,
-            key_cert_sign=False,
-            crl_sign=False,
-            encipher_only=False,
-            decipher_only=False,
-        )
+        usage = _key_usage(authority=False)
         issuer = self.certificate.public_key
         builder = (
             x509.CertificateBuilder()
@@ -425,3 +405,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _key_usage(*, authority: bool) -> x509.KeyUsage:
+    """An authority's key signs certificates and lists; everybody else's signs handshakes."""
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        encipher_only=False,
+        decipher_only=False,
+    )

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  (the name everybody uses)
+from torch.nn import functional as F
 
 from molehill.errors import DataError, TrainingError
 from molehill.plan import Scores

@@ -118,7 +118,7 @@ def _header(cells: list[str], where: str) -> list[str]:
 
 def _parquet(path: Path) -> Rows:
     import pyarrow as pa  # noqa: PLC0415  (heavy; only this format needs it)
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415  (the same)
 
     if not _bytes(path):
         raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")

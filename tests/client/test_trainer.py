@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from tiny_models import ARCHITECTURES, adapted, batch, separate, shake, training
 
 from molehill import registry

@@ -11,7 +11,7 @@ import sys
 import threading
 
 import pytest
-from toy_federation import client_name, config
+from toy_federation import client_name, config, killed_at
 from typer.testing import CliRunner
 
 from molehill.cli import app
@@ -233,16 +233,8 @@ def test_a_client_that_comes_later_is_noted(toy):
 @pytest.mark.parametrize("kill", [1, 6, 11])
 def test_a_run_that_was_killed_goes_on_with_its_chain(toy, kill):
     run = toy(config())
-    trained = []
-
-    def dies(client, plan, reply):
-        trained.append(client.name)
-        if len(trained) == kill:
-            raise KeyboardInterrupt
-        return reply.model_dump_json()
-
     with pytest.raises(KeyboardInterrupt):
-        run.run(dies)
+        run.run(killed_at(kill))
     path = run.out / "audit.jsonl"
     head = verify(path).head
     run.run()

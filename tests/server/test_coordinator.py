@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from toy_federation import EXPERTS, HEAD, SITE, client_name, config, data, initial, steps
+from toy_federation import EXPERTS, HEAD, SITE, client_name, config, data, initial, killed_at, steps
 
 from molehill.errors import ConfigError, FederationError, ResumeError
 from molehill.wire.keys import Key
@@ -94,16 +94,8 @@ def test_a_killed_run_resumes_to_the_same_result(toy, preset, kill):
     settings = config(federation={"preset": preset, "select": {"name": "random", "fraction": 0.75}})
     whole = toy(settings, "whole").run()
     run = toy(settings, "killed")
-    trained = []
-
-    def dies(client, plan, reply):
-        trained.append(client.name)
-        if len(trained) == kill:
-            raise KeyboardInterrupt
-        return reply.model_dump_json()
-
     with pytest.raises(KeyboardInterrupt):
-        run.run(dies)
+        run.run(killed_at(kill))
     again = run.run()
     assert np.array_equal(again.flat, whole.flat)
     assert [event["round"] for event in run.events("round")] == [1, 2, 3]

@@ -43,6 +43,19 @@ def config(**sections) -> Config:
     return parse(values)
 
 
+def killed_at(reply_number: int):
+    """What a run may do with replies: be killed by the one of this number, from 1."""
+    trained = []
+
+    def pass_on(client, plan, reply):
+        trained.append(client.name)
+        if len(trained) == reply_number:
+            raise KeyboardInterrupt
+        return reply.model_dump_json()
+
+    return pass_on
+
+
 def initial() -> Tree:
     rng = np.random.default_rng(0)
     arrays = {HEAD: np.zeros(D_OUT, np.float32), GATE: rng.normal(size=(2, D_IN)).astype(np.float32)}

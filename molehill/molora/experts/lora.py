@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehill.molora.fused import Projection, down, reference, up
@@ -38,8 +38,8 @@ class LoRABank(nn.Module):
     """
 
     low_rank = True
-    patch_A: Tensor  # noqa: N815
-    patch_Bt: Tensor  # noqa: N815
+    patch_A: Tensor  # noqa: N815  (A and B are the field's names)
+    patch_Bt: Tensor  # noqa: N815  (A and B are the field's names)
     patch_expert: Tensor
     spread: Tensor
 

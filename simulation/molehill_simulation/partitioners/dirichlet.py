@@ -53,7 +53,7 @@ def dirichlet(params: DirichletParams, *, rows: Rows, clients: int, seed: int) -
         DataError: The column is missing, there are fewer units than clients, or no draw gives every client enough.
     """
     from datasets import Dataset  # noqa: PLC0415  (seconds to import; only this method needs it)
-    from flwr_datasets.partitioner import DirichletPartitioner  # noqa: PLC0415
+    from flwr_datasets.partitioner import DirichletPartitioner  # noqa: PLC0415  (the same)
 
     labels = values_of(rows, params.column)
     order = np.random.default_rng(seed).permutation

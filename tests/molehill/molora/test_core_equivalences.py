@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from tiny_models import ARCHITECTURES, adapted, base, batch, separate, shake, training
 
 from molehill import registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from tiny_models import ARCHITECTURES, WIDTH, adapted, base, batch, shake
 
 from molehill import registry
