@@ -71,7 +71,10 @@ def test_the_method_of_the_contributing_page_passes_its_own_tests(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
     lint = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "sparsemax.py"]
-    done = subprocess.run([*lint, "--ignore", "INP001"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    # As in the folder it is for, where methods take what their interface gives.
+    done = subprocess.run(
+        [*lint, "--ignore", "INP001,ARG002"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
