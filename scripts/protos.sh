@@ -5,15 +5,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-generate() { # generate DIR: DIR/molehill_protos/v1/*_pb2.py and *_pb2.pyi
+generate() { # generate DIR: DIR/molehill_protos/v1/*_pb2.py and *_pb2.pyi, and *_pb2_grpc.py where there is a service
   # The virtual path makes the generated modules import each other as molehill_protos.v1.
-  "${PYTHON:-python}" -W error -m grpc_tools.protoc -Imolehill_protos/v1=protos/molehill/v1 \
-    --python_out="$1" --pyi_out="$1" $(cd protos/molehill/v1 && printf 'molehill_protos/v1/%s ' *.proto)
+  local protoc=("${PYTHON:-python}" -W error -m grpc_tools.protoc -Imolehill_protos/v1=protos/molehill/v1)
+  "${protoc[@]}" --python_out="$1" --pyi_out="$1" $(cd protos/molehill/v1 && printf 'molehill_protos/v1/%s ' *.proto)
+  "${protoc[@]}" --grpc_python_out="$1" $(cd protos/molehill/v1 && grep -l '^service' *.proto | sed 's|^|molehill_protos/v1/|')
 }
 
 case "${1:-}" in
   "")
-    rm -f protos/molehill_protos/v1/*_pb2.py protos/molehill_protos/v1/*_pb2.pyi
+    rm -f protos/molehill_protos/v1/*_pb2*.py protos/molehill_protos/v1/*_pb2.pyi
     generate protos
     ;;
   --check)

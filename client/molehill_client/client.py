@@ -15,6 +15,7 @@ from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.tasks.batches import Batch, Batches, eval_batches
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
+from molehill.wire.exchange import Place
 from molehill.wire.keys import Key
 from molehill.wire.message import Delta, decode_tree, encode_delta
 from molehill.wire.tree import Array, Layout, Tree
@@ -181,7 +182,7 @@ class Client:
             plan.codec,
             memory,
         )
-        digest = self.bench.exchange.put(blob)
+        digest = self.bench.exchange.put(blob, Place(plan.run, plan.round))
         state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal" and not key.residual)
         state.memory = Tree.of(memory)
         self.store.save(plan.round, state)

@@ -7,19 +7,38 @@ import re
 import secrets
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+from urllib.parse import parse_qsl, urlsplit
 
 from molehill.errors import ConfigError, MessageError
+from molehill.extras import needs
 from molehill.wire.message import digest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+class Place(NamedTuple):
+    """The round a delta belongs to.
+
+    Attributes:
+        run: Name of the run.
+        round: Round number.
+    """
+
+    run: str
+    round: int
+
+
 class Exchange(Protocol):
     """A store of blobs by SHA-256 (hex). Putting a blob twice is the same as once; all methods are thread-safe."""
 
-    def put(self, blob: bytes) -> str:
-        """Keep a blob and return its digest."""
+    def put(self, blob: bytes, at: Place | None = None) -> str:
+        """Keep a blob and return its digest.
+
+        Args:
+            blob: The blob.
+            at: The round it is a delta of; an exchange across machines takes nothing else.
+        """
         ...
 
     def get(self, name: str, max_bytes: int | None = None) -> bytes:
@@ -49,7 +68,7 @@ class MemoryExchange:
     def __init__(self) -> None:
         self._blobs: dict[str, bytes] = {}
 
-    def put(self, blob: bytes) -> str:
+    def put(self, blob: bytes, at: Place | None = None) -> str:  # noqa: ARG002 - everybody may put anything here
         """See `Exchange.put`."""
         name = digest(blob)
         self._blobs[name] = blob
@@ -60,8 +79,8 @@ class MemoryExchange:
         try:
             blob = self._blobs[name]
         except KeyError:
-            raise _unknown(name) from None
-        _require_size(len(blob), max_bytes)
+            raise unknown(name) from None
+        require_size(len(blob), max_bytes)
         return blob
 
     def has(self, name: str) -> bool:
@@ -84,7 +103,7 @@ class FolderExchange:
         self._path = path
         path.mkdir(parents=True, exist_ok=True)
 
-    def put(self, blob: bytes) -> str:
+    def put(self, blob: bytes, at: Place | None = None) -> str:  # noqa: ARG002 - everybody may put anything here
         """See `Exchange.put`."""
         name = digest(blob)
         if not self.has(name):
@@ -100,10 +119,10 @@ class FolderExchange:
         """See `Exchange.get`; a file that does not fit its digest is removed, so that it can be put again."""
         try:
             with self._file(name).open("rb") as file:
-                _require_size(os.fstat(file.fileno()).st_size, max_bytes)
+                require_size(os.fstat(file.fileno()).st_size, max_bytes)
                 blob = file.read()
         except FileNotFoundError:
-            raise _unknown(name) from None
+            raise unknown(name) from None
         if digest(blob) != name:
             self.drop(name)
             raise MessageError("the file does not fit its digest", where=str(self._file(name)), mend="Send it again.")
@@ -119,11 +138,11 @@ class FolderExchange:
 
     def _file(self, name: str) -> Path:
         # A digest comes from the network: nothing else may become part of a path.
-        if not _DIGEST.fullmatch(name):
-            raise MessageError(f"{name[:80]!r} is no digest", mend="Expected 64 hexadecimal digits.")
+        require_digest(name)
         return self._path / name
 
 
+_ADDRESSES = "Use memory:NAME, folder:PATH or grpc://HOST:PORT?identity=FOLDER."
 _memories: dict[str, MemoryExchange] = {}
 _lock = threading.Lock()
 
@@ -132,10 +151,11 @@ def connect(address: str) -> Exchange:
     """Open the exchange at an address.
 
     Args:
-        address: ``memory:NAME`` (the same object for everybody in this process) or ``folder:PATH``.
+        address: ``memory:NAME`` (the same object for everybody in this process), ``folder:PATH`` or
+            ``grpc://HOST:PORT?identity=FOLDER&cache=FOLDER`` (see `molehill.wire.remote`; the cache may be left out).
 
     Raises:
-        ConfigError: No such kind of exchange, or no name or path.
+        ConfigError: No such kind of exchange, no name or path, or an identity that cannot be used.
     """
     kind, _, rest = address.partition(":")
     if rest and kind == "memory":
@@ -143,15 +163,48 @@ def connect(address: str) -> Exchange:
             return _memories.setdefault(rest, MemoryExchange())
     if rest and kind == "folder":
         return FolderExchange(Path(rest))
-    raise ConfigError(f"unknown exchange {address!r}", mend="Use memory:NAME or folder:PATH.")
+    if kind == "grpc":
+        return _connect_remote(address)
+    raise ConfigError(f"unknown exchange {address!r}", mend=_ADDRESSES)
 
 
-def _require_size(size: int, max_bytes: int | None) -> None:
+def _connect_remote(address: str) -> Exchange:
+    url = urlsplit(address)
+    given = dict(parse_qsl(url.query))
+    if not url.netloc or url.path or url.fragment or "identity" not in given or given.keys() - {"identity", "cache"}:
+        raise ConfigError(f"unknown exchange {address!r}", mend=_ADDRESSES)
+    with needs("client"):
+        from molehill.wire.remote import GrpcExchange, Identity  # noqa: PLC0415 - gRPC comes with an extra
+    cache = Path(given["cache"]) if "cache" in given else None
+    return GrpcExchange(url.netloc, Identity.read(Path(given["identity"])), cache)
+
+
+def require_digest(name: str) -> None:
+    """Refuse what is no SHA-256 in hexadecimal digits.
+
+    Raises:
+        MessageError: It is something else.
+    """
+    if not _DIGEST.fullmatch(name):
+        raise MessageError(f"{name[:80]!r} is no digest", mend="Expected 64 hexadecimal digits.")
+
+
+def require_size(size: int, max_bytes: int | None) -> None:
+    """Refuse a blob over the limit.
+
+    Args:
+        size: Length of the blob.
+        max_bytes: The limit; None is none.
+
+    Raises:
+        MessageError: It is longer.
+    """
     if max_bytes is not None and size > max_bytes:
         raise MessageError(
             f"a blob of {size} bytes, the limit is {max_bytes}", mend="Raise wire.max_bytes if the sender is right."
         )
 
 
-def _unknown(name: str) -> MessageError:
+def unknown(name: str) -> MessageError:
+    """The error that says that a blob is not there."""
     return MessageError(f"no blob {name[:80]!r} in the exchange", mend="It was never sent, or was dropped since.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from molehill.config import Config, parse
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
-from molehill.wire.exchange import Exchange
+from molehill.wire.exchange import Exchange, Place
 from molehill.wire.keys import Key
 from molehill.wire.message import Delta, decode_tree, encode_delta
 from molehill.wire.store import load_tree, save_tree
@@ -150,7 +150,7 @@ class ToyClient:
         return ClientReply(
             client=self.name,
             round=plan.round,
-            delta=self.exchange.put(blob),
+            delta=self.exchange.put(blob, Place(plan.run, plan.round)),
             bytes_up=len(blob),
             bytes_down=fetched,
             examples=rows,

@@ -1,0 +1,118 @@
+"""The process: ``python -m molehill_server.exchange --folder DIR --identity DIR``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+
+from molehill.errors import ConfigError, MolehillError
+from molehill.wire.remote import MAX_MESSAGE, Identity
+from molehill_protos.v1.exchange_pb2 import DESCRIPTOR
+from molehill_protos.v1.exchange_pb2_grpc import add_AdapterExchangeServicer_to_server
+from molehill_server.exchange.service import Limits, Service, log
+
+SERVICE = DESCRIPTOR.services_by_name["AdapterExchange"].full_name
+
+_DEFAULTS = Limits()
+
+
+async def serve(
+    folder: Path,
+    identity: Identity,
+    address: str,
+    limits: Limits | None = None,
+    ready: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Serve until cancelled; then transfers get a moment to end, and unfinished uploads stay for the next start.
+
+    Args:
+        folder: See `molehill_server.exchange`.
+        identity: The server's; nodes need a certificate of one of its authorities, whatever they ask.
+        address: ``HOST:PORT`` to listen on; port 0 is any free one.
+        limits: What it bears.
+        ready: Called with the port once it listens.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+    """
+    limits = limits or _DEFAULTS
+    options = {
+        "grpc.so_reuseport": 0,  # a port in use is an error
+        "grpc.max_receive_message_length": MAX_MESSAGE,
+        "grpc.max_concurrent_streams": 2 * limits.streams_per_node,  # of one connection
+        "grpc.max_connection_idle_ms": 600_000,
+        "grpc.server_handshake_timeout_ms": 20_000,
+        "grpc.keepalive_time_ms": 30_000,
+        "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+    }
+    server = grpc.aio.server(options=list(options.items()))
+    service = Service(folder, limits)
+    add_AdapterExchangeServicer_to_server(service, server)
+    state = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    pair = (identity.key, identity.cert)
+    credentials = grpc.ssl_server_credentials([pair], identity.ca, require_client_auth=True)
+    try:
+        port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        mend = "Another process may use the port: choose another one, or stop that process."
+        raise ConfigError("cannot listen there", where=address, mend=mend) from None
+    await service.collect()
+    await server.start()
+    for name in ("", SERVICE):
+        await state.set(name, health_pb2.HealthCheckResponse.SERVING)
+    ready(port)
+    try:
+        while True:
+            await asyncio.sleep(limits.collect)
+            try:
+                await service.collect()
+            except OSError:
+                log.exception("cannot collect old rounds")
+    finally:
+        await state.enter_graceful_shutdown()
+        await server.stop(grace=1.0)
+
+
+async def _until_told(folder: Path, identity: Identity, listen: str, limits: Limits) -> None:
+    serving = asyncio.current_task()
+    assert serving is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
+    host = listen.rpartition(":")[0]
+    with contextlib.suppress(asyncio.CancelledError):
+        await serve(
+            folder, identity, listen, limits, lambda port: typer.echo(f"The exchange listens on {host}:{port}.")
+        )
+
+
+def run(
+    folder: Annotated[Path, typer.Option(help="Folder it shares with the coordinator.")],
+    identity: Annotated[Path, typer.Option(help="Folder with key.pem, cert.pem and ca.pem.")],
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:9443",
+    max_bytes: Annotated[int, typer.Option(help="Largest delta.")] = _DEFAULTS.max_bytes,
+    streams: Annotated[int, typer.Option(help="Transfers at a time; more wait.")] = _DEFAULTS.streams,
+    rate: Annotated[float, typer.Option(help="Bytes per second of one node.")] = _DEFAULTS.rate,
+    idle: Annotated[float, typer.Option(help="Seconds a node may send nothing.")] = _DEFAULTS.idle,
+    reserve: Annotated[int, typer.Option(help="Bytes of the disk to leave free.")] = _DEFAULTS.reserve,
+    collect: Annotated[float, typer.Option(help="Seconds between collections of old rounds.")] = _DEFAULTS.collect,
+) -> None:
+    """Serve the coordinator's blobs to its nodes until SIGTERM or Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    limits = Limits(max_bytes=max_bytes, streams=streams, rate=rate, idle=idle, reserve=reserve, collect=collect)
+    try:
+        asyncio.run(_until_told(folder, Identity.read(identity), listen, limits))
+    except MolehillError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None

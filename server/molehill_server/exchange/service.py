@@ -1,0 +1,371 @@
+"""The gRPC service: who asks, what they may do, and how fast."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from molehill.errors import MessageError
+from molehill.wire.exchange import require_digest
+from molehill.wire.remote import CHUNK
+from molehill_protos.v1 import exchange_pb2 as pb
+from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeServicer
+from molehill_server.exchange.grants import Grant, Grants, require_node
+from molehill_server.exchange.spool import DiskFullError, Part, Receipt, Spool
+
+log = logging.getLogger("molehill.exchange")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the exchange bears.
+
+    Attributes:
+        max_bytes: Largest delta, whatever a grant says.
+        streams: Transfers at a time; more wait for their turn.
+        waiting: Transfers that wait; more are told to come again.
+        streams_per_node: Transfers of one node, waiting ones included; more are told to come again.
+        rate: Bytes per second of one node.
+        idle: Seconds that a node may send or take nothing.
+        reserve: Bytes of the disk left free for the coordinator.
+        collect: Seconds between collections of old rounds.
+    """
+
+    max_bytes: int = 2**30
+    streams: int = 64
+    waiting: int = 1024
+    streams_per_node: int = 8
+    rate: float = 2.0**30
+    idle: float = 60.0
+    reserve: int = 256 * 2**20
+    collect: float = 60.0
+
+
+class Refusal(Exception):  # noqa: N818 - not our error
+    """What a node is told.
+
+    Args:
+        code: gRPC status.
+        text: Why.
+    """
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+@dataclass
+class _Node:
+    """What is known of a node while the process lives."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # over its part and receipt
+    writer: object = None  # the one stream that may write; a newer one takes its place
+    streams: int = 0
+    free_at: float = 0.0  # when it has used up its rate
+
+
+class Service(AdapterExchangeServicer):
+    """Serves a folder (`molehill_server.exchange`) to the nodes that its grants name.
+
+    Args:
+        folder: The folder; it is made when missing.
+        limits: What it bears.
+    """
+
+    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._spool = Spool(folder, self._limits.reserve)
+        self._grants = Grants(folder / "grants")
+        self._revoked = folder / "revoked.json"
+        self._nodes: defaultdict[str, _Node] = defaultdict(_Node)
+        self._slots = asyncio.Semaphore(self._limits.streams)
+        self._waiting = 0
+
+    # ---- calls -----------------------------------------------------------------------------------------------
+
+    async def Get(self, request: pb.GetRequest, context: Any) -> None:  # noqa: N802 - by protocol
+        """Send a blob that the node's plan names."""
+        async with self._answer(context, "get") as name:
+            _require_digest(request.digest)
+            if request.digest not in self._granted(name).read:
+                raise Refusal(
+                    grpc.StatusCode.PERMISSION_DENIED, f"the plan of {name} does not name blob {request.digest[:12]}"
+                )
+            async with self._slot(name):
+                try:
+                    file = self._spool.open(request.digest)
+                except FileNotFoundError:
+                    raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no blob {request.digest[:12]}") from None
+                with file:
+                    length = file.seek(0, 2)
+                    file.seek(min(request.offset, length))
+                    await self._write(context, pb.Chunk(length=length))
+                    while data := await _in_thread(file.read, CHUNK):
+                        await self._pace(name, len(data))
+                        await self._write(context, pb.Chunk(data=data))
+            log.info("sent %s to %s: %d bytes", request.digest[:12], name, length - request.offset)
+
+    async def Offset(self, request: pb.OffsetRequest, context: Any) -> pb.OffsetReply:  # noqa: N802 - by protocol
+        """Say how much of a delta is here, and let no older stream add to it."""
+        async with self._answer(context, "offset") as name:
+            _require_digest(request.digest)
+            grant = self._may_write(name, request.run, request.round)
+            node = self._nodes[name]
+            async with node.lock:
+                node.writer = None
+                receipt = self._spool.receipt(name)
+                if receipt is not None and receipt.digest == request.digest and self._spool.has(request.digest):
+                    return pb.OffsetReply(offset=receipt.length)
+                return pb.OffsetReply(offset=self._spool.part_size(name, grant, request.digest))
+        raise AssertionError("an answer or an error was given")
+
+    async def Put(self, requests: Any, context: Any) -> pb.Receipt:  # noqa: ARG002, N802 - by protocol
+        """Take the node's delta of its current round."""
+        async with self._answer(context, "put") as name:
+            header = await self._header(context)
+            _require_digest(header.digest)
+            grant = self._may_write(name, header.run, header.round)
+            limit = min(grant.max_bytes, self._limits.max_bytes)
+            if header.length > limit:
+                text = f"a delta of {header.length} bytes, the limit is {limit}"
+                raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            async with self._slot(name):
+                receipt = await self._receive(name, grant, header, context)
+            log.info(
+                "%s delivered %s for round %d of %s: %d bytes",
+                *(name, receipt.digest[:12], receipt.round, receipt.run, receipt.length),
+            )
+            return pb.Receipt(**receipt.model_dump(exclude={"attempt"}))
+        raise AssertionError("an answer or an error was given")
+
+    async def collect(self) -> None:
+        """Remove what is left of rounds that are over."""
+        keep = {digest for grant in self._grants.all().values() if grant is not None for digest in grant.read}
+        for name in self._spool.nodes() | self._nodes.keys():
+            async with self._nodes[name].lock:  # the grant is read under the lock: what comes later is of a later one
+                try:
+                    grant = self._grants.of(name)
+                except MessageError as error:
+                    log.error("%s", error)  # noqa: TRY400 - its words say it all
+                    continue
+                removed = await _in_thread(self._spool.collect, name, grant, keep)
+            for path in removed:
+                log.info("collected %s", path)
+
+    # ---- parts -----------------------------------------------------------------------------------------------
+
+    async def _receive(self, name: str, grant: Grant, header: pb.PutHeader, context: Any) -> Receipt:
+        """Take the data of a delta, or say again that it is here."""
+        node, me = self._nodes[name], object()
+        async with node.lock:
+            node.writer = me
+            done = self._delivered(name, grant, header)
+            if done is not None:
+                return done
+            part: Part = await _in_thread(self._spool.open_part, name, grant, header.digest, header.length)
+        with part:
+            if part.size != header.offset:
+                text = f"the data begins at byte {header.offset}, the server has {part.size}"
+                raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
+            while (chunk := await self._read(context)) is not grpc.aio.EOF:
+                if part.size + len(chunk.data) > header.length:
+                    raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
+                await self._pace(name, len(chunk.data))
+                async with node.lock:
+                    _require_writer(node, me)
+                    await _in_thread(part.write, chunk.data)
+            async with node.lock:
+                _require_writer(node, me)
+                return await self._commit(name, part, header)
+
+    def _delivered(self, name: str, grant: Grant, header: pb.PutHeader) -> Receipt | None:
+        """The receipt of a delta that is here already."""
+        receipt = self._spool.receipt(name)
+        here = self._spool.has(header.digest)
+        if receipt is not None and receipt.of(grant) and receipt.digest != header.digest:
+            text = f"{name} has delivered another delta, {receipt.digest[:12]}, for round {grant.round} of {grant.run}"
+            raise Refusal(grpc.StatusCode.ALREADY_EXISTS, text)
+        if not here:
+            return None
+        if receipt is None or receipt.digest != header.digest:
+            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"blob {header.digest[:12]} is not a delta of {name}")
+        if not receipt.of(grant):  # the same delta for another attempt
+            receipt = _receipt(name, grant, header)
+            self._spool.sign(receipt)
+        return receipt
+
+    async def _commit(self, name: str, part: Part, header: pb.PutHeader) -> Receipt:
+        if part.size < header.length:
+            text = f"the data ends at byte {part.size} of {header.length}"
+            raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
+        if part.digest != header.digest:
+            part.drop()
+            raise Refusal(grpc.StatusCode.DATA_LOSS, "the data does not fit its digest and was dropped; send it again")
+        grant = self._may_write(name, header.run, header.round)  # the round may have ended meanwhile
+        receipt = _receipt(name, grant, header)
+        await _in_thread(self._spool.commit, part, receipt)
+        return receipt
+
+    async def _header(self, context: Any) -> pb.PutHeader:
+        first = await self._read(context)
+        if first is grpc.aio.EOF or first.WhichOneof("part") != "header":
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
+        header: pb.PutHeader = first.header
+        return header
+
+    async def _read(self, context: Any) -> Any:
+        with self._stalled("sent"):
+            async with asyncio.timeout(self._limits.idle):
+                return await context.read()
+
+    async def _write(self, context: Any, chunk: pb.Chunk) -> None:
+        with self._stalled("taken"):
+            async with asyncio.timeout(self._limits.idle):
+                await context.write(chunk)
+
+    @contextmanager
+    def _stalled(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            text = f"nothing was {what} for {self._limits.idle:.0f} s"
+            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
+
+    # ---- who, what and how much ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _answer(self, context: Any, what: str) -> AsyncIterator[str]:
+        """Name the node that asks, and tell it why when it is refused."""
+        name = "?"
+        try:
+            name = self._identify(context)
+            yield name
+        except Refusal as refusal:
+            code, text = refusal.code, refusal.text
+        except DiskFullError:
+            code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, "the server's disk is full"
+        else:
+            return
+        log.warning("refused %s of %s (%s): %s", what, name, code.name, text)
+        await context.abort(code, text)
+
+    def _identify(self, context: Any) -> str:
+        """The name of the node, from its certificate.
+
+        TLS has checked the certificate when the connection was made; it may have expired or been revoked since.
+        """
+        cert = x509.load_pem_x509_certificate(context.auth_context()["x509_pem_cert"][0])
+        try:
+            revoked = {int(serial, 16) for serial in json.loads(self._revoked.read_text())}
+        except FileNotFoundError:
+            revoked = set()
+        except (ValueError, TypeError) as error:
+            log.error("%s is damaged, so nobody is let in: %s", self._revoked, error)  # noqa: TRY400
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "the server's list of revoked certificates is damaged") from None
+        if cert.serial_number in revoked:
+            raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this certificate was revoked")
+        if not cert.not_valid_before_utc <= datetime.now(UTC) <= cert.not_valid_after_utc:
+            raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this certificate is not valid now")
+        names = [str(each.value) for each in cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        try:
+            return require_node(names[0] if len(names) == 1 else "")
+        except MessageError as error:
+            raise Refusal(grpc.StatusCode.UNAUTHENTICATED, f"the common name of this certificate: {error}") from None
+
+    def _granted(self, name: str) -> Grant:
+        try:
+            grant = self._grants.of(name)
+        except MessageError as error:
+            log.error("%s", error)  # noqa: TRY400 - its words say it all
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"the server's grant for {name} is damaged") from None
+        if grant is None:
+            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"there is no plan for {name}")
+        return grant
+
+    def _may_write(self, name: str, run: str, number: int) -> Grant:
+        grant = self._granted(name)
+        if not grant.write or (grant.run, grant.round) != (run, number):
+            may = f"for round {grant.round} of {grant.run}" if grant.write else "nothing"
+            text = f"{name} may deliver {may}, not for round {number} of {run[:64]}"
+            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, text)
+        return grant
+
+    @asynccontextmanager
+    async def _slot(self, name: str) -> AsyncIterator[None]:
+        """Wait for a turn."""
+        node = self._nodes[name]
+        if node.streams >= self._limits.streams_per_node:
+            text = f"{name} has {node.streams} transfers under way; try again"
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, text)
+        if self._slots.locked() and self._waiting >= self._limits.waiting:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "the exchange is busy; try again")
+        node.streams += 1
+        try:
+            self._waiting += 1
+            try:
+                await self._slots.acquire()
+            finally:
+                self._waiting -= 1
+            try:
+                yield
+            finally:
+                self._slots.release()
+        finally:
+            node.streams -= 1
+
+    async def _pace(self, name: str, size: int) -> None:
+        """Wait until the node's rate allows ``size`` bytes more."""
+        node, now = self._nodes[name], time.monotonic()
+        start = max(now, node.free_at)
+        node.free_at = start + size / self._limits.rate
+        if start > now:
+            await asyncio.sleep(start - now)
+
+
+def _receipt(name: str, grant: Grant, header: pb.PutHeader) -> Receipt:
+    return Receipt(
+        run=grant.run,
+        round=grant.round,
+        attempt=grant.attempt,
+        node=name,
+        digest=header.digest,
+        length=header.length,
+    )
+
+
+def _require_writer(node: _Node, me: object) -> None:
+    if node.writer is not me:
+        raise Refusal(grpc.StatusCode.ABORTED, "a newer upload took the place of this one")
+
+
+def _require_digest(name: str) -> None:
+    try:
+        require_digest(name)
+    except MessageError as error:
+        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+
+
+async def _in_thread(call: Callable[..., T], *args: Any) -> T:
+    """Call something that may wait for the disk; a caller that is cancelled waits until it is done with the file."""
+    task = asyncio.ensure_future(asyncio.to_thread(call, *args))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
