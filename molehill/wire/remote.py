@@ -247,7 +247,7 @@ class GrpcExchange:
             try:
                 next(call)  # its length
             except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.NOT_FOUND:
+                if error.code() in {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED}:
                     return False
                 raise
             finally:
