@@ -6,6 +6,7 @@ as the patience lasts. What the server refuses fails at once, with the server's 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import time
@@ -27,7 +28,7 @@ from molehill.wire.message import digest
 from molehill_protos.v1 import exchange_pb2 as pb
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 
-CHUNK = 2**19  # bytes of data in a message
+CHUNK = 2**18  # bytes of data in a message; larger ones are slower, as their memory is not reused
 MAX_MESSAGE = 2**20 + 2**10  # bytes of a message, the largest chunk and its frame
 
 _RENEW = "Ask whoever runs the server for a new certificate."
@@ -230,9 +231,9 @@ class GrpcExchange:
                 raise self._foreign("the blob ends before its length")
 
         self._patiently(attempt, lambda: download.moved)
-        blob = b"".join(download.parts)
-        if digest(blob) != name:
+        if download.hash.hexdigest() != name:
             raise self._foreign("the blob does not fit its digest")
+        blob = b"".join(download.parts)
         if self._cache is not None:
             self._cache.put(blob)
         return blob
@@ -303,7 +304,7 @@ class GrpcExchange:
 
 
 def _words(error: Any) -> str:
-    return error.details() or error.code().name.lower()
+    return str(error.details() or error.code().name.lower())
 
 
 @dataclass
@@ -331,6 +332,7 @@ class _Download:
         self.parts: list[bytes] = []
         self.moved = 0
         self.length: int | None = None
+        self.hash = hashlib.sha256()
         self._name = name
         self._max_bytes = max_bytes
 
@@ -341,6 +343,7 @@ class _Download:
             return
         self.parts.append(chunk.data)
         self.moved += len(chunk.data)
+        self.hash.update(chunk.data)
         if self.length is None or self.moved > self.length:
             raise MessageError(f"blob {self._name[:12]} is longer than it was said to be")
 

@@ -24,6 +24,7 @@ from molehill_server.exchange.service import Limits, Service, log
 SERVICE = DESCRIPTOR.services_by_name["AdapterExchange"].full_name
 
 _DEFAULTS = Limits()
+_WINDOW = 2**18  # bytes an upload may be ahead of the disk; at 50 ms there and back, 5 MB a second
 
 
 async def serve(
@@ -49,6 +50,8 @@ async def serve(
     options = {
         "grpc.so_reuseport": 0,  # a port in use is an error
         "grpc.max_receive_message_length": MAX_MESSAGE,
+        "grpc.http2.bdp_probe": 0,  # a window that grows with the speed of the network takes memory of every upload
+        "grpc.http2.lookahead_bytes": _WINDOW,
         "grpc.max_concurrent_streams": 2 * limits.streams_per_node,  # of one connection
         "grpc.max_connection_idle_ms": 600_000,
         "grpc.server_handshake_timeout_ms": 20_000,

@@ -47,7 +47,7 @@ class Limits:
     """
 
     max_bytes: int = 2**30
-    streams: int = 64
+    streams: int = 32
     waiting: int = 1024
     streams_per_node: int = 8
     rate: float = 2.0**30
@@ -116,7 +116,7 @@ class Service(AdapterExchangeServicer):
                     length = file.seek(0, 2)
                     file.seek(min(request.offset, length))
                     await self._write(context, pb.Chunk(length=length))
-                    while data := await _in_thread(file.read, CHUNK):
+                    while data := file.read(CHUNK):
                         await self._pace(name, len(data))
                         await self._write(context, pb.Chunk(data=data))
             log.info("sent %s to %s: %d bytes", request.digest[:12], name, length - request.offset)
@@ -183,16 +183,24 @@ class Service(AdapterExchangeServicer):
             if part.size != header.offset:
                 text = f"the data begins at byte {header.offset}, the server has {part.size}"
                 raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
-            while (chunk := await self._read(context)) is not grpc.aio.EOF:
-                if part.size + len(chunk.data) > header.length:
-                    raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
-                await self._pace(name, len(chunk.data))
-                async with node.lock:
-                    _require_writer(node, me)
-                    await _in_thread(part.write, chunk.data)
+            await self._fill(part, name, me, context)
             async with node.lock:
                 _require_writer(node, me)
                 return await self._commit(name, part, header)
+
+    async def _fill(self, part: Part, name: str, me: object, context: Any) -> None:
+        """Read the data and write it down.
+
+        A write goes to the system's memory, and a thread for each would cost more than it: only syncs get one.
+        """
+        node = self._nodes[name]
+        while (chunk := await self._read(context)) is not grpc.aio.EOF:
+            if part.size + len(chunk.data) > part.length:
+                raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
+            await self._pace(name, len(chunk.data))
+            async with node.lock:
+                _require_writer(node, me)
+                part.write(chunk.data)
 
     def _delivered(self, name: str, grant: Grant, header: pb.PutHeader) -> Receipt | None:
         """The receipt of a delta that is here already."""
