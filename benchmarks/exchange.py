@@ -33,9 +33,10 @@ sys.path.append(str(ROOT / "tests" / "support"))
 from common import show  # noqa: E402
 from tiny_pki import Authority  # noqa: E402
 
+from molehill.pki import Identity  # noqa: E402
 from molehill.wire.exchange import FolderExchange, Place  # noqa: E402
 from molehill.wire.message import digest  # noqa: E402
-from molehill.wire.remote import CHUNK, GrpcExchange, Identity, Patience  # noqa: E402
+from molehill.wire.remote import CHUNK, GrpcExchange, Patience  # noqa: E402
 from molehill_server.exchange.grants import Grant, Grants  # noqa: E402
 
 NOW = Place("bench", 1)
@@ -61,8 +62,10 @@ def bare(identity: Path, size: int) -> None:
             "down": grpc.unary_stream_rpc_method_handler(down),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", methods),))
-        own = Identity.read(identity)
-        credentials = grpc.ssl_server_credentials([(own.key, own.cert)], own.ca, require_client_auth=True)
+        own = Identity.load(identity)
+        credentials = grpc.ssl_server_credentials(
+            [(own.key_pem(), own.certificate.pem)], own.authority.pem, require_client_auth=True
+        )
         ports = server.add_secure_port("127.0.0.1:0", credentials), server.add_insecure_port("127.0.0.1:0")
         await server.start()
         print(*(f":{port}." for port in ports), flush=True)
@@ -100,10 +103,10 @@ def speed(mb: int, rounds: int) -> None:
         grants.give("lab-1", Grant(run=NOW.run, round=NOW.round, read=(name,), write=True, max_bytes=2**30))
         _, (port,) = open_.enter_context(exchange(folder / "exchange", server))
         _, ports = open_.enter_context(process(__file__, "bare", str(server), str(len(blob))))
-        own = Identity.read(node)
+        own = Identity.load(node)
         ours = open_.enter_context(GrpcExchange(f"127.0.0.1:{port}", own))
         limit = [("grpc.max_receive_message_length", 2**22)]
-        credentials = grpc.ssl_channel_credentials(own.ca, own.key, own.cert)
+        credentials = grpc.ssl_channel_credentials(own.authority.pem, own.key_pem(), own.certificate.pem)
         with_tls = open_.enter_context(grpc.secure_channel(f"127.0.0.1:{ports[0]}", credentials, options=limit))
         without = open_.enter_context(grpc.insecure_channel(f"127.0.0.1:{ports[1]}", options=limit))
 
@@ -153,7 +156,7 @@ def load(nodes: int, mb: int) -> None:
         names = [f"lab-{number}" for number in range(nodes)]
         for name in names:
             grants.give(name, Grant(run=NOW.run, round=NOW.round, write=True, max_bytes=2**30))
-        identities = [Identity.read(authority.issue(name)) for name in names]
+        identities = [Identity.load(authority.issue(name)) for name in names]
         blob = os.urandom(mb * 2**20)
         with exchange(folder / "exchange", authority.issue("server")) as (pid, (port,)):
             before, failed = peak(pid), []

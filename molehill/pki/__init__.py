@@ -5,6 +5,7 @@ An identity serves mutual TLS with the exchange and the authentication of Flower
 
 from molehill.pki.authority import YEAR, YEARS, Authority, Issued, Revoked
 from molehill.pki.certificate import Certificate, stamp
+from molehill.pki.door import Door
 from molehill.pki.identity import Identity, install, request
 from molehill.pki.keys import read_passphrase
 
@@ -13,6 +14,7 @@ __all__ = [
     "YEARS",
     "Authority",
     "Certificate",
+    "Door",
     "Identity",
     "Issued",
     "Revoked",

@@ -8,10 +8,8 @@ import secrets
 import threading
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from urllib.parse import parse_qsl, urlsplit
 
 from molehill.errors import ConfigError, MessageError
-from molehill.extras import needs
 from molehill.wire.message import digest
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -142,7 +140,6 @@ class FolderExchange:
         return self._path / name
 
 
-_ADDRESSES = "Use memory:NAME, folder:PATH or grpc://HOST:PORT?identity=FOLDER."
 _memories: dict[str, MemoryExchange] = {}
 _lock = threading.Lock()
 
@@ -151,11 +148,11 @@ def connect(address: str) -> Exchange:
     """Open the exchange at an address.
 
     Args:
-        address: ``memory:NAME`` (the same object for everybody in this process), ``folder:PATH`` or
-            ``grpc://HOST:PORT?identity=FOLDER&cache=FOLDER`` (see `molehill.wire.remote`; the cache may be left out).
+        address: ``memory:NAME`` (the same object for everybody in this process) or ``folder:PATH``; for the exchange
+            of a coordinator see `molehill.wire.remote`.
 
     Raises:
-        ConfigError: No such kind of exchange, no name or path, or an identity that cannot be used.
+        ConfigError: No such kind of exchange, or no name or path.
     """
     kind, _, rest = address.partition(":")
     if rest and kind == "memory":
@@ -163,20 +160,7 @@ def connect(address: str) -> Exchange:
             return _memories.setdefault(rest, MemoryExchange())
     if rest and kind == "folder":
         return FolderExchange(Path(rest))
-    if kind == "grpc":
-        return _connect_remote(address)
-    raise ConfigError(f"unknown exchange {address!r}", mend=_ADDRESSES)
-
-
-def _connect_remote(address: str) -> Exchange:
-    url = urlsplit(address)
-    given = dict(parse_qsl(url.query))
-    if not url.netloc or url.path or url.fragment or "identity" not in given or given.keys() - {"identity", "cache"}:
-        raise ConfigError(f"unknown exchange {address!r}", mend=_ADDRESSES)
-    with needs("client"):
-        from molehill.wire.remote import GrpcExchange, Identity  # noqa: PLC0415 - gRPC comes with an extra
-    cache = Path(given["cache"]) if "cache" in given else None
-    return GrpcExchange(url.netloc, Identity.read(Path(given["identity"])), cache)
+    raise ConfigError(f"unknown exchange {address!r}", mend="Use memory:NAME or folder:PATH.")
 
 
 def require_digest(name: str) -> None:

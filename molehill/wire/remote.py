@@ -13,16 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from molehill.errors import ConfigError, FederationError, MessageError, MolehillError
+from molehill.pki import Identity
 from molehill.wire.exchange import FolderExchange, Place, require_digest, require_size, unknown
 from molehill.wire.message import digest
 from molehill_protos.v1 import exchange_pb2 as pb
@@ -31,7 +29,7 @@ from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 CHUNK = 2**18  # bytes of data in a message; larger ones are slower, as their memory is not reused
 MAX_MESSAGE = 2**20 + 2**10  # bytes of a message, the largest chunk and its frame
 
-_RENEW = "Ask whoever runs the server for a new certificate."
+_RENEW = "Ask whoever runs the server for a new certificate: molehill pki request --renew."
 _GONE = {  # worth another try: the connection, the server's process or its place for us, not what we asked for
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -51,67 +49,6 @@ _MENDS = {
 }
 
 T = TypeVar("T")
-
-
-class Identity(NamedTuple):
-    """Who a machine is, in PEM.
-
-    Attributes:
-        key: Private key, not encrypted.
-        cert: Certificate (with intermediate ones, if any); its common name is the name of the node.
-        ca: Certificates of the authorities that the other side must have its own from.
-    """
-
-    key: bytes
-    cert: bytes
-    ca: bytes
-
-    @classmethod
-    def read(cls, folder: Path, passphrase: bytes | None = None) -> Self:
-        """Read ``key.pem``, ``cert.pem`` and ``ca.pem``.
-
-        Args:
-            folder: Where they lie.
-            passphrase: Opens the key, if it is encrypted.
-
-        Raises:
-            ConfigError: One is missing or damaged, they are no pair, or the certificate is not valid now.
-        """
-        key, cert, ca = (_read(folder / f"{name}.pem") for name in ("key", "cert", "ca"))
-        try:
-            private = load_pem_private_key(key, passphrase)
-        except (ValueError, TypeError) as error:
-            mend = "Give the passphrase of the key, or restore the file."
-            raise ConfigError(f"cannot open the key ({error})", where=str(folder / "key.pem"), mend=mend) from None
-        try:
-            own = x509.load_pem_x509_certificate(cert)
-            x509.load_pem_x509_certificates(ca)
-        except ValueError as error:
-            raise ConfigError(
-                f"no certificate ({error})", where=str(folder), mend="Restore cert.pem, ca.pem."
-            ) from None
-        if own.public_key() != private.public_key():
-            raise ConfigError("key.pem and cert.pem are no pair", where=str(folder), mend="Restore both.")
-        now = datetime.now(UTC)
-        if not own.not_valid_before_utc <= now <= own.not_valid_after_utc:
-            raise ConfigError(
-                f"valid from {own.not_valid_before_utc:%Y-%m-%d %H:%M} to {own.not_valid_after_utc:%Y-%m-%d %H:%M} "
-                f"UTC, and this machine's clock says {now:%Y-%m-%d %H:%M}",
-                where=str(folder / "cert.pem"),
-                mend=f"Set the clock. {_RENEW}",
-            )
-        return cls(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), cert, ca)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read it ({error.strerror})",
-            where=str(path),
-            mend="An identity is a folder with key.pem, cert.pem and ca.pem.",
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -152,7 +89,7 @@ class GrpcExchange:
         cache_bytes: int = 4 * 2**30,
         patience: Patience | None = None,
     ) -> None:
-        credentials = grpc.ssl_channel_credentials(identity.ca, identity.key, identity.cert)
+        credentials = grpc.ssl_channel_credentials(identity.authority.pem, identity.key_pem(), identity.certificate.pem)
         options = {
             "grpc.max_receive_message_length": MAX_MESSAGE,
             "grpc.initial_reconnect_backoff_ms": 200,

@@ -18,8 +18,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 
+from molehill.pki import Identity
 from molehill.wire.exchange import FolderExchange, Place
-from molehill.wire.remote import GrpcExchange, Identity, Patience
+from molehill.wire.remote import GrpcExchange, Patience
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.exchange.serve import serve
@@ -60,7 +61,9 @@ class House:
 
         limits = Limits(**{"reserve": 0, "idle": 20.0} | limits)
         address = f"127.0.0.1:{self.port}"
-        task = loop.create_task(serve(self.folder, Identity.read(self.identities["server"]), address, limits, ready))
+        task = loop.create_task(
+            serve(self.folder, Identity.load(self.identities["server"]), address, limits, ready=ready)
+        )
 
         def run() -> None:
             with contextlib.suppress(asyncio.CancelledError):
@@ -101,15 +104,17 @@ class House:
         return (self.folder.parent / "server.log").read_text()
 
     def node(self, name="lab-1", *, port=None, patience=QUICK, cache=None, identity=None) -> GrpcExchange:
-        identity = Identity.read(identity or self.identities[name])
+        if not isinstance(identity, Identity):
+            identity = Identity.load(identity or self.identities[name])
         exchange = GrpcExchange(f"127.0.0.1:{port or self.port}", identity, cache, patience=patience)
         return self._open.enter_context(exchange)
 
     def stub(self, name="lab-1", *, key=True) -> AdapterExchangeStub:
         """The bare protocol, for what `GrpcExchange` would never send."""
-        identity = Identity.read(self.identities[name])
-        own = (identity.key, identity.cert) if key else (None, None)
-        channel = grpc.secure_channel(f"127.0.0.1:{self.port}", grpc.ssl_channel_credentials(identity.ca, *own))
+        identity = Identity.load(self.identities[name])
+        own = (identity.key_pem(), identity.certificate.pem) if key else (None, None)
+        ca = identity.authority.pem
+        channel = grpc.secure_channel(f"127.0.0.1:{self.port}", grpc.ssl_channel_credentials(ca, *own))
         self._open.callback(channel.close)
         self.channel = channel
         return AdapterExchangeStub(channel)

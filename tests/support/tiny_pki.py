@@ -20,7 +20,7 @@ class Authority:
 
     def __init__(self, folder: Path, name: str = "lab-ca") -> None:
         self._folder = folder / name
-        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._key = ec.generate_private_key(ec.SECP384R1())
         self._name = _name(name)
         self._issued = 0
         self._cert = (
@@ -34,7 +34,7 @@ class Authority:
         self._issued += 1
         folder = self._folder / str(self._issued)
         folder.mkdir(parents=True)
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = ec.generate_private_key(ec.SECP384R1())
         cert = (
             _builder(_name(name, *extra_names), self._name, key, until)
             .add_extension(
@@ -47,6 +47,7 @@ class Authority:
             .sign(self._key, SHA256())
         )
         (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        (folder / "key.pem").chmod(0o600)
         (folder / "cert.pem").write_bytes(cert.public_bytes(Encoding.PEM))
         (folder / "ca.pem").write_bytes(self._cert.public_bytes(Encoding.PEM))
         return folder

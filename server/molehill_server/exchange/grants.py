@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +9,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molehill.errors import MessageError
-
-_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+from molehill.files import write
+from molehill.pki.certificate import require_name
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -53,7 +50,7 @@ class Grants:
 
     def give(self, node: str, grant: Grant) -> None:
         """Let a node do this, and no longer what it could before."""
-        write_file(self._file(node), grant.model_dump_json().encode())
+        write(self._file(node), grant.model_dump_json().encode())
 
     def take(self, node: str) -> None:
         """Let a node do nothing."""
@@ -70,7 +67,8 @@ class Grants:
         """What a node may do; None is nothing.
 
         Raises:
-            MessageError: The name cannot be a node's, or the file is damaged.
+            MessageError: The file is damaged.
+            IdentityError: The name cannot be a node's.
         """
         path = self._file(node)
         try:
@@ -91,29 +89,4 @@ class Grants:
         return grants
 
     def _file(self, node: str) -> Path:
-        return self._folder / f"{require_node(node)}.json"
-
-
-def require_node(name: str) -> str:
-    """The name, if it can be a node's (it becomes part of file names).
-
-    Raises:
-        MessageError: It has other characters than letters, digits, ``_``, ``.`` and ``-``, or more than 64.
-    """
-    if not _NODE.fullmatch(name):
-        mend = "Use up to 64 letters, digits, '_', '.' and '-', and begin with a letter or digit."
-        raise MessageError(f"{name[:80]!r} is no name of a node", mend=mend)
-    return name
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file at once or, when interrupted, not at all."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        return self._folder / f"{require_name(node)}.json"

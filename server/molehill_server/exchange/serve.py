@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from molehill.errors import ConfigError, MolehillError
-from molehill.wire.remote import MAX_MESSAGE, Identity
+from molehill.pki import Identity, read_passphrase
+from molehill.wire.remote import MAX_MESSAGE
 from molehill_protos.v1.exchange_pb2 import DESCRIPTOR
 from molehill_protos.v1.exchange_pb2_grpc import add_AdapterExchangeServicer_to_server
 from molehill_server.exchange.service import Limits, Service, log
@@ -32,6 +33,7 @@ async def serve(
     identity: Identity,
     address: str,
     limits: Limits | None = None,
+    revoked: Path | None = None,
     ready: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Serve until cancelled; then transfers get a moment to end, and unfinished uploads stay for the next start.
@@ -41,6 +43,7 @@ async def serve(
         identity: The server's; nodes need a certificate of one of its authorities, whatever they ask.
         address: ``HOST:PORT`` to listen on; port 0 is any free one.
         limits: What it bears.
+        revoked: See `Service`.
         ready: Called with the port once it listens.
 
     Raises:
@@ -60,12 +63,12 @@ async def serve(
         "grpc.http2.min_ping_interval_without_data_ms": 10_000,
     }
     server = grpc.aio.server(options=list(options.items()))
-    service = Service(folder, limits)
+    service = Service(folder, limits, revoked)
     add_AdapterExchangeServicer_to_server(service, server)
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
-    pair = (identity.key, identity.cert)
-    credentials = grpc.ssl_server_credentials([pair], identity.ca, require_client_auth=True)
+    pair = (identity.key_pem(), identity.certificate.pem)
+    credentials = grpc.ssl_server_credentials([pair], identity.authority.pem, require_client_auth=True)
     try:
         port = server.add_secure_port(address, credentials)
     except RuntimeError:
@@ -88,7 +91,7 @@ async def serve(
         await server.stop(grace=1.0)
 
 
-async def _until_told(folder: Path, identity: Identity, listen: str, limits: Limits) -> None:
+async def _until_told(folder: Path, identity: Identity, listen: str, limits: Limits, revoked: Path | None) -> None:
     serving = asyncio.current_task()
     assert serving is not None
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -96,7 +99,12 @@ async def _until_told(folder: Path, identity: Identity, listen: str, limits: Lim
     host = listen.rpartition(":")[0]
     with contextlib.suppress(asyncio.CancelledError):
         await serve(
-            folder, identity, listen, limits, lambda port: typer.echo(f"The exchange listens on {host}:{port}.")
+            folder,
+            identity,
+            listen,
+            limits,
+            revoked,
+            lambda port: typer.echo(f"The exchange listens on {host}:{port}."),
         )
 
 
@@ -104,6 +112,8 @@ def run(
     folder: Annotated[Path, typer.Option(help="Folder it shares with the coordinator.")],
     identity: Annotated[Path, typer.Option(help="Folder with key.pem, cert.pem and ca.pem.")],
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen.")] = "127.0.0.1:9443",
+    passphrase_file: Annotated[Path | None, typer.Option(help="Its first line opens the key.")] = None,
+    revoked: Annotated[Path | None, typer.Option(help="The authority's list of revoked certificates.")] = None,
     max_bytes: Annotated[int, typer.Option(help="Largest delta.")] = _DEFAULTS.max_bytes,
     streams: Annotated[int, typer.Option(help="Transfers at a time; more wait.")] = _DEFAULTS.streams,
     rate: Annotated[float, typer.Option(help="Bytes per second of one node.")] = _DEFAULTS.rate,
@@ -115,7 +125,8 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     limits = Limits(max_bytes=max_bytes, streams=streams, rate=rate, idle=idle, reserve=reserve, collect=collect)
     try:
-        asyncio.run(_until_told(folder, Identity.read(identity), listen, limits))
+        own = Identity.load(identity, usage="server", passphrase=read_passphrase(passphrase_file))
+        asyncio.run(_until_told(folder, own, listen, limits, revoked))
     except MolehillError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None

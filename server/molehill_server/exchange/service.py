@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from cryptography import x509
-from cryptography.x509.oid import NameOID
 
-from molehill.errors import MessageError
+from molehill.errors import ConfigError, IdentityError, MessageError
+from molehill.pki import Certificate, Door
 from molehill.wire.exchange import require_digest
 from molehill.wire.remote import CHUNK
 from molehill_protos.v1 import exchange_pb2 as pb
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeServicer
-from molehill_server.exchange.grants import Grant, Grants, require_node
+from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.exchange.spool import DiskFullError, Part, Receipt, Spool
 
 log = logging.getLogger("molehill.exchange")
@@ -86,13 +83,14 @@ class Service(AdapterExchangeServicer):
     Args:
         folder: The folder; it is made when missing.
         limits: What it bears.
+        revoked: The authority's list of revoked certificates; ``revoked.json`` of the folder when omitted.
     """
 
-    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+    def __init__(self, folder: Path, limits: Limits | None = None, revoked: Path | None = None) -> None:
         self._limits = limits or Limits()
         self._spool = Spool(folder, self._limits.reserve)
         self._grants = Grants(folder / "grants")
-        self._revoked = folder / "revoked.json"
+        self._door = Door(revoked or folder / "revoked.json")
         self._nodes: defaultdict[str, _Node] = defaultdict(_Node)
         self._slots = asyncio.Semaphore(self._limits.streams)
         self._waiting = 0
@@ -161,7 +159,7 @@ class Service(AdapterExchangeServicer):
             async with self._nodes[name].lock:  # the grant is read under the lock: what comes later is of a later one
                 try:
                     grant = self._grants.of(name)
-                except MessageError as error:
+                except (MessageError, IdentityError) as error:
                     log.error("%s", error)  # noqa: TRY400 - its words say it all
                     continue
                 removed = await _in_thread(self._spool.collect, name, grant, keep)
@@ -278,28 +276,18 @@ class Service(AdapterExchangeServicer):
 
         TLS has checked the certificate when the connection was made; it may have expired or been revoked since.
         """
-        cert = x509.load_pem_x509_certificate(context.auth_context()["x509_pem_cert"][0])
+        certificate = Certificate.parse(context.auth_context()["x509_pem_cert"][0])
         try:
-            revoked = {int(serial, 16) for serial in json.loads(self._revoked.read_text())}
-        except FileNotFoundError:
-            revoked = set()
-        except (ValueError, TypeError) as error:
-            log.error("%s is damaged, so nobody is let in: %s", self._revoked, error)  # noqa: TRY400
+            return self._door.admit(certificate)
+        except IdentityError as error:
+            raise Refusal(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
+        except ConfigError:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, "the server's list of revoked certificates is damaged") from None
-        if cert.serial_number in revoked:
-            raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this certificate was revoked")
-        if not cert.not_valid_before_utc <= datetime.now(UTC) <= cert.not_valid_after_utc:
-            raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this certificate is not valid now")
-        names = [str(each.value) for each in cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-        try:
-            return require_node(names[0] if len(names) == 1 else "")
-        except MessageError as error:
-            raise Refusal(grpc.StatusCode.UNAUTHENTICATED, f"the common name of this certificate: {error}") from None
 
     def _granted(self, name: str) -> Grant:
         try:
             grant = self._grants.of(name)
-        except MessageError as error:
+        except (MessageError, IdentityError) as error:
             log.error("%s", error)  # noqa: TRY400 - its words say it all
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"the server's grant for {name} is damaged") from None
         if grant is None:
@@ -365,7 +353,7 @@ def _require_writer(node: _Node, me: object) -> None:
 def _require_digest(name: str) -> None:
     try:
         require_digest(name)
-    except MessageError as error:
+    except (MessageError, IdentityError) as error:
         raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
 
 

@@ -13,8 +13,8 @@ from typing import BinaryIO, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from molehill.wire.store import sync
-from molehill_server.exchange.grants import Grant, write_file
+from molehill.files import sync, write
+from molehill_server.exchange.grants import Grant
 
 
 class DiskFullError(Exception):
@@ -180,7 +180,7 @@ class Spool:
 
     def sign(self, receipt: Receipt) -> None:
         """Write a receipt."""
-        write_file(self._receipts / f"{receipt.node}.json", receipt.model_dump_json().encode())
+        write(self._receipts / f"{receipt.node}.json", receipt.model_dump_json().encode())
 
     def receipt(self, node: str) -> Receipt | None:
         """What the node delivered last; None when that is nothing, or damaged."""

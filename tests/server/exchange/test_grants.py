@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from molehill.errors import MessageError
+from molehill.errors import IdentityError, MessageError
 from molehill_server.exchange.grants import Grant, Grants
 
 
@@ -22,7 +22,7 @@ def test_grants_are_given_read_and_taken(tmp_path):
 @pytest.mark.parametrize("name", ["../lab", "", ".hidden", "a/b", "x" * 65])
 def test_a_name_never_becomes_another_path(tmp_path, name):
     for call in (Grants(tmp_path).of, Grants(tmp_path).take, lambda node: Grants(tmp_path).give(node, None)):
-        with pytest.raises(MessageError, match="is no name of a node"):
+        with pytest.raises(IdentityError, match="cannot be the name of a node"):
             call(name)
 
 

@@ -8,8 +8,7 @@ import time
 import pytest
 from exchange_house import NOW, noise, wait_for
 
-from molehill.errors import ConfigError, FederationError, MessageError
-from molehill.wire.exchange import connect
+from molehill.errors import FederationError, MessageError
 from molehill.wire.message import digest
 from molehill.wire.remote import Patience
 
@@ -26,21 +25,6 @@ def test_what_a_node_puts_the_coordinator_gets_and_the_other_way_round(serving, 
     serving.give(read=[name])
     assert node.has(name)
     assert node.get(name, size) == blob
-
-
-def test_the_address_of_an_exchange(serving, tmp_path):
-    name = serving.blobs.put(b"abc")
-    serving.give(read=[name])
-    identity = serving.identities["lab-1"]
-    with connect(f"grpc://127.0.0.1:{serving.port}?identity={identity}&cache={tmp_path / 'cache'}") as node:
-        assert node.get(name) == b"abc"
-    assert (tmp_path / "cache" / name).read_bytes() == b"abc"
-
-
-@pytest.mark.parametrize("rest", ["", "//h:1", "//h:1?identity=", "//h:1?identity=x&colour=red", "//h:1/p?identity=x"])
-def test_half_an_address_is_refused(rest):
-    with pytest.raises(ConfigError, match="unknown exchange"):
-        connect(f"grpc:{rest}")
 
 
 def test_a_cached_blob_is_not_fetched_again_and_a_damaged_one_is(serving, wire, tmp_path):
