@@ -12,7 +12,8 @@ MolehillError
 ├── ResumeError       a run folder that does not fit the run to resume
 ├── TrainingError     training itself failed (for example a NaN loss)
 ├── FederationError   the round cannot go on (for example below quorum)
-└── IdentityError     a key, certificate or certificate authority
+├── IdentityError     a key, certificate or certificate authority
+└── DeployError       a process of a deployment cannot start or be reached
 """
 
 from __future__ import annotations
@@ -93,3 +94,9 @@ class IdentityError(MolehillError):
     """A key or certificate is missing, expired, revoked, open to others or not what it is used for."""
 
     exit_code = 10
+
+
+class DeployError(MolehillError):
+    """A process of the deployment cannot start or be reached."""
+
+    exit_code = 11
