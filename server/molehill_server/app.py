@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from molehill.config import load
+from molehill.errors import MolehillError
 from molehill.wire.exchange import connect
 from molehill_server.coordinator import Coordinator
 from molehill_server.flower import Context, Grid, GridTransport, ServerApp
@@ -17,14 +19,25 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run configuration names.
 
     ``config`` is the path of the resolved configuration, ``out`` the run folder, ``exchange`` the address of the
-    exchange; ``grace``, when given, overrides the configuration's (in seconds).
+    exchange. Of a deployment also ``introduction``, what nodes are told about the run, and ``clients``, how many to
+    wait for. ``grace``, when given, overrides the configuration's (in seconds).
     """
     given = context.run_config
     grace = given.get("grace")
-    Coordinator(
-        load(str(given["config"])),
-        Path(str(given["out"])),
-        connect(str(given["exchange"])),
-        GridTransport(grid),
-        grace=None if grace is None else float(grace),
-    ).run()
+    out = Path(str(given["out"]))
+    try:
+        Coordinator(
+            load(str(given["config"])),
+            out,
+            connect(str(given["exchange"])),
+            GridTransport(grid),
+            grace=None if grace is None else float(grace),
+            introduction=str(given.get("introduction", "")),
+            clients=int(given.get("clients", 1)),
+        ).run()
+    except MolehillError as error:
+        # Whoever started the run may be in another process, and Flower tells it only that something failed.
+        (out / "error.json").write_text(
+            json.dumps({"kind": type(error).__name__, "text": str(error)}), encoding="utf-8"
+        )
+        raise

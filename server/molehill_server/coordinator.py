@@ -80,6 +80,8 @@ class Coordinator:
         exchange: Where blobs and deltas lie.
         transport: Reaches the clients.
         grace: Overrides ``round.grace``, in seconds.
+        introduction: What nodes are told when they are asked who they are.
+        clients: How many nodes to wait for at the start, up to the round's deadline.
 
     Raises:
         ConfigError: The configuration combines things that do not go together.
@@ -87,7 +89,15 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: Config, out: Path, exchange: Exchange, transport: Transport, *, grace: float | None = None
+        self,
+        config: Config,
+        out: Path,
+        exchange: Exchange,
+        transport: Transport,
+        *,
+        grace: float | None = None,
+        introduction: str = "",
+        clients: int = 1,
     ) -> None:
         require(config)
         self._aggregator = Aggregator.from_config(config.federation, config.run.seed)
@@ -115,7 +125,7 @@ class Coordinator:
         else:
             events.rewind(out / "metrics.jsonl", loaded.glob.round)
         self._log = events.EventLog(out / "metrics.jsonl", self._audit.record)
-        self._roster = Roster(transport, self._log)
+        self._roster = Roster(transport, self._log, introduction, clients)
 
     def run(self) -> Tree:
         """Do all rounds that are left, then measure.

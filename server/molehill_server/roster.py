@@ -19,11 +19,15 @@ class Roster:
     Args:
         transport: Reaches the nodes.
         log: Told about nodes that are refused.
+        introduction: What nodes are told when they are asked.
+        wanted: Nodes to wait for at the start.
     """
 
-    def __init__(self, transport: Transport, log: EventLog) -> None:
+    def __init__(self, transport: Transport, log: EventLog, introduction: str = "", wanted: int = 1) -> None:
         self._transport = transport
         self._log = log
+        self._introduction = introduction
+        self._wanted = wanted
         self._hellos: dict[int, Hello] = {}
 
     def gather(self, deadline: float, quorum: float, grace: float) -> dict[str, int]:
@@ -41,9 +45,12 @@ class Roster:
             FederationError: No node came, or none answered.
         """
         end = self._transport.now() + deadline
-        while not self._transport.nodes():
+        while (come := len(self._transport.nodes())) < self._wanted:
             if self._transport.now() >= end:
-                raise FederationError(f"no client connected within {deadline:g} s", mend="Start the clients first.")
+                raise FederationError(
+                    f"{come or 'no'} client{'s'[: come > 1]} connected within {deadline:g} s",
+                    mend="Start the clients first.",
+                )
             self._transport.wait(POLL)
         count = math.ceil(quorum * len(self._transport.nodes()))
         reasons = self._ask(Patience(deadline, count, grace))
@@ -80,7 +87,9 @@ class Roster:
 
     def _ask(self, patience: Patience) -> list[str]:
         unknown = [node for node in self._transport.nodes() if node not in self._hellos]
-        messages = [(str(node), Outgoing(node, "query.hello", "0.0", "", patience.deadline)) for node in unknown]
+        messages = [
+            (str(node), Outgoing(node, "query.hello", "0.0", self._introduction, patience.deadline)) for node in unknown
+        ]
         collection = Collection(self._transport, messages, patience, set())
         reasons = []
         for node, reply in collection:

@@ -18,7 +18,8 @@ from molehill_server.app import app as server_app
 from molehill_server.broadcast import tree_patches
 from molehill_server.check import require
 from molehill_server.events import read
-from molehill_simulation.engine import Observer, cores, run_local, run_ray, write_config
+from molehill_server.folder import write_config
+from molehill_simulation.engine import Observer, cores, run_local, run_ray
 from molehill_simulation.report import write_report
 from molehill_simulation.summary import BaseModelInfo, Summary, summarise
 from molehill_simulation.world import World, app, world_of
