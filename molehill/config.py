@@ -278,6 +278,7 @@ class Rounds(Section):
     Attributes:
         deadline: Seconds after which a round closes.
         quorum: Part of the selected clients that must answer.
+        min_clients: So many must be connected for a round to begin, and so many must answer, whatever the quorum says.
         grace: Seconds to wait for the rest once the quorum is there.
         retries: How often a round below quorum is tried again before the run stops.
         norm_bound: Largest L2 norm of a client's delta; None accepts any finite one.
@@ -285,6 +286,7 @@ class Rounds(Section):
 
     deadline: float = Field(default=3600.0, gt=0)
     quorum: float = Field(default=0.5, gt=0, le=1)
+    min_clients: int = Field(default=1, ge=1)
     grace: float = Field(default=30.0, ge=0)
     retries: int = Field(default=1, ge=0)
     norm_bound: float | None = Field(default=1e3, gt=0)

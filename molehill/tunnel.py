@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-from cryptography import x509
-
-Admit = Callable[[x509.Certificate], str]
+Admit = Callable[[bytes], str]
 
 _CHUNK = 64 * 1024  # bytes read at a time
 _OPEN = 10.0  # seconds for a connection to come about
+_AGAIN = 10.0  # seconds between two looks at the certificate of a connection that lasts
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ async def leave(
         address: Where to listen.
         target: Host and port behind the exit.
         context: Demands a certificate that the CA has signed.
-        admit: Says why a certificate is refused; nothing when it is not.
+        admit: Says why a certificate (DER) is refused, nothing when it is not; asked again while a connection lasts.
 
     Raises:
         OSError: The address is in use.
@@ -64,9 +64,18 @@ async def leave(
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        refused = await asyncio.to_thread(admit, x509.load_der_x509_certificate(shown))
-        if refused:
-            _log.warning("refused %s: %s", writer.get_extra_info("peername"), refused)
+
+        async def admitted() -> bool:
+            refused = await asyncio.to_thread(admit, shown)
+            if refused:
+                _log.warning("refused %s: %s", writer.get_extra_info("peername"), refused)
+            return not refused
+
+        async def while_admitted() -> None:
+            while await admitted():  # noqa: ASYNC110 - nothing tells us when a certificate is revoked
+                await asyncio.sleep(_AGAIN)
+
+        if not await admitted():
             await _close(writer)
             return
         try:
@@ -75,7 +84,7 @@ async def leave(
         except (OSError, TimeoutError):
             await _close(writer)
             return
-        await _join((reader, writer), far)
+        await _join((reader, writer), far, while_admitted())
 
     return await asyncio.start_server(carry, *address, ssl=context, ssl_handshake_timeout=_OPEN)
 
@@ -92,9 +101,9 @@ def reason(error: BaseException) -> str:
 Pair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def _join(near: Pair, far: Pair) -> None:
-    """Carry both ways until one side ends."""
-    ways = [asyncio.create_task(_pump(near[0], far[1])), asyncio.create_task(_pump(far[0], near[1]))]
+async def _join(near: Pair, far: Pair, *others: Coroutine[Any, Any, None]) -> None:
+    """Carry both ways until one side, or one of the others, ends."""
+    ways = [asyncio.create_task(each) for each in (_pump(near[0], far[1]), _pump(far[0], near[1]), *others)]
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from molehill import files
 from molehill.config import load
 from molehill.errors import MolehillError
 from molehill.wire.exchange import connect
 from molehill_server.coordinator import Coordinator
+from molehill_server.exchange.grants import Grants
 from molehill_server.flower import Context, Grid, GridTransport, ServerApp
 
 app = ServerApp()
@@ -19,8 +21,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run configuration names.
 
     ``config`` is the path of the resolved configuration, ``out`` the run folder, ``exchange`` the address of the
-    exchange. Of a deployment also ``introduction``, what nodes are told about the run, and ``clients``, how many to
-    wait for. ``grace``, when given, overrides the configuration's (in seconds).
+    exchange. Of a deployment also ``introduction``, what nodes are told about the run, ``clients``, how many to wait
+    for, and ``grants``, the folder where the exchange looks up what they may do. ``grace``, when given, overrides the
+    configuration's (in seconds).
     """
     given = context.run_config
     grace = given.get("grace")
@@ -34,10 +37,11 @@ def main(grid: Grid, context: Context) -> None:
             grace=None if grace is None else float(grace),
             introduction=str(given.get("introduction", "")),
             clients=int(given.get("clients", 1)),
+            grants=Grants(Path(str(given["grants"]))) if given.get("grants") else None,
         ).run()
     except MolehillError as error:
-        # Whoever started the run may be in another process, and Flower tells it only that something failed.
-        (out / "error.json").write_text(
-            json.dumps({"kind": type(error).__name__, "text": str(error)}), encoding="utf-8"
-        )
+        # Whoever started a deployment is another process, and Flower tells it only that something failed.
+        said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
+        if "introduction" in given:
+            files.write(out / "error.json", json.dumps(said).encode())
         raise

@@ -26,10 +26,11 @@ from molehill_server.aggregate import Aggregator
 from molehill_server.audit import AuditLog
 from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
+from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.planning.planner import Planner, select
 from molehill_server.records import Global, Update
 from molehill_server.roster import Roster
-from molehill_server.transport import Collection, Incoming, Outgoing, Patience, Transport
+from molehill_server.transport import POLL, Collection, Incoming, Outgoing, Patience, Transport
 from molehill_server.validation import Limits, check_reply, open_delta, parse_reply
 
 
@@ -82,6 +83,8 @@ class Coordinator:
         grace: Overrides ``round.grace``, in seconds.
         introduction: What nodes are told when they are asked who they are.
         clients: How many nodes to wait for at the start, up to the round's deadline.
+        grants: Told what every client may read and write, where the exchange asks for that; None where clients and
+            server share it freely.
 
     Raises:
         ConfigError: The configuration combines things that do not go together.
@@ -98,6 +101,7 @@ class Coordinator:
         grace: float | None = None,
         introduction: str = "",
         clients: int = 1,
+        grants: Grants | None = None,
     ) -> None:
         require(config)
         self._aggregator = Aggregator.from_config(config.federation, config.run.seed)
@@ -105,6 +109,7 @@ class Coordinator:
         self._out = out
         self._exchange = exchange
         self._transport = transport
+        self._grants = grants
         self._grace = config.round.grace if grace is None else grace
         self._initial, meta = load_tree(out / "initial.safetensors")
         if "base" not in meta:
@@ -194,6 +199,13 @@ class Coordinator:
             self._log.emit("joined", client=client)
         return nodes
 
+    def _gathered(self) -> dict[str, int]:
+        """Who is connected once there are enough for a round, or when the round's deadline has passed."""
+        end = self._transport.now() + self._config.round.deadline
+        while len(nodes := self._present()) < self._config.round.min_clients and self._transport.now() < end:
+            self._transport.wait(POLL)
+        return nodes
+
     # Training
 
     def _round(self, number: int) -> None:
@@ -201,9 +213,12 @@ class Coordinator:
         began = time.perf_counter()
         glob = self._broadcast.publish(self._saved.glob)
         up = down = 0  # bytes of the attempts before
-        for attempt in range(self._config.round.retries + 1):
-            nodes = self._present()
-            chosen = select(self._config, list(nodes), number, attempt) if nodes else []
+        # After a kill the attempt goes on under its own number, so that deltas that were uploaded in it still count.
+        first = 0 if self._grants is None else self._grants.attempt(self._config.run.name, number)
+        for attempt in range(first, first + self._config.round.retries + 1):
+            nodes = self._gathered()
+            enough = len(nodes) >= self._config.round.min_clients
+            chosen = select(self._config, list(nodes), number, attempt) if enough else []
             notes = _Round(chosen, self._roster.rows(nodes), bytes_up=up, bytes_down=down)
             try:
                 after, report = self._attempt(glob, number, attempt, nodes, notes)
@@ -214,6 +229,12 @@ class Coordinator:
                     "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
                 )
         else:
+            if not notes.selected:
+                raise FederationError(
+                    f"round {number} cannot begin: {len(nodes)} clients are connected, "
+                    f"{self._config.round.min_clients} are needed",
+                    mend="Start the others, then resume.",
+                )
             raise FederationError(*_below_quorum(number, notes, self._quorum(len(notes.selected))))
         self._log.emit(
             "round",
@@ -246,6 +267,9 @@ class Coordinator:
         self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round
     ) -> tuple[Global, Mapping[str, float]]:
         plans = self._plans(notes.selected, number, glob)
+        if self._grants is not None:
+            limit = self._limits.max_bytes
+            self._grants.renew({client: _grant(plan, attempt, limit) for client, plan in plans.items()})
         collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._quorum(len(plans)))
         updates = self._updates(glob, plans, collection, notes)
         if not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
@@ -309,7 +333,8 @@ class Coordinator:
         return Update(plan.client, values, reply.examples, delta.tokens)
 
     def _quorum(self, count: int) -> int:
-        return max(self._aggregator.rule.least, math.ceil(self._config.round.quorum * count))
+        part = math.ceil(self._config.round.quorum * count)
+        return max(self._aggregator.rule.least, self._config.round.min_clients, part)
 
     def _send(
         self, kind: str, plans: Mapping[str, ClientPlan], nodes: Mapping[str, int], group: str, quorum: int
@@ -330,8 +355,12 @@ class Coordinator:
                 continue  # no train reply, so there is nothing to drop
 
     def _discard(self, name: str) -> None:
-        """Drop a delta. A client may name anything: neither nonsense nor what others still fetch is dropped."""
-        if name not in self._broadcast.digests().values():
+        """Drop a delta. A client may name anything: neither nonsense nor what others still fetch is dropped.
+
+        An exchange that knows grants keeps a round's deltas until the next one begins: a coordinator that is killed
+        before it commits finds them there.
+        """
+        if self._grants is None and name not in self._broadcast.digests().values():
             with suppress(MessageError):
                 self._exchange.drop(name)
 
@@ -375,6 +404,8 @@ class Coordinator:
     ) -> dict[str, str]:
         """Add the answers to ``replies``; returns why the others did not answer."""
         self._log.emit("stage", stage=stage, total=len(plans))
+        if self._grants is not None:
+            self._grants.renew({client: _grant(plan) for client, plan in plans.items()})
         failed = {}
         collection = self._send(kind, plans, nodes, f"{kind}.0", len(plans))
         for done, (client, reply) in enumerate(collection, start=1):
@@ -392,6 +423,13 @@ class Coordinator:
             self._log.emit("failed", stage=stage, client=client, reason=failed[client])
         self._forget(collection)
         return failed
+
+
+def _grant(plan: ClientPlan, attempt: int = 0, max_bytes: int | None = None) -> Grant:
+    """What a plan lets its client do; without ``max_bytes`` it sends no delta."""
+    reads = tuple(sorted(set(plan.blobs.values())))
+    write = max_bytes is not None
+    return Grant(run=plan.run, round=plan.round, attempt=attempt, read=reads, write=write, max_bytes=max_bytes or 0)
 
 
 def _below_quorum(number: int, notes: _Round, need: int) -> tuple[str]:

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from molehill.config import Config, parse
-from molehill.molora.adapter import Manifest
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.adapted import open_model
 from molehill.tasks.base_model import BaseInfo
@@ -43,16 +42,6 @@ class World:
     task: Task
     owners: list[ClientRows]
     initial: Tree
-
-    @property
-    def manifest(self) -> Manifest:
-        """Description of the adapter for its folder."""
-        info = {"id": self.base.id, "revision": self.base.revision or "", "digest": self.base.digest}
-        part = self.config.task
-        pooling = self.model.head.pooling if self.model.head is not None else ""
-        return Manifest(
-            base=info, task=part.kind, labels=part.labels, pooling=pooling, molora=self.config.molora, ranks={}
-        )
 
 
 def open_world(config: Config) -> World:

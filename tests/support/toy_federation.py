@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from molehill import __version__
 from molehill.config import Config, parse
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.wire.exchange import Exchange, Place
@@ -113,7 +114,7 @@ class ToyClient:
         self.held: set[str] = set()
 
     def hello(self) -> dict:
-        return {"client": self.name, "n_train": len(data(self.number)[0]), "n_test": 3, "version": "0"}
+        return {"client": self.name, "n_train": len(data(self.number)[0]), "n_test": 3, "version": __version__}
 
     def receive(self, plan: ClientPlan) -> tuple[dict[Key, np.ndarray], int]:
         """Values of all tensors, cut to the plan's rank; and the bytes that were new."""

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import json
+import logging
 import os
+import shutil
 import signal
-import ssl
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-
-from molehill import tunnel
-from molehill.errors import DeployError
-from molehill.supervise import child, free_port
+from molehill import files, tunnel
+from molehill.errors import DataError, DeployError, IdentityError, MolehillError
+from molehill.pki import Identity, read_passphrase
+from molehill.supervise import child, environment, free_port, reap
+from molehill_client.deploy.line import Request, ask
+from molehill_client.deploy.post import Post
 
 LOOPBACK = "127.0.0.1"
-# A node that died keeps its lease for up to 60 s, and Flower refuses it until then.
-_LEASE = 15.0  # seconds between two tries
+_LEASE = 15.0  # seconds between two tries: a node that died keeps its lease for up to 60 s, and is refused until then
+_LOOK = 5.0  # seconds between two looks at the trainer
+_KNOCK = 30.0  # seconds between two looks at whether we are still let in
+_OPEN, _SHUT = 10.0, 3.0  # seconds for a connection to come about, and to be shut again when we are refused
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,120 +40,300 @@ class Membership:
     Attributes:
         host: The coordinator.
         port: Its door for nodes.
-        name: Name in this machine's certificate.
         identity: Identity folder.
         data: This owner's rows.
-        test: Its held-out rows; None holds out a part of ``data``.
         state: Folder for what must survive a restart.
+        test: Its held-out rows; None holds out a part of ``data``.
+        name: What the certificate must say; None takes whatever it says.
+        passphrase_file: Its first line opens the identity's key.
+        base: Folder of the base model on this machine.
+        device: Overrides ``base.device``.
+        gpu_memory: Part of the GPU's memory that may be used.
+        keyring: Whether the key of the personal state lies in the operating system's keyring.
     """
 
     host: str
     port: int
-    name: str
     identity: Path
     data: Path
-    test: Path | None
     state: Path
+    test: Path | None = None
+    name: str | None = None
+    passphrase_file: Path | None = None
+    base: Path | None = None
+    device: str | None = None
+    gpu_memory: float = 1.0
+    keyring: bool = False
 
 
-def join(member: Membership, ready: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class Joined:
+    """What a machine that takes part says about itself, in ``joined.json`` of its folder.
+
+    Attributes:
+        pid: Its process.
+        name: Name in its certificate.
+        server: ``HOST:PORT``.
+        runtime: Folder of its sockets and keys; gone when it ends.
+    """
+
+    pid: int
+    name: str
+    server: str
+    runtime: str
+
+    @property
+    def socket(self) -> Path:
+        """Where the trainer answers."""
+        return Path(self.runtime) / "trainer.sock"
+
+
+def joined(state: Path) -> Joined | None:
+    """The machine that takes part with this folder; None when there is none."""
+    try:
+        with (state / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _noted(state)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def require_joined(state: Path) -> Joined:
+    """The machine that takes part with this folder.
+
+    Raises:
+        DeployError: None does.
+    """
+    found = joined(state)
+    if found is None:
+        raise DeployError("this machine takes part in nothing", where=str(state), mend="Run: molehill client join")
+    return found
+
+
+def status(state: Path) -> dict[str, Any]:
+    """What the machine is doing.
+
+    Raises:
+        DeployError: It takes part in nothing, or its trainer is just being started.
+    """
+    found = require_joined(state)
+    said: dict[str, Any] = json.loads(ask(found.socket, Request("status")))
+    return {"server": found.server, **said}
+
+
+def forget(state: Path, run: str | None) -> list[str]:
+    """Remove what this machine keeps of a run, or of all runs: personal gates and heads, and the last delta.
+
+    Returns:
+        Names of the runs that were there.
+
+    Raises:
+        DeployError: The machine takes part now, or knows no such run.
+    """
+    if joined(state) is not None:
+        mend = "End `molehill client join` first."
+        raise DeployError("this machine takes part in a federation", where=str(state), mend=mend)
+    known = sorted(path.name for path in (state / "runs").glob("*"))
+    if run is not None and run not in known:
+        raise DeployError(f"there is no run {run!r}", where=str(state), mend=f"Known: {', '.join(known) or 'none'}.")
+    gone = known if run is None else [run]
+    for name in gone:
+        shutil.rmtree(state / "runs" / name)
+    for name in ("outbox", "cache"):
+        shutil.rmtree(state / name, ignore_errors=True)
+    (state / "introduction.json").unlink(missing_ok=True)
+    return gone
+
+
+def join(member: Membership, ready: Callable[[str], None], say: Callable[[str], None]) -> None:
     """Take part until stopped by SIGTERM or SIGINT.
 
     Args:
         member: Who joins what.
-        ready: Called once the coordinator has let us in.
+        ready: Called with our name once the coordinator has let us in.
+        say: Told what goes wrong while we take part.
 
     Raises:
+        DataError: There is no such file.
+        IdentityError: The identity cannot be used.
         DeployError: The coordinator cannot be reached or refuses us, or a child ends again and again.
     """
+    for path in (member.data, member.test):
+        if path is not None and not path.exists():
+            raise DataError("there is no such file", where=str(path))
+    identity = Identity.load(member.identity, passphrase=read_passphrase(member.passphrase_file))
+    if member.name is not None and member.name != identity.name:
+        raise IdentityError(
+            f"the certificate is {identity.name}'s, not {member.name}'s",
+            where=str(member.identity),
+            mend="Leave --name out, or use the identity of that name.",
+        )
     member.state.mkdir(parents=True, exist_ok=True)
     member.state.chmod(0o700)
-    asyncio.run(_join(member, ready))
+    with _locked(member.state), _runtime(member.state) as runtime:
+        reap(member.state.resolve())
+        note = Joined(os.getpid(), identity.name, f"{member.host}:{member.port}", str(runtime))
+        files.write(member.state / "joined.json", json.dumps(asdict(note)).encode())
+        asyncio.run(_Member(member, identity, note, say).run(ready))
 
 
-async def _join(member: Membership, ready: Callable[[], None]) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    context = mutual(member.identity)
-    await _knock(member, context)
-    async with contextlib.AsyncExitStack() as stack:
-        entry = await tunnel.entry((LOOPBACK, 0), (member.host, member.port), context)
-        stack.callback(entry.close)
-        port = entry.sockets[0].getsockname()[1]
-        logs = member.state / "logs"
-        watched = [
-            await stack.enter_async_context(child("trainer", _trainer(member), logs, _environment(member))),
-            await stack.enter_async_context(
-                child("supernode", _supernode(member, port), logs, _environment(member), pause=_LEASE)
-            ),
-        ]
-        ready()
-        done, _ = await asyncio.wait([asyncio.create_task(stop.wait()), *watched], return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+@contextlib.contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mend = "End it first, or give another folder with --state."
+            raise DeployError("`molehill client join` runs already", where=str(state), mend=mend) from None
+        yield
 
 
-def mutual(identity: Path) -> ssl.SSLContext:
-    """TLS with our certificate, to servers that the CA knows."""
-    context = ssl.create_default_context(cafile=identity / "ca.pem")
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(identity / "cert.pem", identity / "key.pem")
-    return context
-
-
-async def _knock(member: Membership, context: ssl.SSLContext) -> None:
-    """Find out now, with a clear word, whether the coordinator lets us in."""
-    where = f"{member.host}:{member.port}"
+@contextlib.contextmanager
+def _runtime(state: Path) -> Iterator[Path]:
+    """A folder in memory for the socket, whose path must be short, and for the key in the form that Flower takes."""
+    before = _noted(state)
+    if before is not None:
+        shutil.rmtree(before.runtime, ignore_errors=True)  # of one that was killed
+    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder there that only we may enter
+    folder = Path(tempfile.mkdtemp(prefix="molehill-", dir=memory if os.access(memory, os.W_OK) else None))
     try:
-        async with asyncio.timeout(10):
-            reader, writer = await asyncio.open_connection(member.host, member.port, ssl=context)
-    except (OSError, TimeoutError) as error:
-        raise DeployError(
-            f"the coordinator cannot be reached: {tunnel.reason(error)}",
-            where=where,
-            mend="Check host, port, firewall and certificates: molehill pki show DIR.",
-        ) from None
-    try:
-        async with asyncio.timeout(3):
-            ended = not await reader.read(1)
-    except TimeoutError:
-        ended = False  # it waits for us to speak, so we are in
-    except OSError as error:
-        raise DeployError(f"the coordinator refuses our certificate: {tunnel.reason(error)}", where=where) from None
+        yield folder
     finally:
-        writer.close()
-    if ended:
-        raise DeployError(
-            "the coordinator refuses this machine",
-            where=where,
-            mend="Its certificate may be revoked; the coordinator's log names the reason.",
-        )
+        shutil.rmtree(folder, ignore_errors=True)
+        (state / "joined.json").unlink(missing_ok=True)
 
 
-def _trainer(member: Membership) -> list[str]:
-    words = [sys.executable, "-m", "molehill_client.deploy.trainer", "--socket", member.state / "trainer.sock"]
-    words += ["--name", member.name, "--server", member.host, "--data", member.data.resolve()]
-    words += ["--identity", member.identity.resolve(), "--state", member.state]
-    if member.test is not None:
-        words += ["--test", member.test.resolve()]
-    return [str(word) for word in words]
+def _noted(state: Path) -> Joined | None:
+    try:
+        return Joined(**json.loads((state / "joined.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
-def _supernode(member: Membership, port: int) -> list[str]:
-    key = member.state / "node.key"
-    private = load_pem_private_key((member.identity / "key.pem").read_bytes(), None)
-    key.touch(0o600)
-    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    words = [Path(sys.executable).parent / "flower-supernode", "--superlink", f"{LOOPBACK}:{port}"]
-    words += ["--root-certificates", member.identity / "ca.pem", "--auth-supernode-private-key", key]
-    words += ["--node-config", f'trainer="{(member.state / "trainer.sock").resolve()}"']
-    words += ["--host", LOOPBACK, "--port", free_port()]
-    return [str(word) for word in words]
+class _Refused(DeployError):  # noqa: N818 - says what it means where it is caught
+    """The coordinator was reached, and does not let us in."""
 
 
-def _environment(member: Membership) -> dict[str, str]:
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
-    off = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_HOME": str(member.state / "flower")}
-    return {**os.environ, **quiet, **off}
+class _Member:
+    def __init__(self, member: Membership, identity: Identity, note: Joined, say: Callable[[str], None]) -> None:
+        self._member, self._identity, self._note, self._say = member, identity, note, say
+        self._tls = identity.tls()
+        self._state = member.state.resolve()
+
+    async def run(self, ready: Callable[[str], None]) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await self._knock()
+        async with contextlib.AsyncExitStack() as stack:
+            entry = await tunnel.entry((LOOPBACK, 0), (self._member.host, self._member.port), self._tls)
+            stack.callback(entry.close)
+            port = entry.sockets[0].getsockname()[1]
+            logs, variables = self._state / "logs", environment(self._state)
+            trainer, node = self._trainer(), self._supernode(port)
+            watched: list[asyncio.Task[Any]] = [
+                await stack.enter_async_context(child("trainer", trainer, logs, variables)),
+                await stack.enter_async_context(child("supernode", node, logs, variables, pause=_LEASE)),
+                asyncio.create_task(self._watch_trainer()),
+                asyncio.create_task(self._watch_door()),
+            ]
+            ready(self._identity.name)
+            waiting = asyncio.create_task(stop.wait())
+            done, _ = await asyncio.wait([waiting, *watched], return_when=asyncio.FIRST_COMPLETED)
+            for task in watched[2:]:
+                task.cancel()
+            for task in done:
+                task.result()
+
+    async def _watch_trainer(self) -> None:
+        """Say what the trainer cannot do: its log is not where people look."""
+        said = None
+        while True:
+            await asyncio.sleep(_LOOK)
+            try:
+                error = json.loads(await asyncio.to_thread(ask, self._note.socket, Request("status"))).get("error")
+            except MolehillError:
+                continue  # it is being started
+            if error and error != said:
+                self._say(error)
+            said = error
+
+    async def _watch_door(self) -> None:
+        """End when the coordinator no longer lets us in; wait when it is away."""
+        away = False
+        while True:
+            await asyncio.sleep(_KNOCK)
+            try:
+                await self._knock()
+            except _Refused:
+                raise
+            except DeployError as error:
+                if not away:
+                    self._say(f"{error} Waiting for it.")
+                away = True
+            else:
+                if away:
+                    self._say("the coordinator is back")
+                away = False
+
+    async def _knock(self) -> None:
+        """Find out, with a clear word, whether the coordinator lets us in."""
+        host, port = self._member.host, self._member.port
+        where = f"{host}:{port}"
+        try:
+            async with asyncio.timeout(_OPEN):
+                reader, writer = await asyncio.open_connection(host, port, ssl=self._tls)
+        except (OSError, TimeoutError) as error:
+            raise DeployError(
+                f"the coordinator cannot be reached: {tunnel.reason(error)}",
+                where=where,
+                mend="Check that it is up, host, port, firewall, and the certificates: molehill pki show DIR.",
+            ) from None
+        try:
+            async with asyncio.timeout(_SHUT):
+                ended = not await reader.read(1)
+        except TimeoutError:
+            ended = False  # it waits for us to speak, so we are in
+        except OSError as error:
+            what = f"the coordinator refuses our certificate: {tunnel.reason(error)}"
+            mend = "Is it of the authority that the coordinator knows? See: molehill pki show DIR"
+            raise _Refused(what, where=where, mend=mend) from None
+        finally:
+            writer.close()
+        if ended:
+            raise _Refused(
+                "the coordinator refuses this machine",
+                where=where,
+                mend="Its certificate may be revoked; the coordinator's log names the reason.",
+            )
+
+    def _trainer(self) -> list[str]:
+        member = self._member
+        return Post(
+            name=self._identity.name,
+            server=member.host,
+            data=str(member.data.resolve()),
+            test=_resolved(member.test),
+            identity=str(member.identity.resolve()),
+            passphrase_file=_resolved(member.passphrase_file),
+            state=str(self._state),
+            socket=str(self._note.socket),
+            base=_resolved(member.base),
+            device=member.device,
+            gpu_memory=member.gpu_memory,
+            keyring=member.keyring,
+        ).command()
+
+    def _supernode(self, port: int) -> list[str]:
+        key = self._identity.openssh_private_key(Path(self._note.runtime) / "node.key")
+        words: list[object] = [Path(sys.executable).parent / "flower-supernode", "--superlink", f"{LOOPBACK}:{port}"]
+        words += ["--root-certificates", self._identity.ca.resolve(), "--auth-supernode-private-key", key]
+        words += ["--node-config", f'trainer="{self._note.socket}"', "--host", LOOPBACK, "--port", free_port()]
+        return [str(word) for word in words]
+
+
+def _resolved(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())

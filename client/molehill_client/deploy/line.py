@@ -6,8 +6,10 @@ A frame is its length (4 bytes, little endian) and JSON. The socket lies in a fo
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +18,18 @@ from molehill.errors import DeployError, MolehillError
 
 _LENGTH = struct.Struct("<I")
 _LIMIT = 16 * 2**20  # bytes of a frame
+_SEND = 10.0  # seconds that who asked may take to send its request, or to take the answer
+
+Answer = Callable[["Request"], str]
 
 
 class Request(NamedTuple):
-    """What the server asks.
+    """What is asked.
 
     Attributes:
-        kind: ``query.hello``, ``train``, ``train.baseline``, ``evaluate``, or ``status`` of this machine.
-        text: JSON of the plan or of the introduction.
+        kind: ``query.hello``, ``train``, ``train.baseline`` or ``evaluate`` of the server; ``status`` or ``score`` of
+            this machine.
+        text: JSON of the plan or of the introduction; for ``score`` a file of rows, or nothing.
     """
 
     kind: str
@@ -53,28 +59,49 @@ def ask(path: str | Path, request: Request) -> str:
     return str(answer["answer"])
 
 
-def serve(listener: socket.socket, answer: Callable[[Request], str]) -> None:
-    """Answer requests one after another until the listener is closed."""
-    while True:
-        try:
-            line, _ = listener.accept()
-        except OSError:
-            return
-        with line:
+def serve(listener: socket.socket, work: Answer, at_once: Answer) -> None:
+    """Answer requests until the listener is closed.
+
+    Args:
+        listener: The socket.
+        work: Answers the server's requests, one after another, in the calling thread: torch keeps threads per thread.
+        at_once: Answers ``status``, while work goes on.
+    """
+    waiting: queue.SimpleQueue[tuple[socket.socket, Request] | None] = queue.SimpleQueue()
+
+    def accept() -> None:
+        while True:
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                waiting.put(None)
+                return
+            line.settimeout(_SEND)
             try:
                 request = Request(**json.loads(_receive(line)))
             except (OSError, EOFError, ValueError, TypeError):
-                continue  # whoever it was is gone, or is none of ours
-            try:
-                reply = {"answer": answer(request)}
-            except MolehillError as error:
-                reply = {"error": str(error)}
-            except Exception as error:  # noqa: BLE001 - the server must hear of it, and the next round may go well
-                reply = {"error": f"{type(error).__name__}: {error}"}
-            try:
-                _send(line, json.dumps(reply).encode())
-            except OSError:
-                continue  # the node gave up; the server hears of it from Flower
+                line.close()  # whoever it was is gone, or is none of ours
+                continue
+            if request.kind == "status":
+                _answer(line, request, at_once)
+            else:
+                waiting.put((line, request))
+
+    threading.Thread(target=accept, daemon=True).start()
+    while (task := waiting.get()) is not None:
+        _answer(*task, work)
+
+
+def _answer(line: socket.socket, request: Request, answer: Answer) -> None:
+    with line:
+        try:
+            reply = {"answer": answer(request)}
+        except MolehillError as error:
+            reply = {"error": str(error)}
+        try:
+            _send(line, json.dumps(reply).encode())
+        except OSError:
+            return  # the node gave up; the server hears of it from Flower
 
 
 def _send(line: socket.socket, frame: bytes) -> None:

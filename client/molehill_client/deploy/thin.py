@@ -10,9 +10,11 @@ import os
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
+from molehill.errors import MolehillError
 from molehill_client.deploy.line import Request, ask
 
 app = ClientApp()
@@ -23,13 +25,12 @@ app = ClientApp()
 @app.train("baseline")
 @app.evaluate()
 def forward(message: Message, context: Context) -> Message:
-    """Ask the trainer whose socket the node's configuration names.
-
-    Raises:
-        MolehillError: What the trainer says, or that it cannot be reached.
-    """
+    """Ask the trainer whose socket the node's configuration names."""
     record = message.content.get("plan")
     text = str(record["json"]) if isinstance(record, ConfigRecord) else ""
     request = Request(message.metadata.message_type, text)
-    answer = ask(str(context.node_config["trainer"]), request)
+    try:
+        answer = ask(str(context.node_config["trainer"]), request)
+    except MolehillError as error:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
     return Message(RecordDict({"reply": ConfigRecord({"json": answer})}), reply_to=message)

@@ -7,6 +7,8 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
 
@@ -43,7 +45,8 @@ config = ""
 out = ""
 exchange = ""
 grants = ""
-address = ""
+introduction = ""
+clients = 1
 """
 
 
@@ -86,7 +89,7 @@ class Control:
 
     Args:
         address: ``127.0.0.1:PORT``.
-        ca: The CA's certificate, PEM.
+        ca: Certificate of the SuperLink's authority.
     """
 
     def __init__(self, address: str, ca: Path) -> None:
@@ -94,8 +97,12 @@ class Control:
             address, insecure=False, root_certificates=ca.read_bytes(), interceptors=()
         )
 
-    def close(self) -> None:
-        """Close the connection."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._client.close()
 
     def nodes(self) -> list[Node]:
@@ -117,7 +124,7 @@ class Control:
                 self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.number))
         self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
-    def start(self, given: dict[str, str]) -> int:
+    def start(self, given: dict[str, str | int]) -> int:
         """Start a run of what every node has installed; only names travel, no code.
 
         Args:

@@ -4,25 +4,105 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import molehill
+from molehill import __version__, errors, files
 from molehill.config import Config
-from molehill.errors import ConfigError, DeployError, FederationError, ResumeError
+from molehill.errors import ConfigError, DeployError, MolehillError, ResumeError
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.check import require
+from molehill_server.deploy import loopback
 from molehill_server.deploy.control import Control, RunStatus
-from molehill_server.deploy.up import LOOPBACK, running
+from molehill_server.deploy.up import Running, exchange_folder, require_running, running
 from molehill_server.folder import write_config
 
 _POLL = 1.0  # seconds between two looks at the events
-_CRASHES = 5  # times a server process that was killed is started again
+_CRASHES = 20  # times a server process that was killed is started again
+_AWAY = 300.0  # seconds to wait for a coordinator that is started again
+
+T = TypeVar("T")
+Observer = Callable[[Mapping[str, Any]], None]
 
 
-def run(config: Config, state: Path, out: Path, observe: Callable[[dict[str, Any]], None]) -> Adapted:
+@dataclass(frozen=True)
+class Job:
+    """The run that a coordinator works on, in ``run.json`` of its folder.
+
+    Attributes:
+        number: Flower's number.
+        out: Run folder.
+        stopped: Whether it was stopped on purpose.
+    """
+
+    number: int
+    out: str
+    stopped: bool = False
+
+
+class Office:
+    """The runs of a coordinator that is up.
+
+    Args:
+        state: Its folder.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+
+    def job(self) -> Job | None:
+        """The run that was started last."""
+        try:
+            return Job(**json.loads((self._state / "run.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def note(self, job: Job) -> None:
+        """Write down what is worked on."""
+        files.write(self._state / "run.json", json.dumps(asdict(job)).encode())
+
+    def call(self, what: Callable[[Control], T], patience: float = 0.0) -> T:
+        """Ask the SuperLink.
+
+        Args:
+            what: The call.
+            patience: Seconds to wait for a coordinator that is not up, or is being started again.
+
+        Raises:
+            DeployError: It does not answer.
+        """
+        end = time.monotonic() + patience
+        while True:
+            up = running(self._state)
+            try:
+                if up is not None:
+                    with Control(f"{loopback.LOOPBACK}:{up.superlink}", loopback.pair(self._state).cert) as control:
+                        return what(control)
+                reason = "no coordinator is up"
+            except Exception as error:  # noqa: BLE001 - Flower's client has no error class of its own for this
+                reason = f"Flower does not answer ({error})"
+            if time.monotonic() >= end:
+                raise DeployError(reason, where=str(self._state), mend="Start it: molehill server up")
+            time.sleep(_POLL)
+
+    def status(self, number: int, patience: float = 0.0) -> RunStatus | None:
+        """How a run stands; None when it is not known, since the coordinator's folder is a new one."""
+        return self.call(lambda control: control.runs().get(number), patience)
+
+    def stop(self) -> Job | None:
+        """Stop the run that is under way; returns it."""
+        job = self.job()
+        if job is None or (status := self.status(job.number)) is None or status.status == "finished":
+            return None
+        self.note(Job(job.number, job.out, stopped=True))
+        self.call(lambda control: control.stop(job.number))
+        return job
+
+
+def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
     """Run, or go on with, a federation.
 
     Args:
@@ -35,70 +115,91 @@ def run(config: Config, state: Path, out: Path, observe: Callable[[dict[str, Any
         The model, with the start values.
 
     Raises:
-        DeployError: No coordinator is up, or its server process ends again and again.
-        FederationError: The run cannot go on; the folder can be resumed.
-        ConfigError: The configuration does not fit a deployment.
+        DeployError: No coordinator is up, it works on another run, or its server process ends again and again.
+        MolehillError: The run cannot go on; the folder can be resumed.
     """
     require(config)
     if config.task.kind == "classification" and not config.task.labels:
         raise ConfigError(
             "the class names are missing", where="task.labels", mend="Nobody here sees the rows; list the classes."
         )
-    up = running(state)
-    if up is None:
-        raise DeployError("no coordinator is up", where=str(state), mend="Start it: molehill server up.")
+    up, office = require_running(state), Office(state)
+    _require_idle(office, out)
     if (out / "config.toml").exists():
         write_config(config, out)  # refuses another configuration before anything is loaded
     adapted = open_model(config)
-    path = write_config(config, out)
+    write_config(config, out)
     _initial(adapted, out)
-    introduction = {"config": config.to_toml(), "exchange_port": up.exchange_port, "version": molehill.__version__}
-    given = {
-        "config": str(path),
-        "out": str(out.resolve()),
-        "exchange": f"folder:{(state / 'exchange').resolve()}",
-        "introduction": json.dumps(introduction),
-        "clients": str(config.data.clients),
-    }
-    control = Control(f"{LOOPBACK}:{up.superlink}", Path(up.identity) / "ca.pem")
-    try:
-        _follow(control, given, out, observe)
-    finally:
-        control.close()
+    _follow(office, _given(config, up, state, out), out, observe)
     return adapted
 
 
-def _follow(control: Control, given: dict[str, str], out: Path, observe: Callable[[dict[str, Any]], None]) -> None:
+def _require_idle(office: Office, out: Path) -> None:
+    job = office.job()
+    if job is None or job.out == str(out.resolve()):
+        return
+    status = office.status(job.number)
+    if status is not None and status.status != "finished":
+        mend = "Wait for it, or stop it: molehill server stop --run"
+        raise DeployError("the coordinator works on another run", where=job.out, mend=mend)
+
+
+def _given(config: Config, up: Running, state: Path, out: Path) -> dict[str, str | int]:
+    """What the server process is told."""
+    folder = exchange_folder(state.resolve())
+    introduction = {"config": config.to_toml(), "exchange_port": up.exchange_port, "version": __version__}
+    return {
+        "config": str(out.resolve() / "config.toml"),
+        "out": str(out.resolve()),
+        "exchange": f"folder:{folder / 'blobs'}",
+        "grants": str(folder / "grants"),
+        "introduction": json.dumps(introduction),
+        "clients": config.data.clients,
+    }
+
+
+def _follow(office: Office, given: dict[str, str | int], out: Path, observe: Observer) -> None:
     """Start the server process, start it again when it was killed, and pass its events on."""
     error = out / "error.json"
     events = _tail(out / "metrics.jsonl")
+    status: RunStatus | None = None
     for _ in range(_CRASHES):
-        error.unlink(missing_ok=True)
-        number = control.start(given)
+        job = office.job()
+        under_way = job is not None and not job.stopped and office.status(job.number, _AWAY)
+        if job is None or not under_way or under_way.status == "finished" or job.out != given["out"]:
+            error.unlink(missing_ok=True)
+            job = Job(office.call(lambda control: control.start(given), _AWAY), str(given["out"]))
+            office.note(job)
         try:
-            status = _wait(control, number, events, observe)
-        except BaseException:
-            control.stop(number)
+            status = _wait(office, job.number, events, observe)
+        except KeyboardInterrupt:
+            office.stop()
             raise
         if error.exists():
-            said = json.loads(error.read_text(encoding="utf-8"))
-            raise FederationError(said["text"])
-        if status.outcome == "completed":
+            raise _said(json.loads(error.read_text(encoding="utf-8")))
+        if status is not None and status.outcome == "completed":
             return
+        noted = office.job()
+        if noted is not None and noted.stopped:
+            raise DeployError("the run was stopped", where=str(out), mend="Go on with: molehill server run --resume")
     raise DeployError(
-        f"the server process ended {_CRASHES} times, last: {status.details}",
+        f"the server process ended {_CRASHES} times, last: {status.details if status else 'unknown'}",
         mend="See logs/superexec.log of the coordinator.",
     )
 
 
-def _wait(
-    control: Control, number: int, events: Iterator[list[dict[str, Any]]], observe: Callable[[dict[str, Any]], None]
-) -> RunStatus:
+def _said(error: Mapping[str, str]) -> MolehillError:
+    """The error with which the server process ended."""
+    kind = getattr(errors, error["kind"], MolehillError)
+    return kind(error["what"], where=error["where"], mend=error["mend"])
+
+
+def _wait(office: Office, number: int, events: Iterator[list[dict[str, Any]]], observe: Observer) -> RunStatus | None:
     while True:
-        status = control.runs()[number]
+        status = office.status(number, _AWAY)
         for event in next(events):
             observe(event)
-        if status.status == "finished":
+        if status is None or status.status == "finished":
             return status
         time.sleep(_POLL)
 

@@ -12,22 +12,25 @@ import signal
 import socket
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import uvicorn
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
-from molehill import __version__, tunnel
-from molehill.errors import DeployError
-from molehill.supervise import child, free_port
+from molehill import __version__, files, tunnel
+from molehill.errors import DeployError, MolehillError
+from molehill.pki import Certificate, Door, Identity, read_passphrase
+from molehill.supervise import child, environment, free_port, reap
+from molehill_server.deploy import loopback
 from molehill_server.deploy.control import Control
 from molehill_server.deploy.gateway import Gateway
+from molehill_server.deploy.loopback import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
 _START = 90.0  # seconds for a child to listen
+_STOP = 30.0  # seconds for everything to end
 
 _log = logging.getLogger(__name__)
 
@@ -39,11 +42,10 @@ class Running:
     Attributes:
         pid: Its process.
         version: Of Molehill.
-        host: Where nodes find it.
+        host: The address it listens on.
         port: The door for nodes.
         exchange_port: The exchange.
         superlink: Port of the SuperLink, on loopback.
-        identity: Its identity folder.
     """
 
     pid: int
@@ -52,38 +54,94 @@ class Running:
     port: int
     exchange_port: int
     superlink: int
-    identity: str
+
+
+@dataclass(frozen=True)
+class House:
+    """What a coordinator is started with.
+
+    Attributes:
+        identity: Folder of its identity.
+        state: Folder for everything that must survive a restart.
+        host: Address to listen on.
+        port: Door for nodes.
+        exchange_port: Port of the exchange.
+        passphrase_file: Its first line opens the key.
+        revoked: The authority's list of revoked certificates; looked for in the identity's folder when None.
+    """
+
+    identity: Path
+    state: Path
+    host: str
+    port: int
+    exchange_port: int
+    passphrase_file: Path | None = None
+    revoked: Path | None = None
 
 
 def running(state: Path) -> Running | None:
     """The coordinator of a folder; None when none is up."""
     try:
-        found = Running(**json.loads((state / "up.json").read_text(encoding="utf-8")))
-        os.kill(found.pid, 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return None
+        with (state / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with contextlib.suppress(FileNotFoundError):
+            return Running(**json.loads((state / "up.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def require_running(state: Path) -> Running:
+    """The coordinator of a folder.
+
+    Raises:
+        DeployError: None is up.
+    """
+    found = running(state)
+    if found is None:
+        raise DeployError("no coordinator is up", where=str(state), mend="Start it: molehill server up")
     return found
 
 
-def up(identity: Path, state: Path, host: str, port: int, exchange_port: int, ready: Callable[[Running], None]) -> None:
+def stop(state: Path) -> bool:
+    """End the coordinator of a folder and wait until it has ended; False when none was up.
+
+    Raises:
+        DeployError: It does not end.
+    """
+    found = running(state)
+    if found is None:
+        return False
+    os.kill(found.pid, signal.SIGTERM)
+    end = time.monotonic() + _STOP
+    while running(state) is not None:
+        if time.monotonic() > end:
+            raise DeployError(f"process {found.pid} does not end", where=str(state), mend=f"Run: kill -9 {found.pid}")
+        time.sleep(0.1)
+    return True
+
+
+def up(house: House, ready: Callable[[Running], None]) -> None:
     """Run until stopped by SIGTERM or SIGINT.
 
     Args:
-        identity: Folder with ``key.pem``, ``cert.pem`` and ``ca.pem``.
-        state: Folder for everything that must survive a restart.
-        host: Address to listen on.
-        port: Door for nodes.
-        exchange_port: Port of the exchange.
+        house: What it is started with.
         ready: Called once everything listens.
 
     Raises:
+        IdentityError: The identity cannot be used, or is none of a server.
         DeployError: Another coordinator has the folder or a port, or a child ends again and again.
     """
-    state.mkdir(parents=True, exist_ok=True)
+    identity = Identity.load(house.identity, usage="server", passphrase=read_passphrase(house.passphrase_file))
+    state = house.state.resolve()
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(state):
-        for each in (port, exchange_port):
-            _require_free(host, each)
-        asyncio.run(_Supervisor(identity.resolve(), state.resolve(), host, port, exchange_port, ready).run())
+        (state / "up.json").unlink(missing_ok=True)
+        reap(state)
+        for each in (house.port, house.exchange_port):
+            _require_free(house.host, each)
+        asyncio.run(_Supervisor(house, identity, state, ready).run())
 
 
 @contextlib.contextmanager
@@ -93,122 +151,154 @@ def _locked(state: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DeployError(
-                "another coordinator uses this folder", where=str(state), mend="Stop it first: molehill server stop."
+                "another coordinator uses this folder", where=str(state), mend="Stop it first: molehill server stop"
             ) from None
         yield
 
 
 def _require_free(host: str, port: int) -> None:
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((host, port))
-        except OSError as error:
-            raise DeployError(
-                f"cannot listen on {host}:{port}: {error.strerror}", mend="Choose another port, or end what uses it."
-            ) from None
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family[0]) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(family[4])
+    except OSError as error:
+        mend = "Choose another address or port, or end what uses it."
+        raise DeployError(f"cannot listen on {host}:{port}: {error.strerror}", mend=mend) from None
 
 
 class _Supervisor:
-    def __init__(
-        self, identity: Path, state: Path, host: str, port: int, exchange_port: int, ready: Callable[[Running], None]
-    ) -> None:
-        self._identity, self._state, self._ready = identity, state, ready
-        superlink = free_port()
-        self._up = Running(os.getpid(), __version__, host, port, exchange_port, superlink, str(identity))
-        self._ca = identity / "ca.pem"
-        self._admitted: set[bytes] = set()
+    def __init__(self, house: House, identity: Identity, state: Path, ready: Callable[[Running], None]) -> None:
+        self._house, self._identity, self._state, self._ready = house, identity, state, ready
+        self._up = Running(os.getpid(), __version__, house.host, house.port, house.exchange_port, free_port())
+        self._revoked = (house.revoked or house.identity / "revoked.json").resolve()
+        self._door = Door(self._revoked)
+        self._loopback = loopback.renew(state)
+        self._known: set[str] = set()
 
     async def run(self) -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        variables = environment(self._state)
+        if not self._revoked.exists():
+            _log.info("no certificate is revoked: there is no %s", self._revoked)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback((self._state / "up.json").unlink, missing_ok=True)
             watched = [
-                await stack.enter_async_context(child(name, command, self._state / "logs", self._environment()))
+                await stack.enter_async_context(child(name, command, self._state / "logs", variables))
                 for name, command in self._children()
             ]
-            inner = await stack.enter_async_context(self._gateway())
-            door = await tunnel.leave((self._up.host, self._up.port), (LOOPBACK, inner), self._mutual(), self._admit)
-            stack.push_async_callback(_shut, door)
-            await asyncio.wait_for(self._listening(), _START)
-            _write(self._state / "up.json", json.dumps(asdict(self._up)))
-            self._ready(self._up)
             waiting = asyncio.create_task(stop.wait())
-            done, _ = await asyncio.wait([waiting, *watched], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await self._first(waiting, *watched, asyncio.create_task(self._listening()))
+            if waiting.done():
+                return
+            await asyncio.to_thread(self._end_runs)
+            inner = await stack.enter_async_context(self._gateway())
+            door = await tunnel.leave(
+                (self._up.host, self._up.port), (LOOPBACK, inner), self._identity.tls(server=True), self._admit
+            )
+            stack.callback(door.close)
+            text = json.dumps(asdict(self._up)) + "\n"
+            files.write(self._state / "up.json", text.encode())
+            self._ready(self._up)
+            await self._first(waiting, *watched)
+
+    @staticmethod
+    async def _first(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
+        """Wait until one of the tasks ends; raises its error."""
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
 
     def _children(self) -> list[tuple[str, list[str]]]:
         tools = Path(sys.executable).parent
-        tls = ["--ssl-ca-certfile", self._ca, "--ssl-certfile", self._identity / "cert.pem"]
-        superlink = [tools / "flower-superlink", *tls, "--ssl-keyfile", self._identity / "key.pem"]
-        superlink += ["--enable-supernode-auth", "--database", self._state / "flower.db", "--isolation", "process"]
-        superlink += ["--host", LOOPBACK, "--port", self._up.superlink, "--disable-runtime-dependency-installation"]
+        cert, key = self._loopback
+        superlink: list[object] = [tools / "flower-superlink", "--ssl-ca-certfile", cert, "--ssl-certfile", cert]
+        superlink += ["--ssl-keyfile", key, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+        superlink += ["--database", self._state / "flower.db", "--isolation", "process"]
+        superlink += ["--host", LOOPBACK, "--port", self._up.superlink]
         address = f"{LOOPBACK}:{self._up.superlink}"
-        superexec = [tools / "flower-superexec", "--runtime-api-address", address, "--root-certificates", self._ca]
-        exchange = [sys.executable, "-m", "molehill_server.exchange", "--identity", self._identity]
-        exchange += ["--folder", self._state / "exchange", "--host", self._up.host, "--port", self._up.exchange_port]
+        superexec = [tools / "flower-superexec", "--runtime-api-address", address, "--root-certificates", cert]
+        listen = f"{self._up.host}:{self._up.exchange_port}"
+        exchange: list[object] = [sys.executable, "-m", "molehill_server.exchange", "--listen", listen]
+        exchange += ["--identity", self._house.identity.resolve(), "--folder", exchange_folder(self._state)]
+        exchange += ["--revoked", self._revoked]
+        if self._house.passphrase_file is not None:
+            exchange += ["--passphrase-file", self._house.passphrase_file.resolve()]
         commands = {"superlink": superlink, "superexec": superexec, "exchange": exchange}
         return [(name, [str(word) for word in command]) for name, command in commands.items()]
 
-    def _environment(self) -> dict[str, str]:
-        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
-        off = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_HOME": str(self._state / "flower")}
-        return {**os.environ, **quiet, **off}
-
-    def _mutual(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self._ca)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_cert_chain(self._identity / "cert.pem", self._identity / "key.pem")
-        return context
-
     @contextlib.asynccontextmanager
     async def _gateway(self) -> AsyncIterator[int]:
-        verify = ssl.create_default_context(cafile=self._ca)
+        verify = ssl.create_default_context(cafile=str(self._loopback.cert))
         app = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify)
         listener = socket.create_server((LOOPBACK, 0))
-        files = {"ssl_certfile": self._identity / "cert.pem", "ssl_keyfile": self._identity / "key.pem"}
-        server = _Uvicorn(uvicorn.Config(app, log_level="warning", **files))
+        # The tunnel has seen the node's certificate; here the node sees ours.
+        context = self._identity.tls(server=True)
+        context.verify_mode = ssl.CERT_NONE
+        config = uvicorn.Config(app, log_level="warning", log_config=None, access_log=False)
+        config.load()
+        config.ssl = context
+        server = _Uvicorn(config)
         task = asyncio.create_task(server.serve([listener]))
         try:
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
+            server.force_exit = True
             await task
 
-    def _admit(self, certificate: x509.Certificate) -> str:
+    def _end_runs(self) -> None:
+        """Tell Flower that server processes of the last start are gone; it would take it a minute to notice."""
+        with Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert) as control:
+            for run in control.runs().values():
+                if run.status != "finished":
+                    control.stop(run.number)
+
+    def _admit(self, shown: bytes) -> str:
         """Why a node is refused; one that is not becomes known to Flower."""
-        revoked = self._identity / "revoked.json"
-        serial = f"{certificate.serial_number:x}"
-        if revoked.exists() and serial in json.loads(revoked.read_text(encoding="utf-8")):
-            return f"certificate {serial} is revoked"
-        print_ = certificate.fingerprint(certificate.signature_hash_algorithm)  # type: ignore[arg-type]
-        if print_ not in self._admitted:
-            name = str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-            control = Control(f"{LOOPBACK}:{self._up.superlink}", self._ca)
+        certificate = Certificate(x509.load_der_x509_certificate(shown), "")
+        try:
+            name = self._door.admit(certificate)
+        except MolehillError as error:
+            return str(error)
+        if certificate.fingerprint not in self._known:
             try:
-                control.register(name, certificate)
+                with Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert) as control:
+                    control.register(name, certificate.x509)
             except Exception as error:  # noqa: BLE001 - whatever Flower says, the node must try again
                 return f"Flower does not take {name}: {error}"
-            finally:
-                control.close()
-            self._admitted.add(print_)
+            self._known.add(certificate.fingerprint)
+            _log.info("%s is let in with certificate %s", name, certificate.serial)
         return ""
 
     async def _listening(self) -> None:
-        for port in (self._up.superlink, self._up.exchange_port):
+        """Wait until the children can be reached."""
+        end = time.monotonic() + _START
+        for host, port in ((LOOPBACK, self._up.superlink), (_reachable(self._up.host), self._up.exchange_port)):
             while True:
                 try:
-                    _, writer = await asyncio.open_connection(LOOPBACK, port)
-                except OSError:
+                    _, writer = await asyncio.open_connection(host, port)
+                except OSError as error:
+                    if time.monotonic() > end:
+                        mend = f"See {self._state / 'logs'}."
+                        raise DeployError(f"nothing listens on {host}:{port} ({error})", mend=mend) from None
                     await asyncio.sleep(0.2)
                     continue
                 writer.close()
                 break
+
+
+def exchange_folder(state: Path) -> Path:
+    """Where the exchange of a coordinator keeps its files."""
+    return state / "exchange"
+
+
+def _reachable(host: str) -> str:
+    """The address under which a server that listens on all of them is found here."""
+    return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - what is compared, not what is opened
 
 
 class _Uvicorn(uvicorn.Server):
@@ -217,13 +307,3 @@ class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-async def _shut(server: asyncio.Server) -> None:
-    server.close()
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_suffix(".new")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
