@@ -13,11 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from molehill.errors import DeployError
 
-_FAILURES, _WITHIN = 5, 60.0  # so many ends in so many seconds are a reason to give up
 _MARK = "MOLEHILL_STATE"  # in the environment of every child: the folder it works in
 _PR_SET_PDEATHSIG = 1
 
@@ -63,9 +63,34 @@ def free_port() -> int:
         return int(trial.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class Limit:
+    """When starting a child again does not help.
+
+    Attributes:
+        ends: So many ends are too many,
+        within: in so many seconds.
+        said: Only ends count before which the child said this.
+        what: What it means, and
+        mend: what to do; empty for what the child said last.
+    """
+
+    ends: int = 5
+    within: float = 60.0
+    said: str = ""
+    what: str = ""
+    mend: str = ""
+
+
 @contextlib.asynccontextmanager
 async def child(
-    name: str, command: Sequence[str], logs: Path, variables: Mapping[str, str], *, pause: float = 1.0
+    name: str,
+    command: Sequence[str],
+    logs: Path,
+    variables: Mapping[str, str],
+    *,
+    pause: float = 1.0,
+    limit: Limit | None = None,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Run a child, and start it again when it ends.
 
@@ -74,12 +99,13 @@ async def child(
         command: What to run.
         logs: Folder of the log.
         variables: Its environment, see `environment`.
-        pause: Seconds before it is started again; more after every further end.
+        pause: Seconds before it is started again.
+        limit: When to give up.
 
     Yields:
         A task that ends only when starting again does not help, with `DeployError`.
     """
-    task = asyncio.create_task(_keep(name, command, logs / f"{name}.log", variables, pause))
+    task = asyncio.create_task(_keep(name, command, logs / f"{name}.log", variables, pause, limit or Limit()))
     try:
         yield task
     finally:
@@ -88,11 +114,14 @@ async def child(
             await task
 
 
-async def _keep(name: str, command: Sequence[str], log: Path, variables: Mapping[str, str], pause: float) -> None:
+async def _keep(
+    name: str, command: Sequence[str], log: Path, variables: Mapping[str, str], pause: float, limit: Limit
+) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     ends: list[float] = []
     while True:
         with log.open("ab") as out:
+            before = out.tell()
             # A group of its own: Ctrl-C in the terminal is for us, and what the child starts ends with it.
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -107,15 +136,16 @@ async def _keep(name: str, command: Sequence[str], log: Path, variables: Mapping
             code = await process.wait()
         finally:
             await _end(process)
-        now = time.monotonic()
-        ends = [at for at in ends if now - at < _WITHIN] + [now]
-        if len(ends) >= _FAILURES:
-            raise DeployError(
-                f"{name} ended {_FAILURES} times within a minute, last with code {code}: {_last_line(log)}",
-                where=str(log),
-            )
+        said = _since(log, before)
+        if limit.said in said:
+            now = time.monotonic()
+            ends = [at for at in ends if now - at < limit.within] + [now]
+            if len(ends) >= limit.ends:
+                last = next((line.strip() for line in reversed(said.split("\n")) if line.strip()), "it said nothing")
+                what = limit.what or f"{name} ended {len(ends)} times, last with code {code}: {last}"
+                raise DeployError(what, where=str(log), mend=limit.mend)
         _log.warning("%s ended with code %d and is started again", name, code)
-        await asyncio.sleep(pause * len(ends))
+        await asyncio.sleep(pause)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
@@ -129,6 +159,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
                 return
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+def _since(log: Path, offset: int) -> str:
+    """What was written to a log from an offset on; the end of it, if that is long."""
+    with log.open("rb") as file:
+        file.seek(max(offset, file.seek(0, os.SEEK_END) - 2**16))
+        return file.read().decode(errors="replace")

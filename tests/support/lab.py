@@ -18,6 +18,7 @@ from molehill import pki
 from molehill.config import Config
 from molehill_simulation.world import open_world
 
+NAMES = ("client-1", "client-2", "client-3")
 MOLEHILL = Path(sys.executable).parent / "molehill"
 
 

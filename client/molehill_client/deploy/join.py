@@ -20,7 +20,7 @@ from typing import Any
 from molehill import files, tunnel
 from molehill.errors import DataError, DeployError, IdentityError, MolehillError
 from molehill.pki import Identity, read_passphrase
-from molehill.supervise import child, environment, free_port, reap
+from molehill.supervise import Limit, child, environment, free_port, reap
 from molehill_client.deploy.line import Request, ask
 from molehill_client.deploy.post import Post
 
@@ -236,7 +236,9 @@ class _Member:
             trainer, node = self._trainer(), self._supernode(port)
             watched: list[asyncio.Task[Any]] = [
                 await stack.enter_async_context(child("trainer", trainer, logs, variables)),
-                await stack.enter_async_context(child("supernode", node, logs, variables, pause=_LEASE)),
+                await stack.enter_async_context(
+                    child("supernode", node, logs, variables, pause=_LEASE, limit=self._twin())
+                ),
                 asyncio.create_task(self._watch_trainer()),
                 asyncio.create_task(self._watch_door()),
             ]
@@ -309,6 +311,16 @@ class _Member:
                 where=where,
                 mend="Its certificate may be revoked; the coordinator's log names the reason.",
             )
+
+    def _twin(self) -> Limit:
+        """Flower lets a key in once; one that died within the last minute counts."""
+        return Limit(
+            ends=6,
+            within=10 * _LEASE,
+            said="Failed to activate SuperNode",
+            what=f"another machine takes part as {self._note.name}",
+            mend="Every machine needs an identity of its own: molehill pki request",
+        )
 
     def _trainer(self) -> list[str]:
         member = self._member
