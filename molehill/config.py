@@ -306,6 +306,33 @@ class Wire(Section):
     max_bytes: int = Field(default=256 * 2**20, ge=1024)
 
 
+class Privacy(Section):
+    """Client-level differential privacy; off unless `clip`, `noise`, `epsilon` and `delta` are all given.
+
+    Attributes:
+        clip: Largest L2 norm of a client's change over all tensors it shares; the client scales a larger one down.
+        noise: Standard deviation of the noise on the sum of changes, in units of `clip`.
+        epsilon: Budget of the run; a round that would exceed it is not begun.
+        delta: Probability with which the bound on epsilon may fail; far below one over the number of clients.
+        max_examples: Examples from which on a client counts fully; one with fewer counts in proportion. None: all
+            clients count alike.
+    """
+
+    clip: float | None = Field(default=None, gt=0)
+    noise: float | None = Field(default=None, gt=0)
+    epsilon: float | None = Field(default=None, gt=0)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    max_examples: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Privacy:
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        missing = [name for name in ("clip", "noise", "epsilon", "delta") if name not in given]
+        if given and missing:
+            raise ValueError(f"privacy needs {', '.join(missing)} as well, or nothing is protected")
+        return self
+
+
 class Scenario(Section):
     """What goes wrong in a simulation.
 
@@ -366,6 +393,7 @@ class Config(Section):
     federation: Federation = Federation()
     round: Rounds = Rounds()
     wire: Wire = Wire()
+    privacy: Privacy = Privacy()
     scenario: Scenario = Scenario()
     evaluate: Evaluate = Evaluate()
     engine: Engine = Engine()

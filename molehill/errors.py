@@ -13,7 +13,8 @@ MolehillError
 ├── TrainingError     training itself failed (for example a NaN loss)
 ├── FederationError   the round cannot go on (for example below quorum)
 ├── IdentityError     a key, certificate or certificate authority
-└── DeployError       a process of a deployment cannot start or be reached
+├── DeployError       a process of a deployment cannot start or be reached
+└── PrivacyError      the privacy budget is spent
 """
 
 from __future__ import annotations
@@ -100,3 +101,9 @@ class DeployError(MolehillError):
     """A process of the deployment cannot start or be reached."""
 
     exit_code = 11
+
+
+class PrivacyError(MolehillError):
+    """A round would spend more privacy than the run's budget allows."""
+
+    exit_code = 12

@@ -27,7 +27,9 @@ from molehill_server.audit import AuditLog
 from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
 from molehill_server.exchange.grants import Grant, Grants
-from molehill_server.planning.planner import Planner, select
+from molehill_server.planning.planner import Planner, expected, select
+from molehill_server.privacy.accountant import Accountant, Ledger, drawn
+from molehill_server.privacy.mechanism import Mechanism
 from molehill_server.records import Global, Update
 from molehill_server.roster import Roster
 from molehill_server.transport import POLL, Collection, Incoming, Outgoing, Patience, Transport
@@ -117,10 +119,12 @@ class Coordinator:
         self._limits = Limits.from_config(config)
         self._metrics = [ref.name for ref in config.molora.losses]
         self._planner = Planner(config, meta["base"])
+        self._mechanism, self._accountant = Mechanism.of(config.privacy), Accountant.of(config)
         identity = checkpoint.Identity(config.digest, meta["base"])
         loaded = checkpoint.load(out / "checkpoints", identity, config.wire.max_bytes)
         self._fresh = loaded is None
-        self._saved = loaded or checkpoint.Checkpoint(identity, Global(self._initial), {}, ())
+        ledger = Ledger() if self._accountant else None
+        self._saved = loaded or checkpoint.Checkpoint(identity, Global(self._initial), {}, (), privacy=ledger)
         wire = config.wire
         self._broadcast = Broadcast(exchange, wire.down, wire.max_bytes, dict(self._saved.blobs))
         self._late: set[str] = set()
@@ -140,6 +144,7 @@ class Coordinator:
 
         Raises:
             FederationError: A round stayed below its quorum, no client came, or none could be scored.
+            PrivacyError: The next round would spend more than the privacy budget.
         """
         try:
             return self._run()
@@ -218,7 +223,7 @@ class Coordinator:
         for attempt in range(first, first + self._config.round.retries + 1):
             nodes = self._gathered()
             enough = len(nodes) >= self._config.round.min_clients
-            chosen = select(self._config, list(nodes), number, attempt) if enough else []
+            chosen, ledger = self._choose(list(nodes) if enough else [], number, attempt)
             notes = _Round(chosen, self._roster.rows(nodes), bytes_up=up, bytes_down=down)
             try:
                 after, report = self._attempt(glob, number, attempt, nodes, notes)
@@ -236,6 +241,7 @@ class Coordinator:
                     mend="Start the others, then resume.",
                 )
             raise FederationError(*_below_quorum(number, notes, self._quorum(len(notes.selected))))
+        spent = {"epsilon": self._accountant.epsilon(ledger.rounds)} if self._accountant and ledger else {}
         self._log.emit(
             "round",
             round=number,
@@ -251,7 +257,7 @@ class Coordinator:
             bytes_up=notes.bytes_up,
             bytes_down=notes.bytes_down,
             tokens=notes.tokens,
-            report=dict(report),
+            report={**report, **spent},
         )
         self._commit(
             replace(
@@ -260,8 +266,23 @@ class Coordinator:
                 blobs=dict(self._broadcast.blobs),
                 bytes_up=self._saved.bytes_up + notes.bytes_up,
                 bytes_down=self._saved.bytes_down + notes.bytes_down,
+                privacy=ledger,
             )
         )
+
+    def _choose(self, pool: list[str], number: int, attempt: int) -> tuple[list[str], Ledger | None]:
+        """The clients of a round, and what will have been spent after it.
+
+        Raises:
+            PrivacyError: That is more than there is.
+        """
+        ledger = self._saved.privacy
+        secret = None if ledger is None else ledger.secret
+        chosen = select(self._config, pool, number, attempt, secret=secret) if pool else []
+        if self._accountant and ledger and chosen:
+            ledger = ledger.after(drawn(self._config, len(pool), len(chosen)))
+            self._accountant.require(ledger.rounds)
+        return chosen, ledger
 
     def _attempt(
         self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round
@@ -276,7 +297,12 @@ class Coordinator:
             for _ in updates:  # nothing is shared: the clients train for themselves and there is nothing to combine
                 pass
             return replace(glob, round=number), {}
-        return self._aggregator(glob, updates)
+        if self._mechanism is None:
+            return self._aggregator(glob, updates)
+        layout = expected(next(iter(plans.values())), glob.tree.layout)
+        released, report = self._mechanism.release(glob, updates, layout, len(plans))
+        after, merged = self._aggregator(glob, [released])
+        return after, {**merged, **report}
 
     def _plans(self, clients: Iterable[str], number: int, glob: Global) -> dict[str, ClientPlan]:
         """A plan per client, whose turn is its place among all clients in the order in which they came."""
