@@ -146,7 +146,7 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
         glob = Global(tree, tree_patches(patches), state, meta["round"])
         bytes_up, bytes_down = int(meta["bytes_up"]), int(meta["bytes_down"])
         clients = tuple(meta["clients"])
-        return Checkpoint(identity, glob, blobs, clients, bytes_up, bytes_down, _ledger(meta["privacy"]))
+        return Checkpoint(identity, glob, blobs, clients, bytes_up, bytes_down, _ledger(meta.get("privacy")))
     except (OSError, KeyError, ValueError, AdapterError, MessageError) as error:
         raise ResumeError(
             f"the checkpoint cannot be read ({error})",
