@@ -12,6 +12,7 @@ from molehill.wire.exchange import connect
 from molehill_server.coordinator import Coordinator
 from molehill_server.exchange.grants import Grants
 from molehill_server.flower import Context, Grid, GridTransport, ServerApp
+from molehill_server.folder import claim
 
 app = ServerApp()
 
@@ -28,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     grace = given.get("grace")
     out = Path(str(given["out"]))
+    lock = claim(out) if "introduction" in given else None  # held until this process ends, however it ends
     try:
         Coordinator(
             load(str(given["config"])),
@@ -45,3 +47,6 @@ def main(grid: Grid, context: Context) -> None:
         if "introduction" in given:
             files.write(out / "error.json", json.dumps(said).encode())
         raise
+    finally:
+        if lock is not None:
+            lock.close()

@@ -398,7 +398,7 @@ class Coordinator:
         Raises:
             FederationError: Nobody's scores with the final model came.
         """
-        nodes = self._present()
+        nodes = self._gathered()
         absent = {client: "it is not connected" for client in self._saved.clients if client not in nodes}
         for client, reason in absent.items():
             self._log.emit("failed", stage="evaluate", client=client, reason=reason)
@@ -428,25 +428,43 @@ class Coordinator:
         nodes: Mapping[str, int],
         replies: Mapping[str, list[EvaluationReply]],
     ) -> dict[str, str]:
-        """Add the answers to ``replies``; returns why the others did not answer."""
+        """Add the answers to ``replies``, asking again who fails; returns why the others did not answer."""
         self._log.emit("stage", stage=stage, total=len(plans))
         if self._grants is not None:
             self._grants.renew({client: _grant(plan) for client, plan in plans.items()})
+        failed = dict.fromkeys(plans, "")
+        for attempt in range(self._config.round.retries + 1):
+            there = nodes if attempt == 0 else {**nodes, **self._gathered()}
+            left = {client: plans[client] for client in failed}
+            failed = self._ask_once(kind, stage, left, there, f"{kind}.{attempt}", replies)
+            if not failed:
+                break
+        for client, reason in failed.items():
+            self._log.emit("failed", stage=stage, client=client, reason=reason)
+        return failed
+
+    def _ask_once(
+        self,
+        kind: str,
+        stage: str,
+        plans: Mapping[str, ClientPlan],
+        nodes: Mapping[str, int],
+        group: str,
+        replies: Mapping[str, list[EvaluationReply]],
+    ) -> dict[str, str]:
         failed = {}
-        collection = self._send(kind, plans, nodes, f"{kind}.0", len(plans))
+        collection = self._send(kind, plans, nodes, group, len(plans))
         for done, (client, reply) in enumerate(collection, start=1):
             try:
                 answer = EvaluationReply.model_validate_json(reply.text or "")
             except ValidationError as error:
                 failed[client] = reply.error or f"malformed answer ({error.errors()[0]['msg']})"
-                self._log.emit("failed", stage=stage, client=client, reason=failed[client])
             else:
                 replies[client].append(answer)
                 collection.accept()
             self._log.emit("progress", stage=stage, done=done, total=len(plans), client=client)
         for client in collection.missing:
             failed[client] = "no answer before the deadline"
-            self._log.emit("failed", stage=stage, client=client, reason=failed[client])
         self._forget(collection)
         return failed
 

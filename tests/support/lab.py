@@ -88,7 +88,9 @@ class Lab:
             self.until(lambda: self.said(name).count("has joined") > before, process, 60)
         return process
 
-    def run(self, *words: object) -> subprocess.Popen:
+    def run(self, *words: object, out: str = "run") -> subprocess.Popen:
+        """Start a run in a folder; with ``--resume`` go on with the one that is there."""
+        self.out = self.folder / out
         target = () if "--resume" in words else (self.file,)
         return self.start("run", "server", "run", *target, "--state", self.state, "--out", self.out, *words)
 
@@ -101,6 +103,11 @@ class Lab:
         with contextlib.suppress(FileNotFoundError):
             return (self.folder / f"{name}.log").read_text(encoding="utf-8")
         return ""
+
+    def join_all(self) -> None:
+        processes = [self.join(name, wait=False) for name in self.names]
+        for name, process in zip(self.names, processes, strict=True):
+            self.until(lambda name=name: "has joined" in self.said(name), process, 90)
 
     def finish(self, process: subprocess.Popen, seconds: float = 180) -> None:
         """Wait for a run that must succeed."""

@@ -10,6 +10,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from molehill.errors import DeployError, MolehillError
 
 _LENGTH = struct.Struct("<I")
 _LIMIT = 16 * 2**20  # bytes of a frame
+_AGAIN = 0.2  # seconds between two tries
 _SEND = 10.0  # seconds that who asked may take to send its request, or to take the answer
 
 Answer = Callable[["Request"], str]
@@ -36,8 +38,13 @@ class Request(NamedTuple):
     text: str = ""
 
 
-def ask(path: str | Path, request: Request) -> str:
+def ask(path: str | Path, request: Request, patience: float = 0.0) -> str:
     """Send a request and wait for the answer, however long the work takes.
+
+    Args:
+        path: The trainer's socket.
+        request: What is asked.
+        patience: Seconds to wait for a trainer that is just being started.
 
     Raises:
         DeployError: The trainer is not there, or ends before it answers.
@@ -45,7 +52,7 @@ def ask(path: str | Path, request: Request) -> str:
     """
     with socket.socket(socket.AF_UNIX) as line:
         try:
-            line.connect(str(path))
+            _connect(line, str(path), time.monotonic() + patience)
             _send(line, json.dumps(request._asdict()).encode())
             answer = json.loads(_receive(line))
         except (OSError, EOFError) as error:
@@ -57,6 +64,18 @@ def ask(path: str | Path, request: Request) -> str:
     if "error" in answer:
         raise MolehillError(answer["error"])
     return str(answer["answer"])
+
+
+def _connect(line: socket.socket, path: str, end: float) -> None:
+    while True:
+        try:
+            line.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(_AGAIN)
+        else:
+            return
 
 
 def serve(listener: socket.socket, work: Answer, at_once: Answer) -> None:

@@ -17,6 +17,8 @@ from flwr.common.constant import ErrorCode
 from molehill.errors import MolehillError
 from molehill_client.deploy.line import Request, ask
 
+_PATIENCE = 120.0  # seconds; the trainer imports torch when it starts
+
 app = ClientApp()
 
 
@@ -30,7 +32,7 @@ def forward(message: Message, context: Context) -> Message:
     text = str(record["json"]) if isinstance(record, ConfigRecord) else ""
     request = Request(message.metadata.message_type, text)
     try:
-        answer = ask(str(context.node_config["trainer"]), request)
+        answer = ask(str(context.node_config["trainer"]), request, _PATIENCE)
     except MolehillError as error:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
     return Message(RecordDict({"reply": ConfigRecord({"json": answer})}), reply_to=message)

@@ -18,10 +18,11 @@ from molehill_server.check import require
 from molehill_server.deploy import loopback
 from molehill_server.deploy.control import Control, RunStatus
 from molehill_server.deploy.up import Running, exchange_folder, require_running, running
-from molehill_server.folder import write_config
+from molehill_server.folder import claimed, write_config
 
 _POLL = 1.0  # seconds between two looks at the events
 _CRASHES = 20  # times a server process that was killed is started again
+_GONE = 3  # looks without a server process that make it a dead one
 _AWAY = 300.0  # seconds to wait for a coordinator that is started again
 
 T = TypeVar("T")
@@ -171,10 +172,12 @@ def _follow(office: Office, given: dict[str, str | int], out: Path, observe: Obs
             job = Job(office.call(lambda control: control.start(given), _AWAY), str(given["out"]))
             office.note(job)
         try:
-            status = _wait(office, job.number, events, observe)
+            status = _wait(office, job.number, out, events, observe)
         except KeyboardInterrupt:
             office.stop()
             raise
+        for event in next(events):
+            observe(event)
         if error.exists():
             raise _said(json.loads(error.read_text(encoding="utf-8")))
         if status is not None and status.outcome == "completed":
@@ -194,13 +197,25 @@ def _said(error: Mapping[str, str]) -> MolehillError:
     return kind(error["what"], where=error["where"], mend=error["mend"])
 
 
-def _wait(office: Office, number: int, events: Iterator[list[dict[str, Any]]], observe: Observer) -> RunStatus | None:
+def _wait(
+    office: Office, number: int, out: Path, events: Iterator[list[dict[str, Any]]], observe: Observer
+) -> RunStatus | None:
+    """Pass events on until the run has ended.
+
+    Flower notices only after a minute that a server process was killed; its lock on the folder tells at once.
+    """
+    seen = gone = 0  # looks at which the server process was there, and in a row at which it was not
     while True:
         status = office.status(number, _AWAY)
         for event in next(events):
             observe(event)
         if status is None or status.status == "finished":
             return status
+        there = claimed(out)
+        seen, gone = seen + there, 0 if there else gone + 1
+        if seen and gone > _GONE:
+            office.call(lambda control: control.stop(number), _AWAY)
+            return office.status(number, _AWAY)
         time.sleep(_POLL)
 
 
