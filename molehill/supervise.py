@@ -137,14 +137,14 @@ async def _keep(
         finally:
             await _end(process)
         said = _since(log, before)
+        last = next((line.strip() for line in reversed(said.split("\n")) if line.strip()), "it said nothing")
         if limit.said in said:
             now = time.monotonic()
             ends = [at for at in ends if now - at < limit.within] + [now]
             if len(ends) >= limit.ends:
-                last = next((line.strip() for line in reversed(said.split("\n")) if line.strip()), "it said nothing")
                 what = limit.what or f"{name} ended {len(ends)} times, last with code {code}: {last}"
                 raise DeployError(what, where=str(log), mend=limit.mend)
-        _log.warning("%s ended with code %d and is started again", name, code)
+        _log.warning("%s ended with code %d and is started again; see %s", name, code, log)
         await asyncio.sleep(pause)
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from molehill import logs
 from molehill.commands.common import Json, explained, print_json, say
-from molehill.commands.server import log_here
 from molehill.errors import ConfigError
 from molehill.extras import needs
 
@@ -58,7 +58,7 @@ def join(
             from molehill_client.deploy.join import Membership
             from molehill_client.deploy.join import join as run
 
-        log_here()
+        logs.begin()
         host, port = _address(server)
         member = Membership(
             host, port, identity, data, state, test, name, passphrase_file, base, device, gpu_memory, keyring

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +48,7 @@ def up(
             from molehill_server.deploy.up import House, Running
             from molehill_server.deploy.up import up as run
 
-        log_here()
+        logs.begin()
 
         def ready(found: Running) -> None:
             say(Text(f"nodes come in at {found.host}:{found.port}, adapters at {found.host}:{found.exchange_port}"))
@@ -167,11 +166,3 @@ def stop(
                 say(Text("there is no run to stop"))
         if not only_run and end(state):
             say(Text("the coordinator has ended"))
-
-
-def log_here() -> None:
-    """Send what a long-running command has to say to standard error, a line each, unless it goes there as JSON."""
-    if not logs.structured():
-        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        for name in ("molehill", "molehill_server", "molehill_client"):
-            logging.getLogger(name).setLevel(logging.INFO)

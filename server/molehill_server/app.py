@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from molehill import files
 from molehill.config import load
-from molehill.errors import MolehillError
+from molehill.errors import DeployError, MolehillError
 from molehill.wire.exchange import connect
 from molehill_server.coordinator import Coordinator
 from molehill_server.exchange.grants import Grants
@@ -31,22 +34,37 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(given["out"]))
     lock = claim(out) if "introduction" in given else None  # held until this process ends, however it ends
     try:
-        Coordinator(
-            load(str(given["config"])),
-            out,
-            connect(str(given["exchange"])),
-            GridTransport(grid),
-            grace=None if grace is None else float(grace),
-            introduction=str(given.get("introduction", "")),
-            clients=int(given.get("clients", 1)),
-            grants=Grants(Path(str(given["grants"]))) if given.get("grants") else None,
-        ).run()
+        with _told():
+            Coordinator(
+                load(str(given["config"])),
+                out,
+                connect(str(given["exchange"])),
+                GridTransport(grid),
+                grace=None if grace is None else float(grace),
+                introduction=str(given.get("introduction", "")),
+                clients=int(given.get("clients", 1)),
+                grants=Grants(Path(str(given["grants"]))) if given.get("grants") else None,
+            ).run()
     except MolehillError as error:
         # Whoever started a deployment is another process, and Flower tells it only that something failed.
         said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
-        if "introduction" in given:
-            files.write(out / "error.json", json.dumps(said).encode())
+        if lock is not None:
+            with contextlib.suppress(OSError):  # on a full disk
+                files.write(out / "error.json", json.dumps(said).encode())
         raise
     finally:
         if lock is not None:
             lock.close()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turn what the operating system refuses into words: a full disk is nobody's traceback."""
+    try:
+        yield
+    except OSError as error:
+        where = str(error.filename or "")
+        mend = (
+            "Make room there, then resume." if error.errno in {errno.ENOSPC, errno.EDQUOT} else "Mend it, then resume."
+        )
+        raise DeployError(f"the server cannot go on: {error.strerror or error}", where=where, mend=mend) from error

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import http.client
 import json
 import logging
 import os
 import shutil
 import signal
+import ssl
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ _LEASE = 15.0  # seconds between two tries: a node that died keeps its lease for
 _LOOK = 5.0  # seconds between two looks at the trainer
 _KNOCK = 30.0  # seconds between two looks at whether we are still let in
 _OPEN, _SHUT = 10.0, 3.0  # seconds for a connection to come about, and to be shut again when we are refused
+
+_SKEW = 120.0  # seconds that clocks may be apart
 
 _log = logging.getLogger(__name__)
 
@@ -232,6 +238,7 @@ class _Member:
             entry = await tunnel.entry((LOOPBACK, 0), (self._member.host, self._member.port), self._tls)
             stack.callback(entry.close)
             port = entry.sockets[0].getsockname()[1]
+            await asyncio.to_thread(self._require_clock, port)
             logs, variables = self._state / "logs", environment(self._state)
             trainer, node = self._trainer(), self._supernode(port)
             watched: list[asyncio.Task[Any]] = [
@@ -312,6 +319,23 @@ class _Member:
                 mend="Its certificate may be revoked; the coordinator's log names the reason.",
             )
 
+    def _require_clock(self, port: int) -> None:
+        """Compare clocks: Flower takes nothing that was signed more than a few minutes ago, and does not say so.
+
+        Raises:
+            DeployError: This machine's clock and the coordinator's are too far apart.
+        """
+        verify = ssl.create_default_context(cafile=str(self._identity.ca))
+        line = http.client.HTTPSConnection(LOOPBACK, port, timeout=_OPEN, context=verify)
+        try:
+            line.request("GET", "/")
+            there = line.getresponse().headers["Date"]
+        except (OSError, http.client.HTTPException):
+            return  # it has just gone away: that is said elsewhere
+        finally:
+            line.close()
+        require_clock(there, datetime.now(UTC))
+
     def _twin(self) -> Limit:
         """Flower lets a key in once; one that died within the last minute counts."""
         return Limit(
@@ -345,6 +369,25 @@ class _Member:
         words += ["--root-certificates", self._identity.ca.resolve(), "--auth-supernode-private-key", key]
         words += ["--node-config", f'trainer="{self._note.socket}"', "--host", LOOPBACK, "--port", free_port()]
         return [str(word) for word in words]
+
+
+def require_clock(there: str, here: datetime) -> None:
+    """Refuse a clock that is too far from the coordinator's.
+
+    Args:
+        there: Its time, as HTTP writes it.
+        here: Ours.
+
+    Raises:
+        DeployError: They are more than two minutes apart.
+    """
+    ahead = (here - parsedate_to_datetime(there)).total_seconds()
+    if abs(ahead) > _SKEW:
+        way = "ahead of" if ahead > 0 else "behind"
+        raise DeployError(
+            f"this machine's clock is {abs(ahead):.0f} s {way} the coordinator's",
+            mend="Set the one that is wrong; both should keep time by NTP.",
+        )
 
 
 def _resolved(path: Path | None) -> str | None:

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import molehill
-from molehill import files
+from molehill import files, logs
 from molehill.config import Config, parse
 from molehill.errors import DataError, DeployError, MessageError, MolehillError
 from molehill.pki import Identity, read_passphrase
@@ -283,7 +283,7 @@ def main(text: str) -> None:
     Args:
         text: A `Post` as JSON.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.begin()
     post = Post(**json.loads(text))
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(post.gpu_memory)

@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from molehill import __version__, files, tunnel
 from molehill.errors import DeployError, MolehillError
 from molehill.pki import Certificate, Door, Identity, read_passphrase
 from molehill.supervise import child, environment, free_port, reap
+from molehill_server.audit import AuditLog
 from molehill_server.deploy import loopback
 from molehill_server.deploy.control import Control
 from molehill_server.deploy.gateway import Gateway
@@ -132,6 +134,7 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
     Raises:
         IdentityError: The identity cannot be used, or is none of a server.
         DeployError: Another coordinator has the folder or a port, or a child ends again and again.
+        ResumeError: The folder's audit log was changed.
     """
     identity = Identity.load(house.identity, usage="server", passphrase=read_passphrase(house.passphrase_file))
     state = house.state.resolve()
@@ -173,8 +176,10 @@ class _Supervisor:
         self._up = Running(os.getpid(), __version__, house.host, house.port, house.exchange_port, free_port())
         self._revoked = (house.revoked or house.identity / "revoked.json").resolve()
         self._door = Door(self._revoked)
+        self._asked = threading.Lock()
         self._loopback = loopback.renew(state)
-        self._known: set[str] = set()
+        self._known: dict[str, str] = {}  # by fingerprint, why it was refused last; nothing when it was let in
+        self._audit = AuditLog(state / "audit.jsonl")
 
     async def run(self) -> None:
         stop = asyncio.Event()
@@ -260,18 +265,30 @@ class _Supervisor:
     def _admit(self, shown: bytes) -> str:
         """Why a node is refused; one that is not becomes known to Flower."""
         certificate = Certificate(x509.load_der_x509_certificate(shown), "")
+        with self._asked:  # nodes have several connections
+            before = self._known.get(certificate.fingerprint)
+            refused = self._refusal(certificate, known=before == "")
+            if refused != before:
+                self._known[certificate.fingerprint] = refused
+                who = {"client": certificate.x509.subject.rfc4514_string(), "serial": certificate.serial}
+                if refused:
+                    self._audit.append("refused", **who, reason=refused)
+                else:
+                    self._audit.append("admitted", **who)
+                    _log.info("%s is let in with certificate %s", who["client"], certificate.serial)
+        return refused
+
+    def _refusal(self, certificate: Certificate, *, known: bool) -> str:
         try:
             name = self._door.admit(certificate)
         except MolehillError as error:
             return str(error)
-        if certificate.fingerprint not in self._known:
+        if not known:
             try:
                 with Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert) as control:
                     control.register(name, certificate.x509)
             except Exception as error:  # noqa: BLE001 - whatever Flower says, the node must try again
                 return f"Flower does not take {name}: {error}"
-            self._known.add(certificate.fingerprint)
-            _log.info("%s is let in with certificate %s", name, certificate.serial)
         return ""
 
     async def _listening(self) -> None:
