@@ -42,6 +42,12 @@ def join(
     passphrase_file: Annotated[
         Path | None, typer.Option(help="Its first line opens the key.", show_default=False)
     ] = None,
+    exchange: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Where to fetch and send adapters.", show_default="where the coordinator says"
+        ),
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option(help="Folder of the base model on this machine.", show_default="as the run names it"),
@@ -60,8 +66,22 @@ def join(
 
         logs.begin()
         host, port = _address(server)
+        if exchange is not None:
+            _address(exchange)
         member = Membership(
-            host, port, identity, data, state, test, name, passphrase_file, base, device, gpu_memory, keyring
+            host=host,
+            port=port,
+            identity=identity,
+            data=data,
+            state=state,
+            test=test,
+            name=name,
+            passphrase_file=passphrase_file,
+            exchange=exchange,
+            base=base,
+            device=device,
+            gpu_memory=gpu_memory,
+            keyring=keyring,
         )
         run(
             member,
@@ -74,9 +94,7 @@ def join(
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ConfigError(
-            f"{text!r} is no address", where="--server", mend="Give HOST:PORT, as in lab.example.org:9440."
-        )
+        raise ConfigError(f"{text!r} is no address", mend="Give HOST:PORT, as in lab.example.org:9440.")
     return host.strip("[]"), int(port)
 
 

@@ -189,7 +189,7 @@ def request(
         x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, require_name(name))])
     )
     if hosts:
-        # Flower's node verifies the coordinator through a tunnel whose entry is on its own machine.
+        # So that all can be tried on one machine.
         hosts = tuple(dict.fromkeys([*hosts, *LOOPBACK]))
         builder = builder.add_extension(alternative_names(hosts), critical=False)
     key = keys.new_key()

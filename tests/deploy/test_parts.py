@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,10 +17,12 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
-from molehill import supervise, tunnel
+from molehill import loopback, supervise
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
+from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
 from molehill.tasks.rows import GROUP, Rows
 from molehill.wire.exchange import MemoryExchange, Place
@@ -28,6 +31,7 @@ from molehill_client.deploy.line import Request, ask, serve
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.trainer import held_out
 from molehill_server import app as server_app
+from molehill_server.deploy import door
 from molehill_server.folder import claim, claimed
 
 # ---- the line ----------------------------------------------------------------------------------------------------
@@ -223,23 +227,23 @@ def people(tmp_path):
 
 def test_the_door_knows_the_revoked_and_a_damaged_list_lets_nobody_in(people, tmp_path):
     path = tmp_path / "revoked.json"
-    door = Door(path)
-    assert door.admit(people.client.certificate) == "client"
+    keeper = Door(path)
+    assert keeper.admit(people.client.certificate) == "client"
     people.authority.revoke("client")
     path.write_bytes((tmp_path / "ca" / "revoked.json").read_bytes())
     with pytest.raises(IdentityError, match="this certificate was revoked"):
-        door.admit(people.client.certificate)
-    assert door.admit(people.server.certificate) == "server"
+        keeper.admit(people.client.certificate)
+    assert keeper.admit(people.server.certificate) == "server"
     path.write_text("[")
     with pytest.raises(ConfigError, match="the list of revoked certificates is damaged"):
-        door.admit(people.server.certificate)
+        keeper.admit(people.server.certificate)
     path.unlink()
-    assert door.admit(people.client.certificate) == "client"
+    assert keeper.admit(people.client.certificate) == "client"
 
 
-def test_a_tunnel_carries_both_ways_and_is_cut_when_its_owner_is_revoked(people, monkeypatch):
-    monkeypatch.setattr(tunnel, "_AGAIN", 0.05)
-    refused = []
+def test_a_connection_is_cut_when_its_owner_is_revoked(people, tmp_path, monkeypatch):
+    monkeypatch.setattr(door, "_AGAIN", 0.05)
+    refused, path = [], tmp_path / "s"
 
     async def echo(reader, writer):
         while data := await reader.read(100):
@@ -248,20 +252,37 @@ def test_a_tunnel_carries_both_ways_and_is_cut_when_its_owner_is_revoked(people,
         writer.close()
 
     async def run():
-        target = await asyncio.start_server(echo, "127.0.0.1", 0)
-        inside = target.sockets[0].getsockname()
+        target = await asyncio.start_unix_server(echo, path)
         admit = lambda shown: refused[0] if refused else ""  # noqa: E731 - it is that short
-        out = await tunnel.leave(("127.0.0.1", 0), inside, people.server.tls(server=True), admit)
-        door = out.sockets[0].getsockname()
-        entry = await tunnel.entry(("127.0.0.1", 0), door, people.client.tls())
-        reader, writer = await asyncio.open_connection(*entry.sockets[0].getsockname())
+        opened = await door.open_door(("127.0.0.1", 0), path, people.server.tls(server=True), admit)
+        address = opened.sockets[0].getsockname()
+        reader, writer = await asyncio.open_connection(*address, ssl=people.client.tls(), server_hostname="localhost")
         writer.write(b"hello")
         assert await reader.readexactly(5) == b"HELLO"
         refused.append("revoked")
         assert await asyncio.wait_for(reader.read(), 5) == b""
-        writer.close()
-        for each in (entry, out, target):
+        for each in (writer, opened, target):
             each.close()
+            await each.wait_closed()
+        await asyncio.sleep(0.2)  # the far ends close too
+
+    asyncio.run(run())
+
+
+def test_a_node_hears_503_while_the_coordinator_is_away(people, tmp_path):
+    async def run():
+        away = Gateway("https://127.0.0.1:9", people.client.tls())
+        pair = loopback.renew(tmp_path)
+        trust = ssl.create_default_context(cafile=str(pair.cert))
+        with listen() as listener:
+            async with serving(away, listener, pair), httpx.AsyncClient(verify=trust) as node:
+                at = f"https://127.0.0.1:{listener.getsockname()[1]}"
+                assert (await node.post(f"{at}/v1/fleet/pull-messages", content=b"x")).status_code == 503
+                assert (await node.post(f"{at}/v1/control/list-runs", content=b"x")).status_code == 404
+                assert (await node.get(f"{at}/v1/fleet/pull-messages")).status_code == 404
+                assert (await node.post(f"{at}/v1/fleet/pull-messages", content=bytes(2**24 + 1))).status_code == 413
+                await node.aclose()
+                await asyncio.sleep(0.2)
 
     asyncio.run(run())
 

@@ -31,8 +31,15 @@ class Lab:
         names: Machines.
     """
 
-    def __init__(self, folder: Path, config: Config, names: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, config: Config, names: tuple[str, ...], passphrase: bytes | None = None) -> None:
         self.folder, self.config, self.names = folder, config, names
+        self.passphrase, self.taps = passphrase, {}
+        if passphrase is not None:
+            self.options = {"passphrase-file": folder / "passphrase"}
+            (folder / "passphrase").write_bytes(passphrase)
+            (folder / "passphrase").chmod(0o600)
+        else:
+            self.options = {}
         self.port, self.exchange_port = free_ports(2)
         self.state, self.out = folder / "coordinator", folder / "run"
         self.processes: dict[str, subprocess.Popen] = {}
@@ -46,9 +53,9 @@ class Lab:
     def identify(self, name: str, *, hosts: tuple[str, ...] = (), folder: str = "", **options) -> Path:
         """An identity, made as the how-to says."""
         own = self.folder / "identities" / (folder or name)
-        csr = pki.request(own, name, hosts=hosts)
+        csr = pki.request(own, name, hosts=hosts, passphrase=self.passphrase)
         _, bundle = self.authority.sign(csr, server=bool(hosts), **options)
-        pki.install(bundle, own)
+        pki.install(bundle, own, passphrase=self.passphrase)
         return own
 
     def deal(self) -> None:
@@ -73,15 +80,20 @@ class Lab:
 
     def up(self, **options: object) -> subprocess.Popen:
         words = {"identity": self.folder / "identities" / "coordinator", "state": self.state}
-        words |= {"port": self.port, "exchange-port": self.exchange_port} | options
+        words |= {"port": self.port, "exchange-port": self.exchange_port} | self.options | options
+        before = self.said("coordinator").count("nodes come in at")
         process = self.start("coordinator", "server", "up", *flags(words))
-        self.until((self.state / "up.json").exists, process, 60)
+        self.until(lambda: self.said("coordinator").count("nodes come in at") > before, process, 60)
         return process
 
     def join(self, name: str, *, wait: bool = True, **options: object) -> subprocess.Popen:
-        words: dict[str, object] = {"server": f"127.0.0.1:{self.port}", "state": self.folder / f"{name}.state"}
+        port = self.taps["door"].port if self.taps else self.port
+        words: dict[str, object] = {"server": f"127.0.0.1:{port}", "state": self.folder / f"{name}.state"}
         words |= {"identity": self.folder / "identities" / name}
-        words |= {"data": self.folder / f"{name}.train.jsonl", "test": self.folder / f"{name}.test.jsonl"} | options
+        words |= {"data": self.folder / f"{name}.train.jsonl", "test": self.folder / f"{name}.test.jsonl"}
+        if self.taps:
+            words["exchange"] = f"127.0.0.1:{self.taps['data'].port}"
+        words |= self.options | options
         before = self.said(name).count("has joined")
         process = self.start(name, "client", "join", *flags(words))
         if wait:
@@ -181,9 +193,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def open_lab(folder: Path, config: Config, names: tuple[str, ...]) -> Iterator[Lab]:
+def open_lab(folder: Path, config: Config, names: tuple[str, ...], passphrase: bytes | None = None) -> Iterator[Lab]:
     """A lab that is closed in the end."""
-    lab = Lab(folder, config, names)
+    lab = Lab(folder, config, names, passphrase)
     try:
         lab.deal()
         yield lab

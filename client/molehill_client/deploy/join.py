@@ -21,18 +21,19 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from molehill import files, tunnel
+from molehill import files, loopback
 from molehill.errors import DataError, DeployError, IdentityError, MolehillError
+from molehill.gateway import Gateway, listen, serving
+from molehill.loopback import LOOPBACK
 from molehill.pki import Identity, read_passphrase
 from molehill.supervise import Limit, child, environment, free_port, reap
 from molehill_client.deploy.line import Request, ask
 from molehill_client.deploy.post import Post
 
-LOOPBACK = "127.0.0.1"
 _LEASE = 15.0  # seconds between two tries: a node that died keeps its lease for up to 60 s, and is refused until then
 _LOOK = 5.0  # seconds between two looks at the trainer
 _KNOCK = 30.0  # seconds between two looks at whether we are still let in
-_OPEN, _SHUT = 10.0, 3.0  # seconds for a connection to come about, and to be shut again when we are refused
+_OPEN = 10.0  # seconds for a connection to come about
 
 _SKEW = 120.0  # seconds that clocks may be apart
 
@@ -52,6 +53,7 @@ class Membership:
         test: Its held-out rows; None holds out a part of ``data``.
         name: What the certificate must say; None takes whatever it says.
         passphrase_file: Its first line opens the identity's key.
+        exchange: ``HOST:PORT`` of the exchange; None is the coordinator's host, and the port that it says.
         base: Folder of the base model on this machine.
         device: Overrides ``base.device``.
         gpu_memory: Part of the GPU's memory that may be used.
@@ -66,6 +68,7 @@ class Membership:
     test: Path | None = None
     name: str | None = None
     passphrase_file: Path | None = None
+    exchange: str | None = None
     base: Path | None = None
     device: str | None = None
     gpu_memory: float = 1.0
@@ -226,6 +229,7 @@ class _Member:
     def __init__(self, member: Membership, identity: Identity, note: Joined, say: Callable[[str], None]) -> None:
         self._member, self._identity, self._note, self._say = member, identity, note, say
         self._tls = identity.tls()
+        self._loopback = loopback.renew(Path(note.runtime))
         self._state = member.state.resolve()
 
     async def run(self, ready: Callable[[str], None]) -> None:
@@ -233,12 +237,13 @@ class _Member:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await self._knock()
+        await asyncio.to_thread(self._knock)
         async with contextlib.AsyncExitStack() as stack:
-            entry = await tunnel.entry((LOOPBACK, 0), (self._member.host, self._member.port), self._tls)
-            stack.callback(entry.close)
-            port = entry.sockets[0].getsockname()[1]
-            await asyncio.to_thread(self._require_clock, port)
+            listener = stack.enter_context(listen())
+            port = listener.getsockname()[1]
+            host = f"[{self._member.host}]" if ":" in self._member.host else self._member.host
+            gateway = Gateway(f"https://{host}:{self._member.port}", self._tls)
+            await stack.enter_async_context(serving(gateway, listener, self._loopback))
             logs, variables = self._state / "logs", environment(self._state)
             trainer, node = self._trainer(), self._supernode(port)
             watched: list[asyncio.Task[Any]] = [
@@ -276,7 +281,7 @@ class _Member:
         while True:
             await asyncio.sleep(_KNOCK)
             try:
-                await self._knock()
+                await asyncio.to_thread(self._knock)
             except _Refused:
                 raise
             except DeployError as error:
@@ -288,50 +293,35 @@ class _Member:
                     self._say("the coordinator is back")
                 away = False
 
-    async def _knock(self) -> None:
-        """Find out, with a clear word, whether the coordinator lets us in."""
-        host, port = self._member.host, self._member.port
-        where = f"{host}:{port}"
+    def _knock(self) -> None:
+        """Find out, with a clear word, whether the coordinator lets us in, and whether clocks agree.
+
+        Raises:
+            DeployError: They do not (Flower takes nothing that was signed minutes ago, and does not say so), or it
+                cannot be reached or refuses us.
+        """
+        where = self._note.server
+        line = http.client.HTTPSConnection(self._member.host, self._member.port, timeout=_OPEN, context=self._tls)
         try:
-            async with asyncio.timeout(_OPEN):
-                reader, writer = await asyncio.open_connection(host, port, ssl=self._tls)
-        except (OSError, TimeoutError) as error:
+            line.connect()
+        except OSError as error:
             raise DeployError(
-                f"the coordinator cannot be reached: {tunnel.reason(error)}",
+                f"the coordinator cannot be reached: {_reason(error)}",
                 where=where,
                 mend="Check that it is up, host, port, firewall, and the certificates: molehill pki show DIR.",
             ) from None
         try:
-            async with asyncio.timeout(_SHUT):
-                ended = not await reader.read(1)
-        except TimeoutError:
-            ended = False  # it waits for us to speak, so we are in
-        except OSError as error:
-            what = f"the coordinator refuses our certificate: {tunnel.reason(error)}"
-            mend = "Is it of the authority that the coordinator knows? See: molehill pki show DIR"
-            raise _Refused(what, where=where, mend=mend) from None
-        finally:
-            writer.close()
-        if ended:
+            line.request("GET", "/")
+            there = line.getresponse().headers["Date"]
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError):
+                raise DeployError("the coordinator does not answer", where=where, mend="See its log.") from None
             raise _Refused(
                 "the coordinator refuses this machine",
                 where=where,
-                mend="Its certificate may be revoked; the coordinator's log names the reason.",
-            )
-
-    def _require_clock(self, port: int) -> None:
-        """Compare clocks: Flower takes nothing that was signed more than a few minutes ago, and does not say so.
-
-        Raises:
-            DeployError: This machine's clock and the coordinator's are too far apart.
-        """
-        verify = ssl.create_default_context(cafile=str(self._identity.ca))
-        line = http.client.HTTPSConnection(LOOPBACK, port, timeout=_OPEN, context=verify)
-        try:
-            line.request("GET", "/")
-            there = line.getresponse().headers["Date"]
-        except (OSError, http.client.HTTPException):
-            return  # it has just gone away: that is said elsewhere
+                mend="Its certificate may be revoked, or of an authority that the coordinator does not know; "
+                "the coordinator's log names the reason.",
+            ) from None
         finally:
             line.close()
         require_clock(there, datetime.now(UTC))
@@ -357,6 +347,7 @@ class _Member:
             passphrase_file=_resolved(member.passphrase_file),
             state=str(self._state),
             socket=str(self._note.socket),
+            exchange=member.exchange,
             base=_resolved(member.base),
             device=member.device,
             gpu_memory=member.gpu_memory,
@@ -366,9 +357,18 @@ class _Member:
     def _supernode(self, port: int) -> list[str]:
         key = self._identity.openssh_private_key(Path(self._note.runtime) / "node.key")
         words: list[object] = [Path(sys.executable).parent / "flower-supernode", "--superlink", f"{LOOPBACK}:{port}"]
-        words += ["--root-certificates", self._identity.ca.resolve(), "--auth-supernode-private-key", key]
+        words += ["--root-certificates", self._loopback.cert, "--auth-supernode-private-key", key]
         words += ["--node-config", f'trainer="{self._note.socket}"', "--host", LOOPBACK, "--port", free_port()]
         return [str(word) for word in words]
+
+
+def _reason(error: OSError) -> str:
+    """What a failed connection means, in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not good: {error.verify_message}"
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return error.strerror or str(error)
 
 
 def require_clock(there: str, here: datetime) -> None:

@@ -14,6 +14,7 @@ class Post:
     Attributes:
         name: Name in this machine's certificate.
         server: Host of the coordinator.
+        exchange: ``HOST:PORT`` of the exchange; None is the coordinator's host, and the port that it says.
         data: This owner's rows.
         test: Its held-out rows; None holds out a part of ``data``.
         identity: Identity folder.
@@ -34,6 +35,7 @@ class Post:
     passphrase_file: str | None
     state: str
     socket: str
+    exchange: str | None = None
     base: str | None = None
     device: str | None = None
     gpu_memory: float = 1.0

@@ -205,7 +205,8 @@ class Trainer:
         initial = model.tree(lambda key: not key.residual)
         if self._remote is not None:
             self._remote.close()
-        self._remote = GrpcExchange(f"{self._post.server}:{met.exchange_port}", self._identity, self._state / "cache")
+        address = self._post.exchange or f"{self._post.server}:{met.exchange_port}"
+        self._remote = GrpcExchange(address, self._identity, self._state / "cache")
         run = config.run.name
         exchange = Outbox(self._remote, self._state / "outbox")
         bench = Workbench(config, model, task, base.digest, initial, exchange)

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from molehill import __version__, errors, files
+from molehill import __version__, errors, files, loopback
 from molehill.config import Config
 from molehill.errors import ConfigError, DeployError, MolehillError, ResumeError
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.check import require
-from molehill_server.deploy import loopback
 from molehill_server.deploy.control import Control, RunStatus
 from molehill_server.deploy.up import Running, exchange_folder, require_running, running
 from molehill_server.folder import claimed, write_config

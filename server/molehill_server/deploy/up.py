@@ -12,24 +12,24 @@ import signal
 import socket
 import ssl
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import uvicorn
 from cryptography import x509
 
-from molehill import __version__, files, tunnel
+from molehill import __version__, files, loopback
 from molehill.errors import DeployError, MolehillError
+from molehill.gateway import Gateway, serving
+from molehill.loopback import LOOPBACK
 from molehill.pki import Certificate, Door, Identity, read_passphrase
 from molehill.supervise import child, environment, free_port, reap
 from molehill_server.audit import AuditLog
-from molehill_server.deploy import loopback
 from molehill_server.deploy.control import Control
-from molehill_server.deploy.gateway import Gateway
-from molehill_server.deploy.loopback import LOOPBACK
+from molehill_server.deploy.door import open_door
 
 _START = 90.0  # seconds for a child to listen
 _STOP = 30.0  # seconds for everything to end
@@ -201,9 +201,8 @@ class _Supervisor:
                 return
             await asyncio.to_thread(self._end_runs)
             inner = await stack.enter_async_context(self._gateway())
-            door = await tunnel.leave(
-                (self._up.host, self._up.port), (LOOPBACK, inner), self._identity.tls(server=True), self._admit
-            )
+            tls = self._identity.tls(server=True)
+            door = await open_door((self._up.host, self._up.port), inner, tls, self._admit)
             stack.callback(door.close)
             text = json.dumps(asdict(self._up)) + "\n"
             files.write(self._state / "up.json", text.encode())
@@ -236,24 +235,14 @@ class _Supervisor:
         return [(name, [str(word) for word in command]) for name, command in commands.items()]
 
     @contextlib.asynccontextmanager
-    async def _gateway(self) -> AsyncIterator[int]:
+    async def _gateway(self) -> AsyncIterator[Path]:
+        """The gateway, on a Unix socket that only we can reach."""
         verify = ssl.create_default_context(cafile=str(self._loopback.cert))
-        app = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify)
-        listener = socket.create_server((LOOPBACK, 0))
-        # The tunnel has seen the node's certificate; here the node sees ours.
-        context = self._identity.tls(server=True)
-        context.verify_mode = ssl.CERT_NONE
-        config = uvicorn.Config(app, log_level="warning", log_config=None, access_log=False)
-        config.load()
-        config.ssl = context
-        server = _Uvicorn(config)
-        task = asyncio.create_task(server.serve([listener]))
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            server.force_exit = True
-            await task
+        with tempfile.TemporaryDirectory(prefix="molehill-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            path = Path(folder) / "gateway.sock"  # its path must be short
+            listener.bind(str(path))
+            async with serving(Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify), listener):
+                yield path
 
     def _end_runs(self) -> None:
         """Tell Flower that server processes of the last start are gone; it would take it a minute to notice."""
@@ -316,11 +305,3 @@ def exchange_folder(state: Path) -> Path:
 def _reachable(host: str) -> str:
     """The address under which a server that listens on all of them is found here."""
     return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - what is compared, not what is opened
-
-
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -1,17 +1,27 @@
-"""The only door to Flower from outside: node calls pass, the control and runtime APIs do not exist here.
+"""A proxy for the calls of Flower's nodes, at both ends of the way between a lab machine and its coordinator.
 
 Flower serves its three APIs on one port, and its control API asks for no identity: who reaches it can run code. So the
-SuperLink listens on loopback, and this proxy, behind the tunnel's exit, forwards the calls of nodes and nothing else.
+SuperLink listens on loopback, and what comes in from outside passes here: the calls of nodes, and nothing else.
+
+A node cannot show a certificate either, and one that is cut off in the middle of a handshake never tries again. So it
+talks to such a proxy on its own machine, which is always there, shows the certificate, and says 503 when the
+coordinator is away: that a node understands.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
+import socket
 import ssl
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 import httpx
+import uvicorn
+
+from molehill.loopback import LOOPBACK, Pair
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,19 +37,16 @@ class Gateway:
     """An ASGI application.
 
     Args:
-        superlink: Its address, ``https://127.0.0.1:PORT``.
-        context: Verifies its certificate.
+        target: Where calls go on to, ``https://HOST:PORT``.
+        context: TLS to there.
     """
 
-    def __init__(self, superlink: str, context: ssl.SSLContext) -> None:
-        self._superlink = superlink
+    def __init__(self, target: str, context: ssl.SSLContext) -> None:
+        self._target = target
         self._client = httpx.AsyncClient(verify=context, timeout=60.0, trust_env=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward a call of a node; 404 for everything else."""
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-            return
         path = scope.get("raw_path", b"").decode("ascii", "replace")
         if scope["type"] != "http" or scope["method"] != "POST" or not _NODE_CALL.fullmatch(path):
             await _answer(send, 404)
@@ -55,22 +62,50 @@ class Gateway:
                 break
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _HOP]
         try:
-            reply = await self._client.post(self._superlink + path, content=bytes(body), headers=headers)
+            reply = await self._client.post(self._target + path, content=bytes(body), headers=headers)
         except httpx.HTTPError:
             await _answer(send, 503)  # it is being restarted; nodes try again
             return
         kept = [(name, value) for name, value in reply.headers.raw if name.lower() not in _HOP | {b"content-encoding"}]
         await _answer(send, reply.status_code, kept, reply.content)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        while True:
-            event = await receive()
-            if event["type"] == "lifespan.startup":
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await self._client.aclose()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+    async def close(self) -> None:
+        """Close the connections to the target."""
+        await self._client.aclose()
+
+
+@contextlib.asynccontextmanager
+async def serving(app: Gateway, listener: socket.socket, pair: Pair | None = None) -> AsyncIterator[None]:
+    """Serve a gateway meanwhile.
+
+    Args:
+        app: The gateway.
+        listener: Where; TCP on loopback or a Unix socket.
+        pair: Its certificate; without one it speaks plain HTTP.
+    """
+    cert, key = pair or (None, None)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ssl_certfile=cert, ssl_keyfile=key)
+    server = _Uvicorn(config)
+    task = asyncio.create_task(server.serve([listener]))
+    try:
+        yield
+    finally:
+        server.should_exit = server.force_exit = True
+        await task
+        await app.close()
+
+
+def listen() -> socket.socket:
+    """A socket on loopback, with whatever port is free."""
+    return socket.create_server((LOOPBACK, 0))
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]] | None = None, body: bytes = b"") -> None:

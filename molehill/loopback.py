@@ -1,7 +1,6 @@
 """A certificate for servers that nobody can reach from another host.
 
-The SuperLink has TLS on loopback only since Flower asks for it to authenticate nodes; the coordinator's own key stays
-out of its hands.
+Flower wants TLS to authenticate nodes, on loopback too; the keys of identities stay out of its hands.
 """
 
 from __future__ import annotations

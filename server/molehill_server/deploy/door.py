@@ -1,8 +1,4 @@
-"""TCP streams carried inside mutual TLS: an entry beside the node, an exit beside the server.
-
-Flower's nodes verify the server, but cannot show a certificate of their own. Inside a tunnel they need not: the entry
-listens on loopback only, and the exit lets nobody in whose certificate it does not know.
-"""
+"""The coordinator's door: TLS in which both sides show a certificate, and behind it a Unix socket."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import contextlib
 import logging
 import ssl
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 Admit = Callable[[bytes], str]
@@ -22,39 +19,12 @@ _AGAIN = 10.0  # seconds between two looks at the certificate of a connection th
 _log = logging.getLogger(__name__)
 
 
-async def entry(address: tuple[str, int], server: tuple[str, int], context: ssl.SSLContext) -> asyncio.Server:
-    """Listen, and carry every connection to the exit.
-
-    Args:
-        address: Where to listen; port 0 picks a free one.
-        server: Host and port of the exit; the host must be in its certificate.
-        context: Knows the CA and holds our certificate.
-
-    Raises:
-        OSError: The address is in use.
-    """
-
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(_OPEN):
-                far = await asyncio.open_connection(*server, ssl=context)
-        except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            _log.warning("no connection to %s:%d: %s", *server, reason(error))
-            await _close(writer)
-            return
-        await _join((reader, writer), far)
-
-    return await asyncio.start_server(carry, *address)
-
-
-async def leave(
-    address: tuple[str, int], target: tuple[str, int], context: ssl.SSLContext, admit: Admit
-) -> asyncio.Server:
+async def open_door(address: tuple[str, int], target: Path, context: ssl.SSLContext, admit: Admit) -> asyncio.Server:
     """Accept connections with a certificate, and carry those that are admitted to the target.
 
     Args:
         address: Where to listen.
-        target: Host and port behind the exit.
+        target: The Unix socket behind it.
         context: Demands a certificate that the CA has signed.
         admit: Says why a certificate (DER) is refused, nothing when it is not; asked again while a connection lasts.
 
@@ -80,22 +50,13 @@ async def leave(
             return
         try:
             async with asyncio.timeout(_OPEN):
-                far = await asyncio.open_connection(*target)
+                far = await asyncio.open_unix_connection(target)
         except (OSError, TimeoutError):
             await _close(writer)
             return
         await _join((reader, writer), far, while_admitted())
 
     return await asyncio.start_server(carry, *address, ssl=context, ssl_handshake_timeout=_OPEN)
-
-
-def reason(error: BaseException) -> str:
-    """What a failed connection means, in words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not good: {error.verify_message}"
-    if isinstance(error, TimeoutError):
-        return "no answer"
-    return str(error) or type(error).__name__
 
 
 Pair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
