@@ -17,15 +17,11 @@ from grpc_health.v1.health import aio as health
 
 from molehill.errors import ConfigError, MolehillError
 from molehill.pki import Identity, read_passphrase
-from molehill.wire.remote import MAX_MESSAGE
-from molehill_protos.v1.exchange_pb2 import DESCRIPTOR
-from molehill_protos.v1.exchange_pb2_grpc import add_AdapterExchangeServicer_to_server
+from molehill.wire.remote import MAX_MESSAGE, SERVICE
 from molehill_server.exchange.service import Limits, Service, log
 
-SERVICE = DESCRIPTOR.services_by_name["AdapterExchange"].full_name
-
 _DEFAULTS = Limits()
-_WINDOW = 2**18  # bytes an upload may be ahead of the disk; at 50 ms there and back, 5 MB a second
+_WINDOW = 2**20  # bytes an upload may be ahead of the server; at 50 ms there and back, 20 MB a second
 
 
 async def serve(
@@ -64,7 +60,7 @@ async def serve(
     }
     server = grpc.aio.server(options=list(options.items()))
     service = Service(folder, limits, revoked)
-    add_AdapterExchangeServicer_to_server(service, server)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, service.handlers()),))
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     pair = (identity.key_pem(), identity.certificate.pem)

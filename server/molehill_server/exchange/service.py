@@ -17,15 +17,19 @@ import grpc
 from molehill.errors import ConfigError, IdentityError, MessageError
 from molehill.pki import Certificate, Door
 from molehill.wire.exchange import require_digest
+from molehill.wire.frames import pack, unpack
 from molehill.wire.remote import CHUNK
 from molehill_protos.v1 import exchange_pb2 as pb
-from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeServicer
 from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.exchange.spool import DiskFullError, Part, Receipt, Spool
 
 log = logging.getLogger("molehill.exchange")
 
 T = TypeVar("T")
+
+_BURST = 0.05  # seconds that a node may be ahead of its rate: shorter pauses take longer than they should
+_AHEAD = 2**20  # bytes of an upload in memory while those before them are written
+_SYNC = 16 * 2**20  # bytes written before they are brought to the disk, so that the end need not wait for all of them
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class _Node:
     free_at: float = 0.0  # when it has used up its rate
 
 
-class Service(AdapterExchangeServicer):
+class Service:
     """Serves a folder (`molehill_server.exchange`) to the nodes that its grants name.
 
     Args:
@@ -94,6 +98,16 @@ class Service(AdapterExchangeServicer):
         self._nodes: defaultdict[str, _Node] = defaultdict(_Node)
         self._slots = asyncio.Semaphore(self._limits.streams)
         self._waiting = 0
+
+    def handlers(self) -> dict[str, Any]:
+        """The methods, as gRPC takes them."""
+        return {
+            "Get": grpc.unary_stream_rpc_method_handler(self.Get, pb.GetRequest.FromString, pack),
+            "Offset": grpc.unary_unary_rpc_method_handler(
+                self.Offset, pb.OffsetRequest.FromString, pb.OffsetReply.SerializeToString
+            ),
+            "Put": grpc.stream_unary_rpc_method_handler(self.Put, unpack(pb.PutChunk), pb.Receipt.SerializeToString),
+        }
 
     # ---- calls -----------------------------------------------------------------------------------------------
 
@@ -116,28 +130,29 @@ class Service(AdapterExchangeServicer):
                     await self._write(context, pb.Chunk(length=length))
                     while data := file.read(CHUNK):
                         await self._pace(name, len(data))
-                        await self._write(context, pb.Chunk(data=data))
+                        await self._write(context, memoryview(data))
             log.info("sent %s to %s: %d bytes", request.digest[:12], name, length - request.offset)
 
     async def Offset(self, request: pb.OffsetRequest, context: Any) -> pb.OffsetReply:  # noqa: N802 - by protocol
-        """Say how much of a delta is here, and let no older stream add to it."""
+        """Say what is here of a delta, and let no older stream add to it."""
         async with self._answer(context, "offset") as name:
-            _require_digest(request.digest)
             grant = self._may_write(name, request.run, request.round)
             node = self._nodes[name]
             async with node.lock:
                 node.writer = None
-                receipt = self._spool.receipt(name)
-                if receipt is not None and receipt.digest == request.digest and self._spool.has(request.digest):
-                    return pb.OffsetReply(offset=receipt.length)
-                return pb.OffsetReply(offset=self._spool.part_size(name, grant, request.digest))
+                size, digest = await _in_thread(self._spool.held, name, grant)
+                receipt = None if size else self._spool.receipt(name)
+                if receipt is not None and self._spool.has(receipt.digest):
+                    size, digest = receipt.length, receipt.digest
+                return pb.OffsetReply(offset=size, digest=digest)
         raise AssertionError("an answer or an error was given")
 
     async def Put(self, requests: Any, context: Any) -> pb.Receipt:  # noqa: ARG002, N802 - by protocol
         """Take the node's delta of its current round."""
         async with self._answer(context, "put") as name:
             header = await self._header(context)
-            _require_digest(header.digest)
+            if header.digest:
+                _require_digest(header.digest)
             grant = self._may_write(name, header.run, header.round)
             limit = min(grant.max_bytes, self._limits.max_bytes)
             if header.length > limit:
@@ -173,10 +188,10 @@ class Service(AdapterExchangeServicer):
         node, me = self._nodes[name], object()
         async with node.lock:
             node.writer = me
-            done = self._delivered(name, grant, header)
+            done = self._delivered(name, grant, header.digest, header.length)
             if done is not None:
                 return done
-            part: Part = await _in_thread(self._spool.open_part, name, grant, header.digest, header.length)
+            part: Part = await _in_thread(self._spool.open_part, name, grant, header.length, header.offset)
         with part:
             if part.size != header.offset:
                 text = f"the data begins at byte {header.offset}, the server has {part.size}"
@@ -187,32 +202,52 @@ class Service(AdapterExchangeServicer):
                 return await self._commit(name, part, header)
 
     async def _fill(self, part: Part, name: str, me: object, context: Any) -> None:
-        """Read the data and write it down.
+        """Read the data; threads write down what came meanwhile, and bring it to the disk."""
+        node, size = self._nodes[name], part.size
+        pieces: list[memoryview] = []
+        writing = syncing = _done()
 
-        A write goes to the system's memory, and a thread for each would cost more than it: only syncs get one.
-        """
-        node = self._nodes[name]
-        while (chunk := await self._read(context)) is not grpc.aio.EOF:
-            if part.size + len(chunk.data) > part.length:
-                raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
-            await self._pace(name, len(chunk.data))
+        async def write(taken: list[memoryview]) -> None:
             async with node.lock:
                 _require_writer(node, me)
-                part.write(chunk.data)
+                await _in_thread(part.write, taken)
 
-    def _delivered(self, name: str, grant: Grant, header: pb.PutHeader) -> Receipt | None:
-        """The receipt of a delta that is here already."""
+        try:
+            while isinstance(piece := await self._read(context), memoryview):
+                size += len(piece)
+                if size > part.length:
+                    raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
+                await self._pace(name, len(piece))
+                pieces.append(piece)
+                if writing.done() or sum(map(len, pieces)) >= _AHEAD:
+                    await writing
+                    writing, pieces = asyncio.ensure_future(write(pieces)), []
+                if syncing.done() and part.size >= part.synced + _SYNC:
+                    await syncing
+                    syncing = asyncio.ensure_future(_in_thread(part.sync))
+        finally:
+            await asyncio.wait({writing, syncing})  # the file is theirs
+            failed = [task.exception() for task in (writing, syncing) if not task.cancelled()]
+        if piece is not grpc.aio.EOF:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "after the header there is only data")
+        for error in filter(None, failed):
+            raise error
+        await write(pieces)
+
+    def _delivered(self, name: str, grant: Grant, digest: str, length: int) -> Receipt | None:
+        """The receipt of a delta that is here already; its digest may not be known yet."""
         receipt = self._spool.receipt(name)
-        here = self._spool.has(header.digest)
-        if receipt is not None and receipt.of(grant) and receipt.digest != header.digest:
+        if receipt is not None and receipt.of(grant) and receipt.digest != digest:
+            if not digest and not self._spool.has(receipt.digest):  # dropped since, and perhaps sent again
+                return None
             text = f"{name} has delivered another delta, {receipt.digest[:12]}, for round {grant.round} of {grant.run}"
             raise Refusal(grpc.StatusCode.ALREADY_EXISTS, text)
-        if not here:
+        if not digest or not self._spool.has(digest):
             return None
-        if receipt is None or receipt.digest != header.digest:
-            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"blob {header.digest[:12]} is not a delta of {name}")
+        if receipt is None or receipt.digest != digest:
+            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"blob {digest[:12]} is not a delta of {name}")
         if not receipt.of(grant):  # the same delta for another attempt
-            receipt = _receipt(name, grant, header)
+            receipt = _receipt(name, grant, digest, length)
             self._spool.sign(receipt)
         return receipt
 
@@ -220,17 +255,25 @@ class Service(AdapterExchangeServicer):
         if part.size < header.length:
             text = f"the data ends at byte {part.size} of {header.length}"
             raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
-        if part.digest != header.digest:
+        digest = part.digest
+        if header.digest not in {"", digest}:
             part.drop()
             raise Refusal(grpc.StatusCode.DATA_LOSS, "the data does not fit its digest and was dropped; send it again")
         grant = self._may_write(name, header.run, header.round)  # the round may have ended meanwhile
-        receipt = _receipt(name, grant, header)
-        await _in_thread(self._spool.commit, part, receipt)
+        try:
+            receipt = self._delivered(name, grant, digest, header.length)
+        except Refusal:
+            part.drop()
+            raise
+        if receipt is None:
+            receipt = _receipt(name, grant, digest, header.length)
+            await _in_thread(self._spool.commit, part, receipt)
+        part.drop()
         return receipt
 
     async def _header(self, context: Any) -> pb.PutHeader:
         first = await self._read(context)
-        if first is grpc.aio.EOF or first.WhichOneof("part") != "header":
+        if not isinstance(first, pb.PutChunk) or first.WhichOneof("part") != "header":
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
         header: pb.PutHeader = first.header
         return header
@@ -240,7 +283,7 @@ class Service(AdapterExchangeServicer):
             async with asyncio.timeout(self._limits.idle):
                 return await context.read()
 
-    async def _write(self, context: Any, chunk: pb.Chunk) -> None:
+    async def _write(self, context: Any, chunk: pb.Chunk | memoryview) -> None:
         with self._stalled("taken"):
             async with asyncio.timeout(self._limits.idle):
                 await context.write(chunk)
@@ -330,19 +373,12 @@ class Service(AdapterExchangeServicer):
         node, now = self._nodes[name], time.monotonic()
         start = max(now, node.free_at)
         node.free_at = start + size / self._limits.rate
-        if start > now:
+        if start > now + _BURST:
             await asyncio.sleep(start - now)
 
 
-def _receipt(name: str, grant: Grant, header: pb.PutHeader) -> Receipt:
-    return Receipt(
-        run=grant.run,
-        round=grant.round,
-        attempt=grant.attempt,
-        node=name,
-        digest=header.digest,
-        length=header.length,
-    )
+def _receipt(name: str, grant: Grant, digest: str, length: int) -> Receipt:
+    return Receipt(run=grant.run, round=grant.round, attempt=grant.attempt, node=name, digest=digest, length=length)
 
 
 def _require_writer(node: _Node, me: object) -> None:
@@ -355,6 +391,12 @@ def _require_digest(name: str) -> None:
         require_digest(name)
     except (MessageError, IdentityError) as error:
         raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+
+
+def _done() -> asyncio.Future[None]:
+    done = asyncio.get_running_loop().create_future()
+    done.set_result(None)
+    return done
 
 
 async def _in_thread(call: Callable[..., T], *args: Any) -> T:

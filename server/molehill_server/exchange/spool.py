@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -58,7 +59,8 @@ class Part:
     def __init__(self, path: Path, length: int) -> None:
         self.path = path
         self.length = length
-        self.size = 0
+        self.size = 0  # bytes written
+        self.synced = 0  # of them on the disk for certain
         self._hash = hashlib.sha256()
         self._file = path.open("ab+", buffering=0)
         self._file.seek(0)
@@ -66,23 +68,24 @@ class Part:
             self._hash.update(data)
             self.size += len(data)
 
-    def write(self, data: bytes) -> None:
+    def write(self, pieces: Iterable[memoryview]) -> None:
         """Append.
 
         Raises:
             DiskFullError: There is no room.
         """
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            self.drop()
-            raise DiskFullError from None
-        self._hash.update(data)
-        self.size += len(data)
+        for data in pieces:
+            try:
+                view = data
+                while view:
+                    view = view[self._file.write(view) :]
+            except OSError as error:
+                if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                    raise
+                self.drop()
+                raise DiskFullError from None
+            self._hash.update(data)
+            self.size += len(data)
 
     @property
     def digest(self) -> str:
@@ -91,7 +94,9 @@ class Part:
 
     def sync(self) -> None:
         """Have it on the disk."""
+        size = self.size
         os.fsync(self._file.fileno())
+        self.synced = size
 
     def drop(self) -> None:
         """Remove the file."""
@@ -132,25 +137,31 @@ class Spool:
         """
         return (self._blobs / digest).open("rb", buffering=0)
 
-    def part_size(self, node: str, grant: Grant, digest: str) -> int:
-        """Bytes of a delta that came so far."""
-        try:
-            return self._part(node, grant, digest).stat().st_size
-        except FileNotFoundError:
-            return 0
+    def held(self, node: str, grant: Grant) -> tuple[int, str]:
+        """Bytes of a node's delta that came so far, and their digest."""
+        with suppress(FileNotFoundError), self._part(node, grant).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+        return 0, hashlib.sha256().hexdigest()
 
-    def open_part(self, node: str, grant: Grant, digest: str, length: int) -> Part:
+    def open_part(self, node: str, grant: Grant, length: int, offset: int) -> Part:
         """Open the node's one unfinished upload; any other of its uploads is dropped.
+
+        Args:
+            node: Name of the node.
+            grant: What it may do.
+            length: Bytes of the whole delta.
+            offset: Bytes to go on after; 0 begins again.
 
         Raises:
             DiskFullError: The rest of it has no room.
         """
-        path = self._part(node, grant, digest)
+        path = self._part(node, grant)
         path.parent.mkdir(exist_ok=True)
         for other in path.parent.iterdir():
-            if other != path:
+            if other != path or not offset:
                 other.unlink(missing_ok=True)
-        missing = length - self.part_size(node, grant, digest)
+        missing = length - offset
         if missing > 0 and shutil.disk_usage(self._parts).free < missing + self._reserve:
             path.unlink(missing_ok=True)
             raise DiskFullError
@@ -220,5 +231,5 @@ class Spool:
             path.unlink(missing_ok=True)
         return [str(path.relative_to(self._blobs.parent)) for path in removed]
 
-    def _part(self, node: str, grant: Grant, digest: str) -> Path:
-        return self._parts / node / f"{grant.run}.{grant.round}.{digest}"
+    def _part(self, node: str, grant: Grant) -> Path:
+        return self._parts / node / f"{grant.run}.{grant.round}.part"

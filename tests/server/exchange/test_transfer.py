@@ -105,7 +105,7 @@ def test_an_upload_cut_on_the_way_goes_on_where_it_was(serving, wire):
     node, blob = serving.node(port=wire.port), noise(4 * 2**20)
     sending = threading.Thread(target=node.put, args=(blob, NOW))
     sending.start()
-    part = serving.folder / "parts" / "lab-1" / f"run.3.{digest(blob)}"
+    part = serving.folder / "parts" / "lab-1" / "run.3.part"
     wait_for(lambda: part.exists() and part.stat().st_size >= 2 * 2**20)
     before = len(wire.seen["up"])
     wire.cut()
@@ -138,7 +138,7 @@ def test_an_upload_survives_a_kill_of_the_server(house):
     node = house.node(patience=Patience(stalled=30, pause=0.05))
     sending = threading.Thread(target=node.put, args=(blob, NOW))
     sending.start()
-    part = house.folder / "parts" / "lab-1" / f"run.3.{digest(blob)}"
+    part = house.folder / "parts" / "lab-1" / "run.3.part"
     wait_for(lambda: part.exists() and part.stat().st_size >= 2**20)
     house.kill()
     kept = part.stat().st_size
@@ -156,7 +156,7 @@ def test_an_upload_survives_a_kill_of_the_server(house):
 def test_a_kill_between_receipt_and_blob_loses_nothing(serving):
     node, blob = serving.node(), noise(1000)
     name = node.put(blob, NOW)
-    (serving.folder / "blobs" / name).rename(serving.folder / "parts" / "lab-1" / f"run.3.{name}")
+    (serving.folder / "blobs" / name).rename(serving.folder / "parts" / "lab-1" / "run.3.part")
     assert node.put(blob, NOW) == name
     assert serving.blobs.get(name) == blob
 
