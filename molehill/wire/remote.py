@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -141,7 +142,7 @@ class GrpcExchange:
             held = self._offset(pb.OffsetRequest(run=at.run, round=at.round), timeout=self._patience.call)
             header = upload.header(held)
             upload.moved = max(upload.moved, header.offset)
-            receipt = self._put(upload.parts(header), timeout=self._seconds(len(blob) - header.offset))
+            receipt = upload.send(self._put, header, self._seconds(len(blob) - header.offset))
             if (receipt.run, receipt.round, receipt.length) != (*at, len(blob)) or (
                 header.digest not in {"", receipt.digest}
             ):
@@ -277,11 +278,19 @@ class _Upload:
         run, number = self.at
         return pb.PutHeader(run=run, round=number, digest=known, length=len(self.blob), offset=offset)
 
-    def parts(self, header: pb.PutHeader) -> Iterator[pb.PutChunk | memoryview]:
-        """The messages of the upload."""
-        yield pb.PutChunk(header=header)
-        for start in range(header.offset, len(self.blob), CHUNK):
-            yield memoryview(self.blob)[start : start + CHUNK]
+    def send(self, put: Any, header: pb.PutHeader, seconds: float) -> pb.Receipt:
+        """Send the header and, when the server has answered that it is our turn, the data."""
+
+        def parts() -> Iterator[pb.PutChunk | memoryview]:
+            yield pb.PutChunk(header=header)
+            calls.get().initial_metadata()
+            for start in range(header.offset, len(self.blob), CHUNK):
+                yield memoryview(self.blob)[start : start + CHUNK]
+
+        calls: SimpleQueue[Any] = SimpleQueue()  # of one: the call, once there is one
+        call = put.future(parts(), timeout=seconds)
+        calls.put(call)
+        return call.result()
 
 
 class _Download:

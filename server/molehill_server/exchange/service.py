@@ -28,7 +28,7 @@ log = logging.getLogger("molehill.exchange")
 T = TypeVar("T")
 
 _BURST = 0.05  # seconds that a node may be ahead of its rate: shorter pauses take longer than they should
-_AHEAD = 2**20  # bytes of an upload in memory while those before them are written
+_AHEAD = 2**19  # bytes of an upload in memory while those before them are written
 _SYNC = 16 * 2**20  # bytes written before they are brought to the disk, so that the end need not wait for all of them
 
 
@@ -159,6 +159,7 @@ class Service:
                 text = f"a delta of {header.length} bytes, the limit is {limit}"
                 raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             async with self._slot(name):
+                await context.send_initial_metadata(())  # the node may begin
                 receipt = await self._receive(name, grant, header, context)
             log.info(
                 "%s delivered %s for round %d of %s: %d bytes",
