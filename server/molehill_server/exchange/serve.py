@@ -8,7 +8,7 @@ import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grpc
 import typer
@@ -61,7 +61,7 @@ async def serve(
     server = grpc.aio.server(options=list(options.items()))
     service = Service(folder, limits, revoked)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, service.handlers()),))
-    state = health.HealthServicer()
+    state = _Health(service)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     pair = (identity.key_pem(), identity.certificate.pem)
     credentials = grpc.ssl_server_credentials([pair], identity.authority.pem, require_client_auth=True)
@@ -85,6 +85,22 @@ async def serve(
     finally:
         await state.enter_graceful_shutdown()
         await server.stop(grace=1.0)
+
+
+class _Health(health.HealthServicer):  # type: ignore[misc] - comes without types
+    """Says whether the server is well, to those whom the service lets in."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - by protocol
+        async with self._service.answer(context, "health"):
+            return await super().Check(request, context)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - by protocol
+        async with self._service.answer(context, "health"):
+            await super().Watch(request, context)
 
 
 async def _until_told(folder: Path, identity: Identity, listen: str, limits: Limits, revoked: Path | None) -> None:

@@ -113,7 +113,7 @@ class Service:
 
     async def Get(self, request: pb.GetRequest, context: Any) -> None:  # noqa: N802 - by protocol
         """Send a blob that the node's plan names."""
-        async with self._answer(context, "get") as name:
+        async with self.answer(context, "get") as name:
             _require_digest(request.digest)
             if request.digest not in self._granted(name).read:
                 raise Refusal(
@@ -135,7 +135,7 @@ class Service:
 
     async def Offset(self, request: pb.OffsetRequest, context: Any) -> pb.OffsetReply:  # noqa: N802 - by protocol
         """Say what is here of a delta, and let no older stream add to it."""
-        async with self._answer(context, "offset") as name:
+        async with self.answer(context, "offset") as name:
             grant = self._may_write(name, request.run, request.round)
             node = self._nodes[name]
             async with node.lock:
@@ -149,7 +149,7 @@ class Service:
 
     async def Put(self, requests: Any, context: Any) -> pb.Receipt:  # noqa: ARG002, N802 - by protocol
         """Take the node's delta of its current round."""
-        async with self._answer(context, "put") as name:
+        async with self.answer(context, "put") as name:
             header = await self._header(context)
             if header.digest:
                 _require_digest(header.digest)
@@ -167,6 +167,27 @@ class Service:
             )
             return pb.Receipt(**receipt.model_dump(exclude={"attempt"}))
         raise AssertionError("an answer or an error was given")
+
+    @asynccontextmanager
+    async def answer(self, context: Any, what: str) -> AsyncIterator[str]:
+        """Name the node that asks, and tell it why when it is refused.
+
+        Args:
+            context: Of the call.
+            what: Name of the call.
+        """
+        name = "?"
+        try:
+            name = self._identify(context)
+            yield name
+        except Refusal as refusal:
+            code, text = refusal.code, refusal.text
+        except DiskFullError:
+            code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, "the server's disk is full"
+        else:
+            return
+        log.warning("refused %s of %s (%s): %s", what, name, code.name, text)
+        await context.abort(code, text)
 
     async def collect(self) -> None:
         """Remove what is left of rounds that are over."""
@@ -298,22 +319,6 @@ class Service:
             raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
 
     # ---- who, what and how much ------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _answer(self, context: Any, what: str) -> AsyncIterator[str]:
-        """Name the node that asks, and tell it why when it is refused."""
-        name = "?"
-        try:
-            name = self._identify(context)
-            yield name
-        except Refusal as refusal:
-            code, text = refusal.code, refusal.text
-        except DiskFullError:
-            code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, "the server's disk is full"
-        else:
-            return
-        log.warning("refused %s of %s (%s): %s", what, name, code.name, text)
-        await context.abort(code, text)
 
     def _identify(self, context: Any) -> str:
         """The name of the node, from its certificate.

@@ -96,6 +96,16 @@ def test_a_revoked_certificate_is_refused_from_the_next_call_on(serving):
     other.put(b"y", NOW)
 
 
+def test_health_is_not_told_to_a_revoked_certificate(serving):
+    serving.stub()
+    stub, request = health_pb2_grpc.HealthStub(serving.channel), health_pb2.HealthCheckRequest()
+    assert stub.Check(request, timeout=20).status == next(stub.Watch(request, timeout=20)).status == 1
+    (serving.folder / "revoked.json").write_text(json.dumps([serial(serving.identities["lab-1"])]))
+    assert refusal(stub.Check, request) == ("UNAUTHENTICATED", "this certificate was revoked.")
+    with pytest.raises(grpc.RpcError, match="this certificate was revoked"):
+        next(stub.Watch(request, timeout=20))
+
+
 def test_a_damaged_list_of_revoked_certificates_lets_nobody_in(serving):
     (serving.folder / "revoked.json").write_text("[")
     with pytest.raises(FederationError, match="list of revoked certificates is damaged"):
