@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import re
 import signal
 import socket
@@ -100,6 +101,11 @@ class House:
         process.stdout.close()
         return process.wait(10)
 
+    def peak(self) -> float:
+        """Peak resident memory of the process, in MiB (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
     def log(self) -> str:
         return (self.folder.parent / "server.log").read_text()
 
@@ -128,10 +134,12 @@ class House:
 
 
 class Wire:
-    """A TCP proxy that writes down what passes, and can cut it."""
+    """A TCP proxy that writes down what passes, and can cut it, hold it up and slow it down."""
 
     def __init__(self, port: int) -> None:
         self.seen: dict[str, bytearray] = {"up": bytearray(), "down": bytearray()}
+        self.delay = 0.0  # seconds from one end to the other
+        self.rate = float("inf")  # bytes per second each way, of one connection
         self._target = port
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
@@ -152,21 +160,36 @@ class Wire:
                 continue
             self._sockets += [near, far]
             for source, sink, way in ((near, far, "up"), (far, near, "down")):
-                self._threads.append(threading.Thread(target=self._pump, args=(source, sink, way)))
-                self._threads[-1].start()
+                passing = queue.Queue(16)  # what the line holds: the sender has to wait for the rest
+                for run, end in ((self._take, source), (self._give, sink)):
+                    self._threads.append(threading.Thread(target=run, args=(end, passing, way)))
+                    self._threads[-1].start()
 
-    def _pump(self, source, sink, way) -> None:
+    def _take(self, source, passing, way) -> None:
+        data = b"..."
+        while data:
+            try:
+                data = source.recv(2**14)
+            except OSError:
+                data = b""
+            self.seen[way] += data
+            passing.put((time.monotonic() + self.delay, data))
         with contextlib.suppress(OSError):
-            while data := source.recv(2**16):
-                self.seen[way] += data
+            source.shutdown(socket.SHUT_RDWR)
+
+    def _give(self, sink, passing, way) -> None:
+        due, data = passing.get()
+        while data:
+            time.sleep(max(0.0, due - time.monotonic()) + len(data) / self.rate)
+            with contextlib.suppress(OSError):  # what comes after a cut is lost
                 sink.sendall(data)
-        for each in (source, sink):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+            due, data = passing.get()
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
         """Reset every connection."""
-        for each in self._sockets:
+        for each in list(self._sockets):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
