@@ -290,7 +290,8 @@ class _Upload:
         calls: SimpleQueue[Any] = SimpleQueue()  # of one: the call, once there is one
         call = put.future(parts(), timeout=seconds)
         calls.put(call)
-        return call.result()
+        receipt: pb.Receipt = call.result()
+        return receipt
 
 
 class _Download:

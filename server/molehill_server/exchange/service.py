@@ -9,19 +9,20 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
-from molehill.errors import ConfigError, IdentityError, MessageError
+from molehill.errors import ConfigError, FederationError, IdentityError, MessageError
 from molehill.pki import Certificate, Door
 from molehill.wire.exchange import require_digest
 from molehill.wire.frames import pack, unpack
 from molehill.wire.remote import CHUNK
 from molehill_protos.v1 import exchange_pb2 as pb
 from molehill_server.exchange.grants import Grant, Grants
-from molehill_server.exchange.spool import DiskFullError, Part, Receipt, Spool
+from molehill_server.exchange.spool import Blobs, DiskFullError, Part, Receipt, Spool
 
 log = logging.getLogger("molehill.exchange")
 
@@ -88,11 +89,14 @@ class Service:
         folder: The folder; it is made when missing.
         limits: What it bears.
         revoked: The authority's list of revoked certificates; ``revoked.json`` of the folder when omitted.
+        blobs: Where whole blobs are kept; in the folder when omitted.
     """
 
-    def __init__(self, folder: Path, limits: Limits | None = None, revoked: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, limits: Limits | None = None, revoked: Path | None = None, blobs: Blobs | None = None
+    ) -> None:
         self._limits = limits or Limits()
-        self._spool = Spool(folder, self._limits.reserve)
+        self._spool = Spool(folder, self._limits.reserve, blobs)
         self._grants = Grants(folder / "grants")
         self._door = Door(revoked or folder / "revoked.json")
         self._nodes: defaultdict[str, _Node] = defaultdict(_Node)
@@ -121,16 +125,11 @@ class Service:
                 )
             async with self._slot(name):
                 try:
-                    file = self._spool.open(request.digest)
+                    file = await _in_thread(self._spool.blobs.open, request.digest)
                 except FileNotFoundError:
                     raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no blob {request.digest[:12]}") from None
                 with file:
-                    length = file.seek(0, 2)
-                    file.seek(min(request.offset, length))
-                    await self._write(context, pb.Chunk(length=length))
-                    while data := file.read(CHUNK):
-                        await self._pace(name, len(data))
-                        await self._write(context, memoryview(data))
+                    length = await self._send(file, request.offset, name, context)
             log.info("sent %s to %s: %d bytes", request.digest[:12], name, length - request.offset)
 
     async def Offset(self, request: pb.OffsetRequest, context: Any) -> pb.OffsetReply:  # noqa: N802 - by protocol
@@ -140,10 +139,7 @@ class Service:
             node = self._nodes[name]
             async with node.lock:
                 node.writer = None
-                size, digest = await _in_thread(self._spool.held, name, grant)
-                receipt = None if size else self._spool.receipt(name)
-                if receipt is not None and self._spool.has(receipt.digest):
-                    size, digest = receipt.length, receipt.digest
+                size, digest = await _in_thread(self._held, name, grant)
                 return pb.OffsetReply(offset=size, digest=digest)
         raise AssertionError("an answer or an error was given")
 
@@ -184,6 +180,9 @@ class Service:
             code, text = refusal.code, refusal.text
         except DiskFullError:
             code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, "the server's disk is full"
+        except FederationError as error:
+            log.error("%s", error)  # noqa: TRY400 - its words say it all
+            code, text = grpc.StatusCode.UNAVAILABLE, "the server's object store fails"
         else:
             return
         log.warning("refused %s of %s (%s): %s", what, name, code.name, text)
@@ -205,12 +204,37 @@ class Service:
 
     # ---- parts -----------------------------------------------------------------------------------------------
 
+    async def _send(self, file: RawIOBase, offset: int, name: str, context: Any) -> int:
+        """Send a file from an offset on, the next piece being read meanwhile; returns its length."""
+        length: int = await _in_thread(file.seek, 0, 2)
+        file.seek(min(offset, length))
+        await self._write(context, pb.Chunk(length=length))
+        reading = asyncio.ensure_future(_in_thread(file.read, _AHEAD))
+        try:
+            while data := await reading:
+                reading = asyncio.ensure_future(_in_thread(file.read, _AHEAD))
+                for start in range(0, len(data), CHUNK):
+                    piece = memoryview(data)[start : start + CHUNK]
+                    await self._pace(name, len(piece))
+                    await self._write(context, piece)
+        finally:
+            await asyncio.wait({reading})  # the file is its
+        return length
+
+    def _held(self, name: str, grant: Grant) -> tuple[int, str]:
+        """Bytes of a node's delta that are here, and their digest."""
+        size, digest = self._spool.held(name, grant)
+        receipt = None if size else self._spool.receipt(name)
+        if receipt is not None and self._spool.blobs.has(receipt.digest):
+            return receipt.length, receipt.digest
+        return size, digest
+
     async def _receive(self, name: str, grant: Grant, header: pb.PutHeader, context: Any) -> Receipt:
         """Take the data of a delta, or say again that it is here."""
         node, me = self._nodes[name], object()
         async with node.lock:
             node.writer = me
-            done = self._delivered(name, grant, header.digest, header.length)
+            done = await _in_thread(self._delivered, name, grant, header.digest, header.length)
             if done is not None:
                 return done
             part: Part = await _in_thread(self._spool.open_part, name, grant, header.length, header.offset)
@@ -260,11 +284,11 @@ class Service:
         """The receipt of a delta that is here already; its digest may not be known yet."""
         receipt = self._spool.receipt(name)
         if receipt is not None and receipt.of(grant) and receipt.digest != digest:
-            if not digest and not self._spool.has(receipt.digest):  # dropped since, and perhaps sent again
+            if not digest and not self._spool.blobs.has(receipt.digest):  # dropped since, and perhaps sent again
                 return None
             text = f"{name} has delivered another delta, {receipt.digest[:12]}, for round {grant.round} of {grant.run}"
             raise Refusal(grpc.StatusCode.ALREADY_EXISTS, text)
-        if not digest or not self._spool.has(digest):
+        if not digest or not self._spool.blobs.has(digest):
             return None
         if receipt is None or receipt.digest != digest:
             raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"blob {digest[:12]} is not a delta of {name}")
@@ -283,7 +307,7 @@ class Service:
             raise Refusal(grpc.StatusCode.DATA_LOSS, "the data does not fit its digest and was dropped; send it again")
         grant = self._may_write(name, header.run, header.round)  # the round may have ended meanwhile
         try:
-            receipt = self._delivered(name, grant, digest, header.length)
+            receipt = await _in_thread(self._delivered, name, grant, digest, header.length)
         except Refusal:
             part.drop()
             raise
