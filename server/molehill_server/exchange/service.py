@@ -6,12 +6,12 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
@@ -23,14 +23,12 @@ from molehill.wire.remote import CHUNK
 from molehill_protos.v1 import exchange_pb2 as pb
 from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.exchange.spool import Blobs, DiskFullError, Part, Receipt, Spool
+from molehill_server.exchange.writer import Writer, in_thread
 
 log = logging.getLogger("molehill.exchange")
 
-T = TypeVar("T")
-
 _BURST = 0.05  # seconds that a node may be ahead of its rate: shorter pauses take longer than they should
-_AHEAD = 2**19  # bytes of an upload in memory while those before them are written
-_SYNC = 16 * 2**20  # bytes written before they are brought to the disk, so that the end need not wait for all of them
+_AHEAD = 2**19  # bytes of a blob that are read at a time, while those before them are sent
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class _Node:
     """What is known of a node while the process lives."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # over its part and receipt
-    writer: object = None  # the one stream that may write; a newer one takes its place
+    writer: Writer | None = None  # of the one stream that may write; a newer one takes its place
     streams: int = 0
     free_at: float = 0.0  # when it has used up its rate
 
@@ -125,7 +123,7 @@ class Service:
                 )
             async with self._slot(name):
                 try:
-                    file = await _in_thread(self._spool.blobs.open, request.digest)
+                    file = await in_thread(self._spool.blobs.open, request.digest)
                 except FileNotFoundError:
                     raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no blob {request.digest[:12]}") from None
                 with file:
@@ -138,8 +136,8 @@ class Service:
             grant = self._may_write(name, request.run, request.round)
             node = self._nodes[name]
             async with node.lock:
-                node.writer = None
-                size, digest = await _in_thread(self._held, name, grant)
+                await _stop(node)
+                size, digest = await in_thread(self._held, name, grant)
                 return pb.OffsetReply(offset=size, digest=digest)
         raise AssertionError("an answer or an error was given")
 
@@ -198,7 +196,7 @@ class Service:
                 except (MessageError, IdentityError) as error:
                     log.error("%s", error)  # noqa: TRY400 - its words say it all
                     continue
-                removed = await _in_thread(self._spool.collect, name, grant, keep)
+                removed = await in_thread(self._spool.collect, name, grant, keep)
             for path in removed:
                 log.info("collected %s", path)
 
@@ -206,13 +204,13 @@ class Service:
 
     async def _send(self, file: RawIOBase, offset: int, name: str, context: Any) -> int:
         """Send a file from an offset on, the next piece being read meanwhile; returns its length."""
-        length: int = await _in_thread(file.seek, 0, 2)
+        length: int = await in_thread(file.seek, 0, 2)
         file.seek(min(offset, length))
         await self._write(context, pb.Chunk(length=length))
-        reading = asyncio.ensure_future(_in_thread(file.read, _AHEAD))
+        reading = asyncio.ensure_future(in_thread(file.read, _AHEAD))
         try:
             while data := await reading:
-                reading = asyncio.ensure_future(_in_thread(file.read, _AHEAD))
+                reading = asyncio.ensure_future(in_thread(file.read, _AHEAD))
                 for start in range(0, len(data), CHUNK):
                     piece = memoryview(data)[start : start + CHUNK]
                     await self._pace(name, len(piece))
@@ -231,54 +229,39 @@ class Service:
 
     async def _receive(self, name: str, grant: Grant, header: pb.PutHeader, context: Any) -> Receipt:
         """Take the data of a delta, or say again that it is here."""
-        node, me = self._nodes[name], object()
+        node = self._nodes[name]
         async with node.lock:
-            node.writer = me
-            done = await _in_thread(self._delivered, name, grant, header.digest, header.length)
+            await _stop(node)
+            done = await in_thread(self._delivered, name, grant, header.digest, header.length)
             if done is not None:
                 return done
-            part: Part = await _in_thread(self._spool.open_part, name, grant, header.length, header.offset)
+            part: Part = await in_thread(self._spool.open_part, name, grant, header.length, header.offset)
+            writer = node.writer = Writer(part)
         with part:
-            if part.size != header.offset:
-                text = f"the data begins at byte {header.offset}, the server has {part.size}"
-                raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
-            await self._fill(part, name, me, context)
+            try:
+                await self._fill(part, name, writer, header.offset, context)
+            finally:
+                await writer.end()
             async with node.lock:
-                _require_writer(node, me)
+                _require_writer(node, writer)
+                node.writer = None
                 return await self._commit(name, part, header)
 
-    async def _fill(self, part: Part, name: str, me: object, context: Any) -> None:
-        """Read the data; threads write down what came meanwhile, and bring it to the disk."""
+    async def _fill(self, part: Part, name: str, writer: Writer, offset: int, context: Any) -> None:
+        """Read the data and have it written down."""
         node, size = self._nodes[name], part.size
-        pieces: list[memoryview] = []
-        writing = syncing = _done()
-
-        async def write(taken: list[memoryview]) -> None:
-            async with node.lock:
-                _require_writer(node, me)
-                await _in_thread(part.write, taken)
-
-        try:
-            while isinstance(piece := await self._read(context), memoryview):
-                size += len(piece)
-                if size > part.length:
-                    raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
-                await self._pace(name, len(piece))
-                pieces.append(piece)
-                if writing.done() or sum(map(len, pieces)) >= _AHEAD:
-                    await writing
-                    writing, pieces = asyncio.ensure_future(write(pieces)), []
-                if syncing.done() and part.size >= part.synced + _SYNC:
-                    await syncing
-                    syncing = asyncio.ensure_future(_in_thread(part.sync))
-        finally:
-            await asyncio.wait({writing, syncing})  # the file is theirs
-            failed = [task.exception() for task in (writing, syncing) if not task.cancelled()]
+        if size != offset:
+            text = f"the data begins at byte {offset}, the server has {size}"
+            raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
+        while isinstance(piece := await self._read(context), memoryview):
+            size += len(piece)
+            if size > part.length:
+                raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
+            await self._pace(name, len(piece))
+            _require_writer(node, writer)
+            await writer.give(piece)
         if piece is not grpc.aio.EOF:
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "after the header there is only data")
-        for error in filter(None, failed):
-            raise error
-        await write(pieces)
 
     def _delivered(self, name: str, grant: Grant, digest: str, length: int) -> Receipt | None:
         """The receipt of a delta that is here already; its digest may not be known yet."""
@@ -307,13 +290,13 @@ class Service:
             raise Refusal(grpc.StatusCode.DATA_LOSS, "the data does not fit its digest and was dropped; send it again")
         grant = self._may_write(name, header.run, header.round)  # the round may have ended meanwhile
         try:
-            receipt = await _in_thread(self._delivered, name, grant, digest, header.length)
+            receipt = await in_thread(self._delivered, name, grant, digest, header.length)
         except Refusal:
             part.drop()
             raise
         if receipt is None:
             receipt = _receipt(name, grant, digest, header.length)
-            await _in_thread(self._spool.commit, part, receipt)
+            await in_thread(self._spool.commit, part, receipt)
         part.drop()
         return receipt
 
@@ -411,8 +394,16 @@ def _receipt(name: str, grant: Grant, digest: str, length: int) -> Receipt:
     return Receipt(run=grant.run, round=grant.round, attempt=grant.attempt, node=name, digest=digest, length=length)
 
 
-def _require_writer(node: _Node, me: object) -> None:
-    if node.writer is not me:
+async def _stop(node: _Node) -> None:
+    """Let the stream that may write do so no longer; called under the node's lock."""
+    writer, node.writer = node.writer, None
+    if writer is not None:
+        with suppress(DiskFullError, OSError):  # the stream says it
+            await writer.end()
+
+
+def _require_writer(node: _Node, writer: Writer) -> None:
+    if node.writer is not writer:
         raise Refusal(grpc.StatusCode.ABORTED, "a newer upload took the place of this one")
 
 
@@ -421,19 +412,3 @@ def _require_digest(name: str) -> None:
         require_digest(name)
     except (MessageError, IdentityError) as error:
         raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
-
-
-def _done() -> asyncio.Future[None]:
-    done = asyncio.get_running_loop().create_future()
-    done.set_result(None)
-    return done
-
-
-async def _in_thread(call: Callable[..., T], *args: Any) -> T:
-    """Call something that may wait for the disk; a caller that is cancelled waits until it is done with the file."""
-    task = asyncio.ensure_future(asyncio.to_thread(call, *args))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -69,19 +69,18 @@ class Part:
             self._hash.update(data)
             self.size += len(data)
 
-    def write(self, pieces: Iterable[memoryview]) -> None:
+    def write(self, data: memoryview) -> None:
         """Append.
 
         Raises:
             DiskFullError: There is no room.
         """
-        for data in pieces:
-            with self.room():
-                view = data
-                while view:
-                    view = view[self._file.write(view) :]
-            self._hash.update(data)
-            self.size += len(data)
+        with self.room():
+            left = data
+            while left:
+                left = left[self._file.write(left) :]
+        self._hash.update(data)
+        self.size += len(data)
 
     @property
     def digest(self) -> str:
