@@ -20,7 +20,8 @@ import grpc
 import numpy as np
 
 from molehill.pki import Identity
-from molehill.wire.exchange import FolderExchange, Place
+from molehill.wire.exchange import Exchange, Place, connect
+from molehill.wire.objects import ObjectExchange
 from molehill.wire.remote import GrpcExchange, Patience
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 from molehill_server.exchange.grants import Grant, Grants
@@ -40,14 +41,15 @@ class House:
     port: int = 0
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     process: subprocess.Popen | None = None
+    store: str = ""  # the URL of an object store
 
     @property
     def grants(self) -> Grants:
         return Grants(self.folder / "grants")
 
     @property
-    def blobs(self) -> FolderExchange:
-        return FolderExchange(self.folder / "blobs")
+    def blobs(self) -> Exchange:
+        return connect(f"fsspec:{self.store}" if self.store else f"folder:{self.folder / 'blobs'}")
 
     def give(self, node="lab-1", **changes) -> None:
         self.grants.give(node, Grant(**{"run": "run", "round": 3, "write": True, "max_bytes": 2**30} | changes))
@@ -63,7 +65,14 @@ class House:
         limits = Limits(**{"reserve": 0, "idle": 20.0} | limits)
         address = f"127.0.0.1:{self.port}"
         task = loop.create_task(
-            serve(self.folder, Identity.load(self.identities["server"]), address, limits, ready=ready)
+            serve(
+                self.folder,
+                Identity.load(self.identities["server"]),
+                address,
+                limits,
+                ready=ready,
+                blobs=ObjectExchange(self.store) if self.store else None,
+            )
         )
 
         def run() -> None:
@@ -84,7 +93,10 @@ class House:
         command += ["--identity", str(self.identities["server"]), "--listen", f"127.0.0.1:{self.port}"]
         with (self.folder.parent / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                [*command, "--reserve", "0", *options], stdout=subprocess.PIPE, stderr=log, text=True
+                [*command, "--reserve", "0", *(["--blobs", self.store] if self.store else []), *options],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
         self._open.callback(self.end, self.process)
         line = self.process.stdout.readline()

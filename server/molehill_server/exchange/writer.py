@@ -89,6 +89,9 @@ async def in_thread(call: Callable[..., T], *args: Any) -> T:
     Args:
         call: What to call.
         *args: Its arguments.
+
+    Raises:
+        asyncio.CancelledError: The caller was cancelled.
     """
     task = asyncio.ensure_future(asyncio.to_thread(call, *args))
     try:
