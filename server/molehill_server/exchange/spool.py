@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -228,15 +229,17 @@ class Spool:
     def commit(self, part: Part, receipt: Receipt) -> None:
         """Let a whole part appear as a blob, with its receipt.
 
-        The receipt comes first: a node whose upload was cut between the two finds the part whole and ends it.
+        The receipt comes first, and says nothing while there is no blob: a node whose upload was cut between the two finds
+        the part and ends it.
 
         Raises:
             DiskFullError: The receipt has no room.
         """
         before = self.receipt(receipt.node)
-        part.sync()
-        with part.room():
+        with ThreadPoolExecutor(1) as other, part.room():
+            syncing = other.submit(part.sync)  # it and the receipt wait for the disk together
             self.sign(receipt)
+            syncing.result()
         self.blobs.take(part.path, receipt.digest)
         if before is not None and before.digest != receipt.digest:
             self.blobs.drop(before.digest)

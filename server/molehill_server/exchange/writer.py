@@ -47,7 +47,8 @@ class Writer:
             self._waiting = True  # before the thread's progress is looked at again, as the thread does it the other way
             if self._given - self._written > _AHEAD // 2:
                 await self._room.wait()
-        if self._syncing is None and self._written >= self._part.synced + _SYNC:
+        due = self._part.synced + _SYNC <= self._written < self._part.length - _SYNC  # the end is synced at the end
+        if self._syncing is None and due:
             self._syncing = asyncio.create_task(in_thread(self._part.sync))
         elif self._syncing is not None and self._syncing.done():
             syncing, self._syncing = self._syncing, None
