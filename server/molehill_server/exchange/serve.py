@@ -23,7 +23,7 @@ from molehill_server.exchange.service import Limits, Service, log
 from molehill_server.exchange.spool import Blobs
 
 _DEFAULTS = Limits()
-WINDOW = 2**21  # bytes an upload may be ahead of the server; at 50 ms there and back, 40 MB a second
+WINDOW = 2**20  # bytes an upload may be ahead of the server; at 50 ms there and back, 20 MB a second
 
 
 async def serve(

@@ -118,13 +118,17 @@ class Part:
             self.drop()
             raise DiskFullError from None
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
 
 
 class Blobs(Protocol):
@@ -229,8 +233,8 @@ class Spool:
     def commit(self, part: Part, receipt: Receipt) -> None:
         """Let a whole part appear as a blob, with its receipt.
 
-        The receipt comes first, and says nothing while there is no blob: a node whose upload was cut between the two finds
-        the part and ends it.
+        The receipt comes first, and says nothing while there is no blob: a node whose upload was cut between the two
+        finds the part and ends it.
 
         Raises:
             DiskFullError: The receipt has no room.

@@ -99,4 +99,6 @@ async def in_thread(call: Callable[..., T], *args: Any) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
+        if task.exception() is None and hasattr(opened := task.result(), "close"):
+            opened.close()  # nobody will
         raise
