@@ -1,4 +1,4 @@
-"""The command line: ``molehill simulate | check | methods | report | pki | audit``.
+"""The command line: ``molehill simulate | server | client | check | methods | report | pki | audit``.
 
 Text for people goes to the terminal; with ``--json`` standard output holds one JSON document and nothing else. A
 mistake of the user ends in one paragraph and an exit code (`docs/reference/errors.md`), never in a traceback.
@@ -8,9 +8,7 @@ Heavy imports wait until a command needs them.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,12 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import __version__, logs
-from molehill.commands import audit, pki
-from molehill.commands.common import Json, explained, print_json, say
-from molehill.errors import ConfigError, ResumeError
+from molehill.commands import audit, client, pki, server
+from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json
+from molehill.errors import ConfigError
 from molehill.extras import needs
-
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 app = typer.Typer(
     help="Fine-tune one language model for many private data owners with mixtures of LoRA experts.",
@@ -35,6 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(server.app, name="server")
+app.add_typer(client.app, name="client")
 app.add_typer(pki.app, name="pki")
 app.add_typer(audit.app, name="audit")
 
@@ -91,7 +89,7 @@ def simulate(
                 config = out / "config.toml"
             resolved = load(config or _demo(), overrides or ())
             claimed = out or Path("runs") / resolved.run.name
-            _claim(claimed, resume)
+            claim(claimed, resume)
             folder = claimed
 
             with needs("simulation"):
@@ -103,7 +101,7 @@ def simulate(
             with RunView(console) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
                 summary = run(resolved, folder, engine=engine, observer=view)
         except KeyboardInterrupt:
-            _interrupted(folder, engine, as_json)
+            interrupted(folder, ["molehill", "simulate"], [] if engine == "local" else ["--engine", engine], as_json)
             raise typer.Exit(INTERRUPTED) from None
         if as_json:
             sys.stdout.write(summary.to_json())
@@ -112,51 +110,9 @@ def simulate(
             console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
 
 
-def _interrupted(folder: Path | None, engine: str, as_json: bool) -> None:
-    """Say how to go on with a run that was stopped, if there is anything of it."""
-    what, mend = "stopped before the run began", ""
-    if folder is not None and (folder / "config.toml").is_file():
-        other = [] if engine == "local" else ["--engine", engine]
-        what, mend = "stopped", shlex.join(["molehill", "simulate", "--out", str(folder), *other, "--resume"])
-    if as_json:
-        print_json({"error": {"kind": "Interrupted", "code": INTERRUPTED, "what": what, "mend": mend}})
-    else:
-        say(Text(f"{what}; resume with: {mend}" if mend else what))
-
-
 def _demo() -> Path:
     """The configuration that runs when none is named."""
     return Path(str(resources.files("molehill_simulation") / "demo.toml"))
-
-
-def _claim(folder: Path, resume: bool) -> None:
-    """Refuse a run folder that holds something else, or nothing to resume, or that cannot be written."""
-    try:
-        used = folder.exists() and any(folder.iterdir())
-        _try_to_write(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot use the run folder: {error.strerror}", where=str(folder), mend="Choose another --out."
-        ) from None
-    if used and not resume:
-        mend = "Give --resume to go on with that run, or choose another --out."
-        raise ResumeError("the run folder is not empty", where=str(folder), mend=mend)
-    if resume and not (folder / "config.toml").is_file():
-        mend = "Leave out --resume to start one, or give the --out of a run."
-        raise ResumeError("there is no run to resume", where=str(folder), mend=mend)
-
-
-def _try_to_write(folder: Path) -> None:
-    """Make the folder and a file in it, and leave everything as it was."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    finally:
-        for path in new:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 @app.command()

@@ -278,6 +278,7 @@ class Rounds(Section):
     Attributes:
         deadline: Seconds after which a round closes.
         quorum: Part of the selected clients that must answer.
+        min_clients: So many must be connected for a round to begin, and so many must answer, whatever the quorum says.
         grace: Seconds to wait for the rest once the quorum is there.
         retries: How often a round below quorum is tried again before the run stops.
         norm_bound: Largest L2 norm of a client's delta; None accepts any finite one.
@@ -285,6 +286,7 @@ class Rounds(Section):
 
     deadline: float = Field(default=3600.0, gt=0)
     quorum: float = Field(default=0.5, gt=0, le=1)
+    min_clients: int = Field(default=1, ge=1)
     grace: float = Field(default=30.0, ge=0)
     retries: int = Field(default=1, ge=0)
     norm_bound: float | None = Field(default=1e3, gt=0)
@@ -302,6 +304,33 @@ class Wire(Section):
     up: Annotated[MethodRef, Axis("codec")] = _ref("int4")
     down: Annotated[MethodRef, Axis("codec")] = _ref("fp16")
     max_bytes: int = Field(default=256 * 2**20, ge=1024)
+
+
+class Privacy(Section):
+    """Client-level differential privacy; off unless `clip`, `noise`, `epsilon` and `delta` are all given.
+
+    Attributes:
+        clip: Largest L2 norm of a client's change over all tensors it shares; the client scales a larger one down.
+        noise: Standard deviation of the noise on the sum of changes, in units of `clip`.
+        epsilon: Budget of the run; a round that would exceed it is not begun.
+        delta: Probability with which the bound on epsilon may fail; far below one over the number of clients.
+        max_examples: Examples from which on a client counts fully; one with fewer counts in proportion. None: all
+            clients count alike.
+    """
+
+    clip: float | None = Field(default=None, gt=0)
+    noise: float | None = Field(default=None, gt=0)
+    epsilon: float | None = Field(default=None, gt=0)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    max_examples: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Privacy:
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        missing = [name for name in ("clip", "noise", "epsilon", "delta") if name not in given]
+        if given and missing:
+            raise ValueError(f"privacy needs {', '.join(missing)} as well, or nothing is protected")
+        return self
 
 
 class Scenario(Section):
@@ -364,6 +393,7 @@ class Config(Section):
     federation: Federation = Federation()
     round: Rounds = Rounds()
     wire: Wire = Wire()
+    privacy: Privacy = Privacy()
     scenario: Scenario = Scenario()
     evaluate: Evaluate = Evaluate()
     engine: Engine = Engine()

@@ -12,7 +12,9 @@ MolehillError
 ├── ResumeError       a run folder that does not fit the run to resume
 ├── TrainingError     training itself failed (for example a NaN loss)
 ├── FederationError   the round cannot go on (for example below quorum)
-└── IdentityError     a key, certificate or certificate authority
+├── IdentityError     a key, certificate or certificate authority
+├── DeployError       a process of a deployment cannot start or be reached
+└── PrivacyError      the privacy budget is spent
 """
 
 from __future__ import annotations
@@ -93,3 +95,15 @@ class IdentityError(MolehillError):
     """A key or certificate is missing, expired, revoked, open to others or not what it is used for."""
 
     exit_code = 10
+
+
+class DeployError(MolehillError):
+    """A process of the deployment cannot start or be reached."""
+
+    exit_code = 11
+
+
+class PrivacyError(MolehillError):
+    """A round would spend more privacy than the run's budget allows."""
+
+    exit_code = 12

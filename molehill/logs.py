@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 from datetime import UTC, datetime
 from typing import Any
 
+VARIABLE = "MOLEHILL_LOG_JSON"
 _FIELDS = "molehill_fields"
+_OURS = ("molehill", "molehill_server", "molehill_client", "molehill_simulation")
 
 
 class JsonFormatter(logging.Formatter):
@@ -48,9 +51,21 @@ def use_json() -> None:
     handler = _Handler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(handlers=[handler], force=True)
-    for name in ("molehill", "molehill_server", "molehill_client", "molehill_simulation"):
+    for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
+    os.environ[VARIABLE] = "1"  # for processes that we start
+
+
+def begin() -> None:
+    """Send records to standard error in a process that runs on: as lines, or as JSON when `VARIABLE` asks for it."""
+    if os.environ.get(VARIABLE, "") not in {"", "0"}:
+        use_json()
+    if structured():
+        return
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def structured() -> bool:

@@ -50,6 +50,7 @@ class ClientPlan(BaseModel):
         steps: Optimiser steps in this round.
         seed: Seed of batches and dropout in this round.
         codec: How the delta is encoded.
+        clip: Largest L2 norm of the delta; a larger one is scaled down before it is encoded. None for no limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +67,7 @@ class ClientPlan(BaseModel):
     steps: int = Field(ge=1)
     seed: int = Field(ge=0)
     codec: MethodRef
+    clip: float | None = Field(default=None, gt=0)
 
     def scope(self, key: Key) -> Scope:
         """What happens to ``key`` under this plan."""

@@ -119,7 +119,8 @@ def _type(section: type[BaseModel], key: str, field: FieldInfo) -> str:
     if axes:
         link = f"[{axes[0]}](methods.md#{axes[0]})"
         return f"list of {link}" if annotation.startswith("tuple") else link
-    annotation = re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list of \1", annotation).replace("Fraction", "float")
+    annotation = re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list of \1", annotation)
+    annotation = annotation.replace("Fraction", "float").replace("FiniteFloat", "float")
     annotation = re.sub(r"Literal\[([^]]*)\]", lambda match: match[1].replace(", ", " or "), annotation)
     annotation = annotation.replace(" | None", " (optional)").replace(" | ", " or ")
     annotation = re.sub("[\"']", "`", annotation)

@@ -15,6 +15,7 @@ from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.tasks.batches import Batch, Batches, eval_batches
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
+from molehill.wire.clipping import clip
 from molehill.wire.exchange import Place
 from molehill.wire.keys import Key
 from molehill.wire.message import Delta, decode_tree, encode_delta
@@ -168,6 +169,7 @@ class Client:
         """Send what was learnt and keep what is personal."""
         plan, state, received = session.plan, session.state, session.received
         trained = self._shared(plan, received.layout)
+        change = Tree(received.layout, trained.flat - received.flat)
         memory: dict[Key, Array] = {key: np.array(value) for key, value in state.memory.items()}
         blob = encode_delta(
             Delta(
@@ -175,7 +177,7 @@ class Client:
                 round=plan.round,
                 client=self.name,
                 base=plan.base,
-                tree=Tree(received.layout, trained.flat - received.flat),
+                tree=change if plan.clip is None else clip(change, plan.clip),
                 examples=len(self.train_rows),
                 tokens=result.tokens,
             ),

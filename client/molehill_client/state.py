@@ -100,7 +100,9 @@ class StateStore:
         _remove(final)
         draft.rename(final)
         files.sync(self.folder)
-        for number in self.rounds()[:-_KEEP]:
+        rounds = [number for number in self.rounds() if number <= round_]
+        later = [number for number in self.rounds() if number > round_]  # of an older run of this name
+        for number in [*rounds[:-_KEEP], *later]:
             _remove(self._at(number))
 
     def rounds(self) -> list[int]:

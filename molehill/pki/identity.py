@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,6 +23,8 @@ from molehill.pki import keys
 from molehill.pki.certificate import Certificate, alternative_names, parse_all, require_name
 
 Usage = Literal["client", "server"]
+
+LOOPBACK = ("localhost", "127.0.0.1")  # names that every server has
 
 _KEY, _NEW_KEY, _REQUEST, _CERT, _CA = "key.pem", "key.new.pem", "request.csr", "cert.pem", "ca.pem"
 
@@ -40,6 +43,7 @@ class Identity:
     certificate: Certificate
     authority: Certificate
     _key: keys.PrivateKey = field(repr=False, compare=False)
+    _passphrase: bytes | None = field(repr=False, compare=False)
 
     @classmethod
     def load(
@@ -89,7 +93,7 @@ class Identity:
                 where=str(folder),
                 mend="Ask for a new one: molehill pki request --server --host NAME" if usage == "server" else "",
             )
-        return cls(folder, certificate, authority, key)
+        return cls(folder, certificate, authority, key, passphrase)
 
     @property
     def name(self) -> str:
@@ -114,6 +118,19 @@ class Identity:
     def key_pem(self) -> bytes:
         """The private key in the clear, for a TLS library."""
         return keys.pem(self._key)
+
+    def tls(self, *, server: bool = False) -> ssl.SSLContext:
+        """TLS 1.3 in which both sides show a certificate of the same authority.
+
+        Args:
+            server: Whether this machine is the one that is called.
+        """
+        purpose = ssl.Purpose.CLIENT_AUTH if server else ssl.Purpose.SERVER_AUTH
+        context = ssl.create_default_context(purpose, cadata=self.authority.pem.decode())
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_cert_chain(self.cert, self.key, self._passphrase or "")  # with none it must not ask the terminal
+        return context
 
     def openssh_private_key(self, path: Path) -> Path:
         """Write the private key in OpenSSH form, in the clear: ``flower-supernode`` takes no other.
@@ -148,8 +165,8 @@ def request(
     Args:
         folder: The identity's folder; made when missing.
         name: Of the node; that of the certificate when a renewal leaves it out.
-        hosts: Names and addresses of a server, as its clients call it; those of the certificate when a renewal leaves
-            them out.
+        hosts: Names and addresses of a server, as its clients call it, beside `LOOPBACK`; those of the certificate
+            when a renewal leaves them out.
         passphrase: Encrypts the key.
         renew: Make a new key beside the one in use, which stays until the new one is certified.
 
@@ -172,6 +189,8 @@ def request(
         x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, require_name(name))])
     )
     if hosts:
+        # Flower's node verifies the coordinator through a tunnel whose entry is on its own machine.
+        hosts = tuple(dict.fromkeys([*hosts, *LOOPBACK]))
         builder = builder.add_extension(alternative_names(hosts), critical=False)
     key = keys.new_key()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -15,6 +15,7 @@ from molehill.errors import ConfigError
 from molehill.molora.interfaces import Site
 from molehill_server.aggregate import conflicts
 from molehill_server.planning.planner import select, shares
+from molehill_server.privacy.accountant import Accountant, drawn
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,70 @@ def _sends_changes(config: Config) -> Iterator[Conflict]:
         )
 
 
+def _privacy(config: Config) -> Iterator[Conflict]:
+    """The noise is that of a sum of clipped changes, so nothing else may reach the model."""
+    if config.privacy.clip is None:
+        return
+    federation, policy = config.federation, config.federation.policy.name
+    decided = shares(config, 1)
+
+    def refuse(key: str, why: str) -> Conflict:
+        return Conflict("refuse", ("privacy", key), why)
+
+    if federation.rule.name != "mean":
+        yield refuse(
+            "federation.rule",
+            f"rule {federation.rule.name!r} looks at single updates to weigh them, so one client can change what all "
+            "others count for and no noise of a bounded size hides it; use rule 'mean', which under privacy counts "
+            "clients alike",
+        )
+    if not _build("space", federation.space).closed:
+        yield refuse(
+            "federation.space",
+            f"space {federation.space.name!r} sums products B A, whose size the clip of a change of A and B does not "
+            "bound; use space 'common' with a policy that freezes one factor (preset 'ffa'), or space 'factor'",
+        )
+    if _build("codec", config.wire.up).feedback:
+        yield refuse(
+            "wire.up",
+            f"codec {config.wire.up.name!r} sends later what it left unsent (error feedback): what was clipped away "
+            "in one round would come in another; use 'int4', 'int8' or a 16-bit codec",
+        )
+    if decided.ranks:
+        yield refuse(
+            "federation.policy",
+            f"policy {policy!r} fills up the values of clients of lower rank with zeros, which is no sum of clipped "
+            "changes; give all clients one rank",
+        )
+    if policy == "local":
+        yield refuse("federation.policy", "policy 'local' sends nothing, so there is nothing to protect")
+    if federation.space.name == "factor" and _both_shared(config):
+        yield Conflict(
+            "warn",
+            ("privacy", "federation.policy"),
+            f"policy {policy!r} trains both factors, whose noises multiply in B A; presets 'ffa' and 'rolora' keep "
+            "one factor without noise",
+        )
+
+
+def _budget(config: Config) -> Iterator[Conflict]:
+    accountant = Accountant.of(config)
+    if accountant is None:
+        return
+    pool = [str(number) for number in range(config.data.clients)]
+    each = drawn(config, len(pool), len(select(config, pool, 1, 0)))
+    spent = accountant.epsilon([each] * config.run.rounds)
+    if spent > (config.privacy.epsilon or 0.0):
+        lasts = accountant.lasts(each, config.run.rounds)
+        yield Conflict(
+            "refuse",
+            ("privacy.epsilon", "run.rounds"),
+            f"at noise {config.privacy.noise:g} and delta {config.privacy.delta:g} the budget of epsilon "
+            f"{config.privacy.epsilon:g} lasts for {lasts} of {config.run.rounds} rounds, which together spend "
+            f"{spent:.3g}",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _aggregation,
     _products_need_factors,
@@ -271,4 +336,6 @@ RULES: tuple[Rule, ...] = (
     _experts_of_one_shape,
     _nothing_to_learn,
     _sends_changes,
+    _privacy,
+    _budget,
 )

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from molehill.errors import AdapterError, MessageError, ResumeError
 from molehill.files import sync
@@ -19,6 +20,7 @@ from molehill.wire.message import decode_tree, digest
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
 from molehill_server.broadcast import Blob, patch_tree, tree_patches
+from molehill_server.privacy.accountant import Ledger
 from molehill_server.records import Global
 
 _FORMAT = 1
@@ -50,6 +52,7 @@ class Checkpoint:
         clients: Ids of all clients seen so far.
         bytes_up: Bytes received in all rounds.
         bytes_down: Bytes that clients fetched in all rounds.
+        privacy: What was spent; None without privacy.
     """
 
     identity: Identity
@@ -58,6 +61,7 @@ class Checkpoint:
     clients: tuple[str, ...]
     bytes_up: int = 0
     bytes_down: int = 0
+    privacy: Ledger | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -96,6 +100,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "clients": list(checkpoint.clients),
         "bytes_up": checkpoint.bytes_up,
         "bytes_down": checkpoint.bytes_down,
+        "privacy": checkpoint.privacy and {"secret": checkpoint.privacy.secret, "rounds": checkpoint.privacy.rounds},
     }
     (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     for path in (*(scratch / "blobs").iterdir(), scratch / "blobs", scratch / _META, scratch):
@@ -139,7 +144,9 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
         patches, _ = load_tree(path / "patches.safetensors")
         blobs = {name: _blob(path / "blobs" / sha, max_bytes) for name, sha in meta["blobs"].items()}
         glob = Global(tree, tree_patches(patches), state, meta["round"])
-        return Checkpoint(identity, glob, blobs, tuple(meta["clients"]), int(meta["bytes_up"]), int(meta["bytes_down"]))
+        bytes_up, bytes_down = int(meta["bytes_up"]), int(meta["bytes_down"])
+        clients = tuple(meta["clients"])
+        return Checkpoint(identity, glob, blobs, clients, bytes_up, bytes_down, _ledger(meta.get("privacy")))
     except (OSError, KeyError, ValueError, AdapterError, MessageError) as error:
         raise ResumeError(
             f"the checkpoint cannot be read ({error})",
@@ -157,6 +164,12 @@ def _refuse_other(path: Path, saved: Identity, wanted: Identity) -> None:
                 where=str(path),
                 mend=f"Resume with the {what} it was started with, or start a new run in another folder.",
             )
+
+
+def _ledger(saved: dict[str, Any] | None) -> Ledger | None:
+    if saved is None:
+        return None
+    return Ledger(int(saved["secret"]), tuple((int(population), int(sample)) for population, sample in saved["rounds"]))
 
 
 def _committed(folder: Path) -> list[Path]:

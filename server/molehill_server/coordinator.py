@@ -26,10 +26,13 @@ from molehill_server.aggregate import Aggregator
 from molehill_server.audit import AuditLog
 from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
-from molehill_server.planning.planner import Planner, select
+from molehill_server.exchange.grants import Grant, Grants
+from molehill_server.planning.planner import Planner, expected, select
+from molehill_server.privacy.accountant import Accountant, Ledger, drawn
+from molehill_server.privacy.mechanism import Mechanism
 from molehill_server.records import Global, Update
 from molehill_server.roster import Roster
-from molehill_server.transport import Collection, Incoming, Outgoing, Patience, Transport
+from molehill_server.transport import POLL, Collection, Incoming, Outgoing, Patience, Transport
 from molehill_server.validation import Limits, check_reply, open_delta, parse_reply
 
 
@@ -80,6 +83,10 @@ class Coordinator:
         exchange: Where blobs and deltas lie.
         transport: Reaches the clients.
         grace: Overrides ``round.grace``, in seconds.
+        introduction: What nodes are told when they are asked who they are.
+        clients: How many nodes to wait for at the start, up to the round's deadline.
+        grants: Told what every client may read and write, where the exchange asks for that; None where clients and
+            server share it freely.
 
     Raises:
         ConfigError: The configuration combines things that do not go together.
@@ -87,7 +94,16 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: Config, out: Path, exchange: Exchange, transport: Transport, *, grace: float | None = None
+        self,
+        config: Config,
+        out: Path,
+        exchange: Exchange,
+        transport: Transport,
+        *,
+        grace: float | None = None,
+        introduction: str = "",
+        clients: int = 1,
+        grants: Grants | None = None,
     ) -> None:
         require(config)
         self._aggregator = Aggregator.from_config(config.federation, config.run.seed)
@@ -95,6 +111,7 @@ class Coordinator:
         self._out = out
         self._exchange = exchange
         self._transport = transport
+        self._grants = grants
         self._grace = config.round.grace if grace is None else grace
         self._initial, meta = load_tree(out / "initial.safetensors")
         if "base" not in meta:
@@ -102,10 +119,12 @@ class Coordinator:
         self._limits = Limits.from_config(config)
         self._metrics = [ref.name for ref in config.molora.losses]
         self._planner = Planner(config, meta["base"])
+        self._mechanism, self._accountant = Mechanism.of(config.privacy), Accountant.of(config)
         identity = checkpoint.Identity(config.digest, meta["base"])
         loaded = checkpoint.load(out / "checkpoints", identity, config.wire.max_bytes)
         self._fresh = loaded is None
-        self._saved = loaded or checkpoint.Checkpoint(identity, Global(self._initial), {}, ())
+        ledger = Ledger() if self._accountant else None
+        self._saved = loaded or checkpoint.Checkpoint(identity, Global(self._initial), {}, (), privacy=ledger)
         wire = config.wire
         self._broadcast = Broadcast(exchange, wire.down, wire.max_bytes, dict(self._saved.blobs))
         self._late: set[str] = set()
@@ -115,7 +134,7 @@ class Coordinator:
         else:
             events.rewind(out / "metrics.jsonl", loaded.glob.round)
         self._log = events.EventLog(out / "metrics.jsonl", self._audit.record)
-        self._roster = Roster(transport, self._log)
+        self._roster = Roster(transport, self._log, introduction, clients)
 
     def run(self) -> Tree:
         """Do all rounds that are left, then measure.
@@ -125,6 +144,7 @@ class Coordinator:
 
         Raises:
             FederationError: A round stayed below its quorum, no client came, or none could be scored.
+            PrivacyError: The next round would spend more than the privacy budget.
         """
         try:
             return self._run()
@@ -184,6 +204,13 @@ class Coordinator:
             self._log.emit("joined", client=client)
         return nodes
 
+    def _gathered(self) -> dict[str, int]:
+        """Who is connected once there are enough for a round, or when the round's deadline has passed."""
+        end = self._transport.now() + self._config.round.deadline
+        while len(nodes := self._present()) < self._config.round.min_clients and self._transport.now() < end:
+            self._transport.wait(POLL)
+        return nodes
+
     # Training
 
     def _round(self, number: int) -> None:
@@ -191,9 +218,12 @@ class Coordinator:
         began = time.perf_counter()
         glob = self._broadcast.publish(self._saved.glob)
         up = down = 0  # bytes of the attempts before
-        for attempt in range(self._config.round.retries + 1):
-            nodes = self._present()
-            chosen = select(self._config, list(nodes), number, attempt) if nodes else []
+        # After a kill the attempt goes on under its own number, so that deltas that were uploaded in it still count.
+        first = 0 if self._grants is None else self._grants.attempt(self._config.run.name, number)
+        for attempt in range(first, first + self._config.round.retries + 1):
+            nodes = self._gathered()
+            enough = len(nodes) >= self._config.round.min_clients
+            chosen, ledger = self._choose(list(nodes) if enough else [], number, attempt)
             notes = _Round(chosen, self._roster.rows(nodes), bytes_up=up, bytes_down=down)
             try:
                 after, report = self._attempt(glob, number, attempt, nodes, notes)
@@ -204,7 +234,14 @@ class Coordinator:
                     "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
                 )
         else:
+            if not notes.selected:
+                raise FederationError(
+                    f"round {number} cannot begin: {len(nodes)} clients are connected, "
+                    f"{self._config.round.min_clients} are needed",
+                    mend="Start the others, then resume.",
+                )
             raise FederationError(*_below_quorum(number, notes, self._quorum(len(notes.selected))))
+        spent = {"epsilon": self._accountant.epsilon(ledger.rounds)} if self._accountant and ledger else {}
         self._log.emit(
             "round",
             round=number,
@@ -220,7 +257,7 @@ class Coordinator:
             bytes_up=notes.bytes_up,
             bytes_down=notes.bytes_down,
             tokens=notes.tokens,
-            report=dict(report),
+            report={**report, **spent},
         )
         self._commit(
             replace(
@@ -229,20 +266,43 @@ class Coordinator:
                 blobs=dict(self._broadcast.blobs),
                 bytes_up=self._saved.bytes_up + notes.bytes_up,
                 bytes_down=self._saved.bytes_down + notes.bytes_down,
+                privacy=ledger,
             )
         )
+
+    def _choose(self, pool: list[str], number: int, attempt: int) -> tuple[list[str], Ledger | None]:
+        """The clients of a round, and what will have been spent after it.
+
+        Raises:
+            PrivacyError: That is more than there is.
+        """
+        ledger = self._saved.privacy
+        secret = None if ledger is None else ledger.secret
+        chosen = select(self._config, pool, number, attempt, secret=secret) if pool else []
+        if self._accountant and ledger and chosen:
+            ledger = ledger.after(drawn(self._config, len(pool), len(chosen)))
+            self._accountant.require(ledger.rounds)
+        return chosen, ledger
 
     def _attempt(
         self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round
     ) -> tuple[Global, Mapping[str, float]]:
         plans = self._plans(notes.selected, number, glob)
+        if self._grants is not None:
+            limit = self._limits.max_bytes
+            self._grants.renew({client: _grant(plan, attempt, limit) for client, plan in plans.items()})
         collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._quorum(len(plans)))
         updates = self._updates(glob, plans, collection, notes)
         if not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
             for _ in updates:  # nothing is shared: the clients train for themselves and there is nothing to combine
                 pass
             return replace(glob, round=number), {}
-        return self._aggregator(glob, updates)
+        if self._mechanism is None:
+            return self._aggregator(glob, updates)
+        layout = expected(next(iter(plans.values())), glob.tree.layout)
+        released, report = self._mechanism.release(glob, updates, layout, len(plans))
+        after, merged = self._aggregator(glob, [released])
+        return after, {**merged, **report}
 
     def _plans(self, clients: Iterable[str], number: int, glob: Global) -> dict[str, ClientPlan]:
         """A plan per client, whose turn is its place among all clients in the order in which they came."""
@@ -299,7 +359,8 @@ class Coordinator:
         return Update(plan.client, values, reply.examples, delta.tokens)
 
     def _quorum(self, count: int) -> int:
-        return max(self._aggregator.rule.least, math.ceil(self._config.round.quorum * count))
+        part = math.ceil(self._config.round.quorum * count)
+        return max(self._aggregator.rule.least, self._config.round.min_clients, part)
 
     def _send(
         self, kind: str, plans: Mapping[str, ClientPlan], nodes: Mapping[str, int], group: str, quorum: int
@@ -320,8 +381,12 @@ class Coordinator:
                 continue  # no train reply, so there is nothing to drop
 
     def _discard(self, name: str) -> None:
-        """Drop a delta. A client may name anything: neither nonsense nor what others still fetch is dropped."""
-        if name not in self._broadcast.digests().values():
+        """Drop a delta. A client may name anything: neither nonsense nor what others still fetch is dropped.
+
+        An exchange that knows grants keeps a round's deltas until the next one begins: a coordinator that is killed
+        before it commits finds them there.
+        """
+        if self._grants is None and name not in self._broadcast.digests().values():
             with suppress(MessageError):
                 self._exchange.drop(name)
 
@@ -333,7 +398,7 @@ class Coordinator:
         Raises:
             FederationError: Nobody's scores with the final model came.
         """
-        nodes = self._present()
+        nodes = self._gathered()
         absent = {client: "it is not connected" for client in self._saved.clients if client not in nodes}
         for client, reason in absent.items():
             self._log.emit("failed", stage="evaluate", client=client, reason=reason)
@@ -363,25 +428,52 @@ class Coordinator:
         nodes: Mapping[str, int],
         replies: Mapping[str, list[EvaluationReply]],
     ) -> dict[str, str]:
-        """Add the answers to ``replies``; returns why the others did not answer."""
+        """Add the answers to ``replies``, asking again who fails; returns why the others did not answer."""
         self._log.emit("stage", stage=stage, total=len(plans))
+        if self._grants is not None:
+            self._grants.renew({client: _grant(plan) for client, plan in plans.items()})
+        failed = dict.fromkeys(plans, "")
+        for attempt in range(self._config.round.retries + 1):
+            there = nodes if attempt == 0 else {**nodes, **self._gathered()}
+            left = {client: plans[client] for client in failed}
+            failed = self._ask_once(kind, stage, left, there, f"{kind}.{attempt}", replies)
+            if not failed:
+                break
+        for client, reason in failed.items():
+            self._log.emit("failed", stage=stage, client=client, reason=reason)
+        return failed
+
+    def _ask_once(
+        self,
+        kind: str,
+        stage: str,
+        plans: Mapping[str, ClientPlan],
+        nodes: Mapping[str, int],
+        group: str,
+        replies: Mapping[str, list[EvaluationReply]],
+    ) -> dict[str, str]:
         failed = {}
-        collection = self._send(kind, plans, nodes, f"{kind}.0", len(plans))
+        collection = self._send(kind, plans, nodes, group, len(plans))
         for done, (client, reply) in enumerate(collection, start=1):
             try:
                 answer = EvaluationReply.model_validate_json(reply.text or "")
             except ValidationError as error:
                 failed[client] = reply.error or f"malformed answer ({error.errors()[0]['msg']})"
-                self._log.emit("failed", stage=stage, client=client, reason=failed[client])
             else:
                 replies[client].append(answer)
                 collection.accept()
             self._log.emit("progress", stage=stage, done=done, total=len(plans), client=client)
         for client in collection.missing:
             failed[client] = "no answer before the deadline"
-            self._log.emit("failed", stage=stage, client=client, reason=failed[client])
         self._forget(collection)
         return failed
+
+
+def _grant(plan: ClientPlan, attempt: int = 0, max_bytes: int | None = None) -> Grant:
+    """What a plan lets its client do; without ``max_bytes`` it sends no delta."""
+    reads = tuple(sorted(set(plan.blobs.values())))
+    write = max_bytes is not None
+    return Grant(run=plan.run, round=plan.round, attempt=attempt, read=reads, write=write, max_bytes=max_bytes or 0)
 
 
 def _below_quorum(number: int, notes: _Round, need: int) -> tuple[str]:

@@ -55,11 +55,17 @@ class GridTransport:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._names: dict[int, str] = {}
         self._clock: Clock = grid if isinstance(grid, Clock) else WallClock()
 
     def nodes(self) -> list[int]:
         """The nodes that are connected now."""
-        return list(self._grid.get_node_ids())
+        self._names = {info.node_id: info.name for info in self._grid.get_nodes()}
+        return list(self._names)
+
+    def name(self, node: int) -> str:
+        """The name a node was registered with; empty in a simulation."""
+        return self._names.get(node, "")
 
     def push(self, message: Outgoing) -> str | None:
         """Send a message; return its id, or None when the grid does not take it."""

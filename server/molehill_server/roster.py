@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
+from molehill import __version__
 from molehill.errors import FederationError
 from molehill.plan import Hello
 from molehill_server.events import EventLog
@@ -19,12 +20,17 @@ class Roster:
     Args:
         transport: Reaches the nodes.
         log: Told about nodes that are refused.
+        introduction: What nodes are told when they are asked.
+        wanted: Nodes to wait for at the start.
     """
 
-    def __init__(self, transport: Transport, log: EventLog) -> None:
+    def __init__(self, transport: Transport, log: EventLog, introduction: str = "", wanted: int = 1) -> None:
         self._transport = transport
         self._log = log
+        self._introduction = introduction
+        self._wanted = wanted
         self._hellos: dict[int, Hello] = {}
+        self._refused: dict[str, str] = {}  # last reason by client
 
     def gather(self, deadline: float, quorum: float, grace: float) -> dict[str, int]:
         """Wait for the first nodes and ask them all.
@@ -41,9 +47,13 @@ class Roster:
             FederationError: No node came, or none answered.
         """
         end = self._transport.now() + deadline
-        while not self._transport.nodes():
+        while (come := len(self._transport.nodes())) < self._wanted:
             if self._transport.now() >= end:
-                raise FederationError(f"no client connected within {deadline:g} s", mend="Start the clients first.")
+                raise FederationError(
+                    f"{come or 'no'} client{'s'[: come > 1]} connected within {deadline:g} s"
+                    + (f", {self._wanted} are wanted" if self._wanted > 1 else ""),
+                    mend="Start the clients first.",
+                )
             self._transport.wait(POLL)
         count = math.ceil(quorum * len(self._transport.nodes()))
         reasons = self._ask(Patience(deadline, count, grace))
@@ -65,7 +75,7 @@ class Roster:
                 continue
             if hello.client in clients:
                 reason = f"node {node} says it is {hello.client!r}, which node {clients[hello.client]} is already"
-                self._log.emit("refused", client=hello.client, reason=reason)
+                self._refuse(hello.client, reason)
                 continue
             clients[hello.client] = node
         return dict(sorted(clients.items()))
@@ -80,15 +90,38 @@ class Roster:
 
     def _ask(self, patience: Patience) -> list[str]:
         unknown = [node for node in self._transport.nodes() if node not in self._hellos]
-        messages = [(str(node), Outgoing(node, "query.hello", "0.0", "", patience.deadline)) for node in unknown]
+        messages = [
+            (str(node), Outgoing(node, "query.hello", "0.0", self._introduction, patience.deadline)) for node in unknown
+        ]
         collection = Collection(self._transport, messages, patience, set())
         reasons = []
         for node, reply in collection:
             try:
-                self._hellos[int(node)] = Hello.model_validate_json(reply.text or "")
+                hello = Hello.model_validate_json(reply.text or "")
             except ValidationError as error:
-                reasons.append(reply.error or f"malformed hello ({error.errors()[0]['msg']})")
-                self._log.emit("refused", client="", reason=f"node {node}: {reasons[-1]}")
+                reason = reply.error or f"malformed hello ({error.errors()[0]['msg']})"
+            else:
+                reason = self._objection(int(node), hello)
+            if reason:
+                name = self._transport.name(int(node))
+                reasons.append(f"{name or f'node {node}'}: {reason}")
+                self._refuse(name, reasons[-1])
                 continue
+            self._hellos[int(node)] = hello
             collection.accept()
         return reasons
+
+    def _refuse(self, client: str, reason: str) -> None:
+        """Note down why a node cannot take part, once."""
+        if self._refused.get(client) != reason:
+            self._refused[client] = reason
+            self._log.emit("refused", client=client, reason=reason)
+
+    def _objection(self, node: int, hello: Hello) -> str:
+        """Why a node cannot take part, in words; empty when it can."""
+        proved = self._transport.name(node)
+        if proved and hello.client != proved:
+            return f"it says it is {hello.client!r}, and its certificate says {proved!r}"
+        if hello.version != __version__:
+            return f"it runs Molehill {hello.version}, this is {__version__}. Install the same version on both."
+        return ""

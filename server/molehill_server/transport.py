@@ -57,6 +57,10 @@ class Transport(Protocol):
         """The nodes that are connected now."""
         ...
 
+    def name(self, node: int) -> str:
+        """The name that a node has proved to have; empty where nodes prove none."""
+        ...
+
     def push(self, message: Outgoing) -> str | None:
         """Send a message; return its id, or None when the node cannot be reached."""
         ...

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 from pydantic import ValidationError
 
 from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, ClientReply
+from molehill.wire.clipping import norm
 from molehill.wire.message import Delta, decode_delta, digest
-from molehill.wire.tree import Array, Layout
+from molehill.wire.tree import Layout
 from molehill_server.planning.planner import expected
+from molehill_server.privacy.mechanism import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Limits:
 
     Attributes:
         max_bytes: Largest blob.
-        norm_bound: Largest L2 norm of the delta; None accepts any finite one.
+        norm_bound: Largest L2 norm of the delta; None accepts any finite one. Under privacy a delta that is clearly
+            above the clip is refused as well.
         tokens: Largest gate mass of one expert at one site, in tokens.
     """
 
@@ -39,7 +41,9 @@ class Limits:
         train = config.train
         rows = train.steps * train.accumulation * train.batch_size
         rounding = 1.01  # the mass is summed in float32
-        return cls(config.wire.max_bytes, config.round.norm_bound, rounding * rows * config.task.max_length)
+        clipped = None if config.privacy.clip is None else TOLERANCE * config.privacy.clip
+        bounds = [bound for bound in (config.round.norm_bound, clipped) if bound is not None]
+        return cls(config.wire.max_bytes, min(bounds, default=None), rounding * rows * config.task.max_length)
 
 
 def parse_reply(text: str) -> ClientReply:
@@ -108,9 +112,9 @@ def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout,
     for name, value in told.items():
         if getattr(delta, name) != value:
             raise MessageError(f"its delta says {name} = {getattr(delta, name)!r}, not {value!r}")
-    norm = _norm(delta.tree.require_finite().flat)
-    if limits.norm_bound is not None and norm > limits.norm_bound:
-        raise MessageError(f"its delta has norm {norm:.3g}, above the bound of {limits.norm_bound:g}")
+    size = norm(delta.tree.require_finite().flat)
+    if limits.norm_bound is not None and size > limits.norm_bound:
+        raise MessageError(f"its delta has norm {size:.3g}, above the bound of {limits.norm_bound:g}")
     experts = {(key.site, key.expert) for key in model}
     for pair, tokens in delta.tokens.items():
         if not 0 <= tokens <= limits.tokens:  # NaN fails too
@@ -120,9 +124,3 @@ def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout,
     if delta.codec != plan.codec.name:
         raise MessageError(f"its delta comes in codec {delta.codec!r}, not {plan.codec.name!r}")
     return delta
-
-
-def _norm(flat: Array) -> float:
-    """L2 norm in float64, without a float64 copy of the whole vector."""
-    parts = (flat[start : start + 65536].astype(np.float64) for start in range(0, len(flat), 65536))
-    return math.sqrt(sum(float(part @ part) for part in parts))

@@ -56,6 +56,10 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ("federation", f"{_show(federation.policy)}: {_merge(config)}"),
         ("wire", f"{_show(config.wire.up)} up, {_show(config.wire.down)} down"),
     ]
+    privacy = config.privacy
+    if privacy.clip is not None:
+        budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+        rows.append(("privacy", f"{budget}, changes clipped to {privacy.clip:g}, noise {privacy.noise:g}"))
     if model is not None:
         count = model.n_parameters
         rows.insert(5, ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart"))

@@ -143,6 +143,11 @@ def _facts(
         base = summary.base_model
         revision = f" at {base.revision[:12]}" if base.revision else ""
         facts.append(("Base model", f"{base.id}{revision} ({base.digest[:12]})"))
+    spent = [event["report"] for event in rounds if "epsilon" in event.get("report", {})]
+    if spent:
+        delta = config.get("privacy", {}).get("delta", 0.0)
+        noise = f"signal to noise {spent[-1]['signal_to_noise']:.2g} in the last round"
+        facts.append(("Privacy", f"epsilon {spent[-1]['epsilon']:.3g} at delta {delta:g}; {noise}"))
     for section, label in (("molora", "Adapter"), ("federation", "Federation"), ("personal", "Personal gate")):
         table = config.get(section, {})
         text = table.get("preset") or table.get("gate") or _named(table, "selector", "space")

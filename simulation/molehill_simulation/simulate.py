@@ -11,16 +11,14 @@ from typing import Literal
 from molehill.config import Config, Engine
 from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
-from molehill.molora.adapter import save_adapter
 from molehill.tasks.schema import load_rows
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.app import app as server_app
-from molehill_server.broadcast import tree_patches
 from molehill_server.check import require
-from molehill_server.events import read
-from molehill_simulation.engine import Observer, cores, run_local, run_ray, write_config
-from molehill_simulation.report import write_report
-from molehill_simulation.summary import BaseModelInfo, Summary, summarise
+from molehill_server.folder import write_config
+from molehill_simulation.conclude import conclude
+from molehill_simulation.engine import Observer, cores, run_local, run_ray
+from molehill_simulation.summary import Summary
 from molehill_simulation.world import World, app, world_of
 
 IMPORTABLE = "molehill_simulation.world:app"
@@ -64,12 +62,7 @@ def simulate(
         run_local(_with_engine(config, world), out, app, server_app, observer, IMPORTABLE)
     else:
         run_ray(config, out, app, server_app, observer)
-    _save(world, out)
-    info = BaseModelInfo(id=world.base.id, revision=world.base.revision, digest=world.base.digest)
-    summary = summarise(read(out / "metrics.jsonl"), info, config.digest)
-    (out / "summary.json").write_text(summary.to_json(), encoding="utf-8")
-    write_report(out)
-    return summary
+    return conclude(config, world.model, world.base, out)
 
 
 def _with_engine(config: Config, world: World) -> Config:
@@ -128,13 +121,3 @@ def _digest(world: World) -> str:
         for rows in (owner.train, owner.test):
             total.update(json.dumps([owner.name, dict(rows.columns)], default=str).encode())
     return total.hexdigest()
-
-
-def _save(world: World, out: Path) -> None:
-    """Write the final shared model as an adapter folder."""
-    final, _ = load_tree(out / "final.safetensors")
-    factors = final.select(lambda key: not key.role.startswith("patch."))
-    patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
-    world.model.load(factors)
-    world.model.set_patches({pair: (patch.A, patch.B) for pair, patch in patches.items()})
-    save_adapter(out / "adapter", world.model, world.manifest)

@@ -94,7 +94,9 @@ class RunView:
     def _round(self, event: Event) -> None:
         self._done = number = event["round"]
         traffic = f"up {megabytes(event['bytes_up'])}  down {megabytes(event['bytes_down'])}"
-        note = f"loss {event['loss']:.4f}  {traffic}"
+        spent = event.get("report", {}).get("epsilon")
+        privacy = "" if spent is None else f"  epsilon {spent:.3g}"
+        note = f"loss {event['loss']:.4f}  {traffic}{privacy}"
         self._bar("train", number, self._rounds, note)
         if not self._console.is_terminal:
             answered = f"{len(event['accepted'])} of {len(event['selected'])} clients"

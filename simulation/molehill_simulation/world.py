@@ -8,14 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from molehill.config import Config, parse
-from molehill.molora.adapter import Manifest
-from molehill.molora.attention import use_fast_attention
-from molehill.molora.build import wrap
-from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
-from molehill.tasks.base_model import BaseInfo, load_base
+from molehill.tasks.adapted import open_model
+from molehill.tasks.base_model import BaseInfo
 from molehill.tasks.schema import load_rows
-from molehill.tasks.task import Task, make_task
+from molehill.tasks.task import Task
 from molehill.wire.exchange import connect
 from molehill.wire.store import load_tree
 from molehill.wire.tree import Tree
@@ -46,16 +43,6 @@ class World:
     owners: list[ClientRows]
     initial: Tree
 
-    @property
-    def manifest(self) -> Manifest:
-        """Description of the adapter for its folder."""
-        info = {"id": self.base.id, "revision": self.base.revision or "", "digest": self.base.digest}
-        part = self.config.task
-        pooling = self.model.head.pooling if self.model.head is not None else ""
-        return Manifest(
-            base=info, task=part.kind, labels=part.labels, pooling=pooling, molora=self.config.molora, ranks={}
-        )
-
 
 def open_world(config: Config) -> World:
     """Load base model and rows.
@@ -68,16 +55,9 @@ def open_world(config: Config) -> World:
     rows, task_config = load_rows(config.data, config.task)
     config = config.model_copy(update={"task": task_config})
     owners = deal(config.data, rows, config.run.seed)
-    loaded = load_base(config.base, config.task)
-    use_fast_attention(loaded.model, config.task.max_length)
-    head = None
-    if config.task.kind == "classification":
-        width = int(loaded.model.config.hidden_size)
-        classes = len(config.task.labels)
-        head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
-    model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
+    model, base, task = open_model(config)
     initial = model.tree(lambda key: not key.residual)
-    return World(config, model, loaded.info, make_task(config.task, loaded.tokenizer), owners, initial)
+    return World(config, model, base, task, owners, initial)
 
 
 @lru_cache(maxsize=1)

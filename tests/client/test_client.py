@@ -31,6 +31,23 @@ def test_the_delta_is_trained_less_received_of_what_is_shared(one):
     assert np.isfinite(reply.loss)
 
 
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_a_client_clips_what_it_sends_and_not_what_it_learnt(house, codec):
+    free, bound = house("free"), house("bound")
+    want = free.delta(free.client(0).train(free.plan(0))).tree.flat
+    limit = float(np.linalg.norm(want)) / 3
+    plan = bound.plan(0).model_copy(update={"clip": limit, "codec": MethodRef(name=codec)})
+    delta = bound.delta(bound.client(0).train(plan)).tree
+    np.testing.assert_allclose(delta.flat, want / 3, atol=1e-6 if codec == "fp32" else 0.01 * np.abs(want).max())
+    if codec == "fp32":
+        assert np.linalg.norm(delta.flat.astype(np.float64)) <= limit
+    trained = bound.bench.model.tree(delta.layout).flat - bound.bench.initial.select(delta.layout).flat
+    np.testing.assert_array_equal(trained, want)
+    loose = house("loose")
+    plan = loose.plan(0).model_copy(update={"clip": 1e3})
+    np.testing.assert_array_equal(loose.delta(loose.client(0).train(plan)).tree.flat, want)
+
+
 def test_tokens_of_the_delta_are_the_real_tokens_of_the_batches(one):
     client = one.client(0)
     delta = one.delta(client.train(one.plan(0)))

@@ -41,9 +41,9 @@ class Witness(exchange.MemoryExchange):
         self.put_by = {"server": [], "client": []}
         self.who = "server"
 
-    def put(self, blob):
+    def put(self, blob, at=None):
         self.put_by[self.who].append(blob)
-        return super().put(blob)
+        return super().put(blob, at)
 
 
 class Watched:

@@ -39,7 +39,11 @@ def test_from_nothing_to_two_identities_and_one_revoked(molehill, tmp_path):
     refused(molehill("pki sign server/request.csr --ca ca"), "asks to be a server, localhost, 10.0.0.7")
     done(molehill("pki sign server/request.csr --ca ca --server --days 30 --out server.pem"))
     done(molehill("pki install server.pem server"))
-    assert pki.Identity.load(tmp_path / "server", usage="server").certificate.hosts == ("localhost", "10.0.0.7")
+    assert pki.Identity.load(tmp_path / "server", usage="server").certificate.hosts == (
+        "localhost",
+        "10.0.0.7",
+        "127.0.0.1",
+    )
 
     listed = json.loads(done(molehill("pki show ca --json")))
     assert listed["kind"] == "authority"

@@ -12,6 +12,7 @@ from molehill.config import Config
 from molehill.plan import ClientPlan
 from molehill.wire.exchange import MemoryExchange
 from molehill_server.coordinator import Coordinator
+from molehill_server.exchange.grants import Grants
 from molehill_server.transport import Incoming, Outgoing
 
 
@@ -27,6 +28,9 @@ class ToyTransport:
 
     def nodes(self):
         return list(self.clients)
+
+    def name(self, node):
+        return ""
 
     def push(self, message):
         self.pushed.append(message)
@@ -68,13 +72,14 @@ class Toy:
     config: Config
     out: Path
     exchange: MemoryExchange = field(default_factory=MemoryExchange)
+    grants: Grants | None = None
 
     def start(self, fault=None) -> Coordinator:
         if not (self.out / "initial.safetensors").exists():
             write_initial(self.out)
         clients = {n + 10: ToyClient(n, self.config, self.out, self.exchange) for n in range(self.config.data.clients)}
         self.transport = ToyTransport(clients, fault)
-        return Coordinator(self.config, self.out, self.exchange, self.transport)
+        return Coordinator(self.config, self.out, self.exchange, self.transport, grants=self.grants)
 
     def run(self, fault=None):
         return self.start(fault).run()

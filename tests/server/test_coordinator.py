@@ -12,6 +12,7 @@ from molehill.errors import ConfigError, FederationError, ResumeError
 from molehill.wire.keys import Key
 from molehill.wire.store import load_tree
 from molehill_server import checkpoint
+from molehill_server.exchange.grants import Grants
 from molehill_server.planning.planner import seed
 
 
@@ -340,3 +341,62 @@ def test_what_is_personal_never_reaches_the_server(toy):
 def test_a_configuration_that_cannot_work_is_refused_before_anything_starts(toy):
     with pytest.raises(ConfigError, match="products"):
         toy(config(federation={"policy": "ffa", "space": "product", "lower": "svd"})).start()
+
+
+def test_a_client_is_granted_what_its_plan_asks_for(toy, tmp_path):
+    run, seen = toy(config(run={"rounds": 2}, data={"clients": 2})), []
+    run.grants = Grants(tmp_path / "grants")
+
+    def look(client, plan, reply):
+        seen.append((client.name, plan, run.grants.all()))
+        return reply.model_dump_json()
+
+    run.run(look)
+    assert [plan.round for _, plan, _ in seen] == [1, 1, 2, 2]
+    for name, plan, grants in seen:
+        grant = grants[name]
+        assert (grant.run, grant.round, grant.attempt, grant.write) == (plan.run, plan.round, 0, True)
+        assert set(grant.read) == set(plan.blobs.values())
+        assert grant.max_bytes >= run.config.wire.max_bytes
+    assert [grant.write for grant in run.grants.all().values()] == [False, False]  # while they measure
+
+
+def test_a_retry_is_another_attempt_and_a_kill_is_not(toy, tmp_path):
+    run, attempts = toy(config(run={"rounds": 1}, data={"clients": 2}, round={"quorum": 1.0, "retries": 2})), []
+    run.grants = Grants(tmp_path / "grants")
+
+    def fail_then_die(client, plan, reply):
+        attempts.append(run.grants.of(client.name).attempt)
+        if len(attempts) == 4:
+            raise KeyboardInterrupt
+        return None if len(attempts) == 1 else reply.model_dump_json()
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(fail_then_die)
+    delivered = set(run.exchange._blobs)
+    run.run(fail_then_die)
+    assert attempts == [0, 0, 1, 1, 1, 1]
+    assert set(run.events("round")[0]["deltas"].values()) <= delivered  # what was uploaded before the kill still counts
+
+
+def test_a_round_waits_for_its_minimum_of_clients(toy):
+    run = toy(config(run={"rounds": 1}, data={"clients": 3}, round={"min_clients": 3, "deadline": 50.0}))
+    coordinator = run.start()
+    clients = run.transport.clients
+    late = clients.pop(12)
+    coordinator._roster.gather(1, 1.0, 1)
+    run.transport.wait = lambda seconds: (
+        setattr(run.transport, "time", run.transport.time + seconds),
+        clients.setdefault(12, late) if run.transport.time > 20 else None,
+    )
+    coordinator.run()
+    assert run.events("round")[0]["accepted"] == ["client-0", "client-1", "client-2"]
+
+
+def test_too_few_clients_are_waited_for_and_then_the_run_stops(toy):
+    run = toy(config(run={"rounds": 1}, data={"clients": 2}, round={"min_clients": 3, "deadline": 50.0, "retries": 1}))
+    with pytest.raises(
+        FederationError, match=r"round 1 cannot begin: 2 clients are connected, 3 are needed\. Start the others"
+    ):
+        run.run()
+    assert run.transport.time >= 100

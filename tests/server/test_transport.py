@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from molehill import __version__
 from molehill.errors import FederationError
 from molehill_server.events import EventLog, listening, read, rewind
 from molehill_server.roster import Roster
@@ -23,6 +24,9 @@ class Clockwork:
     def nodes(self):
         return list(self.delays)
 
+    def name(self, node):
+        return ""
+
     def push(self, message):
         if message.node in self.unreachable:
             return None
@@ -38,7 +42,7 @@ class Clockwork:
         return [Incoming(name, self.text(int(name.partition("/")[2]))) for name in sorted(ready)]
 
     def text(self, node):
-        return json.dumps({"client": f"c{node}", "n_train": 1, "n_test": 1, "version": "0"})
+        return json.dumps({"client": f"c{node}", "n_train": 1, "n_test": 1, "version": __version__})
 
     def now(self):
         return self.time
@@ -126,7 +130,7 @@ def test_the_roster_waits_for_the_first_client_and_finds_newcomers(tmp_path):
 
 def test_two_nodes_cannot_be_one_client(tmp_path):
     transport = Clockwork({3: 0, 5: 0})
-    transport.text = lambda node: json.dumps({"client": "same", "n_train": 1, "n_test": 1, "version": "0"})
+    transport.text = lambda node: json.dumps({"client": "same", "n_train": 1, "n_test": 1, "version": __version__})
     assert Roster(transport, log(tmp_path)).gather(3, 1.0, 1) == {"same": 3}
     assert "node 5 says it is 'same'" in read(tmp_path / "metrics.jsonl")[0]["reason"]
 
@@ -135,8 +139,32 @@ def test_two_nodes_cannot_be_one_client(tmp_path):
 def test_a_malformed_hello_is_refused(tmp_path, text):
     transport = Clockwork({3: 0})
     transport.text = lambda node: text
-    with pytest.raises(FederationError, match="no client is ready: malformed hello"):
+    with pytest.raises(FederationError, match="no client is ready: node 3: malformed hello"):
         Roster(transport, log(tmp_path)).gather(3, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("hello", "reason"),
+    [
+        ({"client": "lab-2"}, "lab-1: it says it is 'lab-2', and its certificate says 'lab-1'"),
+        (
+            {"client": "lab-1", "version": "0.0.1"},
+            f"lab-1: it runs Molehill 0.0.1, this is {__version__}. Install the same",
+        ),
+    ],
+)
+def test_a_node_of_another_name_or_version_is_refused(tmp_path, hello, reason):
+    transport = Clockwork({3: 0})
+    transport.name = lambda node: "lab-1"
+    transport.text = lambda node: json.dumps({"n_train": 1, "n_test": 1, "version": __version__} | hello)
+    with pytest.raises(FederationError, match=reason):
+        Roster(transport, log(tmp_path)).gather(3, 1.0, 1)
+    assert read(tmp_path / "metrics.jsonl")[0]["client"] == "lab-1"
+
+
+def test_the_roster_waits_for_as_many_nodes_as_are_wanted(tmp_path):
+    with pytest.raises(FederationError, match="2 clients connected within 3 s, 3 are wanted"):
+        Roster(Clockwork({1: 0, 2: 0}), log(tmp_path), wanted=3).gather(3, 1.0, 1)
 
 
 def test_events_reach_the_file_and_who_listens(tmp_path):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import toy_app
 from toy_federation import client_name, config, initial, write_initial
 
+from molehill.config import MethodRef
 from molehill.errors import FederationError, ResumeError
 from molehill.wire.exchange import MemoryExchange, connect
-from molehill.wire.message import Delta, encode_delta
+from molehill.wire.keys import Key
+from molehill.wire.message import Delta, decode_delta, encode_delta
 from molehill.wire.store import load_tree
+from molehill.wire.tree import Tree
 from molehill_server import app as server
 from molehill_simulation import engine
-from molehill_simulation.scenario import fate, spoil
+from molehill_simulation.scenario import fate, poison, spoil
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,26 @@ def test_garbage_is_quarantined_with_its_reason_and_the_round_goes_on(tmp_path, 
     run(config(), clean)
     sent = {out: sum(e["bytes_up"] for e in events(out, "round")) for out in (clean, dirty)}
     assert sent[dirty] > 0.8 * sent[clean]  # the fourth client's garbage was received, if only half a message
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_poison_is_what_a_client_learnt_times_a_number(codec):
+    rng = np.random.default_rng(0)
+    learnt = Tree.of({Key("head", "-", "head.bias"): rng.normal(size=50)})
+    ref = MethodRef(name=codec)
+    honest = encode_delta(Delta("run", 3, "client-1", "b" * 64, learnt, 10, {("site", "e0"): 4.0}), ref)
+    spoilt = decode_delta(poison(honest, -5.0, ref, 2**20), 2**20)
+    known = decode_delta(honest, 2**20)
+    np.testing.assert_allclose(spoilt.tree.flat, -5 * known.tree.flat, rtol=1e-2, atol=1e-6)
+    assert replace(spoilt, tree=known.tree) == known
+
+
+def test_poison_is_accepted(tmp_path):
+    dirty, clean = tmp_path / "dirty", tmp_path / "clean"
+    final = run(config(scenario={"poison": {"client-1": -5.0}}), dirty).flat
+    honest = run(config(), clean).flat
+    assert [len(event["accepted"]) for event in events(dirty, "round")] == [4, 4, 4]
+    assert np.abs(final - honest).max() > 0.01
 
 
 def test_too_much_garbage_stops_the_run_and_says_why(tmp_path):

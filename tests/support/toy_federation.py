@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from molehill import __version__
 from molehill.config import Config, parse
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
+from molehill.wire.clipping import clip
 from molehill.wire.exchange import Exchange, Place
 from molehill.wire.keys import Key
 from molehill.wire.message import Delta, decode_tree, encode_delta
@@ -113,7 +115,7 @@ class ToyClient:
         self.held: set[str] = set()
 
     def hello(self) -> dict:
-        return {"client": self.name, "n_train": len(data(self.number)[0]), "n_test": 3, "version": "0"}
+        return {"client": self.name, "n_train": len(data(self.number)[0]), "n_test": 3, "version": __version__}
 
     def receive(self, plan: ClientPlan) -> tuple[dict[Key, np.ndarray], int]:
         """Values of all tensors, cut to the plan's rank; and the bytes that were new."""
@@ -145,7 +147,8 @@ class ToyClient:
         changes = {key: tree[key] - before[key] for key in tree if plan.scope(key) == "shared"}
         rows = len(data(self.number)[0])
         tokens = {(SITE, "e0"): 2.0 * rows, (SITE, "e1"): 1.0 * rows}
-        delta = Delta(plan.run, plan.round, self.name, plan.base, Tree.of(changes), rows, tokens)
+        change = Tree.of(changes) if plan.clip is None else clip(Tree.of(changes), plan.clip)
+        delta = Delta(plan.run, plan.round, self.name, plan.base, change, rows, tokens)
         blob = encode_delta(delta, plan.codec)
         return ClientReply(
             client=self.name,

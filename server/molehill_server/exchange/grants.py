@@ -63,6 +63,11 @@ class Grants:
         for node, grant in grants.items():
             self.give(node, grant)
 
+    def attempt(self, run: str, round_: int) -> int:
+        """The highest attempt at a round that any node has a grant to write for; 0 when there is none."""
+        grants = [grant for grant in self.all().values() if grant is not None and grant.write]
+        return max((grant.attempt for grant in grants if (grant.run, grant.round) == (run, round_)), default=0)
+
     def of(self, node: str) -> Grant | None:
         """What a node may do; None is nothing.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from molehill import logs
 from molehill.errors import ConfigError, FederationError, MolehillError
 from molehill.pki import Identity, read_passphrase
 from molehill.wire.objects import ObjectExchange
@@ -145,7 +145,7 @@ def run(
     collect: Annotated[float, typer.Option(help="Seconds between collections of old rounds.")] = _DEFAULTS.collect,
 ) -> None:
     """Serve the coordinator's blobs to its nodes until SIGTERM or Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.begin()
     limits = Limits(max_bytes=max_bytes, streams=streams, rate=rate, idle=idle, reserve=reserve, collect=collect)
     try:
         own = Identity.load(identity, usage="server", passphrase=read_passphrase(passphrase_file))

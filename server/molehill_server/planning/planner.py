@@ -54,8 +54,10 @@ def _whole(kind: str, scope: Scope) -> Scopes:
     return ((f"*/{kind}.residual*", "frozen"), (f"*/{kind}*", scope))
 
 
-def select(config: Config, pool: Sequence[str], round_number: int, attempt: int) -> list[str]:
-    """The clients of this round, in the order of ``pool``."""
+def select(
+    config: Config, pool: Sequence[str], round_number: int, attempt: int, *, secret: int | None = None
+) -> list[str]:
+    """The clients of this round, in the order of ``pool``; drawn by ``secret`` in place of the run's seed, if given."""
     ref = config.federation.select
     chosen: list[str] = registry.build(
         "client_selector",
@@ -64,7 +66,7 @@ def select(config: Config, pool: Sequence[str], round_number: int, attempt: int)
         pool=pool,
         round_number=round_number,
         attempt=attempt,
-        seed=config.run.seed,
+        seed=config.run.seed if secret is None else secret,
     )
     return chosen
 
@@ -115,6 +117,7 @@ class Planner:
             steps=config.train.steps,
             seed=seed(config, round_number, client),
             codec=config.wire.up,
+            clip=config.privacy.clip,
         )
 
     def _decided(self, round_number: int) -> tuple[Scopes, tuple[int, ...]]:

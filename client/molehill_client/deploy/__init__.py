@@ -1,0 +1,1 @@
+"""A lab machine: a long-lived trainer and a thin ClientApp."""

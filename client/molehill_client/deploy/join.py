@@ -1,0 +1,394 @@
+"""Join a federation: tunnel, trainer and SuperNode of one lab machine, watched."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import http.client
+import json
+import logging
+import os
+import shutil
+import signal
+import ssl
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+from molehill import files, tunnel
+from molehill.errors import DataError, DeployError, IdentityError, MolehillError
+from molehill.pki import Identity, read_passphrase
+from molehill.supervise import Limit, child, environment, free_port, reap
+from molehill_client.deploy.line import Request, ask
+from molehill_client.deploy.post import Post
+
+LOOPBACK = "127.0.0.1"
+_LEASE = 15.0  # seconds between two tries: a node that died keeps its lease for up to 60 s, and is refused until then
+_LOOK = 5.0  # seconds between two looks at the trainer
+_KNOCK = 30.0  # seconds between two looks at whether we are still let in
+_OPEN, _SHUT = 10.0, 3.0  # seconds for a connection to come about, and to be shut again when we are refused
+
+_SKEW = 120.0  # seconds that clocks may be apart
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who joins what, with which data.
+
+    Attributes:
+        host: The coordinator.
+        port: Its door for nodes.
+        identity: Identity folder.
+        data: This owner's rows.
+        state: Folder for what must survive a restart.
+        test: Its held-out rows; None holds out a part of ``data``.
+        name: What the certificate must say; None takes whatever it says.
+        passphrase_file: Its first line opens the identity's key.
+        base: Folder of the base model on this machine.
+        device: Overrides ``base.device``.
+        gpu_memory: Part of the GPU's memory that may be used.
+        keyring: Whether the key of the personal state lies in the operating system's keyring.
+    """
+
+    host: str
+    port: int
+    identity: Path
+    data: Path
+    state: Path
+    test: Path | None = None
+    name: str | None = None
+    passphrase_file: Path | None = None
+    base: Path | None = None
+    device: str | None = None
+    gpu_memory: float = 1.0
+    keyring: bool = False
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a machine that takes part says about itself, in ``joined.json`` of its folder.
+
+    Attributes:
+        pid: Its process.
+        name: Name in its certificate.
+        server: ``HOST:PORT``.
+        runtime: Folder of its sockets and keys; gone when it ends.
+    """
+
+    pid: int
+    name: str
+    server: str
+    runtime: str
+
+    @property
+    def socket(self) -> Path:
+        """Where the trainer answers."""
+        return Path(self.runtime) / "trainer.sock"
+
+
+def joined(state: Path) -> Joined | None:
+    """The machine that takes part with this folder; None when there is none."""
+    try:
+        with (state / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _noted(state)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def require_joined(state: Path) -> Joined:
+    """The machine that takes part with this folder.
+
+    Raises:
+        DeployError: None does.
+    """
+    found = joined(state)
+    if found is None:
+        raise DeployError("this machine takes part in nothing", where=str(state), mend="Run: molehill client join")
+    return found
+
+
+def status(state: Path) -> dict[str, Any]:
+    """What the machine is doing.
+
+    Raises:
+        DeployError: It takes part in nothing, or its trainer is just being started.
+    """
+    found = require_joined(state)
+    said: dict[str, Any] = json.loads(ask(found.socket, Request("status")))
+    return {"server": found.server, **said}
+
+
+def forget(state: Path, run: str | None) -> list[str]:
+    """Remove what this machine keeps of a run, or of all runs: personal gates and heads, and the last delta.
+
+    Returns:
+        Names of the runs that were there.
+
+    Raises:
+        DeployError: The machine takes part now, or knows no such run.
+    """
+    if joined(state) is not None:
+        mend = "End `molehill client join` first."
+        raise DeployError("this machine takes part in a federation", where=str(state), mend=mend)
+    known = sorted(path.name for path in (state / "runs").glob("*"))
+    if run is not None and run not in known:
+        raise DeployError(f"there is no run {run!r}", where=str(state), mend=f"Known: {', '.join(known) or 'none'}.")
+    gone = known if run is None else [run]
+    for name in gone:
+        shutil.rmtree(state / "runs" / name)
+    for name in ("outbox", "cache"):
+        shutil.rmtree(state / name, ignore_errors=True)
+    (state / "introduction.json").unlink(missing_ok=True)
+    return gone
+
+
+def join(member: Membership, ready: Callable[[str], None], say: Callable[[str], None]) -> None:
+    """Take part until stopped by SIGTERM or SIGINT.
+
+    Args:
+        member: Who joins what.
+        ready: Called with our name once the coordinator has let us in.
+        say: Told what goes wrong while we take part.
+
+    Raises:
+        DataError: There is no such file.
+        IdentityError: The identity cannot be used.
+        DeployError: The coordinator cannot be reached or refuses us, or a child ends again and again.
+    """
+    for path in (member.data, member.test):
+        if path is not None and not path.exists():
+            raise DataError("there is no such file", where=str(path))
+    identity = Identity.load(member.identity, passphrase=read_passphrase(member.passphrase_file))
+    if member.name is not None and member.name != identity.name:
+        raise IdentityError(
+            f"the certificate is {identity.name}'s, not {member.name}'s",
+            where=str(member.identity),
+            mend="Leave --name out, or use the identity of that name.",
+        )
+    member.state.mkdir(parents=True, exist_ok=True)
+    member.state.chmod(0o700)
+    with _locked(member.state), _runtime(member.state) as runtime:
+        reap(member.state.resolve())
+        note = Joined(os.getpid(), identity.name, f"{member.host}:{member.port}", str(runtime))
+        files.write(member.state / "joined.json", json.dumps(asdict(note)).encode())
+        asyncio.run(_Member(member, identity, note, say).run(ready))
+
+
+@contextlib.contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mend = "End it first, or give another folder with --state."
+            raise DeployError("`molehill client join` runs already", where=str(state), mend=mend) from None
+        yield
+
+
+@contextlib.contextmanager
+def _runtime(state: Path) -> Iterator[Path]:
+    """A folder in memory for the socket, whose path must be short, and for the key in the form that Flower takes."""
+    before = _noted(state)
+    if before is not None:
+        shutil.rmtree(before.runtime, ignore_errors=True)  # of one that was killed
+    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder there that only we may enter
+    folder = Path(tempfile.mkdtemp(prefix="molehill-", dir=memory if os.access(memory, os.W_OK) else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        (state / "joined.json").unlink(missing_ok=True)
+
+
+def _noted(state: Path) -> Joined | None:
+    try:
+        return Joined(**json.loads((state / "joined.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+class _Refused(DeployError):  # noqa: N818 - says what it means where it is caught
+    """The coordinator was reached, and does not let us in."""
+
+
+class _Member:
+    def __init__(self, member: Membership, identity: Identity, note: Joined, say: Callable[[str], None]) -> None:
+        self._member, self._identity, self._note, self._say = member, identity, note, say
+        self._tls = identity.tls()
+        self._state = member.state.resolve()
+
+    async def run(self, ready: Callable[[str], None]) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await self._knock()
+        async with contextlib.AsyncExitStack() as stack:
+            entry = await tunnel.entry((LOOPBACK, 0), (self._member.host, self._member.port), self._tls)
+            stack.callback(entry.close)
+            port = entry.sockets[0].getsockname()[1]
+            await asyncio.to_thread(self._require_clock, port)
+            logs, variables = self._state / "logs", environment(self._state)
+            trainer, node = self._trainer(), self._supernode(port)
+            watched: list[asyncio.Task[Any]] = [
+                await stack.enter_async_context(child("trainer", trainer, logs, variables)),
+                await stack.enter_async_context(
+                    child("supernode", node, logs, variables, pause=_LEASE, limit=self._twin())
+                ),
+                asyncio.create_task(self._watch_trainer()),
+                asyncio.create_task(self._watch_door()),
+            ]
+            ready(self._identity.name)
+            waiting = asyncio.create_task(stop.wait())
+            done, _ = await asyncio.wait([waiting, *watched], return_when=asyncio.FIRST_COMPLETED)
+            for task in watched[2:]:
+                task.cancel()
+            for task in done:
+                task.result()
+
+    async def _watch_trainer(self) -> None:
+        """Say what the trainer cannot do: its log is not where people look."""
+        said = None
+        while True:
+            await asyncio.sleep(_LOOK)
+            try:
+                error = json.loads(await asyncio.to_thread(ask, self._note.socket, Request("status"))).get("error")
+            except MolehillError:
+                continue  # it is being started
+            if error and error != said:
+                self._say(error)
+            said = error
+
+    async def _watch_door(self) -> None:
+        """End when the coordinator no longer lets us in; wait when it is away."""
+        away = False
+        while True:
+            await asyncio.sleep(_KNOCK)
+            try:
+                await self._knock()
+            except _Refused:
+                raise
+            except DeployError as error:
+                if not away:
+                    self._say(f"{error} Waiting for it.")
+                away = True
+            else:
+                if away:
+                    self._say("the coordinator is back")
+                away = False
+
+    async def _knock(self) -> None:
+        """Find out, with a clear word, whether the coordinator lets us in."""
+        host, port = self._member.host, self._member.port
+        where = f"{host}:{port}"
+        try:
+            async with asyncio.timeout(_OPEN):
+                reader, writer = await asyncio.open_connection(host, port, ssl=self._tls)
+        except (OSError, TimeoutError) as error:
+            raise DeployError(
+                f"the coordinator cannot be reached: {tunnel.reason(error)}",
+                where=where,
+                mend="Check that it is up, host, port, firewall, and the certificates: molehill pki show DIR.",
+            ) from None
+        try:
+            async with asyncio.timeout(_SHUT):
+                ended = not await reader.read(1)
+        except TimeoutError:
+            ended = False  # it waits for us to speak, so we are in
+        except OSError as error:
+            what = f"the coordinator refuses our certificate: {tunnel.reason(error)}"
+            mend = "Is it of the authority that the coordinator knows? See: molehill pki show DIR"
+            raise _Refused(what, where=where, mend=mend) from None
+        finally:
+            writer.close()
+        if ended:
+            raise _Refused(
+                "the coordinator refuses this machine",
+                where=where,
+                mend="Its certificate may be revoked; the coordinator's log names the reason.",
+            )
+
+    def _require_clock(self, port: int) -> None:
+        """Compare clocks: Flower takes nothing that was signed more than a few minutes ago, and does not say so.
+
+        Raises:
+            DeployError: This machine's clock and the coordinator's are too far apart.
+        """
+        verify = ssl.create_default_context(cafile=str(self._identity.ca))
+        line = http.client.HTTPSConnection(LOOPBACK, port, timeout=_OPEN, context=verify)
+        try:
+            line.request("GET", "/")
+            there = line.getresponse().headers["Date"]
+        except (OSError, http.client.HTTPException):
+            return  # it has just gone away: that is said elsewhere
+        finally:
+            line.close()
+        require_clock(there, datetime.now(UTC))
+
+    def _twin(self) -> Limit:
+        """Flower lets a key in once; one that died within the last minute counts."""
+        return Limit(
+            ends=6,
+            within=10 * _LEASE,
+            said="Failed to activate SuperNode",
+            what=f"another machine takes part as {self._note.name}",
+            mend="Every machine needs an identity of its own: molehill pki request",
+        )
+
+    def _trainer(self) -> list[str]:
+        member = self._member
+        return Post(
+            name=self._identity.name,
+            server=member.host,
+            data=str(member.data.resolve()),
+            test=_resolved(member.test),
+            identity=str(member.identity.resolve()),
+            passphrase_file=_resolved(member.passphrase_file),
+            state=str(self._state),
+            socket=str(self._note.socket),
+            base=_resolved(member.base),
+            device=member.device,
+            gpu_memory=member.gpu_memory,
+            keyring=member.keyring,
+        ).command()
+
+    def _supernode(self, port: int) -> list[str]:
+        key = self._identity.openssh_private_key(Path(self._note.runtime) / "node.key")
+        words: list[object] = [Path(sys.executable).parent / "flower-supernode", "--superlink", f"{LOOPBACK}:{port}"]
+        words += ["--root-certificates", self._identity.ca.resolve(), "--auth-supernode-private-key", key]
+        words += ["--node-config", f'trainer="{self._note.socket}"', "--host", LOOPBACK, "--port", free_port()]
+        return [str(word) for word in words]
+
+
+def require_clock(there: str, here: datetime) -> None:
+    """Refuse a clock that is too far from the coordinator's.
+
+    Args:
+        there: Its time, as HTTP writes it.
+        here: Ours.
+
+    Raises:
+        DeployError: They are more than two minutes apart.
+    """
+    ahead = (here - parsedate_to_datetime(there)).total_seconds()
+    if abs(ahead) > _SKEW:
+        way = "ahead of" if ahead > 0 else "behind"
+        raise DeployError(
+            f"this machine's clock is {abs(ahead):.0f} s {way} the coordinator's",
+            mend="Set the one that is wrong; both should keep time by NTP.",
+        )
+
+
+def _resolved(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())

@@ -1,0 +1,304 @@
+"""The trainer of a lab machine: one long-lived process with base model, rows and personal state.
+
+It answers the thin ClientApp over a Unix socket. What to train comes from the coordinator as a configuration, which is
+data: it names a base model and methods that are installed here; no code is ever received.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import molehill
+from molehill import files, logs
+from molehill.config import Config, parse
+from molehill.errors import DataError, DeployError, MessageError, MolehillError
+from molehill.pki import Identity, read_passphrase
+from molehill.plan import ClientPlan, Hello
+from molehill.tasks.adapted import open_model
+from molehill.tasks.rows import GROUP, Rows
+from molehill.tasks.schema import load_rows
+from molehill.wire.exchange import Place
+from molehill.wire.remote import GrpcExchange
+from molehill_client.client import Client
+from molehill_client.deploy.line import Request, serve
+from molehill_client.deploy.outbox import Outbox
+from molehill_client.deploy.post import Post
+from molehill_client.secret import KeyFile, Keyring, KeySource
+from molehill_client.state import StateStore
+from molehill_client.workbench import Workbench
+
+_log = logging.getLogger(__name__)
+
+
+class Introduction(BaseModel):
+    """How the coordinator introduces a run.
+
+    Attributes:
+        config: The run's configuration, TOML; ``data.source`` is ignored.
+        exchange_port: Port of the exchange on the coordinator's host.
+        version: Version of Molehill there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str
+    exchange_port: int = Field(ge=1, le=65535)
+    version: str
+
+
+class Trainer:
+    """Everything behind the socket.
+
+    Args:
+        post: What it is started with.
+    """
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._state = Path(post.state)
+        passphrase = read_passphrase(Path(post.passphrase_file) if post.passphrase_file else None)
+        self._identity = Identity.load(Path(post.identity), passphrase=passphrase)
+        self._met: Introduction | None = None
+        self._client: Client | None = None
+        self._remote: GrpcExchange | None = None
+        self._rows_digest = ""
+        self._status: dict[str, Any] = {"name": post.name, "doing": "waiting for a run", "since": time.time()}
+        memory = self._state / "introduction.json"
+        if memory.exists():  # we were restarted in the middle of a run
+            self._met = Introduction.model_validate_json(memory.read_text(encoding="utf-8"))
+
+    def status(self, _: Request) -> str:
+        """What this machine is doing, as JSON."""
+        return json.dumps(self._status)
+
+    def answer(self, request: Request) -> str:
+        """Answer a request with JSON.
+
+        Raises:
+            MolehillError: In words that may leave this machine; the whole story is in the log and in `status`.
+        """
+        began = time.monotonic()
+        try:
+            answer = self._answer(request)
+        except DataError as error:  # its words may quote a row
+            self._note(f"failed: {request.kind}", error=str(error))
+            if request.kind == "score":
+                raise
+            raise MessageError(
+                "its rows cannot be used", where=self._post.name, mend="There, `molehill client status` says why."
+            ) from None
+        except MolehillError as error:
+            self._note(f"failed: {request.kind}", error=str(error))
+            raise
+        except Exception as error:  # noqa: BLE001 - the server must hear of it, and the next round may go well
+            _log.exception("%s failed", request.kind)
+            self._note(f"failed: {request.kind}", error=f"{type(error).__name__}: {error}")
+            raise MolehillError(
+                f"{request.kind} failed with {type(error).__name__}", where=self._post.name, mend="See its trainer.log."
+            ) from None
+        self._note("waiting", error=None)
+        _log.info("%s took %.1f s", request.kind, time.monotonic() - began)
+        return answer
+
+    def _answer(self, request: Request) -> str:
+        if request.kind == "query.hello":
+            self._note("getting ready")
+            return self._hello(request.text).model_dump_json()
+        if request.kind == "score":
+            return self._score(request.text)
+        plan = _parsed(ClientPlan, request.text)
+        client = self._ready()
+        self._note(request.kind, run=plan.run, round=plan.round)
+        match request.kind:
+            case "train":
+                return self._train(client, plan, request.text)
+            case "train.baseline":
+                return client.baseline(plan).model_dump_json()
+            case "evaluate":
+                answer = client.evaluate(plan).model_dump_json()
+                files.write(self._folder(plan.run) / "evaluate.json", request.text.encode())
+                return answer
+        raise MessageError(f"unknown request {request.kind!r}")
+
+    def _train(self, client: Client, plan: ClientPlan, text: str) -> str:
+        outbox = client.bench.exchange
+        assert isinstance(outbox, Outbox)
+        question = f"{text}\n{self._rows_digest}"
+        done = outbox.recall(question)
+        if done is not None:
+            _log.info("round %d of %s was trained before: the same delta again", plan.round, plan.run)
+            return done
+        reply = client.train(plan)
+        answer = reply.model_dump_json()
+        outbox.remember(question, Place(plan.run, plan.round), reply.delta, answer)
+        return answer
+
+    def _score(self, file: str) -> str:
+        """Score the last model that was evaluated, on the held-out rows or on those of a file."""
+        client = self._ready()
+        try:
+            plan = _parsed(ClientPlan, (self._folder(client.bench.config.run.name) / "evaluate.json").read_text())
+        except FileNotFoundError:
+            raise DeployError(
+                "there is no final model yet", where=self._post.name, mend="It comes at the end of a run."
+            ) from None
+        own = client.test_rows
+        if file:
+            rows = self._read(client.bench.config, file)
+            client.test_rows = client.bench.task.encode(rows)
+        try:
+            return client.evaluate(plan).model_dump_json()
+        finally:
+            client.test_rows = own
+
+    def _hello(self, text: str) -> Hello:
+        met = _parsed(Introduction, text)
+        if met.version != molehill.__version__:
+            raise MessageError(
+                f"{self._post.name} runs Molehill {molehill.__version__}, the coordinator {met.version}",
+                mend="Install the same version on both.",
+            )
+        if met != self._met or self._client is None:
+            self._met, self._client = met, None
+            self._ready()
+            files.write(self._state / "introduction.json", met.model_dump_json().encode())
+        client = self._ready()
+        return Hello(
+            client=self._post.name,
+            n_train=len(client.train_rows),
+            n_test=len(client.test_rows),
+            version=molehill.__version__,
+        )
+
+    def _ready(self) -> Client:
+        if self._client is None:
+            if self._met is None:
+                raise MessageError("no run was introduced to this machine", mend="The coordinator says hello first.")
+            self._client = self._open(self._met)
+        return self._client
+
+    def _open(self, met: Introduction) -> Client:
+        config = parse(tomllib.loads(met.config))
+        changes: dict[str, Any] = {}
+        if self._post.base is not None:
+            changes |= {"model": self._post.base, "revision": None}
+        if self._post.device is not None:
+            changes["device"] = self._post.device
+        config = config.model_copy(update={"base": config.base.model_copy(update=changes)})
+        train, test = self._rows(config)
+        self._rows_digest = hashlib.sha256(
+            json.dumps([dict(rows.columns) for rows in (train, test)], default=str).encode()
+        ).hexdigest()
+        model, base, task = open_model(config)
+        initial = model.tree(lambda key: not key.residual)
+        if self._remote is not None:
+            self._remote.close()
+        self._remote = GrpcExchange(f"{self._post.server}:{met.exchange_port}", self._identity, self._state / "cache")
+        run = config.run.name
+        exchange = Outbox(self._remote, self._state / "outbox")
+        bench = Workbench(config, model, task, base.digest, initial, exchange)
+        store = StateStore(self._folder(run) / self._post.name, run, base.digest, self._key())
+        facts = {"run": run, "base": base.digest[:12], "n_train": len(train), "n_test": len(test)}
+        self._note(str(self._status["doing"]), **facts, device=str(model.flat.device))
+        return Client(bench, self._post.name, task.encode(train), task.encode(test), store)
+
+    def _key(self) -> KeySource:
+        if self._post.keyring:
+            return Keyring(str(self._state))
+        return KeyFile(self._state / "state.key")
+
+    def _folder(self, run: str) -> Path:
+        return run_folder(self._state, run)
+
+    def _read(self, config: Config, source: str) -> Rows:
+        return load_rows(config.data.model_copy(update={"source": source}), config.task)[0]
+
+    def _rows(self, config: Config) -> tuple[Rows, Rows]:
+        rows = self._read(config, self._post.data)
+        if self._post.test is not None:
+            train, test = rows, self._read(config, self._post.test)
+        else:
+            sides: dict[bool, list[int]] = {False: [], True: []}
+            for i in range(len(rows)):
+                sides[held_out(rows, i, config.data.test_fraction)].append(i)
+            train, test = rows.take(sides[False]), rows.take(sides[True])
+        if not (len(train) and len(test)):
+            raise DataError(
+                f"{len(rows)} rows are too few to hold some out",
+                where=self._post.data,
+                mend="Give more rows, or a file of held-out rows with --test.",
+            )
+        return _first(train, config.data.rows), _first(test, config.data.test_rows)
+
+    def _note(self, doing: str, **facts: Any) -> None:
+        self._status = {**self._status, **facts, "doing": doing, "since": time.time()}
+
+
+def run_folder(state: Path, run: str) -> Path:
+    """What a machine keeps of one run."""
+    return state / "runs" / run
+
+
+def held_out(rows: Rows, i: int, fraction: float) -> bool:
+    """Whether a row is held out, by a digest of its group or else of its values.
+
+    Equal rows and rows of one group are on the same side, and a row keeps its side when the file grows.
+    """
+    columns = {GROUP} if GROUP in rows.columns else set(rows.columns)
+    values = [rows.columns[name][i] for name in sorted(columns)]
+    first = hashlib.sha256(json.dumps(values, default=str).encode()).digest()[:8]
+    return int.from_bytes(first, "big") < fraction * 2**64
+
+
+def _first(rows: Rows, count: int | None) -> Rows:
+    return rows if count is None else rows.take(range(min(count, len(rows))))
+
+
+def _parsed(kind: type[Any], text: str) -> Any:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise MessageError(
+            f"malformed {kind.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            mend="Run the same version of Molehill on server and clients.",
+        ) from None
+
+
+def main(text: str) -> None:
+    """Serve until killed.
+
+    Args:
+        text: A `Post` as JSON.
+    """
+    logs.begin()
+    post = Post(**json.loads(text))
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(post.gpu_memory)
+    path = Path(post.socket)
+    path.unlink(missing_ok=True)
+    try:
+        trainer = Trainer(post)
+    except MolehillError as error:
+        sys.exit(f"error: {error}")
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.umask(0o077)
+        listener.bind(str(path))
+        listener.listen()
+        serve(listener, trainer.answer, trainer.status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

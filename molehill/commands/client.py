@@ -1,0 +1,146 @@
+"""``molehill client``: a machine with private rows that takes part in a federation."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from molehill import logs
+from molehill.commands.common import Json, explained, print_json, say
+from molehill.errors import ConfigError
+from molehill.extras import needs
+
+app = typer.Typer(help="A machine with private rows that takes part in a federation.", no_args_is_help=True)
+
+State = Annotated[
+    Path, typer.Option("--state", envvar="MOLEHILL_STATE_DIR", help="Folder for what must survive a restart.")
+]
+_STATE = Path("node")
+_STAGES = ("base", "local", "global", "personalised")
+
+
+@app.command()
+def join(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The coordinator.")],
+    identity: Annotated[Path, typer.Option(help="Identity folder of this machine (molehill pki).")],
+    data: Annotated[Path, typer.Option(help="Private rows: JSONL, CSV or Parquet file.")],
+    test: Annotated[
+        Path | None, typer.Option(help="Held-out rows.", show_default="data.test_fraction of the rows")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the certificate must say.", show_default="what it says")
+    ] = None,
+    state: State = _STATE,
+    passphrase_file: Annotated[
+        Path | None, typer.Option(help="Its first line opens the key.", show_default=False)
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the base model on this machine.", show_default="as the run names it"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="as the run says")] = None,
+    gpu_memory: Annotated[float, typer.Option(min=0.05, max=1.0, help="Part of the GPU's memory to use.")] = 1.0,
+    keyring: Annotated[
+        bool, typer.Option("--keyring", help="Keep the key of the personal state in the system's keyring.")
+    ] = False,
+) -> None:
+    """Take part in a federation until Ctrl-C: train on the rows of this machine, which do not leave it."""
+    with explained():
+        with needs("client"):
+            from molehill_client.deploy.join import Membership
+            from molehill_client.deploy.join import join as run
+
+        logs.begin()
+        host, port = _address(server)
+        member = Membership(
+            host, port, identity, data, state, test, name, passphrase_file, base, device, gpu_memory, keyring
+        )
+        run(
+            member,
+            ready=lambda own: say(Text(f"{own} has joined {server}; it trains when the coordinator asks")),
+            say=lambda text: say(Text.assemble(("warning: ", "bold yellow"), text)),
+        )
+        say(Text("left the federation"))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(
+            f"{text!r} is no address", where="--server", mend="Give HOST:PORT, as in lab.example.org:9440."
+        )
+    return host.strip("[]"), int(port)
+
+
+@app.command()
+def status(state: State = _STATE, as_json: Json = False) -> None:
+    """Show what this machine is doing, and what went wrong last."""
+    with explained(as_json):
+        with needs("client"):
+            from molehill_client.deploy.join import status as ask
+
+        found = ask(state)
+        if as_json:
+            print_json(found)
+            return
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="dim")
+        since = time.time() - found.pop("since")
+        for key, value in {**found, "for": f"{since:.0f} s"}.items():
+            if value is not None:
+                table.add_row(key, Text(str(value)))
+        Console().print(table)
+
+
+@app.command()
+def evaluate(
+    state: State = _STATE,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to score on.", show_default="this machine's held-out rows")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the last run's final model on this machine, shared and personalised; `client join` must be running."""
+    with explained(as_json):
+        with needs("client"):
+            from molehill_client.deploy.join import require_joined
+            from molehill_client.deploy.line import Request, ask
+
+        text = "" if data is None else str(data.resolve())
+        answer = json.loads(ask(require_joined(state).socket, Request("score", text)))
+        if as_json:
+            print_json({"n_test": answer["n_test"], "stages": answer["stages"]})
+            return
+        table = Table(box=SIMPLE_HEAD)
+        for column in ("model", "accuracy", "macro F1", "loss"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for stage in _STAGES:
+            if stage in answer["stages"]:
+                scores = answer["stages"][stage]
+                f1 = scores["macro_f1"]
+                table.add_row(
+                    stage, f"{scores['accuracy']:.3f}", "" if f1 is None else f"{f1:.3f}", f"{scores['loss']:.4f}"
+                )
+        Console().print(table)
+
+
+@app.command()
+def forget(
+    state: State = _STATE,
+    run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="all of them")] = None,
+) -> None:
+    """Remove this machine's personal gates, heads and last delta."""
+    with explained():
+        with needs("client"):
+            from molehill_client.deploy.join import forget as remove
+
+        gone = remove(state, run)
+        say(Text(f"forgot {', '.join(gone)}" if gone else "there was nothing to forget"))

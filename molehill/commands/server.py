@@ -1,0 +1,168 @@
+"""``molehill server``: the coordinator of a federation across machines."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from molehill import logs
+from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json, say
+from molehill.errors import DeployError
+from molehill.extras import needs
+
+app = typer.Typer(help="The coordinator of a federation across machines.", no_args_is_help=True)
+
+State = Annotated[
+    Path, typer.Option("--state", envvar="MOLEHILL_STATE_DIR", help="Folder for what must survive a restart.")
+]
+_STATE = Path("coordinator")
+
+
+@app.command()
+def up(
+    identity: Annotated[Path, typer.Option(help="Identity folder of this server (molehill pki).")],
+    state: State = _STATE,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where nodes come in.")] = 9440,
+    exchange_port: Annotated[int, typer.Option(help="Where nodes fetch and send adapters.")] = 9441,
+    passphrase_file: Annotated[
+        Path | None, typer.Option(help="Its first line opens the key.", show_default=False)
+    ] = None,
+    revoked: Annotated[
+        Path | None,
+        typer.Option(help="The authority's revoked.json.", show_default="revoked.json in the identity folder"),
+    ] = None,
+) -> None:
+    """Start the coordinator, and keep its processes running until Ctrl-C or `server stop`."""
+    with explained():
+        with needs("server"):
+            from molehill_server.deploy.up import House, Running
+            from molehill_server.deploy.up import up as run
+
+        logs.begin()
+
+        def ready(found: Running) -> None:
+            say(Text(f"nodes come in at {found.host}:{found.port}, adapters at {found.host}:{found.exchange_port}"))
+            say(Text(f"start a run with: molehill server run CONFIG --state {state}"))
+
+        run(House(identity, state, host, port, exchange_port, passphrase_file, revoked), ready)
+        say(Text("the coordinator has ended"))
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(help="TOML file.", show_default=False)] = None,
+    state: State = _STATE,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder.", show_default="runs/<name of the run>")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a federation on the machines that have joined; waits for as many as data.clients says.
+
+    Ctrl-C stops the run; with --resume and no CONFIG it goes on with the configuration in the run folder.
+    """
+    folder = None
+    with explained(as_json):
+        try:
+            from molehill.config import load
+            from molehill.errors import ConfigError
+
+            if resume and config is None and out is not None and (out / "config.toml").is_file():
+                config = out / "config.toml"
+            if config is None:
+                raise ConfigError("there is no configuration", mend="Give a TOML file, or --resume with --out.")
+            resolved = load(config, overrides or ())
+            claimed = out or Path("runs") / resolved.run.name
+            claim(claimed, resume)
+            folder = claimed
+
+            with needs("simulation"):
+                from molehill_server.deploy.run import run as start
+                from molehill_simulation.conclude import conclude
+                from molehill_simulation.ui import RunView, show_summary
+
+            console = Console(quiet=as_json)
+            with RunView(console) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+                model, base, _ = start(resolved, state, folder, view)
+                summary = conclude(resolved, model, base, folder)
+        except KeyboardInterrupt:
+            interrupted(folder, ["molehill", "server", "run"], ["--state", str(state)], as_json)
+            raise typer.Exit(INTERRUPTED) from None
+        if as_json:
+            sys.stdout.write(summary.to_json())
+        else:
+            show_summary(summary, console)
+            console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
+
+
+@app.command()
+def status(state: State = _STATE, as_json: Json = False) -> None:
+    """Show the coordinator, its nodes, and the run it works on."""
+    with explained(as_json):
+        with needs("server"):
+            from molehill_server.deploy.run import Office
+            from molehill_server.deploy.up import require_running
+
+        found, office = require_running(state), Office(state)
+        nodes = office.call(lambda control: control.nodes())
+        job = office.job()
+        run_ = None if job is None else office.status(job.number)
+        document: dict[str, Any] = {
+            "coordinator": asdict(found),
+            "nodes": [{"name": node.name, "status": node.status} for node in nodes],
+            "run": None
+            if job is None or run_ is None
+            else {"out": job.out, "status": run_.outcome or run_.status, "details": run_.details},
+        }
+        if as_json:
+            print_json(document)
+            return
+        console = Console()
+        console.print(f"up since process {found.pid}, nodes at {found.host}:{found.port}", highlight=False)
+        table = Table(box=SIMPLE_HEAD)
+        table.add_column("node")
+        table.add_column("status")
+        for node in document["nodes"]:
+            table.add_row(Text(node["name"]), Text(node["status"]))
+        console.print(table)
+        if document["run"] is None:
+            console.print("no run")
+        else:
+            console.print(Text(f"run in {document['run']['out']}: {document['run']['status']}"), soft_wrap=True)
+
+
+@app.command()
+def stop(
+    state: State = _STATE,
+    only_run: Annotated[bool, typer.Option("--run", help="Stop the run only; it can be resumed.")] = False,
+) -> None:
+    """Stop the coordinator, and with it the run it works on."""
+    with explained():
+        with needs("server"):
+            from molehill_server.deploy.run import Office
+            from molehill_server.deploy.up import require_running
+            from molehill_server.deploy.up import stop as end
+
+        require_running(state)
+        with contextlib.suppress(DeployError):  # a SuperLink that does not answer shall not keep us from ending it
+            job = Office(state).stop()
+            if job is not None:
+                say(Text(f"stopped the run in {job.out}"))
+            elif only_run:
+                say(Text("there is no run to stop"))
+        if not only_run and end(state):
+            say(Text("the coordinator has ended"))

@@ -1,0 +1,1 @@
+"""A federation of processes: coordinator, gateway and control of Flower."""

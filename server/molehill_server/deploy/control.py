@@ -1,0 +1,153 @@
+"""Flower's control API, called on the coordinator's own machine; only this module of the deployment imports Flower."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.serde import user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.fab_pb2 import Fab
+from flwr.supercore.control import ControlHttpClient
+
+_BUNDLE = """[project]
+name = "molehill-run"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "molehill"
+
+[tool.flwr.app.components]
+serverapp = "molehill_server.app:app"
+clientapp = "molehill_client.deploy.thin:app"
+
+[tool.flwr.app.config]
+config = ""
+out = ""
+exchange = ""
+grants = ""
+introduction = ""
+clients = 1
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that Flower knows.
+
+    Attributes:
+        number: Flower's number.
+        name: Name in its certificate.
+        status: ``online``, ``offline`` or ``registered`` (never seen).
+        public_key: PEM.
+    """
+
+    number: int
+    name: str
+    status: str
+    public_key: bytes
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run that Flower knows.
+
+    Attributes:
+        number: Flower's number.
+        status: ``pending``, ``starting``, ``running`` or ``finished``.
+        outcome: Of a finished one: ``completed``, ``failed`` or ``stopped``.
+        details: Why.
+    """
+
+    number: int
+    status: str
+    outcome: str
+    details: str
+
+
+class Control:
+    """Talks to the SuperLink.
+
+    Args:
+        address: ``127.0.0.1:PORT``.
+        ca: Certificate of the SuperLink's authority.
+    """
+
+    def __init__(self, address: str, ca: Path) -> None:
+        self._client = ControlHttpClient.from_server_address(
+            address, insecure=False, root_certificates=ca.read_bytes(), interceptors=()
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def nodes(self) -> list[Node]:
+        """All registered nodes."""
+        found = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return [Node(node.node_id, node.name, node.status, bytes(node.public_key)) for node in found]
+
+    def register(self, name: str, certificate: x509.Certificate) -> None:
+        """Let the owner of a certificate in as a node; nothing happens when its key is known.
+
+        A key that had the same name before (the certificate was renewed) is struck off.
+        """
+        key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        known = self.nodes()
+        if any(node.public_key == key for node in known):
+            return
+        for node in known:
+            if node.name == name:
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.number))
+        self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+
+    def start(self, given: dict[str, str | int]) -> int:
+        """Start a run of what every node has installed; only names travel, no code.
+
+        Args:
+            given: The run configuration.
+
+        Returns:
+            Its number.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "pyproject.toml").write_text(_BUNDLE, encoding="utf-8")
+            bundle = build_fab_from_disk(Path(folder))
+        fab = Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle)
+        request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(given)))
+        return int(self._client.StartRun(request).run_id)
+
+    def runs(self) -> dict[int, RunStatus]:
+        """All runs by number."""
+        found = self._client.ListRuns(ListRunsRequest()).run_dict
+        return {
+            number: RunStatus(number, run.status.status, run.status.sub_status, run.status.details)
+            for number, run in found.items()
+        }
+
+    def stop(self, number: int) -> None:
+        """Stop a run."""
+        self._client.StopRun(StopRunRequest(run_id=number))

@@ -1,0 +1,253 @@
+"""Run a federation on the machines that have joined: from a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from molehill import __version__, errors, files
+from molehill.config import Config
+from molehill.errors import ConfigError, DeployError, MolehillError, ResumeError
+from molehill.tasks.adapted import Adapted, open_model
+from molehill.wire.store import load_tree, save_tree
+from molehill_server.check import require
+from molehill_server.deploy import loopback
+from molehill_server.deploy.control import Control, RunStatus
+from molehill_server.deploy.up import Running, exchange_folder, require_running, running
+from molehill_server.folder import claimed, write_config
+
+_POLL = 1.0  # seconds between two looks at the events
+_CRASHES = 20  # times a server process that was killed is started again
+_GONE = 3  # looks without a server process that make it a dead one
+_AWAY = 300.0  # seconds to wait for a coordinator that is started again
+
+T = TypeVar("T")
+Observer = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The run that a coordinator works on, in ``run.json`` of its folder.
+
+    Attributes:
+        number: Flower's number.
+        out: Run folder.
+        stopped: Whether it was stopped on purpose.
+    """
+
+    number: int
+    out: str
+    stopped: bool = False
+
+
+class Office:
+    """The runs of a coordinator that is up.
+
+    Args:
+        state: Its folder.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+
+    def job(self) -> Job | None:
+        """The run that was started last."""
+        try:
+            return Job(**json.loads((self._state / "run.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def note(self, job: Job) -> None:
+        """Write down what is worked on."""
+        files.write(self._state / "run.json", json.dumps(asdict(job)).encode())
+
+    def call(self, what: Callable[[Control], T], patience: float = 0.0) -> T:
+        """Ask the SuperLink.
+
+        Args:
+            what: The call.
+            patience: Seconds to wait for a coordinator that is not up, or is being started again.
+
+        Raises:
+            DeployError: It does not answer.
+        """
+        end = time.monotonic() + patience
+        while True:
+            up = running(self._state)
+            try:
+                if up is not None:
+                    with Control(f"{loopback.LOOPBACK}:{up.superlink}", loopback.pair(self._state).cert) as control:
+                        return what(control)
+                reason = "no coordinator is up"
+            except Exception as error:  # noqa: BLE001 - Flower's client has no error class of its own for this
+                reason = f"Flower does not answer ({error})"
+            if time.monotonic() >= end:
+                raise DeployError(reason, where=str(self._state), mend="Start it: molehill server up")
+            time.sleep(_POLL)
+
+    def status(self, number: int, patience: float = 0.0) -> RunStatus | None:
+        """How a run stands; None when it is not known, since the coordinator's folder is a new one."""
+        return self.call(lambda control: control.runs().get(number), patience)
+
+    def stop(self) -> Job | None:
+        """Stop the run that is under way; returns it."""
+        job = self.job()
+        if job is None or (status := self.status(job.number)) is None or status.status == "finished":
+            return None
+        self.note(Job(job.number, job.out, stopped=True))
+        self.call(lambda control: control.stop(job.number))
+        return job
+
+
+def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
+    """Run, or go on with, a federation.
+
+    Args:
+        config: The run; ``data.clients`` nodes are waited for.
+        state: Folder of the coordinator that is up.
+        out: Run folder; a run that is there goes on from its last committed round.
+        observe: Called with every event.
+
+    Returns:
+        The model, with the start values.
+
+    Raises:
+        DeployError: No coordinator is up, it works on another run, or its server process ends again and again.
+        MolehillError: The run cannot go on; the folder can be resumed.
+    """
+    require(config)
+    if config.task.kind == "classification" and not config.task.labels:
+        raise ConfigError(
+            "the class names are missing", where="task.labels", mend="Nobody here sees the rows; list the classes."
+        )
+    up, office = require_running(state), Office(state)
+    _require_idle(office, out)
+    if (out / "config.toml").exists():
+        write_config(config, out)  # refuses another configuration before anything is loaded
+    adapted = open_model(config)
+    write_config(config, out)
+    _initial(adapted, out)
+    _follow(office, _given(config, up, state, out), out, observe)
+    return adapted
+
+
+def _require_idle(office: Office, out: Path) -> None:
+    job = office.job()
+    if job is None or job.out == str(out.resolve()):
+        return
+    status = office.status(job.number)
+    if status is not None and status.status != "finished":
+        mend = "Wait for it, or stop it: molehill server stop --run"
+        raise DeployError("the coordinator works on another run", where=job.out, mend=mend)
+
+
+def _given(config: Config, up: Running, state: Path, out: Path) -> dict[str, str | int]:
+    """What the server process is told."""
+    folder = exchange_folder(state.resolve())
+    introduction = {"config": config.to_toml(), "exchange_port": up.exchange_port, "version": __version__}
+    return {
+        "config": str(out.resolve() / "config.toml"),
+        "out": str(out.resolve()),
+        "exchange": f"folder:{folder / 'blobs'}",
+        "grants": str(folder / "grants"),
+        "introduction": json.dumps(introduction),
+        "clients": config.data.clients,
+    }
+
+
+def _follow(office: Office, given: dict[str, str | int], out: Path, observe: Observer) -> None:
+    """Start the server process, start it again when it was killed, and pass its events on."""
+    error = out / "error.json"
+    events = _tail(out / "metrics.jsonl")
+    status: RunStatus | None = None
+    for _ in range(_CRASHES):
+        job = office.job()
+        under_way = job is not None and not job.stopped and office.status(job.number, _AWAY)
+        if job is None or not under_way or under_way.status == "finished" or job.out != given["out"]:
+            error.unlink(missing_ok=True)
+            job = Job(office.call(lambda control: control.start(given), _AWAY), str(given["out"]))
+            office.note(job)
+        try:
+            status = _wait(office, job.number, out, events, observe)
+        except KeyboardInterrupt:
+            office.stop()
+            raise
+        for event in next(events):
+            observe(event)
+        if error.exists():
+            raise _said(json.loads(error.read_text(encoding="utf-8")))
+        if status is not None and status.outcome == "completed":
+            return
+        noted = office.job()
+        if noted is not None and noted.stopped:
+            raise DeployError("the run was stopped", where=str(out), mend="Go on with: molehill server run --resume")
+    raise DeployError(
+        f"the server process ended {_CRASHES} times, last: {status.details if status else 'unknown'}",
+        mend="See logs/superexec.log of the coordinator.",
+    )
+
+
+def _said(error: Mapping[str, str]) -> MolehillError:
+    """The error with which the server process ended."""
+    kind = getattr(errors, error["kind"], MolehillError)
+    return kind(error["what"], where=error["where"], mend=error["mend"])
+
+
+def _wait(
+    office: Office, number: int, out: Path, events: Iterator[list[dict[str, Any]]], observe: Observer
+) -> RunStatus | None:
+    """Pass events on until the run has ended.
+
+    Flower notices only after a minute that a server process was killed; its lock on the folder tells at once.
+    """
+    seen = gone = 0  # looks at which the server process was there, and in a row at which it was not
+    while True:
+        status = office.status(number, _AWAY)
+        for event in next(events):
+            observe(event)
+        if status is None or status.status == "finished":
+            return status
+        there = claimed(out)
+        seen, gone = seen + there, 0 if there else gone + 1
+        if seen and gone > _GONE:
+            office.call(lambda control: control.stop(number), _AWAY)
+            return office.status(number, _AWAY)
+        time.sleep(_POLL)
+
+
+def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield what was appended to an event file since the last time."""
+    at = path.stat().st_size if path.exists() else 0
+    while True:
+        found = []
+        if path.exists():
+            at = min(at, path.stat().st_size)  # a resume cuts off what came after the last commit
+            with path.open("rb") as file:
+                file.seek(at)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    at += len(line)
+                    found.append(json.loads(line))
+        yield found
+
+
+def _initial(adapted: Adapted, out: Path) -> None:
+    """Write the adapter that everybody starts from, or check that the folder's belongs to this base."""
+    path = out / "initial.safetensors"
+    if not path.exists():
+        initial = adapted.model.tree(lambda key: not key.residual)
+        save_tree(path, initial, {"base": adapted.base.digest})
+        return
+    _, meta = load_tree(path)
+    if meta.get("base") != adapted.base.digest:
+        raise ResumeError(
+            f"the run was started on a base with weight digest {meta.get('base', '')[:12]}, "
+            f"{adapted.base.id} has {adapted.base.digest[:12]}",
+            where=str(out),
+            mend="Resume with the same base model, or start a new run in another folder.",
+        )

@@ -1,0 +1,326 @@
+"""The coordinator's processes: SuperLink, superexec and exchange, watched, with one guarded door for nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import uvicorn
+from cryptography import x509
+
+from molehill import __version__, files, tunnel
+from molehill.errors import DeployError, MolehillError
+from molehill.pki import Certificate, Door, Identity, read_passphrase
+from molehill.supervise import child, environment, free_port, reap
+from molehill_server.audit import AuditLog
+from molehill_server.deploy import loopback
+from molehill_server.deploy.control import Control
+from molehill_server.deploy.gateway import Gateway
+from molehill_server.deploy.loopback import LOOPBACK
+
+_START = 90.0  # seconds for a child to listen
+_STOP = 30.0  # seconds for everything to end
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a coordinator that is up says about itself, in ``up.json`` of its folder.
+
+    Attributes:
+        pid: Its process.
+        version: Of Molehill.
+        host: The address it listens on.
+        port: The door for nodes.
+        exchange_port: The exchange.
+        superlink: Port of the SuperLink, on loopback.
+    """
+
+    pid: int
+    version: str
+    host: str
+    port: int
+    exchange_port: int
+    superlink: int
+
+
+@dataclass(frozen=True)
+class House:
+    """What a coordinator is started with.
+
+    Attributes:
+        identity: Folder of its identity.
+        state: Folder for everything that must survive a restart.
+        host: Address to listen on.
+        port: Door for nodes.
+        exchange_port: Port of the exchange.
+        passphrase_file: Its first line opens the key.
+        revoked: The authority's list of revoked certificates; looked for in the identity's folder when None.
+    """
+
+    identity: Path
+    state: Path
+    host: str
+    port: int
+    exchange_port: int
+    passphrase_file: Path | None = None
+    revoked: Path | None = None
+
+
+def running(state: Path) -> Running | None:
+    """The coordinator of a folder; None when none is up."""
+    try:
+        with (state / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with contextlib.suppress(FileNotFoundError):
+            return Running(**json.loads((state / "up.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def require_running(state: Path) -> Running:
+    """The coordinator of a folder.
+
+    Raises:
+        DeployError: None is up.
+    """
+    found = running(state)
+    if found is None:
+        raise DeployError("no coordinator is up", where=str(state), mend="Start it: molehill server up")
+    return found
+
+
+def stop(state: Path) -> bool:
+    """End the coordinator of a folder and wait until it has ended; False when none was up.
+
+    Raises:
+        DeployError: It does not end.
+    """
+    found = running(state)
+    if found is None:
+        return False
+    os.kill(found.pid, signal.SIGTERM)
+    end = time.monotonic() + _STOP
+    while running(state) is not None:
+        if time.monotonic() > end:
+            raise DeployError(f"process {found.pid} does not end", where=str(state), mend=f"Run: kill -9 {found.pid}")
+        time.sleep(0.1)
+    return True
+
+
+def up(house: House, ready: Callable[[Running], None]) -> None:
+    """Run until stopped by SIGTERM or SIGINT.
+
+    Args:
+        house: What it is started with.
+        ready: Called once everything listens.
+
+    Raises:
+        IdentityError: The identity cannot be used, or is none of a server.
+        DeployError: Another coordinator has the folder or a port, or a child ends again and again.
+        ResumeError: The folder's audit log was changed.
+    """
+    identity = Identity.load(house.identity, usage="server", passphrase=read_passphrase(house.passphrase_file))
+    state = house.state.resolve()
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _locked(state):
+        (state / "up.json").unlink(missing_ok=True)
+        reap(state)
+        for each in (house.port, house.exchange_port):
+            _require_free(house.host, each)
+        asyncio.run(_Supervisor(house, identity, state, ready).run())
+
+
+@contextlib.contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DeployError(
+                "another coordinator uses this folder", where=str(state), mend="Stop it first: molehill server stop"
+            ) from None
+        yield
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family[0]) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(family[4])
+    except OSError as error:
+        mend = "Choose another address or port, or end what uses it."
+        raise DeployError(f"cannot listen on {host}:{port}: {error.strerror}", mend=mend) from None
+
+
+class _Supervisor:
+    def __init__(self, house: House, identity: Identity, state: Path, ready: Callable[[Running], None]) -> None:
+        self._house, self._identity, self._state, self._ready = house, identity, state, ready
+        self._up = Running(os.getpid(), __version__, house.host, house.port, house.exchange_port, free_port())
+        self._revoked = (house.revoked or house.identity / "revoked.json").resolve()
+        self._door = Door(self._revoked)
+        self._asked = threading.Lock()
+        self._loopback = loopback.renew(state)
+        self._known: dict[str, str] = {}  # by fingerprint, why it was refused last; nothing when it was let in
+        self._audit = AuditLog(state / "audit.jsonl")
+
+    async def run(self) -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        variables = environment(self._state)
+        if not self._revoked.exists():
+            _log.info("no certificate is revoked: there is no %s", self._revoked)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback((self._state / "up.json").unlink, missing_ok=True)
+            watched = [
+                await stack.enter_async_context(child(name, command, self._state / "logs", variables))
+                for name, command in self._children()
+            ]
+            waiting = asyncio.create_task(stop.wait())
+            await self._first(waiting, *watched, asyncio.create_task(self._listening()))
+            if waiting.done():
+                return
+            await asyncio.to_thread(self._end_runs)
+            inner = await stack.enter_async_context(self._gateway())
+            door = await tunnel.leave(
+                (self._up.host, self._up.port), (LOOPBACK, inner), self._identity.tls(server=True), self._admit
+            )
+            stack.callback(door.close)
+            text = json.dumps(asdict(self._up)) + "\n"
+            files.write(self._state / "up.json", text.encode())
+            self._ready(self._up)
+            await self._first(waiting, *watched)
+
+    @staticmethod
+    async def _first(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
+        """Wait until one of the tasks ends; raises its error."""
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    def _children(self) -> list[tuple[str, list[str]]]:
+        tools = Path(sys.executable).parent
+        cert, key = self._loopback
+        superlink: list[object] = [tools / "flower-superlink", "--ssl-ca-certfile", cert, "--ssl-certfile", cert]
+        superlink += ["--ssl-keyfile", key, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+        superlink += ["--database", self._state / "flower.db", "--isolation", "process"]
+        superlink += ["--host", LOOPBACK, "--port", self._up.superlink]
+        address = f"{LOOPBACK}:{self._up.superlink}"
+        superexec = [tools / "flower-superexec", "--runtime-api-address", address, "--root-certificates", cert]
+        listen = f"{self._up.host}:{self._up.exchange_port}"
+        exchange: list[object] = [sys.executable, "-m", "molehill_server.exchange", "--listen", listen]
+        exchange += ["--identity", self._house.identity.resolve(), "--folder", exchange_folder(self._state)]
+        exchange += ["--revoked", self._revoked]
+        if self._house.passphrase_file is not None:
+            exchange += ["--passphrase-file", self._house.passphrase_file.resolve()]
+        commands = {"superlink": superlink, "superexec": superexec, "exchange": exchange}
+        return [(name, [str(word) for word in command]) for name, command in commands.items()]
+
+    @contextlib.asynccontextmanager
+    async def _gateway(self) -> AsyncIterator[int]:
+        verify = ssl.create_default_context(cafile=str(self._loopback.cert))
+        app = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify)
+        listener = socket.create_server((LOOPBACK, 0))
+        # The tunnel has seen the node's certificate; here the node sees ours.
+        context = self._identity.tls(server=True)
+        context.verify_mode = ssl.CERT_NONE
+        config = uvicorn.Config(app, log_level="warning", log_config=None, access_log=False)
+        config.load()
+        config.ssl = context
+        server = _Uvicorn(config)
+        task = asyncio.create_task(server.serve([listener]))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            server.force_exit = True
+            await task
+
+    def _end_runs(self) -> None:
+        """Tell Flower that server processes of the last start are gone; it would take it a minute to notice."""
+        with Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert) as control:
+            for run in control.runs().values():
+                if run.status != "finished":
+                    control.stop(run.number)
+
+    def _admit(self, shown: bytes) -> str:
+        """Why a node is refused; one that is not becomes known to Flower."""
+        certificate = Certificate(x509.load_der_x509_certificate(shown), "")
+        with self._asked:  # nodes have several connections
+            before = self._known.get(certificate.fingerprint)
+            refused = self._refusal(certificate, known=before == "")
+            if refused != before:
+                self._known[certificate.fingerprint] = refused
+                who = {"client": certificate.x509.subject.rfc4514_string(), "serial": certificate.serial}
+                if refused:
+                    self._audit.append("refused", **who, reason=refused)
+                else:
+                    self._audit.append("admitted", **who)
+                    _log.info("%s is let in with certificate %s", who["client"], certificate.serial)
+        return refused
+
+    def _refusal(self, certificate: Certificate, *, known: bool) -> str:
+        try:
+            name = self._door.admit(certificate)
+        except MolehillError as error:
+            return str(error)
+        if not known:
+            try:
+                with Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert) as control:
+                    control.register(name, certificate.x509)
+            except Exception as error:  # noqa: BLE001 - whatever Flower says, the node must try again
+                return f"Flower does not take {name}: {error}"
+        return ""
+
+    async def _listening(self) -> None:
+        """Wait until the children can be reached."""
+        end = time.monotonic() + _START
+        for host, port in ((LOOPBACK, self._up.superlink), (_reachable(self._up.host), self._up.exchange_port)):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection(host, port)
+                except OSError as error:
+                    if time.monotonic() > end:
+                        mend = f"See {self._state / 'logs'}."
+                        raise DeployError(f"nothing listens on {host}:{port} ({error})", mend=mend) from None
+                    await asyncio.sleep(0.2)
+                    continue
+                writer.close()
+                break
+
+
+def exchange_folder(state: Path) -> Path:
+    """Where the exchange of a coordinator keeps its files."""
+    return state / "exchange"
+
+
+def _reachable(host: str) -> str:
+    """The address under which a server that listens on all of them is found here."""
+    return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - what is compared, not what is opened
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

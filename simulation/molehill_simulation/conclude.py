@@ -1,0 +1,47 @@
+"""The last step of every run, simulated or deployed: adapter, summary and report in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from molehill.config import Config
+from molehill.molora.adapter import Manifest, save_adapter
+from molehill.molora.model import MoLoRAModel
+from molehill.tasks.base_model import BaseInfo
+from molehill.wire.store import load_tree
+from molehill_server.broadcast import tree_patches
+from molehill_server.events import read
+from molehill_simulation.report import write_report
+from molehill_simulation.summary import BaseModelInfo, Summary, summarise
+
+
+def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> Summary:
+    """Write what a run that has ended came to.
+
+    Args:
+        config: The run, with the task's labels known.
+        model: Base and adapter; it is given the final shared values.
+        base: Which base.
+        out: Run folder with ``final.safetensors`` and ``metrics.jsonl``; receives ``adapter/``, ``summary.json`` and
+            ``report.html``.
+    """
+    final, _ = load_tree(out / "final.safetensors")
+    patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
+    model.load(final.select(lambda key: not key.role.startswith("patch.")))
+    model.set_patches({pair: (patch.A, patch.B) for pair, patch in patches.items()})
+    pooling = model.head.pooling if model.head is not None else ""
+    origin = {"id": base.id, "revision": base.revision or "", "digest": base.digest}
+    manifest = Manifest(
+        base=origin,
+        task=config.task.kind,
+        labels=config.task.labels,
+        pooling=pooling,
+        molora=config.molora,
+        ranks={},
+    )
+    save_adapter(out / "adapter", model, manifest)
+    info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest)
+    summary = summarise(read(out / "metrics.jsonl"), info, config.digest)
+    (out / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    write_report(out)
+    return summary

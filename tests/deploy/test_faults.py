@@ -1,0 +1,117 @@
+"""Processes killed at random moments: the run ends as if nothing had happened, or says that it cannot go on.
+
+Three seeds in the gate, twenty in ``make nightly``. The machines and the coordinator stay for all seeds, as they do in
+a lab: what a kill leaves behind must not matter to the next run either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny_world
+from lab import NAMES, open_lab, pids_of
+
+from molehill.wire.store import load_tree
+from molehill_server import audit
+from molehill_simulation.simulate import simulate
+
+pytestmark = pytest.mark.slow
+
+SEEDS = range(20) if os.environ.get("MOLEHILL_NIGHTLY") else range(3)
+VICTIMS = ("exchange", "server", "trainer", "coordinator", "superlink", "machine", "clientapp", "run", "supernode")
+SETTINGS = {
+    "round": {"quorum": 1.0, "min_clients": 3, "retries": 8, "deadline": 200.0, "grace": 5.0},
+    "run": {"rounds": 3, "name": "faulty"},
+}
+
+
+@pytest.fixture(scope="module")
+def lab(config, tmp_path_factory):
+    with open_lab(tmp_path_factory.mktemp("faults"), config(**SETTINGS), NAMES) as lab:
+        lab.up()
+        lab.join_all()
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab, tmp_path_factory):
+    """What the run comes to when nothing happens; a deployed run has the numbers of a simulated one."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    summary = simulate(lab.config, out)
+    return json.loads(summary.to_json()), load_tree(out / "final.safetensors")[0]
+
+
+def strike(lab, victim, rng):
+    """Kill -9 something, and do what an operator would do then."""
+    name = rng.choice(NAMES)
+    own = (lab.folder / f"{name}.state").resolve()
+    match victim:
+        case "coordinator":
+            process = lab.processes["coordinator"]
+            process.kill()
+            process.wait()
+            lab.up()
+        case "machine":
+            process = lab.processes[name]
+            process.kill()
+            process.wait()
+            lab.join(name)
+        case "run":
+            lab.processes["run"].kill()
+            lab.processes["run"].wait()
+        case "exchange" | "superlink":
+            word = {"exchange": "molehill_server.exchange", "superlink": "flower-superlink"}[victim]
+            kill(pids_of(lab.state.resolve(), word))
+        case "server":
+            kill(pids_of(lab.state.resolve(), "flwr-serverapp"))
+        case "trainer" | "supernode" | "clientapp":
+            word = {"trainer": "deploy.trainer", "supernode": "flower-supernode", "clientapp": "flwr-clientapp"}[victim]
+            kill(pids_of(own, word))
+
+
+def kill(pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_kill_at_a_random_moment_changes_nothing(lab, undisturbed, seed):
+    rng = random.Random(seed)
+    victim = VICTIMS[seed % len(VICTIMS)]
+    out = f"run-{seed}"
+    run = lab.run(out=out)
+    lab.until(lambda: lab.events("start"), run, 120)
+    time.sleep(rng.uniform(0, 25))
+    strike(lab, victim, rng)
+    if victim == "run":
+        run = lab.run("--resume", out=out)
+    code = run.wait(400)
+    story = f"{victim}: {lab.story()}"
+    assert code in {0, 9}, story
+    rounds = lab.events("round")
+    assert Counter(event["round"] for event in rounds).most_common(1)[0][1] == 1, story
+    assert audit.verify(lab.out / "audit.jsonl").entries
+    if code == 9:
+        assert "below its quorum" in lab.said("run") or "cannot begin" in lab.said("run")
+        return
+    summary, final = undisturbed
+    for event in rounds:
+        assert event["accepted"] == event["selected"] or sorted(event["accepted"]) == sorted(event["selected"])
+        assert len(set(event["deltas"].values())) == 3
+    ours, _ = load_tree(lab.out / "final.safetensors")
+    np.testing.assert_allclose(ours.flat, final.flat, rtol=1e-6, atol=1e-7, err_msg=story)
+    found = json.loads((lab.out / "summary.json").read_text())
+    assert found["clients"] == summary["clients"]
+    assert not (lab.state / "exchange" / "blobs").exists() or len(list((lab.state / "exchange/blobs").iterdir())) <= 8
+    seconds = tiny_world.events(lab.out, "end")[0]["seconds"]
+    print(f"seed {seed}: {victim}, {len(lab.events('retry'))} retries, {seconds:.0f} s")  # noqa: T201 - the fault table

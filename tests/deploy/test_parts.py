@@ -1,0 +1,311 @@
+"""The parts of a deployment on their own: what a whole one would take minutes to show."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from types import SimpleNamespace
+
+import pytest
+
+from molehill import supervise, tunnel
+from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
+from molehill.pki import Authority, Certificate, Door, Identity, install, request
+from molehill.tasks.rows import GROUP, Rows
+from molehill.wire.exchange import MemoryExchange, Place
+from molehill_client.deploy.join import require_clock
+from molehill_client.deploy.line import Request, ask, serve
+from molehill_client.deploy.outbox import Outbox
+from molehill_client.deploy.trainer import held_out
+from molehill_server import app as server_app
+from molehill_server.folder import claim, claimed
+
+# ---- the line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def line(tmp_path):
+    """A trainer that waits for `go` before it answers; ``line.path`` is its socket."""
+    path, go = tmp_path / "s", threading.Event()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def work(asked):
+        go.wait(10)
+        if asked.kind == "bad":
+            raise MessageError("no", where="here", mend="Do better.")
+        return f"{asked.kind}:{asked.text}"
+
+    thread = threading.Thread(target=serve, args=(listener, work, lambda asked: "at once"))
+    thread.start()
+    yield SimpleNamespace(path=path, go=go, listener=listener)
+    go.set()
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_request_is_answered_and_an_error_comes_through(line):
+    line.go.set()
+    assert ask(line.path, Request("train", "é" * 100_000)) == "train:" + "é" * 100_000
+    with pytest.raises(MolehillError, match=r"here: no\. Do better\."):
+        ask(line.path, Request("bad"))
+
+
+def test_status_is_answered_while_the_trainer_works(line):
+    slow = threading.Thread(target=ask, args=(line.path, Request("train")))
+    slow.start()
+    assert ask(line.path, Request("status")) == "at once"
+    line.go.set()
+    slow.join(5)
+
+
+@pytest.mark.parametrize("said", [b"", b"\xff\xff\xff\xff", b"\x02\0\0\0{]", b'\x07\0\0\0{"a":1}'])
+def test_nonsense_does_not_end_the_trainer(line, said):
+    line.go.set()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(line.path))
+        stranger.sendall(said)
+    assert ask(line.path, Request("train", "x")) == "train:x"
+
+
+def test_a_trainer_that_is_not_there_is_waited_for(tmp_path):
+    with pytest.raises(DeployError, match="the trainer does not answer"):
+        ask(tmp_path / "none", Request("train"), patience=0.3)
+
+
+# ---- the outbox --------------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_comes_twice_is_answered_once_and_its_delta_put_again(tmp_path):
+    there = MemoryExchange()
+    box, at = Outbox(there, tmp_path), Place("run", 1)
+    name = box.put(b"delta", at)
+    box.remember("plan", at, name, "reply")
+    there.drop(name)  # the coordinator was started anew
+    assert Outbox(there, tmp_path).recall("plan") == "reply"
+    assert there.get(name) == b"delta"
+    assert box.recall("another plan") is None
+    box.put(b"next", Place("run", 2))
+    assert box.recall("plan") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [box.put(b"next", Place("run", 2))]
+
+
+def test_a_damaged_outbox_trains_again(tmp_path):
+    box = Outbox(MemoryExchange(), tmp_path)
+    box.remember("plan", Place("run", 1), box.put(b"delta", Place("run", 1)), "reply")
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"{")
+        assert box.recall("plan") is None
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def table(count, **columns):
+    values = {"text": tuple(f"row {i}" for i in range(count)), **columns}
+    return Rows(values, tuple(map(str, range(count))), "rows")
+
+
+def test_a_row_keeps_its_side_when_the_file_grows():
+    small, large = table(50), table(400)
+    assert [held_out(small, i, 0.25) for i in range(50)] == [held_out(large, i, 0.25) for i in range(50)]
+    assert 60 < sum(held_out(large, i, 0.25) for i in range(400)) < 140
+
+
+def test_rows_of_one_group_are_on_one_side():
+    rows = table(200, **{GROUP: tuple(f"author {i % 10}" for i in range(200))})
+    for author in range(10):
+        assert len({held_out(rows, i, 0.4) for i in range(author, 200, 10)}) == 1
+
+
+# ---- children ----------------------------------------------------------------------------------------------------
+
+
+def keep(code, tmp_path, seconds=10.0, **options):
+    """Keep a child running until it is given up, or for some seconds."""
+
+    async def run():
+        words = [sys.executable, "-c", code]
+        variables = supervise.environment(tmp_path)
+        async with supervise.child("it", words, tmp_path, variables, pause=0.0, **options) as task:
+            await asyncio.wait_for(task, seconds)
+
+    asyncio.run(run())
+
+
+def test_a_child_that_ends_again_and_again_is_given_up_with_its_last_words(tmp_path):
+    with pytest.raises(DeployError, match=r"it\.log: it ended 5 times, last with code 3: no luck"):
+        keep("print('no luck'); raise SystemExit(3)", tmp_path)
+
+
+def test_ends_for_another_reason_do_not_count(tmp_path):
+    limit = supervise.Limit(ends=2, said="twin", what="there are two", mend="Make it one.")
+    with pytest.raises(TimeoutError):
+        keep("print('away')", tmp_path, 1.0, limit=limit)
+    with pytest.raises(DeployError, match=r"there are two\. Make it one"):
+        keep("print('twin')", tmp_path, limit=limit)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent died")
+def test_children_end_with_a_supervisor_that_is_killed(tmp_path):
+    code = (
+        "import asyncio, sys; from pathlib import Path; from molehill import supervise\n"
+        f"async def run():\n async with supervise.child('it', ['sleep', '60'], Path({str(tmp_path)!r}),"
+        f" supervise.environment(Path({str(tmp_path)!r}))) as t:\n  print('up', flush=True); await t\n"
+        "asyncio.run(run())"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"up\n"
+        parent.kill()
+    until(lambda: not marked(tmp_path))
+
+
+def test_what_was_left_behind_is_killed(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    with (
+        subprocess.Popen(["sleep", "60"], env=supervise.environment(one)) as left,
+        subprocess.Popen(["sleep", "60"], env=supervise.environment(two)) as other,
+    ):
+        until(lambda: marked(one) == [left.pid])
+        supervise.reap(one)
+        assert left.wait(5) == -signal.SIGKILL
+        assert other.poll() is None
+        other.kill()
+
+
+def marked(folder):
+    from lab import left_over
+
+    return [pid for pid in left_over(folder) if b"sleep" in cmdline(pid)]
+
+
+def cmdline(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123 - it may vanish
+        return file.read()
+    return b""
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ---- who is let in -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def people(tmp_path):
+    """An authority, a server and a client."""
+    authority = Authority.create(tmp_path / "ca")
+
+    def identity(name, hosts=()):
+        folder = tmp_path / name
+        _, bundle = authority.sign(request(folder, name, hosts=hosts), server=bool(hosts))
+        return install(bundle, folder)
+
+    return SimpleNamespace(authority=authority, server=identity("server", ("localhost",)), client=identity("client"))
+
+
+def test_the_door_knows_the_revoked_and_a_damaged_list_lets_nobody_in(people, tmp_path):
+    path = tmp_path / "revoked.json"
+    door = Door(path)
+    assert door.admit(people.client.certificate) == "client"
+    people.authority.revoke("client")
+    path.write_bytes((tmp_path / "ca" / "revoked.json").read_bytes())
+    with pytest.raises(IdentityError, match="this certificate was revoked"):
+        door.admit(people.client.certificate)
+    assert door.admit(people.server.certificate) == "server"
+    path.write_text("[")
+    with pytest.raises(ConfigError, match="the list of revoked certificates is damaged"):
+        door.admit(people.server.certificate)
+    path.unlink()
+    assert door.admit(people.client.certificate) == "client"
+
+
+def test_a_tunnel_carries_both_ways_and_is_cut_when_its_owner_is_revoked(people, monkeypatch):
+    monkeypatch.setattr(tunnel, "_AGAIN", 0.05)
+    refused = []
+
+    async def echo(reader, writer):
+        while data := await reader.read(100):
+            writer.write(data.upper())
+            await writer.drain()
+        writer.close()
+
+    async def run():
+        target = await asyncio.start_server(echo, "127.0.0.1", 0)
+        inside = target.sockets[0].getsockname()
+        admit = lambda shown: refused[0] if refused else ""  # noqa: E731 - it is that short
+        out = await tunnel.leave(("127.0.0.1", 0), inside, people.server.tls(server=True), admit)
+        door = out.sockets[0].getsockname()
+        entry = await tunnel.entry(("127.0.0.1", 0), door, people.client.tls())
+        reader, writer = await asyncio.open_connection(*entry.sockets[0].getsockname())
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"HELLO"
+        refused.append("revoked")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        for each in (entry, out, target):
+            each.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seconds", [-3000, -130, 130, 3000])
+def test_a_wrong_clock_is_found(seconds):
+    now = datetime.now(UTC)
+    way = "ahead of" if seconds > 0 else "behind"
+    with pytest.raises(DeployError, match=f"this machine's clock is {abs(seconds)} s {way} the coordinator's"):
+        require_clock(format_datetime(now - timedelta(seconds=seconds), usegmt=True), now)
+    require_clock(format_datetime(now - timedelta(seconds=seconds / 100), usegmt=True), now)
+
+
+# ---- the server process ------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("molehill_server.folder._CLAIM", 0.2)
+    held = claim(tmp_path)
+    assert claimed(tmp_path)
+    with pytest.raises(DeployError, match="another process works in this run folder"):
+        claim(tmp_path)
+    held.close()
+    assert not claimed(tmp_path)
+
+
+def test_a_full_disk_is_no_traceback(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "final.safetensors")
+    words = r"final\.safetensors: the server cannot go on: No space left.*Make room"
+    with pytest.raises(DeployError, match=words), server_app._told():
+        raise full
+
+
+def test_the_thin_app_imports_little():
+    """Flower starts a process for every message; torch would take seconds of each."""
+    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'pandas', 'onnxruntime'}"
+    code = f"import sys, molehill_client.deploy.thin; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_identity_with_a_passphrase_makes_tls_without_asking(tmp_path):
+    authority = Authority.create(tmp_path / "ca")
+    _, bundle = authority.sign(request(tmp_path / "own", "lab-1", passphrase=b"secret"))
+    identity = install(bundle, tmp_path / "own", passphrase=b"secret")
+    assert identity.tls().get_ca_certs()
+    assert Identity.load(tmp_path / "own", passphrase=b"secret").tls(server=True).verify_mode.name == "CERT_REQUIRED"
+    assert isinstance(identity.certificate, Certificate)

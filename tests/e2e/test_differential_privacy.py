@@ -1,0 +1,38 @@
+"""A private run from rows to report, with the real model and clients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny_world import events
+
+from molehill.errors import ConfigError
+from molehill.wire.store import load_tree
+from molehill_simulation.describe import describe
+
+PRIVATE = {"clip": 0.05, "noise": 3.0, "epsilon": 6.0, "delta": 1e-5}
+FFA = {"molora": {"preset": "lora", "rank": 2, "targets": ["query"]}, "federation": {"preset": "ffa"}}
+
+
+def test_a_private_run_spends_its_budget_and_says_so(finished, config):
+    summary, out = finished("private", privacy=PRIVATE, **FFA)
+    reports = [event["report"] for event in events(out, "round")]
+    assert 0 < reports[0]["epsilon"] < reports[1]["epsilon"] < 6
+    assert all(report["signal_to_noise"] >= 0 for report in reports)
+    assert summary.mean.personalised is not None
+    page = (out / "report.html").read_text()
+    assert f"epsilon {reports[-1]['epsilon']:.3g} at delta 1e-05; signal to noise" in page
+    assert ("privacy", "epsilon 6 at delta 1e-05, changes clipped to 0.05, noise 3") in describe(
+        config(privacy=PRIVATE, **FFA)
+    )
+    plain, folder = finished("plain", **FFA)
+    noisy, quiet = (load_tree(at / "final.safetensors")[0].flat for at in (out, folder))
+    assert 0.01 < np.abs(noisy - quiet).max() < 10
+    assert "epsilon" not in (folder / "report.html").read_text().partition("<pre")[0]
+    assert plain.rounds == summary.rounds == 2
+
+
+def test_a_run_past_its_budget_is_refused_before_anything_starts(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon with run\.rounds: .* lasts for 1 of 2 rounds"):
+        finished("past", privacy={**PRIVATE, "epsilon": 1.4}, **FFA)
+    assert not (tmp_path / "past").exists()
