@@ -3,8 +3,8 @@
     python benchmarks/exchange.py speed [--mb 100] [--rounds 7]
     python benchmarks/exchange.py load [--nodes 200] [--mb 20]
 
-`speed` moves random bytes up and down loopback, through the exchange (mutual TLS, digests on both sides, disk) and
-through a gRPC service that does nothing, in the same chunks, with the same TLS and without; in turns. `load` has every
+`speed` moves random bytes up and down loopback, through the exchange (mutual TLS, a digest each way, disk) and through
+a gRPC service that does nothing, in the same chunks, with the same TLS and without; in turns. `load` has every
 node connect with a certificate of its own and upload at the same time, and prints the server's peak memory.
 """
 
@@ -122,7 +122,6 @@ def speed(mb: int, rounds: int) -> None:
             ("up", "bare stream, no TLS"): up(without),
             ("up", "bare stream, TLS"): up(with_tls),
             ("up", "exchange"): lambda: ours.put(blob, NOW),
-            ("up", "of it the digest on the node"): lambda: digest(blob),
             ("down", "bare stream, no TLS"): down(without),
             ("down", "bare stream, TLS"): down(with_tls),
             ("down", "exchange"): lambda: ours.get(name),

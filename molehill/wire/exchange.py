@@ -148,11 +148,11 @@ def connect(address: str) -> Exchange:
     """Open the exchange at an address.
 
     Args:
-        address: ``memory:NAME`` (the same object for everybody in this process) or ``folder:PATH``; for the exchange
-            of a coordinator see `molehill.wire.remote`.
+        address: ``memory:NAME`` (the same object for everybody in this process), ``folder:PATH`` or ``fsspec:URL``
+            (`molehill.wire.objects`); for the exchange of a coordinator see `molehill.wire.remote`.
 
     Raises:
-        ConfigError: No such kind of exchange, or no name or path.
+        ConfigError: No such kind of exchange, no name, path or URL, or what it needs is not installed.
     """
     kind, _, rest = address.partition(":")
     if rest and kind == "memory":
@@ -160,7 +160,11 @@ def connect(address: str) -> Exchange:
             return _memories.setdefault(rest, MemoryExchange())
     if rest and kind == "folder":
         return FolderExchange(Path(rest))
-    raise ConfigError(f"unknown exchange {address!r}", mend="Use memory:NAME or folder:PATH.")
+    if rest and kind == "fsspec":
+        from molehill.wire.objects import ObjectExchange  # noqa: PLC0415 - it is built on this module
+
+        return ObjectExchange(rest)
+    raise ConfigError(f"unknown exchange {address!r}", mend="Use memory:NAME, folder:PATH or fsspec:URL.")
 
 
 def require_digest(name: str) -> None:

@@ -11,9 +11,11 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -22,10 +24,11 @@ import grpc
 from molehill.errors import ConfigError, FederationError, MessageError, MolehillError
 from molehill.pki import Identity
 from molehill.wire.exchange import FolderExchange, Place, require_digest, require_size, unknown
+from molehill.wire.frames import pack, unpack
 from molehill.wire.message import digest
 from molehill_protos.v1 import exchange_pb2 as pb
-from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 
+SERVICE = pb.DESCRIPTOR.services_by_name["AdapterExchange"].full_name
 CHUNK = 2**18  # bytes of data in a message; larger ones are slower, as their memory is not reused
 MAX_MESSAGE = 2**20 + 2**10  # bytes of a message, the largest chunk and its frame
 
@@ -98,8 +101,12 @@ class GrpcExchange:
             "grpc.keepalive_timeout_ms": 10_000,
         }
         self._target = target
-        self._channel = grpc.secure_channel(target, credentials, options=list(options.items()))
-        self._stub: Any = AdapterExchangeStub(self._channel)
+        channel = self._channel = grpc.secure_channel(target, credentials, options=list(options.items()))
+        self._get = channel.unary_stream(f"/{SERVICE}/Get", pb.GetRequest.SerializeToString, unpack(pb.Chunk))
+        self._put = channel.stream_unary(f"/{SERVICE}/Put", pack, pb.Receipt.FromString)
+        self._offset = channel.unary_unary(
+            f"/{SERVICE}/Offset", pb.OffsetRequest.SerializeToString, pb.OffsetReply.FromString
+        )
         self._cache = None if cache is None else _Cache(cache, cache_bytes)
         self._patience = patience or Patience()
 
@@ -129,18 +136,20 @@ class GrpcExchange:
         """
         if at is None:
             raise ValueError("a node can only put a delta: give the run and round it is for")
-        name = digest(blob)
-        upload = _Upload(blob, pb.OffsetRequest(run=at.run, round=at.round, digest=name))
+        upload = _Upload(blob, at)
 
-        def attempt() -> None:
-            offset = self._stub.Offset(upload.asked, timeout=self._patience.call).offset
-            upload.moved = max(upload.moved, offset)
-            receipt = self._stub.Put(upload.chunks(offset), timeout=self._seconds(len(blob) - offset))
-            if (receipt.run, receipt.round, receipt.digest, receipt.length) != (*at, name, len(blob)):
+        def attempt() -> str:
+            held = self._offset(pb.OffsetRequest(run=at.run, round=at.round), timeout=self._patience.call)
+            header = upload.header(held)
+            upload.moved = max(upload.moved, header.offset)
+            receipt = upload.send(self._put, header, self._seconds(len(blob) - header.offset))
+            if (receipt.run, receipt.round, receipt.length) != (*at, len(blob)) or (
+                header.digest not in {"", receipt.digest}
+            ):
                 raise self._foreign("the receipt is for something else")
+            return str(receipt.digest)
 
-        self._patiently(attempt, lambda: upload.moved)
-        return name
+        return self._patiently(attempt, lambda: upload.moved)
 
     def get(self, name: str, max_bytes: int | None = None) -> bytes:
         """See `Exchange.get`.
@@ -152,11 +161,18 @@ class GrpcExchange:
         require_digest(name)
         if self._cache is not None and (held := self._cache.get(name, max_bytes)) is not None:
             return held
-        download = _Download(name, max_bytes)
+        with ThreadPoolExecutor(1) as other:
+            blob = self._fetch(_Download(name, max_bytes, other))
+        if self._cache is not None:
+            self._cache.put(blob)
+        return blob
+
+    def _fetch(self, download: _Download) -> bytes:
+        name, max_bytes = download.name, download.max_bytes
 
         def attempt() -> None:
             left = (download.length or 0) - download.moved
-            call = self._stub.Get(
+            call = self._get(
                 pb.GetRequest(digest=name, offset=download.moved), timeout=self._seconds(left or max_bytes or 2**30)
             )
             try:
@@ -168,11 +184,9 @@ class GrpcExchange:
                 raise self._foreign("the blob ends before its length")
 
         self._patiently(attempt, lambda: download.moved)
-        if download.hash.hexdigest() != name:
-            raise self._foreign("the blob does not fit its digest")
         blob = b"".join(download.parts)
-        if self._cache is not None:
-            self._cache.put(blob)
+        if download.digest() != name:
+            raise self._foreign("the blob does not fit its digest")
         return blob
 
     def has(self, name: str) -> bool:
@@ -181,7 +195,7 @@ class GrpcExchange:
         seconds = self._patience.call
 
         def attempt() -> bool:
-            call = self._stub.Get(pb.GetRequest(digest=name), timeout=seconds)
+            call = self._get(pb.GetRequest(digest=name), timeout=seconds)
             try:
                 next(call)  # its length
             except grpc.RpcError as error:
@@ -249,40 +263,79 @@ class _Upload:
     """A delta on its way; `moved` counts the bytes the server is known to have had."""
 
     blob: bytes
-    asked: pb.OffsetRequest
+    at: Place
     moved: int = 0
 
-    def chunks(self, offset: int) -> Iterator[pb.PutChunk]:
-        asked = self.asked
-        header = pb.PutHeader(
-            run=asked.run, round=asked.round, digest=asked.digest, length=len(self.blob), offset=offset
-        )
-        yield pb.PutChunk(header=header)
-        for start in range(offset, len(self.blob), CHUNK):
-            yield pb.PutChunk(data=self.blob[start : start + CHUNK])
+    def header(self, held: pb.OffsetReply) -> pb.PutHeader:
+        """Go on after what the server has if this delta begins with it, and else begin again.
+
+        An upload in one go needs no digest from here: TLS vouches for what travels, and the server makes it. What lay
+        on a disk meanwhile is compared.
+        """
+        start = memoryview(self.blob)[: held.offset]
+        offset = held.offset if held.offset == len(start) and held.digest == digest(start) else 0
+        known = digest(self.blob) if offset or len(self.blob) <= CHUNK else ""
+        run, number = self.at
+        return pb.PutHeader(run=run, round=number, digest=known, length=len(self.blob), offset=offset)
+
+    def send(self, put: Any, header: pb.PutHeader, seconds: float) -> pb.Receipt:
+        """Send the header and, when the server has answered that it is our turn, the data."""
+
+        def parts() -> Iterator[pb.PutChunk | memoryview]:
+            yield pb.PutChunk(header=header)
+            calls.get().initial_metadata()
+            for start in range(header.offset, len(self.blob), CHUNK):
+                yield memoryview(self.blob)[start : start + CHUNK]
+
+        calls: SimpleQueue[Any] = SimpleQueue()  # of one: the call, once there is one
+        call = put.future(parts(), timeout=seconds)
+        calls.put(call)
+        receipt: pb.Receipt = call.result()
+        return receipt
 
 
 class _Download:
     """A blob on its way; what has come is kept for the next try."""
 
-    def __init__(self, name: str, max_bytes: int | None) -> None:
-        self.parts: list[bytes] = []
+    def __init__(self, name: str, max_bytes: int | None, other: ThreadPoolExecutor) -> None:
+        self.name = name
+        self.max_bytes = max_bytes
+        self.parts: list[memoryview] = []
         self.moved = 0
         self.length: int | None = None
-        self.hash = hashlib.sha256()
-        self._name = name
-        self._max_bytes = max_bytes
+        self._hash = hashlib.sha256()
+        self._other = other
+        self._hashed = 0  # parts of which the hash is made, or being made
+        self._hashing: Future[None] | None = None
 
-    def take(self, chunk: pb.Chunk) -> None:
-        if chunk.WhichOneof("part") == "length":
-            require_size(chunk.length, self._max_bytes)
-            self.length = chunk.length
+    def take(self, part: pb.Chunk | memoryview) -> None:
+        """Take the next message."""
+        if not isinstance(part, memoryview):
+            require_size(part.length, self.max_bytes)
+            self.length = part.length
             return
-        self.parts.append(chunk.data)
-        self.moved += len(chunk.data)
-        self.hash.update(chunk.data)
+        self.parts.append(part)
+        self.moved += part.nbytes
         if self.length is None or self.moved > self.length:
-            raise MessageError(f"blob {self._name[:12]} is longer than it was said to be")
+            raise MessageError(f"blob {self.name[:12]} is longer than it was said to be")
+        if self._hashing is None or self._hashing.done():
+            self._hash_more()
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what has come."""
+        self._hash_more().result()
+        return self._hash.hexdigest()
+
+    def _hash_more(self) -> Future[None]:
+        """Go on in the other thread, which takes less than the network: it hashes what came meanwhile."""
+        parts, self._hashed = self.parts[self._hashed :], len(self.parts)
+
+        def update() -> None:
+            for part in parts:
+                self._hash.update(part)
+
+        self._hashing = self._other.submit(update)
+        return self._hashing
 
 
 class _Cache:

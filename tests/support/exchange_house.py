@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import re
 import signal
 import socket
@@ -19,7 +20,8 @@ import grpc
 import numpy as np
 
 from molehill.pki import Identity
-from molehill.wire.exchange import FolderExchange, Place
+from molehill.wire.exchange import Exchange, Place, connect
+from molehill.wire.objects import ObjectExchange
 from molehill.wire.remote import GrpcExchange, Patience
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 from molehill_server.exchange.grants import Grant, Grants
@@ -39,14 +41,15 @@ class House:
     port: int = 0
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     process: subprocess.Popen | None = None
+    store: str = ""  # the URL of an object store
 
     @property
     def grants(self) -> Grants:
         return Grants(self.folder / "grants")
 
     @property
-    def blobs(self) -> FolderExchange:
-        return FolderExchange(self.folder / "blobs")
+    def blobs(self) -> Exchange:
+        return connect(f"fsspec:{self.store}" if self.store else f"folder:{self.folder / 'blobs'}")
 
     def give(self, node="lab-1", **changes) -> None:
         self.grants.give(node, Grant(**{"run": "run", "round": 3, "write": True, "max_bytes": 2**30} | changes))
@@ -62,7 +65,14 @@ class House:
         limits = Limits(**{"reserve": 0, "idle": 20.0} | limits)
         address = f"127.0.0.1:{self.port}"
         task = loop.create_task(
-            serve(self.folder, Identity.load(self.identities["server"]), address, limits, ready=ready)
+            serve(
+                self.folder,
+                Identity.load(self.identities["server"]),
+                address,
+                limits,
+                ready=ready,
+                blobs=ObjectExchange(self.store) if self.store else None,
+            )
         )
 
         def run() -> None:
@@ -83,7 +93,10 @@ class House:
         command += ["--identity", str(self.identities["server"]), "--listen", f"127.0.0.1:{self.port}"]
         with (self.folder.parent / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                [*command, "--reserve", "0", *options], stdout=subprocess.PIPE, stderr=log, text=True
+                [*command, "--reserve", "0", *(["--blobs", self.store] if self.store else []), *options],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
         self._open.callback(self.end, self.process)
         line = self.process.stdout.readline()
@@ -99,6 +112,11 @@ class House:
             os.kill(process.pid, how)
         process.stdout.close()
         return process.wait(10)
+
+    def peak(self) -> float:
+        """Peak resident memory of the process, in MiB (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
     def log(self) -> str:
         return (self.folder.parent / "server.log").read_text()
@@ -128,10 +146,12 @@ class House:
 
 
 class Wire:
-    """A TCP proxy that writes down what passes, and can cut it."""
+    """A TCP proxy that writes down what passes, and can cut it, hold it up and slow it down."""
 
     def __init__(self, port: int) -> None:
         self.seen: dict[str, bytearray] = {"up": bytearray(), "down": bytearray()}
+        self.delay = 0.0  # seconds from one end to the other
+        self.rate = float("inf")  # bytes per second each way, of one connection
         self._target = port
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
@@ -158,21 +178,36 @@ class Wire:
                 continue
             self._sockets += [near, far]
             for source, sink, way in ((near, far, "up"), (far, near, "down")):
-                self._threads.append(threading.Thread(target=self._pump, args=(source, sink, way)))
-                self._threads[-1].start()
+                passing = queue.Queue(16)  # what the line holds: the sender has to wait for the rest
+                for run, end in ((self._take, source), (self._give, sink)):
+                    self._threads.append(threading.Thread(target=run, args=(end, passing, way)))
+                    self._threads[-1].start()
 
-    def _pump(self, source, sink, way) -> None:
+    def _take(self, source, passing, way) -> None:
+        data = b"..."
+        while data:
+            try:
+                data = source.recv(2**14)
+            except OSError:
+                data = b""
+            self.seen[way] += data
+            passing.put((time.monotonic() + self.delay, data))
         with contextlib.suppress(OSError):
-            while data := source.recv(2**16):
-                self.seen[way] += data
+            source.shutdown(socket.SHUT_RDWR)
+
+    def _give(self, sink, passing, way) -> None:
+        due, data = passing.get()
+        while data:
+            time.sleep(max(0.0, due - time.monotonic()) + len(data) / self.rate)
+            with contextlib.suppress(OSError):  # what comes after a cut is lost
                 sink.sendall(data)
-        for each in (source, sink):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+            due, data = passing.get()
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
         """Reset every connection."""
-        for each in self._sockets:
+        for each in list(self._sockets):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 

@@ -22,20 +22,20 @@ class Chunk(_message.Message):
     def __init__(self, length: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class OffsetRequest(_message.Message):
-    __slots__ = ("run", "round", "digest")
+    __slots__ = ("run", "round")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
-    digest: str
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
 
 class OffsetReply(_message.Message):
-    __slots__ = ("offset",)
+    __slots__ = ("offset", "digest")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     offset: int
-    def __init__(self, offset: _Optional[int] = ...) -> None: ...
+    digest: str
+    def __init__(self, offset: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class PutHeader(_message.Message):
     __slots__ = ("run", "round", "digest", "length", "offset")

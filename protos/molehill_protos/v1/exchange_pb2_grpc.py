@@ -68,15 +68,16 @@ class AdapterExchangeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Offset(self, request, context):
-        """How much of a delta the server has, so that an upload goes on where it broke off.
+        """What the server has of the node's delta of a round, so that an upload goes on where it broke off.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Put(self, request_iterator, context):
-        """Upload the node's delta of a round: a header, then data. The blob appears when its length and digest are right.
-        The same digest again gives the same receipt; another one for the same round is ALREADY_EXISTS.
+        """Upload the node's delta of a round: a header and, once the server's initial metadata says that it is the node's turn,
+        data; so those who wait take no memory. The blob appears when its length is right, and its digest if the header has
+        one. The same delta again gives the same receipt; another one for the same round is ALREADY_EXISTS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -7,4 +7,6 @@ The service is a process of its own on the coordinator's host. The two share a f
     parts/<node>/           the delta a node is uploading
     receipts/<node>.json    the last delta a node delivered
     revoked.json            serial numbers (hexadecimal) of certificates that are no longer accepted
+
+With ``--blobs URL``, whole blobs lie in an object store instead, which is the coordinator's ``fsspec:URL`` exchange.
 """

@@ -6,26 +6,29 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
-from molehill.errors import ConfigError, IdentityError, MessageError
+from molehill.errors import ConfigError, FederationError, IdentityError, MessageError
 from molehill.pki import Certificate, Door
 from molehill.wire.exchange import require_digest
+from molehill.wire.frames import pack, unpack
 from molehill.wire.remote import CHUNK
 from molehill_protos.v1 import exchange_pb2 as pb
-from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeServicer
 from molehill_server.exchange.grants import Grant, Grants
-from molehill_server.exchange.spool import DiskFullError, Part, Receipt, Spool
+from molehill_server.exchange.spool import Blobs, DiskFullError, Part, Receipt, Spool
+from molehill_server.exchange.writer import Writer, in_thread
 
 log = logging.getLogger("molehill.exchange")
 
-T = TypeVar("T")
+_BURST = 0.05  # seconds that a node may be ahead of its rate: shorter pauses take longer than they should
+_AHEAD = 2**19  # bytes of a blob that are read at a time, while those before them are sent
 
 
 @dataclass(frozen=True)
@@ -72,34 +75,47 @@ class _Node:
     """What is known of a node while the process lives."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # over its part and receipt
-    writer: object = None  # the one stream that may write; a newer one takes its place
+    writer: Writer | None = None  # of the one stream that may write; a newer one takes its place
     streams: int = 0
     free_at: float = 0.0  # when it has used up its rate
 
 
-class Service(AdapterExchangeServicer):
+class Service:
     """Serves a folder (`molehill_server.exchange`) to the nodes that its grants name.
 
     Args:
         folder: The folder; it is made when missing.
         limits: What it bears.
         revoked: The authority's list of revoked certificates; ``revoked.json`` of the folder when omitted.
+        blobs: Where whole blobs are kept; in the folder when omitted.
     """
 
-    def __init__(self, folder: Path, limits: Limits | None = None, revoked: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, limits: Limits | None = None, revoked: Path | None = None, blobs: Blobs | None = None
+    ) -> None:
         self._limits = limits or Limits()
-        self._spool = Spool(folder, self._limits.reserve)
+        self._spool = Spool(folder, self._limits.reserve, blobs)
         self._grants = Grants(folder / "grants")
         self._door = Door(revoked or folder / "revoked.json")
         self._nodes: defaultdict[str, _Node] = defaultdict(_Node)
         self._slots = asyncio.Semaphore(self._limits.streams)
         self._waiting = 0
 
+    def handlers(self) -> dict[str, Any]:
+        """The methods, as gRPC takes them."""
+        return {
+            "Get": grpc.unary_stream_rpc_method_handler(self.Get, pb.GetRequest.FromString, pack),
+            "Offset": grpc.unary_unary_rpc_method_handler(
+                self.Offset, pb.OffsetRequest.FromString, pb.OffsetReply.SerializeToString
+            ),
+            "Put": grpc.stream_unary_rpc_method_handler(self.Put, unpack(pb.PutChunk), pb.Receipt.SerializeToString),
+        }
+
     # ---- calls -----------------------------------------------------------------------------------------------
 
     async def Get(self, request: pb.GetRequest, context: Any) -> None:  # noqa: N802 - by protocol
         """Send a blob that the node's plan names."""
-        async with self._answer(context, "get") as name:
+        async with self.answer(context, "get") as name:
             _require_digest(request.digest)
             if request.digest not in self._granted(name).read:
                 raise Refusal(
@@ -107,43 +123,37 @@ class Service(AdapterExchangeServicer):
                 )
             async with self._slot(name):
                 try:
-                    file = self._spool.open(request.digest)
+                    file = await in_thread(self._spool.blobs.open, request.digest)
                 except FileNotFoundError:
                     raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no blob {request.digest[:12]}") from None
                 with file:
-                    length = file.seek(0, 2)
-                    file.seek(min(request.offset, length))
-                    await self._write(context, pb.Chunk(length=length))
-                    while data := file.read(CHUNK):
-                        await self._pace(name, len(data))
-                        await self._write(context, pb.Chunk(data=data))
+                    length = await self._send(file, request.offset, name, context)
             log.info("sent %s to %s: %d bytes", request.digest[:12], name, length - request.offset)
 
     async def Offset(self, request: pb.OffsetRequest, context: Any) -> pb.OffsetReply:  # noqa: N802 - by protocol
-        """Say how much of a delta is here, and let no older stream add to it."""
-        async with self._answer(context, "offset") as name:
-            _require_digest(request.digest)
+        """Say what is here of a delta, and let no older stream add to it."""
+        async with self.answer(context, "offset") as name:
             grant = self._may_write(name, request.run, request.round)
             node = self._nodes[name]
             async with node.lock:
-                node.writer = None
-                receipt = self._spool.receipt(name)
-                if receipt is not None and receipt.digest == request.digest and self._spool.has(request.digest):
-                    return pb.OffsetReply(offset=receipt.length)
-                return pb.OffsetReply(offset=self._spool.part_size(name, grant, request.digest))
+                await _stop(node)
+                size, digest = await in_thread(self._held, name, grant)
+                return pb.OffsetReply(offset=size, digest=digest)
         raise AssertionError("an answer or an error was given")
 
     async def Put(self, requests: Any, context: Any) -> pb.Receipt:  # noqa: ARG002, N802 - by protocol
         """Take the node's delta of its current round."""
-        async with self._answer(context, "put") as name:
+        async with self.answer(context, "put") as name:
             header = await self._header(context)
-            _require_digest(header.digest)
+            if header.digest:
+                _require_digest(header.digest)
             grant = self._may_write(name, header.run, header.round)
             limit = min(grant.max_bytes, self._limits.max_bytes)
             if header.length > limit:
                 text = f"a delta of {header.length} bytes, the limit is {limit}"
                 raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             async with self._slot(name):
+                await context.send_initial_metadata(())  # the node may begin
                 receipt = await self._receive(name, grant, header, context)
             log.info(
                 "%s delivered %s for round %d of %s: %d bytes",
@@ -151,6 +161,30 @@ class Service(AdapterExchangeServicer):
             )
             return pb.Receipt(**receipt.model_dump(exclude={"attempt"}))
         raise AssertionError("an answer or an error was given")
+
+    @asynccontextmanager
+    async def answer(self, context: Any, what: str) -> AsyncIterator[str]:
+        """Name the node that asks, and tell it why when it is refused.
+
+        Args:
+            context: Of the call.
+            what: Name of the call.
+        """
+        name = "?"
+        try:
+            name = self._identify(context)
+            yield name
+        except Refusal as refusal:
+            code, text = refusal.code, refusal.text
+        except DiskFullError:
+            code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, "the server's disk is full"
+        except FederationError as error:
+            log.error("%s", error)  # noqa: TRY400 - its words say it all
+            code, text = grpc.StatusCode.UNAVAILABLE, "the server's object store fails"
+        else:
+            return
+        log.warning("refused %s of %s (%s): %s", what, name, code.name, text)
+        await context.abort(code, text)
 
     async def collect(self) -> None:
         """Remove what is left of rounds that are over."""
@@ -162,57 +196,87 @@ class Service(AdapterExchangeServicer):
                 except (MessageError, IdentityError) as error:
                     log.error("%s", error)  # noqa: TRY400 - its words say it all
                     continue
-                removed = await _in_thread(self._spool.collect, name, grant, keep)
+                removed = await in_thread(self._spool.collect, name, grant, keep)
             for path in removed:
                 log.info("collected %s", path)
 
     # ---- parts -----------------------------------------------------------------------------------------------
 
+    async def _send(self, file: RawIOBase, offset: int, name: str, context: Any) -> int:
+        """Send a file from an offset on, the next piece being read meanwhile; returns its length."""
+        length: int = await in_thread(file.seek, 0, 2)
+        file.seek(min(offset, length))
+        await self._write(context, pb.Chunk(length=length))
+        reading = asyncio.ensure_future(in_thread(file.read, _AHEAD))
+        try:
+            while data := await reading:
+                reading = asyncio.ensure_future(in_thread(file.read, _AHEAD))
+                for start in range(0, len(data), CHUNK):
+                    piece = memoryview(data)[start : start + CHUNK]
+                    await self._pace(name, len(piece))
+                    await self._write(context, piece)
+        finally:
+            await asyncio.wait({reading})  # the file is its
+        return length
+
+    def _held(self, name: str, grant: Grant) -> tuple[int, str]:
+        """Bytes of a node's delta that are here, and their digest."""
+        size, digest = self._spool.held(name, grant)
+        receipt = None if size else self._spool.receipt(name)
+        if receipt is not None and self._spool.blobs.has(receipt.digest):
+            return receipt.length, receipt.digest
+        return size, digest
+
     async def _receive(self, name: str, grant: Grant, header: pb.PutHeader, context: Any) -> Receipt:
         """Take the data of a delta, or say again that it is here."""
-        node, me = self._nodes[name], object()
+        node = self._nodes[name]
         async with node.lock:
-            node.writer = me
-            done = self._delivered(name, grant, header)
+            await _stop(node)
+            done = await in_thread(self._delivered, name, grant, header.digest, header.length)
             if done is not None:
                 return done
-            part: Part = await _in_thread(self._spool.open_part, name, grant, header.digest, header.length)
+            part: Part = await in_thread(self._spool.open_part, name, grant, header.length, header.offset)
+            writer = node.writer = Writer(part)
         with part:
-            if part.size != header.offset:
-                text = f"the data begins at byte {header.offset}, the server has {part.size}"
-                raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
-            await self._fill(part, name, me, context)
+            try:
+                await self._fill(part, name, writer, header.offset, context)
+            finally:
+                await writer.end()
             async with node.lock:
-                _require_writer(node, me)
+                _require_writer(node, writer)
+                node.writer = None
                 return await self._commit(name, part, header)
 
-    async def _fill(self, part: Part, name: str, me: object, context: Any) -> None:
-        """Read the data and write it down.
-
-        A write goes to the system's memory, and a thread for each would cost more than it: only syncs get one.
-        """
-        node = self._nodes[name]
-        while (chunk := await self._read(context)) is not grpc.aio.EOF:
-            if part.size + len(chunk.data) > part.length:
+    async def _fill(self, part: Part, name: str, writer: Writer, offset: int, context: Any) -> None:
+        """Read the data and have it written down."""
+        node, size = self._nodes[name], part.size
+        if size != offset:
+            text = f"the data begins at byte {offset}, the server has {size}"
+            raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
+        while isinstance(piece := await self._read(context), memoryview):
+            size += len(piece)
+            if size > part.length:
                 raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
-            await self._pace(name, len(chunk.data))
-            async with node.lock:
-                _require_writer(node, me)
-                part.write(chunk.data)
+            await self._pace(name, len(piece))
+            _require_writer(node, writer)
+            await writer.give(piece)
+        if piece is not grpc.aio.EOF:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "after the header there is only data")
 
-    def _delivered(self, name: str, grant: Grant, header: pb.PutHeader) -> Receipt | None:
-        """The receipt of a delta that is here already."""
+    def _delivered(self, name: str, grant: Grant, digest: str, length: int) -> Receipt | None:
+        """The receipt of a delta that is here already; its digest may not be known yet."""
         receipt = self._spool.receipt(name)
-        here = self._spool.has(header.digest)
-        if receipt is not None and receipt.of(grant) and receipt.digest != header.digest:
+        if receipt is not None and receipt.of(grant) and receipt.digest != digest:
+            if not digest and not self._spool.blobs.has(receipt.digest):  # dropped since, and perhaps sent again
+                return None
             text = f"{name} has delivered another delta, {receipt.digest[:12]}, for round {grant.round} of {grant.run}"
             raise Refusal(grpc.StatusCode.ALREADY_EXISTS, text)
-        if not here:
+        if not digest or not self._spool.blobs.has(digest):
             return None
-        if receipt is None or receipt.digest != header.digest:
-            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"blob {header.digest[:12]} is not a delta of {name}")
+        if receipt is None or receipt.digest != digest:
+            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"blob {digest[:12]} is not a delta of {name}")
         if not receipt.of(grant):  # the same delta for another attempt
-            receipt = _receipt(name, grant, header)
+            receipt = _receipt(name, grant, digest, length)
             self._spool.sign(receipt)
         return receipt
 
@@ -220,17 +284,25 @@ class Service(AdapterExchangeServicer):
         if part.size < header.length:
             text = f"the data ends at byte {part.size} of {header.length}"
             raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
-        if part.digest != header.digest:
+        digest = part.digest
+        if header.digest not in {"", digest}:
             part.drop()
             raise Refusal(grpc.StatusCode.DATA_LOSS, "the data does not fit its digest and was dropped; send it again")
         grant = self._may_write(name, header.run, header.round)  # the round may have ended meanwhile
-        receipt = _receipt(name, grant, header)
-        await _in_thread(self._spool.commit, part, receipt)
+        try:
+            receipt = await in_thread(self._delivered, name, grant, digest, header.length)
+        except Refusal:
+            part.drop()
+            raise
+        if receipt is None:
+            receipt = _receipt(name, grant, digest, header.length)
+            await in_thread(self._spool.commit, part, receipt)
+        part.drop()
         return receipt
 
     async def _header(self, context: Any) -> pb.PutHeader:
         first = await self._read(context)
-        if first is grpc.aio.EOF or first.WhichOneof("part") != "header":
+        if not isinstance(first, pb.PutChunk) or first.WhichOneof("part") != "header":
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
         header: pb.PutHeader = first.header
         return header
@@ -240,7 +312,7 @@ class Service(AdapterExchangeServicer):
             async with asyncio.timeout(self._limits.idle):
                 return await context.read()
 
-    async def _write(self, context: Any, chunk: pb.Chunk) -> None:
+    async def _write(self, context: Any, chunk: pb.Chunk | memoryview) -> None:
         with self._stalled("taken"):
             async with asyncio.timeout(self._limits.idle):
                 await context.write(chunk)
@@ -254,22 +326,6 @@ class Service(AdapterExchangeServicer):
             raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
 
     # ---- who, what and how much ------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _answer(self, context: Any, what: str) -> AsyncIterator[str]:
-        """Name the node that asks, and tell it why when it is refused."""
-        name = "?"
-        try:
-            name = self._identify(context)
-            yield name
-        except Refusal as refusal:
-            code, text = refusal.code, refusal.text
-        except DiskFullError:
-            code, text = grpc.StatusCode.RESOURCE_EXHAUSTED, "the server's disk is full"
-        else:
-            return
-        log.warning("refused %s of %s (%s): %s", what, name, code.name, text)
-        await context.abort(code, text)
 
     def _identify(self, context: Any) -> str:
         """The name of the node, from its certificate.
@@ -330,23 +386,24 @@ class Service(AdapterExchangeServicer):
         node, now = self._nodes[name], time.monotonic()
         start = max(now, node.free_at)
         node.free_at = start + size / self._limits.rate
-        if start > now:
+        if start > now + _BURST:
             await asyncio.sleep(start - now)
 
 
-def _receipt(name: str, grant: Grant, header: pb.PutHeader) -> Receipt:
-    return Receipt(
-        run=grant.run,
-        round=grant.round,
-        attempt=grant.attempt,
-        node=name,
-        digest=header.digest,
-        length=header.length,
-    )
+def _receipt(name: str, grant: Grant, digest: str, length: int) -> Receipt:
+    return Receipt(run=grant.run, round=grant.round, attempt=grant.attempt, node=name, digest=digest, length=length)
 
 
-def _require_writer(node: _Node, me: object) -> None:
-    if node.writer is not me:
+async def _stop(node: _Node) -> None:
+    """Let the stream that may write do so no longer; called under the node's lock."""
+    writer, node.writer = node.writer, None
+    if writer is not None:
+        with suppress(DiskFullError, OSError):  # the stream says it
+            await writer.end()
+
+
+def _require_writer(node: _Node, writer: Writer) -> None:
+    if node.writer is not writer:
         raise Refusal(grpc.StatusCode.ABORTED, "a newer upload took the place of this one")
 
 
@@ -355,13 +412,3 @@ def _require_digest(name: str) -> None:
         require_digest(name)
     except (MessageError, IdentityError) as error:
         raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
-
-
-async def _in_thread(call: Callable[..., T], *args: Any) -> T:
-    """Call something that may wait for the disk; a caller that is cancelled waits until it is done with the file."""
-    task = asyncio.ensure_future(asyncio.to_thread(call, *args))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -58,7 +61,8 @@ class Part:
     def __init__(self, path: Path, length: int) -> None:
         self.path = path
         self.length = length
-        self.size = 0
+        self.size = 0  # bytes written
+        self.synced = 0  # of them on the disk for certain
         self._hash = hashlib.sha256()
         self._file = path.open("ab+", buffering=0)
         self._file.seek(0)
@@ -66,21 +70,16 @@ class Part:
             self._hash.update(data)
             self.size += len(data)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         """Append.
 
         Raises:
             DiskFullError: There is no room.
         """
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            self.drop()
-            raise DiskFullError from None
+        with self.room():
+            left = data
+            while left:
+                left = left[self._file.write(left) :]
         self._hash.update(data)
         self.size += len(data)
 
@@ -90,12 +89,38 @@ class Part:
         return self._hash.hexdigest()
 
     def sync(self) -> None:
-        """Have it on the disk."""
-        os.fsync(self._file.fileno())
+        """Have it on the disk.
+
+        Raises:
+            DiskFullError: There is no room.
+        """
+        size = self.size
+        with self.room():
+            os.fsync(self._file.fileno())
+        self.synced = size
 
     def drop(self) -> None:
         """Remove the file."""
         self.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Remove the file when there is no room to write something.
+
+        Raises:
+            DiskFullError: There is none.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            self.drop()
+            raise DiskFullError from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +128,60 @@ class Part:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
+
+
+class Blobs(Protocol):
+    """Where whole blobs are kept; `molehill.wire.objects.ObjectExchange` is one."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a blob with this digest."""
+        ...
+
+    def open(self, name: str) -> io.RawIOBase:
+        """Open a blob to read.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        ...
+
+    def take(self, file: Path, name: str) -> None:
+        """Let a file, which is whole and on the disk, be the blob with this digest."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Forget a blob, if there is one."""
+        ...
+
+
+class FolderBlobs:
+    """Blobs in a folder of the same file system as the spool: to take one is to rename it.
+
+    Args:
+        folder: The folder; it is made when missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, name: str) -> bool:
+        """See `Blobs.has`."""
+        return (self._folder / name).exists()
+
+    def open(self, name: str) -> io.RawIOBase:
+        """See `Blobs.open`."""
+        return (self._folder / name).open("rb", buffering=0)
+
+    def take(self, file: Path, name: str) -> None:
+        """See `Blobs.take`."""
+        file.replace(self._folder / name)
+        sync(self._folder)
+
+    def drop(self, name: str) -> None:
+        """See `Blobs.drop`."""
+        (self._folder / name).unlink(missing_ok=True)
 
 
 class Spool:
@@ -112,45 +190,41 @@ class Spool:
     Args:
         folder: The folder; it is made when missing.
         reserve: Bytes of the disk to leave free for the coordinator.
+        blobs: Where whole blobs are kept; in the folder when omitted.
     """
 
-    def __init__(self, folder: Path, reserve: int = 0) -> None:
-        self._blobs, self._parts, self._receipts = (folder / name for name in ("blobs", "parts", "receipts"))
+    def __init__(self, folder: Path, reserve: int = 0, blobs: Blobs | None = None) -> None:
+        self.blobs = FolderBlobs(folder / "blobs") if blobs is None else blobs
+        self._folder, self._parts, self._receipts = folder, folder / "parts", folder / "receipts"
         self._reserve = reserve
-        for path in (self._blobs, self._parts, self._receipts):
+        for path in (self._parts, self._receipts):
             path.mkdir(parents=True, exist_ok=True)
 
-    def has(self, digest: str) -> bool:
-        """Whether there is a whole blob."""
-        return (self._blobs / digest).exists()
+    def held(self, node: str, grant: Grant) -> tuple[int, str]:
+        """Bytes of a node's delta that came so far, and their digest."""
+        with suppress(FileNotFoundError), self._part(node, grant).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+        return 0, hashlib.sha256().hexdigest()
 
-    def open(self, digest: str) -> BinaryIO:
-        """Open a blob to read.
-
-        Raises:
-            FileNotFoundError: There is none.
-        """
-        return (self._blobs / digest).open("rb", buffering=0)
-
-    def part_size(self, node: str, grant: Grant, digest: str) -> int:
-        """Bytes of a delta that came so far."""
-        try:
-            return self._part(node, grant, digest).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def open_part(self, node: str, grant: Grant, digest: str, length: int) -> Part:
+    def open_part(self, node: str, grant: Grant, length: int, offset: int) -> Part:
         """Open the node's one unfinished upload; any other of its uploads is dropped.
+
+        Args:
+            node: Name of the node.
+            grant: What it may do.
+            length: Bytes of the whole delta.
+            offset: Bytes to go on after; 0 begins again.
 
         Raises:
             DiskFullError: The rest of it has no room.
         """
-        path = self._part(node, grant, digest)
+        path = self._part(node, grant)
         path.parent.mkdir(exist_ok=True)
         for other in path.parent.iterdir():
-            if other != path:
+            if other != path or not offset:
                 other.unlink(missing_ok=True)
-        missing = length - self.part_size(node, grant, digest)
+        missing = length - offset
         if missing > 0 and shutil.disk_usage(self._parts).free < missing + self._reserve:
             path.unlink(missing_ok=True)
             raise DiskFullError
@@ -159,24 +233,20 @@ class Spool:
     def commit(self, part: Part, receipt: Receipt) -> None:
         """Let a whole part appear as a blob, with its receipt.
 
-        The receipt comes first: a node whose upload was cut between the two finds the part whole and ends it.
+        The receipt comes first, and says nothing while there is no blob: a node whose upload was cut between the two
+        finds the part and ends it.
 
         Raises:
             DiskFullError: The receipt has no room.
         """
         before = self.receipt(receipt.node)
-        try:
-            part.sync()
+        with ThreadPoolExecutor(1) as other, part.room():
+            syncing = other.submit(part.sync)  # it and the receipt wait for the disk together
             self.sign(receipt)
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            part.drop()
-            raise DiskFullError from None
-        part.path.replace(self._blobs / receipt.digest)
-        sync(self._blobs)
+            syncing.result()
+        self.blobs.take(part.path, receipt.digest)
         if before is not None and before.digest != receipt.digest:
-            self.drop(before.digest)
+            self.blobs.drop(before.digest)
 
     def sign(self, receipt: Receipt) -> None:
         """Write a receipt."""
@@ -188,10 +258,6 @@ class Spool:
             return Receipt.model_validate_json((self._receipts / f"{node}.json").read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
-
-    def drop(self, digest: str) -> None:
-        """Remove a blob."""
-        (self._blobs / digest).unlink(missing_ok=True)
 
     def nodes(self) -> set[str]:
         """Names of the nodes of which there is anything."""
@@ -206,19 +272,22 @@ class Spool:
             keep: Digests of blobs that stay whatever happens.
 
         Returns:
-            Paths that were removed, under the folder.
+            What was removed.
         """
         current = None if grant is None else f"{grant.run}.{grant.round}"
-        removed = [path for path in self._parts.glob(f"{node}/*") if path.stem != current]
+        files = [path for path in self._parts.glob(f"{node}/*") if path.stem != current]
+        removed = []
         receipt = self.receipt(node)
         if receipt is None or grant is None or not receipt.of(grant):
-            if receipt is not None and receipt.digest not in keep:
-                removed.append(self._blobs / receipt.digest)
-            removed.append(self._receipts / f"{node}.json")  # last, so that a kill in between leaves no blob for ever
-        removed = [path for path in removed if path.exists()]
-        for path in removed:
-            path.unlink(missing_ok=True)
-        return [str(path.relative_to(self._blobs.parent)) for path in removed]
+            if receipt is not None and receipt.digest not in keep and self.blobs.has(receipt.digest):
+                self.blobs.drop(receipt.digest)
+                removed.append(f"blob {receipt.digest}")
+            files.append(self._receipts / f"{node}.json")  # last, so that a kill in between leaves no blob for ever
+        for path in files:
+            if path.exists():
+                path.unlink(missing_ok=True)
+                removed.append(str(path.relative_to(self._folder)))
+        return removed
 
-    def _part(self, node: str, grant: Grant, digest: str) -> Path:
-        return self._parts / node / f"{grant.run}.{grant.round}.{digest}"
+    def _part(self, node: str, grant: Grant) -> Path:
+        return self._parts / node / f"{grant.run}.{grant.round}.part"

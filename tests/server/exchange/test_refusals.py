@@ -24,9 +24,8 @@ from molehill.errors import ConfigError, FederationError, IdentityError, Message
 from molehill.pki import Identity
 from molehill.wire.exchange import Place
 from molehill.wire.message import digest
-from molehill.wire.remote import CHUNK, GrpcExchange, Patience
+from molehill.wire.remote import CHUNK, SERVICE, GrpcExchange, Patience
 from molehill_protos.v1 import exchange_pb2 as pb
-from molehill_server.exchange.serve import SERVICE
 from molehill_server.exchange.spool import Part
 
 SECOND = Patience(stalled=0.5, pause=0.02)
@@ -97,6 +96,16 @@ def test_a_revoked_certificate_is_refused_from_the_next_call_on(serving):
     other.put(b"y", NOW)
 
 
+def test_health_is_not_told_to_a_revoked_certificate(serving):
+    serving.stub()
+    stub, request = health_pb2_grpc.HealthStub(serving.channel), health_pb2.HealthCheckRequest()
+    assert stub.Check(request, timeout=20).status == next(stub.Watch(request, timeout=20)).status == 1
+    (serving.folder / "revoked.json").write_text(json.dumps([serial(serving.identities["lab-1"])]))
+    assert refusal(stub.Check, request) == ("UNAUTHENTICATED", "this certificate was revoked.")
+    with pytest.raises(grpc.RpcError, match="this certificate was revoked"):
+        next(stub.Watch(request, timeout=20))
+
+
 def test_a_damaged_list_of_revoked_certificates_lets_nobody_in(serving):
     (serving.folder / "revoked.json").write_text("[")
     with pytest.raises(FederationError, match="list of revoked certificates is damaged"):
@@ -162,7 +171,6 @@ def test_nothing_but_a_digest_becomes_a_path(serving, name):
     stub = serving.stub()
     for call, request in (
         (stub.Get, pb.GetRequest(digest=name)),
-        (stub.Offset, pb.OffsetRequest(run="run", round=3, digest=name)),
         (stub.Put, put(b"x", name=name or " ")),
     ):
         code, text = refusal(call, request)
@@ -188,20 +196,31 @@ def test_a_node_writes_only_in_its_round(serving, grant, at, text):
     assert not serving.files("parts")
 
 
-def test_a_second_delta_in_a_round_is_refused(serving):
+@pytest.mark.parametrize("size", [6, 3 * CHUNK])
+def test_a_second_delta_in_a_round_is_refused(serving, size):
     node = serving.node()
-    first = node.put(b"first", NOW)
+    first = node.put(noise(size), NOW)
     with pytest.raises(MessageError, match=f"delivered another delta, {first[:12]}, for round 3 of run"):
-        node.put(b"second", NOW)
+        node.put(noise(size, 1), NOW)
     assert serving.files("blobs") == [first]
 
 
-def test_a_node_cannot_call_another_blob_its_delta(serving):
-    shared = serving.blobs.put(b"broadcast")
+@pytest.mark.parametrize("size", [6, 3 * CHUNK])
+def test_a_node_cannot_call_another_blob_its_delta(serving, size):
+    shared = serving.blobs.put(noise(size))
     serving.give(read=[shared])
     with pytest.raises(MessageError, match="is not a delta of lab-1"):
-        serving.node().put(b"broadcast", NOW)
+        serving.node().put(noise(size), NOW)
     assert not serving.files("receipts")
+    assert not serving.files("parts")
+    assert serving.files("blobs") == [shared]
+
+
+def test_what_is_left_of_another_delta_is_not_gone_on_with(serving):
+    left, blob = noise(2 * CHUNK, 1), noise(3 * CHUNK)
+    assert refusal(serving.stub().Put, put(left, length=len(left) + 1, name="0" * 64))[0] == "OUT_OF_RANGE"
+    assert serving.files("parts")
+    assert serving.blobs.get(serving.node().put(blob, NOW)) == blob
 
 
 def test_too_large_is_refused_before_a_byte_is_kept(serving):
@@ -219,6 +238,7 @@ def test_uploads_that_lie(serving):
         "begins at byte 1000, the server has 3000": put(blob, offset=1000),
         "an upload begins with a header": iter([pb.PutChunk(data=b"x")]),
         "begins with a header": iter(()),
+        "after the header there is only data": iter([*put(b"x"), *put(b"x")]),
     }
     for text, messages in lies.items():
         code, details = refusal(stub.Put, messages)
@@ -233,7 +253,7 @@ def test_uploads_that_lie(serving):
 def test_a_part_that_was_damaged_on_the_disk_is_sent_again(serving):
     blob = noise(3000)
     (serving.folder / "parts" / "lab-1").mkdir(parents=True)
-    (serving.folder / "parts" / "lab-1" / f"run.3.{digest(blob)}").write_bytes(bytes(2000))
+    (serving.folder / "parts" / "lab-1" / "run.3.part").write_bytes(bytes(2000))
     assert serving.blobs.get(serving.node().put(blob, NOW)) == blob
 
 
@@ -268,7 +288,7 @@ def test_a_round_that_ends_in_mid_upload_keeps_nothing(serving):
 def test_a_newer_upload_takes_the_place_of_an_older_one(serving):
     go_on, blob = threading.Event(), noise(3000)
     older = serving.stub().Put.future(slowly(blob, go_on), timeout=20)
-    part = serving.folder / "parts" / "lab-1" / f"run.3.{digest(blob)}"
+    part = serving.folder / "parts" / "lab-1" / "run.3.part"
     wait_for(lambda: part.exists() and part.stat().st_size == 1000)
     name = serving.node().put(blob, NOW)
     go_on.set()
@@ -304,7 +324,7 @@ def test_a_transfer_waits_for_its_turn(house):
     second = house.stub("lab-2").Put.future(put(two), timeout=20)
     time.sleep(0.2)
     assert [first.done(), second.done()] == [False, False]
-    assert house.files("parts") == [f"run.3.{digest(one)}"]
+    assert house.files("parts") == ["run.3.part"]
     go_on.set()
     assert second.result(20).digest == digest(two)
 
