@@ -84,7 +84,9 @@ async def serving(app: Gateway, listener: socket.socket, pair: Pair | None = Non
         pair: Its certificate; without one it speaks plain HTTP.
     """
     cert, key = pair or (None, None)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ssl_certfile=cert, ssl_keyfile=key)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", ws="none", ssl_certfile=cert, ssl_keyfile=key
+    )
     server = _Uvicorn(config)
     task = asyncio.create_task(server.serve([listener]))
     try:

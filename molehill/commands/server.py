@@ -41,6 +41,9 @@ def up(
         Path | None,
         typer.Option(help="The authority's revoked.json.", show_default="revoked.json in the identity folder"),
     ] = None,
+    blobs: Annotated[
+        str | None, typer.Option(metavar="URL", help="Object store for adapters (fsspec).", show_default="a folder")
+    ] = None,
 ) -> None:
     """Start the coordinator, and keep its processes running until Ctrl-C or `server stop`."""
     with explained():
@@ -54,7 +57,7 @@ def up(
             say(Text(f"nodes come in at {found.host}:{found.port}, adapters at {found.host}:{found.exchange_port}"))
             say(Text(f"start a run with: molehill server run CONFIG --state {state}"))
 
-        run(House(identity, state, host, port, exchange_port, passphrase_file, revoked), ready)
+        run(House(identity, state, host, port, exchange_port, passphrase_file, revoked, blobs), ready)
         say(Text("the coordinator has ended"))
 
 

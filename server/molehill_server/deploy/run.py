@@ -151,7 +151,7 @@ def _given(config: Config, up: Running, state: Path, out: Path) -> dict[str, str
     return {
         "config": str(out.resolve() / "config.toml"),
         "out": str(out.resolve()),
-        "exchange": f"folder:{folder / 'blobs'}",
+        "exchange": up.blobs,
         "grants": str(folder / "grants"),
         "introduction": json.dumps(introduction),
         "clients": config.data.clients,

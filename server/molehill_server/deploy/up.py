@@ -48,6 +48,7 @@ class Running:
         port: The door for nodes.
         exchange_port: The exchange.
         superlink: Port of the SuperLink, on loopback.
+        blobs: Address at which the server process finds the exchange's blobs.
     """
 
     pid: int
@@ -56,6 +57,7 @@ class Running:
     port: int
     exchange_port: int
     superlink: int
+    blobs: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class House:
         exchange_port: Port of the exchange.
         passphrase_file: Its first line opens the key.
         revoked: The authority's list of revoked certificates; looked for in the identity's folder when None.
+        blobs: URL of an object store (fsspec) that keeps whole blobs; a folder of the state when None.
     """
 
     identity: Path
@@ -79,6 +82,7 @@ class House:
     exchange_port: int
     passphrase_file: Path | None = None
     revoked: Path | None = None
+    blobs: str | None = None
 
 
 def running(state: Path) -> Running | None:
@@ -173,7 +177,9 @@ def _require_free(host: str, port: int) -> None:
 class _Supervisor:
     def __init__(self, house: House, identity: Identity, state: Path, ready: Callable[[Running], None]) -> None:
         self._house, self._identity, self._state, self._ready = house, identity, state, ready
-        self._up = Running(os.getpid(), __version__, house.host, house.port, house.exchange_port, free_port())
+        blobs = f"folder:{exchange_folder(state) / 'blobs'}" if house.blobs is None else f"fsspec:{house.blobs}"
+        address = house.host, house.port, house.exchange_port
+        self._up = Running(os.getpid(), __version__, *address, free_port(), blobs)
         self._revoked = (house.revoked or house.identity / "revoked.json").resolve()
         self._door = Door(self._revoked)
         self._asked = threading.Lock()
@@ -229,6 +235,8 @@ class _Supervisor:
         exchange: list[object] = [sys.executable, "-m", "molehill_server.exchange", "--listen", listen]
         exchange += ["--identity", self._house.identity.resolve(), "--folder", exchange_folder(self._state)]
         exchange += ["--revoked", self._revoked]
+        if self._house.blobs is not None:
+            exchange += ["--blobs", self._house.blobs]
         if self._house.passphrase_file is not None:
             exchange += ["--passphrase-file", self._house.passphrase_file.resolve()]
         commands = {"superlink": superlink, "superexec": superexec, "exchange": exchange}
