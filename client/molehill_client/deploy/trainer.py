@@ -39,7 +39,7 @@ from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_client.workbench import Workbench
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("molehill_client.trainer")  # whatever the module is called when it is run
 
 
 class Introduction(BaseModel):
