@@ -307,7 +307,9 @@ class Wire(Section):
 
 
 class Privacy(Section):
-    """Client-level differential privacy; off unless `clip`, `noise`, `epsilon` and `delta` are all given.
+    """What nobody learns of a single client, neither from the model nor at the server.
+
+    Differential privacy is off unless `clip`, `noise`, `epsilon` and `delta` are all given.
 
     Attributes:
         clip: Largest L2 norm of a client's change over all tensors it shares; the client scales a larger one down.
@@ -315,7 +317,10 @@ class Privacy(Section):
         epsilon: Budget of the run; a round that would exceed it is not begun.
         delta: Probability with which the bound on epsilon may fail; far below one over the number of clients.
         max_examples: Examples from which on a client counts fully; one with fewer counts in proportion. None: all
-            clients count alike.
+            clients count alike, or with secure aggregation alone by all of their examples.
+        secure_aggregation: The server gets the sum of what clients send, and nothing of a single client.
+        threshold: Part of the clients, more than half, that must stay until the sum is unmasked. As many of them
+            together could undo the masks of another one.
     """
 
     clip: float | None = Field(default=None, gt=0)
@@ -323,12 +328,15 @@ class Privacy(Section):
     epsilon: float | None = Field(default=None, gt=0)
     delta: float | None = Field(default=None, gt=0, lt=1)
     max_examples: int | None = Field(default=None, ge=1)
+    secure_aggregation: bool = False
+    threshold: float = Field(default=0.66, gt=0.5, le=1)
 
     @model_validator(mode="after")
     def _whole(self) -> Privacy:
-        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
-        missing = [name for name in ("clip", "noise", "epsilon", "delta") if name not in given]
-        if given and missing:
+        parts = ("clip", "noise", "epsilon", "delta")
+        missing = [name for name in parts if getattr(self, name) is None]
+        alone = self.max_examples is not None and not self.secure_aggregation
+        if missing and (alone or len(missing) < len(parts)):
             raise ValueError(f"privacy needs {', '.join(missing)} as well, or nothing is protected")
         return self
 

@@ -1,4 +1,4 @@
-"""The messages of the data plane: a self-describing tree, and the delta a client sends.
+"""The messages of the data plane: a self-describing tree, and the delta a client sends, in the open or masked.
 
 Decoding trusts nothing: sizes are checked before memory is taken, and whatever is wrong ends in a `MessageError`.
 """
@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
 
 from molehill import registry
 from molehill.errors import ConfigError, MessageError
@@ -21,7 +23,7 @@ from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import compress, expand
 from molehill.wire.tree import Array, Layout, Shape, Tree
-from molehill_protos.v1 import delta_pb2, tree_pb2
+from molehill_protos.v1 import delta_pb2, masked_pb2, tree_pb2
 
 FORMAT = 1
 _MAX_DIMS = 4
@@ -70,6 +72,29 @@ class Delta:
     examples: int
     tokens: Mapping[tuple[str, str], float] = field(default_factory=dict)
     codec: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """What a client sends in place of a delta under secure aggregation; see `molehill.secure`.
+
+    Attributes:
+        run: Name of the run.
+        round: Round number.
+        attempt: Attempt at the round.
+        client: Id of the client.
+        base: Digest of the base weights.
+        layout: Digest of the layout of the shared tensors.
+        numbers: Modulo 2^64, ``[n]``.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    client: str
+    base: str
+    layout: str
+    numbers: NDArray[np.uint64]
 
 
 def digest(blob: bytes | memoryview) -> str:
@@ -169,6 +194,52 @@ def decode_delta(blob: bytes | memoryview, max_bytes: int, expect: Layout | None
     return delta
 
 
+def encode_masked(masked: Masked) -> bytes:
+    """Encode masked numbers. They look random, so nothing makes them shorter.
+
+    Raises:
+        MessageError: A field is outside the limits of the format.
+    """
+    _require_sender(masked)
+    return masked_pb2.Masked(
+        format=FORMAT,
+        run=masked.run,
+        round=masked.round,
+        attempt=masked.attempt,
+        client=masked.client,
+        base=masked.base,
+        layout=masked.layout,
+        numbers=masked.numbers.astype("<u8", copy=False).tobytes(),
+    ).SerializeToString(deterministic=True)
+
+
+def decode_masked(blob: bytes | memoryview, max_bytes: int, size: int) -> Masked:
+    """Decode what `encode_masked` wrote.
+
+    Args:
+        blob: The message.
+        max_bytes: Most bytes of it.
+        size: How many numbers it must hold.
+
+    Raises:
+        MessageError: Too large, damaged, foreign, or of another length.
+    """
+    message = _parse(masked_pb2.Masked, blob, max_bytes)
+    if len(message.numbers) != 8 * size:
+        raise MessageError(f"{len(message.numbers)} bytes of masked numbers, {8 * size} were asked for", mend=_FOREIGN)
+    masked = Masked(
+        run=message.run,
+        round=message.round,
+        attempt=message.attempt,
+        client=message.client,
+        base=message.base,
+        layout=message.layout,
+        numbers=np.frombuffer(message.numbers, "<u8"),
+    )
+    _require_sender(masked)
+    return masked
+
+
 def _tree_blob(tree: Tree, codec: CodecRef, memory: dict[Key, Array] | None) -> tree_pb2.TreeBlob:
     params = registry.parse_params("codec", codec.name, codec.params)
     coder: Codec = registry.build("codec", codec.name, codec.params)
@@ -259,12 +330,16 @@ def _require_ascending(names: list[str], keys: list[Any]) -> None:
             raise MessageError(f"the name {what}", where=name[:80], mend=_FOREIGN)
 
 
-def _require_sane(delta: Delta) -> None:
-    for name, text in (("run", delta.run), ("client", delta.client), ("base", delta.base)):
+def _require_sender(message: Delta | Masked) -> None:
+    for name, text in (("run", message.run), ("client", message.client), ("base", message.base)):
         if not (0 < len(text) <= _MAX_TEXT and text.isprintable()):
             raise MessageError(f"{name} {text[:40]!r} is not 1 to {_MAX_TEXT} printable characters")
-    if not 0 <= delta.round < 2**32:
-        raise MessageError(f"round {delta.round} is out of range")
+    if not 0 <= message.round < 2**32:
+        raise MessageError(f"round {message.round} is out of range")
+
+
+def _require_sane(delta: Delta) -> None:
+    _require_sender(delta)
     if not 1 <= delta.examples <= _MAX_COUNT:
         raise MessageError(f"{delta.examples} examples", mend="A client sends a delta of at least one.")
     for (site, expert), tokens in delta.tokens.items():
