@@ -356,7 +356,8 @@ class _Member:
 
     def _supernode(self, port: int) -> list[str]:
         key = self._identity.openssh_private_key(Path(self._note.runtime) / "node.key")
-        words: list[object] = [Path(sys.executable).parent / "flower-supernode", "--superlink", f"{LOOPBACK}:{port}"]
+        words: list[object] = [sys.executable, "-m", "molehill_client.deploy.node", "flower-supernode"]
+        words += ["--superlink", f"{LOOPBACK}:{port}"]
         words += ["--root-certificates", self._loopback.cert, "--auth-supernode-private-key", key]
         words += ["--node-config", f'trainer="{self._note.socket}"', "--host", LOOPBACK, "--port", free_port()]
         return [str(word) for word in words]
