@@ -11,8 +11,7 @@ from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from lab import NAMES, open_lab
 
-from molehill import bundle
-from molehill_server.deploy import loopback
+from molehill import bundle, loopback
 from molehill_server.deploy.control import Control
 from molehill_server.deploy.up import running
 
