@@ -1,4 +1,4 @@
-"""The command line: ``molehill simulate | server | client | check | methods | report | pki | audit``.
+"""The command line: ``molehill simulate | server | client | check | deal | methods | report | pki | audit``.
 
 Text for people goes to the terminal; with ``--json`` standard output holds one JSON document and nothing else. A
 mistake of the user ends in one paragraph and an exit code (`docs/reference/errors.md`), never in a traceback.
@@ -142,6 +142,22 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
             reasons = "; ".join(f"{' with '.join(conflict.keys)}: {conflict.why}" for conflict in refused)
             mend = refused[0].mend if len(refused) == 1 else "Change one key of each."
             raise ConfigError(reasons, where=str(config), mend=mend)
+
+
+@app.command()
+def deal(
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="One for every owner.")],
+) -> None:
+    """Deal the rows of a configuration to folders, to try on one machine what is meant for several."""
+    with explained():
+        from molehill.config import load
+
+        with needs("simulation"):
+            from molehill_simulation.data import deal_to
+
+        for folder, owner in zip(folders, deal_to(load(config), folders), strict=True):
+            typer.echo(f"{folder}: {len(owner.train)} rows in train.jsonl, {len(owner.test)} in test.jsonl")
 
 
 @app.command()

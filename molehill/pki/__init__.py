@@ -7,7 +7,7 @@ from molehill.pki.authority import YEAR, YEARS, Authority, Issued, Revoked
 from molehill.pki.certificate import Certificate, stamp
 from molehill.pki.door import Door
 from molehill.pki.identity import Identity, install, request
-from molehill.pki.keys import read_passphrase
+from molehill.pki.keys import read_passphrase, require_lasting
 from molehill.pki.signing import Signer
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "install",
     "read_passphrase",
     "request",
+    "require_lasting",
     "stamp",
 ]

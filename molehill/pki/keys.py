@@ -95,6 +95,20 @@ def read_passphrase(path: Path | None) -> bytes | None:
     return line
 
 
+def require_lasting(path: Path | None) -> None:
+    """Refuse a passphrase that can be read only once: processes of a deployment that are started later need it again.
+
+    Raises:
+        IdentityError: It comes through a pipe.
+    """
+    if path is not None and path.exists() and not path.is_file():
+        raise IdentityError(
+            "the passphrase must be in a file, since it is read again",
+            where=str(path),
+            mend="Write it to a file of mode 0600 in memory, for example below /dev/shm.",
+        )
+
+
 def read(path: Path, *, private: bool = False) -> bytes:
     """Read a file.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from molehill import config, registry
+from molehill import config, files, registry
 from molehill.errors import DataError
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import GROUP, TASK, Rows
+from molehill.tasks.schema import load_rows
 from molehill_simulation.units import Shard, Unit, units
 
 
@@ -78,6 +81,44 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
         train, test = _sample(train, labels, data.rows, rng), _sample(test, labels, data.test_rows, rng)
         result.append(ClientRows(shard.name, rows.take(train), rows.take(test)))
     return result
+
+
+def deal_to(run: config.Config, folders: Sequence[Path]) -> list[ClientRows]:
+    """Deal the rows of a configuration to folders, as ``train.jsonl`` and ``test.jsonl``.
+
+    The files have the columns of the source, so the same configuration reads them.
+
+    Args:
+        run: The configuration; there are as many clients as folders, whatever it says.
+        folders: Made when missing.
+
+    Returns:
+        The rows, in the order of the folders.
+
+    Raises:
+        DataError: The rows cannot be read or dealt, or a file cannot be written or is there already.
+    """
+    data = run.data.model_copy(update={"clients": len(folders)})
+    owners = deal(data, load_rows(data, run.task)[0], run.run.seed)
+    for folder, owner in zip(folders, owners, strict=True):
+        for name, rows in (("train.jsonl", owner.train), ("test.jsonl", owner.test)):
+            lines = [json.dumps(_as_read(record, data.columns), ensure_ascii=False) for _, record in rows.records()]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                files.write(folder / name, "".join(f"{line}\n" for line in lines).encode(), replace=False)
+            except FileExistsError as error:
+                if not folder.is_dir():
+                    raise DataError(f"cannot write it: {error.strerror}", where=str(folder)) from None
+                raise DataError("there is a file already", where=str(folder / name), mend="Give new folders.") from None
+            except OSError as error:
+                raise DataError(f"cannot write it: {error.strerror}", where=str(folder / name)) from None
+    return owners
+
+
+def _as_read(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row under the names that its source has, without the columns that were made of others."""
+    made = {name for ours, name in (("group", GROUP), ("task", TASK)) if ours in columns}
+    return {columns.get(name, name): value for name, value in record.items() if name not in made}
 
 
 def _hold_out(

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -456,3 +457,18 @@ def test_openssl_agrees(lab):
         command = ["openssl", "verify", *chain, "-purpose", purpose, identity.cert]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_passphrase_that_can_be_read_only_once_is_refused_where_it_is_needed_again(tmp_path):
+    path = tmp_path / "passphrase"
+    path.write_text("secret\n")
+    pki.require_lasting(path)
+    pki.require_lasting(None)
+    pki.require_lasting(tmp_path / "missing")  # which whoever reads it says
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(IdentityError, match="must be in a file"):
+            pki.require_lasting(Path(f"/dev/fd/{reading}"))
+    finally:
+        os.close(reading)
+        os.close(writing)

@@ -25,7 +25,7 @@ from molehill import files, loopback
 from molehill.errors import DataError, DeployError, IdentityError, MolehillError
 from molehill.gateway import Gateway, listen, serving
 from molehill.loopback import LOOPBACK
-from molehill.pki import Identity, read_passphrase
+from molehill.pki import Identity, read_passphrase, require_lasting
 from molehill.supervise import Limit, child, environment, free_port, reap
 from molehill_client.deploy.line import Request, ask
 from molehill_client.deploy.post import Post
@@ -172,6 +172,7 @@ def join(member: Membership, ready: Callable[[str], None], say: Callable[[str], 
     for path in (member.data, member.test):
         if path is not None and not path.exists():
             raise DataError("there is no such file", where=str(path))
+    require_lasting(member.passphrase_file)
     identity = Identity.load(member.identity, passphrase=read_passphrase(member.passphrase_file))
     if member.name is not None and member.name != identity.name:
         raise IdentityError(
@@ -356,7 +357,8 @@ class _Member:
 
     def _supernode(self, port: int) -> list[str]:
         key = self._identity.openssh_private_key(Path(self._note.runtime) / "node.key")
-        words: list[object] = [Path(sys.executable).parent / "flower-supernode", "--superlink", f"{LOOPBACK}:{port}"]
+        words: list[object] = [sys.executable, "-m", "molehill_client.deploy.node", "flower-supernode"]
+        words += ["--superlink", f"{LOOPBACK}:{port}"]
         words += ["--root-certificates", self._loopback.cert, "--auth-supernode-private-key", key]
         words += ["--node-config", f'trainer="{self._note.socket}"', "--host", LOOPBACK, "--port", free_port()]
         return [str(word) for word in words]

@@ -302,8 +302,8 @@ def main(text: str) -> None:
     """
     logs.begin()
     post = Post(**json.loads(text))
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(post.gpu_memory)
+    for number in range(torch.cuda.device_count()):  # whichever is used
+        torch.cuda.set_per_process_memory_fraction(post.gpu_memory, number)
     path = Path(post.socket)
     path.unlink(missing_ok=True)
     try:

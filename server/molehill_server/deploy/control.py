@@ -27,27 +27,7 @@ from flwr.proto.control_pb2 import (
 from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.control import ControlHttpClient
 
-_BUNDLE = """[project]
-name = "molehill-run"
-version = "1.0.0"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "molehill"
-
-[tool.flwr.app.components]
-serverapp = "molehill_server.app:app"
-clientapp = "molehill_client.deploy.thin:app"
-
-[tool.flwr.app.config]
-config = ""
-out = ""
-exchange = ""
-grants = ""
-introduction = ""
-clients = 1
-"""
+from molehill import bundle
 
 
 @dataclass(frozen=True)
@@ -134,9 +114,9 @@ class Control:
             Its number.
         """
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "pyproject.toml").write_text(_BUNDLE, encoding="utf-8")
-            bundle = build_fab_from_disk(Path(folder))
-        fab = Fab(hash_str=hashlib.sha256(bundle).hexdigest(), content=bundle)
+            (Path(folder) / bundle.NAME).write_text(bundle.TEXT, encoding="utf-8")
+            built = build_fab_from_disk(Path(folder))
+        fab = Fab(hash_str=hashlib.sha256(built).hexdigest(), content=built)
         request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(given)))
         return int(self._client.StartRun(request).run_id)
 

@@ -25,7 +25,7 @@ from molehill import __version__, files, loopback
 from molehill.errors import DeployError, MolehillError
 from molehill.gateway import Gateway, serving
 from molehill.loopback import LOOPBACK
-from molehill.pki import Certificate, Door, Identity, read_passphrase
+from molehill.pki import Certificate, Door, Identity, read_passphrase, require_lasting
 from molehill.supervise import child, environment, free_port, reap
 from molehill_server.audit import AuditLog
 from molehill_server.deploy.control import Control
@@ -140,6 +140,7 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
         DeployError: Another coordinator has the folder or a port, or a child ends again and again.
         ResumeError: The folder's audit log was changed.
     """
+    require_lasting(house.passphrase_file)
     identity = Identity.load(house.identity, usage="server", passphrase=read_passphrase(house.passphrase_file))
     state = house.state.resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
