@@ -7,7 +7,7 @@ PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check nightly docs clean
 
 demo: .venv/demo.stamp  ## Fine-tune a small encoder across eight data owners and show what each gained
 	@out=runs/demo; number=1; \
@@ -21,6 +21,9 @@ test: .venv/dev.stamp  ## The whole gate: what CI runs
 
 check: .venv/dev.stamp  ## The gate without the tests: seconds
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check static
+
+nightly: .venv/dev.stamp  ## Twenty kills of processes at random moments, with the table of what became of them: half an hour
+	PATH="$(CURDIR)/$(BIN):$$PATH" MOLEHILL_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s tests/deploy/test_faults.py
 
 docs: .venv/dev.stamp  ## Write the generated pages of docs/reference
 	$(BIN)/python scripts/docs.py

@@ -120,6 +120,11 @@ class Client:
                 mend="Run the same configuration on server and clients.",
             )
 
+        if any(key.residual and plan.scope(key) == "shared" for key in self.bench.model.layout):
+            raise MessageError(
+                "plan asks for what is personal: residuals never leave a machine", where=f"client {self.name}"
+            )
+
     def begin(self, plan: ClientPlan, *, after: bool = False) -> Session:
         """Put what the plan names, and the personal state without its residuals, into the model.
 

@@ -117,7 +117,7 @@ def status(state: State = _STATE, as_json: Json = False) -> None:
     """Show the coordinator, its nodes, and the run it works on."""
     with explained(as_json):
         with needs("server"):
-            from molehill_server.deploy.run import Office
+            from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running
 
         found, office = require_running(state), Office(state)
@@ -156,7 +156,7 @@ def stop(
     """Stop the coordinator, and with it the run it works on."""
     with explained():
         with needs("server"):
-            from molehill_server.deploy.run import Office
+            from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running
             from molehill_server.deploy.up import stop as end
 

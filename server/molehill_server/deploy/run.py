@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from molehill import __version__, errors, files, loopback
+from molehill import __version__, errors
 from molehill.config import Config
 from molehill.errors import ConfigError, DeployError, MolehillError, ResumeError
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.check import require
-from molehill_server.deploy.control import Control, RunStatus
-from molehill_server.deploy.up import Running, exchange_folder, require_running, running
+from molehill_server.deploy.control import RunStatus
+from molehill_server.deploy.office import Job, Office
+from molehill_server.deploy.up import Running, exchange_folder, require_running
 from molehill_server.folder import claimed, write_config
 
 _POLL = 1.0  # seconds between two looks at the events
@@ -24,82 +24,7 @@ _CRASHES = 20  # times a server process that was killed is started again
 _GONE = 3  # looks without a server process that make it a dead one
 _AWAY = 300.0  # seconds to wait for a coordinator that is started again
 
-T = TypeVar("T")
 Observer = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """The run that a coordinator works on, in ``run.json`` of its folder.
-
-    Attributes:
-        number: Flower's number.
-        out: Run folder.
-        stopped: Whether it was stopped on purpose.
-    """
-
-    number: int
-    out: str
-    stopped: bool = False
-
-
-class Office:
-    """The runs of a coordinator that is up.
-
-    Args:
-        state: Its folder.
-    """
-
-    def __init__(self, state: Path) -> None:
-        self._state = state
-
-    def job(self) -> Job | None:
-        """The run that was started last."""
-        try:
-            return Job(**json.loads((self._state / "run.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-
-    def note(self, job: Job) -> None:
-        """Write down what is worked on."""
-        files.write(self._state / "run.json", json.dumps(asdict(job)).encode())
-
-    def call(self, what: Callable[[Control], T], patience: float = 0.0) -> T:
-        """Ask the SuperLink.
-
-        Args:
-            what: The call.
-            patience: Seconds to wait for a coordinator that is not up, or is being started again.
-
-        Raises:
-            DeployError: It does not answer.
-        """
-        end = time.monotonic() + patience
-        while True:
-            up = running(self._state)
-            try:
-                if up is not None:
-                    with Control(f"{loopback.LOOPBACK}:{up.superlink}", loopback.pair(self._state).cert) as control:
-                        return what(control)
-                reason = "no coordinator is up"
-            except Exception as error:  # noqa: BLE001 - Flower's client has no error class of its own for this
-                reason = f"Flower does not answer ({error})"
-            if time.monotonic() >= end:
-                raise DeployError(reason, where=str(self._state), mend="Start it: molehill server up")
-            time.sleep(_POLL)
-
-    def status(self, number: int, patience: float = 0.0) -> RunStatus | None:
-        """How a run stands; None when it is not known, since the coordinator's folder is a new one."""
-        return self.call(lambda control: control.runs().get(number), patience)
-
-    def stop(self) -> Job | None:
-        """Stop the run that is under way; returns it."""
-        job = self.job()
-        if job is None or (status := self.status(job.number)) is None or status.status == "finished":
-            return None
-        self.note(Job(job.number, job.out, stopped=True))
-        self.call(lambda control: control.stop(job.number))
-        return job
 
 
 def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
