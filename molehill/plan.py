@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from molehill.config import MethodRef
+from molehill.secure.messages import Company
 from molehill.wire.keys import Key
 
 Scope: TypeAlias = Literal["shared", "personal", "frozen"]
@@ -51,6 +52,7 @@ class ClientPlan(BaseModel):
         seed: Seed of batches and dropout in this round.
         codec: How the delta is encoded.
         clip: Largest L2 norm of the delta; a larger one is scaled down before it is encoded. None for no limit.
+        company: Whose masks to add under secure aggregation; only of a ``train`` message.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +70,7 @@ class ClientPlan(BaseModel):
     seed: int = Field(ge=0)
     codec: MethodRef
     clip: float | None = Field(default=None, gt=0)
+    company: Company | None = None
 
     def scope(self, key: Key) -> Scope:
         """What happens to ``key`` under this plan."""
@@ -87,9 +90,9 @@ class ClientReply(BaseModel):
         bytes_up: Length of the encoded delta in bytes.
         bytes_down: Length in bytes of the blobs that were fetched for this plan.
         examples: Rows the client trains on.
-        loss: Mean training loss over the round.
+        loss: Mean training loss over the round; None under secure aggregation, where it is part of the sum.
         seconds: Wall time of the local work.
-        metrics: Mean of every routing loss over the round, unweighted, by name.
+        metrics: Mean of every routing loss over the round, unweighted, by name; empty under secure aggregation.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -100,7 +103,7 @@ class ClientReply(BaseModel):
     bytes_up: int = Field(ge=0)
     bytes_down: int = Field(ge=0)
     examples: int = Field(ge=1)
-    loss: float
+    loss: float | None
     seconds: float = Field(ge=0)
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
@@ -131,7 +134,8 @@ class EvaluationReply(BaseModel):
         n_train: Training rows.
         n_test: Held-out rows.
         stages: Scores by stage: ``base``, ``local``, ``global``, ``personalised``.
-        tokens: Tokens of the held-out rows by expert id, summed over sites; from the personalised model.
+        tokens: Tokens of the held-out rows by expert id, summed over sites; from the personalised model. Empty under
+            secure aggregation.
         seconds: Wall time of the local work.
     """
 

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molehill.errors import MessageError
+from molehill.errors import MessageError, TrainingError
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
+from molehill.secure.vector import Form, figures_of
 from molehill.tasks.batches import Batch, Batches, eval_batches
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
-from molehill.wire.clipping import clip
+from molehill.wire.clipping import clip, norm
 from molehill.wire.exchange import Place
 from molehill.wire.keys import Key
-from molehill.wire.message import Delta, decode_tree, encode_delta
+from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked
 from molehill.wire.tree import Array, Layout, Tree
+from molehill_client.masking import Masker, Signer
 from molehill_client.state import PersonalState, StateStore
 from molehill_client.together import baseline_together, evaluate_together, train_together
 from molehill_client.trainer import Observer, Result
@@ -53,6 +55,7 @@ class Client:
         test_rows: Encoded held-out rows, never trained on.
         store: Where the personal state lives.
         observe: Called after every local step.
+        signer: Vouches for keys of secure aggregation; None trusts the server to pass them on.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Client:
         test_rows: Sequence[Example],
         store: StateStore,
         observe: Observer | None = None,
+        signer: Signer | None = None,
     ) -> None:
         self.bench = bench
         self.name = name
@@ -70,6 +74,7 @@ class Client:
         self.test_rows = test_rows
         self.store = store
         self.observe = observe
+        self.masker = Masker(name, bench.config, store, signer)
 
     # ---- messages --------------------------------------------------------------------------------------------
 
@@ -123,6 +128,8 @@ class Client:
             after: Start from the state after the plan's round, not before it.
         """
         self._check(plan)
+        if self._masked and not after:
+            self.masker.ready(plan.round, plan.company)
         state = self.store.before(plan.round + after)
         bytes_down = self._receive(plan, state)
         self.bench.model.load({key: value for key, value in state.tree.items() if not key.residual})
@@ -170,20 +177,10 @@ class Client:
         plan, state, received = session.plan, session.state, session.received
         trained = self._shared(plan, received.layout)
         change = Tree(received.layout, trained.flat - received.flat)
+        if plan.clip is not None:
+            change = clip(change, plan.clip)
         memory: dict[Key, Array] = {key: np.array(value) for key, value in state.memory.items()}
-        blob = encode_delta(
-            Delta(
-                run=plan.run,
-                round=plan.round,
-                client=self.name,
-                base=plan.base,
-                tree=change if plan.clip is None else clip(change, plan.clip),
-                examples=len(self.train_rows),
-                tokens=result.tokens,
-            ),
-            plan.codec,
-            memory,
-        )
+        blob = self._mask(plan, change, result) if self._masked else self._encode(plan, change, result, memory)
         digest = self.bench.exchange.put(blob, Place(plan.run, plan.round))
         state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal" and not key.residual)
         state.memory = Tree.of(memory)
@@ -195,9 +192,50 @@ class Client:
             bytes_up=len(blob),
             bytes_down=session.bytes_down,
             examples=len(self.train_rows),
-            loss=result.loss,
+            loss=None if self._masked else result.loss,
             seconds=seconds,
-            metrics=result.routing,
+            metrics={} if self._masked else result.routing,
+        )
+
+    @property
+    def _masked(self) -> bool:
+        return self.bench.config.privacy.secure_aggregation
+
+    def _encode(self, plan: ClientPlan, change: Tree, result: Result, memory: dict[Key, Array]) -> bytes:
+        delta = Delta(
+            run=plan.run,
+            round=plan.round,
+            client=self.name,
+            base=plan.base,
+            tree=change,
+            examples=len(self.train_rows),
+            tokens=result.tokens,
+        )
+        return encode_delta(delta, plan.codec, memory)
+
+    def _mask(self, plan: ClientPlan, change: Tree, result: Result) -> bytes:
+        """What the server may see of a change, its weights and its losses: nothing but their part of the sum."""
+        company, bound = plan.company, self.bench.config.round.norm_bound
+        assert company is not None  # or nothing would have been trained
+        size = norm(change.require_finite().flat)
+        if bound is not None and size > bound:  # nobody else can tell any more
+            raise TrainingError(
+                f"its change has norm {size:.3g}, above the bound of {bound:g}",
+                where=f"client {self.name}, round {plan.round}",
+                mend="Lower train.lr, or raise round.norm_bound.",
+            )
+        names = figures_of(self.bench.config)
+        figures = {"loss": result.loss, **result.routing}
+        form = Form(change.layout, len(names))
+        values = form.fill(
+            change,
+            self.masker.weight(len(self.train_rows), company),
+            result.tokens if plan.clip is None else None,  # see `Mechanism`: weights by tokens would have to be noised
+            [figures[name] for name in names],
+        )
+        numbers = self.masker.mask(plan.round, company, values)
+        return encode_masked(
+            Masked(plan.run, plan.round, company.attempt, self.name, plan.base, change.layout.digest, numbers)
         )
 
     def _receive(self, plan: ClientPlan, state: PersonalState) -> int:
@@ -313,7 +351,7 @@ class Client:
             n_train=len(self.train_rows),
             n_test=len(self.test_rows),
             stages=dict(stages),
-            tokens=tokens,
+            tokens={} if self._masked else tokens,
             seconds=seconds,
         )
 

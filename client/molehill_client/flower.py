@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,10 +16,13 @@ from flwr.clientapp import ClientApp
 import molehill
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, Hello
+from molehill.secure.messages import AskKeys, AskShares, AskUnmask
 from molehill_client.client import Client
 from molehill_client.together import baseline_together, evaluate_together, share, train_together
 
 __all__ = ["ClientApp", "Context", "make_app"]
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def make_app(open_client: Callable[[Context], Client]) -> ClientApp:
@@ -28,8 +32,9 @@ def make_app(open_client: Callable[[Context], Client]) -> ClientApp:
         open_client: Returns the client behind a Flower context; called once per message.
 
     Returns:
-        An app that answers ``query.hello``, ``train``, ``train.baseline`` and ``evaluate``. An engine that holds
-        several clients may call its `together` for plans.
+        An app that answers ``query.hello``, ``train``, ``train.baseline`` and ``evaluate``, and for secure aggregation
+        ``query.keys``, ``query.shares`` and ``query.unmask``. An engine that holds several clients may call its
+        `together` for plans.
     """
     return _App(open_client)
 
@@ -39,6 +44,9 @@ class _App(ClientApp):
         super().__init__()
         self._open = open_client
         self.query("hello")(self._hello)
+        self.query("keys")(self._keys)
+        self.query("shares")(self._shares)
+        self.query("unmask")(self._unmask)
         self.train()(self._train)
         self.train("baseline")(self._baseline)
         self.evaluate()(self._evaluate)
@@ -50,7 +58,7 @@ class _App(ClientApp):
             MessageError: A plan is malformed; called one by one, the other clients answer.
         """
         clients = [self._open(context) for context in contexts]
-        plans = [_plan(message) for message in messages]
+        plans = [_read(ClientPlan, message) for message in messages]
         outcomes: Sequence[BaseModel | Exception]
         match messages[0].metadata.message_type:
             case "train":
@@ -72,25 +80,34 @@ class _App(ClientApp):
         )
         return _reply(hello, message)
 
+    def _keys(self, message: Message, context: Context) -> Message:
+        return _reply(self._open(context).masker.keys(_read(AskKeys, message)), message)
+
+    def _shares(self, message: Message, context: Context) -> Message:
+        return _reply(self._open(context).masker.shares(_read(AskShares, message)), message)
+
+    def _unmask(self, message: Message, context: Context) -> Message:
+        return _reply(self._open(context).masker.unmask(_read(AskUnmask, message)), message)
+
     def _train(self, message: Message, context: Context) -> Message:
-        return _reply(self._open(context).train(_plan(message)), message)
+        return _reply(self._open(context).train(_read(ClientPlan, message)), message)
 
     def _baseline(self, message: Message, context: Context) -> Message:
-        return _reply(self._open(context).baseline(_plan(message)), message)
+        return _reply(self._open(context).baseline(_read(ClientPlan, message)), message)
 
     def _evaluate(self, message: Message, context: Context) -> Message:
-        return _reply(self._open(context).evaluate(_plan(message)), message)
+        return _reply(self._open(context).evaluate(_read(ClientPlan, message)), message)
 
 
-def _plan(message: Message) -> ClientPlan:
+def _read(kind: type[M], message: Message) -> M:
     record = message.content.get("plan")
     text = record.get("json") if isinstance(record, ConfigRecord) else None
     try:
-        return ClientPlan.model_validate_json(text if isinstance(text, str) else "")
+        return kind.model_validate_json(text if isinstance(text, str) else "")
     except ValidationError as error:
-        first = error.errors()[0]
+        first, what = error.errors()[0], "plan" if kind is ClientPlan else "request"
         raise MessageError(
-            f"malformed plan: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            f"malformed {what}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
             mend="Run the same version of Molehill on server and clients.",
         ) from None
 

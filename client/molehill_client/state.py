@@ -19,6 +19,7 @@ from molehill_client.secret import KeyFile, KeySource, seal, unseal
 
 _KEEP = 3  # rounds
 _TREE, _MEMORY, _HELD = "personal.sealed", "memory.sealed", "held.sealed"
+_MASKING = "masking.sealed"
 
 
 @dataclass
@@ -104,6 +105,27 @@ class StateStore:
         later = [number for number in self.rounds() if number > round_]  # of an older run of this name
         for number in [*rounds[:-_KEEP], *later]:
             _remove(self._at(number))
+
+    def load_secret(self) -> bytes | None:
+        """The secrets of secure aggregation that were kept last, of whatever round.
+
+        Raises:
+            ResumeError: They belong to another run, base model or client, are damaged, or their key is not here.
+        """
+        path = self.folder / _MASKING
+        if not path.exists():
+            return None
+        key = self._key.load()
+        if key is None:
+            raise _no_key(self._key, self.folder)
+        return unseal(path.read_bytes(), {**self._label, "file": _MASKING}, key, str(path))
+
+    def save_secret(self, data: bytes) -> None:
+        """Keep the secrets of secure aggregation in place of the last ones."""
+        key = self._key.load() or self._key.create()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sealed = seal(data, {**self._label, "file": _MASKING}, key)
+        files.write(self.folder / _MASKING, sealed, mode=files.PRIVATE)
 
     def rounds(self) -> list[int]:
         """Rounds after which a state was kept, in their order."""

@@ -8,6 +8,7 @@ from molehill.pki.certificate import Certificate, stamp
 from molehill.pki.door import Door
 from molehill.pki.identity import Identity, install, request
 from molehill.pki.keys import read_passphrase
+from molehill.pki.signing import Signer
 
 __all__ = [
     "YEAR",
@@ -18,6 +19,7 @@ __all__ = [
     "Identity",
     "Issued",
     "Revoked",
+    "Signer",
     "install",
     "read_passphrase",
     "request",

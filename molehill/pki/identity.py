@@ -15,6 +15,7 @@ from typing import Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from molehill import files
@@ -131,6 +132,10 @@ class Identity:
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_cert_chain(self.cert, self.key, self._passphrase or "")  # with none it must not ask the terminal
         return context
+
+    def sign(self, data: bytes) -> bytes:
+        """A signature over bytes (ECDSA with SHA-384); see `molehill.pki.signing.Signer`."""
+        return self._key.sign(data, ec.ECDSA(hashes.SHA384()))
 
     def openssh_private_key(self, path: Path) -> Path:
         """Write the private key in OpenSSH form, in the clear: ``flower-supernode`` takes no other.

@@ -14,12 +14,15 @@ import numpy as np
 from molehill import __version__
 from molehill.config import Config, parse
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
+from molehill.secure.messages import AskKeys, AskShares, AskUnmask
+from molehill.secure.vector import Form
 from molehill.wire.clipping import clip
 from molehill.wire.exchange import Exchange, Place
 from molehill.wire.keys import Key
-from molehill.wire.message import Delta, decode_tree, encode_delta
+from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
+from molehill_client.masking import Masker
 
 SITE = "layer.0.linear"
 EXPERTS = ("e0", "e1")
@@ -105,6 +108,18 @@ def steps(tree: dict[Key, np.ndarray], number: int, seed: int, count: int, train
     return loss
 
 
+class MemoryVault:
+    """Keeps one secret."""
+
+    data = None
+
+    def load_secret(self):
+        return self.data
+
+    def save_secret(self, data):
+        self.data = data
+
+
 class ToyClient:
     """One data owner, following its plan to the letter."""
 
@@ -113,6 +128,7 @@ class ToyClient:
         self.config, self.exchange = settings, exchange
         self.folder = out / "clients" / self.name
         self.held: set[str] = set()
+        self.masker = Masker(self.name, settings, MemoryVault())
 
     def hello(self) -> dict:
         return {"client": self.name, "n_train": len(data(self.number)[0]), "n_test": 3, "version": __version__}
@@ -148,8 +164,11 @@ class ToyClient:
         rows = len(data(self.number)[0])
         tokens = {(SITE, "e0"): 2.0 * rows, (SITE, "e1"): 1.0 * rows}
         change = Tree.of(changes) if plan.clip is None else clip(Tree.of(changes), plan.clip)
-        delta = Delta(plan.run, plan.round, self.name, plan.base, change, rows, tokens)
-        blob = encode_delta(delta, plan.codec)
+        masked = self.config.privacy.secure_aggregation
+        if masked:
+            blob = self.mask(plan, change, rows, tokens, loss)
+        else:
+            blob = encode_delta(Delta(plan.run, plan.round, self.name, plan.base, change, rows, tokens), plan.codec)
         return ClientReply(
             client=self.name,
             round=plan.round,
@@ -157,9 +176,27 @@ class ToyClient:
             bytes_up=len(blob),
             bytes_down=fetched,
             examples=rows,
-            loss=loss,
+            loss=None if masked else loss,
             seconds=time.perf_counter() - began,
         )
+
+    def mask(self, plan: ClientPlan, change: Tree, rows: int, tokens, loss: float) -> bytes:
+        company = plan.company
+        form = Form(change.layout, 1)
+        values = form.fill(change, min(rows, company.cap), tokens if plan.clip is None else None, [loss])
+        numbers = self.masker.mask(plan.round, company, values)
+        return encode_masked(
+            Masked(plan.run, plan.round, company.attempt, self.name, plan.base, change.layout.digest, numbers)
+        )
+
+    def query(self, kind: str, text: str) -> str:
+        """Answer a question of secure aggregation."""
+        ask, answer = {
+            "query.keys": (AskKeys, self.masker.keys),
+            "query.shares": (AskShares, self.masker.shares),
+            "query.unmask": (AskUnmask, self.masker.unmask),
+        }[kind]
+        return answer(ask.model_validate_json(text)).model_dump_json()
 
     def evaluate(self, plan: ClientPlan) -> EvaluationReply:
         tree, _ = self.receive(plan.model_copy(update={"round": plan.round + 1, "rank": None}))

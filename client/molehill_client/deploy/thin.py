@@ -23,6 +23,9 @@ app = ClientApp()
 
 
 @app.query("hello")
+@app.query("keys")
+@app.query("shares")
+@app.query("unmask")
 @app.train()
 @app.train("baseline")
 @app.evaluate()

@@ -24,8 +24,9 @@ import molehill
 from molehill import files, logs
 from molehill.config import Config, parse
 from molehill.errors import DataError, DeployError, MessageError, MolehillError
-from molehill.pki import Identity, read_passphrase
+from molehill.pki import Identity, Signer, read_passphrase
 from molehill.plan import ClientPlan, Hello
+from molehill.secure.messages import AskKeys, AskShares, AskUnmask
 from molehill.tasks.adapted import open_model
 from molehill.tasks.rows import GROUP, Rows
 from molehill.tasks.schema import load_rows
@@ -35,6 +36,7 @@ from molehill_client.client import Client
 from molehill_client.deploy.line import Request, serve
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.post import Post
+from molehill_client.masking import Masker
 from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_client.workbench import Workbench
@@ -118,8 +120,10 @@ class Trainer:
             return self._hello(request.text).model_dump_json()
         if request.kind == "score":
             return self._score(request.text)
-        plan = _parsed(ClientPlan, request.text)
         client = self._ready()
+        if request.kind.startswith("query."):
+            return _masking(client.masker, request).model_dump_json()
+        plan = _parsed(ClientPlan, request.text)
         self._note(request.kind, run=plan.run, round=plan.round)
         match request.kind:
             case "train":
@@ -213,7 +217,8 @@ class Trainer:
         store = StateStore(self._folder(run) / self._post.name, run, base.digest, self._key())
         facts = {"run": run, "base": base.digest[:12], "n_train": len(train), "n_test": len(test)}
         self._note(str(self._status["doing"]), **facts, device=str(model.flat.device))
-        return Client(bench, self._post.name, task.encode(train), task.encode(test), store)
+        rows = (task.encode(train), task.encode(test))
+        return Client(bench, self._post.name, *rows, store, signer=Signer(self._identity))
 
     def _key(self) -> KeySource:
         if self._post.keyring:
@@ -265,6 +270,17 @@ def held_out(rows: Rows, i: int, fraction: float) -> bool:
 
 def _first(rows: Rows, count: int | None) -> Rows:
     return rows if count is None else rows.take(range(min(count, len(rows))))
+
+
+def _masking(masker: Masker, request: Request) -> BaseModel:
+    match request.kind:
+        case "query.keys":
+            return masker.keys(_parsed(AskKeys, request.text))
+        case "query.shares":
+            return masker.shares(_parsed(AskShares, request.text))
+        case "query.unmask":
+            return masker.unmask(_parsed(AskUnmask, request.text))
+    raise MessageError(f"unknown request {request.kind!r}")
 
 
 def _parsed(kind: type[Any], text: str) -> Any:

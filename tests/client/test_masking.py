@@ -1,0 +1,226 @@
+"""A client's part in secure aggregation: what it does, and what it refuses a server that asks for more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy_federation import MemoryVault, config
+
+from molehill.errors import IdentityError, MessageError
+from molehill.secure.messages import Advert, AskKeys, AskShares, AskUnmask, Company
+from molehill_client.masking import Masker
+
+NAMES = ("a", "b", "c", "d")
+SECURE = config(privacy={"secure_aggregation": True, "threshold": 0.6})
+VALUES = np.array([0.5, -3.0, 0.0])
+
+
+class Group:
+    """Clients, and a server that passes on what it should, unless a test has it do otherwise."""
+
+    def __init__(self, names=NAMES, signers=None):
+        self.vaults = {name: MemoryVault() for name in names}
+        self.signers = signers or {}
+        self.adverts, self.said = {}, {}
+
+    def masker(self, name) -> Masker:
+        """As new after every message: what it knows lies in its vault."""
+        return Masker(name, SECURE, self.vaults[name], self.signers.get(name))
+
+    def to(self, name, **values):
+        return {"run": "molehill", "round": 3, "attempt": 0, "client": name, **values}
+
+    def keys(self, **values):
+        self.adverts = {n: self.masker(n).keys(AskKeys(**self.to(n, **values))) for n in self.vaults}
+
+    def ask_shares(self, name, **values):
+        return AskShares(**self.to(name, **{"adverts": tuple(self.adverts.values()), **values}))
+
+    def shares(self):
+        self.said = {n: self.masker(n).shares(self.ask_shares(n)) for n in self.vaults}
+
+    def company(self, name, sharers=None, attempt=0):
+        owners = [owner for owner in sharers or self.said if owner != name]
+        return Company(attempt=attempt, cap=10, inbox={owner: self.said[owner].sealed[name] for owner in owners})
+
+    def mask(self, name):
+        return self.masker(name).mask(3, self.company(name), VALUES)
+
+    def ask(self, name, arrived=("a", "b", "c"), lost=("d",), **values):
+        return self.masker(name).unmask(AskUnmask(**self.to(name, **values), arrived=arrived, lost=lost))
+
+
+@pytest.fixture
+def group():
+    return Group()
+
+
+@pytest.fixture
+def masked(group):
+    group.keys()
+    group.shares()
+    for name in "abc":
+        group.mask(name)
+    return group
+
+
+def test_a_client_gives_away_one_share_of_everybody(masked):
+    answer = masked.ask("a")
+    assert answer.own.keys() == {"a", "b", "c"}
+    assert answer.keys.keys() == {"d"}
+
+
+def test_the_same_question_has_the_same_answer_and_another_one_none(masked):
+    first = masked.ask("a")
+    assert masked.ask("a") == first
+    with pytest.raises(MessageError, match="another question, and a second one would undo masks"):
+        masked.ask("a", arrived=("a", "b", "d"), lost=("c",))
+
+
+@pytest.mark.parametrize(
+    ("arrived", "lost"),
+    [(("a", "b", "c", "d"), ("d",)), (("a", "b", "b", "c"), ("d",)), (("a", "b", "c"), ("c", "d"))],
+)
+def test_both_secrets_of_a_client_are_refused(masked, arrived, lost):
+    with pytest.raises(MessageError, match="asked for both secrets of"):
+        masked.ask("a", arrived=arrived, lost=lost)
+
+
+@pytest.mark.parametrize(
+    ("arrived", "lost", "why"),
+    [
+        (("a", "b"), ("c", "d"), "2 of 4 clients are left, fewer than the threshold of 3"),
+        (("a", "b", "c"), (), "other clients than those it masked with"),
+        (("a", "b", "c", "x"), ("d",), "other clients than those it masked with"),
+        (("b", "c", "d"), ("a",), "other clients than those it masked with"),
+    ],
+)
+def test_other_sums_are_refused(masked, arrived, lost, why):
+    with pytest.raises(MessageError, match=why):
+        masked.ask("a", arrived=arrived, lost=lost)
+
+
+def test_shares_are_given_away_once_a_round(masked):
+    masked.ask("a")
+    for values in ({}, {"attempt": 1}, {"round": 2}):
+        with pytest.raises(MessageError, match="already helped to unmask round 3"):
+            masked.masker("a").keys(AskKeys(**masked.to("a", **values)))
+    masked.masker("a").keys(AskKeys(**masked.to("a", round=4)))
+    masked.masker("b").keys(AskKeys(**masked.to("b", attempt=1)))  # it has given nothing away
+
+
+def test_secrets_are_gone_once_they_are_given_away_or_made_anew(masked):
+    seeds = {name: masked.vaults[name].data for name in "ab"}
+    assert all(b'"seed":"' in data and b'"seed":""' not in data for data in seeds.values())
+    masked.ask("a")
+    assert b'"seed":""' in masked.vaults["a"].data
+    assert b'"shares_key":""' in masked.vaults["a"].data
+    masked.masker("b").keys(AskKeys(**masked.to("b", attempt=1)))
+    with pytest.raises(MessageError, match="no keys for attempt 0 at round 3"):
+        masked.ask("b")
+
+
+def test_nothing_is_masked_twice(masked):
+    with pytest.raises(MessageError, match="it is past that: its secrets of round 3 are 'masked'"):
+        masked.mask("a")
+
+
+def test_every_step_needs_the_one_before(group):
+    with pytest.raises(MessageError, match="no keys for attempt 0"):
+        group.masker("a").shares(AskShares(**group.to("a", adverts=())))
+    group.keys()
+    with pytest.raises(MessageError, match="no keys for attempt 1"):
+        group.masker("a").shares(group.ask_shares("a", attempt=1))
+    with pytest.raises(MessageError, match="are 'keys'"):
+        group.masker("a").ready(3, Company(attempt=0, cap=1, inbox={}))
+    group.shares()
+    with pytest.raises(MessageError, match="are 'shares'"):
+        group.ask("a")
+    with pytest.raises(MessageError, match="are 'shares'"):
+        group.shares()
+
+
+def test_a_plan_that_asks_for_a_delta_in_the_open_is_refused(group):
+    with pytest.raises(MessageError, match="asks for a delta in the open"):
+        group.masker("a").ready(3, None)
+
+
+def test_a_run_without_secure_aggregation_answers_nothing(group):
+    with pytest.raises(MessageError, match="which this run does not have"):
+        Masker("a", config(), group.vaults["a"]).keys(AskKeys(**group.to("a")))
+
+
+@pytest.mark.parametrize("values", [{"client": "b"}, {"run": "other"}])
+def test_messages_for_others_are_refused(group, values):
+    with pytest.raises(MessageError, match="a request to"):
+        group.masker("a").keys(AskKeys(**group.to("a") | values))
+
+
+def test_too_small_a_company_is_refused(group):
+    group.keys()
+    few = tuple(group.adverts[name] for name in "ab")
+    with pytest.raises(MessageError, match="2 clients take part, secure aggregation needs 3"):
+        group.masker("a").shares(group.ask_shares("a", adverts=few))
+    group.shares()
+    with pytest.raises(MessageError, match="2 of 4 clients are left, fewer than the threshold of 3"):
+        group.masker("a").ready(3, group.company("a", sharers="ab"))
+
+
+def test_changed_and_doubled_keys_are_refused(group):
+    group.keys()
+    adverts = group.adverts
+    foreign = adverts["a"].model_copy(update={"masks": "1" * 64})
+    twin = adverts["b"].model_copy(update={"client": "c"})
+    reverse = tuple(adverts[name] for name in reversed(NAMES))
+    for wrong, why in (
+        (tuple({**adverts, "a": foreign}.values()), "its own keys are not among those"),
+        (tuple(adverts[name] for name in "bcd"), "its own keys are not among those"),
+        (tuple({**adverts, "c": twin}.values()), "two clients have the same key"),
+        (reverse, "not in order, or one is there twice"),
+    ):
+        with pytest.raises(MessageError, match=why):
+            group.masker("a").shares(group.ask_shares("a", adverts=wrong))
+
+
+def test_tampered_shares_are_refused(group):
+    group.keys()
+    group.shares()
+    company = group.company("a")
+    inbox = {**company.inbox, "b": company.inbox["c"]}
+    with pytest.raises(MessageError, match="cannot be opened"):
+        group.masker("a").mask(3, company.model_copy(update={"inbox": inbox}), VALUES)
+    with pytest.raises(MessageError, match="shares from 'x', who did not advertise"):
+        group.masker("a").ready(3, Company(attempt=0, cap=1, inbox={**company.inbox, "x": company.inbox["b"]}))
+
+
+class Word:
+    """A signer for tests: vouches with a word that only members of its house know."""
+
+    def __init__(self, name, house="ours"):
+        self.name, self.house = name, house
+
+    def sign(self, data):
+        return f"{self.house}/{self.name}/{data.hex()}"
+
+    def verify(self, name, data, proof):
+        if proof != f"{self.house}/{name}/{data.hex()}":
+            raise IdentityError(f"not signed by {name}")
+
+
+def test_keys_that_nobody_vouches_for_are_refused():
+    group = Group(signers={name: Word(name) for name in NAMES})
+    group.keys()
+    group.shares()
+    group.keys()
+    honest = group.adverts["b"]
+    swapped = Advert(client="b", shares="1" * 64, masks="2" * 64, proof=honest.proof)
+    others = Group(signers={name: Word(name, "theirs") for name in NAMES})
+    others.keys()
+    later = Group(signers={name: Word(name) for name in NAMES})
+    later.keys(attempt=1)
+    bare = honest.model_copy(update={"proof": ""})
+    for wrong in (swapped, others.adverts["b"], later.adverts["b"], bare):
+        adverts = tuple({**group.adverts, "b": wrong}.values())
+        with pytest.raises(IdentityError, match="not signed by b"):
+            group.masker("a").shares(group.ask_shares("a", adverts=adverts))
+    group.shares()
