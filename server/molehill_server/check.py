@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from molehill import registry
 from molehill.config import Config, MethodRef
-from molehill.errors import ConfigError
+from molehill.errors import ConfigError, MessageError
 from molehill.molora.interfaces import Site
+from molehill.secure.fixed import FixedPoint
+from molehill.secure.messages import LEAST
 from molehill_server.aggregate import conflicts
 from molehill_server.planning.planner import select, shares
 from molehill_server.privacy.accountant import Accountant, drawn
@@ -304,6 +306,75 @@ def _privacy(config: Config) -> Iterator[Conflict]:
         )
 
 
+def _secure_aggregation(config: Config) -> Iterator[Conflict]:
+    """A sum of masked vectors says nothing of its parts, so nothing that looks at parts can work."""
+    if not config.privacy.secure_aggregation:
+        return
+    federation, policy = config.federation, config.federation.policy.name
+
+    def refuse(key: str, why: str) -> Conflict:
+        return Conflict("refuse", ("privacy.secure_aggregation", key), why)
+
+    if federation.rule.name != "mean":
+        yield refuse(
+            "federation.rule",
+            f"rule {federation.rule.name!r} looks at single updates to weigh them, and the server sees their sum only; "
+            "use rule 'mean'",
+        )
+    if not _build("space", federation.space).closed:
+        yield refuse(
+            "federation.space",
+            f"space {federation.space.name!r} is made of every client's own factors, and the server sees the sum of "
+            "what is sent only; use space 'factor', or 'common' with a policy that freezes one factor",
+        )
+    if shares(config, 1).ranks:
+        yield refuse(
+            "federation.policy",
+            f"policy {policy!r} has clients send tensors of different shapes, which cannot be added up; give all "
+            "clients one rank",
+        )
+    if policy == "local":
+        yield refuse("federation.policy", "policy 'local' sends nothing, so there is nothing to hide")
+    codec = _build("codec", config.wire.up)
+    if codec.feedback or config.wire.up.name != "fp32":
+        yield refuse(
+            "wire.up",
+            f"codec {config.wire.up.name!r} leaves something out of every number or leaves numbers out, and masked "
+            "numbers look random: they travel whole, as 8 bytes each; use 'fp32'",
+        )
+    for name, given in (("garbage", config.scenario.garbage), ("poison", config.scenario.poison)):
+        if given:
+            yield refuse(
+                f"scenario.{name}",
+                f"{name} is put into what clients send, which under secure aggregation nobody can read; nor could the "
+                "server tell who sent it",
+            )
+    yield from _secure_sum(config)
+
+
+def _secure_sum(config: Config) -> Iterator[Conflict]:
+    keys = ("privacy.secure_aggregation", "round.norm_bound")
+    if config.privacy.clip is None and config.round.norm_bound is None:
+        yield Conflict(
+            "refuse",
+            keys,
+            "the masked sum has room for numbers of a known size only, and nothing bounds them; set round.norm_bound, "
+            "which clients then keep themselves",
+        )
+        return
+    asked = len(select(config, [str(number) for number in range(config.data.clients)], 1, 0))
+    if asked < LEAST:
+        yield Conflict(
+            "refuse",
+            ("privacy.secure_aggregation", "data.clients" if asked == config.data.clients else "federation.select"),
+            f"{asked} clients take part in a round, and a sum hides its parts among {LEAST} or more",
+        )
+    try:
+        FixedPoint.of(config, max(asked, LEAST), config.privacy.max_examples or 1)
+    except MessageError as error:
+        yield Conflict("refuse", keys, error.what)
+
+
 def _budget(config: Config) -> Iterator[Conflict]:
     accountant = Accountant.of(config)
     if accountant is None:
@@ -337,5 +408,6 @@ RULES: tuple[Rule, ...] = (
     _nothing_to_learn,
     _sends_changes,
     _privacy,
+    _secure_aggregation,
     _budget,
 )

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from molehill.config import Config
 from molehill.errors import FederationError, MessageError, MolehillError, ResumeError
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply
+from molehill.secure.messages import LEAST
 from molehill.wire.exchange import Exchange
+from molehill.wire.message import Delta
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
 from molehill_server import checkpoint, events
@@ -29,15 +33,27 @@ from molehill_server.check import require
 from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.planning.planner import Planner, expected, select
 from molehill_server.privacy.accountant import Accountant, Ledger, drawn
+from molehill_server.privacy.journal import Entry, Facts, Journal
 from molehill_server.privacy.mechanism import Mechanism
+from molehill_server.privacy.secure import SecureRound, released
 from molehill_server.records import Global, Update
 from molehill_server.roster import Roster
 from molehill_server.transport import POLL, Collection, Incoming, Outgoing, Patience, Transport
 from molehill_server.validation import Limits, check_reply, open_delta, parse_reply
 
+T = TypeVar("T")
+
 
 class _BelowQuorum(Exception):  # noqa: N818 - not an error yet: the round may be tried again
-    """Too few updates were accepted."""
+    """Fewer clients answered than are needed.
+
+    Args:
+        need: How many are.
+    """
+
+    def __init__(self, need: int) -> None:
+        super().__init__(need)
+        self.need = need
 
 
 @dataclass
@@ -54,23 +70,35 @@ class _Round:
     examples: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
+    figures: Mapping[str, float] | None = None  # means over rows, where no client tells its own
     bytes_up: int = 0
     bytes_down: int = 0
 
     @property
     def loss(self) -> float | None:
         """Mean training loss over rows; None when nobody trained."""
-        return self._mean(self.losses)
+        return self._mean(self.losses) if self.figures is None else self.figures["loss"]
 
     @property
     def routing(self) -> dict[str, float | None]:
         """Mean of every routing loss over the rows of the clients that name it."""
+        if self.figures is not None:
+            return {name: figure for name, figure in sorted(self.figures.items()) if name != "loss"}
         names = sorted({name for metrics in self.metrics.values() for name in metrics})
         return {name: self._mean({c: m[name] for c, m in self.metrics.items() if name in m}) for name in names}
 
     def _mean(self, values: Mapping[str, float]) -> float | None:
         rows = sum(self.examples[client] for client in values)
         return sum(value * self.examples[client] for client, value in values.items()) / rows if rows else None
+
+
+class _Done(NamedTuple):
+    """What came of a round."""
+
+    after: Global
+    report: Mapping[str, float]
+    notes: _Round
+    ledger: Ledger | None
 
 
 class Coordinator:
@@ -119,6 +147,7 @@ class Coordinator:
         self._limits = Limits.from_config(config)
         self._metrics = [ref.name for ref in config.molora.losses]
         self._planner = Planner(config, meta["base"])
+        self._secure = config.privacy.secure_aggregation
         self._mechanism, self._accountant = Mechanism.of(config.privacy), Accountant.of(config)
         identity = checkpoint.Identity(config.digest, meta["base"])
         loaded = checkpoint.load(out / "checkpoints", identity, config.wire.max_bytes)
@@ -134,6 +163,7 @@ class Coordinator:
         else:
             events.rewind(out / "metrics.jsonl", loaded.glob.round)
         self._log = events.EventLog(out / "metrics.jsonl", self._audit.record)
+        self._journal = Journal(out / "masked-sum")
         self._roster = Roster(transport, self._log, introduction, clients)
 
     def run(self) -> Tree:
@@ -217,30 +247,8 @@ class Coordinator:
         """One round with its retries."""
         began = time.perf_counter()
         glob = self._broadcast.publish(self._saved.glob)
-        up = down = 0  # bytes of the attempts before
-        # After a kill the attempt goes on under its own number, so that deltas that were uploaded in it still count.
-        first = 0 if self._grants is None else self._grants.attempt(self._config.run.name, number)
-        for attempt in range(first, first + self._config.round.retries + 1):
-            nodes = self._gathered()
-            enough = len(nodes) >= self._config.round.min_clients
-            chosen, ledger = self._choose(list(nodes) if enough else [], number, attempt)
-            notes = _Round(chosen, self._roster.rows(nodes), bytes_up=up, bytes_down=down)
-            try:
-                after, report = self._attempt(glob, number, attempt, nodes, notes)
-                break
-            except _BelowQuorum:
-                up, down = notes.bytes_up, notes.bytes_down
-                self._log.emit(
-                    "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
-                )
-        else:
-            if not notes.selected:
-                raise FederationError(
-                    f"round {number} cannot begin: {len(nodes)} clients are connected, "
-                    f"{self._config.round.min_clients} are needed",
-                    mend="Start the others, then resume.",
-                )
-            raise FederationError(*_below_quorum(number, notes, self._quorum(len(notes.selected))))
+        pending = self._journal.load(self._config.run.name, number) if self._secure else None
+        after, report, notes, ledger = self._attempts(glob, number) if pending is None else self._unmask(glob, pending)
         spent = {"epsilon": self._accountant.epsilon(ledger.rounds)} if self._accountant and ledger else {}
         self._log.emit(
             "round",
@@ -269,6 +277,36 @@ class Coordinator:
                 privacy=ledger,
             )
         )
+        self._journal.drop()
+
+    def _attempts(self, glob: Global, number: int) -> _Done:
+        up = down = 0  # bytes of the attempts before
+        need = 0
+        # After a kill the attempt goes on under its own number, so that deltas that were uploaded in it still count.
+        first = 0 if self._grants is None else self._grants.attempt(self._config.run.name, number)
+        if self._secure and self._grants is not None:
+            first += 1  # masked anew with other keys, so what was uploaded does not count
+        for attempt in range(first, first + self._config.round.retries + 1):
+            nodes = self._gathered()
+            enough = len(nodes) >= self._config.round.min_clients
+            chosen, ledger = self._choose(list(nodes) if enough else [], number, attempt)
+            notes = _Round(chosen, self._roster.rows(nodes), bytes_up=up, bytes_down=down)
+            try:
+                if self._secure:
+                    return self._unmask(glob, self._masked_sum(glob, number, attempt, nodes, notes, ledger))
+                return _Done(*self._attempt(glob, number, attempt, nodes, notes), notes, ledger)
+            except _BelowQuorum as few:
+                up, down, need = notes.bytes_up, notes.bytes_down, few.need
+                self._log.emit(
+                    "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
+                )
+        if not notes.selected:
+            raise FederationError(
+                f"round {number} cannot begin: {len(nodes)} clients are connected, "
+                f"{self._config.round.min_clients} are needed",
+                mend="Start the others, then resume.",
+            )
+        raise FederationError(*_below_quorum(number, notes, need))
 
     def _choose(self, pool: list[str], number: int, attempt: int) -> tuple[list[str], Ledger | None]:
         """The clients of a round, and what will have been spent after it.
@@ -288,9 +326,7 @@ class Coordinator:
         self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round
     ) -> tuple[Global, Mapping[str, float]]:
         plans = self._plans(notes.selected, number, glob)
-        if self._grants is not None:
-            limit = self._limits.max_bytes
-            self._grants.renew({client: _grant(plan, attempt, limit) for client, plan in plans.items()})
+        self._grant(plans, attempt)
         collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._quorum(len(plans)))
         updates = self._updates(glob, plans, collection, notes)
         if not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
@@ -331,22 +367,144 @@ class Coordinator:
         notes.missing = collection.missing
         self._forget(collection)
         if len(notes.accepted) < self._quorum(len(plans)):
-            raise _BelowQuorum
+            raise _BelowQuorum(self._quorum(len(plans)))
+
+    # Secure aggregation
+
+    def _masked_sum(
+        self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round, ledger: Ledger | None
+    ) -> Entry:
+        """Have clients exchange keys and shares, train and mask; returns the sum of what arrived, still masked.
+
+        Raises:
+            _BelowQuorum: Too few clients stayed. Nothing was unmasked, so the round may be tried again.
+        """
+        plans = self._plans(notes.selected, number, glob)
+        quorum = self._quorum(len(plans))
+        if len(plans) < LEAST:
+            raise _BelowQuorum(LEAST)
+        layout = expected(next(iter(plans.values())), glob.tree.layout)
+        rows = {client: notes.rows[client] for client in plans}
+        secure = SecureRound.begin(self._config, layout, number, attempt, rows)
+        group = f"{number}.{attempt}"
+        self._stage("query.keys", secure.ask_keys(), secure.take_keys, nodes, group, max(LEAST, quorum), notes)
+        need = max(secure.threshold, quorum)
+        self._stage("query.shares", secure.ask_shares(), secure.take_shares, nodes, group, need, notes)
+        plans = {
+            client: plans[client].model_copy(update={"company": company})
+            for client, company in secure.companies().items()
+        }
+        self._grant(plans, attempt)
+        collection = self._send("train", plans, nodes, group, need)
+        for done, (client, reply) in enumerate(collection, start=1):
+            plan = plans[client]
+            try:
+                self._open(plan, reply, notes, partial(secure.add, plan))
+                collection.accept()
+            except MessageError as error:
+                notes.quarantined[client] = str(error)
+            self._log.emit("progress", stage="train", done=done, total=len(plans), client=client)
+        notes.missing += collection.missing
+        self._forget(collection)
+        if len(notes.accepted) < need:
+            raise _BelowQuorum(need)
+        names = Facts.model_fields.keys() - {"drawn"}
+        facts = Facts(**{name: getattr(notes, name) for name in names}, drawn=ledger and ledger.rounds[-1])
+        entry = Entry(secure.progress, facts, secure.total)
+        self._journal.keep(entry)
+        return entry
+
+    def _unmask(self, glob: Global, entry: Entry) -> _Done:
+        """Have the masks of a sum taken off, and merge it.
+
+        Raises:
+            FederationError: Too few clients helped, or the masks do not cancel.
+        """
+        progress, facts = entry.progress, entry.facts
+        plan = self._plans(facts.selected[:1], progress.round, glob)[facts.selected[0]]
+        layout = expected(plan, glob.tree.layout)
+        secure = SecureRound(self._config, layout, progress, entry.total)
+        said = _Round([], {})
+        for again in range(self._config.round.retries + 1):
+            if again:
+                self._transport.wait(self._grace)  # whoever dropped out may be on the way back
+            nodes = self._present()
+            asked = {client: ask for client, ask in secure.ask_unmask().items() if client in nodes}
+            group = f"{progress.round}.{progress.attempt}.unmask.{again}"
+            with suppress(_BelowQuorum):
+                self._stage(
+                    "query.unmask",
+                    asked,
+                    secure.take_unmask,
+                    nodes,
+                    group,
+                    secure.threshold - secure.answers,
+                    said,
+                    0.0,
+                )
+            if secure.answers >= secure.threshold:
+                break
+        else:
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in said.quarantined.items())
+            raise FederationError(
+                f"{secure.answers} of {len(progress.arrived)} clients helped to unmask the sum, {secure.threshold} are "
+                f"needed{f' ({reasons})' if reasons else ''}",
+                where=f"round {progress.round}",
+                mend="The sum is kept: start the clients that are in it, and go on with --resume.",
+            )
+        sums, figures = secure.finish()
+        notes = _Round(**facts.model_dump(exclude={"drawn"}), rows=progress.examples, figures=figures)
+        if self._mechanism is None:
+            after, report = self._aggregator(glob, [released(sums, glob, layout)])
+        else:
+            total = sums.change / progress.cap
+            update, noise = self._mechanism.noisy(glob, layout, total, len(progress.arrived), len(facts.selected))
+            after, report = self._aggregator(glob, [update])
+            report |= noise
+        ledger = self._saved.privacy
+        if ledger is not None and facts.drawn is not None:
+            ledger = ledger.after(facts.drawn)
+        return _Done(after, {**report, "updates": len(progress.arrived)}, notes, ledger)
+
+    def _stage(
+        self,
+        kind: str,
+        questions: Mapping[str, BaseModel],
+        take: Callable[[str, str], None],
+        nodes: Mapping[str, int],
+        group: str,
+        need: int,
+        notes: _Round,
+        grace: float | None = None,
+    ) -> None:
+        """Ask a question of a protocol and pass the answers on.
+
+        Raises:
+            _BelowQuorum: Fewer answered than are needed.
+        """
+        collection = self._send(kind, questions, nodes, group, need, grace)
+        count = 0
+        for client, reply in collection:
+            try:
+                take(client, _text(reply))
+            except MessageError as error:
+                notes.quarantined[client] = str(error)
+                continue
+            collection.accept()
+            count += 1
+        notes.missing += collection.missing
+        self._forget(collection)
+        if count < need:
+            raise _BelowQuorum(need)
+
+    # Judging
 
     def _judge(self, glob: Global, plan: ClientPlan, incoming: Incoming, notes: _Round) -> Update:
-        if incoming.text is None:
-            raise MessageError(incoming.error)
-        reply = parse_reply(incoming.text)
-        try:
-            notes.bytes_down += min(reply.bytes_down, self._broadcast.size)
-            blob = self._exchange.get(reply.delta, self._limits.max_bytes)
-            notes.bytes_up += len(blob)
-            check_reply(reply, plan, notes.rows[plan.client])
-            delta = open_delta(blob, reply, plan, glob.tree.layout, self._limits)
-        finally:
-            self._discard(reply.delta)
-        notes.accepted.append(plan.client)
-        notes.deltas[plan.client] = reply.delta
+        def read(blob: bytes, reply: ClientReply) -> tuple[Delta, ClientReply]:
+            return open_delta(blob, reply, plan, glob.tree.layout, self._limits), reply
+
+        delta, reply = self._open(plan, incoming, notes, read)
+        assert reply.loss is not None  # it was checked
         notes.losses[plan.client] = reply.loss
         notes.metrics[plan.client] = {name: reply.metrics[name] for name in self._metrics if name in reply.metrics}
         notes.examples[plan.client] = reply.examples
@@ -358,19 +516,52 @@ class Coordinator:
             values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
         return Update(plan.client, values, reply.examples, delta.tokens)
 
+    def _open(self, plan: ClientPlan, incoming: Incoming, notes: _Round, read: Callable[[bytes, ClientReply], T]) -> T:
+        """Fetch and judge what a reply to ``plan`` points at.
+
+        Raises:
+            MessageError: It cannot be used.
+        """
+        reply = parse_reply(_text(incoming))
+        try:
+            notes.bytes_down += min(reply.bytes_down, self._broadcast.size)
+            blob = self._exchange.get(reply.delta, self._limits.max_bytes)
+            notes.bytes_up += len(blob)
+            check_reply(reply, plan, notes.rows[plan.client])
+            found = read(blob, reply)
+        finally:
+            self._discard(reply.delta)
+        notes.accepted.append(plan.client)
+        notes.deltas[plan.client] = reply.delta
+        return found
+
+    def _grant(self, plans: Mapping[str, ClientPlan], attempt: int) -> None:
+        """Let these clients, and no others, send their deltas of this attempt."""
+        if self._grants is not None:
+            limit = self._limits.max_bytes
+            self._grants.renew({client: _grant(plan, attempt, limit) for client, plan in plans.items()})
+
     def _quorum(self, count: int) -> int:
         part = math.ceil(self._config.round.quorum * count)
         return max(self._aggregator.rule.least, self._config.round.min_clients, part)
 
     def _send(
-        self, kind: str, plans: Mapping[str, ClientPlan], nodes: Mapping[str, int], group: str, quorum: int
+        self,
+        kind: str,
+        plans: Mapping[str, BaseModel],
+        nodes: Mapping[str, int],
+        group: str,
+        quorum: int,
+        grace: float | None = None,
     ) -> Collection:
         deadline = self._config.round.deadline
         messages = [
             (client, Outgoing(nodes[client], kind, group, plan.model_dump_json(), deadline))
             for client, plan in plans.items()
         ]
-        return Collection(self._transport, messages, Patience(deadline, quorum, self._grace), self._late)
+        return Collection(
+            self._transport, messages, Patience(deadline, quorum, self._grace if grace is None else grace), self._late
+        )
 
     def _forget(self, collection: Collection) -> None:
         """Drop what came too late to be used."""
@@ -474,6 +665,12 @@ def _grant(plan: ClientPlan, attempt: int = 0, max_bytes: int | None = None) -> 
     reads = tuple(sorted(set(plan.blobs.values())))
     write = max_bytes is not None
     return Grant(run=plan.run, round=plan.round, attempt=attempt, read=reads, write=write, max_bytes=max_bytes or 0)
+
+
+def _text(incoming: Incoming) -> str:
+    if incoming.text is None:
+        raise MessageError(incoming.error)
+    return incoming.text
 
 
 def _below_quorum(number: int, notes: _Round, need: int) -> tuple[str]:

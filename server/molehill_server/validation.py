@@ -79,10 +79,24 @@ def check_reply(reply: ClientReply, plan: ClientPlan, rows: int) -> None:
     """
     if (reply.client, reply.round) != (plan.client, plan.round):
         raise MessageError(f"the reply is of client {reply.client!r} in round {reply.round}")
-    if not math.isfinite(reply.loss):
+    if plan.company is not None and (reply.loss is not None or reply.metrics):
+        raise MessageError("it tells its losses, which under secure aggregation are part of the sum")
+    if plan.company is None and (reply.loss is None or not math.isfinite(reply.loss)):
         raise MessageError(f"its training loss is {reply.loss}")
     if reply.examples != rows:
         raise MessageError(f"it trains on {reply.examples} rows, and joined with {rows}")
+
+
+def require_announced(blob: bytes, reply: ClientReply) -> None:
+    """Refuse a blob that is not what the reply said.
+
+    Raises:
+        MessageError: It has another length or digest.
+    """
+    if len(blob) != reply.bytes_up:
+        raise MessageError(f"its delta is {len(blob)} bytes, it reported {reply.bytes_up}")
+    if digest(blob) != reply.delta:
+        raise MessageError(f"its delta does not have the digest {reply.delta[:12]} it was announced with")
 
 
 def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout, limits: Limits) -> Delta:
@@ -103,10 +117,7 @@ def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout,
             than asked for, is not finite, too far from the broadcast, in another codec than asked for, or counts
             impossible tokens.
     """
-    if len(blob) != reply.bytes_up:
-        raise MessageError(f"its delta is {len(blob)} bytes, it reported {reply.bytes_up}")
-    if digest(blob) != reply.delta:
-        raise MessageError(f"its delta does not have the digest {reply.delta[:12]} it was announced with")
+    require_announced(blob, reply)
     delta = decode_delta(blob, limits.max_bytes, expected(plan, model))
     told = {"run": plan.run, "round": plan.round, "client": plan.client, "base": plan.base, "examples": reply.examples}
     for name, value in told.items():

@@ -9,6 +9,7 @@ import pytest
 from toy_federation import ToyClient, write_initial
 
 from molehill.config import Config
+from molehill.errors import MolehillError
 from molehill.plan import ClientPlan
 from molehill.wire.exchange import MemoryExchange
 from molehill_server.coordinator import Coordinator
@@ -18,10 +19,14 @@ from molehill_server.transport import Incoming, Outgoing
 
 @dataclass
 class ToyTransport:
-    """Calls the clients directly, one message per pull; ``fault`` may change or swallow what they say."""
+    """Calls the clients directly, one message per pull; ``fault`` may change or swallow what they say.
+
+    So may ``meddle`` with the answers to questions of secure aggregation.
+    """
 
     clients: dict[int, ToyClient]
     fault: object = None
+    meddle: object = None
     time: float = 0.0
     queue: deque = field(default_factory=deque)
     pushed: list[Outgoing] = field(default_factory=list)
@@ -41,22 +46,28 @@ class ToyTransport:
         while self.queue:
             name, message = self.queue.popleft()
             assert name in ids
-            client = self.clients[message.node]
-            if message.kind == "query.hello":
-                return [Incoming(name, json.dumps(client.hello()))]
-            plan = ClientPlan.model_validate_json(message.text)
-            if message.kind != "train":
-                reply = client.evaluate(plan) if message.kind == "evaluate" else client.baseline(plan)
-                return [Incoming(name, reply.model_dump_json())]
-            reply = client.train(plan)
-            text = reply.model_dump_json()
-            if self.fault is not None:
-                text = self.fault(client, plan, reply)
+            try:
+                text = self._answer(self.clients[message.node], message)
+            except MolehillError as error:
+                text = error
             if isinstance(text, Exception):
                 return [Incoming(name, None, str(text))]
             if text is not None:
                 return [Incoming(name, text)]
         return []
+
+    def _answer(self, client, message):
+        if message.kind == "query.hello":
+            return json.dumps(client.hello())
+        if message.kind.startswith("query"):
+            text = client.query(message.kind, message.text)
+            return text if self.meddle is None else self.meddle(client, message, text)
+        plan = ClientPlan.model_validate_json(message.text)
+        if message.kind != "train":
+            reply = client.evaluate(plan) if message.kind == "evaluate" else client.baseline(plan)
+            return reply.model_dump_json()
+        reply = client.train(plan)
+        return reply.model_dump_json() if self.fault is None else self.fault(client, plan, reply)
 
     def now(self):
         return self.time
@@ -73,16 +84,19 @@ class Toy:
     out: Path
     exchange: MemoryExchange = field(default_factory=MemoryExchange)
     grants: Grants | None = None
+    maskers: dict = field(default_factory=dict)
 
-    def start(self, fault=None) -> Coordinator:
+    def start(self, fault=None, meddle=None) -> Coordinator:
         if not (self.out / "initial.safetensors").exists():
             write_initial(self.out)
         clients = {n + 10: ToyClient(n, self.config, self.out, self.exchange) for n in range(self.config.data.clients)}
-        self.transport = ToyTransport(clients, fault)
+        for client in clients.values():  # which outlive a server that is started again
+            client.masker = self.maskers.setdefault(client.name, client.masker)
+        self.transport = ToyTransport(clients, fault, meddle)
         return Coordinator(self.config, self.out, self.exchange, self.transport, grants=self.grants)
 
-    def run(self, fault=None):
-        return self.start(fault).run()
+    def run(self, fault=None, meddle=None):
+        return self.start(fault, meddle).run()
 
     def events(self, kind=None):
         lines = (self.out / "metrics.jsonl").read_text().splitlines()

@@ -179,3 +179,67 @@ def test_a_refusal_names_its_keys_and_what_to_change(sections, message):
         require(config(**sections))
     for conflict in refusals(**sections):
         assert_real(conflict.keys)
+
+
+SECURE = {"secure_aggregation": True}
+
+
+@pytest.mark.parametrize("preset", ["fedit", "ffa", "fedsa", "rolora", "fedpeft"])
+@pytest.mark.parametrize("opt", ["none", "adam"])
+def test_secure_aggregation_goes_with_sums_of_what_is_sent(preset, opt):
+    assert refusals(privacy=SECURE, federation={"preset": preset, "server_opt": opt}) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "why"),
+    [
+        ({"federation": {"preset": "flexlora"}}, "federation.space", "every client's own factors"),
+        ({"federation": {"preset": "flora"}}, "federation.space", "every client's own factors"),
+        ({"federation": {"preset": "fedex"}}, "federation.space", "every client's own factors"),
+        (
+            {"federation": {"preset": "ffa", "rule": {"name": "krum", "f": 1}}, "data": {"clients": 8}},
+            "federation.rule",
+            "looks at single updates",
+        ),
+        ({"federation": {"preset": "hetlora"}}, "federation.policy", "tensors of different shapes"),
+        ({"federation": {"preset": "local"}}, "federation.policy", "nothing to hide"),
+        ({"wire": {"up": "int4"}}, "wire.up", "8 bytes each; use 'fp32'"),
+        ({"wire": {"up": "fp16"}}, "wire.up", "8 bytes each; use 'fp32'"),
+        ({"wire": {"up": "compeft"}}, "wire.up", "8 bytes each; use 'fp32'"),
+        ({"scenario": {"garbage": {"client-0": "nan"}}}, "scenario.garbage", "nobody can read"),
+        ({"scenario": {"poison": {"client-0": -1.0}}}, "scenario.poison", "nobody can read"),
+        ({"round": {"norm_bound": None}}, "round.norm_bound", "nothing bounds them"),
+        ({"round": {"norm_bound": 1e15}}, "round.norm_bound", "binary places"),
+        ({"data": {"clients": 2}}, "data.clients", "2 clients take part in a round"),
+        (
+            {"federation": {"select": {"name": "random", "fraction": 0.25}}, "data": {"clients": 8}},
+            "federation.select",
+            "2 clients take part in a round",
+        ),
+    ],
+)
+def test_secure_aggregation_refuses_what_looks_at_single_clients(sections, key, why):
+    found = refusals(privacy=SECURE, **sections)
+    (conflict,) = [conflict for conflict in found if key in conflict.keys and "privacy" in conflict.keys[0]]
+    assert conflict.keys == ("privacy.secure_aggregation", key)
+    assert why in conflict.why
+    assert_real(conflict.keys)
+
+
+def test_secure_aggregation_goes_with_differential_privacy():
+    private = {**SECURE, "clip": 0.5, "noise": 4.0, "epsilon": 30.0, "delta": 1e-5, "max_examples": 100}
+    assert refusals(privacy=private, federation={"preset": "ffa"}) == []
+    assert refusals(privacy=private, federation={"preset": "ffa"}, round={"norm_bound": None}) == []
+
+
+def test_a_cap_on_examples_needs_something_to_be_private():
+    config(privacy={**SECURE, "max_examples": 10})
+    with pytest.raises(ConfigError, match="clip, noise, epsilon, delta as well"):
+        config(privacy={"max_examples": 10})
+    with pytest.raises(ConfigError, match="privacy needs noise"):
+        config(privacy={**SECURE, "clip": 1.0, "epsilon": 1.0, "delta": 1e-5})
+
+
+def test_a_threshold_is_more_than_half():
+    with pytest.raises(ConfigError, match=r"privacy\.threshold"):
+        config(privacy={**SECURE, "threshold": 0.5})

@@ -105,6 +105,30 @@ class Mechanism:
             MessageError: An update holds other tensors than ``layout``.
         """
         total, count = self.sum(glob, updates, layout)
+        return self.noisy(glob, layout, total, count, planned, noise)
+
+    def noisy(
+        self,
+        glob: Global,
+        layout: Layout,
+        total: NDArray[np.float64],
+        count: int,
+        planned: int,
+        noise: Noise | None = None,
+    ) -> tuple[Update, dict[str, float]]:
+        """`release` for a sum that is already there, for example that of secure aggregation.
+
+        Args:
+            glob: The model the clients started from.
+            layout: What each of them shares.
+            total: The weighted sum of clipped changes, ``[layout.size]``; it is overwritten.
+            count: The number of updates in it.
+            planned: m, the number of clients that were asked.
+            noise: Where the noise comes from; fresh when omitted.
+
+        Returns:
+            See `release`.
+        """
         noise = noise or Noise()
         deviation = self.clip * self.noise
         for start in range(0, layout.size, _CHUNK):

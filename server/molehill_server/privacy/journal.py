@@ -1,0 +1,98 @@
+"""A masked sum on disk, from the moment at which clients are asked to unmask it until its round is committed.
+
+A client helps with one sum per round only. So a server that dies in between must ask the same question again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from molehill.errors import ResumeError
+from molehill.files import write
+from molehill.secure.masks import Numbers
+from molehill_server.privacy.secure import Progress
+
+
+class Facts(BaseModel):
+    """What the round's event will say.
+
+    Attributes:
+        selected: Clients that were asked.
+        accepted: Those that are in the sum.
+        deltas: Digest of every masked vector.
+        missing: Clients that did not answer.
+        quarantined: Reasons by client.
+        bytes_up: Bytes received.
+        bytes_down: Bytes fetched.
+        drawn: What the round costs of the privacy budget; see `Ledger`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    selected: list[str]
+    accepted: list[str]
+    deltas: dict[str, str]
+    missing: list[str]
+    quarantined: dict[str, str]
+    bytes_up: int
+    bytes_down: int
+    drawn: tuple[int, int] | None
+
+
+class Entry(NamedTuple):
+    """What the journal holds.
+
+    Attributes:
+        progress: How far the attempt got.
+        facts: About the round.
+        total: The masked sum, ``[n]``.
+    """
+
+    progress: Progress
+    facts: Facts
+    total: Numbers
+
+
+class Journal:
+    """At most one masked sum.
+
+    Args:
+        path: The file: a line of JSON for each of progress and facts, then the numbers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def keep(self, entry: Entry) -> None:
+        """Write the sum, in place of an earlier one."""
+        lines = (entry.progress.model_dump_json(), entry.facts.model_dump_json(), "")
+        write(self._path, "\n".join(lines).encode() + entry.total.astype("<u8", copy=False).tobytes())
+
+    def load(self, run: str, round_: int) -> Entry | None:
+        """The sum of this round, if it was kept.
+
+        Raises:
+            ResumeError: The file is damaged.
+        """
+        try:
+            progress, facts, numbers = self._path.read_bytes().split(b"\n", 2)
+            entry = Entry(
+                Progress.model_validate_json(progress),
+                Facts.model_validate_json(facts),
+                np.frombuffer(numbers, "<u8").astype(np.uint64),
+            )
+        except FileNotFoundError:
+            return None
+        except (ValidationError, ValueError):
+            raise ResumeError(
+                "the masked sum is damaged", where=str(self._path), mend="Remove it to try its round again."
+            ) from None
+        return entry if (entry.progress.run, entry.progress.round) == (run, round_) else None
+
+    def drop(self) -> None:
+        """Forget the sum: its round is committed."""
+        self._path.unlink(missing_ok=True)
