@@ -60,6 +60,8 @@ def describe(config: Config) -> list[tuple[str, str]]:
     if privacy.clip is not None:
         budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
         rows.append(("privacy", f"{budget}, changes clipped to {privacy.clip:g}, noise {privacy.noise:g}"))
+    if privacy.secure_aggregation:
+        rows.append(("masked", f"the server sees sums only, while {privacy.threshold:.0%} of the clients stay"))
     if model is not None:
         count = model.n_parameters
         rows.insert(5, ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart"))

@@ -80,7 +80,7 @@ class ScenarioApp(ClientApp):
         self._late = late
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Run the ClientApp, unless fate is against it (`NoReply`); only training is affected."""
+        """Run the ClientApp, unless fate is against it (`NoReply`); only rounds are affected."""
         outcome = next(self.together([message], [context]))
         if isinstance(outcome, Exception):
             raise outcome
@@ -88,7 +88,8 @@ class ScenarioApp(ClientApp):
 
     def together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message | Exception]:
         """The same for several clients, which the ClientApp may serve at once; all messages are of one type."""
-        if messages[0].metadata.message_type != "train":
+        kind = messages[0].metadata.message_type
+        if kind not in ("train", "query.keys", "query.unmask"):
             yield from call(self._app, messages, contexts)
             return
         fates = [
@@ -102,7 +103,12 @@ class ScenarioApp(ClientApp):
                 yield NoReply("not reachable")
                 continue
             outcome = next(outcomes)
-            yield outcome if isinstance(outcome, Exception) else self._afterwards(message, context, fortune, outcome)
+            if isinstance(outcome, Exception):
+                yield outcome
+            elif kind == "train":
+                yield self._afterwards(message, context, fortune, outcome)
+            else:  # keys have the same fate as the training that follows; a client is first missed there
+                yield NoReply("vanished") if kind == "query.unmask" and not fortune.finishes else outcome
 
     def _afterwards(self, message: Message, context: Context, fortune: Fate, reply: Message) -> Message | NoReply:
         """What becomes of a client's reply."""
