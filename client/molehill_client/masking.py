@@ -8,10 +8,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molehill.config import Config
-from molehill.errors import MessageError
+from molehill.errors import MessageError, ResumeError
 from molehill.secure import keys, shamir
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.masks import Numbers, add_common_mask, add_mask
@@ -282,7 +282,13 @@ class Masker:
 
     def _load(self) -> _Memory | None:
         data = self._vault.load_secret()
-        return None if data is None else _Memory.model_validate_json(data)
+        try:
+            return None if data is None else _Memory.model_validate_json(data)
+        except ValidationError:  # what it gave away in which round must not be forgotten
+            raise ResumeError(
+                "the secrets of secure aggregation were kept by another version of Molehill",
+                mend="Use the version that wrote them, or begin a run with another name.",
+            ) from None
 
     def _save(self, memory: _Memory) -> None:
         self._vault.save_secret(memory.model_dump_json().encode())

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from toy_federation import MemoryVault, config
 
-from molehill.errors import IdentityError, MessageError
-from molehill.secure.messages import Advert, AskKeys, AskShares, AskUnmask, Company
+from molehill.errors import IdentityError, MessageError, ResumeError
+from molehill.secure.messages import Advert, AskKeys, AskShares, AskUnmask, Company, threshold
 from molehill_client.masking import Masker
 
 NAMES = ("a", "b", "c", "d")
@@ -224,3 +224,31 @@ def test_keys_that_nobody_vouches_for_are_refused():
         with pytest.raises(IdentityError, match="not signed by b"):
             group.masker("a").shares(group.ask_shares("a", adverts=adverts))
     group.shares()
+
+
+def test_what_another_version_kept_is_not_ignored(group):
+    group.vaults["a"].save_secret(b'{"round": 3, "attempt": 0, "kept_since": 1}')
+    with pytest.raises(ResumeError, match="another version of Molehill"):
+        group.masker("a").keys(AskKeys(**group.to("a")))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_server_that_tells_clients_different_stories_never_gets_both_secrets(seed):
+    """Whatever it asks each of them, the shares of a seed and of a key do not both reach the threshold."""
+    rng = np.random.default_rng(seed)
+    names = tuple("abcdefg")
+    group = Group(names)
+    group.keys()
+    group.shares()
+    for name in names:
+        group.mask(name)
+    need = threshold(len(names), SECURE.privacy.threshold)
+    own, keys = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for name in names:
+        others = [other for other in names if other != name]
+        lost = tuple(sorted(rng.choice(others, rng.integers(0, len(names) - need + 1), replace=False)))
+        answer = group.ask(name, tuple(other for other in names if other not in lost), lost)
+        for counts, shares in ((own, answer.own), (keys, answer.keys)):
+            for owner in shares:
+                counts[owner] += 1
+    assert all(min(own[name], keys[name]) < need for name in names)

@@ -90,20 +90,16 @@ class SecureRound:
             number: Round number.
             attempt: Attempt at it.
             examples: Training rows of every client that is asked.
+
+        Raises:
+            MessageError: The sum of so many clients with so many rows would be too coarse.
         """
         privacy = config.privacy
         most = 1 if privacy.clip is not None else max(examples.values(), default=1)  # under clipping all count alike
-        return cls(
-            config,
-            layout,
-            Progress(
-                run=config.run.name,
-                round=number,
-                attempt=attempt,
-                cap=privacy.max_examples or max(most, 1),
-                examples=dict(examples),
-            ),
-        )
+        cap = privacy.max_examples or max(most, 1)
+        FixedPoint.of(config, len(examples), cap)  # better refused here than by every client after its work
+        progress = Progress(run=config.run.name, round=number, attempt=attempt, cap=cap, examples=dict(examples))
+        return cls(config, layout, progress)
 
     @property
     def threshold(self) -> int:
