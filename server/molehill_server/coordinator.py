@@ -421,7 +421,8 @@ class Coordinator:
             FederationError: Too few clients helped, or the masks do not cancel.
         """
         progress, facts = entry.progress, entry.facts
-        plan = self._plans(facts.selected[:1], progress.round, glob)[facts.selected[0]]
+        # Any client's plan will do, also of one that is not here, or that joined after the last commit.
+        plan = self._planner.plan("", progress.round, glob.tree.layout, self._broadcast.digests(), 0)
         layout = expected(plan, glob.tree.layout)
         secure = SecureRound(self._config, layout, progress, entry.total)
         said = _Round([], {})

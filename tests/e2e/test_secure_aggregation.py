@@ -10,11 +10,18 @@ from tiny_world import events
 
 from molehill.errors import FederationError
 from molehill.wire.store import load_tree
+from molehill_simulation.describe import describe
 from molehill_simulation.simulate import simulate
 
 SECURE = {"privacy": {"secure_aggregation": True, "threshold": 0.6}}
 EXACT = {"wire": {"up": "fp32"}}
 LOSSES = {"molora": {"targets": ["query"], "experts": 2, "rank": 2, "losses": [{"name": "z_loss", "coef": 0.01}]}}
+
+
+def test_a_check_says_so(config):
+    row = ("masked", "the server sees sums only, while 60% of the clients stay")
+    assert row in describe(config(**SECURE, **EXACT))
+    assert row not in describe(config())
 
 
 def final(out):

@@ -29,9 +29,9 @@ class Request(NamedTuple):
     """What is asked.
 
     Attributes:
-        kind: ``query.hello``, ``train``, ``train.baseline`` or ``evaluate`` of the server; ``status`` or ``score`` of
-            this machine.
-        text: JSON of the plan or of the introduction; for ``score`` a file of rows, or nothing.
+        kind: ``query.hello``, ``query.keys``, ``query.shares``, ``query.unmask``, ``train``, ``train.baseline`` or
+            ``evaluate`` of the server; ``status`` or ``score`` of this machine.
+        text: JSON of the plan, question or introduction; for ``score`` a file of rows, or nothing.
     """
 
     kind: str

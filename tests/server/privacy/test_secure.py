@@ -163,6 +163,25 @@ def test_a_server_that_dies_while_it_unmasks_goes_on(toy, at):
     assert trained == []  # all was there but the answers
 
 
+def test_a_newcomer_in_the_sum_is_not_forgotten(toy):
+    run = toy(settings(run={"rounds": 2}, data={"clients": 5}))
+    late = {}
+
+    def meddle(client, message, text):
+        if message.kind == "query.keys" and message.group == "1.0" and late:
+            run.transport.clients.update(late)
+        if message.kind == "query.unmask" and message.group.startswith("2."):
+            raise KeyboardInterrupt
+        return text
+
+    server = run.start(meddle=meddle)
+    late[10] = run.transport.clients.pop(10)
+    with pytest.raises(KeyboardInterrupt):
+        server.run()
+    run.run()
+    assert run.events("round")[1]["selected"] == [f"client-{number}" for number in range(5)]
+
+
 def test_a_server_that_dies_between_sum_and_commit_and_loses_the_sum_cannot_have_another(toy):
     run = toy(settings(run={"rounds": 1}))
     with pytest.raises(FederationError):
