@@ -6,6 +6,7 @@ stream one at a time from the exchange into the aggregation.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,6 +43,8 @@ from molehill_server.transport import POLL, Collection, Incoming, Outgoing, Pati
 from molehill_server.validation import Limits, check_reply, open_delta, parse_reply
 
 T = TypeVar("T")
+
+_ANSWER = 30.0  # seconds in which a node answers that has nothing to compute
 
 
 class _BelowQuorum(Exception):  # noqa: N818 - not an error yet: the round may be tried again
@@ -327,7 +330,7 @@ class Coordinator:
     ) -> tuple[Global, Mapping[str, float]]:
         plans = self._plans(notes.selected, number, glob)
         self._grant(plans, attempt)
-        collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._quorum(len(plans)))
+        collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._patience(self._quorum(len(plans))))
         updates = self._updates(glob, plans, collection, notes)
         if not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
             for _ in updates:  # nothing is shared: the clients train for themselves and there is nothing to combine
@@ -387,15 +390,17 @@ class Coordinator:
         rows = {client: notes.rows[client] for client in plans}
         secure = SecureRound.begin(self._config, layout, number, attempt, rows)
         group = f"{number}.{attempt}"
-        self._stage("query.keys", secure.ask_keys(), secure.take_keys, nodes, group, max(LEAST, quorum), notes)
+        patience = self._patience(max(LEAST, quorum))
+        self._stage("query.keys", secure.ask_keys(), secure.take_keys, nodes, group, patience, notes)
         need = max(secure.threshold, quorum)
-        self._stage("query.shares", secure.ask_shares(), secure.take_shares, nodes, group, need, notes)
+        patience = self._patience(need)
+        self._stage("query.shares", secure.ask_shares(), secure.take_shares, nodes, group, patience, notes)
         plans = {
             client: plans[client].model_copy(update={"company": company})
             for client, company in secure.companies().items()
         }
         self._grant(plans, attempt)
-        collection = self._send("train", plans, nodes, group, need)
+        collection = self._send("train", plans, nodes, group, patience)
         for done, (client, reply) in enumerate(collection, start=1):
             plan = plans[client]
             try:
@@ -425,34 +430,7 @@ class Coordinator:
         plan = self._planner.plan("", progress.round, glob.tree.layout, self._broadcast.digests(), 0)
         layout = expected(plan, glob.tree.layout)
         secure = SecureRound(self._config, layout, progress, entry.total)
-        said = _Round([], {})
-        for again in range(self._config.round.retries + 1):
-            if again:
-                self._transport.wait(self._grace)  # whoever dropped out may be on the way back
-            nodes = self._present()
-            asked = {client: ask for client, ask in secure.ask_unmask().items() if client in nodes}
-            group = f"{progress.round}.{progress.attempt}.unmask.{again}"
-            with suppress(_BelowQuorum):
-                self._stage(
-                    "query.unmask",
-                    asked,
-                    secure.take_unmask,
-                    nodes,
-                    group,
-                    secure.threshold - secure.answers,
-                    said,
-                    0.0,
-                )
-            if secure.answers >= secure.threshold:
-                break
-        else:
-            reasons = "; ".join(f"{client}: {reason}" for client, reason in said.quarantined.items())
-            raise FederationError(
-                f"{secure.answers} of {len(progress.arrived)} clients helped to unmask the sum, {secure.threshold} are "
-                f"needed{f' ({reasons})' if reasons else ''}",
-                where=f"round {progress.round}",
-                mend="The sum is kept: start the clients that are in it, and go on with --resume.",
-            )
+        self._gather_shares(secure)
         sums, figures = secure.finish()
         notes = _Round(**facts.model_dump(exclude={"drawn"}), rows=progress.examples, figures=figures)
         if self._mechanism is None:
@@ -467,6 +445,48 @@ class Coordinator:
             ledger = ledger.after(facts.drawn)
         return _Done(after, {**report, "updates": len(progress.arrived)}, notes, ledger)
 
+    def _gather_shares(self, secure: SecureRound) -> None:
+        """Ask those who are in the sum for their shares until there are enough, for as long as a round may take.
+
+        No other sum of this round will do, so it is worth to wait for clients that dropped out.
+
+        Raises:
+            FederationError: They did not come back.
+        """
+        progress, deadline = secure.progress, self._config.round.deadline
+        end = self._transport.now() + deadline
+        each = max(self._grace, deadline / 20, min(deadline, _ANSWER))
+        said = _Round([], {})
+        for again in itertools.count():
+            nodes = self._present()
+            asked = {client: ask for client, ask in secure.ask_unmask().items() if client in nodes}
+            group = f"{progress.round}.{progress.attempt}.unmask.{again}"
+            patience = Patience(each, secure.threshold - secure.answers, 0.0)
+            with suppress(_BelowQuorum):
+                self._stage("query.unmask", asked, secure.take_unmask, nodes, group, patience, said)
+            if secure.answers >= secure.threshold:
+                return
+            missing = sorted({*said.missing, *progress.arrived} - secure.helpers - said.quarantined.keys())
+            if not again:
+                self._log.emit(
+                    "retry",
+                    round=progress.round,
+                    attempt=progress.attempt,
+                    missing=missing,
+                    quarantined=said.quarantined,
+                )
+            if self._transport.now() >= end:
+                break
+            self._transport.wait(max(self._grace, POLL))
+        reasons = [f"no answer from {', '.join(missing)}"] if missing else []
+        reasons += [f"{client}: {reason}" for client, reason in said.quarantined.items()]
+        raise FederationError(
+            f"{secure.answers} of {len(progress.arrived)} clients helped to unmask the sum, {secure.threshold} are "
+            f"needed; {'; '.join(reasons)}",
+            where=f"round {progress.round}",
+            mend="The sum is kept: start the clients that are in it, and go on with --resume.",
+        )
+
     def _stage(
         self,
         kind: str,
@@ -474,17 +494,16 @@ class Coordinator:
         take: Callable[[str, str], None],
         nodes: Mapping[str, int],
         group: str,
-        need: int,
+        patience: Patience,
         notes: _Round,
-        grace: float | None = None,
     ) -> None:
         """Ask a question of a protocol and pass the answers on.
 
         Raises:
             _BelowQuorum: Fewer answered than are needed.
         """
-        collection = self._send(kind, questions, nodes, group, need, grace)
-        count = 0
+        collection = self._send(kind, questions, nodes, group, patience)
+        answers = 0
         for client, reply in collection:
             try:
                 take(client, _text(reply))
@@ -492,11 +511,11 @@ class Coordinator:
                 notes.quarantined[client] = str(error)
                 continue
             collection.accept()
-            count += 1
+            answers += 1
         notes.missing += collection.missing
         self._forget(collection)
-        if count < need:
-            raise _BelowQuorum(need)
+        if answers < patience.quorum:
+            raise _BelowQuorum(patience.quorum)
 
     # Judging
 
@@ -552,17 +571,16 @@ class Coordinator:
         plans: Mapping[str, BaseModel],
         nodes: Mapping[str, int],
         group: str,
-        quorum: int,
-        grace: float | None = None,
+        patience: Patience,
     ) -> Collection:
-        deadline = self._config.round.deadline
         messages = [
-            (client, Outgoing(nodes[client], kind, group, plan.model_dump_json(), deadline))
+            (client, Outgoing(nodes[client], kind, group, plan.model_dump_json(), patience.deadline))
             for client, plan in plans.items()
         ]
-        return Collection(
-            self._transport, messages, Patience(deadline, quorum, self._grace if grace is None else grace), self._late
-        )
+        return Collection(self._transport, messages, patience, self._late)
+
+    def _patience(self, quorum: int) -> Patience:
+        return Patience(self._config.round.deadline, quorum, self._grace)
 
     def _forget(self, collection: Collection) -> None:
         """Drop what came too late to be used."""
@@ -645,7 +663,7 @@ class Coordinator:
         replies: Mapping[str, list[EvaluationReply]],
     ) -> dict[str, str]:
         failed = {}
-        collection = self._send(kind, plans, nodes, group, len(plans))
+        collection = self._send(kind, plans, nodes, group, self._patience(len(plans)))
         for done, (client, reply) in enumerate(collection, start=1):
             try:
                 answer = EvaluationReply.model_validate_json(reply.text or "")

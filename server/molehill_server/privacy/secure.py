@@ -111,6 +111,11 @@ class SecureRound:
         """How many clients have given their shares away."""
         return len(self._answers)
 
+    @property
+    def helpers(self) -> set[str]:
+        """Which they are."""
+        return set(self._answers)
+
     # Questions
 
     def ask_keys(self) -> dict[str, AskKeys]:

@@ -144,6 +144,22 @@ def test_below_the_threshold_after_the_sum_it_waits_for_the_clients(toy):
     assert not (hidden.out / "masked-sum").exists()
 
 
+def test_clients_that_come_back_in_time_are_waited_for(toy):
+    hidden, open_ = toy(settings(run={"rounds": 1}), "hidden"), toy(plain(run={"rounds": 1}), "open")
+    away = ["client-0", "client-1"]
+
+    def meddle(client, message, text):
+        if message.kind == "query.unmask" and client.name in away:
+            away.remove(client.name)
+            return None
+        return text
+
+    np.testing.assert_allclose(hidden.run(meddle=meddle).flat, open_.run().flat, rtol=1e-5, atol=1e-6)
+    (event,) = hidden.events("retry")
+    assert event["missing"] == ["client-0", "client-1"]
+    assert hidden.transport.time < 100
+
+
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_server_that_dies_while_it_unmasks_goes_on(toy, at):
     hidden, open_ = toy(settings(run={"rounds": 2}), "hidden"), toy(plain(run={"rounds": 2}), "open")
