@@ -87,8 +87,11 @@ def _products_need_factors(config: Config) -> Iterator[Conflict]:
 
 
 def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
+    """A factor that is frozen comes from the server anew in every round; one that stays on the clients does not."""
     policy, lower = config.federation.policy.name, config.federation.lower.name
-    if lower != "none" and not _both_shared(config):
+    scopes = {scope for decided in (shares(config, 1), shares(config, 2)) for scope in (decided.A, decided.B)}
+    common = config.federation.space.name == "common"
+    if lower != "none" and not scopes <= ({"shared", "frozen"} if common else {"shared"}):
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.lower"),

@@ -28,7 +28,7 @@ def final(out):
     return load_tree(out / "final.safetensors")[0].flat
 
 
-@pytest.mark.parametrize("preset", ["fedit", "ffa", "fedsa"])
+@pytest.mark.parametrize("preset", ["fedit", "ffa", "fedsa", "fedsvd"])
 def test_it_ends_where_a_plain_run_does(finished, preset):
     sections = {**EXACT, **LOSSES, "federation": {"preset": preset}, "run": {"rounds": 3}}
     hidden, secret = finished("hidden", **sections, **SECURE)

@@ -43,6 +43,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
     one, two = shares(settings, 1), shares(settings, 2)
     both = one.A == one.B == two.A == two.B == "shared"
     products = federation.space.name in {"product", "stack"}
+    kept = {"shared", "frozen"} if federation.space.name == "common" else {"shared"}  # what the server may make anew
     fixed = federation.space.params.get("factor")  # of space common
     no_common = fixed is not None and any(
         decided.A == decided.B == "shared"
@@ -52,7 +53,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
     )
     bad = (
         (products and not both)
-        or (federation.lower.name != "none" and not both)
+        or (federation.lower.name != "none" and not {one.A, one.B, two.A, two.B} <= kept)
         or (federation.lower.name in NO_OPT and opt != "none")
         or (federation.space.name == "common" and bool(one.ranks))
         or (federation.rule.name == "norm_weights" and one.B == "personal")

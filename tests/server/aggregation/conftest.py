@@ -137,6 +137,7 @@ def preset(name, seed=0, **keys):
 
 SENT = {  # what clients send under each preset's policy
     "ffa": ("B", "gate", "head"),
+    "fedsvd": ("B", "gate", "head"),
     "fedsa": ("A", "gate"),
     "rolora": ("B", "gate", "head"),
     "fedpeft": ("gate", "head"),

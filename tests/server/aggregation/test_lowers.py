@@ -40,6 +40,18 @@ def test_flexlora_equals_the_dense_svd(kit):
         np.testing.assert_allclose(np.linalg.norm(b, axis=0), s[:3], rtol=1e-5)
 
 
+def test_fedsvd_keeps_the_mean_of_products_and_makes_a_orthonormal(kit):
+    glob = kit.model()
+    updates = [kit.client(glob, seed, roles=kit.sent("fedsvd")) for seed in range(4)]
+    new, report = kit.preset("fedsvd")(glob, updates)
+    for pair, product in kit.dense.products(glob, updates).items():
+        b, a = new.tree[Key(*pair, "B")], new.tree[Key(*pair, "A")]
+        np.testing.assert_allclose(b @ a, product, atol=2e-5)
+        np.testing.assert_allclose(a @ a.T, np.eye(len(a)), atol=1e-6)
+        assert not np.allclose(a, glob.tree[Key(*pair, "A")], atol=1e-2)  # which tells it from FFA
+    assert report["residual"] < 1e-6
+
+
 def test_flexlora_truncation_is_nested(kit):
     glob = kit.model(rank=5)
     updates = [kit.client(glob, seed) for seed in range(4)]
