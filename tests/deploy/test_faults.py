@@ -22,7 +22,7 @@ from molehill.wire.store import load_tree
 from molehill_server import audit
 from molehill_simulation.simulate import simulate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]  # one lab for all of them
 
 SEEDS = range(20) if os.environ.get("MOLEHILL_NIGHTLY") else range(3)
 VICTIMS = ("exchange", "server", "trainer", "coordinator", "superlink", "machine", "clientapp", "run", "supernode")
