@@ -50,7 +50,11 @@ def join(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="Folder of the base model on this machine.", show_default="as the run names it"),
+        typer.Option(
+            envvar="MOLEHILL_BASE",
+            help="Folder of the base model on this machine.",
+            show_default="the hub id that the run names",
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="as the run says")] = None,
     gpu_memory: Annotated[float, typer.Option(min=0.05, max=1.0, help="Part of the GPU's memory to use.")] = 1.0,
@@ -112,6 +116,8 @@ def status(state: State = _STATE, as_json: Json = False) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="dim")
         since = time.time() - found.pop("since")
+        for hidden in ("pid", "limit"):
+            found.pop(hidden, None)
         for key, value in {**found, "for": f"{since:.0f} s"}.items():
             if value is not None:
                 table.add_row(key, Text(str(value)))
@@ -130,9 +136,12 @@ def evaluate(
     with explained(as_json):
         with needs("client"):
             from molehill_client.deploy.join import require_joined
+            from molehill_client.deploy.join import status as state_of
             from molehill_client.deploy.line import Request, ask
 
         text = "" if data is None else str(data.resolve())
+        if state_of(state).get("limit") is not None:
+            say(Text("the machine is training; this comes after it"))
         answer = json.loads(ask(require_joined(state).socket, Request("score", text)))
         if as_json:
             print_json({"n_test": answer["n_test"], "stages": answer["stages"]})

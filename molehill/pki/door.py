@@ -19,7 +19,7 @@ class Door:
     Time and revocation are looked at again for every call: connections live long.
 
     Args:
-        revoked: The authority's ``revoked.json``; nobody is revoked while there is none.
+        revoked: The authority's ``revoked.json``. Nobody is revoked before there is one; once seen it must stay.
     """
 
     def __init__(self, revoked: Path) -> None:
@@ -34,7 +34,7 @@ class Door:
 
         Raises:
             IdentityError: It is revoked, not valid now, or its common name cannot be a node's.
-            ConfigError: The list of revoked certificates is damaged, so nobody is let in.
+            ConfigError: The list of revoked certificates is gone or damaged, so nobody is let in.
         """
         if self._holds(certificate):
             raise IdentityError("this certificate was revoked")
@@ -47,8 +47,7 @@ class Door:
             raise IdentityError(f"the common name of this certificate: {error}") from None
 
     def _holds(self, certificate: Certificate) -> bool:
-        if not self._path.exists():
-            self._revoked = None
+        if self._revoked is None and not self._path.exists():
             return False
         try:
             revoked = self._revoked = Revoked(self._path) if self._revoked is None else self._revoked
@@ -56,5 +55,7 @@ class Door:
         except IdentityError as error:
             _log.error("nobody is let in: %s", error)
             mend = "Copy the authority's list again."
-            raise ConfigError("the list of revoked certificates is damaged", where=str(self._path), mend=mend) from None
+            raise ConfigError(
+                "the list of revoked certificates is gone or damaged", where=str(self._path), mend=mend
+            ) from None
         return held

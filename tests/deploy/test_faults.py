@@ -91,7 +91,8 @@ def test_a_kill_at_a_random_moment_changes_nothing(lab, undisturbed, seed):
     out = f"run-{seed}"
     run = lab.run(out=out)
     lab.until(lambda: lab.events("start"), run, 120)
-    time.sleep(rng.uniform(0, 25))
+    time.sleep(rng.uniform(0, 15))
+    assert not lab.events("end"), "the run was over before anything could be killed"
     strike(lab, victim, rng)
     if victim == "run":
         run = lab.run("--resume", out=out)

@@ -92,6 +92,8 @@ def test_what_another_host_reaches_is_the_node_api_and_nothing_else(config, tmp_
         again = lab.ask("server", "up", *flags(words | {"state": tmp_path / "other"}))
         assert again.returncode == 11
         assert f"cannot listen on 127.0.0.2:{lab.port}: Address already in use. Choose another" in again.stderr
+        none = lab.ask("server", "up", *flags(words | {"state": tmp_path / "other", "revoked": tmp_path / "none.json"}))
+        assert (none.returncode, "there is no list of revoked certificates" in none.stderr) == (10, True)
         twice = lab.ask("server", "up", *flags(words | {"state": lab.state}))
         assert twice.returncode == 11
         assert "another coordinator uses this folder. Stop it first" in twice.stderr
@@ -203,7 +205,9 @@ def test_rows_and_models_that_cannot_be_used_are_told_on_both_sides(config, tmp_
         heard = lab.said("run") + (lab.out / "metrics.jsonl").read_text() + (lab.out / "audit.jsonl").read_text()
         assert "client-1: its rows cannot be used. There, `molehill client status` says why" in lab.said("run")
         assert "secret" not in heard
-        assert "nowhere" in heard
+        assert "client-2: its base model cannot be used" in lab.said("run")
+        assert "nowhere" not in heard  # paths stay at home too
+        lab.until(lambda: "nowhere" in lab.said("client-2"))
         lab.until(lambda: "bad.jsonl:1" in lab.said("client-1"))
         assert "my secret diagnosis" in lab.said("client-1")
         status = lab.ask("client", "status", "--state", lab.folder / "client-1.state", "--json")

@@ -78,9 +78,10 @@ class Terminal:
 
 
 @pytest.fixture
-def clone(tmp_path):
+def clone(tmp_path, monkeypatch):
     """A clone in which the run takes seconds: a tiny base, tiny rows, one round."""
     base = tiny_world.save_base(tmp_path / "base", "bert")
+    monkeypatch.setenv("MOLEHILL_BASE", str(base))  # no machine takes a folder from a coordinator
     source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60))
     tiny = (
         f"base.model={base}",

@@ -60,6 +60,7 @@ class Machines(Lab):
 def machines(tmp_path, monkeypatch):
     """A folder as the how-to leaves it: identities and rows, and its configuration made tiny."""
     base = tiny_world.save_base(tmp_path / "base", "bert")
+    monkeypatch.setenv("MOLEHILL_BASE", str(base))  # no machine takes a folder from a coordinator
     source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60))
     config = load(
         ROOT / "configs/lab.toml",

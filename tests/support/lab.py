@@ -91,6 +91,7 @@ class Lab:
         words: dict[str, object] = {"server": f"127.0.0.1:{port}", "state": self.folder / f"{name}.state"}
         words |= {"identity": self.folder / "identities" / name}
         words |= {"data": self.folder / f"{name}.train.jsonl", "test": self.folder / f"{name}.test.jsonl"}
+        words["base"] = self.config.base.model  # a folder, which a machine takes from nobody else
         if self.taps:
             words["exchange"] = f"127.0.0.1:{self.taps['data'].port}"
         words |= self.options | options

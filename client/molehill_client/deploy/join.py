@@ -14,6 +14,7 @@ import signal
 import ssl
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -269,9 +270,14 @@ class _Member:
         while True:
             await asyncio.sleep(_LOOK)
             try:
-                error = json.loads(await asyncio.to_thread(ask, self._note.socket, Request("status"))).get("error")
+                found = json.loads(await asyncio.to_thread(ask, self._note.socket, Request("status")))
             except MolehillError:
                 continue  # it is being started
+            error, limit = found.get("error"), found.get("limit")
+            if limit is not None and time.time() - found["since"] > limit:
+                self._say(f"{found['doing']} has taken more than {limit:.0f} s; the trainer is started again")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found["pid"], signal.SIGKILL)
             if error and error != said:
                 self._say(error)
             said = error

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from molehill.errors import MolehillError
+from molehill.errors import DeployError, MolehillError
 from molehill_client.deploy.line import Request, ask
 
 _PATIENCE = 120.0  # seconds; the trainer imports torch when it starts
@@ -37,5 +37,7 @@ def forward(message: Message, context: Context) -> Message:
     try:
         answer = ask(str(context.node_config["trainer"]), request, _PATIENCE)
     except MolehillError as error:
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+        # The line's own errors name places on this machine.
+        reason = "its trainer does not answer" if isinstance(error, DeployError) else str(error)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
     return Message(RecordDict({"reply": ConfigRecord({"json": answer})}), reply_to=message)

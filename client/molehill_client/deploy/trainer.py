@@ -6,6 +6,7 @@ data: it names a base model and methods that are installed here; no code is ever
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,7 +24,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import molehill
 from molehill import files, logs
 from molehill.config import Config, parse
-from molehill.errors import DataError, DeployError, MessageError, MolehillError
+from molehill.errors import (
+    ConfigError,
+    DataError,
+    DeployError,
+    IdentityError,
+    MessageError,
+    ModelError,
+    MolehillError,
+    ResumeError,
+    TrainingError,
+)
 from molehill.pki import Identity, Signer, read_passphrase
 from molehill.plan import ClientPlan, Hello
 from molehill.secure.messages import AskKeys, AskShares, AskUnmask
@@ -44,6 +55,14 @@ from molehill_client.workbench import Workbench
 _log = logging.getLogger("molehill_client.trainer")  # whatever the module is called when it is run
 
 
+_UNUSABLE = {
+    DataError: "its rows cannot be used",
+    ModelError: "its base model cannot be used",
+    ResumeError: "its personal state cannot be used",
+    IdentityError: "its identity cannot be used",
+}
+
+
 class Introduction(BaseModel):
     """How the coordinator introduces a run.
 
@@ -51,6 +70,7 @@ class Introduction(BaseModel):
         config: The run's configuration, TOML; ``data.source`` is ignored.
         exchange_port: Port of the exchange on the coordinator's host.
         version: Version of Molehill there.
+        instance: Tells the run from others of its name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +78,7 @@ class Introduction(BaseModel):
     config: str
     exchange_port: int = Field(ge=1, le=65535)
     version: str
+    instance: str = ""
 
 
 class Trainer:
@@ -76,10 +97,17 @@ class Trainer:
         self._client: Client | None = None
         self._remote: GrpcExchange | None = None
         self._rows_digest = ""
-        self._status: dict[str, Any] = {"name": post.name, "doing": "waiting for a run", "since": time.time()}
+        self._status: dict[str, Any] = {
+            "name": post.name,
+            "pid": os.getpid(),
+            "doing": "waiting for a run",
+            "since": time.time(),
+        }
         memory = self._state / "introduction.json"
         if memory.exists():  # we were restarted in the middle of a run
-            self._met = Introduction.model_validate_json(memory.read_text(encoding="utf-8"))
+            with contextlib.suppress(ValidationError):  # of another version: the coordinator says hello again
+                met = Introduction.model_validate_json(memory.read_text(encoding="utf-8"))
+                self._met = met if met.version == molehill.__version__ else None
 
     def status(self, _: Request) -> str:
         """What this machine is doing, as JSON."""
@@ -94,25 +122,25 @@ class Trainer:
         began = time.monotonic()
         try:
             answer = self._answer(request)
-        except DataError as error:  # its words may quote a row
-            self._note(f"failed: {request.kind}", error=str(error))
-            if request.kind == "score":
-                raise
-            raise MessageError(
-                "its rows cannot be used", where=self._post.name, mend="There, `molehill client status` says why."
-            ) from None
         except MolehillError as error:
             self._note(f"failed: {request.kind}", error=str(error))
-            raise
+            raise error if request.kind == "score" else self._told(error) from None
         except Exception as error:  # noqa: BLE001 - the server must hear of it, and the next round may go well
             _log.exception("%s failed", request.kind)
             self._note(f"failed: {request.kind}", error=f"{type(error).__name__}: {error}")
             raise MolehillError(
                 f"{request.kind} failed with {type(error).__name__}", where=self._post.name, mend="See its trainer.log."
             ) from None
-        self._note("waiting", error=None)
+        self._note("waiting", error=None, limit=None)
         _log.info("%s took %.1f s", request.kind, time.monotonic() - began)
         return answer
+
+    def _told(self, error: MolehillError) -> MolehillError:
+        """What the coordinator is told: neither rows nor paths of this machine."""
+        if isinstance(error, ConfigError | MessageError | TrainingError):
+            return MolehillError(error.what, where=self._post.name, mend=error.mend)
+        what = next((what for kind, what in _UNUSABLE.items() if isinstance(error, kind)), "it cannot go on")
+        return MolehillError(what, where=self._post.name, mend="There, `molehill client status` says why.")
 
     def _answer(self, request: Request) -> str:
         if request.kind == "query.hello":
@@ -124,7 +152,9 @@ class Trainer:
         if request.kind.startswith("query."):
             return _masking(client.masker, request).model_dump_json()
         plan = _parsed(ClientPlan, request.text)
-        self._note(request.kind, run=plan.run, round=plan.round)
+        # Well past the round's deadline nobody waits for the answer any more.
+        limit = 2 * client.bench.config.round.deadline + 60
+        self._note(request.kind, run=plan.run, round=plan.round, limit=limit)
         match request.kind:
             case "train":
                 return self._train(client, plan, request.text)
@@ -139,7 +169,8 @@ class Trainer:
     def _train(self, client: Client, plan: ClientPlan, text: str) -> str:
         outbox = client.bench.exchange
         assert isinstance(outbox, Outbox)
-        question = f"{text}\n{self._rows_digest}"
+        assert self._met is not None
+        question = f"{text}\n{self._rows_digest}\n{self._met.model_dump_json()}"
         done = outbox.recall(question)
         if done is not None:
             _log.info("round %d of %s was trained before: the same delta again", plan.round, plan.run)
@@ -198,6 +229,12 @@ class Trainer:
         changes: dict[str, Any] = {}
         if self._post.base is not None:
             changes |= {"model": self._post.base, "revision": None}
+        elif is_path(config.base.model):  # a coordinator has no business among the files of this machine
+            raise ConfigError(
+                "the run names its base model by a folder, which is not this machine's",
+                where="base.model",
+                mend="Join with --base FOLDER.",
+            )
         if self._post.device is not None:
             changes["device"] = self._post.device
         config = config.model_copy(update={"base": config.base.model_copy(update=changes)})
@@ -255,6 +292,11 @@ class Trainer:
 def run_folder(state: Path, run: str) -> Path:
     """What a machine keeps of one run."""
     return state / "runs" / run
+
+
+def is_path(model: str) -> bool:
+    """Whether a base model is named by a place on a disk, and not by a sample or hub id."""
+    return model.startswith(("/", ".", "~")) or "\\" in model or model.count("/") > 1 or Path(model).exists()
 
 
 def held_out(rows: Rows, i: int, fraction: float) -> bool:

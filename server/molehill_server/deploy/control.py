@@ -63,6 +63,11 @@ class RunStatus:
     outcome: str
     details: str
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether it still goes on, or will."""
+        return self.status != "finished"
+
 
 class Control:
     """Talks to the SuperLink.

@@ -79,6 +79,36 @@ class Office:
                 raise DeployError(reason, where=str(self._state), mend="Start it: molehill server up")
             time.sleep(_POLL)
 
+    def start(self, given: dict[str, str | int], out: Path, patience: float) -> Job:
+        """Start a run, once, whatever happens to the SuperLink meanwhile.
+
+        Args:
+            given: The run configuration.
+            out: Run folder.
+            patience: See `call`.
+        """
+        known = set(self.call(lambda control: control.runs(), patience))
+
+        def once(control: Control) -> int:
+            # One that is there now was started by a call whose answer was lost.
+            lost = [number for number, run in control.runs().items() if number not in known and run.unfinished]
+            return lost[0] if lost else control.start(given)
+
+        job = Job(self.call(once, patience), str(out.resolve()))
+        self.note(job)
+        return job
+
+    def stop_others(self, patience: float) -> None:
+        """Stop runs that nobody follows: whoever started them was killed before it could note them down."""
+        job = self.job()
+
+        def stop(control: Control) -> None:
+            for number, run in control.runs().items():
+                if run.unfinished and (job is None or job.number != number):
+                    control.stop(number)
+
+        self.call(stop, patience)
+
     def status(self, number: int, patience: float = 0.0) -> RunStatus | None:
         """How a run stands; None when it is not known, since the coordinator's folder is a new one."""
         return self.call(lambda control: control.runs().get(number), patience)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,12 +18,13 @@ from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.check import require
 from molehill_server.deploy.control import RunStatus
-from molehill_server.deploy.office import Job, Office
+from molehill_server.deploy.office import Office
 from molehill_server.deploy.up import Running, exchange_folder, require_running
 from molehill_server.folder import claimed, write_config
 
 _POLL = 1.0  # seconds between two looks at the events
 _CRASHES = 20  # times a server process that was killed is started again
+_START = 180.0  # seconds for a server process to begin
 _GONE = 3  # looks without a server process that make it a dead one
 _AWAY = 300.0  # seconds to wait for a coordinator that is started again
 
@@ -49,30 +53,44 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
             "the class names are missing", where="task.labels", mend="Nobody here sees the rows; list the classes."
         )
     up, office = require_running(state), Office(state)
-    _require_idle(office, out)
-    if (out / "config.toml").exists():
-        write_config(config, out)  # refuses another configuration before anything is loaded
-    adapted = open_model(config)
-    write_config(config, out)
-    _initial(adapted, out)
-    _follow(office, _given(config, up, state, out), out, observe)
+    with _alone(state):
+        _require_idle(office, out)
+        if (out / "config.toml").exists():
+            write_config(config, out)  # refuses another configuration before anything is loaded
+        adapted = open_model(config)
+        write_config(config, out)
+        instance = _initial(adapted, out)
+        _follow(office, _given(config, up, state, out, instance), out, observe)
     return adapted
+
+
+@contextlib.contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """One `server run` at a time for a coordinator."""
+    with (state / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mend = "Wait for it, or stop it: molehill server stop --run"
+            raise DeployError("another `server run` is at work", where=str(state), mend=mend) from None
+        yield
 
 
 def _require_idle(office: Office, out: Path) -> None:
     job = office.job()
-    if job is None or job.out == str(out.resolve()):
-        return
-    status = office.status(job.number)
-    if status is not None and status.status != "finished":
-        mend = "Wait for it, or stop it: molehill server stop --run"
-        raise DeployError("the coordinator works on another run", where=job.out, mend=mend)
+    if job is not None and job.out != str(out.resolve()):
+        status = office.status(job.number)
+        if status is not None and status.unfinished:
+            mend = "Wait for it, or stop it: molehill server stop --run"
+            raise DeployError("the coordinator works on another run", where=job.out, mend=mend)
+    office.stop_others(_AWAY)
 
 
-def _given(config: Config, up: Running, state: Path, out: Path) -> dict[str, str | int]:
+def _given(config: Config, up: Running, state: Path, out: Path, instance: str) -> dict[str, str | int]:
     """What the server process is told."""
     folder = exchange_folder(state.resolve())
     introduction = {"config": config.to_toml(), "exchange_port": up.exchange_port, "version": __version__}
+    introduction["instance"] = instance
     return {
         "config": str(out.resolve() / "config.toml"),
         "out": str(out.resolve()),
@@ -91,10 +109,9 @@ def _follow(office: Office, given: dict[str, str | int], out: Path, observe: Obs
     for _ in range(_CRASHES):
         job = office.job()
         under_way = job is not None and not job.stopped and office.status(job.number, _AWAY)
-        if job is None or not under_way or under_way.status == "finished" or job.out != given["out"]:
+        if job is None or not under_way or not under_way.unfinished or job.out != given["out"]:
             error.unlink(missing_ok=True)
-            job = Job(office.call(lambda control: control.start(given), _AWAY), str(given["out"]))
-            office.note(job)
+            job = office.start(given, out, _AWAY)
         try:
             status = _wait(office, job.number, out, events, observe)
         except KeyboardInterrupt:
@@ -129,14 +146,21 @@ def _wait(
     Flower notices only after a minute that a server process was killed; its lock on the folder tells at once.
     """
     seen = gone = 0  # looks at which the server process was there, and in a row at which it was not
+    late = time.monotonic() + _START
     while True:
         status = office.status(number, _AWAY)
         for event in next(events):
             observe(event)
-        if status is None or status.status == "finished":
+        if status is None or not status.unfinished:
             return status
         there = claimed(out)
         seen, gone = seen + there, 0 if there else gone + 1
+        if not seen and time.monotonic() > late:
+            office.call(lambda control: control.stop(number), _AWAY)
+            raise DeployError(
+                f"no server process has started within {_START:.0f} s",
+                mend="See logs/superexec.log of the coordinator.",
+            )
         if seen and gone > _GONE:
             office.call(lambda control: control.stop(number), _AWAY)
             return office.status(number, _AWAY)
@@ -160,13 +184,16 @@ def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
         yield found
 
 
-def _initial(adapted: Adapted, out: Path) -> None:
-    """Write the adapter that everybody starts from, or check that the folder's belongs to this base."""
+def _initial(adapted: Adapted, out: Path) -> str:
+    """Write the adapter that everybody starts from, or check that the folder's belongs to this base.
+
+    Returns:
+        What tells this run from others of its name.
+    """
     path = out / "initial.safetensors"
     if not path.exists():
         initial = adapted.model.tree(lambda key: not key.residual)
-        save_tree(path, initial, {"base": adapted.base.digest})
-        return
+        save_tree(path, initial, {"base": adapted.base.digest, "instance": secrets.token_hex(8)})
     _, meta = load_tree(path)
     if meta.get("base") != adapted.base.digest:
         raise ResumeError(
@@ -175,3 +202,4 @@ def _initial(adapted: Adapted, out: Path) -> None:
             where=str(out),
             mend="Resume with the same base model, or start a new run in another folder.",
         )
+    return meta.get("instance", "")

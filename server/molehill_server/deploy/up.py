@@ -22,7 +22,7 @@ from pathlib import Path
 from cryptography import x509
 
 from molehill import __version__, files, loopback
-from molehill.errors import DeployError, MolehillError
+from molehill.errors import DeployError, IdentityError, MolehillError
 from molehill.gateway import Gateway, serving
 from molehill.loopback import LOOPBACK
 from molehill.pki import Certificate, Door, Identity, read_passphrase, require_lasting
@@ -142,6 +142,9 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
     """
     require_lasting(house.passphrase_file)
     identity = Identity.load(house.identity, usage="server", passphrase=read_passphrase(house.passphrase_file))
+    if house.revoked is not None and not house.revoked.is_file():
+        mend = "Copy it there: it is in the authority's folder."
+        raise IdentityError("there is no list of revoked certificates", where=str(house.revoked), mend=mend)
     state = house.state.resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(state):
