@@ -15,8 +15,10 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from types import SimpleNamespace
 
+import flwr
 import httpx
 import pytest
 
@@ -26,7 +28,7 @@ from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
 from molehill.tasks.rows import GROUP, Rows
 from molehill.wire.exchange import MemoryExchange, Place
-from molehill_client.deploy.join import require_clock
+from molehill_client.deploy.join import _Member, require_clock
 from molehill_client.deploy.line import Request, ask, serve
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.trainer import held_out
@@ -294,6 +296,14 @@ def test_a_wrong_clock_is_found(seconds):
     with pytest.raises(DeployError, match=f"this machine's clock is {abs(seconds)} s {way} the coordinator's"):
         require_clock(format_datetime(now - timedelta(seconds=seconds), usegmt=True), now)
     require_clock(format_datetime(now - timedelta(seconds=seconds / 100), usegmt=True), now)
+
+
+def test_flower_still_says_what_tells_a_twin_from_an_outage():
+    """The words are those of the pinned version; `client join` waits for them."""
+    limit = _Member._twin(SimpleNamespace(_note=SimpleNamespace(name="lab-1")))
+    sources = Path(flwr.__file__).parent.rglob("*.py")
+    assert any(limit.said in path.read_text(encoding="utf-8") for path in sources)
+    assert limit.what == "another machine takes part as lab-1"
 
 
 # ---- the server process ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +23,14 @@ from molehill_server.deploy.office import Office
 from molehill_server.deploy.up import Running, exchange_folder, require_running
 from molehill_server.folder import claimed, write_config
 
+_DETECTION = 120.0  # seconds of a round in which a machine that died is noticed and the round still goes on
 _POLL = 1.0  # seconds between two looks at the events
 _CRASHES = 20  # times a server process that was killed is started again
 _START = 180.0  # seconds for a server process to begin
 _GONE = 3  # looks without a server process that make it a dead one
 _AWAY = 300.0  # seconds to wait for a coordinator that is started again
+
+_log = logging.getLogger(__name__)
 
 Observer = Callable[[Mapping[str, Any]], None]
 
@@ -52,6 +56,9 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         raise ConfigError(
             "the class names are missing", where="task.labels", mend="Nobody here sees the rows; list the classes."
         )
+    if config.round.deadline < _DETECTION:
+        text = "round.deadline is %g s: Flower takes up to 70 s to notice that a machine is gone, so give %g or more"
+        _log.warning(text, config.round.deadline, _DETECTION)
     up, office = require_running(state), Office(state)
     with _alone(state):
         _require_idle(office, out)
