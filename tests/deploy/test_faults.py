@@ -89,8 +89,9 @@ def test_a_kill_at_a_random_moment_changes_nothing(lab, undisturbed, seed):
     rng = random.Random(seed)
     victim = VICTIMS[seed % len(VICTIMS)]
     out = f"run-{seed}"
+    lab.ask("server", "stop", "--run", "--state", lab.state)  # of a seed that failed
     run = lab.run(out=out)
-    lab.until(lambda: lab.events("start"), run, 120)
+    lab.until(lambda: lab.events("start"), run, 300)
     time.sleep(rng.uniform(0, 15))
     assert not lab.events("end"), "the run was over before anything could be killed"
     strike(lab, victim, rng)

@@ -21,6 +21,7 @@ MIXED = {"name": "mixed_rank", "ranks": [1, 2, 3]}
 RUNS = {
     "fedit": {},
     "ffa": {},
+    "fedsvd": {},
     "fedsa": {},
     "rolora": {},
     "flora": {},

@@ -12,6 +12,7 @@ from molehill.errors import FederationError
 from molehill.plan import ClientPlan
 from molehill.wire import exchange
 from molehill.wire.message import decode_delta
+from molehill_client.client import Client
 from molehill_server.app import app as server_app
 from molehill_simulation import simulate as simulation
 from molehill_simulation.engine import _run_config
@@ -155,8 +156,11 @@ def test_what_is_sent_is_the_same_with_and_without_residuals(watched):
 
 
 def test_a_client_that_sends_its_residuals_is_quarantined(watched, monkeypatch):
-    """A client that forgets which tensors are personal: the server takes nothing of them, and says so."""
+    """A plan that asks for residuals is refused; and from a client that forgets itself the server takes none."""
     monkeypatch.setattr(ClientPlan, "scope", lambda self, key: "shared" if key.expert == "-" else "frozen")
+    with pytest.raises(FederationError, match="client-1: plan asks for what is personal: residuals never leave"):
+        watched(wire=EXACT)
+    monkeypatch.setattr(Client, "_check", lambda self, plan: None)
     with pytest.raises(FederationError, match=r"client-1: .*gate\.residual\.weight: nobody asked for this tensor"):
         watched(wire=EXACT)
 

@@ -126,10 +126,14 @@ def status(state: Path) -> dict[str, Any]:
     """What the machine is doing.
 
     Raises:
-        DeployError: It takes part in nothing, or its trainer is just being started.
+        DeployError: It takes part in nothing.
     """
     found = require_joined(state)
-    said: dict[str, Any] = json.loads(ask(found.socket, Request("status")))
+    try:
+        said: dict[str, Any] = json.loads(ask(found.socket, Request("status")))
+    except DeployError:
+        log = state / "logs" / "trainer.log"
+        said = {"name": found.name, "doing": f"starting its trainer, see {log}", "since": time.time()}
     return {"server": found.server, **said}
 
 
