@@ -319,8 +319,9 @@ class Privacy(Section):
         max_examples: Examples from which on a client counts fully; one with fewer counts in proportion. None: all
             clients count alike, or with secure aggregation alone by all of their examples.
         secure_aggregation: The server gets the sum of what clients send, and nothing of a single client.
-        threshold: Part of the clients, more than half, that must stay until the sum is unmasked. As many of them
-            together could undo the masks of another one.
+        threshold: Part of the clients, more than half and three or more, that must stay until the sum is unmasked. As
+            many of them together could undo the masks of another one. And no client masks among fewer than this part
+            of those that `data.clients` and `federation.select` have take part in a round.
     """
 
     clip: float | None = Field(default=None, gt=0)

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from molehill.config import Config
 from molehill.errors import MessageError, ResumeError
 from molehill.secure import keys, shamir
+from molehill.secure.company import smallest_company
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.masks import Numbers, add_common_mask, add_mask
 from molehill.secure.messages import (
-    LEAST,
     Advert,
     AskKeys,
     AskShares,
@@ -80,8 +80,8 @@ class Masker:
     """One client's secrets of one attempt at a round, from its keys to the shares it gives away.
 
     What it refuses does not depend on the server's word: to mask twice with the same masks, to give away shares of both
-    secrets of a client, to help with two sums of one round (their difference would be that of few clients), and to take
-    part below the threshold.
+    secrets of a client, to help with two sums of one round (their difference would be that of few clients), to take
+    part below the threshold, and to mask among fewer clients than the configuration lets it expect.
 
     Args:
         name: The client's id.
@@ -253,8 +253,13 @@ class Masker:
         names = [advert.client for advert in ask.adverts]
         if names != sorted(set(names)):
             raise MessageError("the clients that take part are not in order, or one is there twice")
-        if len(names) < LEAST:
-            raise MessageError(f"{len(names)} clients take part, secure aggregation needs {LEAST}")
+        floor = smallest_company(self._config)
+        if len(names) < floor:
+            raise MessageError(
+                f"{len(names)} clients take part, and by data.clients, federation.select and privacy.threshold it "
+                f"masks among {floor} or more",
+                mend="Start the other clients, or begin a run with as many data.clients as there are.",
+            )
         own = [keys.public(bytes.fromhex(key)).hex() for key in (memory.shares_key, memory.masks_key)]
         mine = [advert for advert in ask.adverts if advert.client == self._name]
         if [(advert.shares, advert.masks) for advert in mine] != [tuple(own)]:

@@ -17,7 +17,8 @@ from molehill.pki.identity import Identity
 class Signer:
     """Signs with the key of this machine (ECDSA, P-384, SHA-384), and checks what others of its federation signed.
 
-    A revoked certificate is refused by the server only: whoever has one may sign until it expires.
+    A revoked certificate is refused by the server only: whoever has one may sign until it expires. A server's may not:
+    what is signed here protects machines from their server.
 
     Args:
         identity: This machine's.
@@ -40,8 +41,8 @@ class Signer:
             proof: What `sign` gave there.
 
         Raises:
-            IdentityError: There is no signature, it is wrong, or its certificate is another machine's, does not hold
-                now, or comes from another authority.
+            IdentityError: There is no signature, it is wrong, or its certificate is another machine's, a server's, does
+                not hold now, or comes from another authority.
         """
         where = f"signature of {name}"
         try:
@@ -54,6 +55,12 @@ class Signer:
         certificate.require_time()
         if certificate.name != name or "client" not in certificate.usages:
             raise IdentityError(f"it was made with the certificate of {certificate.name!r}", where=where)
+        if "server" in certificate.usages:
+            raise IdentityError(
+                "it was made with the certificate of a server, which is no owner's machine",
+                where=where,
+                mend="Give the machine an identity that is not signed with --server.",
+            )
         try:
             certificate.public_key.verify(signature, data, ec.ECDSA(hashes.SHA384()))
         except InvalidSignature:

@@ -137,7 +137,7 @@ class Unmask(_Message):
 def threshold(clients: int, fraction: float) -> int:
     """How many of the clients that take part must stay to the end, and how many shares give a secret back.
 
-    More than half: then no two disjoint groups of clients exist that could be told different stories, one to give
-    away a client's own mask and one to give away its key.
+    Never fewer than `LEAST`, or a sum could be of two. More than half: then no two disjoint groups of clients exist
+    that could be told different stories, one to give away a client's own mask and one to give away its key.
     """
-    return max(2, clients // 2 + 1, math.ceil(fraction * clients - 1e-9))
+    return max(LEAST, clients // 2 + 1, math.ceil(fraction * clients - 1e-9))

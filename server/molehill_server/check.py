@@ -372,6 +372,13 @@ def _secure_sum(config: Config) -> Iterator[Conflict]:
             ("privacy.secure_aggregation", "data.clients" if asked == config.data.clients else "federation.select"),
             f"{asked} clients take part in a round, and a sum hides its parts among {LEAST} or more",
         )
+    elif asked == LEAST:
+        yield Conflict(
+            "warn",
+            ("privacy.secure_aggregation", "data.clients" if asked == config.data.clients else "federation.select"),
+            f"{asked} clients take part in a round, which are as few as a sum may be of: none may drop out, or the "
+            "round is tried again",
+        )
     try:
         FixedPoint.of(config, max(asked, LEAST), config.privacy.max_examples or 1)
     except MessageError as error:

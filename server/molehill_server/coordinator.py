@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from molehill.config import Config
 from molehill.errors import FederationError, MessageError, MolehillError, ResumeError
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply
-from molehill.secure.messages import LEAST
+from molehill.secure.company import smallest_company
 from molehill.wire.exchange import Exchange
 from molehill.wire.message import Delta
 from molehill.wire.store import load_tree, save_tree
@@ -384,13 +384,14 @@ class Coordinator:
         """
         plans = self._plans(notes.selected, number, glob)
         quorum = self._quorum(len(plans))
-        if len(plans) < LEAST:
-            raise _BelowQuorum(LEAST)
+        floor = smallest_company(self._config)  # below it clients refuse
+        if len(plans) < floor:
+            raise _BelowQuorum(floor)
         layout = expected(next(iter(plans.values())), glob.tree.layout)
         rows = {client: notes.rows[client] for client in plans}
         secure = SecureRound.begin(self._config, layout, number, attempt, rows)
         group = f"{number}.{attempt}"
-        patience = self._patience(max(LEAST, quorum))
+        patience = self._patience(max(floor, quorum))
         self._stage("query.keys", secure.ask_keys(), secure.take_keys, nodes, group, patience, notes)
         need = max(secure.threshold, quorum)
         patience = self._patience(need)

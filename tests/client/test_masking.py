@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toy_federation import MemoryVault, config
 
+from molehill.config import Data
 from molehill.errors import IdentityError, MessageError, ResumeError
 from molehill.secure.messages import Advert, AskKeys, AskShares, AskUnmask, Company, threshold
 from molehill_client.masking import Masker
@@ -18,14 +19,15 @@ VALUES = np.array([0.5, -3.0, 0.0])
 class Group:
     """Clients, and a server that passes on what it should, unless a test has it do otherwise."""
 
-    def __init__(self, names=NAMES, signers=None):
+    def __init__(self, names=NAMES, signers=None, config=SECURE):
+        self.config = config
         self.vaults = {name: MemoryVault() for name in names}
         self.signers = signers or {}
         self.adverts, self.said = {}, {}
 
     def masker(self, name) -> Masker:
         """As new after every message: what it knows lies in its vault."""
-        return Masker(name, SECURE, self.vaults[name], self.signers.get(name))
+        return Masker(name, self.config, self.vaults[name], self.signers.get(name))
 
     def to(self, name, **values):
         return {"run": "molehill", "round": 3, "attempt": 0, "client": name, **values}
@@ -159,11 +161,41 @@ def test_messages_for_others_are_refused(group, values):
 def test_too_small_a_company_is_refused(group):
     group.keys()
     few = tuple(group.adverts[name] for name in "ab")
-    with pytest.raises(MessageError, match="2 clients take part, secure aggregation needs 3"):
+    with pytest.raises(MessageError, match=r"2 clients take part, and by .* it masks among 3 or more"):
         group.masker("a").shares(group.ask_shares("a", adverts=few))
     group.shares()
     with pytest.raises(MessageError, match="2 of 4 clients are left, fewer than the threshold of 3"):
         group.masker("a").ready(3, group.company("a", sharers="ab"))
+
+
+def test_a_victim_among_two_accomplices_cannot_be_unmasked():
+    """The server takes part itself and calls the third one lost: the sum would be the victim's and its own."""
+    group = Group(("other", "server", "victim"), config=SECURE.model_copy(update={"data": Data(clients=3)}))
+    group.keys()
+    group.shares()
+    with pytest.raises(MessageError, match="2 of 3 clients are left, fewer than the threshold of 3"):
+        group.masker("victim").ready(3, group.company("victim", sharers=("server", "victim")))
+    for name in ("server", "victim"):
+        group.mask(name)
+    before = group.vaults["victim"].data
+    with pytest.raises(MessageError, match="2 of 3 clients are left, fewer than the threshold of 3"):
+        group.ask("victim", arrived=("server", "victim"), lost=("other",))
+    assert group.vaults["victim"].data == before
+
+
+@pytest.mark.parametrize(
+    ("clients", "select", "least"),
+    [(100, "all", 60), (100, {"name": "random", "fraction": 0.1}, 6), (8, {"name": "round_robin", "count": 6}, 4)],
+)
+def test_three_of_many_are_too_small_a_company(clients, select, least):
+    """How many it may expect it knows of its own copy of the configuration, whatever the server sends."""
+    sections = {"privacy": {"secure_aggregation": True, "threshold": 0.6}, "data": {"clients": clients}}
+    group = Group(tuple(f"c{n:03}" for n in range(least)), config=config(**sections, federation={"select": select}))
+    group.keys()
+    few = tuple(group.adverts.values())[: least - 1]
+    with pytest.raises(MessageError, match=f"{least - 1} clients take part, .* it masks among {least} or more"):
+        group.masker("c000").shares(group.ask_shares("c000", adverts=few))
+    group.shares()
 
 
 def test_changed_and_doubled_keys_are_refused(group):

@@ -148,12 +148,24 @@ def test_clipping_comes_before_the_mask(house):
     assert put["tokens"] is None
 
 
-def test_keys_signed_by_another_authority_are_refused(secret, tmp_path):
-    def signed(number, authority):
+@pytest.fixture
+def signed(secret):
+    def make(number, authority, *, server=False):
         plain = secret.client(number)
-        identity = Identity.load(authority.issue(plain.name))
+        identity = Identity.load(authority.issue(plain.name, server=server))
         return Client(secret.bench, plain.name, plain.train_rows, plain.test_rows, plain.store, signer=Signer(identity))
 
+    return make
+
+
+def test_a_server_cannot_join_with_its_own_identity(signed, tmp_path):
+    """Its masks it could take off by itself, so the others would hide behind one fewer."""
+    ours = Authority(tmp_path)
+    with pytest.raises(IdentityError, match="certificate of a server, which is no owner's machine"):
+        exchange_keys([signed(0, ours), signed(1, ours), signed(2, ours, server=True)])
+
+
+def test_keys_signed_by_another_authority_are_refused(secret, signed, tmp_path):
     ours, theirs = Authority(tmp_path), Authority(tmp_path, "theirs")
     exchange_keys([signed(number, ours) for number in range(3)])
     with pytest.raises(IdentityError, match="not signed by"):

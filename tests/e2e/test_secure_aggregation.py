@@ -72,7 +72,7 @@ def test_clients_vanish_and_are_late(finished):
 
 def test_too_few_stay(config, tmp_path):
     lonely = config(**EXACT, **SECURE, scenario={"dropout": 1.0}, round={"deadline": 10, "grace": 1})
-    with pytest.raises(FederationError, match="2 are needed"):
+    with pytest.raises(FederationError, match="3 are needed"):
         simulate(lonely, tmp_path / "run")
 
 

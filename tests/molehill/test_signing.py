@@ -18,7 +18,7 @@ def lab(tmp_path):
 
 
 def signer(authority, name, **given):
-    return Signer(Identity.load(authority.issue(name, **given)))
+    return Signer(Identity.load(authority.issue(name, **{"server": False, **given})))
 
 
 def test_machines_of_one_authority_believe_each_other(lab):
@@ -45,8 +45,15 @@ def test_whatever_else_is_refused(lab, tmp_path):
             one.verify(name, data, given)
 
 
+def test_a_server_vouches_for_nothing(lab):
+    """Not even for itself: it may not join the company of the machines that are to be protected from it."""
+    server = signer(lab, "coordinator", server=True)
+    with pytest.raises(IdentityError, match=r"certificate of a server, which is no owner's machine.*--server"):
+        signer(lab, "lab-1").verify("coordinator", b"data", server.sign(b"data"))
+
+
 def test_an_expired_certificate_vouches_for_nothing(lab):
-    folder = lab.issue("lab-2", until=-timedelta(hours=1))
+    folder = lab.issue("lab-2", until=-timedelta(hours=1), server=False)
     other = Signer(Identity.load(folder, now=datetime.now(UTC) - timedelta(hours=2)))
     with pytest.raises(IdentityError, match="expired"):
         signer(lab, "lab-1").verify("lab-2", b"data", other.sign(b"data"))

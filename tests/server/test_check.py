@@ -227,6 +227,13 @@ def test_secure_aggregation_refuses_what_looks_at_single_clients(sections, key, 
     assert_real(conflict.keys)
 
 
+def test_secure_aggregation_among_three_warns_that_none_may_drop_out():
+    few = {"data": {"clients": 3}, "wire": {"up": "fp32"}, "privacy": SECURE}
+    (conflict,) = [each for each in check(config(**few)) if each.verdict == "warn" and "data.clients" in each.keys]
+    assert "none may drop out" in conflict.why
+    assert not any("data.clients" in each.keys for each in check(config(**{**few, "data": {"clients": 4}})))
+
+
 def test_secure_aggregation_goes_with_differential_privacy():
     private = {**SECURE, "clip": 0.5, "noise": 4.0, "epsilon": 30.0, "delta": 1e-5, "max_examples": 100}
     assert refusals(privacy=private, federation={"preset": "ffa"}) == []

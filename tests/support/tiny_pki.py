@@ -29,8 +29,11 @@ class Authority:
             .sign(self._key, SHA256())
         )
 
-    def issue(self, name: str, *, until: timedelta = DAY, extra_names: tuple[str, ...] = ()) -> Path:
+    def issue(
+        self, name: str, *, until: timedelta = DAY, extra_names: tuple[str, ...] = (), server: bool = True
+    ) -> Path:
         """The identity folder of a machine on 127.0.0.1."""
+        usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if server else [])]
         self._issued += 1
         folder = self._folder / str(self._issued)
         folder.mkdir(parents=True)
@@ -40,10 +43,7 @@ class Authority:
             .add_extension(
                 x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
             )
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
-            )
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .sign(self._key, SHA256())
         )
         (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

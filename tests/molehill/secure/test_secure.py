@@ -13,6 +13,7 @@ from toy_federation import config, initial
 
 from molehill.errors import MessageError
 from molehill.secure import keys, shamir
+from molehill.secure.company import smallest_company
 from molehill.secure.fixed import FIGURE, FixedPoint
 from molehill.secure.masks import add_common_mask, add_mask
 from molehill.secure.messages import threshold
@@ -123,10 +124,24 @@ def test_what_leaves_no_places_is_refused():
         FixedPoint.of(config(round={"norm_bound": 1e12}), 8, 2**16)
 
 
-def test_a_threshold_is_a_majority():
-    assert [threshold(count, 0.51) for count in (3, 4, 10, 100)] == [2, 3, 6, 51]
-    assert [threshold(count, 0.66) for count in (3, 4, 5, 50, 100)] == [2, 3, 4, 33, 66]
+def test_a_threshold_is_a_majority_of_three_or_more():
+    assert [threshold(count, 0.51) for count in (3, 4, 10, 100)] == [3, 3, 6, 51]
+    assert [threshold(count, 0.66) for count in (3, 4, 5, 50, 100)] == [3, 3, 4, 33, 66]
     assert threshold(5, 1.0) == 5
+
+
+@pytest.mark.parametrize(
+    ("clients", "select", "floor"),
+    [
+        (3, "all", 3),
+        (100, "all", 66),
+        (100, {"name": "random", "fraction": 0.1}, 7),
+        (100, {"name": "random", "fraction": 0.01}, 3),
+        (100, {"name": "round_robin", "count": 20}, 14),
+    ],
+)
+def test_the_smallest_company_is_a_part_of_those_that_take_part(clients, select, floor):
+    assert smallest_company(config(data={"clients": clients}, federation={"select": select})) == floor
 
 
 def test_the_mean_is_that_of_rule_mean():

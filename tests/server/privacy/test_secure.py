@@ -127,6 +127,24 @@ def test_two_clients_are_too_few(toy):
         run.run(meddle=silent("client-0", kind="query.keys"))
 
 
+def test_of_three_none_may_drop_out(toy):
+    """A sum of two is what each of them knows the other by."""
+    run = toy(settings(data={"clients": 3}, run={"rounds": 1}))
+    with pytest.raises(FederationError, match="2 of 3 clients answered; with a usable update, 3 are needed"):
+        run.run(mute("client-0"))
+    assert not any(message.kind == "query.unmask" for message in run.transport.pushed)
+
+
+def test_too_few_of_those_that_the_configuration_promises_are_not_asked(toy):
+    run = toy(settings(data={"clients": 8}, run={"rounds": 1}))
+    server = run.start()
+    for node in [10, 11, 12, 13]:
+        del run.transport.clients[node]
+    with pytest.raises(FederationError, match="5 are needed"):
+        server.run()
+    assert not any(message.kind.startswith(("query.keys", "train")) for message in run.transport.pushed)
+
+
 def test_below_the_threshold_after_the_sum_it_waits_for_the_clients(toy):
     """Nobody helps with two sums of a round, so the sum is kept until enough of its clients are back."""
     hidden, open_ = toy(settings(run={"rounds": 2}), "hidden"), toy(plain(run={"rounds": 2}), "open")
