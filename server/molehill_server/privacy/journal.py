@@ -89,7 +89,10 @@ class Journal:
             return None
         except (ValidationError, ValueError):
             raise ResumeError(
-                "the masked sum is damaged", where=str(self._path), mend="Remove it to try its round again."
+                "the masked sum is damaged",
+                where=str(self._path),
+                mend="Remove it to try its round again; once clients have helped to unmask it they refuse, and a run "
+                "with another name must begin.",
             ) from None
         return entry if (entry.progress.run, entry.progress.round) == (run, round_) else None
 

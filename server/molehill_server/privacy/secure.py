@@ -231,7 +231,8 @@ class SecureRound:
             raise FederationError(
                 "the masks do not cancel: somebody masked with other secrets than it shared, or with another weight",
                 where=f"round {progress.round}",
-                mend="No client can be named; run the clients in smaller groups to find it.",
+                mend="No client can be named, and no round has two sums: begin a run with another name, and with "
+                "smaller groups of clients to find it.",
             )
         return sums, {name: figure / weight for name, figure in zip(self._figures, sums.figures, strict=True)}
 
