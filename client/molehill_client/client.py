@@ -21,6 +21,7 @@ from molehill.wire.exchange import Place
 from molehill.wire.keys import Key
 from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked
 from molehill.wire.tree import Array, Layout, Tree
+from molehill_client.consent import require_consent
 from molehill_client.masking import Masker, Signer
 from molehill_client.state import PersonalState, StateStore
 from molehill_client.together import baseline_together, evaluate_together, train_together
@@ -119,11 +120,7 @@ class Client:
                 where=f"client {self.name}",
                 mend="Run the same configuration on server and clients.",
             )
-
-        if any(key.residual and plan.scope(key) == "shared" for key in self.bench.model.layout):
-            raise MessageError(
-                "plan asks for what is personal: residuals never leave a machine", where=f"client {self.name}"
-            )
+        require_consent(plan, self.bench.config, self.bench.model.layout, self.name)
 
     def begin(self, plan: ClientPlan, *, after: bool = False) -> Session:
         """Put what the plan names, and the personal state without its residuals, into the model.

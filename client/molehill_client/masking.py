@@ -163,6 +163,13 @@ class Masker:
                 "the plan asks for a delta in the open, but this run has privacy.secure_aggregation",
                 mend="Run the same configuration on server and clients.",
             )
+        privacy = self._config.privacy
+        cap = privacy.max_examples or (None if privacy.clip is None else 1)  # under clipping all count alike
+        if cap is not None and company.cap != cap:
+            raise MessageError(
+                f"the plan has a client count for {company.cap} examples at most, by privacy it is {cap}",
+                mend="Run the same configuration on server and clients.",
+            )
         memory = self._at("shares", round_, company.attempt)
         known = {advert.client for advert in memory.adverts} - {self._name}
         strangers = sorted(company.inbox.keys() - known)

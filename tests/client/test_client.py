@@ -13,6 +13,7 @@ from molehill.wire.message import encode_tree
 from molehill.wire.tree import Tree
 from molehill_client.state import StateStore
 
+PRIVATE = {"noise": 4.0, "epsilon": 50.0, "delta": 1e-5}
 SITE = "encoder.layer.0.attention.self.query"
 
 
@@ -33,9 +34,10 @@ def test_the_delta_is_trained_less_received_of_what_is_shared(one):
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_a_client_clips_what_it_sends_and_not_what_it_learnt(house, codec):
-    free, bound = house("free"), house("bound")
+    free = house("free")
     want = free.delta(free.client(0).train(free.plan(0))).tree.flat
     limit = float(np.linalg.norm(want)) / 3
+    bound = house("bound", privacy={**PRIVATE, "clip": limit})
     plan = bound.plan(0).model_copy(update={"clip": limit, "codec": MethodRef(name=codec)})
     delta = bound.delta(bound.client(0).train(plan)).tree
     np.testing.assert_allclose(delta.flat, want / 3, atol=1e-6 if codec == "fp32" else 0.01 * np.abs(want).max())
@@ -43,7 +45,7 @@ def test_a_client_clips_what_it_sends_and_not_what_it_learnt(house, codec):
         assert np.linalg.norm(delta.flat.astype(np.float64)) <= limit
     trained = bound.bench.model.tree(delta.layout).flat - bound.bench.initial.select(delta.layout).flat
     np.testing.assert_array_equal(trained, want)
-    loose = house("loose")
+    loose = house("loose", privacy={**PRIVATE, "clip": 1e3})
     plan = loose.plan(0).model_copy(update={"clip": 1e3})
     np.testing.assert_array_equal(loose.delta(loose.client(0).train(plan)).tree.flat, want)
 
@@ -234,6 +236,48 @@ def test_without_personal_steps_nothing_is_fitted(house):
     stages = h.client(0).evaluate(h.plan(0)).stages
     assert stages["personalised"] == stages["global"]
     assert not h.folder.exists()
+
+
+WHOLE_GATE = (*EXPERTS, ("*/gate.residual*", "personal"), ("*/gate*", "shared"))
+WHOLE_HEAD = (*EXPERTS, ("*/head.residual*", "personal"), ("*/head*", "shared"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "scopes", "why"),
+    [
+        ({"personal": {"gate": "personal"}}, WHOLE_GATE, r"/gate\..*, which personal\.gate does not share"),
+        ({"personal": {"head": "personal"}}, WHOLE_HEAD, r"head/-/head\..*, which personal\.head does not share"),
+        (
+            {"personal": {"gate": "mixture"}, "molora": {"scorer": {"name": "mixture", "m": 2}}},
+            WHOLE_GATE,
+            r"/gate\.main.*, which personal\.gate does not share",
+        ),
+        ({"federation": {"preset": "fedsa"}}, EXPERTS, r"/B, which federation\.policy does not share"),
+        ({"federation": {"preset": "ffa"}}, EXPERTS, r"/A, which federation\.policy does not share"),
+        ({"federation": {"policy": {"name": "fedpeft", "group": "head"}}}, WHOLE_GATE, r"federation\.policy does not"),
+    ],
+)
+def test_what_a_clients_own_configuration_keeps_is_not_shared(house, sections, scopes, why):
+    h = house(**sections)
+    client = h.client(0)
+    for ask in (client.train, client.evaluate, client.baseline):
+        with pytest.raises(MessageError, match=why):
+            ask(h.plan(0, scopes=scopes))
+    assert client.store.rounds() == []
+
+
+def test_a_policy_that_claims_the_gate_may_share_it(house):
+    """As the server plans it: the policy counts for more than the personal section."""
+    h = house(personal={"gate": "personal"}, federation={"policy": {"name": "fedpeft", "group": "gate"}})
+    scopes = (("*/gate.residual*", "frozen"), ("*/gate*", "shared"))
+    assert {key.kind for key in h.delta(h.client(0).train(h.plan(0, scopes=scopes))).tree} == {"gate"}
+
+
+@pytest.mark.parametrize(("own", "given"), [(0.5, None), (0.5, 0.6), (None, 0.5)])
+def test_another_clip_than_that_of_its_own_configuration_is_refused(house, own, given):
+    h = house(privacy={} if own is None else {**PRIVATE, "clip": own})
+    with pytest.raises(MessageError, match=rf"clipped to {given}, privacy\.clip is {own}"):
+        h.client(0).train(h.plan(0, clip=given))
 
 
 GATES = {

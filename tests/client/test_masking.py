@@ -198,6 +198,19 @@ def test_three_of_many_are_too_small_a_company(clients, select, least):
     group.shares()
 
 
+@pytest.mark.parametrize(
+    ("privacy", "cap"), [({"max_examples": 20}, 20), ({"clip": 1.0, "noise": 4.0, "epsilon": 8.0, "delta": 1e-5}, 1)]
+)
+def test_another_weight_than_that_of_its_own_configuration_is_refused(privacy, cap):
+    group = Group(config=config(privacy={"secure_aggregation": True, "threshold": 0.6, **privacy}))
+    group.keys()
+    group.shares()
+    company = group.company("a")
+    with pytest.raises(MessageError, match=f"count for 10 examples at most, by privacy it is {cap}"):
+        group.masker("a").ready(3, company)
+    group.masker("a").ready(3, company.model_copy(update={"cap": cap}))
+
+
 def test_changed_and_doubled_keys_are_refused(group):
     group.keys()
     adverts = group.adverts

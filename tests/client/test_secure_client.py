@@ -132,7 +132,7 @@ def test_clipping_comes_before_the_mask(house):
     private = {"secure_aggregation": True, "clip": 0.01, "noise": 4.0, "epsilon": 50.0, "delta": 1e-5}
     secret = house(**{**SECURE, "privacy": private})
     clients = [secret.client(number) for number in range(3)]
-    companies = exchange_keys(clients)
+    companies = {name: c.model_copy(update={"cap": 1}) for name, c in exchange_keys(clients).items()}
     put = {}
 
     class Watched(Form):
