@@ -196,6 +196,9 @@ def _initial(adapted: Adapted, out: Path) -> str:
 
     Returns:
         What tells this run from others of its name.
+
+    Raises:
+        ResumeError: It belongs to another one.
     """
     path = out / "initial.safetensors"
     if not path.exists():
