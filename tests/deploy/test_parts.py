@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from molehill import loopback, supervise
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
@@ -32,6 +33,7 @@ from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.trainer import held_out
 from molehill_server import app as server_app
 from molehill_server.deploy import door
+from molehill_server.deploy.up import _Supervisor
 from molehill_server.folder import claim, claimed
 
 # ---- the line ----------------------------------------------------------------------------------------------------
@@ -267,6 +269,41 @@ def test_a_connection_is_cut_when_its_owner_is_revoked(people, tmp_path, monkeyp
         await asyncio.sleep(0.2)  # the far ends close too
 
     asyncio.run(run())
+
+
+def test_a_door_that_cannot_judge_lets_nobody_in_and_closes(people, tmp_path):
+    def admit(shown):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def run():
+        opened = await door.open_door(("127.0.0.1", 0), tmp_path / "s", people.server.tls(server=True), admit)
+        address = opened.sockets[0].getsockname()
+        reader, writer = await asyncio.open_connection(*address, ssl=people.client.tls(), server_hostname="localhost")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        for each in (writer, opened):
+            each.close()
+            await each.wait_closed()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+
+
+def test_nobody_is_known_whose_entry_is_not_in_the_audit_log(people):
+    """Else the next connection would be let in, and no entry would say so."""
+    noted, full = [], [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+    def append(event, **fields):
+        if full:
+            raise full.pop()
+        noted.append(event)
+
+    supervisor = object.__new__(_Supervisor)
+    vars(supervisor).update(_asked=threading.Lock(), _known={}, _audit=SimpleNamespace(append=append))
+    supervisor._refusal = lambda certificate, known: ""
+    shown = people.client.certificate.x509.public_bytes(Encoding.DER)
+    with pytest.raises(OSError, match="No space left"):
+        supervisor._admit(shown)
+    assert [supervisor._admit(shown), supervisor._admit(shown), noted] == ["", "", ["admitted"]]
 
 
 def test_a_node_hears_503_while_the_coordinator_is_away(people, tmp_path):

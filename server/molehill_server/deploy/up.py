@@ -267,13 +267,13 @@ class _Supervisor:
             before = self._known.get(certificate.fingerprint)
             refused = self._refusal(certificate, known=before == "")
             if refused != before:
-                self._known[certificate.fingerprint] = refused
                 who = {"client": certificate.x509.subject.rfc4514_string(), "serial": certificate.serial}
                 if refused:
                     self._audit.append("refused", **who, reason=refused)
                 else:
                     self._audit.append("admitted", **who)
                     _log.info("%s is let in with certificate %s", who["client"], certificate.serial)
+                self._known[certificate.fingerprint] = refused  # only once it is in the audit log
         return refused
 
     def _refusal(self, certificate: Certificate, *, known: bool) -> str:
