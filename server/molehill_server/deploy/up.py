@@ -30,6 +30,7 @@ from molehill.supervise import child, environment, free_port, reap
 from molehill_server.audit import AuditLog
 from molehill_server.deploy.control import Control
 from molehill_server.deploy.door import open_door
+from molehill_server.deploy.replies import refuse
 
 _START = 90.0  # seconds for a child to listen
 _STOP = 30.0  # seconds for everything to end
@@ -250,7 +251,8 @@ class _Supervisor:
         with tempfile.TemporaryDirectory(prefix="molehill-") as folder, socket.socket(socket.AF_UNIX) as listener:
             path = Path(folder) / "gateway.sock"  # its path must be short
             listener.bind(str(path))
-            async with serving(Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify), listener):
+            gateway = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify, refuse)
+            async with serving(gateway, listener):
                 yield path
 
     def _end_runs(self) -> None:
