@@ -36,7 +36,6 @@ from molehill_server import app as server_app
 from molehill_server.deploy import door
 from molehill_server.deploy.replies import refuse
 from molehill_server.deploy.up import _Supervisor
-from molehill_server.folder import claim, claimed
 
 # ---- the line ----------------------------------------------------------------------------------------------------
 
@@ -396,16 +395,6 @@ def test_a_wrong_clock_is_found(seconds):
 
 
 # ---- the server process ------------------------------------------------------------------------------------------
-
-
-def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("molehill_server.folder._CLAIM", 0.2)
-    held = claim(tmp_path)
-    assert claimed(tmp_path)
-    with pytest.raises(DeployError, match="another process works in this run folder"):
-        claim(tmp_path)
-    held.close()
-    assert not claimed(tmp_path)
 
 
 def test_a_full_disk_is_no_traceback(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -15,13 +14,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cryptography import x509
 
-from molehill import __version__, files, loopback
+from molehill import __version__, files, locks, loopback
 from molehill.errors import DeployError, MolehillError
 from molehill.gateway import Gateway, serving
 from molehill.loopback import LOOPBACK
@@ -88,14 +87,9 @@ class House:
 
 def running(state: Path) -> Running | None:
     """The coordinator of a folder; None when none is up."""
-    try:
-        with (state / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if locks.held(state):
         with contextlib.suppress(FileNotFoundError):
             return Running(**json.loads((state / "up.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        pass
     return None
 
 
@@ -145,24 +139,12 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
     identity = Identity.load(house.identity, usage="server", passphrase=read_passphrase(house.passphrase_file))
     state = house.state.resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(state):
+    with locks.hold(state, "another coordinator uses this folder", mend="Stop it first: molehill server stop"):
         (state / "up.json").unlink(missing_ok=True)
         reap(state)
         for each in (house.port, house.exchange_port):
             _require_free(house.host, each)
         asyncio.run(_Supervisor(house, identity, state, ready).run())
-
-
-@contextlib.contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeployError(
-                "another coordinator uses this folder", where=str(state), mend="Stop it first: molehill server stop"
-            ) from None
-        yield
 
 
 def _require_free(host: str, port: int) -> None:
