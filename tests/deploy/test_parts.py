@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import errno
+import inspect
 import os
 import signal
 import socket
@@ -21,6 +23,7 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.proto import fleet_pb2, message_pb2, node_pb2
+from flwr.supernode import start_client_internal
 
 from molehill import gateway, loopback, supervise
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
@@ -28,6 +31,7 @@ from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
 from molehill.tasks.rows import GROUP, Rows
 from molehill.wire.exchange import MemoryExchange, Place
+from molehill_client.deploy import node
 from molehill_client.deploy.join import require_clock
 from molehill_client.deploy.line import Request, ask, serve
 from molehill_client.deploy.outbox import Outbox
@@ -409,6 +413,37 @@ def test_the_thin_app_imports_little():
     heavy = "{'torch', 'transformers', 'peft', 'datasets', 'pandas', 'onnxruntime'}"
     code = f"import sys, molehill_client.deploy.thin; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_flowers_node_has_what_is_replaced_in_it():
+    """The names are private, and nothing else would tell that a new Flower calls them otherwise, or not at all."""
+    tree = ast.parse(inspect.getsource(start_client_internal))
+    functions = {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    calls = {each.func.id: each for each in ast.walk(tree) if isinstance(each, ast.Call) and is_name(each.func)}
+    replaced = node.takes_only(b"", node.Pace()).keys() - {"time"}
+    assert replaced == {"_pull_and_store_message", "_push_messages", "_verify_fab"}
+    assert replaced <= functions & calls.keys()
+    for name in ("_pull_and_store_message", "_push_messages"):
+        assert not calls[name].args  # what stands in takes keywords only
+    given = {each.arg for each in calls["_pull_and_store_message"].keywords}
+    assert given >= {"get_fab", "trusted_entities"}
+    assert (len(calls["_verify_fab"].args), calls["_verify_fab"].keywords) == (2, [])
+
+
+def test_flowers_node_uses_of_time_only_sleep():
+    """`Pace` stands in for it and has nothing else."""
+    tree = ast.parse(inspect.getsource(start_client_internal))
+    imports = [each for each in ast.walk(tree) if isinstance(each, ast.Import | ast.ImportFrom)]
+    bound = [(each.name, each.asname) for one in imports for each in one.names if "time" in {each.name, each.asname}]
+    assert bound == [("time", None)]
+    assert not any(isinstance(each, ast.ImportFrom) and each.module == "time" for each in imports)
+    used = [each.attr for each in ast.walk(tree) if isinstance(each, ast.Attribute) and is_name(each.value, "time")]
+    assert set(used) == {"sleep"}
+    assert len(used) == sum(is_name(each, "time") for each in ast.walk(tree))  # it is handed to nobody
+
+
+def is_name(node, name=None):
+    return isinstance(node, ast.Name) and name in {None, node.id}
 
 
 def test_an_identity_with_a_passphrase_makes_tls_without_asking(tmp_path):
