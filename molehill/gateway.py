@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import socket
 import ssl
@@ -32,6 +33,11 @@ _NODE_CALL = re.compile(r"/v1/fleet/[a-z]+(-[a-z]+)*")
 _MAX_BODY = 16 * 2**20  # bytes; plans and replies are a few kilobytes, app bundles at most ten megabytes
 _HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
 
+_log = logging.getLogger(__name__)
+
+# Says why a call, of which it is given path and body, is not forwarded: status and reason; None lets it pass.
+Refuse = Callable[[str, bytes], tuple[int, str] | None]
+
 
 class Gateway:
     """An ASGI application.
@@ -39,14 +45,16 @@ class Gateway:
     Args:
         target: Where calls go on to, ``https://HOST:PORT``.
         context: TLS to there.
+        refuse: Looks at every call that is to be forwarded.
     """
 
-    def __init__(self, target: str, context: ssl.SSLContext) -> None:
+    def __init__(self, target: str, context: ssl.SSLContext, refuse: Refuse = lambda *_: None) -> None:
         self._target = target
+        self._refuse = refuse
         self._client = httpx.AsyncClient(verify=context, timeout=60.0, trust_env=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a call of a node; 404 for everything else."""
+        """Forward a call of a node; 404 for everything else, and what ``refuse`` says for what it refuses."""
         path = scope.get("raw_path", b"").decode("ascii", "replace")
         if scope["type"] != "http" or scope["method"] != "POST" or not _NODE_CALL.fullmatch(path):
             await _answer(send, 404)
@@ -60,6 +68,12 @@ class Gateway:
                 return
             if event["type"] != "http.request" or not event.get("more_body"):
                 break
+        refused = self._refuse(path, bytes(body))
+        if refused is not None:
+            status, reason = refused
+            _log.warning("refused %s with %d: %s", path, status, reason)
+            await _answer(send, status)
+            return
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _HOP]
         try:
             reply = await self._client.post(self._target + path, content=bytes(body), headers=headers)

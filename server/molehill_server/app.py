@@ -8,14 +8,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from molehill import files
+from molehill import files, locks
 from molehill.config import load
 from molehill.errors import DeployError, MolehillError
 from molehill.wire.exchange import connect
 from molehill_server.coordinator import Coordinator
 from molehill_server.exchange.grants import Grants
 from molehill_server.flower import Context, Grid, GridTransport, ServerApp
-from molehill_server.folder import claim
 
 app = ServerApp()
 
@@ -32,7 +31,9 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     grace = given.get("grace")
     out = Path(str(given["out"]))
-    lock = claim(out) if "introduction" in given else None  # held until this process ends, however it ends
+    lock = None  # of a deployment, held until this process ends, however it ends
+    if "introduction" in given:
+        lock = locks.hold(out, "another process works in this run folder", mend="Let it end.")
     try:
         with _told():
             Coordinator(

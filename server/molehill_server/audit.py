@@ -8,6 +8,7 @@ the last hash somewhere else now and then, and have `verify` look for it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -68,6 +69,7 @@ class AuditLog:
         self._path = path
         self._lock = threading.Lock()
         self._last = Verdict(0, START)
+        self._torn: int | None = None  # bytes of the file that are good, when a failure left more there
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return
@@ -94,6 +96,9 @@ class AuditLog:
         Args:
             event: What happened.
             fields: Facts about it, as JSON knows them.
+
+        Raises:
+            OSError: The disk is full or fails. Nothing of the entry stays in the file, and the log can go on.
         """
         with self._lock:
             last = self._last
@@ -105,15 +110,32 @@ class AuditLog:
                 "previous": last.head,
             }
             line, head = _line(entry)
-            new = not last.entries
-            with self._path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            if new:
-                sync(self._path.parent)
+            self._write(line, new=not last.entries)
             self._last = Verdict(last.entries + 1, head)
         _log.info("%s", event, extra=logs.fields(event=event, **fields))
+
+    def _write(self, line: bytes, *, new: bool) -> None:
+        """Bring a line to the disk, or leave the file as it was: the next entry must not begin in a half one."""
+        self._mend()
+        with self._path.open("ab", buffering=0) as file:  # a buffer would try once more when it is closed
+            good = file.tell()
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+                if new:
+                    sync(self._path.parent)
+            except OSError:
+                self._torn = good
+                with contextlib.suppress(OSError):  # then before the next entry
+                    self._mend()
+                raise
+
+    def _mend(self) -> None:
+        if self._torn is not None:
+            os.truncate(self._path, self._torn)
+            self._torn = None
 
     def record(self, event: dict[str, Any]) -> None:
         """Append what of a run's event belongs into the log, if anything (`molehill_server.events.Listener`)."""

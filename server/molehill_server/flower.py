@@ -55,17 +55,21 @@ class GridTransport:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._names: dict[int, str] = {}
+        self._nodes: dict[int, tuple[str, str]] = {}  # name, and since when it is connected
         self._clock: Clock = grid if isinstance(grid, Clock) else WallClock()
 
     def nodes(self) -> list[int]:
         """The nodes that are connected now."""
-        self._names = {info.node_id: info.name for info in self._grid.get_nodes()}
-        return list(self._names)
+        self._nodes = {info.node_id: (info.name, info.last_activated_at) for info in self._grid.get_nodes()}
+        return list(self._nodes)
 
     def name(self, node: int) -> str:
         """The name a node was registered with; empty in a simulation."""
-        return self._names.get(node, "")
+        return self._nodes.get(node, ("", ""))[0]
+
+    def visit(self, node: int) -> str:
+        """When a node was started, or came back; empty in a simulation."""
+        return self._nodes.get(node, ("", ""))[1]
 
     def push(self, message: Outgoing) -> str | None:
         """Send a message; return its id, or None when the grid does not take it."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from molehill.config import Config, load
-from molehill.errors import DeployError, ResumeError
-
-_CLAIM = 5.0  # seconds: who looks whether the folder is claimed holds it for a moment
+from molehill.errors import ResumeError
 
 
 def write_config(config: Config, out: Path) -> Path:
@@ -35,36 +31,6 @@ def write_config(config: Config, out: Path) -> Path:
     scratch = path.with_name(".config.toml.new")
     scratch.write_text(config.to_toml(), encoding="utf-8")
     return scratch.replace(path)
-
-
-def claim(out: Path) -> TextIO:
-    """Take a run folder for this process, until the file that is returned is closed or the process ends.
-
-    Raises:
-        DeployError: Another process works in it.
-    """
-    file = (out / "lock").open("w")
-    end = time.monotonic() + _CLAIM
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < end:
-                time.sleep(0.1)
-                continue
-            file.close()
-            raise DeployError("another process works in this run folder", where=str(out), mend="Let it end.") from None
-        return file
-
-
-def claimed(out: Path) -> bool:
-    """Whether a process works in a run folder."""
-    with (out / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _differences(before: Any, now: Any, at: str = "") -> list[str]:

@@ -30,6 +30,7 @@ class Roster:
         self._introduction = introduction
         self._wanted = wanted
         self._hellos: dict[int, Hello] = {}
+        self._visits: dict[int, str] = {}  # the visit in which a node said hello
         self._refused: dict[str, str] = {}  # last reason by client
 
     def gather(self, deadline: float, quorum: float, grace: float) -> dict[str, int]:
@@ -62,7 +63,10 @@ class Roster:
         return self.present()
 
     def refresh(self, seconds: float) -> dict[str, int]:
-        """Like `gather`, for the nodes that are new since the last time; waits for them at most ``seconds``."""
+        """Like `gather`, for the nodes that came since the last time; waits for them at most ``seconds``.
+
+        A node that was away is asked again: it may have been started anew with other rows.
+        """
         self._ask(Patience(seconds, 1, seconds))
         return self.present()
 
@@ -74,8 +78,7 @@ class Roster:
             if hello is None:
                 continue
             if hello.client in clients:
-                reason = f"node {node} says it is {hello.client!r}, which node {clients[hello.client]} is already"
-                self._refuse(hello.client, reason)
+                self._refuse(hello.client, f"a second node says it is {hello.client!r}")
                 continue
             clients[hello.client] = node
         return dict(sorted(clients.items()))
@@ -89,7 +92,11 @@ class Roster:
         return self._hellos[node]
 
     def _ask(self, patience: Patience) -> list[str]:
-        unknown = [node for node in self._transport.nodes() if node not in self._hellos]
+        visits = {node: self._transport.visit(node) for node in self._transport.nodes()}
+        for known in list(self._hellos):
+            if visits.get(known) != self._visits[known]:
+                del self._hellos[known]
+        unknown = [node for node in visits if node not in self._hellos]
         messages = [
             (str(node), Outgoing(node, "query.hello", "0.0", self._introduction, patience.deadline)) for node in unknown
         ]
@@ -104,10 +111,12 @@ class Roster:
                 reason = self._objection(int(node), hello)
             if reason:
                 name = self._transport.name(int(node))
+                # Flower's numbers mean nothing to anybody; they stand only where nodes prove no name, in a simulation.
                 reasons.append(f"{name or f'node {node}'}: {reason}")
                 self._refuse(name, reasons[-1])
                 continue
             self._hellos[int(node)] = hello
+            self._visits[int(node)] = visits[int(node)]
             collection.accept()
         return reasons
 

@@ -62,6 +62,10 @@ class Transport(Protocol):
         """The name that a node has proved to have; empty where nodes prove none."""
         ...
 
+    def visit(self, node: int) -> str:
+        """What tells this stay of a node from an earlier one; always the same where none comes back."""
+        ...
+
     def push(self, message: Outgoing) -> str | None:
         """Send a message; return its id, or None when the node cannot be reached."""
         ...

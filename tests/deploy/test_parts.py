@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import errno
+import inspect
 import os
 import signal
 import socket
@@ -21,20 +23,25 @@ from types import SimpleNamespace
 import flwr
 import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from flwr.proto import fleet_pb2, message_pb2, node_pb2
+from flwr.supernode import start_client_internal
 
-from molehill import loopback, supervise
+from molehill import gateway, loopback, supervise
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
 from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
 from molehill.tasks.rows import GROUP, Rows
 from molehill.wire.exchange import MemoryExchange, Place
+from molehill_client.deploy import node
 from molehill_client.deploy.join import _Member, require_clock
 from molehill_client.deploy.line import Request, ask, serve
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.trainer import held_out
 from molehill_server import app as server_app
 from molehill_server.deploy import door
-from molehill_server.folder import claim, claimed
+from molehill_server.deploy.replies import refuse
+from molehill_server.deploy.up import _Supervisor
 
 # ---- the line ----------------------------------------------------------------------------------------------------
 
@@ -271,6 +278,41 @@ def test_a_connection_is_cut_when_its_owner_is_revoked(people, tmp_path, monkeyp
     asyncio.run(run())
 
 
+def test_a_door_that_cannot_judge_lets_nobody_in_and_closes(people, tmp_path):
+    def admit(shown):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def run():
+        opened = await door.open_door(("127.0.0.1", 0), tmp_path / "s", people.server.tls(server=True), admit)
+        address = opened.sockets[0].getsockname()
+        reader, writer = await asyncio.open_connection(*address, ssl=people.client.tls(), server_hostname="localhost")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        for each in (writer, opened):
+            each.close()
+            await each.wait_closed()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+
+
+def test_nobody_is_known_whose_entry_is_not_in_the_audit_log(people):
+    """Else the next connection would be let in, and no entry would say so."""
+    noted, full = [], [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+    def append(event, **fields):
+        if full:
+            raise full.pop()
+        noted.append(event)
+
+    supervisor = object.__new__(_Supervisor)
+    vars(supervisor).update(_asked=threading.Lock(), _known={}, _audit=SimpleNamespace(append=append))
+    supervisor._refusal = lambda certificate, known: ""
+    shown = people.client.certificate.x509.public_bytes(Encoding.DER)
+    with pytest.raises(OSError, match="No space left"):
+        supervisor._admit(shown)
+    assert [supervisor._admit(shown), supervisor._admit(shown), noted] == ["", "", ["admitted"]]
+
+
 def test_a_node_hears_503_while_the_coordinator_is_away(people, tmp_path):
     async def run():
         away = Gateway("https://127.0.0.1:9", people.client.tls())
@@ -287,6 +329,66 @@ def test_a_node_hears_503_while_the_coordinator_is_away(people, tmp_path):
                 await asyncio.sleep(0.2)
 
     asyncio.run(run())
+
+
+def pushed(**changes):
+    """What a node says when it pushes a reply, as Flower writes it."""
+    said = {
+        "src_node_id": 7,
+        "dst_node_id": 1,
+        "reply_to_message_id": "abc",
+        "run_id": 3,
+        "message_id": "def",
+    } | changes
+    return fleet_pb2.PushMessagesRequest(
+        node=node_pb2.Node(node_id=7), messages_list=[message_pb2.Message(metadata=message_pb2.Metadata(**said))]
+    )
+
+
+OTHER_NODE = fleet_pb2.PushMessagesRequest(node=node_pb2.Node(node_id=8)).SerializeToString()
+
+
+def twice(asked):
+    asked.messages_list.append(pushed(src_node_id=1).messages_list[0])
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("call", "body", "status"),
+    [
+        ("push-messages", pushed().SerializeToString(), 200),
+        ("push-messages", pushed(src_node_id=1).SerializeToString(), 403),
+        ("push-messages", pushed(src_node_id=1, dst_node_id=8, reply_to_message_id="").SerializeToString(), 403),
+        ("push-messages", pushed(reply_to_message_id="").SerializeToString(), 403),
+        ("push-messages", twice(pushed()).SerializeToString(), 400),
+        ("push-messages", pushed().SerializeToString() + OTHER_NODE, 403),  # protobuf takes the last of two values
+        ("push-messages", b"", 400),
+        ("push-messages", b"nonsense", 400),
+        ("pull-messages", b"whatever it is", 200),
+    ],
+)
+def test_of_messages_only_replies_of_the_node_itself_reach_flower(people, tmp_path, call, body, status):
+    got = []
+
+    async def flower(scope, receive, send):
+        got.append((await receive())["body"])
+        await gateway._answer(send, 200)
+
+    flower.close = lambda: asyncio.sleep(0)
+
+    async def run():
+        pair = loopback.renew(tmp_path)
+        trust = ssl.create_default_context(cafile=str(pair.cert))
+        with listen() as behind, listen() as listener:
+            there = f"https://127.0.0.1:{behind.getsockname()[1]}"
+            async with serving(flower, behind, pair), serving(Gateway(there, trust, refuse), listener, pair):
+                async with httpx.AsyncClient(verify=trust) as node:
+                    at = f"https://127.0.0.1:{listener.getsockname()[1]}/v1/fleet/{call}"
+                    assert (await node.post(at, content=body)).status_code == status
+                await asyncio.sleep(0.2)
+
+    asyncio.run(run())
+    assert got == ([body] if status == 200 else [])
 
 
 @pytest.mark.parametrize("seconds", [-3000, -130, 130, 3000])
@@ -309,16 +411,6 @@ def test_flower_still_says_what_tells_a_twin_from_an_outage():
 # ---- the server process ------------------------------------------------------------------------------------------
 
 
-def test_a_run_folder_is_for_one_process_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("molehill_server.folder._CLAIM", 0.2)
-    held = claim(tmp_path)
-    assert claimed(tmp_path)
-    with pytest.raises(DeployError, match="another process works in this run folder"):
-        claim(tmp_path)
-    held.close()
-    assert not claimed(tmp_path)
-
-
 def test_a_full_disk_is_no_traceback(tmp_path):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "final.safetensors")
     words = r"final\.safetensors: the server cannot go on: No space left.*Make room"
@@ -331,6 +423,37 @@ def test_the_thin_app_imports_little():
     heavy = "{'torch', 'transformers', 'peft', 'datasets', 'pandas', 'onnxruntime'}"
     code = f"import sys, molehill_client.deploy.thin; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_flowers_node_has_what_is_replaced_in_it():
+    """The names are private, and nothing else would tell that a new Flower calls them otherwise, or not at all."""
+    tree = ast.parse(inspect.getsource(start_client_internal))
+    functions = {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    calls = {each.func.id: each for each in ast.walk(tree) if isinstance(each, ast.Call) and is_name(each.func)}
+    replaced = node.takes_only(b"", node.Pace()).keys() - {"time"}
+    assert replaced == {"_pull_and_store_message", "_push_messages", "_verify_fab"}
+    assert replaced <= functions & calls.keys()
+    for name in ("_pull_and_store_message", "_push_messages"):
+        assert not calls[name].args  # what stands in takes keywords only
+    given = {each.arg for each in calls["_pull_and_store_message"].keywords}
+    assert given >= {"get_fab", "trusted_entities"}
+    assert (len(calls["_verify_fab"].args), calls["_verify_fab"].keywords) == (2, [])
+
+
+def test_flowers_node_uses_of_time_only_sleep():
+    """`Pace` stands in for it and has nothing else."""
+    tree = ast.parse(inspect.getsource(start_client_internal))
+    imports = [each for each in ast.walk(tree) if isinstance(each, ast.Import | ast.ImportFrom)]
+    bound = [(each.name, each.asname) for one in imports for each in one.names if "time" in {each.name, each.asname}]
+    assert bound == [("time", None)]
+    assert not any(isinstance(each, ast.ImportFrom) and each.module == "time" for each in imports)
+    used = [each.attr for each in ast.walk(tree) if isinstance(each, ast.Attribute) and is_name(each.value, "time")]
+    assert set(used) == {"sleep"}
+    assert len(used) == sum(is_name(each, "time") for each in ast.walk(tree))  # it is handed to nobody
+
+
+def is_name(node, name=None):
+    return isinstance(node, ast.Name) and name in {None, node.id}
 
 
 def test_an_identity_with_a_passphrase_makes_tls_without_asking(tmp_path):

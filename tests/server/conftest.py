@@ -37,6 +37,9 @@ class ToyTransport:
     def name(self, node):
         return ""
 
+    def visit(self, node):
+        return ""
+
     def push(self, message):
         self.pushed.append(message)
         self.queue.append((str(len(self.pushed)), message))

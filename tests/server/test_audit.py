@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -129,6 +131,53 @@ def test_a_line_that_a_crash_cut_off_is_removed_and_noted(written):
         assert [entry["event"] for entry in entries(written)] == [*["version"] * 4, "recovered", "end"]
         assert entries(written)[4]["fields"] == {"bytes_cut": end - start}
         assert verify(written).entries == 6
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_full_disk_leaves_no_half_line(path, monkeypatch, before, stuck):
+    """``stuck``: at first the file cannot even be cut back."""
+    log = AuditLog(path)
+    for number in range(before):
+        log.append("version", round=number)
+    whole = path.read_bytes() if before else b""
+
+    def full(handle):
+        os.truncate(path, len(whole) + 40)  # what a write that did not fit leaves
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def nor_this(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        real = os.truncate
+        patch.setattr("os.fsync", full)
+        if stuck:
+            patch.setattr("os.truncate", lambda at, size: real(at, size) if size > len(whole) else nor_this())
+        with pytest.raises(OSError, match="No space left"):
+            log.append("lost")
+    assert (path.read_bytes() == whole) is not stuck
+    log.append("end")
+    assert verify(path, log.head).entries == before + 1
+    assert [entry["event"] for entry in entries(path)] == [*["version"] * before, "end"]
+
+
+def test_a_disk_that_is_really_full(path, monkeypatch):
+    """The kernel's own half write, under a limit on the size of files."""
+    log = AuditLog(path)
+    log.append("start")
+    size = path.stat().st_size
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, old[1]))
+        with pytest.raises(OSError, match="File too large"):
+            log.append("lost")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.stat().st_size == size
+    log.append("end")
+    assert verify(path).entries == 2
 
 
 def test_nothing_is_appended_to_a_log_that_was_changed(written):

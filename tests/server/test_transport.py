@@ -27,6 +27,9 @@ class Clockwork:
     def name(self, node):
         return ""
 
+    def visit(self, node):
+        return ""
+
     def push(self, message):
         if message.node in self.unreachable:
             return None
@@ -132,7 +135,35 @@ def test_two_nodes_cannot_be_one_client(tmp_path):
     transport = Clockwork({3: 0, 5: 0})
     transport.text = lambda node: json.dumps({"client": "same", "n_train": 1, "n_test": 1, "version": __version__})
     assert Roster(transport, log(tmp_path)).gather(3, 1.0, 1) == {"same": 3}
-    assert "node 5 says it is 'same'" in read(tmp_path / "metrics.jsonl")[0]["reason"]
+    (event,) = read(tmp_path / "metrics.jsonl")
+    assert (event["client"], event["reason"]) == ("same", "a second node says it is 'same'")
+
+
+def test_a_client_that_comes_back_is_asked_again_and_the_others_are_not(tmp_path):
+    """Whether it was seen to be away, or only says that it is here for another time."""
+    transport, rows, visits, asked = Clockwork({3: 0, 5: 0}), {3: 1, 5: 1}, {3: "a", 5: "a"}, []
+    transport.visit = lambda node: visits[node]
+    real = transport.text
+
+    def text(node):
+        asked.append(node)
+        return json.dumps(json.loads(real(node)) | {"n_train": rows[node]})
+
+    transport.text = text
+    roster = Roster(transport, log(tmp_path))
+    clients = roster.gather(3, 1.0, 1)
+    assert roster.rows(roster.refresh(1)) == {"c3": 1, "c5": 1}
+    assert sorted(asked) == [3, 5]
+    rows[3], transport.delays = 2, {5: 0}
+    assert roster.refresh(1) == {"c5": 5}
+    transport.delays = {3: 0, 5: 0}
+    assert roster.refresh(1) == clients
+    assert roster.rows(clients) == {"c3": 2, "c5": 1}
+    rows[5], visits[5] = 7, "b"
+    assert roster.rows(roster.refresh(1)) == {"c3": 2, "c5": 7}
+    assert sorted(asked) == [3, 3, 5, 5]
+    transport.delays[3], visits[3] = None, "b"  # it came back, and does not say who it is
+    assert roster.refresh(1) == {"c5": 5}
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"client": "../x", "n_train": 1, "n_test": 1, "version": "0"}'])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import http.client
 import json
 import logging
@@ -22,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from molehill import files, loopback
+from molehill import files, locks, loopback
 from molehill.errors import DataError, DeployError, IdentityError, MolehillError
 from molehill.gateway import Gateway, listen, serving
 from molehill.loopback import LOOPBACK
@@ -100,14 +99,7 @@ class Joined:
 
 def joined(state: Path) -> Joined | None:
     """The machine that takes part with this folder; None when there is none."""
-    try:
-        with (state / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _noted(state)
-    except FileNotFoundError:
-        pass
-    return None
+    return _noted(state) if locks.held(state) else None
 
 
 def require_joined(state: Path) -> Joined:
@@ -187,22 +179,12 @@ def join(member: Membership, ready: Callable[[str], None], say: Callable[[str], 
         )
     member.state.mkdir(parents=True, exist_ok=True)
     member.state.chmod(0o700)
-    with _locked(member.state), _runtime(member.state) as runtime:
+    mend = "End it first, or give another folder with --state."
+    with locks.hold(member.state, "`molehill client join` runs already", mend), _runtime(member.state) as runtime:
         reap(member.state.resolve())
         note = Joined(os.getpid(), identity.name, f"{member.host}:{member.port}", str(runtime))
         files.write(member.state / "joined.json", json.dumps(asdict(note)).encode())
         asyncio.run(_Member(member, identity, note, say).run(ready))
-
-
-@contextlib.contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mend = "End it first, or give another folder with --state."
-            raise DeployError("`molehill client join` runs already", where=str(state), mend=mend) from None
-        yield
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Flower's control API, called on the coordinator's own machine; only this module of the deployment imports Flower."""
+"""Flower's control API, called on the coordinator's own machine."""
 
 from __future__ import annotations
 

@@ -27,16 +27,20 @@ async def open_door(address: tuple[str, int], target: Path, context: ssl.SSLCont
         target: The Unix socket behind it.
         context: Demands a certificate that the CA has signed.
         admit: Says why a certificate (DER) is refused, nothing when it is not; asked again while a connection lasts.
+            When it fails, the certificate is refused.
 
     Raises:
         OSError: The address is in use.
     """
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-
         async def admitted() -> bool:
-            refused = await asyncio.to_thread(admit, shown)
+            shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            try:
+                refused = await asyncio.to_thread(admit, shown)
+            except Exception:  # noqa: BLE001 - whoever cannot be judged, say since the disk is full, is not let in
+                _log.exception("refused %s", writer.get_extra_info("peername"))
+                return False
             if refused:
                 _log.warning("refused %s: %s", writer.get_extra_info("peername"), refused)
             return not refused
@@ -45,16 +49,15 @@ async def open_door(address: tuple[str, int], target: Path, context: ssl.SSLCont
             while await admitted():  # noqa: ASYNC110 - nothing tells us when a certificate is revoked
                 await asyncio.sleep(_AGAIN)
 
-        if not await admitted():
-            await _close(writer)
-            return
         try:
-            async with asyncio.timeout(_OPEN):
-                far = await asyncio.open_unix_connection(target)
-        except (OSError, TimeoutError):
+            if not await admitted():
+                return
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_OPEN):
+                    far = await asyncio.open_unix_connection(target)
+                await _join((reader, writer), far, while_admitted())
+        finally:
             await _close(writer)
-            return
-        await _join((reader, writer), far, while_admitted())
 
     return await asyncio.start_server(carry, *address, ssl=context, ssl_handshake_timeout=_OPEN)
 
@@ -63,7 +66,7 @@ Pair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def _join(near: Pair, far: Pair, *others: Coroutine[Any, Any, None]) -> None:
-    """Carry both ways until one side, or one of the others, ends."""
+    """Carry both ways until one side, or one of the others, ends; the far side is closed then."""
     ways = [asyncio.create_task(each) for each in (_pump(near[0], far[1]), _pump(far[0], near[1]), *others)]
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -71,7 +74,6 @@ async def _join(near: Pair, far: Pair, *others: Coroutine[Any, Any, None]) -> No
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
-        await _close(near[1])
         await _close(far[1])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from molehill import __version__, errors
+from molehill import __version__, errors, locks
 from molehill.config import Config
 from molehill.errors import ConfigError, DeployError, MolehillError, ResumeError
 from molehill.tasks.adapted import Adapted, open_model
@@ -21,7 +21,7 @@ from molehill_server.check import require
 from molehill_server.deploy.control import RunStatus
 from molehill_server.deploy.office import Office
 from molehill_server.deploy.up import Running, exchange_folder, require_running
-from molehill_server.folder import claimed, write_config
+from molehill_server.folder import write_config
 
 _DETECTION = 120.0  # seconds of a round in which a machine that died is noticed and the round still goes on
 _POLL = 1.0  # seconds between two looks at the events
@@ -160,7 +160,7 @@ def _wait(
             observe(event)
         if status is None or not status.unfinished:
             return status
-        there = claimed(out)
+        there = locks.held(out)
         seen, gone = seen + there, 0 if there else gone + 1
         if not seen and time.monotonic() > late:
             office.call(lambda control: control.stop(number), _AWAY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -15,13 +14,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cryptography import x509
 
-from molehill import __version__, files, loopback
+from molehill import __version__, files, locks, loopback
 from molehill.errors import DeployError, IdentityError, MolehillError
 from molehill.gateway import Gateway, serving
 from molehill.loopback import LOOPBACK
@@ -30,6 +29,7 @@ from molehill.supervise import child, environment, free_port, reap
 from molehill_server.audit import AuditLog
 from molehill_server.deploy.control import Control
 from molehill_server.deploy.door import open_door
+from molehill_server.deploy.replies import refuse
 
 _START = 90.0  # seconds for a child to listen
 _STOP = 30.0  # seconds for everything to end
@@ -87,14 +87,9 @@ class House:
 
 def running(state: Path) -> Running | None:
     """The coordinator of a folder; None when none is up."""
-    try:
-        with (state / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if locks.held(state):
         with contextlib.suppress(FileNotFoundError):
             return Running(**json.loads((state / "up.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        pass
     return None
 
 
@@ -147,24 +142,12 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
         raise IdentityError("there is no list of revoked certificates", where=str(house.revoked), mend=mend)
     state = house.state.resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(state):
+    with locks.hold(state, "another coordinator uses this folder", mend="Stop it first: molehill server stop"):
         (state / "up.json").unlink(missing_ok=True)
         reap(state)
         for each in (house.port, house.exchange_port):
             _require_free(house.host, each)
         asyncio.run(_Supervisor(house, identity, state, ready).run())
-
-
-@contextlib.contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeployError(
-                "another coordinator uses this folder", where=str(state), mend="Stop it first: molehill server stop"
-            ) from None
-        yield
 
 
 def _require_free(host: str, port: int) -> None:
@@ -253,7 +236,8 @@ class _Supervisor:
         with tempfile.TemporaryDirectory(prefix="molehill-") as folder, socket.socket(socket.AF_UNIX) as listener:
             path = Path(folder) / "gateway.sock"  # its path must be short
             listener.bind(str(path))
-            async with serving(Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify), listener):
+            gateway = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify, refuse)
+            async with serving(gateway, listener):
                 yield path
 
     def _end_runs(self) -> None:
@@ -270,13 +254,13 @@ class _Supervisor:
             before = self._known.get(certificate.fingerprint)
             refused = self._refusal(certificate, known=before == "")
             if refused != before:
-                self._known[certificate.fingerprint] = refused
                 who = {"client": certificate.x509.subject.rfc4514_string(), "serial": certificate.serial}
                 if refused:
                     self._audit.append("refused", **who, reason=refused)
                 else:
                     self._audit.append("admitted", **who)
                     _log.info("%s is let in with certificate %s", who["client"], certificate.serial)
+                self._known[certificate.fingerprint] = refused  # only once it is in the audit log
         return refused
 
     def _refusal(self, certificate: Certificate, *, known: bool) -> str:

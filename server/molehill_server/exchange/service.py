@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import RawIOBase
@@ -28,12 +28,18 @@ from molehill_server.exchange.writer import Writer, in_thread
 log = logging.getLogger("molehill.exchange")
 
 _BURST = 0.05  # seconds that a node may be ahead of its rate: shorter pauses take longer than they should
+_LOOK = 5.0  # seconds between two looks at whether a transfer may go on
 _AHEAD = 2**19  # bytes of a blob that are read at a time, while those before them are sent
 
 
 @dataclass(frozen=True)
 class Limits:
     """What the exchange bears.
+
+    With the defaults one node has at most 4 of the 32 turns: it takes eight nodes to keep the others waiting, and four
+    leave them half. A transfer of n bytes that keeps the server waiting for more than ``idle + n / slowest`` seconds
+    (100 MB: 3.4 hours; one byte: 60 s) loses its turn; what came of an upload stays, to go on with. And it ends within
+    five seconds of its grant or its node's certificate.
 
     Attributes:
         max_bytes: Largest delta, whatever a grant says.
@@ -42,6 +48,7 @@ class Limits:
         streams_per_node: Transfers of one node, waiting ones included; more are told to come again.
         rate: Bytes per second of one node.
         idle: Seconds that a node may send or take nothing.
+        slowest: Bytes per second that a node must send or take on average, after ``idle`` seconds.
         reserve: Bytes of the disk left free for the coordinator.
         collect: Seconds between collections of old rounds.
     """
@@ -49,9 +56,10 @@ class Limits:
     max_bytes: int = 2**30
     streams: int = 32
     waiting: int = 1024
-    streams_per_node: int = 8
+    streams_per_node: int = 4
     rate: float = 2.0**30
     idle: float = 60.0
+    slowest: float = 2.0**13
     reserve: int = 256 * 2**20
     collect: float = 60.0
 
@@ -78,6 +86,14 @@ class _Node:
     writer: Writer | None = None  # of the one stream that may write; a newer one takes its place
     streams: int = 0
     free_at: float = 0.0  # when it has used up its rate
+
+
+@dataclass
+class _Transfer:
+    """What a transfer has come to; time that the server itself takes is not the node's."""
+
+    moved: int = 0  # bytes
+    waited: float = 0.0  # seconds for the node
 
 
 class Service:
@@ -117,17 +133,20 @@ class Service:
         """Send a blob that the node's plan names."""
         async with self.answer(context, "get") as name:
             _require_digest(request.digest)
-            if request.digest not in self._granted(name).read:
-                raise Refusal(
-                    grpc.StatusCode.PERMISSION_DENIED, f"the plan of {name} does not name blob {request.digest[:12]}"
-                )
+            self._may_read(name, request.digest)
+
+            def allowed() -> None:
+                self._may_read(self._identify(context), request.digest)
+
             async with self._slot(name):
                 try:
                     file = await in_thread(self._spool.blobs.open, request.digest)
                 except FileNotFoundError:
                     raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no blob {request.digest[:12]}") from None
+                transfer = _Transfer()
                 with file:
-                    length = await self._send(file, request.offset, name, context)
+                    async with self._watched(transfer, allowed):
+                        length = await self._send(file, request.offset, name, transfer, context)
             log.info("sent %s to %s: %d bytes", request.digest[:12], name, length - request.offset)
 
     async def Offset(self, request: pb.OffsetRequest, context: Any) -> pb.OffsetReply:  # noqa: N802 - by protocol
@@ -202,11 +221,11 @@ class Service:
 
     # ---- parts -----------------------------------------------------------------------------------------------
 
-    async def _send(self, file: RawIOBase, offset: int, name: str, context: Any) -> int:
+    async def _send(self, file: RawIOBase, offset: int, name: str, transfer: _Transfer, context: Any) -> int:
         """Send a file from an offset on, the next piece being read meanwhile; returns its length."""
         length: int = await in_thread(file.seek, 0, 2)
         file.seek(min(offset, length))
-        await self._write(context, pb.Chunk(length=length))
+        await self._write(context, pb.Chunk(length=length), transfer)
         reading = asyncio.ensure_future(in_thread(file.read, _AHEAD))
         try:
             while data := await reading:
@@ -214,7 +233,8 @@ class Service:
                 for start in range(0, len(data), CHUNK):
                     piece = memoryview(data)[start : start + CHUNK]
                     await self._pace(name, len(piece))
-                    await self._write(context, piece)
+                    await self._write(context, piece, transfer)
+                    transfer.moved += len(piece)
         finally:
             await asyncio.wait({reading})  # the file is its
         return length
@@ -237,24 +257,34 @@ class Service:
                 return done
             part: Part = await in_thread(self._spool.open_part, name, grant, header.length, header.offset)
             writer = node.writer = Writer(part)
+
+        def allowed() -> None:
+            self._may_write(self._identify(context), header.run, header.round)
+
         with part:
+            transfer = _Transfer()
             try:
-                await self._fill(part, name, writer, header.offset, context)
+                async with self._watched(transfer, allowed):
+                    await self._fill(part, name, writer, header.offset, transfer, context)
             finally:
                 await writer.end()
             async with node.lock:
                 _require_writer(node, writer)
                 node.writer = None
+                self._identify(context)  # the certificate may have ended meanwhile
                 return await self._commit(name, part, header)
 
-    async def _fill(self, part: Part, name: str, writer: Writer, offset: int, context: Any) -> None:
+    async def _fill(
+        self, part: Part, name: str, writer: Writer, offset: int, transfer: _Transfer, context: Any
+    ) -> None:
         """Read the data and have it written down."""
         node, size = self._nodes[name], part.size
         if size != offset:
             text = f"the data begins at byte {offset}, the server has {size}"
             raise Refusal(grpc.StatusCode.OUT_OF_RANGE, text)
-        while isinstance(piece := await self._read(context), memoryview):
+        while isinstance(piece := await self._read(context, transfer), memoryview):
             size += len(piece)
+            transfer.moved += len(piece)
             if size > part.length:
                 raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "more data than the header announced")
             await self._pace(name, len(piece))
@@ -301,29 +331,64 @@ class Service:
         return receipt
 
     async def _header(self, context: Any) -> pb.PutHeader:
-        first = await self._read(context)
+        first = await self._read(context, _Transfer())
         if not isinstance(first, pb.PutChunk) or first.WhichOneof("part") != "header":
             raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
         header: pb.PutHeader = first.header
         return header
 
-    async def _read(self, context: Any) -> Any:
-        with self._stalled("sent"):
+    async def _read(self, context: Any, transfer: _Transfer) -> Any:
+        with self._stalled("sent", transfer):
             async with asyncio.timeout(self._limits.idle):
                 return await context.read()
 
-    async def _write(self, context: Any, chunk: pb.Chunk | memoryview) -> None:
-        with self._stalled("taken"):
+    async def _write(self, context: Any, chunk: pb.Chunk | memoryview, transfer: _Transfer) -> None:
+        with self._stalled("taken", transfer):
             async with asyncio.timeout(self._limits.idle):
                 await context.write(chunk)
 
     @contextmanager
-    def _stalled(self, what: str) -> Iterator[None]:
+    def _stalled(self, what: str, transfer: _Transfer) -> Iterator[None]:
+        began = time.monotonic()
         try:
             yield
         except TimeoutError:
             text = f"nothing was {what} for {self._limits.idle:.0f} s"
             raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text) from None
+        transfer.waited += time.monotonic() - began
+
+    @asynccontextmanager
+    async def _watched(self, transfer: _Transfer, allowed: Callable[[], None]) -> AsyncIterator[None]:
+        """End a transfer that may go on no longer, or never ends; beside it, so that it costs the transfer nothing."""
+        allowed()  # it may have waited long for its turn
+        ended: list[Exception] = []
+
+        async def watch() -> None:
+            while not ended:
+                await asyncio.sleep(_LOOK)
+                try:
+                    allowed()
+                    self._require_progress(transfer)
+                except Exception as error:  # noqa: BLE001 - whatever it is, raised where the transfer waits
+                    ended.append(error)
+                    limit.reschedule(asyncio.get_running_loop().time())
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                watching = asyncio.create_task(watch())
+                try:
+                    yield
+                finally:
+                    watching.cancel()
+        except TimeoutError:
+            if not ended:
+                raise
+            raise ended[0] from None
+
+    def _require_progress(self, transfer: _Transfer) -> None:
+        if transfer.waited > self._limits.idle + transfer.moved / self._limits.slowest:
+            text = f"{transfer.moved} bytes in {transfer.waited:.0f} s are too few; go on from there"
+            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text)
 
     # ---- who, what and how much ------------------------------------------------------------------------------
 
@@ -349,6 +414,10 @@ class Service:
         if grant is None:
             raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"there is no plan for {name}")
         return grant
+
+    def _may_read(self, name: str, digest: str) -> None:
+        if digest not in self._granted(name).read:
+            raise Refusal(grpc.StatusCode.PERMISSION_DENIED, f"the plan of {name} does not name blob {digest[:12]}")
 
     def _may_write(self, name: str, run: str, number: int) -> Grant:
         grant = self._granted(name)

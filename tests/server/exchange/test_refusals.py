@@ -26,6 +26,7 @@ from molehill.wire.exchange import Place
 from molehill.wire.message import digest
 from molehill.wire.remote import CHUNK, SERVICE, GrpcExchange, Patience
 from molehill_protos.v1 import exchange_pb2 as pb
+from molehill_server.exchange import service
 from molehill_server.exchange.spool import Part
 
 SECOND = Patience(stalled=0.5, pause=0.02)
@@ -285,6 +286,67 @@ def test_a_round_that_ends_in_mid_upload_keeps_nothing(serving):
     assert not serving.files("receipts")
 
 
+def revoke(house, name="lab-1"):
+    (house.folder / "revoked.json").write_text(json.dumps([serial(house.identities[name])]))
+
+
+def next_round(house):
+    house.give(round=4)
+
+
+@pytest.mark.parametrize(("change", "code"), [(revoke, "UNAUTHENTICATED"), (next_round, "PERMISSION_DENIED")])
+def test_an_upload_that_may_go_on_no_longer_is_ended_though_nothing_comes(serving, monkeypatch, change, code):
+    monkeypatch.setattr(service, "_LOOK", 0.05)
+    go_on = threading.Event()
+    call = serving.stub().Put.future(slowly(noise(3000), go_on), timeout=20)
+    wait_for(lambda: serving.files("parts"))
+    change(serving)
+    assert call.exception(10).code().name == code
+    go_on.set()
+    assert not serving.files("blobs")
+
+
+@pytest.mark.parametrize(("change", "code"), [(revoke, "UNAUTHENTICATED"), (next_round, "PERMISSION_DENIED")])
+def test_a_download_that_may_go_on_no_longer_is_ended(house, monkeypatch, change, code):
+    monkeypatch.setattr(service, "_LOOK", 0.05)
+    name = house.blobs.put(noise(16 * 10**6))
+    house.give(read=[name])
+    house.start(rate=4e6)
+    call = house.stub().Get(pb.GetRequest(digest=name), timeout=20)
+    next(call)
+    change(house)
+    with pytest.raises(grpc.RpcError):
+        list(call)
+    assert call.code().name == code
+
+
+def test_who_is_revoked_in_mid_upload_delivers_nothing(serving):
+    """Also between two looks."""
+    go_on = threading.Event()
+    call = serving.stub().Put.future(slowly(noise(3000), go_on), timeout=20)
+    wait_for(lambda: serving.files("parts"))
+    revoke(serving)
+    go_on.set()
+    assert call.exception(20).details() == "this certificate was revoked."
+    assert not serving.files("blobs")
+    assert not serving.files("receipts")
+
+
+def test_who_is_revoked_while_it_waits_gets_no_turn(house, monkeypatch):
+    for node in ("lab-1", "lab-2"):
+        house.give(node)
+    house.start(streams=1)
+    go_on = threading.Event()
+    first = house.stub().Put.future(slowly(noise(3000, 1), go_on), timeout=20)
+    wait_for(lambda: house.files("parts"))
+    second = house.stub("lab-2").Put.future(put(noise(3000, 2)), timeout=20)
+    time.sleep(0.2)
+    revoke(house, "lab-2")
+    go_on.set()
+    assert second.exception(20).code().name == "UNAUTHENTICATED"
+    first.result(20)
+
+
 def test_a_newer_upload_takes_the_place_of_an_older_one(serving):
     go_on, blob = threading.Event(), noise(3000)
     older = serving.stub().Put.future(slowly(blob, go_on), timeout=20)
@@ -362,6 +424,38 @@ def test_a_node_that_falls_silent_loses_its_place(house):
     assert code == "DEADLINE_EXCEEDED"
     assert "nothing was sent for 0 s" in text
     assert house.files("parts")  # what came stays, to go on with
+
+
+def test_a_trickle_loses_its_place(house, monkeypatch):
+    """One byte now and then is not silence."""
+    monkeypatch.setattr(service, "_LOOK", 0.05)
+    house.give()
+    house.start(idle=0.5, slowest=1e4)
+    blob = noise(3000)
+
+    def drop_by_drop():
+        for message in put(blob, size=1):
+            time.sleep(0.05)
+            yield message
+
+    began = time.monotonic()
+    code, text = refusal(house.stub().Put, drop_by_drop())
+    assert (code, "are too few; go on from there" in text) == ("DEADLINE_EXCEEDED", True)
+    assert time.monotonic() - began < 5
+    assert house.files("parts")
+    assert house.blobs.get(house.node().put(blob, NOW)) == blob
+
+
+def test_time_that_the_server_takes_is_not_the_nodes(house, monkeypatch):
+    monkeypatch.setattr(service, "_LOOK", 0.05)
+    house.give()
+    house.start(idle=0.5, rate=1e6, slowest=1e8)
+    house.node().put(noise(2 * 10**6), NOW)
+
+
+def test_four_nodes_leave_the_others_half_of_the_turns():
+    limits = service.Limits()
+    assert 4 * limits.streams_per_node <= limits.streams / 2
 
 
 def test_a_full_disk_is_said_and_nothing_half_written_is_left(serving, monkeypatch):
