@@ -14,18 +14,19 @@ _PATIENCE = 5.0  # seconds: who asks whether a folder is held locks it for a mom
 _AGAIN = 0.05  # seconds between two tries
 
 
-def hold(folder: Path, what: str, mend: str) -> TextIO:
+def hold(folder: Path, what: str, mend: str, name: str = _NAME) -> TextIO:
     """Take a folder for this process, until the file that is returned is closed or the process ends.
 
     Args:
         folder: The folder.
         what: What it means that another process has it.
         mend: What to do then.
+        name: Which of the folder's locks.
 
     Raises:
         DeployError: Another process has it, and has it still after a few seconds.
     """
-    file = (folder / _NAME).open("w")
+    file = (folder / name).open("w")
     end = time.monotonic() + _PATIENCE
     while True:
         try:

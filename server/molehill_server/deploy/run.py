@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import secrets
@@ -60,7 +58,8 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         text = "round.deadline is %g s: Flower takes up to 70 s to notice that a machine is gone, so give %g or more"
         _log.warning(text, config.round.deadline, _DETECTION)
     up, office = require_running(state), Office(state)
-    with _alone(state):
+    mend = "Wait for it, or stop it: molehill server stop --run"
+    with locks.hold(state, "another `server run` is at work", mend, "run.lock"):
         _require_idle(office, out)
         if (out / "config.toml").exists():
             write_config(config, out)  # refuses another configuration before anything is loaded
@@ -69,18 +68,6 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         instance = _initial(adapted, out)
         _follow(office, _given(config, up, state, out, instance), out, observe)
     return adapted
-
-
-@contextlib.contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """One `server run` at a time for a coordinator."""
-    with (state / "run.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mend = "Wait for it, or stop it: molehill server stop --run"
-            raise DeployError("another `server run` is at work", where=str(state), mend=mend) from None
-        yield
 
 
 def _require_idle(office: Office, out: Path) -> None:
