@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 import tiny_world
 from common import show
+from exchange_house import Wire
 from lab import open_lab
 
 
