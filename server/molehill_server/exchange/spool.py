@@ -96,7 +96,7 @@ class Part:
         """
         size = self.size
         with self.room():
-            os.fsync(self._file.fileno())
+            os.fdatasync(self._file.fileno())
         self.synced = size
 
     def drop(self) -> None:
