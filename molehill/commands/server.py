@@ -135,7 +135,7 @@ def status(state: State = _STATE, as_json: Json = False) -> None:
             print_json(document)
             return
         console = Console()
-        console.print(f"up since process {found.pid}, nodes at {found.host}:{found.port}", highlight=False)
+        console.print(f"up as process {found.pid}, nodes at {found.host}:{found.port}", highlight=False)
         table = Table(box=SIMPLE_HEAD)
         table.add_column("node")
         table.add_column("status")
