@@ -14,7 +14,9 @@ MolehillError
 ├── FederationError   the round cannot go on (for example below quorum)
 ├── IdentityError     a key, certificate or certificate authority
 ├── DeployError       a process of a deployment cannot start or be reached
-└── PrivacyError      the privacy budget is spent
+├── PrivacyError      the privacy budget is spent
+├── BundleError       a bundle, gate or expert of a device
+└── TrustError        a signature, a repository of bundles, or what it says
 """
 
 from __future__ import annotations
@@ -107,3 +109,15 @@ class PrivacyError(MolehillError):
     """A round would spend more privacy than the run's budget allows."""
 
     exit_code = 12
+
+
+class BundleError(MolehillError):
+    """A bundle, gate or expert is damaged, expired, too new, or does not fit; or an input does not fit the bundle."""
+
+    exit_code = 13
+
+
+class TrustError(MolehillError):
+    """A repository of bundles is unsigned, expired, older than what is known, or signed by somebody else."""
+
+    exit_code = 14
