@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 
 from molehill import files
 from molehill.errors import BundleError
-from molehill_edge import classify, experts, gates, generate, routes
+from molehill_edge import classify, experts, gates, generate, personalise, routes
 from molehill_edge import manifest as manifests
 from molehill_edge.classify import Prediction
 from molehill_edge.gates import Gate
 from molehill_edge.generate import Answer, Asked, Cache, Stream
+from molehill_edge.personalise import Outcome
 from molehill_edge.prompts import Message, Prompts
 from molehill_edge.routes import RouterReport
 from molehill_edge.sampling import Sampling
@@ -28,7 +29,7 @@ from molehill_edge.session import Session, value
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 if TYPE_CHECKING:
-    from molehill_edge.trust import Trust
+    from molehill_edge.trust import Admitted, Trust
 
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +41,7 @@ _STATE, _OWN_GATE = "state.json", "gate.safetensors"
 class _Engine:
     """What all views of one bundle share."""
 
-    folder: Path  # as it was admitted; never written to
+    admitted: Admitted  # keeps the folder there
     manifest: Manifest  # with the experts that are there now
     session: Session
     tokenizer: Tokenizer
@@ -49,8 +50,10 @@ class _Engine:
     changes: int = 0  # of the experts
     run: experts.RunFolder | None = None
 
-    def added(self) -> bool:
-        return self.run is not None
+    @property
+    def folder(self) -> Path:
+        """As it was admitted; never written to."""
+        return self.admitted.folder
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,23 @@ class View:
         """
         self._now = _bind(self._engine, self._resolve(gate))
 
+    def choose_experts(self, names: Sequence[str]) -> None:
+        """Choose from these routed experts only, with the gate in use; `swap_gate` undoes it.
+
+        Args:
+            names: Ids of experts.
+
+        Raises:
+            BundleError: There is no such expert, it is shared, or a router would be left without experts.
+        """
+        manifest = self.manifest
+        wanted = {_find(manifest, name) for name in names}
+        always = [manifest.slots[slot].id for slot in wanted if manifest.slots[slot].shared]
+        if always:
+            raise BundleError(f"expert {always[0]} is shared by all tokens anyway", mend="Leave it out.")
+        mask = self.gate.mask & np.isin(gates.slots(manifest), list(wanted))
+        self.swap_gate(replace(self.gate, mask=mask))
+
     def read_gate(self, gate: Path | str) -> Gate:
         """Read a gate, so that swapping it takes no time.
 
@@ -156,13 +176,9 @@ class View:
             BundleError: The bundle generates text, or a text is too long or has no tokens.
         """
         labels = self._labels()
-        task = self.manifest.task
-        encoded = classify.encode(self._engine.tokenizer, texts, task.max_length, truncate=truncate)
-        found = classify.softmax(self.logits(encoded))
+        found = classify.softmax(self.logits(self.encode_all(texts, truncate=truncate)))
         best = found.argmax(-1)
-        return [
-            Prediction(labels[i], float(row[i]), tuple(row.tolist())) for i, row in zip(best, found, strict=True)
-        ]
+        return [Prediction(labels[i], float(row[i]), tuple(row.tolist())) for i, row in zip(best, found, strict=True)]
 
     def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
         """Logits of texts of a classifier.
@@ -215,6 +231,40 @@ class View:
         if raw:
             return generate.encode(engine.tokenizer, text, special=True)
         return generate.encode(engine.tokenizer, engine.prompts.single(text), special=engine.prompts.special)
+
+    def encode_all(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+        """Ids of texts to classify.
+
+        Args:
+            texts: The texts.
+            truncate: Let texts that are too long lose their end.
+
+        Raises:
+            BundleError: A text is too long or has no tokens.
+        """
+        most = self.manifest.task.max_length
+        return classify.encode(self._engine.tokenizer, texts, most, truncate=truncate)
+
+    def gate_tensors(self) -> dict[str, Array]:
+        """The tensors of the gate in use, with the rows of experts that were added."""
+        arrays = self._bound().arrays
+        return {tensor.name: arrays[tensor.name] for tensor in self.manifest.gate}
+
+    def personalise(
+        self, texts: Sequence[str], labels: Sequence[str] | None = None, *, seed: int = 0, budget: int = 80
+    ) -> Outcome:
+        """Fit the gate's bias and mask to texts of the owner; `Outcome.gate` is for `swap_gate` and `gates.write`.
+
+        Args:
+            texts: What is too long loses its end. About a third is held out to judge the result.
+            labels: One for each, for a classifier; the search goes without when None.
+            seed: Equal seeds give equal results.
+            budget: How many times the texts may be read.
+
+        Raises:
+            BundleError: The texts are too few, a label is unknown, or the bundle has no router.
+        """
+        return personalise.personalise(self, texts, labels, seed=seed, budget=budget)
 
     def stream(
         self,
@@ -274,6 +324,27 @@ class View:
         )  # fmt: skip
         return stream.rest(on_text)
 
+    def cache(self) -> Cache:
+        """An empty cache of keys and values, for `read`.
+
+        Raises:
+            BundleError: The bundle classifies.
+        """
+        engine = self._causal()
+        return Cache(engine.session, engine.manifest.task)
+
+    def read(self, cache: Cache, ids: Sequence[int]) -> Array:
+        """Logits after the last of some tokens, ``[vocabulary]``; only those that the cache lacks are computed.
+
+        Args:
+            cache: Of this bundle.
+            ids: At least one token.
+
+        Raises:
+            BundleError: The tokens are too many, or the graph cannot be computed.
+        """
+        return cache.read(ids, self._bound().inputs)
+
     def chat(
         self,
         *,
@@ -296,7 +367,9 @@ class View:
             BundleError: The bundle classifies, or an option makes no sense.
         """
         engine = self._causal()
-        return Chat(self, Cache(engine.session, engine.manifest.task), system, Sampling(temperature, top_k, top_p, seed))
+        return Chat(
+            self, Cache(engine.session, engine.manifest.task), system, Sampling(temperature, top_k, top_p, seed)
+        )
 
     def route_report(self, text: str, *, per_token: bool = False, truncate: bool = False) -> list[RouterReport]:
         """Say which experts a text used, for every router.
@@ -314,7 +387,9 @@ class View:
         if len(ids) > most and not truncate:
             raise BundleError(f"the text has {len(ids)} tokens, where {most} fit", mend="Give a shorter text.")
         ids = ids[:most]
-        weights = self.forward(np.array([ids], np.int64), np.ones((1, len(ids)), np.int64), routes.outputs(self.manifest))
+        weights = self.forward(
+            np.array([ids], np.int64), np.ones((1, len(ids)), np.int64), routes.outputs(self.manifest)
+        )
         return routes.report(self.manifest, weights, len(ids), per_token=per_token)
 
     def _causal(self) -> _Engine:
@@ -407,16 +482,20 @@ class Bundle(View):
             BundleError: The bundle is damaged, does not fit this device, or needs more memory.
             TrustError: Nobody vouches for it.
         """
-        admitted = trust.admit(str(name))
-        folder, manifest = admitted.folder, admitted.manifest
-        default = gates.read(folder / manifests.GATE, manifest)
-        prompts = None
-        if manifest.task.kind == "causal-lm":
-            prompts = Prompts(manifest.task.generation, manifest.id)
-        tokenizer = _tokenizer(folder / manifests.TOKENIZER)
-        session = Session(folder, manifest, threads=threads, memory_mb=memory_mb)
-        _check_graph(session, manifest)
-        return cls(_Engine(folder, _copy(manifest), session, tokenizer, prompts), default)
+        admitted = trust.admit(name)
+        try:
+            folder, manifest = admitted.folder, admitted.manifest
+            default = gates.read(folder / manifests.GATE, manifest)
+            prompts = None
+            if manifest.task.kind == "causal-lm":
+                prompts = Prompts(manifest.task.generation, manifest.id)
+            tokenizer = _tokenizer(folder / manifests.TOKENIZER)
+            session = Session(folder, manifest, threads=threads, memory_mb=memory_mb)
+            _check_graph(session, manifest)
+            return cls(_Engine(admitted, _copy(manifest), session, tokenizer, prompts), default)
+        except BaseException:
+            admitted.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -432,6 +511,7 @@ class Bundle(View):
         if self._engine.run is not None:
             self._engine.run.remove()
             self._engine.run = None
+        self._engine.admitted.close()
 
     def remove_expert(self, name: str) -> None:
         """Never choose an expert again; its slot is free for another.
@@ -516,8 +596,7 @@ class Bundle(View):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if engine.run is not None:
                 files.write(folder / manifests.EXPERTS, _read(engine.run.path / manifests.EXPERTS))
-            bound = self._bound()
-            own = Gate(self.gate.name, {name: bound.arrays[name] for name in self.gate.tensors}, *_both(self.gate))
+            own = replace(self.gate, tensors=self.gate_tensors())
             gates.write(folder / _OWN_GATE, own, engine.manifest)
             files.write(folder / _STATE, json.dumps(state).encode(), mode=files.PRIVATE)
         except OSError as error:
@@ -608,7 +687,7 @@ def _check_graph(session: Session, manifest: Manifest) -> None:
 def _tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more particular
+    except Exception as error:  # noqa: BLE001  # the library raises nothing more particular
         raise BundleError(f"cannot be read: {error}", where=str(path)) from None
     tokenizer.no_truncation()  # as stored it may do either, unasked
     tokenizer.no_padding()
@@ -636,12 +715,9 @@ def _read(path: Path) -> bytes:
         raise BundleError(f"cannot read it: {error.strerror}", where=str(path)) from None
 
 
-def _both(gate: Gate) -> tuple[Array, Array]:
-    return gate.bias, gate.mask
-
-
 def _row(array: Array, axis: int, index: int) -> Array:
-    return np.take(array, index, axis)
+    row: Array = np.take(array, index, axis)
+    return row
 
 
 def _layout(data: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""Putting an expert into a free slot of a bundle: its tensors into a copy of experts.safetensors, its rows into gates."""
+"""Putting an expert into a free slot: its tensors into a copy of experts.safetensors, its rows into gates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from molehill import files
 from molehill.errors import BundleError
 from molehill_edge import gates
 from molehill_edge import manifest as manifests
+from molehill_edge.quantise import pack4, quantise, unpack4
 from molehill_protos.v1 import bundle_pb2
 from molehill_protos.v1.bundle_pb2 import GateTensor, Manifest, Site
 
@@ -105,7 +106,7 @@ def place(expert: Expert, slot: int, manifest: Manifest, data: bytes) -> bytes:
         data: The file as it is; the places of its tensors stay the same, since the graph points at them.
 
     Raises:
-        BundleError: The file is damaged, or numbers of the expert are too large for how the bundle stores them.
+        BundleError: The file is damaged.
     """
     changed = bytearray(data)
     tensors = views(changed)
@@ -134,6 +135,19 @@ def views(data: bytearray) -> dict[str, Array]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise BundleError("damaged", where=manifests.EXPERTS) from None
     return tensors
+
+
+def rows8(values: Array) -> tuple[Array, Array]:
+    """Rows as int8 with a scale each.
+
+    Args:
+        values: ``[R, d]``.
+
+    Returns:
+        int8 ``[R, d]`` and float32 ``[R]``.
+    """
+    scale = np.maximum(np.abs(values).max(1), 1e-20).astype(np.float32) / 127
+    return np.rint(values / scale[:, None]).astype(np.int8), scale
 
 
 class RunFolder:
@@ -213,7 +227,7 @@ def _misfit(expert: Expert, manifest: Manifest, slot: int) -> str | None:
     return next((why for t in tensors if (why := _wrong([(expert.rows[t.name], row_shape(t), "row")], t.name))), None)
 
 
-def _wrong(arrays: list[tuple[Array, tuple[int, ...], str]], name: str) -> str | None:
+def _wrong(arrays: Sequence[tuple[Array, tuple[int, ...], str]], name: str) -> str | None:
     try:
         for array, shape, what in arrays:
             gates.check(array, shape, f"{what} of {name}", "")
@@ -225,16 +239,27 @@ def _wrong(arrays: list[tuple[Array, tuple[int, ...], str]], name: str) -> str |
 def _write(site: Site, position: int, A: Array | None, B: Array, tensors: Mapping[str, Array]) -> None:
     """Write an expert into its ranks of one site."""
     begin = sum(site.ranks[:position])
-    ranks = slice(begin, begin + site.ranks[position])
-    lead = slice(site.a_start + begin, site.a_start + begin + site.ranks[position])
+    end = begin + site.ranks[position]
+    ranks, lead = slice(begin, end), slice(site.a_start + begin, site.a_start + end)
+    b = tensors[site.b]
     if site.form == bundle_pb2.VECTORS:
-        tensors[site.b][ranks] = B
+        b[ranks] = B
         return
     assert A is not None  # `_misfit` was asked before
+    a = tensors[site.a]
     if site.form == bundle_pb2.GEMM_FP32:
-        tensors[site.a][:, lead] = A.T
+        a[:, lead], b[ranks] = A.T, B.T
+    elif site.form == bundle_pb2.GEMM_INT8:
+        q = quantise(A.T, B.T, tensors[f"{site.b}.scale"], 8)
+        a[:, lead], tensors[f"{site.a}.scale"][lead], b[ranks] = q.a, q.a_scale, q.b
+    elif site.form == bundle_pb2.GEMM_INT4:
+        q = quantise(A.T, B.T, tensors[f"{site.b}.scale"][:, 0], 4, site.a_block)
+        a[lead], tensors[f"{site.a}.scale"][lead] = pack4(q.a, site.a_block), q.a_scale.T
+        whole = unpack4(b, sum(site.ranks))
+        whole[ranks] = q.b
+        b[:] = pack4(whole, site.b_block)
     elif site.form == bundle_pb2.ROWS_FP32:
-        tensors[site.a][lead] = A
+        a[lead], b[ranks] = A, B.T
     else:
-        raise BundleError("this version cannot add experts to a quantised bundle", mend="Export it with fp32 experts.")
-    tensors[site.b][ranks] = B.T
+        a[lead], tensors[f"{site.a}.scale"][lead] = rows8(A)
+        b[ranks], tensors[f"{site.b}.scale"][ranks] = rows8(np.ascontiguousarray(B.T))

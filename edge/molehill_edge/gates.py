@@ -74,7 +74,9 @@ def read(path: Path, manifest: Manifest) -> Gate:
         raise BundleError("the gate is for another base model", where=where, mend="Use a gate of this bundle's run.")
     if metadata.get("layout") != manifest.layout.hex():
         raise BundleError(
-            "the gate is for another layout of experts and routers", where=where, mend="Use a gate of this bundle's run."
+            "the gate is for another layout of experts and routers",
+            where=where,
+            mend="Use a gate of this bundle's run.",
         )
     shapes = {tensor.name: tuple(tensor.shape) for tensor in manifest.gate}
     size = starts(manifest)[-1]
@@ -91,7 +93,9 @@ def read(path: Path, manifest: Manifest) -> Gate:
     if mask.shape != (size,) or mask.dtype not in (np.uint8, np.bool_):
         raise BundleError(f"{MASK} is not one bit for each of {size} experts", where=where)
     ordered = {name: np.ascontiguousarray(tensors[name]) for name in shapes}
-    return Gate(metadata.get("name", path.name), ordered, np.ascontiguousarray(bias), mask.astype(bool))
+    # Who sits in a slot that is empty now is for its owner to say, not for the gate.
+    allowed = mask.astype(bool) | ~usable(manifest)
+    return Gate(metadata.get("name", path.name), ordered, np.ascontiguousarray(bias), allowed)
 
 
 def write(path: Path, gate: Gate, manifest: Manifest) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -279,7 +279,7 @@ class Asked:
     """Everything that decides an answer but its prompt."""
 
     max_new_tokens: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
 
 
@@ -344,7 +344,7 @@ class Stream(Iterator[str]):
             self.close()
         return self.answer
 
-    def _draw(self, cache: Cache, ids: list[int], inputs: Inputs, most: int) -> Any:
+    def _draw(self, cache: Cache, ids: list[int], inputs: Inputs, most: int) -> Generator[str]:
         for drawn in range(1, most + 1):
             token = self._sampler(cache.read(ids, inputs))
             ids.append(token)

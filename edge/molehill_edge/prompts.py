@@ -80,7 +80,7 @@ class Prompts:
             return self._render(turns, prompt=True)  # the template edits earlier turns
         except BundleError:
             raise
-        except Exception as error:  # a template may fail in any way
+        except Exception as error:  # noqa: BLE001  # a template may fail in any way
             raise BundleError(f"its chat template refuses the conversation: {error}", where=self._where) from None
 
     def single(self, instruction: str, context: str = "") -> str:

@@ -85,7 +85,7 @@ class Session:
             options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         try:
             return ort.InferenceSession(folder / manifests.GRAPH, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a class of its own for each of its codes
+        except Exception as error:  # noqa: BLE001  # ONNX Runtime raises a class of its own for each of its codes
             raise BundleError(f"ONNX Runtime cannot open the graph: {_first(error)}", where=str(folder)) from None
 
     @contextmanager
