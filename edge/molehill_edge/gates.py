@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from molehill import files
 from molehill.errors import BundleError
+from molehill_edge import tensors
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 Array = np.ndarray[Any, Any]
@@ -68,7 +66,7 @@ def read(path: Path, manifest: Manifest) -> Gate:
     Raises:
         BundleError: It cannot be read, is no gate, is for another base or layout, or its tensors do not fit.
     """
-    tensors, metadata = load(path, "gate")
+    found, metadata = load(path, "gate")
     where = str(path)
     if metadata.get("base") != manifest.base.digest:
         raise BundleError("the gate is for another base model", where=where, mend="Use a gate of this bundle's run.")
@@ -80,19 +78,19 @@ def read(path: Path, manifest: Manifest) -> Gate:
         )
     shapes = {tensor.name: tuple(tensor.shape) for tensor in manifest.gate}
     size = starts(manifest)[-1]
-    missing = shapes.keys() - tensors.keys()
-    extra = tensors.keys() - shapes.keys() - {BIAS, MASK}
+    missing = shapes.keys() - found.keys()
+    extra = found.keys() - shapes.keys() - {BIAS, MASK}
     if missing or extra:
         said = f"lacks {min(missing)}" if missing else f"has {min(extra)}, which the bundle does not know"
         raise BundleError(f"the gate {said}", where=where)
     for name, shape in shapes.items():
-        check(tensors[name], shape, name, where)
-    bias = tensors.get(BIAS, np.zeros(size, np.float32))
-    mask = tensors.get(MASK, np.ones(size, bool))
+        check(found[name], shape, name, where)
+    bias = found.get(BIAS, np.zeros(size, np.float32))
+    mask = found.get(MASK, np.ones(size, bool))
     check(bias, (size,), BIAS, where)
     if mask.shape != (size,) or mask.dtype not in (np.uint8, np.bool_):
         raise BundleError(f"{MASK} is not one bit for each of {size} experts", where=where)
-    ordered = {name: np.ascontiguousarray(tensors[name]) for name in shapes}
+    ordered = {name: np.ascontiguousarray(found[name]) for name in shapes}
     # Who sits in a slot that is empty now is for its owner to say, not for the gate.
     allowed = mask.astype(bool) | ~usable(manifest)
     return Gate(metadata.get("name", path.name), ordered, np.ascontiguousarray(bias), allowed)
@@ -109,7 +107,7 @@ def write(path: Path, gate: Gate, manifest: Manifest) -> None:
     Raises:
         BundleError: It cannot be written.
     """
-    tensors = {**gate.tensors, BIAS: gate.bias, MASK: gate.mask.astype(np.uint8)}
+    values = {**gate.tensors, BIAS: gate.bias, MASK: gate.mask.astype(np.uint8)}
     metadata = {
         "format": FORMAT,
         "kind": "gate",
@@ -117,7 +115,7 @@ def write(path: Path, gate: Gate, manifest: Manifest) -> None:
         "base": manifest.base.digest,
         "layout": manifest.layout.hex(),
     }
-    data = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata)
+    data, _ = tensors.pack(values, metadata)
     try:
         files.write(path, data, mode=files.PRIVATE)  # it says something about its owner's texts
     except OSError as error:
@@ -141,21 +139,16 @@ def load(path: Path, kind: str) -> tuple[dict[str, Array], dict[str, str]]:
     try:
         if path.stat().st_size > LARGEST:
             raise BundleError(f"larger than any {kind} file", where=where)
-        data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"cannot read it: {error.strerror}", where=where) from None
-    try:
-        tensors = safetensors.numpy.load(data)
-        metadata = _metadata(data)
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BundleError(f"damaged, or not a {kind} file: {error}", where=where) from None
+    found, metadata = tensors.read(path)
     if metadata.get("kind") != kind:
         raise BundleError(f"not a {kind} file", where=where, mend=f"Give a file that was written as {kind}.")
     if metadata.get("format") != FORMAT:
         raise BundleError(
             f"a {kind} file of format {metadata.get('format')!r}", where=where, mend="Update molehill on this device."
         )
-    return tensors, metadata
+    return found, metadata
 
 
 def check(array: Array, shape: tuple[int, ...], name: str, where: str) -> None:
@@ -170,10 +163,3 @@ def check(array: Array, shape: tuple[int, ...], name: str, where: str) -> None:
         raise BundleError(f"{name} has shape {list(array.shape)} where {list(shape)} fits", where=where)
     if not np.isfinite(array).all():
         raise BundleError(f"{name} holds numbers that are not finite", where=where)
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file that was parsed before."""
-    length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-    return dict(found)

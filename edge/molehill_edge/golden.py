@@ -48,7 +48,7 @@ def check(view: View) -> Check:
         BundleError: The graph cannot be computed.
     """
     manifest = view.manifest
-    errors, same = [0.0], []
+    errors, same = [0.0], list[bool]()
     for golden in manifest.golden:
         ids = np.array([list(golden.input_ids)], np.int64)
         logits = view.forward(ids, np.ones_like(ids), ["logits"])[0][0]
@@ -58,4 +58,4 @@ def check(view: View) -> Check:
         same.append(int(logits.argmax()) == golden.best)
     quantisation = manifest.quantisation
     exact = {quantisation.base, quantisation.experts, quantisation.head or "fp32"} == {"fp32"}
-    return Check(len(same), float(np.mean(same or [1.0])), max(errors), _EXACT if exact else _ROUNDED)
+    return Check(len(same), float(np.mean(same or [True])), max(errors), _EXACT if exact else _ROUNDED)

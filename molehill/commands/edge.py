@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +40,14 @@ Insecure = Annotated[
     bool, typer.Option("--insecure-local", help="Open an unsigned folder or archive. Anybody could have written it.")
 ]
 StoreFolder = Annotated[
-    Path | None, typer.Option("--store", metavar="DIR", help="Where bundles are kept.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        envvar="MOLEHILL_STORE",
+        help="Where bundles lie on this device.",
+        show_default="the user's data folder",
+    ),
 ]
 GateOption = Annotated[
     str | None, typer.Option("--gate", metavar="NAME|FILE", help="Instead of the bundle's default.", show_default=False)
@@ -80,9 +89,9 @@ def _trust(insecure: bool, store: Path | None) -> Trust:
             from molehill_edge.trust import InsecureLocal
 
             return InsecureLocal(lambda warning: say(Text(warning, "bold red")))
-        from molehill_edge.store import Store, default_folder
+        from molehill_edge.store import Store
 
-        return Store(store or default_folder())
+        return Store(store)
 
 
 @app.command()
@@ -205,7 +214,7 @@ def _classify(bundle: Bundle, texts: list[str], *, truncate: bool, route: bool, 
 
 def _answer(bundle: Bundle, texts: list[str], options: dict[str, Any], *, route: bool, as_json: bool) -> None:
     rows = []
-    routes = [] if route else None
+    routes: list[list[RouterReport]] | None = [] if route else None
     for number, text in enumerate(texts):
         if not as_json and len(texts) > 1:
             typer.echo(f"{'' if number == 0 else chr(10)}> {_short(text)}")
@@ -367,7 +376,7 @@ def _show_told(told: dict[str, Any]) -> None:
         "parity": f"{parity['agreement']:.1%} of {parity['texts']} texts alike, logit error {parity['logit_error']:.1e}"
         if parity["texts"]
         else "",
-        "accuracy": f"{parity['accuracy_bundle']:.1%}, original {parity['accuracy_original']:.1%}, {parity['rows']} rows"
+        "accuracy": f"{parity['accuracy_bundle']:.1%}, of {parity['rows']} rows; {parity['accuracy_original']:.1%} before"
         if parity["rows"]
         else "",
         "from": ", ".join(
@@ -507,6 +516,10 @@ def _show_outcome(found: Outcome, out: Path) -> None:
         typer.echo(f"never chosen: {', '.join(found.dropped)}")
     what = "the fitted gate" if found.kept else "no gain on the texts held out: the gate as it was"
     typer.echo(f"{out}: {what}")
+
+
+if find_spec("molehill.commands.edge_trust"):
+    import_module("molehill.commands.edge_trust").register(app)
 
 
 def _who(bundle: Bundle) -> dict[str, Any]:
