@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from molehill import __version__, config
-from molehill.errors import BundleError, ConfigError
+from molehill.errors import ConfigError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
@@ -138,9 +137,7 @@ def _check(source: Source, out: Path, options: Options) -> None:
         raise ConfigError(f"{names[0]!r} cannot name a file", where="--gate")
 
 
-def _write(
-    source: Source, folder: Path, work: Path, options: Options, progress: Callable[[str], None]
-) -> pb.Manifest:
+def _write(source: Source, folder: Path, work: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
     causal = source.task.kind == "causal-lm"
     progress("Tracing the base")
     graph = _base_graph(source, work / "base")
@@ -170,8 +167,10 @@ def _write(
     for gate in options.gates[1:]:
         (folder / "gates").mkdir(exist_ok=True)
         with source.gate(gate) as model:
-            tensors.write(folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), _of_gate(manifest, gate))
-    _companions(source, graph, manifest, folder, work / "base")
+            tensors.write(
+                folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), _of_gate(manifest, gate)
+            )
+    _companions(source, manifest, folder, work / "base")
     progress("Comparing with the original")
     runner = parity_of.Runner(folder / GRAPH, manifest)
     with source.gate(options.gates[0]) as model, _only(model, slots):
@@ -253,7 +252,7 @@ def _of_gate(manifest: pb.Manifest, name: str) -> dict[str, str]:
     return {"format": "1", "kind": "gate", "name": name, "base": manifest.base.digest, "layout": manifest.layout.hex()}
 
 
-def _companions(source: Source, graph: Graph, manifest: pb.Manifest, folder: Path, work: Path) -> None:
+def _companions(source: Source, manifest: pb.Manifest, folder: Path, work: Path) -> None:
     """Tokenizer, and what onnxruntime-genai wants beside it."""
     tokenizer = Tokenizer.from_str(source.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_truncation()
@@ -272,7 +271,8 @@ def _companions(source: Source, graph: Graph, manifest: pb.Manifest, folder: Pat
 def _genai(task: pb.Task, source: Source, work: Path) -> Mapping[str, Any]:
     """Configuration of onnxruntime-genai: the builder's, or one like it for a traced graph."""
     built = work / GENAI
-    generation, settings = task.generation, source.model.base.config
+    generation = task.generation
+    settings: Any = source.model.base.config
     if built.is_file():
         found: dict[str, Any] = json.loads(built.read_text(encoding="utf-8"))
     else:
@@ -337,10 +337,8 @@ def _only(model: MoLoRAModel, slots: Sequence[pb.Slot]) -> Iterator[None]:
 
 
 def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
-    about = pb.Provenance(
-        gate=gate,
-        exporter=f"molehill {__version__}, torch {installed('torch')}, onnxruntime-genai {installed('onnxruntime-genai')}",
-    )
+    tools = ", ".join(f"{name} {installed(name)}" for name in ("torch", "onnxruntime-genai"))
+    about = pb.Provenance(gate=gate, exporter=f"molehill {__version__}, {tools}")
     if source.run is not None and source.out is not None:
         manifest.created, about.rounds, about.epsilon = finished(source.out)
         about.run, about.config_digest = source.run.run.name, source.run.digest

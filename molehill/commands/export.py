@@ -36,21 +36,17 @@ def export(
         typer.Option(metavar="CLIENT|global", help="Whose gate; the first is the default one.", show_default="global"),
     ] = None,
     quantize: Annotated[Literal["fp32", "int8", "int4"], typer.Option(help="Bits of base and experts.")] = "int8",
-    experts: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Experts to take.", show_default="all")
-    ] = None,
-    spare_slots: Annotated[int, typer.Option(min=0, max=64, help="Empty places for experts that a device may add.")] = 0,
-    bundle_id: Annotated[
-        str, typer.Option("--id", help="Name of the bundle.", show_default="that of the run")
-    ] = "",
+    experts: Annotated[str | None, typer.Option(metavar="A,B,...", help="Experts to take.", show_default="all")] = None,
+    spare_slots: Annotated[
+        int, typer.Option(min=0, max=64, help="Empty places for experts that a device may add.")
+    ] = 0,
+    bundle_id: Annotated[str, typer.Option("--id", help="Name of the bundle.", show_default="that of the run")] = "",
     version: Annotated[int, typer.Option("--bundle-version", min=1, help="Must grow with every publication.")] = 1,
     expires: Annotated[
         datetime | None,
         typer.Option(formats=["%Y-%m-%d"], help="Day from which on devices refuse it.", show_default="never"),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Where the base model is now.", show_default="as in the run")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base model is now.", show_default="as in the run")] = None,
     state: Annotated[
         Path | None, typer.Option(metavar="DIR", help="--state of a lab machine, for its own gate.", show_default=False)
     ] = None,
