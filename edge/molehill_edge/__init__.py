@@ -1,1 +1,48 @@
-"""The device runtime: verify, load, route, generate. Needs onnxruntime, tokenizers, numpy and tuf, never torch."""
+"""The device runtime: verify, load, route, generate. Needs onnxruntime, tokenizers, numpy and tuf, never torch.
+
+>>> from molehill_edge import Bundle, InsecureLocal
+>>> with Bundle.open("bundle", trust=InsecureLocal()) as bundle:
+...     bundle.classify(["some text"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from molehill_edge.bundle import Bundle, Chat, View
+    from molehill_edge.classify import Prediction
+    from molehill_edge.gates import Gate
+    from molehill_edge.generate import Answer
+    from molehill_edge.personalise import Outcome
+    from molehill_edge.routes import RouterReport
+    from molehill_edge.store import Store
+    from molehill_edge.trust import Admitted, InsecureLocal, Trust
+
+__all__ = [
+    "Admitted", "Answer", "Bundle", "Chat", "Gate", "InsecureLocal", "Outcome", "Prediction", "RouterReport", "Store",
+    "Trust", "View",
+]  # fmt: skip
+
+# Importing the package takes no time; onnxruntime and tuf wait until they are needed.
+_HOMES = {
+    "Admitted": "trust",
+    "Answer": "generate",
+    "Bundle": "bundle",
+    "Chat": "bundle",
+    "Gate": "gates",
+    "InsecureLocal": "trust",
+    "Outcome": "personalise",
+    "Prediction": "classify",
+    "RouterReport": "routes",
+    "Store": "store",
+    "Trust": "trust",
+    "View": "bundle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

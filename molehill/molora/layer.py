@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molehill.errors import ModelError
+from molehill.molora.block import contract, expand, mix
 from molehill.molora.experts.ia3 import IA3Bank
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.interfaces import Mixer, Overrides, Route, RouteContext, RouteRecord, Site
@@ -296,10 +297,9 @@ class ExpandLinear(MoLoRALinear):
         assert isinstance(self.bank, LoRABank)
         assert self.group is not None
         self.group.route(x, None)
-        rank, experts = self.bank.ranks[0], self.bank.n_experts
-        low = F.linear(self.dropout(x), self.bank.A.to(x.dtype)).view(*x.shape[:2], experts, rank)
-        Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype).view(experts, rank, -1)
-        delta = torch.einsum("bter,ero->bteo", low, Bt)
+        experts = self.bank.n_experts
+        Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype)
+        delta = expand(self.dropout(x), self.bank.A.to(x.dtype), Bt, experts)
         if len(self.bank.patch_expert):
             owner = F.one_hot(self.bank.patch_expert, experts).to(x.dtype)
             frozen = F.linear(x, self.bank.patch_A.to(x.dtype))
@@ -323,11 +323,8 @@ class ContractLinear(MoLoRALinear):
         assert isinstance(self.bank, LoRABank)
         h0, h = x[:, :, 0], x[:, :, 1:]
         w = self.weights(h0, None).to(x.dtype)
-        rank, experts = self.bank.ranks[0], self.bank.n_experts
-        mixed = h0 + torch.einsum("bted,bte->btd", h - h0.unsqueeze(2), w)
-        A = self.bank.A.to(x.dtype).view(experts, rank, -1)
-        low = torch.einsum("bted,erd->bter", self.dropout(h), A) * (w * self.bank.scales[0]).unsqueeze(-1)
-        y = F.linear(mixed, self.weight, self.bias) + low.flatten(2) @ self.bank.Bt.to(x.dtype)
+        delta = contract(self.dropout(h), w * self.bank.scales[0], self.bank.A.to(x.dtype), self.bank.Bt.to(x.dtype))
+        y = F.linear(mix(h0, h, w), self.weight, self.bias) + delta
         owner = self.bank.patch_expert
         if len(owner):
             frozen = torch.einsum("btpd,pd->btp", h[:, :, owner], self.bank.patch_A.to(x.dtype))

@@ -56,12 +56,14 @@ class LoadedBase:
         tokenizer: With a padding token.
         info: Which weights these are.
         pooling: How token states become one vector (classification).
+        folder: Where its files are on this machine.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     info: BaseInfo
     pooling: Literal["mean", "cls", "last"]
+    folder: Path
 
 
 def load_base(base: config.Base, task: config.Task) -> LoadedBase:
@@ -91,7 +93,7 @@ def load_base(base: config.Base, task: config.Task) -> LoadedBase:
     model.config.pad_token_id = tokenizer.pad_token_id
     model.train(mode=False).requires_grad_(requires_grad=False)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps the method and hides its signature
-    return LoadedBase(model, tokenizer, BaseInfo(name, revision, digest(files)), _pooling(task, settings))
+    return LoadedBase(model, tokenizer, BaseInfo(name, revision, digest(files)), _pooling(task, settings), folder)
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -1,0 +1,99 @@
+"""Classes of texts, several texts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from molehill.errors import BundleError
+
+Array = np.ndarray[Any, Any]
+
+_TOKENS = 1024  # of one batch, padding included
+_PADS = ("[PAD]", "<pad>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the bundle says of one text.
+
+    Attributes:
+        label: The likeliest.
+        probability: Of that label.
+        probabilities: Of all labels, in the manifest's order.
+    """
+
+    label: str
+    probability: float
+    probabilities: tuple[float, ...]
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], most: int, *, truncate: bool) -> list[list[int]]:
+    """Ids of texts.
+
+    Args:
+        tokenizer: Of the bundle, with neither padding nor truncation.
+        texts: The texts.
+        most: Tokens that fit, special ones included.
+        truncate: Let longer texts lose their end.
+
+    Raises:
+        BundleError: A text is too long or has no tokens.
+    """
+    encoded = [list(found.ids) for found in tokenizer.encode_batch(list(texts))]
+    long = [i for i, ids in enumerate(encoded) if len(ids) > most]
+    if long and not truncate:
+        which = f"text {long[0] + 1}" if len(texts) > 1 else "the text"
+        mend = "Give a shorter text, or let it lose its end (--truncate)."
+        raise BundleError(f"{which} has {len(encoded[long[0]])} tokens, where {most} fit", mend=mend)
+    if long:
+        # Not a cut of the ids: the special tokens at the end stay.
+        short = Tokenizer.from_str(tokenizer.to_str())
+        short.enable_truncation(most)
+        for i in long:
+            encoded[i] = list(short.encode(texts[i]).ids)
+    if not all(encoded):
+        raise BundleError("a text has no tokens", mend="Leave it out.")
+    return encoded
+
+
+def batches(encoded: Sequence[Sequence[int]], pad: int) -> Iterator[tuple[list[int], Array, Array]]:
+    """Group texts of similar length.
+
+    Args:
+        encoded: Ids of texts.
+        pad: Id that fills rows on the right.
+
+    Yields:
+        Which texts; their ids ``[batch, sequence]``; 1 for real tokens ``[batch, sequence]``.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * len(encoded[order[count]]) <= _TOKENS:
+            count += 1
+        rows, order = order[:count], order[count:]
+        longest = max(len(encoded[i]) for i in rows)
+        ids = np.full((count, longest), pad, np.int64)
+        mask = np.zeros((count, longest), np.int64)
+        for row, i in enumerate(rows):
+            ids[row, : len(encoded[i])] = encoded[i]
+            mask[row, : len(encoded[i])] = 1
+        yield rows, ids, mask
+
+
+def pad_of(tokenizer: Tokenizer) -> int:
+    """An id to pad with; masked, so any will do."""
+    found = (tokenizer.token_to_id(name) for name in _PADS)
+    return next((int(i) for i in found if i is not None), 0)
+
+
+def softmax(logits: Array) -> Array:
+    """Probabilities in float64 along the last axis."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    normal: Array = shifted / shifted.sum(-1, keepdims=True)
+    return normal

@@ -1,0 +1,150 @@
+"""The texts that a causal LM reads: the same as in training, by the chat template or in Alpaca's format.
+
+What comes before an answer is what training saw there: `molehill.tasks.causal_lm` is the other half.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from molehill.errors import BundleError
+from molehill_protos.v1.bundle_pb2 import Generation
+
+Message = dict[str, str]
+Messages = Sequence[Message]
+
+_HEADINGS = {"system": "Input", "tool": "Input", "user": "Instruction", "assistant": "Response"}
+_INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+_INTRO_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+
+
+class Prompts:
+    """Renders conversations.
+
+    Args:
+        generation: Of the manifest's task.
+        where: The bundle, for errors.
+
+    Raises:
+        BundleError: The chat template is not Jinja.
+    """
+
+    def __init__(self, generation: Generation, where: str) -> None:
+        self.special = not generation.template  # a template writes its own special tokens
+        self._where = where
+        self._names = {"bos_token": generation.bos_token, "eos_token": generation.eos_token}
+        self._frames: dict[tuple[str, ...], list[str]] = {}
+        self._template = None
+        if generation.template:
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+            )
+            environment.filters["tojson"] = _tojson
+            environment.globals["raise_exception"] = _refuse
+            environment.globals["strftime_now"] = _now
+            try:
+                self._template = environment.from_string(generation.chat_template)
+            except TemplateError as error:
+                raise BundleError(f"its chat template cannot be read: {error}", where=where) from None
+
+    def before_answer(self, messages: Messages) -> str:
+        """The text of a conversation up to where the assistant begins to answer.
+
+        Args:
+            messages: Turns with ``role`` and ``content``; the last is not the assistant's.
+
+        Raises:
+            BundleError: The chat template refuses the conversation, or a role is unknown.
+        """
+        if self._template is None:
+            return _alpaca(messages)
+        mark = "<the answer>"
+        turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
+        answered = [*turns, {"role": "assistant", "content": mark}]
+        try:
+            frame = self._frame(tuple(turn["role"] for turn in answered))
+            shown = "".join(before + turn["content"] for before, turn in zip(frame, answered, strict=False))
+            if shown + frame[-1] == self._render(answered):
+                return shown[: -len(mark)]
+            return self._render(turns, prompt=True)  # the template edits earlier turns
+        except BundleError:
+            raise
+        except Exception as error:  # noqa: BLE001  # a template may fail in any way
+            raise BundleError(f"its chat template refuses the conversation: {error}", where=self._where) from None
+
+    def single(self, instruction: str, context: str = "") -> str:
+        """The text before the answer to one instruction.
+
+        Args:
+            instruction: What is asked.
+            context: A text that it is about.
+
+        Raises:
+            BundleError: The chat template refuses it.
+        """
+        if self._template is None:
+            about = f"\n\n### Input:\n{context}" if context else ""
+            intro = _INTRO_INPUT if context else _INTRO
+            return f"{intro}### Instruction:\n{instruction}{about}\n\n### Response:\n"
+        return self.before_answer([{"role": "user", "content": f"{instruction}\n\n{context}".strip()}])
+
+    def _frame(self, roles: tuple[str, ...]) -> list[str]:
+        """What the template writes before, between and after messages of these roles."""
+        if roles not in self._frames:
+            marks = [f"<mark {i} of {len(roles)}>" for i in range(len(roles))]
+            rest = self._render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
+            frame = []
+            for mark in marks:
+                before, _, rest = rest.partition(mark)
+                frame.append(before)
+            self._frames[roles] = [*frame, rest]
+        return self._frames[roles]
+
+    def _render(self, messages: Messages, *, prompt: bool = False) -> str:
+        assert self._template is not None
+        return self._template.render(
+            messages=list(messages), tools=None, documents=None, add_generation_prompt=prompt, **self._names
+        )
+
+
+def _alpaca(messages: Messages) -> str:
+    text = _INTRO
+    for message in messages:
+        heading = _HEADINGS.get(message["role"])
+        if heading is None:
+            raise BundleError(f"unknown role {message['role']!r}", mend=f"Use one of {', '.join(_HEADINGS)}.")
+        text += f"### {heading}:\n{message['content'].strip()}\n\n"
+    return f"{text}### {_HEADINGS['assistant']}:\n"
+
+
+class _Generation(Extension):
+    """Templates may mark what the assistant writes; here the mark means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  # the interface of Jinja
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(value: Any, *, ensure_ascii: bool = False, indent: int | None = None, **keys: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **keys)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)  # noqa: DTZ005  # local time, as in training

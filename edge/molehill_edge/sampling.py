@@ -1,0 +1,91 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from molehill.errors import BundleError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_k: Draw from this many likeliest tokens only; 0 for all.
+        top_p: Draw from the fewest likeliest tokens whose probabilities add up to this, after ``top_k``.
+        seed: Equal seeds draw equal tokens; None draws anew each time.
+
+    Raises:
+        BundleError: A number out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise BundleError("temperature must be 0 or more", mend="0 takes the likeliest token each time.")
+        if self.top_k < 0:
+            raise BundleError("top-k must be 0 or more", mend="0 draws from all tokens.")
+        if not 0 < self.top_p <= 1:
+            raise BundleError("top-p must be above 0 and at most 1", mend="1 draws from all tokens.")
+        if self.seed is not None and self.seed < 0:
+            raise BundleError("a seed must be 0 or more")
+
+
+class Sampler:
+    """Draws tokens; every answer has one of its own.
+
+    Args:
+        sampling: How.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._how = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: Array) -> int:
+        """Return the next token, given logits ``[vocabulary]``.
+
+        Raises:
+            BundleError: The logits are not numbers.
+        """
+        best = int(logits.argmax())  # NaN counts as largest
+        if not np.isfinite(logits[best]):
+            raise BundleError("the model answers with numbers that are not finite", mend="Use another gate or bundle.")
+        if self._how.temperature == 0:
+            return best
+        tokens, probabilities = self.distribution(logits)
+        sums = np.cumsum(probabilities)
+        return int(tokens[np.searchsorted(sums, self._random.random() * sums[-1], side="right")])
+
+    def distribution(self, logits: Array) -> tuple[Array, Array]:
+        """Tokens that may be drawn, the likeliest first, and their probabilities.
+
+        Args:
+            logits: ``[vocabulary]``; the temperature must be above 0.
+        """
+        k = self._how.top_k
+        if 0 < k < logits.size:
+            tokens = np.argpartition(-logits, k - 1)[:k]
+            tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
+        else:
+            tokens = np.argsort(-logits, kind="stable")
+        kept = logits[tokens].astype(np.float64)
+        # A tiny temperature may overflow to -inf, which is a probability of 0.
+        with np.errstate(over="ignore"):
+            weights = np.exp((kept - kept[0]) / self._how.temperature)
+        weights /= weights.sum()
+        if self._how.top_p < 1:
+            enough = int(np.searchsorted(np.cumsum(weights), self._how.top_p)) + 1
+            tokens, weights = tokens[:enough], weights[:enough] / weights[:enough].sum()
+        return tokens, weights

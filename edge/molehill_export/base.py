@@ -1,0 +1,200 @@
+"""The frozen base as a graph, in float32, with the places of its linears marked."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from onnx import helper
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from molehill.errors import ModelError
+from molehill.molora.head import Head
+from molehill_export.graph import Graph, Place
+from molehill_export.trace import DYNAMIC, export, quiet
+
+_DOMAIN = "molehill"
+_BUILDER = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # model types that onnxruntime-genai's builder is used for
+_HEAD = 16  # grouped-query attention takes heads of a multiple of it
+
+
+def classifier(base: nn.Module, head: Head, sites: Sequence[str]) -> Graph:
+    """An encoder (or decoder backbone) with a head whose parameters are inputs.
+
+    Args:
+        base: Without experts.
+        head: Gives pooling and shape.
+        sites: Names of the linears to mark.
+
+    Returns:
+        Inputs ``input_ids`` and ``attention_mask`` ``[B, T]``, ``head/-/head.weight`` and ``.bias``; output ``logits``.
+    """
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    args = (ids, torch.ones_like(ids), torch.zeros_like(head.weight), torch.zeros_like(head.bias))
+    with _marked(base, sites):
+        model = export(
+            _Classifier(base, head), args, [{0: DYNAMIC, 1: DYNAMIC}] * 2 + [{}, {}],
+            ["input_ids", "attention_mask", "head/-/head.weight", "head/-/head.bias"], ["logits"],
+        )  # fmt: skip
+    return _without_marks(Graph.read(model))
+
+
+def decoder(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Path) -> Graph:
+    """A causal LM with its cache of keys and values, for prefill and decoding alike.
+
+    Args:
+        base: Without experts.
+        folder: Where it was loaded from.
+        sites: Names of the linears to mark.
+        work: Receives what the builder writes, ``genai_config.json`` among it; must stay while the graph is used.
+
+    Returns:
+        Inputs ``input_ids [B, T]``, ``attention_mask [B, past + T]``, ``past_key_values.N.key`` and ``.value``; outputs
+        ``logits`` and ``present.N.key`` and ``.value``.
+
+    Raises:
+        ModelError: A linear has no counterpart in the graph, or the model cannot be exported.
+    """
+    size = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+    if base.config.model_type in _BUILDER and size % _HEAD == 0:
+        return _built(base, folder, sites, work)
+    return _traced_decoder(base, sites)
+
+
+def has_shared_buffer(graph: Graph) -> bool:
+    """Whether past and present may be one buffer."""
+    return any(node.op_type == "GroupQueryAttention" for node in graph.nodes)
+
+
+class _Classifier(nn.Module):
+    def __init__(self, base: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.base = base
+        self.pool = head.pool
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        hidden = self.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return F.linear(self.pool(hidden, attention_mask.bool()), weight, bias)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
+        cache = DynamicCache(config=self.base.config)
+        for layer, (key, value) in enumerate(past):
+            cache.update(key, value, layer)
+        positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+        out = self.base(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        return (out.logits, *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)))
+
+
+class _Marked(nn.Module):
+    """A linear whose input and output are named in the traced graph."""
+
+    def __init__(self, linear: nn.Module, name: str) -> None:
+        super().__init__()
+        self.linear = linear
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        mark: Tensor = torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::Site", (x, y), {"site": self.name}, dtype=y.dtype, shape=y.shape, version=1
+        )
+        return mark
+
+
+@contextlib.contextmanager
+def _marked(base: nn.Module, sites: Sequence[str]) -> Iterator[None]:
+    before = {name: base.get_submodule(name) for name in sites}
+    try:
+        for name, module in before.items():
+            _replace(base, name, _Marked(module, name))
+        yield
+    finally:
+        for name, module in before.items():
+            _replace(base, name, module)
+
+
+def _replace(base: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(base.get_submodule(parent), last, module)
+
+
+def _without_marks(graph: Graph) -> Graph:
+    """Turn marks into places."""
+    marks = {id(node): node for node in graph.nodes if node.domain == _DOMAIN}
+    graph.nodes = [node for node in graph.nodes if id(node) not in marks]
+    consumers = graph.consumers()
+    for node in marks.values():
+        name = next(helper.get_attribute_value(a).decode() for a in node.attribute if a.name == "site")
+        graph.places[name] = Place(node.input[0], node.input[1])
+        graph.rewire(node.output[0], node.input[1], consumers[node.output[0]])
+    # a mark's input may be the output of another mark
+    outputs = {node.output[0]: node.input[1] for node in marks.values()}
+    graph.places = {n: Place(outputs.get(p.x, p.x), outputs.get(p.y, p.y)) for n, p in graph.places.items()}
+    graph.opsets.pop(_DOMAIN, None)
+    return graph
+
+
+def _traced_decoder(base: PreTrainedModel, sites: Sequence[str]) -> Graph:
+    config = base.config
+    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+    heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    ids, mask = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    past = [(torch.zeros(2, heads, 3, size), torch.zeros(2, heads, 3, size)) for _ in range(layers)]
+    axes = {0: DYNAMIC, 1: DYNAMIC}
+    names = [f"{{}}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    with _marked(base, sites):
+        model = export(
+            _Decoder(base), (ids, mask, past),  # type: ignore[arg-type]  # lists of tensors are inputs too
+            [axes, axes, [({0: DYNAMIC, 2: DYNAMIC},) * 2] * layers],  # type: ignore[list-item]
+            ["input_ids", "attention_mask", *(name.format("past_key_values") for name in names)],
+            ["logits", *(name.format("present") for name in names)],
+        )  # fmt: skip
+    return _without_marks(Graph.read(model))
+
+
+def _built(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Path) -> Graph:
+    """Let onnxruntime-genai build the graph: grouped-query attention, fused norms, no tracing."""
+    import onnx  # noqa: PLC0415
+    from onnxruntime_genai.models import builder  # noqa: PLC0415
+
+    fused = not any(name.endswith((".q_proj", ".k_proj", ".v_proj")) for name in sites)
+    options = [f"fuse_qkv={str(fused).lower()}"]
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with tempfile.TemporaryDirectory() as cache:
+            where = ("", str(folder), str(work), "fp32", "cpu", cache)
+            try:
+                parsed = builder.parse_extra_options(*where, options)
+                builder.create_model(*where, **parsed)
+            except NotImplementedError as error:
+                raise ModelError(f"this model cannot be exported: {error}", where=str(folder)) from None
+        graph = Graph.read(onnx.load(work / "model.onnx", load_external_data=False), work)
+    nodes = {node.name: node for node in graph.nodes}
+    consumers = graph.consumers()
+    for name in sites:
+        wanted = "/" + name.replace(".self_attn.", "/attn/").replace(".mlp.", "/mlp/").replace("model.layers", "model/layers")
+        found = nodes.get(f"{wanted}/MatMul")
+        if found is None:
+            raise ModelError(f"{name} has no counterpart in the exported graph", where=str(folder))
+        y = found.output[0]
+        readers = consumers[y]
+        if len(readers) == 1 and readers[0].op_type == "Add" and any(i in graph.tensors for i in readers[0].input):
+            y = readers[0].output[0]  # the bias
+        graph.places[name] = Place(found.input[0], y)
+    return graph

@@ -1,0 +1,560 @@
+"""MoLoRA into a graph: routers, experts and what a device may change, beside the marked linears of a base.
+
+Routers are traced from the very modules that training ran, in the selector's ``eval_form()``. Experts take the dense
+form: all of them are multiplied, and the weights of those not chosen are zero. Linears that read the same tensor share
+one product with all their A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from molehill import registry
+from molehill.config import MethodRef
+from molehill.errors import AdapterError, ConfigError
+from molehill.molora.block import contract, expand, mix
+from molehill.molora.experts.lora import LoRABank
+from molehill.molora.interfaces import Mixer, RouteContext, Site
+from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear, RouteGroup
+from molehill.molora.model import MoLoRAModel
+from molehill.molora.router import Router
+from molehill.wire.keys import NO_EXPERT, Key
+from molehill_edge.quantise import block_of, output_scale, pack4, quantise
+from molehill_export.base_quantise import Scheme, activations
+from molehill_export.graph import MICROSOFT, Graph
+from molehill_export.trace import DYNAMIC, piece
+from molehill_protos.v1 import bundle_pb2 as pb
+
+BLOCK_A, BLOCK_B = 128, 128  # of int4 experts
+_SMALLEST = float(torch.finfo(torch.float32).min)
+_FORMS = {"fp32": pb.GEMM_FP32, "int8": pb.GEMM_INT8, "int4": pb.GEMM_INT4}
+
+Array = NDArray[Any]
+
+
+@dataclass
+class Inserted:
+    """What was put into a graph.
+
+    Attributes:
+        experts: Contents of ``experts.safetensors``.
+        gate: Names and shapes of the gate's inputs; their values are defaults of the graph.
+        slots: See the manifest.
+        sites: See the manifest.
+        routers: See the manifest.
+    """
+
+    experts: dict[str, Array] = field(default_factory=dict)
+    gate: list[pb.GateTensor] = field(default_factory=list)
+    slots: list[pb.Slot] = field(default_factory=list)
+    sites: list[pb.Site] = field(default_factory=list)
+    routers: list[pb.Router] = field(default_factory=list)
+
+
+class Factors(NamedTuple):
+    """The experts of one site with their scale in ``b``, patches included.
+
+    Attributes:
+        slots: Index of every expert's slot.
+        ranks: Rank of each.
+        a: ``[R, d_in]``; empty for vectors.
+        b: ``[R, d_out]``.
+    """
+
+    slots: list[int]
+    ranks: list[int]
+    a: Array
+    b: Array
+
+
+@dataclass
+class _Gate:
+    """A router in the graph: its weights, and what was already made of them."""
+
+    weights: str
+    slots: list[int]
+    spread: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+
+def choose_slots(model: MoLoRAModel, experts: Sequence[str] | None, spare: int) -> list[pb.Slot]:
+    """The slots of a bundle: the chosen experts in the model's order, then empty ones.
+
+    Raises:
+        ConfigError: An expert does not exist, or a shared one is left out.
+    """
+    wanted = list(model.experts if experts is None else experts)
+    unknown = [name for name in wanted if name not in model.experts]
+    if unknown:
+        raise ConfigError(f"there is no expert {unknown[0]!r}", where="--experts", mend=f"There are {', '.join(model.experts)}.")
+    shared = [name for name in model.experts if name.startswith("shared")]
+    if not set(shared) <= set(wanted):
+        raise ConfigError("shared experts are always on and cannot be left out", where="--experts", mend=f"Add {', '.join(shared)}.")
+    if len(wanted) == len(shared) and len(shared) < len(model.experts):
+        raise ConfigError("no routed expert is left", where="--experts")
+    chosen = [pb.Slot(id=name, shared=name in shared) for name in model.experts if name in wanted]
+    return [*chosen, *(pb.Slot() for _ in range(spare))]
+
+
+def insert(
+    graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[pb.Slot], scheme: Scheme
+) -> Inserted:
+    """Put experts and routers beside the marked linears.
+
+    Args:
+        graph: A base, quantised or not; changed in place.
+        model: The adapter; its shared values, without personal residuals.
+        scorer: What its routers were built from.
+        slots: Of `choose_slots`.
+        scheme: Of the experts.
+
+    Raises:
+        AdapterError: A linear of the adapter is not marked in the graph.
+    """
+    missing = [name for name in model.sites if name not in graph.places]
+    if missing:
+        raise AdapterError(f"the graph has no linear {missing[0]}")
+    work = _Work(graph, model, scorer, list(slots), scheme)
+    return work.run()
+
+
+def effective(router: Router, part: str) -> Array:
+    """A parameter of a router's scorer, with its residual where that counts."""
+    value = dict(router.scorer.named_parameters())[part]
+    if router.residual and router.personal:
+        value = value + router.residual[part.replace(".", "__")]
+    return value.detach().float().cpu().numpy()
+
+
+def expert_axes(group: RouteGroup, scorer: MethodRef) -> dict[str, int]:
+    """For every parameter of a router's scorer the axis of the experts, -1 for none."""
+    built = [
+        registry.build("scorer", scorer.name, scorer.params, d_in=group.site.d_in, n_experts=n, n_tasks=1)
+        for n in (group.router.n_experts, group.router.n_experts + 1)
+    ]
+    axes = {}
+    for (part, one), more in zip(built[0].named_parameters(), built[1].parameters(), strict=True):
+        differ = [axis for axis, (a, b) in enumerate(zip(one.shape, more.shape, strict=True)) if a != b]
+        axes[part] = differ[0] if differ else -1
+    return axes
+
+
+def gate_values(model: MoLoRAModel, inserted: Inserted) -> dict[str, Array]:
+    """What a gate file holds: the routers for the bundle's slots (empty ones get zeros), and the head.
+
+    Args:
+        model: With the gate in question.
+        inserted: Of `insert`.
+    """
+    values: dict[str, Array] = {}
+    groups = list(model.routers.values())
+    for tensor in inserted.gate:
+        key = Key.parse(tensor.name)
+        if tensor.router < 0:
+            assert model.head is not None
+            part = key.role.removeprefix("head.")
+            value = getattr(model.head, part)
+            if model.head.residual and model.head.personal:
+                value = value + model.head.residual[part]
+            values[tensor.name] = value.detach().float().numpy().copy()
+            continue
+        group, slots = groups[tensor.router], inserted.routers[tensor.router].slots
+        value = effective(group.router, key.role.removeprefix("gate."))
+        if tensor.expert_axis >= 0:
+            first = next(site for site in model.sites.values() if site.group is group)
+            ids = model.expert_ids(first)[first.shared :]
+            rows = [np.take(value, ids.index(inserted.slots[i].id), tensor.expert_axis) if inserted.slots[i].id
+                    else np.zeros_like(np.take(value, 0, tensor.expert_axis)) for i in slots]  # fmt: skip
+            value = np.stack(rows, tensor.expert_axis)
+        values[tensor.name] = np.ascontiguousarray(value, np.float32)
+    return values
+
+
+def head_tensors(graph: Graph) -> list[pb.GateTensor]:
+    """The parameters of a classifier's head among a graph's inputs."""
+    found = [value for value in graph.inputs if value.name.startswith("head/")]
+    return [
+        pb.GateTensor(name=v.name, shape=[d.dim_value for d in v.type.tensor_type.shape.dim], router=-1, expert_axis=-1)
+        for v in found
+    ]
+
+
+class _Work:
+    """One insertion."""
+
+    def __init__(
+        self, graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: list[pb.Slot], scheme: Scheme
+    ) -> None:
+        self.graph, self.model, self.scorer, self.scheme = graph, model, scorer, scheme
+        self.out = Inserted(slots=slots, gate=head_tensors(graph))
+        self.quantised = activations(graph)
+        self.gates: dict[int, _Gate] = {}
+        self.limits: list[str] = []
+
+    def run(self) -> Inserted:
+        sites = self.model.sites
+        groups = [g for g in self.model.routers.values()]
+        routed = [self._slots_of(self._first(group), routed=True) for group in groups]
+        self._overrides([len(slots) for slots in routed])
+        for index, (group, slots) in enumerate(zip(groups, routed, strict=True)):
+            self.gates[id(group)] = self._route(index, group, slots)
+        consumers = self.graph.consumers()
+        together: dict[tuple[Any, ...], list[str]] = {}
+        for name, site in sites.items():
+            if self._plain(site):
+                together.setdefault((self.graph.places[name].x, id(site.group)), []).append(name)
+        for names in together.values():
+            self._products(names, consumers)
+        for name, site in sites.items():
+            if not self._plain(site):
+                self._traced(name, site, consumers)
+        order = {name: i for i, name in enumerate(sites)}
+        self.out.sites.sort(key=lambda site: order[site.name])
+        return self.out
+
+    # ---- who is where ----------------------------------------------------------------------------------------
+
+    def _first(self, group: RouteGroup) -> MoLoRALinear:
+        return next(site for site in self.model.sites.values() if site.group is group)
+
+    def _slots_of(self, site: MoLoRALinear, *, routed: bool) -> list[int]:
+        """Slots of a site's experts; empty slots are places for routed ones."""
+        ids = self.model.expert_ids(site)
+        ids = ids[site.shared :] if routed else ids
+        empty = site.group is not None
+        return [i for i, slot in enumerate(self.out.slots) if slot.id in ids or (not slot.id and empty)]
+
+    def _plain(self, site: MoLoRALinear) -> bool:
+        return type(site) is MoLoRALinear and isinstance(site.bank, LoRABank) and getattr(site.mixer, "fused", False)
+
+    def _factors(self, name: str, site: MoLoRALinear) -> Factors:
+        ids, slots = self.model.expert_ids(site), self._slots_of(site, routed=False)
+        bank = site.bank
+        tree = self.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
+        a, b, ranks = [], [], []
+        for slot in slots:
+            expert = self.out.slots[slot].id
+            if isinstance(bank, LoRABank):
+                A, B = np.zeros((0, site.site.d_in), np.float32), np.zeros((0, site.site.d_out), np.float32)
+                if expert:
+                    mine = (bank.patch_expert == ids.index(expert)).cpu()
+                    A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
+                    B = np.concatenate([tree[Key(name, expert, "B")].T, bank.patch_Bt.cpu()[mine].numpy()])
+            else:
+                A = np.zeros((0, site.site.d_in), np.float32)
+                B = tree[Key(name, expert, "dense.v")] if expert else np.zeros((1, site.site.d_out), np.float32)
+            a.append(A)
+            b.append(B)
+            ranks.append(len(B))
+        widest = max(ranks)
+        even = not self._plain(site) and isinstance(bank, LoRABank)  # traced arithmetic wants equal ranks
+        for i, slot in enumerate(slots):
+            short = widest - ranks[i] if even or not self.out.slots[slot].id else 0
+            if short and isinstance(bank, LoRABank):
+                a[i] = np.pad(a[i], ((0, short), (0, 0)))
+                b[i] = np.pad(b[i], ((0, short), (0, 0)))
+                ranks[i] = widest
+        return Factors(slots, ranks, np.concatenate(a).astype(np.float32), np.concatenate(b).astype(np.float32))
+
+    # ---- routers ---------------------------------------------------------------------------------------------
+
+    def _overrides(self, sizes: Sequence[int]) -> None:
+        """The inputs ``router_bias`` and ``expert_mask``, cut into one sum per router."""
+        if not sizes:
+            return
+        graph, n = self.graph, sum(sizes)
+        bias = graph.default_input("router_bias", np.zeros(n, np.float32))
+        filled = [bool(self.out.slots[i].id) for g in self.model.routers.values() for i in self._slots_of(self._first(g), routed=True)]
+        mask = graph.default_input("expert_mask", np.array(filled))
+        allowed = graph.node("Where", [mask, bias, graph.const(_SMALLEST, np.float32)])
+        if len(sizes) == 1:
+            self.limits = [allowed]
+        else:
+            self.limits = graph.split("Split", [allowed, graph.const(list(sizes), np.int64)], len(sizes), axis=0)
+
+    def _route(self, index: int, group: RouteGroup, slots: list[int]) -> _Gate:
+        router = group.router
+        axes = expert_axes(group, self.scorer)
+        inputs, examples = [], []
+        for part, axis in axes.items():
+            value = effective(router, part)
+            shape = list(value.shape)
+            if axis >= 0:
+                shape[axis] = len(slots)
+            key = Key(group.site.name, NO_EXPERT, f"gate.{part}").name
+            inputs.append(self.graph.default_input(key, np.zeros(shape, np.float32)))
+            self.out.gate.append(pb.GateTensor(name=key, shape=shape, router=index, expert_axis=axis))
+            examples.append(torch.zeros(shape))
+        scorer = registry.build(
+            "scorer", self.scorer.name, self.scorer.params, d_in=group.site.d_in, n_experts=len(slots), n_tasks=1
+        )
+        module = _Route(router, scorer, list(axes))
+        x = torch.zeros(2, 3, group.site.d_in)
+        args = (x, torch.zeros(len(slots)), examples)
+        dynamic = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
+        traced = piece(module.key([tuple(t.shape) for t in (x, args[1], *examples)]), module, args, dynamic)
+        place = self.graph.places[group.site.name]
+        (weights,) = traced.insert(self.graph, [place.x, self.limits[index], *inputs])
+        route = f"route.{index}"
+        self.graph.node("Identity", [weights], out=route)
+        self.graph.outputs.append(_float_output(route))
+        self.out.routers.append(pb.Router(name=group.site.name, slots=slots))
+        return _Gate(weights, slots)
+
+    def _spread(self, gate: _Gate, layouts: Sequence[tuple[list[int], list[int]]]) -> str:
+        """The weight of every rank ``[..., Q]`` of some sites, from the weights of a router."""
+        key = tuple((tuple(slots), tuple(ranks)) for slots, ranks in layouts)
+        if key not in gate.spread:
+            slots = [slot for part, ranks in layouts for slot, rank in zip(part, ranks, strict=True) for _ in range(rank)]
+            matrix = np.zeros((len(gate.slots), len(slots)), np.float32)
+            always = np.zeros(len(slots), np.float32)
+            for rank, slot in enumerate(slots):
+                if self.out.slots[slot].shared:
+                    always[rank] = 1
+                else:
+                    matrix[gate.slots.index(slot), rank] = 1
+            name = self.graph.node("MatMul", [gate.weights, self.graph.const(matrix)])
+            if always.any():
+                name = self.graph.node("Add", [name, self.graph.const(always)])
+            gate.spread[key] = name
+        return gate.spread[key]
+
+    # ---- experts beside a linear: products ---------------------------------------------------------------------
+
+    def _products(self, names: list[str], consumers: Mapping[str, list[Any]]) -> None:
+        """Sites that read one tensor: one product with all A, one with each B."""
+        graph, form = self.graph, _FORMS[self.scheme]
+        factors = [self._factors(name, self.model.sites[name]) for name in names]
+        x = graph.places[names[0]].x
+        a_name = f"{names[0]}/A"
+        b_scales = [output_scale(f.b) for f in factors]
+        h = self._first_product(x, a_name, [(f.a.T, f.b, s) for f, s in zip(factors, b_scales, strict=True)])
+        group = self.model.sites[names[0]].group
+        if group is not None:
+            gates = self._spread(self.gates[id(group)], [(f.slots, f.ranks) for f in factors])
+            h = graph.node("Mul", [h, gates])
+        sizes = [sum(f.ranks) for f in factors]
+        parts = [h] if len(names) == 1 else graph.split(
+            "Split", [h, graph.const(sizes, np.int64)], len(names), axis=-1
+        )  # fmt: skip
+        start = 0
+        for name, f, scale, part, size in zip(names, factors, b_scales, parts, sizes, strict=True):
+            b_block = block_of(size, BLOCK_B) if self.scheme == "int4" else 0
+            delta = self._second_product(part, f"{name}/B", f, scale)
+            self._add(name, delta, consumers)
+            site = self.model.sites[name].site
+            self.out.sites.append(
+                pb.Site(
+                    name=name, d_in=site.d_in, d_out=site.d_out, slots=f.slots, ranks=f.ranks, form=form, a=a_name,
+                    a_start=start, b=f"{name}/B", a_block=block_of(site.d_in, BLOCK_A) if b_block else 0,
+                    b_block=b_block,
+                )
+            )  # fmt: skip
+            start += size
+
+    def _first_product(self, x: str, name: str, parts: Sequence[tuple[Array, Array, Array]]) -> str:
+        graph = self.graph
+        if self.scheme == "fp32":
+            return graph.node("MatMul", [x, self._keep(name, np.concatenate([a for a, _, _ in parts], 1))])
+        if self.scheme == "int8":
+            q = [quantise(a, b, scale, 8) for a, b, scale in parts]
+            weight = self._keep(name, np.concatenate([each.a for each in q], 1))
+            return self.quantised.product(x, weight, self._keep(f"{name}.scale", np.concatenate([e.a_scale for e in q])))
+        block = block_of(len(parts[0][0]), BLOCK_A)
+        q = [quantise(a, b, scale, 4, block) for a, b, scale in parts]
+        weight = self._keep(name, np.concatenate([pack4(each.a, block) for each in q]))
+        scales = self._keep(f"{name}.scale", np.ascontiguousarray(np.concatenate([each.a_scale for each in q], 1).T))
+        return self._block_product(x, weight, scales, len(parts[0][0]), len(graph.tensors[weight]), block)
+
+    def _second_product(self, h: str, name: str, f: Factors, scale: Array) -> str:
+        graph = self.graph
+        if self.scheme == "fp32":
+            return graph.node("MatMul", [h, self._keep(name, f.b)])
+        if self.scheme == "int8":
+            weight = self._keep(name, quantise(f.a.T, f.b, scale, 8).b)
+            return graph.node("DynamicQuantizeMatMul", [h, weight, self._keep(f"{name}.scale", scale)], domain=MICROSOFT)
+        R = len(f.b)
+        block = block_of(R, BLOCK_B)
+        weight = self._keep(name, pack4(quantise(f.a.T, f.b, scale, 4).b, block))
+        scales = np.repeat(scale[:, None], weight_blocks := -(-R // block), 1)
+        assert weight_blocks == graph.tensors[weight].shape[1]
+        return self._block_product(h, weight, self._keep(f"{name}.scale", scales), R, f.b.shape[1], block)
+
+    def _block_product(self, x: str, weight: str, scale: str, K: int, N: int, block: int) -> str:
+        return self.graph.node(
+            "MatMulNBits", [x, weight, scale], domain=MICROSOFT, K=K, N=N, bits=4, block_size=block, accuracy_level=4
+        )
+
+    def _keep(self, name: str, value: Array) -> str:
+        """A weight in ``experts.safetensors``."""
+        value = np.ascontiguousarray(value)
+        self.out.experts[name] = value
+        return self.graph.weight(name, value)
+
+    def _add(self, name: str, delta: str, consumers: Mapping[str, list[Any]]) -> None:
+        y = self.graph.places[name].y
+        frozen = self.graph.move(y)
+        self.graph.rewire(y, frozen, ())
+        self.graph.node("Add", [frozen, delta], out=y)
+
+    # ---- experts beside a linear: all else -----------------------------------------------------------------------
+
+    def _traced(self, name: str, site: MoLoRALinear, consumers: Mapping[str, list[Any]]) -> None:
+        graph, f = self.graph, self._factors(name, site)
+        lora = isinstance(site.bank, LoRABank)
+        inputs = self._rows(name, f, lora)
+        ranks = tuple(f.ranks)
+        weights = self._all_weights(site, f)
+        place = graph.places[name]
+        info = site.site._replace(layer=0, name="", n_layers=1)
+        A, Bt = torch.zeros(sum(ranks), site.site.d_in), torch.zeros(sum(ranks), site.site.d_out)
+        factors = (A, Bt) if lora else (Bt,)
+        flat: list[dict[int, Any]] = [{} for _ in factors]
+        tokens = {0: DYNAMIC, 1: DYNAMIC}
+        sample, moving = self._sample_weights(site, len(ranks))
+        key = (type(site).__name__, info, ranks, tuple(sample.shape), type(site.bank).__name__, _fingerprint(site.mixer))
+        x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
+        if isinstance(site, ContractLinear):
+            blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
+            mixed = piece((*key, "mix"), _Mix(), (blocks, sample), [tokens, moving])
+            delta = piece((*key, "delta"), _Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
+            (middle,) = mixed.insert(graph, [place.x, weights])
+            graph.rewire(place.x, middle, consumers[place.x])
+            self._add(name, delta.insert(graph, [place.x, weights, *inputs])[0], consumers)
+        elif isinstance(site, ExpandLinear):
+            both = piece(key, _Expand(len(ranks)), (x, y, *factors), [tokens, tokens, *flat])
+            frozen = graph.move(place.y)
+            (out,) = both.insert(graph, [place.x, frozen, *inputs])
+            graph.node("Identity", [out], out=place.y)
+        else:
+            module = _Delta(site.mixer, type(site.bank)(site=info, ranks=ranks, alpha=float(ranks[0])), lora)
+            delta = piece(key, module, (x, y, sample, list(factors)), [tokens, tokens, moving, flat])
+            frozen = graph.move(place.y)
+            (d,) = delta.insert(graph, [place.x, frozen, weights, *inputs])
+            graph.node("Add", [frozen, d], out=place.y)
+        form = pb.VECTORS if not lora else pb.ROWS_FP32 if self.scheme == "fp32" else pb.ROWS_INT8
+        self.out.sites.append(
+            pb.Site(
+                name=name, d_in=site.site.d_in, d_out=site.site.d_out, slots=f.slots, ranks=ranks, form=form,
+                a=f"{name}/A" if lora else "", b=f"{name}/B",
+            )
+        )  # fmt: skip
+
+    def _rows(self, name: str, f: Factors, lora: bool) -> list[str]:
+        """A ``[R, d_in]`` and B ``[R, d_out]`` in the graph; rounded row by row when the bundle is quantised."""
+        out = []
+        for suffix, value in (("A", f.a), ("B", f.b)) if lora else (("B", f.b),):
+            if self.scheme == "fp32" or not lora:
+                out.append(self._keep(f"{name}/{suffix}", value))
+                continue
+            scale = np.maximum(np.abs(value).max(1), 1e-20).astype(np.float32) / 127
+            q = self._keep(f"{name}/{suffix}", np.rint(value / scale[:, None]).astype(np.int8))
+            out.append(self.graph.node("DequantizeLinear", [q, self._keep(f"{name}/{suffix}.scale", scale)], axis=0))
+        return out
+
+    def _all_weights(self, site: MoLoRALinear, f: Factors) -> str:
+        """The weights of all experts of a site, shared ones first."""
+        graph, n = self.graph, len(f.slots)
+        if site.group is None:
+            return graph.const(np.ones((1, 1, n), np.float32))
+        gate = self.gates[id(site.group)]
+        assert f.slots[site.shared :] == gate.slots
+        if not site.shared:
+            return gate.weights
+        ones = graph.node("Shape", [gate.weights], end=-1)
+        shape = graph.node("Concat", [ones, graph.const([site.shared], np.int64)], axis=0)
+        return graph.node("Concat", [graph.node("Expand", [graph.const(1, np.float32), shape]), gate.weights], axis=-1)
+
+    def _sample_weights(self, site: MoLoRALinear, n: int) -> tuple[Tensor, dict[int, Any]]:
+        """Weights of the shape that the router gives, and the axes of them that vary."""
+        if site.group is None:
+            return torch.ones(1, 1, n), {}
+        router = site.group.router
+        ctx = RouteContext(x=torch.zeros(2, 3, site.group.site.d_in), site=site.group.site)
+        with torch.no_grad():
+            shape = router.route(ctx).weights.shape
+        return torch.ones(*shape[:-1], n), {axis: DYNAMIC for axis in (0, 1) if shape[axis] > 1}
+
+
+class _Route(nn.Module):
+    """A router as it acts at inference, its parameters given."""
+
+    def __init__(self, router: Router, scorer: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.scorer, self.names = scorer, tuple(names)
+        self.transforms, self.selector = router.transforms, router.selector.eval_form()
+
+    def key(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+        """All that the traced nodes depend on."""
+        return (_fingerprint(self.scorer), *map(_fingerprint, self.transforms), _fingerprint(self.selector), *shapes)
+
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> Tensor:
+        site = Site(0, "", 1, x.shape[-1], x.shape[-1])
+        ctx = RouteContext(x=x, site=site)
+        z: Tensor = functional_call(self.scorer, dict(zip(self.names, parameters, strict=True)), (ctx,)).float()
+        for transform in self.transforms:
+            z = transform(z, ctx)
+        return self.selector(z + limits, ctx).weights
+
+
+class _Delta(nn.Module):
+    """What a bank adds to a frozen output, its parameters given."""
+
+    def __init__(self, mixer: Mixer, bank: nn.Module, lora: bool) -> None:
+        super().__init__()
+        self.mixer, self.bank, self.names = mixer, bank, ("A", "Bt") if lora else ("v",)
+
+    def forward(self, x: Tensor, y: Tensor, weights: Tensor, factors: list[Tensor]) -> Tensor:
+        given = dict(zip(self.names, factors, strict=True))
+        out: Tensor = functional_call(_Mixed(self.mixer, self.bank), {f"bank.{k}": v for k, v in given.items()}, (x, y, weights))
+        return out
+
+
+class _Mixed(nn.Module):
+    def __init__(self, mixer: Mixer, bank: nn.Module) -> None:
+        super().__init__()
+        self.mixer, self.bank = mixer, bank
+
+    def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        return self.mixer(self.bank, x, y, weights)  # type: ignore[arg-type]  # banks are experts
+
+
+class _Expand(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor, y: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+        frozen = y.unsqueeze(-2)
+        return torch.cat([frozen, frozen + expand(x, A, Bt, self.experts)], -2)
+
+
+class _Mix(nn.Module):
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return mix(x[:, :, 0], x[:, :, 1:], weights)
+
+
+class _Contract(nn.Module):
+    def forward(self, x: Tensor, weights: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+        return contract(x[:, :, 1:], weights, A, Bt)
+
+
+def _fingerprint(part: Any) -> str:
+    """A method with its parameters, without its weights."""
+    values = {k: v for k, v in sorted(vars(part).items()) if isinstance(v, str | int | float | bool | tuple) or hasattr(v, "__dataclass_fields__")}
+    values.pop("training", None)
+    inner = [_fingerprint(v) for k, v in sorted(vars(part).items()) if hasattr(v, "eval_form")]
+    return f"{type(part).__module__}.{type(part).__qualname__}({values}){inner}"
+
+
+def _float_output(name: str) -> Any:
+    from onnx import TensorProto, helper  # noqa: PLC0415
+
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)

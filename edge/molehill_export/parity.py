@@ -1,0 +1,174 @@
+"""How a finished bundle compares with the model it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from molehill.errors import BundleError
+from molehill.molora.model import MoLoRAModel
+from molehill.tasks.batches import Example
+from molehill_export.texts import CALIBRATION
+from molehill_protos.v1 import bundle_pb2 as pb
+
+Array = NDArray[Any]
+GOLDEN, SHOWN = 4, 32  # texts and logits that the manifest keeps
+
+# Largest logit error and least agreement, by scheme: some times what healthy models show.
+FLOORS = {"fp32": (1e-5, 0.99), "int8": (0.1, 0.9), "int4": (0.2, 0.85)}
+
+
+@dataclass
+class _Sum:
+    """Differences, added up."""
+
+    texts: int = 0
+    square: float = 0.0
+    values: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # n, sum, sum of squares of the original
+    same: int = 0
+    predictions: int = 0
+    routed: int = 0
+    routes_same: int = 0
+
+    def add(self, original: Array, other: Array) -> None:
+        """Two ``[n, C]``."""
+        self.texts += 1
+        original, other = original.astype(np.float64), other.astype(np.float64)
+        self.square += float(np.square(original - other).sum())
+        for i, power in enumerate((np.ones_like(original), original, np.square(original))):
+            self.values[i] += float(power.sum())
+        self.same += int((original.argmax(-1) == other.argmax(-1)).sum())
+        self.predictions += len(original)
+
+    @property
+    def error(self) -> float:
+        """Mean squared difference over the variance of the original."""
+        n, total, squares = self.values
+        variance = squares / n - (total / n) ** 2
+        return self.square / n / max(variance, 1e-30)
+
+
+class Runner:
+    """A graph on this machine, without the device runtime around it.
+
+    Args:
+        graph: Its file.
+        manifest: Of the bundle.
+    """
+
+    def __init__(self, graph: Path, manifest: pb.Manifest) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self._generation = manifest.task.generation if manifest.task.kind == "causal-lm" else None
+        self._routes = [f"route.{i}" for i in range(len(manifest.routers))]
+
+    def __call__(self, ids: Sequence[int], gate: dict[str, Array] | None = None) -> tuple[Array, list[Array]]:
+        """Logits ``[C]`` or ``[T, V]`` of one text, and the weights of every router."""
+        feed: dict[str, Array] = {
+            "input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64), **(gate or {})
+        }  # fmt: skip
+        if self._generation is not None:
+            empty = np.zeros((1, self._generation.heads, 0, self._generation.head_dim), np.float32)
+            feed |= {f"past_key_values.{i}.{part}": empty for i in range(self._generation.layers) for part in ("key", "value")}
+        logits, *routes = self._session.run(["logits", *self._routes], feed)
+        return logits[0], routes
+
+
+@torch.no_grad()
+def compare(
+    model: MoLoRAModel,
+    runner: Runner,
+    encoded: Sequence[Sequence[int]],
+    examples: Sequence[Example],
+) -> tuple[pb.Parity, list[pb.Golden]]:
+    """Measure a bundle.
+
+    Args:
+        model: The original in float32, with the bundle's default gate and experts.
+        runner: The bundle.
+        encoded: Token ids of the calibration text.
+        examples: Labelled rows of the run, for the accuracies; only figures of them are kept.
+
+    Returns:
+        The figures, and some inputs with what the bundle answered.
+    """
+    total, golden = _Sum(), []
+    for ids in encoded:
+        original, routes = _original(model, ids)
+        other, others = runner(ids)
+        total.add(original if original.ndim == 2 else original[None], other if other.ndim == 2 else other[None])
+        for a, b in zip(routes, others, strict=True):
+            same = a.argmax(-1) == b.argmax(-1)
+            total.routed += same.size
+            total.routes_same += int(same.sum())
+        if len(golden) < GOLDEN:
+            last = other[-1] if other.ndim == 2 else other
+            golden.append(pb.Golden(input_ids=ids, logits=last[:SHOWN], best=int(last.argmax())))
+    parity = pb.Parity(
+        texts=total.texts, logit_error=total.error, agreement=total.same / total.predictions,
+        router_agreement=total.routes_same / total.routed if total.routed else 1.0,
+    )  # fmt: skip
+    right: list[tuple[bool, bool]] = []
+    for example in examples:
+        one, other = _original(model, example.input_ids)[0], runner(example.input_ids)[0]
+        right.extend(_right(example, one, other))
+    if right:
+        ours, theirs = zip(*right, strict=True)
+        parity.rows = len(examples)
+        parity.accuracy_original, parity.accuracy_bundle = float(np.mean(ours)), float(np.mean(theirs))
+    return parity, golden
+
+
+def require(parity: pb.Parity, scheme: str, *, force: bool) -> None:
+    """Refuse a bundle that is not what it was made from.
+
+    Raises:
+        BundleError: It is below the floor of its scheme, and nobody insists.
+    """
+    error, agreement = FLOORS[scheme]
+    if force or (parity.logit_error <= error and parity.agreement >= agreement):
+        return
+    raise BundleError(
+        f"the {scheme} bundle differs too much from the original: relative logit error {parity.logit_error:.2g} "
+        f"(at most {error:g}), same prediction in {parity.agreement:.1%} (at least {agreement:.0%})",
+        mend="Take more bits with --quantize, or insist with --force.",
+    )
+
+
+def calibration(tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Token ids of the calibration text, longest first."""
+    ids = [list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"]) for text in CALIBRATION]
+    return sorted((each for each in ids if each), key=lambda each: (-len(each), each))
+
+
+def _original(model: MoLoRAModel, ids: Sequence[int]) -> tuple[Array, list[Array]]:
+    tokens = torch.tensor([list(ids)])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    model.state.collect = True
+    try:
+        if model.head is not None:
+            logits = model.head(model.head.pool(model.hidden(tokens, mask), mask))
+        else:
+            model.state.announce(mask, None)
+            logits = model.base(input_ids=tokens, attention_mask=mask.long()).logits
+    finally:
+        model.state.collect = False
+    by_site = {record.site.name: record.route.weights.numpy() for record in model.state.records}
+    return logits[0].float().numpy(), [by_site[group.site.name] for group in model.routers.values()]
+
+
+def _right(example: Example, original: Array, other: Array) -> Iterator[tuple[bool, bool]]:
+    if isinstance(example.labels, int):
+        yield bool(original.argmax() == example.labels), bool(other.argmax() == example.labels)
+        return
+    for position, label in enumerate(example.labels[1:]):
+        if label != -100:
+            yield bool(original[position].argmax() == label), bool(other[position].argmax() == label)

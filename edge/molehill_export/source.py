@@ -1,0 +1,189 @@
+"""What is exported: a finished run, or an adapter folder with its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from molehill import config
+from molehill.errors import AdapterError, ConfigError
+from molehill.molora.adapter import Manifest, load_adapter, read_manifest
+from molehill.molora.build import wrap
+from molehill.molora.head import Head
+from molehill.molora.model import MoLoRAModel
+from molehill.tasks.base_model import BaseInfo, load_base
+from molehill.wire.tree import Layout, Tree
+from molehill_client.secret import KeyFile
+from molehill_client.state import StateStore
+
+GLOBAL = "global"
+
+
+@dataclass
+class Source:
+    """A trained adapter on its base, in float32.
+
+    Attributes:
+        name: Of the run or folder.
+        adapter: Description of the adapter.
+        base: Which base.
+        folder: Where the base's files are.
+        settings: What the base is loaded by.
+        task: What the adapter does.
+        model: Base and adapter.
+        tokenizer: Of the base.
+        run: The run's configuration; None for an adapter alone.
+        out: The run folder; None for an adapter alone.
+        state: Folder of a lab machine's personal state; None to look in the run folder.
+    """
+
+    name: str
+    adapter: Manifest
+    base: BaseInfo
+    folder: Path
+    settings: config.Base
+    task: config.Task
+    model: MoLoRAModel
+    tokenizer: PreTrainedTokenizerBase
+    run: config.Config | None
+    out: Path | None
+    state: Path | None
+
+    def plain(self) -> PreTrainedModel:
+        """The base once more, without experts."""
+        return load_base(self.settings, self.task).model
+
+    def clients(self) -> list[str]:
+        """Those whose personal gates can be exported."""
+        if self.state is not None:
+            folder = self.state / "runs" / self.name
+        elif self.out is not None:
+            folder = self.out / "clients"
+        else:
+            return []
+        return sorted(path.name for path in folder.glob("*") if any(path.glob("round-*")))
+
+    @contextmanager
+    def gate(self, name: str) -> Iterator[MoLoRAModel]:
+        """The model with somebody's gate (and head).
+
+        Args:
+            name: A client, or ``global`` for what all share.
+
+        Raises:
+            ConfigError: There is no such client, or nothing that all share.
+            ResumeError: The personal state cannot be read.
+        """
+        model = self.model
+        before = model.flat.detach().clone()
+        try:
+            if name == GLOBAL:
+                self._share()
+            else:
+                model.load(self._personal(name))
+                model.use_personal(gate=True, head=True)
+            yield model
+        finally:
+            model.flat.data.copy_(before)
+
+    def _share(self) -> None:
+        model, personal = self.model, self.run.personal if self.run else None
+        model.use_personal(gate=False, head=False)
+        if personal is None:
+            return
+        if personal.head == "personal" and model.head is not None:
+            raise ConfigError(
+                "this run has no head that all share", where="--gate global", mend=f"Give --gate {self._names()}."
+            )
+        if personal.gate == "personal" and model.routers:
+            raise ConfigError(
+                "this run has no gate that all share: every client keeps its router", where="--gate global",
+                mend=f"Give --gate {self._names()}.",
+            )  # fmt: skip
+        if personal.gate == "mixture":
+            main = Layout({key: slot.wire_shape for key, slot in model.slots.items() if key.role.startswith("gate.main")})
+            model.load(Tree(main))
+
+    def _personal(self, name: str) -> Tree:
+        names = self.clients()
+        if name not in names or self.run is None:
+            known = ", ".join(names) or "none: a run folder holds those of a simulation, --state those of a lab"
+            raise ConfigError(f"there is no personal gate of {name!r}", where="--gate", mend=f"Known are {known}.")
+        if self.state is not None:
+            folder, key = self.state / "runs" / self.name / name, KeyFile(self.state / "state.key")
+        else:
+            assert self.out is not None
+            folder, key = self.out / "clients" / name, None
+        store = StateStore(folder, self.run.run.name, self.base.digest, key)
+        state = store.before(max(store.rounds()) + 1)
+        if not len(state.tree.layout):
+            raise ConfigError(f"{name} keeps nothing personal in this run", where="--gate", mend="Give --gate global.")
+        return state.tree
+
+    def _names(self) -> str:
+        return " or ".join(self.clients()[:3]) or "CLIENT, and --state of that client's machine"
+
+
+def open_source(path: Path, base: str | None = None, state: Path | None = None) -> Source:
+    """Open a run folder or an adapter folder.
+
+    Args:
+        path: The folder.
+        base: Where the base is, when it is not where the run had it.
+        state: ``--state`` of a lab machine, for its personal gate.
+
+    Raises:
+        AdapterError: There is no adapter, it is damaged, or it belongs to another base.
+        ModelError: The base cannot be loaded.
+    """
+    run, out, folder = None, None, path
+    if (path / "config.toml").is_file():
+        run, out, folder = config.load(path / "config.toml"), path, path / "adapter"
+        if not folder.is_dir():
+            raise AdapterError(
+                "this run has no adapter yet", where=str(path), mend=f"Finish it: molehill simulate --out {path} --resume"
+            )
+    adapter = read_manifest(folder)
+    where = base or (run.base.model if run is not None else adapter.base["id"])
+    if where.startswith("local:"):
+        raise AdapterError(
+            f"the base {where.removeprefix('local:')!r} was a folder", where=str(folder), mend="Say where it is: --base DIR"
+        )
+    revision = run.base.revision if run is not None and base is None else adapter.base.get("revision") or None
+    settings = config.Base(model=where, revision=None if where.startswith("sample:") else revision, precision="fp32", device="cpu")
+    task = run.task.model_copy(update={"labels": adapter.labels}) if run is not None else _task(adapter)
+    loaded = load_base(settings, task)
+    head = None
+    if task.kind == "classification":
+        pooling: Literal["mean", "cls", "last"] = adapter.pooling  # type: ignore[assignment]  # as it was saved
+        anchored = run is not None and run.personal.head == "anchored"
+        head = Head(int(loaded.model.config.hidden_size), len(adapter.labels), pooling, anchored=anchored)
+    gate = run.personal.gate if run is not None else "global"
+    model = wrap(loaded.model, adapter.molora, gate=gate, head=head).eval()
+    load_adapter(folder, model, base_digest=loaded.info.digest)
+    name = run.run.name if run is not None else path.resolve().name
+    return Source(name, adapter, loaded.info, loaded.folder, settings, task, model, loaded.tokenizer, run, out, state)
+
+
+def finished(out: Path) -> tuple[int, int, float]:
+    """When a run ended (seconds since 1970), its rounds, and the privacy it spent; zeros for what it does not say."""
+    ended, rounds, epsilon = 0, 0, 0.0
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "round":
+            rounds = max(rounds, int(event["round"]))
+            epsilon = max(epsilon, float(event["report"].get("epsilon", 0.0)))
+        elif event["event"] == "end":
+            ended = int(event["time"])
+    return ended, rounds, epsilon
+
+
+def _task(adapter: Manifest) -> config.Task:
+    kind = {"classification": "classification"}.get(adapter.task, "causal-lm")
+    return config.Task(kind=kind, labels=adapter.labels, max_length=16)  # type: ignore[arg-type]  # one of two

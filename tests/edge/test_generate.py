@@ -1,0 +1,323 @@
+"""Answers of a causal LM: the cache, streaming, stop strings and conversations."""
+
+from __future__ import annotations
+
+import edge_graphs
+import numpy as np
+import pytest
+
+from molehill.errors import BundleError
+from molehill_edge import generate
+from molehill_edge.bundle import Bundle
+from molehill_edge.generate import Stops, Text
+from molehill_edge.prompts import Prompts
+from molehill_edge.trust import InsecureLocal
+from molehill_protos.v1.bundle_pb2 import Generation
+
+TRUST = InsecureLocal(lambda _: None)
+SAYS = "naïve €ur0s:5\N{CAT}!"  # no byte twice
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundles")
+    edge_graphs.causal(path / "plain")
+    edge_graphs.causal(path / "chat", template=edge_graphs.CHATML)
+    edge_graphs.causal(path / "parrot", says=SAYS)
+    return path
+
+
+@pytest.fixture
+def opened(folders):
+    bundles = []
+
+    def open_(name):
+        bundles.append(Bundle.open(folders / name, trust=TRUST, threads=1))
+        return bundles[-1]
+
+    yield open_
+    for bundle in bundles:
+        bundle.close()
+
+
+def test_one_go_equals_token_by_token(opened, monkeypatch):
+    bundle = opened("plain")
+    ids = np.random.default_rng(0).integers(0, 256, 40).tolist()
+    row = np.array([ids], np.int64)
+    whole = bundle.forward(row, np.ones_like(row), ["logits"])[0][0]
+    one, steps = bundle.cache(), bundle.cache()
+    assert np.allclose(bundle.read(one, ids), whole[-1], atol=1e-4)
+    for n in range(1, 41):
+        assert np.allclose(bundle.read(steps, ids[:n]), whole[n - 1], atol=1e-4)
+    monkeypatch.setattr(generate, "_CHUNK", 7)
+    assert np.allclose(bundle.read(bundle.cache(), ids), whole[-1], atol=1e-4)
+
+
+def test_the_cache_is_cut_back_to_what_is_common(opened):
+    bundle = opened("plain")
+    cache, fresh = bundle.cache(), bundle.cache()
+    for ids in ([5, 6, 7, 8, 9], [5, 6, 7], [5, 6, 7, 9, 9, 9], [4], [4, 5]):
+        assert np.allclose(bundle.read(cache, ids), bundle.read(fresh, ids), atol=1e-4)
+        assert cache.tokens == ids
+        fresh = bundle.cache()
+
+
+def test_another_gate_makes_the_cache_worthless(opened):
+    bundle = opened("plain")
+    gate = bundle.gate
+    cache = bundle.cache()
+    before = bundle.read(cache, [5, 6, 7]).copy()
+    other = {name: -value for name, value in gate.tensors.items()}
+    bundle.swap_gate(type(gate)("other", other, gate.bias, gate.mask))
+    after = bundle.read(cache, [5, 6, 7]).copy()
+    assert not np.allclose(before, after, atol=1e-2)
+    assert np.allclose(after, bundle.read(bundle.cache(), [5, 6, 7]), atol=1e-5)
+
+
+def test_greedy_answers_are_the_same_each_time_and_as_computed_without_a_cache(opened):
+    bundle = opened("plain")
+    answer = bundle.generate("go on", raw=True, max_new_tokens=12)
+    ids = bundle.encode("go on", raw=True)
+    assert answer.prompt_tokens == len(ids)
+    for _ in range(answer.tokens):
+        row = np.array([ids], np.int64)
+        ids.append(int(bundle.forward(row, np.ones_like(row), ["logits"])[0][0, -1].argmax()))
+    assert answer.text == bundle._engine.tokenizer.decode(ids[answer.prompt_tokens :]).rstrip("\N{REPLACEMENT CHARACTER}")
+    assert bundle.generate("go on", raw=True, max_new_tokens=12) == answer
+
+
+def test_seeds(opened):
+    bundle = opened("plain")
+    answers = [bundle.generate("x", temperature=3.0, seed=seed, max_new_tokens=16).text for seed in (1, 2, 1)]
+    assert answers[0] == answers[2] != answers[1]
+
+
+def test_text_comes_in_whole_characters(opened):
+    bundle = opened("parrot")
+    pieces = list(bundle.stream("say it"))
+    assert "".join(pieces) == SAYS
+    assert "€" in pieces
+    assert len(pieces) == len(SAYS)
+    answer = bundle.generate("say it")
+    assert (answer.text, answer.reason, answer.tokens) == (SAYS, "end", len(SAYS.encode()) + 1)
+
+
+@pytest.mark.parametrize("tokens", range(1, 23))
+def test_a_cut_answer_has_no_broken_character(opened, tokens):
+    answer = opened("parrot").generate("say it", max_new_tokens=tokens)
+    assert answer.text == SAYS.encode()[:tokens].decode(errors="ignore")
+    assert answer.reason == ("length" if tokens <= len(SAYS.encode()) else "end")
+
+
+@pytest.mark.parametrize(
+    ("stops", "left"),
+    [
+        (["€"], "naïve "),  # one character of three tokens
+        ([" €ur"], "naïve"),
+        (["xyz", "5"], "naïve €ur0s:"),
+        (["ve €uX", "r0s"], "naïve €u"),  # what only began like a stop string is shown
+        (["s:5\N{CAT}!"], "naïve €ur0"),
+        (["!!"], SAYS),
+        (["n"], ""),
+        (["a", "na"], ""),
+    ],
+)
+def test_stop_strings_are_never_shown(opened, stops, left):
+    bundle = opened("parrot")
+    stream = bundle.stream("say it", stop=stops)
+    shown = ""
+    for piece in stream:
+        shown += piece
+        assert left.startswith(shown)
+    assert shown == left == stream.answer.text
+    assert stream.answer.reason == ("end" if left == SAYS else "stop")
+
+
+def test_stop_strings_against_a_search_of_the_whole_text():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(rng.choice(list("abc"), 12))
+        stops = ["".join(rng.choice(list("abc"), rng.integers(1, 5))) for _ in range(2)]
+        filtered, shown = Stops(stops), ""
+        for character in text:
+            shown += filtered.push(character)
+            if filtered.hit:
+                break
+        shown += filtered.flush()
+        # Reading one character after the other, the stop string that ends first counts.
+        ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+        first = min((end for end, _ in ends), default=None)
+        assert shown == (text if first is None else text[: min(at for end, at in ends if end == first)])
+
+
+def test_tokens_that_read_otherwise_alone():
+    tokenizer = edge_graphs.bytes_tokenizer()
+    text = "hé €\N{CAT}\N{REPLACEMENT CHARACTER}x"
+    pieces = Text(tokenizer)
+    out = [pieces.push(token) for token in tokenizer.encode(text).ids]
+    assert "".join(out) + pieces.flush() == text
+
+
+def test_a_stream_may_be_left(opened):
+    bundle = opened("parrot")
+    stream = bundle.stream("say it")
+    assert next(stream) == "n"
+    assert next(stream) == "a"
+    stream.close()
+    assert stream.answer.text == "na"
+    assert list(stream) == []
+
+
+def test_what_does_not_fit_is_refused(opened):
+    bundle = opened("plain")
+    prompt = len(bundle.encode("x"))
+    with pytest.raises(BundleError, match=f"the prompt has {prompt} tokens and 256 for the answer, where 256 fit"):
+        bundle.generate("x", max_new_tokens=256)
+    with pytest.raises(BundleError, match="the prompt has 300 tokens, where 256 fit together"):
+        bundle.generate("x" * 300, raw=True)
+    with pytest.raises(BundleError, match="at least one token"):
+        bundle.generate("x", max_new_tokens=0)
+    with pytest.raises(BundleError, match="stop string is empty"):
+        bundle.generate("x", stop=[""])
+    with pytest.raises(BundleError, match="no tokens"):
+        bundle.generate("", raw=True)
+    assert bundle.generate("x", max_new_tokens=256 - prompt).reason in {"length", "end"}
+    full = bundle.generate("x" * 250, raw=True)
+    assert full.tokens <= 6
+    with pytest.raises(BundleError, match="generates text; it does not classify"):
+        bundle.classify(["x"])
+
+
+def test_a_conversation_reads_only_what_is_new(opened):
+    bundle = opened("chat")
+    chat = bundle.chat(system="Be brief.")
+    first = chat.say("hello", max_new_tokens=8)
+    assert first.fed == first.prompt_tokens
+    second = chat.say("and now?", max_new_tokens=8)
+    assert second.fed < second.prompt_tokens
+    assert [turn["role"] for turn in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    # The same conversation, read from the beginning.
+    other = bundle.chat()
+    other.messages = chat.messages[:3]
+    assert other.say("and now?", max_new_tokens=8).text == second.text
+
+
+def test_a_conversation_whose_past_was_changed(opened):
+    bundle = opened("chat")
+    chat = bundle.chat()
+    chat.say("hello there", max_new_tokens=4)
+    chat.messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    answer = chat.say("and?", max_new_tokens=8)
+    fresh = bundle.chat()
+    fresh.messages = chat.messages[:2]
+    assert fresh.say("and?", max_new_tokens=8).text == answer.text
+    assert answer.fed == answer.prompt_tokens - len("<|im_start|>user\nhello") + len("<|im_start|>") - 1
+
+
+def test_a_conversation_goes_on_after_an_interrupt(opened):
+    bundle = opened("parrot")
+    chat = bundle.chat()
+
+    def interrupt(piece):
+        if piece == "ï":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("say it", on_text=interrupt)
+    assert chat.messages[-1] == {"role": "assistant", "content": "naï"}
+    answer = chat.say("again")
+    assert answer.text == SAYS
+    assert answer.fed < answer.prompt_tokens
+
+
+def test_a_conversation_that_is_too_long_stays_as_it_was(opened):
+    chat = opened("chat").chat()
+    chat.say("hello", max_new_tokens=4)
+    before = list(chat.messages)
+    with pytest.raises(BundleError, match="where 256 fit together"):
+        chat.say("x" * 300)
+    assert chat.messages == before
+    chat.say("go on", max_new_tokens=4)
+
+
+def test_a_conversation_notices_another_gate(opened):
+    bundle = opened("chat")
+    chat = bundle.chat()
+    chat.say("hello", max_new_tokens=6)
+    bundle.choose_experts(["cats"])
+    second = chat.say("more", max_new_tokens=6)
+    assert second.fed == second.prompt_tokens
+    fresh = bundle.chat()
+    fresh.messages = chat.messages[:2]
+    assert fresh.say("more", max_new_tokens=6).text == second.text
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_alpaca_is_as_in_training():
+    from molehill.tasks.causal_lm import _alpaca
+
+    prompts = Prompts(Generation(), "bundle")
+    for context in ("", "some text"):
+        row = {"instruction": "Say it. ", "input": context, "output": ""}
+        text, ((begin, _),) = _alpaca(row)
+        assert prompts.single("Say it. ", context) == text[:begin]
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "hello\n"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "and?"},
+    ]
+    text, spans = _alpaca({"messages": [*messages, {"role": "assistant", "content": "no"}]})
+    assert prompts.before_answer(messages) == text[: spans[-1][0]]
+    with pytest.raises(BundleError, match="unknown role 'cat'"):
+        prompts.before_answer([{"role": "cat", "content": "x"}])
+
+
+THINKING = (
+    "{%- for message in messages %}{%- set text = message.content %}"
+    "{%- if message.role == 'assistant' and not loop.last %}{%- set text = text | upper %}{%- endif %}"
+    "[{{ message.role }}]{%- if message.role == 'assistant' and loop.last %}<think></think>{%- endif %}{{ text }}\n"
+    "{%- endfor %}{%- if add_generation_prompt %}[assistant]{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (edge_graphs.CHATML, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        ("{% for m in messages %}{% generation %}{{ m.content }};{% endgeneration %}{% endfor %}", "hi;"),
+        (THINKING, "[user]hi[assistant]<think></think>"),
+    ],
+)
+def test_templates_show_what_training_saw_before_an_answer(template, wanted):
+    prompts = Prompts(Generation(template=True, chat_template=template), "bundle")
+    assert prompts.single(" hi ") == wanted
+
+
+def test_a_template_that_edits_earlier_turns_is_asked_for_its_own_prompt():
+    prompts = Prompts(Generation(template=True, chat_template=THINKING), "bundle")
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "and?"},
+    ]
+    assert prompts.before_answer(turns) == "[user]hi[assistant]YES[user]and?[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{% for %}", "its chat template cannot be read"),
+        ("{{ raise_exception('no system please') }}", "no system please"),
+        ("{{ messages.nothing.more }}", "its chat template refuses"),
+        ("{{ ''.__class__.__mro__ }}", "its chat template refuses"),  # a sandbox
+        ("{{ 1 // 0 }}", "its chat template refuses"),
+    ],
+)
+def test_templates_that_fail(template, what):
+    with pytest.raises(BundleError, match=what):
+        Prompts(Generation(template=True, chat_template=template), "bundle").single("hi")
+
+
