@@ -277,6 +277,8 @@ class Store:
             current = self.current(bundle)
             if current is None:
                 mend = f"Run: molehill edge pull URL --id {bundle} --root root.json"
+                if Path(bundle).exists():
+                    mend = "It is a folder or file that nobody has signed: --insecure-local opens it all the same."
                 raise BundleError(f"there is no bundle {bundle} in this store", where=str(self.folder), mend=mend)
             try:
                 handle = os.open(self._version(current) / "lock", os.O_RDONLY)

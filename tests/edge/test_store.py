@@ -172,6 +172,12 @@ def test_a_name_that_is_not_here(world):
             world.store.admit(name)
 
 
+def test_a_local_bundle_is_not_opened_as_if_it_were_signed(world):
+    for name in (world.folder / "reviews-1", str(world.folder / "reviews-1")):
+        with pytest.raises(BundleError, match="nobody has signed: --insecure-local"):
+            world.store.admit(name)
+
+
 def flip(path, at=-1):
     data = bytearray(path.read_bytes())
     data[at] ^= 1
