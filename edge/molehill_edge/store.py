@@ -92,8 +92,9 @@ class Known:
 
     @property
     def url(self) -> str:
-        """Where it was last."""
-        return (self.folder / "url").read_text().strip()
+        """Where it was last; empty when that is lost."""
+        path = self.folder / "url"
+        return path.read_text(errors="replace").strip() if path.is_file() else ""
 
     def root_path(self, version: int) -> Path:
         """Where a version of its root metadata lies."""

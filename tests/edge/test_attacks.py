@@ -408,6 +408,17 @@ def test_a_cut_download_starts_again(world):
     world.still(2)
 
 
+def test_a_cut_download_keeps_the_files_that_are_whole(world):
+    world.publish(2, {"base.bin": b"other" * 1000, **NEW})
+    world.show()
+    world.server.cut[blob(world)] = 0
+    world.refused("was cut")
+    world.server.cut.clear()
+    done = world.pull()
+    assert (done.version, done.files) == (2, 1)
+    world.still(2)
+
+
 def test_a_cut_look(world):
     world.publish(2, NEW)
     world.show()

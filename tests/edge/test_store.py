@@ -355,6 +355,14 @@ def test_a_newer_root_of_a_known_repository(world):
     assert another.admit("reviews").manifest.version == 2
 
 
+def test_an_address_that_is_lost(world):
+    (world.store.repositories()[0].folder / "url").unlink()
+    with pytest.raises(TrustError, match="this is not the address of a repository"):
+        fetch.update(world.store, "reviews")
+    world.pull(root=world.root)
+    assert fetch.update(world.store, "reviews", fetcher=world.server).version == 1
+
+
 def test_update_what_is_not_here(world):
     with pytest.raises(BundleError, match="there is no bundle other"):
         fetch.update(world.store, "other")
