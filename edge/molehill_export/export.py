@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -10,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from molehill import __version__, config
 from molehill.errors import BundleError, ConfigError
@@ -24,13 +26,14 @@ from molehill.molora.targets import find_sites
 from molehill.tasks.batches import Example
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
+from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge import tensors
 from molehill_edge.manifest import EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
 from molehill_export import parity as parity_of
 from molehill_export.base import classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
-from molehill_export.molora import Inserted, choose_slots, gate_values, insert
+from molehill_export.molora import Inserted, choose_slots, effective, expert_axes, gate_values, insert
 from molehill_export.source import GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
 from molehill_simulation.data import deal
@@ -100,23 +103,21 @@ def export(
     return manifest
 
 
-def expert_files(source: Source, folder: Path) -> list[Path]:
-    """Write every routed expert as a file that a device can add to a bundle of the same run.
+def export_experts(source: Source, folder: Path) -> list[Path]:
+    """Write every routed expert as a file that a device can add to a bundle of the same base and shape.
 
     Args:
         source: The run.
         folder: Created when missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    graph = _Shapes(source.model)
     written = []
     for expert in source.model.experts:
-        if expert.startswith("shared"):
-            continue
-        values = graph.expert(expert, source)
-        path = folder / f"{expert}.expert.safetensors"
-        tensors.write(path, values, {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest})
-        written.append(path)
+        if not expert.startswith("shared"):
+            path = folder / f"{expert}.expert.safetensors"
+            about = {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest}
+            tensors.write(path, _expert(source, expert), about)
+            written.append(path)
     return written
 
 
@@ -254,8 +255,6 @@ def _of_gate(manifest: pb.Manifest, name: str) -> dict[str, str]:
 
 def _companions(source: Source, graph: Graph, manifest: pb.Manifest, folder: Path, work: Path) -> None:
     """Tokenizer, and what onnxruntime-genai wants beside it."""
-    from tokenizers import Tokenizer  # noqa: PLC0415
-
     tokenizer = Tokenizer.from_str(source.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -349,46 +348,33 @@ def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
     manifest.provenance.CopyFrom(about)
 
 
-class _Shapes:
-    """Experts of a model as files.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: MoLoRAModel) -> None:
-        self._model = model
-
-    def expert(self, expert: str, source: Source) -> dict[str, NDArray[Any]]:
-        """Its factors at every site, and its row of every router."""
-        from molehill.wire.keys import NO_EXPERT, Key  # noqa: PLC0415
-        from molehill_export.molora import effective, expert_axes  # noqa: PLC0415
-
-        model = self._model
-        tree = model.tree(lambda key: key.expert == expert)
-        values: dict[str, NDArray[Any]] = {}
-        for name, site in model.sites.items():
-            ids = model.expert_ids(site)
+def _expert(source: Source, expert: str) -> dict[str, NDArray[Any]]:
+    """An expert's factors at every site, and its row of every router."""
+    model = source.model
+    tree = model.tree(lambda key: key.expert == expert)
+    values: dict[str, NDArray[Any]] = {}
+    for name, site in model.sites.items():
+        ids, bank = model.expert_ids(site), site.bank
+        if expert not in ids:
+            continue
+        if not isinstance(bank, LoRABank):
+            values[f"{name}/v"] = np.ascontiguousarray(tree[Key(name, expert, "dense.v")])
+            continue
+        mine = (bank.patch_expert == ids.index(expert)).cpu()
+        A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
+        B = np.concatenate([tree[Key(name, expert, "B")], bank.patch_Bt.cpu()[mine].numpy().T], 1)
+        values[f"{name}/A"], values[f"{name}/B"] = np.ascontiguousarray(A), np.ascontiguousarray(B)
+    with source.gate(GLOBAL) as shared:
+        for group in shared.routers.values():
+            first = next(site for site in shared.sites.values() if site.group is group)
+            ids = shared.expert_ids(first)[first.shared :]
             if expert not in ids:
                 continue
-            if not isinstance(site.bank, LoRABank):
-                values[f"{name}/v"] = np.ascontiguousarray(tree[Key(name, expert, "dense.v")])
-                continue
-            mine = (site.bank.patch_expert == ids.index(expert)).cpu()
-            A = np.concatenate([tree[Key(name, expert, "A")], site.bank.patch_A.cpu()[mine].numpy()])
-            B = np.concatenate([tree[Key(name, expert, "B")], site.bank.patch_Bt.cpu()[mine].numpy().T], 1)
-            values[f"{name}/A"], values[f"{name}/B"] = np.ascontiguousarray(A), np.ascontiguousarray(B)
-        with source.gate(GLOBAL) as shared:
-            for group in shared.routers.values():
-                first = next(site for site in shared.sites.values() if site.group is group)
-                ids = shared.expert_ids(first)[first.shared :]
-                if expert not in ids:
-                    continue
-                for part, axis in expert_axes(group, source.adapter.molora.scorer).items():
-                    if axis >= 0:
-                        row = np.take(effective(group.router, part), ids.index(expert), axis)
-                        values[Key(group.site.name, NO_EXPERT, f"gate.{part}").name] = np.ascontiguousarray(row)
-        return values
+            for part, axis in expert_axes(group, source.adapter.molora.scorer).items():
+                if axis >= 0:
+                    row = np.take(effective(group.router, part), ids.index(expert), axis)
+                    values[Key(group.site.name, NO_EXPERT, f"gate.{part}").name] = np.ascontiguousarray(row)
+    return values
 
 
 def _plain_name(name: str) -> str:
@@ -400,7 +386,5 @@ def _json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _sha256(path: Path) -> bytes:
-    import hashlib  # noqa: PLC0415
-
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
