@@ -163,6 +163,16 @@ def open_regular(path: Path) -> BufferedReader:
     return file
 
 
+def has_digest(path: Path, length: int, sha256: bytes) -> bool:
+    """Whether a path is a regular file of this length, in bytes, and this SHA-256."""
+    try:
+        with open_regular(path) as stream:
+            right = os.fstat(stream.fileno()).st_size == length
+            return right and hashlib.file_digest(stream, "sha256").digest() == sha256
+    except OSError:
+        return False
+
+
 def known_path(path: str) -> bool:
     """Whether a bundle may hold a file of this path: names are fixed, so that none can lead outside."""
     folder, _, name = path.rpartition("/")

@@ -22,6 +22,7 @@ from molehill_export.trace import DYNAMIC, export, quiet
 
 _DOMAIN = "molehill"
 _BUILDER = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # model types that onnxruntime-genai's builder is used for
+_HEAD = 16  # grouped-query attention takes heads of a multiple of it
 
 
 def classifier(base: nn.Module, head: Head, sites: Sequence[str]) -> Graph:
@@ -61,7 +62,8 @@ def decoder(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Pat
     Raises:
         ModelError: A linear has no counterpart in the graph, or the model cannot be exported.
     """
-    if base.config.model_type in _BUILDER:
+    size = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+    if base.config.model_type in _BUILDER and size % _HEAD == 0:
         return _built(base, folder, sites, work)
     return _traced_decoder(base, sites)
 

@@ -75,6 +75,11 @@ class Graph:
             folder: Where its external tensors are; they are mapped, not read.
         """
         graph = model.graph
+        for node in graph.node:  # where it came from: paths of this machine
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+        for value in [*graph.input, *graph.output]:
+            value.ClearField("metadata_props")
         tensors = {i.name: _array(i, folder) for i in graph.initializer}
         opsets = {entry.domain: entry.version for entry in model.opset_import}
         return cls(list(graph.node), tensors, list(graph.input), list(graph.output), opsets)

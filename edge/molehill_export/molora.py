@@ -125,6 +125,67 @@ def insert(
     return work.run()
 
 
+def effective(router: Router, part: str) -> Array:
+    """A parameter of a router's scorer, with its residual where that counts."""
+    value = dict(router.scorer.named_parameters())[part]
+    if router.residual and router.personal:
+        value = value + router.residual[part.replace(".", "__")]
+    return value.detach().float().cpu().numpy()
+
+
+def expert_axes(group: RouteGroup, scorer: MethodRef) -> dict[str, int]:
+    """For every parameter of a router's scorer the axis of the experts, -1 for none."""
+    built = [
+        registry.build("scorer", scorer.name, scorer.params, d_in=group.site.d_in, n_experts=n, n_tasks=1)
+        for n in (group.router.n_experts, group.router.n_experts + 1)
+    ]
+    axes = {}
+    for (part, one), more in zip(built[0].named_parameters(), built[1].parameters(), strict=True):
+        differ = [axis for axis, (a, b) in enumerate(zip(one.shape, more.shape, strict=True)) if a != b]
+        axes[part] = differ[0] if differ else -1
+    return axes
+
+
+def gate_values(model: MoLoRAModel, inserted: Inserted) -> dict[str, Array]:
+    """What a gate file holds: the routers for the bundle's slots (empty ones get zeros), and the head.
+
+    Args:
+        model: With the gate in question.
+        inserted: Of `insert`.
+    """
+    values: dict[str, Array] = {}
+    groups = list(model.routers.values())
+    for tensor in inserted.gate:
+        key = Key.parse(tensor.name)
+        if tensor.router < 0:
+            assert model.head is not None
+            part = key.role.removeprefix("head.")
+            value = getattr(model.head, part)
+            if model.head.residual and model.head.personal:
+                value = value + model.head.residual[part]
+            values[tensor.name] = value.detach().float().numpy().copy()
+            continue
+        group, slots = groups[tensor.router], inserted.routers[tensor.router].slots
+        value = effective(group.router, key.role.removeprefix("gate."))
+        if tensor.expert_axis >= 0:
+            first = next(site for site in model.sites.values() if site.group is group)
+            ids = model.expert_ids(first)[first.shared :]
+            rows = [np.take(value, ids.index(inserted.slots[i].id), tensor.expert_axis) if inserted.slots[i].id
+                    else np.zeros_like(np.take(value, 0, tensor.expert_axis)) for i in slots]  # fmt: skip
+            value = np.stack(rows, tensor.expert_axis)
+        values[tensor.name] = np.ascontiguousarray(value, np.float32)
+    return values
+
+
+def head_tensors(graph: Graph) -> list[pb.GateTensor]:
+    """The parameters of a classifier's head among a graph's inputs."""
+    found = [value for value in graph.inputs if value.name.startswith("head/")]
+    return [
+        pb.GateTensor(name=v.name, shape=[d.dim_value for d in v.type.tensor_type.shape.dim], router=-1, expert_axis=-1)
+        for v in found
+    ]
+
+
 class _Work:
     """One insertion."""
 
@@ -132,7 +193,7 @@ class _Work:
         self, graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: list[pb.Slot], scheme: Scheme
     ) -> None:
         self.graph, self.model, self.scorer, self.scheme = graph, model, scorer, scheme
-        self.out = Inserted(slots=slots)
+        self.out = Inserted(slots=slots, gate=head_tensors(graph))
         self.quantised = activations(graph)
         self.gates: dict[int, _Gate] = {}
         self.limits: list[str] = []
@@ -220,19 +281,21 @@ class _Work:
 
     def _route(self, index: int, group: RouteGroup, slots: list[int]) -> _Gate:
         router = group.router
-        names = [name for name, _ in router.scorer.named_parameters()]
-        axes = self._expert_axes(group)
+        axes = expert_axes(group, self.scorer)
         inputs, examples = [], []
-        for part, axis in zip(names, axes, strict=True):
-            value = self._chosen(group, dict(router.scorer.named_parameters())[part], axis, slots)
+        for part, axis in axes.items():
+            value = effective(router, part)
+            shape = list(value.shape)
+            if axis >= 0:
+                shape[axis] = len(slots)
             key = Key(group.site.name, NO_EXPERT, f"gate.{part}").name
-            inputs.append(self.graph.default_input(key, value))
-            self.out.gate.append(pb.GateTensor(name=key, shape=value.shape, router=index, expert_axis=axis))
-            examples.append(torch.from_numpy(value))
+            inputs.append(self.graph.default_input(key, np.zeros(shape, np.float32)))
+            self.out.gate.append(pb.GateTensor(name=key, shape=shape, router=index, expert_axis=axis))
+            examples.append(torch.zeros(shape))
         scorer = registry.build(
             "scorer", self.scorer.name, self.scorer.params, d_in=group.site.d_in, n_experts=len(slots), n_tasks=1
         )
-        module = _Route(router, scorer, names)
+        module = _Route(router, scorer, list(axes))
         x = torch.zeros(2, 3, group.site.d_in)
         args = (x, torch.zeros(len(slots)), examples)
         dynamic = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
@@ -244,31 +307,6 @@ class _Work:
         self.graph.outputs.append(_float_output(route))
         self.out.routers.append(pb.Router(name=group.site.name, slots=slots))
         return _Gate(weights, slots)
-
-    def _expert_axes(self, group: RouteGroup) -> list[int]:
-        """For every parameter of a scorer the axis of the experts, -1 for none."""
-        built = [
-            registry.build("scorer", self.scorer.name, self.scorer.params, d_in=group.site.d_in, n_experts=n, n_tasks=1)
-            for n in (group.router.n_experts, group.router.n_experts + 1)
-        ]
-        axes = []
-        for one, more in zip(*(list(scorer.parameters()) for scorer in built), strict=True):
-            differ = [axis for axis, (a, b) in enumerate(zip(one.shape, more.shape, strict=True)) if a != b]
-            axes.append(differ[0] if differ else -1)
-        return axes
-
-    def _chosen(self, group: RouteGroup, parameter: Tensor, axis: int, slots: list[int]) -> Array:
-        """A router's parameter for the chosen slots; rows of empty ones are zero."""
-        value = parameter.detach().float().cpu().numpy()
-        if axis < 0:
-            return value.copy()
-        site = self._first(group)
-        ids = self.model.expert_ids(site)[site.shared :]
-        rows = [
-            np.take(value, ids.index(self.out.slots[i].id), axis) if self.out.slots[i].id else np.zeros_like(np.take(value, 0, axis))
-            for i in slots
-        ]
-        return np.ascontiguousarray(np.stack(rows, axis))
 
     def _spread(self, gate: _Gate, layouts: Sequence[tuple[list[int], list[int]]]) -> str:
         """The weight of every rank ``[..., Q]`` of some sites, from the weights of a router."""

@@ -50,6 +50,8 @@ class Piece:
             names[tensor.name] = into.const(value)
         for node in graph.node:
             new = copy.deepcopy(node)
+            new.ClearField("metadata_props")
+            new.ClearField("doc_string")
             new.name = f"{prefix}/{node.name}"
             for i, name in enumerate(node.input):
                 new.input[i] = names[name]

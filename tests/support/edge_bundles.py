@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+
+from tuf.api.exceptions import DownloadHTTPError
+from tuf.ngclient import FetcherInterface
 
 from molehill_edge import manifest as manifests
 from molehill_protos.v1.bundle_pb2 import (
@@ -84,3 +88,42 @@ def make_bundle(folder: Path, files: dict[str, bytes] | None = None, **fields) -
         (folder / path).write_bytes(data)
     (folder / manifests.NAME).write_bytes(manifest(wanted, **fields).SerializeToString(deterministic=True))
     return folder
+
+
+class Memory(FetcherInterface):
+    """A web server without a network: a dictionary of paths and bytes, which a test may change.
+
+    Args:
+        folder: A repository that it begins with.
+    """
+
+    address = "https://bundles.example/"
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.cut: dict[str, int] = {}  # paths that break off after so many bytes
+        self.load(folder)
+
+    def load(self, folder: Path) -> None:
+        """Show what a repository holds now."""
+        self.files = {
+            str(path.relative_to(folder)): path.read_bytes()
+            for part in ("metadata", "targets")
+            for path in (folder / part).rglob("*")
+            if path.is_file()
+        }
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        path = url.removeprefix(self.address)
+        self.asked.append(path)
+        if path not in self.files:
+            raise DownloadHTTPError("not there", 404)
+        return self._chunks(path)
+
+    def _chunks(self, path: str) -> Iterator[bytes]:
+        data = self.files[path]
+        for at in range(0, len(data), 512):
+            if path in self.cut and at >= self.cut[path]:
+                raise ConnectionResetError("the line is dead")
+            yield data[at : at + 512]

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from molehill.config import Config, parse
 from molehill.wire import exchange
@@ -44,8 +52,8 @@ SIZES = {
 }
 
 
-def save_base(folder: Path, kind: str, seed: int = 0) -> Path:
-    """Save a random checkpoint (``bert`` or ``llama``) with its tokenizer."""
+def save_base(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
+    """Save a random checkpoint (``bert``, ``llama`` or ``gpt2``) with its tokenizer; ``sizes`` change its shape."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if kind == "bert":
@@ -64,8 +72,12 @@ def save_base(folder: Path, kind: str, seed: int = 0) -> Path:
     if kind == "llama":
         tokenizer.chat_template = CHAT
     torch.manual_seed(seed)
-    model = BertForMaskedLM(BertConfig(**SIZES)) if kind == "bert" else LlamaForCausalLM(LlamaConfig(**SIZES))
-    model.save_pretrained(folder)
+    make = {
+        "bert": lambda shape: BertForMaskedLM(BertConfig(**shape)),
+        "llama": lambda shape: LlamaForCausalLM(LlamaConfig(**shape)),
+        "gpt2": lambda shape: GPT2LMHeadModel(GPT2Config(**shape, n_inner=shape["intermediate_size"])),
+    }
+    make[kind](SIZES | sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

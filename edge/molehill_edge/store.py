@@ -1,0 +1,375 @@
+"""The bundles of a device, and the proof that somebody trusted signed them.
+
+::
+
+    repositories/<digest of the pinned root>/pinned.json, url, metadata/   what the repository has shown so far
+    blobs/sha256/<hash>                                                     every file once, whichever bundles have it
+    bundles/<id>/current.json                                               which version is in use
+    bundles/<id>/<version>-<random>/files/                                  its files, hard links to blobs
+    bundles/<id>/<version>-<random>/<n>.targets.json                        the signed list that named its manifest
+
+A new version is assembled beside the old one, and ``current.json``, replaced by a rename, is the switch. The signed
+list is kept with the version, since the repository's moves on when it is asked about another bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import platformdirs
+
+from molehill import files
+from molehill.errors import BundleError, TrustError
+from molehill_edge import manifest as manifests
+from molehill_edge.trust import Admitted
+from molehill_protos.v1.bundle_pb2 import File, Manifest
+
+VARIABLE = "MOLEHILL_STORE"
+_PATIENCE = 10.0  # seconds that a command waits for another one at the same store
+_UPDATE = "Run: molehill edge update"
+
+
+def default_folder() -> Path:
+    """Where bundles lie unless somebody says otherwise: `MOLEHILL_STORE`, or the user's data folder."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else platformdirs.user_data_path("molehill") / "bundles"
+
+
+@dataclass(frozen=True)
+class Current:
+    """Which version of a bundle is in use.
+
+    Args:
+        id: Of the bundle.
+        version: Of the bundle.
+        folder: Name of its folder in that of the bundle.
+        manifest: SHA-256 of its manifest, in hexadecimal digits.
+        repository: Where it is from, by the digest of the pinned root.
+        root: Version of the root metadata whose keys have signed the list.
+        listed: Version of the signed list.
+    """
+
+    id: str
+    version: int
+    folder: str
+    manifest: str
+    repository: str
+    root: int
+    listed: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """A repository that this device has seen.
+
+    Args:
+        name: The digest of its pinned root.
+        folder: What is kept of it.
+    """
+
+    name: str
+    folder: Path
+
+    @property
+    def metadata(self) -> Path:
+        """What it has shown so far, as the client of The Update Framework keeps it."""
+        return self.folder / "metadata"
+
+    @property
+    def pinned(self) -> Path:
+        """The root metadata that this device was given, from which all trust comes."""
+        return self.folder / "pinned.json"
+
+    @property
+    def url(self) -> str:
+        """Where it was last."""
+        return (self.folder / "url").read_text().strip()
+
+    def root_path(self, version: int) -> Path:
+        """Where a version of its root metadata lies."""
+        return self.metadata / "root_history" / f"{version}.root.json"
+
+
+class Store:
+    """The bundles of a device; opens only what somebody trusted has signed.
+
+    Args:
+        folder: Where they lie; `default_folder` when None.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = default_folder() if folder is None else Path(folder)
+        self._blobs = self.folder / "blobs" / "sha256"
+        self._bundles = self.folder / "bundles"
+        self._repositories = self.folder / "repositories"
+
+    def admit(self, name: str | Path) -> Admitted:
+        """The bundle of this id, every signature and every file of it checked, without a network.
+
+        Raises:
+            BundleError: There is none, it has expired or a file of it is damaged.
+            TrustError: The signatures do not hold.
+        """
+        current, handle = self._hold(str(name))
+        try:
+            folder, manifest = self._version(current) / "files", self._checked(current)
+        except BaseException:
+            os.close(handle)
+            raise
+        return Admitted(folder, manifest, lambda: os.close(handle))
+
+    def current(self, bundle: str) -> Current | None:
+        """Which version of a bundle is in use; None when there is none.
+
+        Raises:
+            BundleError: This cannot be read.
+        """
+        path = self._bundles / bundle / "current.json"
+        try:
+            if not manifests.valid_id(bundle):
+                return None
+            made = Current(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError):
+            raise BundleError("the store is damaged", where=str(path), mend="Delete this folder and pull.") from None
+        plain = all(part.isascii() and "/" not in part and part not in {"", ".", ".."} for part in _names(made))
+        numbers = (made.version, made.root, made.listed)
+        if not plain or made.id != bundle or not all(isinstance(number, int) for number in numbers):
+            raise BundleError("the store is damaged", where=str(path), mend="Delete this folder and pull.")
+        return made
+
+    def bundles(self) -> list[Current]:
+        """What is in use, by id.
+
+        Raises:
+            BundleError: The store is damaged.
+        """
+        names = sorted(path.parent.name for path in self._bundles.glob("*/current.json"))
+        return [found for name in names if (found := self.current(name)) is not None]
+
+    def manifest(self, current: Current) -> Manifest:
+        """The manifest of a bundle in use, for a list; it is not checked, so nothing may be opened by it.
+
+        Raises:
+            BundleError: It cannot be read.
+        """
+        path = self._version(current) / "files" / manifests.NAME
+        try:
+            return Manifest.FromString(path.read_bytes())
+        except Exception:  # noqa: BLE001  # OSError, or whatever protobuf says to damage
+            raise BundleError("cannot read the manifest", where=str(path), mend=_UPDATE) from None
+
+    def repositories(self) -> list[Known]:
+        """The repositories that this device has seen."""
+        return [Known(path.parent.name, path.parent) for path in sorted(self._repositories.glob("*/pinned.json"))]
+
+    def repository(self, root: bytes) -> Known:
+        """The repository with this pinned root, which may not be there yet."""
+        name = hashlib.sha256(root).hexdigest()[:32]
+        return Known(name, self._repositories / name)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only one that changes the store.
+
+        Raises:
+            BundleError: Another process changes it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            end = time.monotonic() + _PATIENCE
+            while not _flock(handle, fcntl.LOCK_EX):
+                if time.monotonic() > end:
+                    raise BundleError("another process updates this store", where=str(self.folder), mend="Try later.")
+                time.sleep(0.05)
+            yield
+        finally:
+            os.close(handle)
+
+    def blob(self, file: File) -> Path:
+        """Where a file lies, or will."""
+        return self._blobs / file.sha256.hex()
+
+    def has(self, file: File) -> bool:
+        """Whether a file is here, undamaged."""
+        return manifests.has_digest(self.blob(file), file.length, file.sha256)
+
+    @contextlib.contextmanager
+    def incoming(self, file: File) -> Iterator[Path]:
+        """A path to write a file to, which becomes a blob when the block ends well and is gone otherwise."""
+        partial = self.folder / "partial"
+        for folder in (partial, self._blobs):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = partial / file.sha256.hex()
+        path.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            yield path
+            path.chmod(0o444)  # shared by every version that has this file
+            path.replace(self.blob(file))
+            files.sync(self._blobs)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def install(self, manifest: Manifest, data: bytes, listed: bytes, now: Current) -> None:
+        """Assemble a version from its blobs and switch to it, at once or not at all.
+
+        Args:
+            manifest: Of the bundle.
+            data: Its bytes.
+            listed: The signed list that names it.
+            now: What will be in use; its folder is chosen here.
+        """
+        home = self._bundles / manifest.id
+        name = f"{manifest.version}-{secrets.token_hex(4)}"
+        folder = home / name
+        try:
+            (folder / "files").mkdir(parents=True)
+            (folder / "lock").touch()
+            for file in manifest.files:
+                target = folder / "files" / file.path
+                target.parent.mkdir(exist_ok=True)
+                try:
+                    target.hardlink_to(self.blob(file))
+                except OSError:  # a file system without links, or too many of them
+                    shutil.copyfile(self.blob(file), target)
+            files.write(folder / "files" / manifests.NAME, data, mode=0o444)
+            files.sync(folder / "files")
+            self._switch(folder, listed, Current(**{**asdict(now), "folder": name}))
+        except BaseException:
+            if not (found := self.current(manifest.id)) or found.folder != name:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._collect()
+
+    def confirm(self, listed: bytes, now: Current) -> None:
+        """Keep a newer signed list for the version in use: it may be signed by newer keys."""
+        self._switch(self._version(now), listed, now)
+
+    def _switch(self, folder: Path, listed: bytes, now: Current) -> None:
+        proof = folder / f"{now.listed}.targets.json"
+        files.write(proof, listed)
+        files.write(folder.parent / "current.json", json.dumps(asdict(now), indent=2).encode() + b"\n")
+        for path in folder.glob("*.targets.json"):
+            if path != proof:
+                path.unlink()
+
+    def _version(self, current: Current) -> Path:
+        return self._bundles / current.id / current.folder
+
+    def _hold(self, bundle: str) -> tuple[Current, int]:
+        """Which version is in use, and the open lock that keeps its folder."""
+        for _ in range(10):
+            current = self.current(bundle)
+            if current is None:
+                mend = f"Run: molehill edge pull URL --id {bundle} --root root.json"
+                raise BundleError(f"there is no bundle {bundle} in this store", where=str(self.folder), mend=mend)
+            try:
+                handle = os.open(self._version(current) / "lock", os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # an update has just taken it away
+            if _flock(handle, fcntl.LOCK_SH) and self._version(current).is_dir():
+                return current, handle
+            os.close(handle)
+        raise BundleError("the store is damaged", where=str(self._bundles / bundle), mend=_UPDATE)
+
+    def _checked(self, current: Current) -> Manifest:
+        """The manifest of a version of which all was checked."""
+        folder = self._version(current) / "files"
+        manifest, data = manifests.load(folder)
+        self._check_signatures(current, data)
+        if (manifest.id, manifest.version) != (current.id, current.version):
+            raise TrustError("the manifest is of another bundle or version", where=str(folder), mend=_UPDATE)
+        manifests.check_files(folder, manifest)
+        return manifest
+
+    def _check_signatures(self, current: Current, manifest: bytes) -> None:
+        """Follow the signatures from the pinned root over the signed list to the manifest.
+
+        That metadata have expired meanwhile does not count here: expiry tells an update that it is shown an old state,
+        and a device that has no network must go on with what it has. The bundle's own expiry counts always.
+        """
+        from tuf.api.exceptions import RepositoryError  # noqa: PLC0415  # 0.1 s that a local bundle does not need
+        from tuf.api.metadata import Metadata, Root, Targets  # noqa: PLC0415
+
+        known = Known(current.repository, self._repositories / current.repository)
+        where = str(self._version(current))
+        try:
+            root = Metadata[Root].from_bytes(known.pinned.read_bytes())
+            root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)
+            while root.signed.version < current.root:
+                after = Metadata[Root].from_bytes(known.root_path(root.signed.version + 1).read_bytes())
+                for signer in (root.signed, after.signed):
+                    signer.verify_delegate(Root.type, after.signed_bytes, after.signatures)
+                if after.signed.version != root.signed.version + 1:
+                    raise TrustError("a root metadata file is of another version", where=where, mend=_UPDATE)
+                root = after
+            path = self._version(current) / f"{current.listed}.targets.json"
+            listed = Metadata[Targets].from_bytes(path.read_bytes())
+            root.signed.verify_delegate(Targets.type, listed.signed_bytes, listed.signatures)
+            entry = listed.signed.targets.get(target(current.id))
+            if entry is None:
+                raise TrustError("the signed list does not name this bundle", where=where, mend=_UPDATE)
+            entry.verify_length_and_hashes(manifest)
+        except (OSError, RepositoryError, AttributeError, ValueError) as error:
+            what = f"the signatures of bundle {current.id} do not hold: {str(error).splitlines()[0][:200]}"
+            raise TrustError(what, where=where, mend=_UPDATE) from None
+
+    def _collect(self) -> None:
+        """Remove versions that are not in use and that nobody has open, and files that no bundle has."""
+        needed: set[str] = set()
+        try:
+            used = self.bundles()
+            for current in used:
+                needed |= {file.sha256.hex() for file in self.manifest(current).files}
+        except BundleError:  # of another bundle, which its own update will mend
+            return
+        for current in used:
+            for folder in (self._bundles / current.id).iterdir():
+                if folder.is_dir() and folder.name != current.folder:
+                    _remove(folder)
+        for path in self._blobs.iterdir():
+            if path.name not in needed:
+                path.unlink()
+
+
+def target(bundle: str) -> str:
+    """What the manifest of a bundle is called in a repository."""
+    return f"bundles/{bundle}/{manifests.NAME}"
+
+
+def _names(current: Current) -> tuple[str, ...]:
+    return tuple(str(part) for part in (current.id, current.folder, current.repository))
+
+
+def _flock(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a version unless somebody has it open."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        if _flock(handle, fcntl.LOCK_EX):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)

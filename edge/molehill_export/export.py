@@ -1,0 +1,406 @@
+"""From a finished run to a bundle folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from molehill import __version__, config
+from molehill.errors import BundleError, ConfigError
+from molehill.molora.experts.lora import LoRABank
+from molehill.molora.model import MoLoRAModel
+from molehill.molora.targets import find_sites
+from molehill.tasks.batches import Example
+from molehill.tasks.schema import load_rows
+from molehill.tasks.task import make_task
+from molehill_edge import tensors
+from molehill_edge.manifest import EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
+from molehill_export import parity as parity_of
+from molehill_export.base import classifier, decoder, has_shared_buffer
+from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
+from molehill_export.graph import External, Graph, write_weights
+from molehill_export.molora import Inserted, choose_slots, gate_values, insert
+from molehill_export.source import GLOBAL, Source, finished
+from molehill_protos.v1 import bundle_pb2 as pb
+from molehill_simulation.data import deal
+
+BASE = "base.bin"
+GENAI, TOKENIZER_CONFIG = "genai_config.json", "tokenizer_config.json"
+_OLDEST_RUNTIME = "1.30"
+_ROWS = 400  # labelled rows behind an accuracy
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of a run goes into a bundle, and how.
+
+    Attributes:
+        gates: Clients, or ``global``; the first is the default gate.
+        scheme: Bits of base and experts.
+        experts: Ids of the experts to take; all when None.
+        spare: Empty slots for experts that a device may add.
+        id: Name of the bundle; that of the run when empty.
+        version: Of the bundle.
+        expires: Seconds since 1970 from when on it is refused; 0 for never.
+        force: Write it also when it differs too much from the original.
+        rows: Labelled rows for the accuracies; those of the run when None.
+    """
+
+    gates: tuple[str, ...] = (GLOBAL,)
+    scheme: Scheme = "int8"
+    experts: tuple[str, ...] | None = None
+    spare: int = 0
+    id: str = ""
+    version: int = 1
+    expires: int = 0
+    force: bool = False
+    rows: Path | None = None
+
+
+def export(
+    source: Source, out: Path, options: Options | None = None, *, progress: Callable[[str], None] = lambda _: None
+) -> pb.Manifest:
+    """Write a bundle folder, whole or not at all.
+
+    Args:
+        source: What to export.
+        out: The folder; must not exist, or be empty.
+        options: What goes in.
+        progress: Told what is done next.
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        BundleError: The bundle differs too much from the original.
+        ConfigError: An option does not fit the run.
+        ModelError: The base cannot be exported.
+    """
+    options = options or Options()
+    _check(source, out, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / "bundle"
+        folder.mkdir()
+        manifest = _write(source, folder, Path(scratch), options, progress)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    return manifest
+
+
+def expert_files(source: Source, folder: Path) -> list[Path]:
+    """Write every routed expert as a file that a device can add to a bundle of the same run.
+
+    Args:
+        source: The run.
+        folder: Created when missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    graph = _Shapes(source.model)
+    written = []
+    for expert in source.model.experts:
+        if expert.startswith("shared"):
+            continue
+        values = graph.expert(expert, source)
+        path = folder / f"{expert}.expert.safetensors"
+        tensors.write(path, values, {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest})
+        written.append(path)
+    return written
+
+
+def _check(source: Source, out: Path, options: Options) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("there is something already", where=str(out), mend="Choose another --out.")
+    routers = [group.router for group in source.model.routers.values()]
+    if source.task.kind == "causal-lm" and not all(router.selector.causal for router in routers):
+        name = source.adapter.molora.selector.name
+        raise ConfigError(
+            f"selector {name!r} looks at later tokens, which do not exist while a text is written",
+            where="molora.selector", mend="Export a classifier, or train with another selector.",
+        )  # fmt: skip
+    if len(set(options.gates)) != len(options.gates):
+        raise ConfigError("a gate is named twice", where="--gate")
+    names = [gate for gate in options.gates if not gate.replace("-", "").replace("_", "").replace(".", "").isalnum()]
+    if names:
+        raise ConfigError(f"{names[0]!r} cannot name a file", where="--gate")
+
+
+def _write(
+    source: Source, folder: Path, work: Path, options: Options, progress: Callable[[str], None]
+) -> pb.Manifest:
+    causal = source.task.kind == "causal-lm"
+    progress("Tracing the base")
+    graph = _base_graph(source, work / "base")
+    if options.scheme != "fp32":
+        progress(f"Quantising the base to {options.scheme}")
+    quantise_base(graph, options.scheme, "logits" if causal else "")
+    progress("Adding experts and routers")
+    slots = choose_slots(source.model, options.experts, options.spare)
+    manifest = pb.Manifest(
+        format=FORMAT, id=options.id or _plain_name(source.name), version=options.version, expires=options.expires,
+        base=pb.Base(id=source.base.id, revision=source.base.revision or "", digest=source.base.digest), slots=slots,
+        quantisation=pb.Quantisation(
+            base=options.scheme, experts=options.scheme, block=BLOCK if options.scheme == "int4" else 0,
+            head=("int8" if options.scheme == "int4" else options.scheme) if causal else "fp32",
+        ),
+        task=_task(source, graph),
+    )  # fmt: skip
+    with source.gate(options.gates[0]) as model:
+        inserted = insert(graph, model, source.adapter.molora.scorer, slots, options.scheme)
+        graph.drop_unused()
+        manifest.sites.extend(inserted.sites)
+        manifest.routers.extend(inserted.routers)
+        manifest.gate.extend(inserted.gate)
+        manifest.layout = layout_digest(manifest)
+        progress("Writing")
+        _files(graph, model, inserted, manifest, options.gates[0], folder)
+    for gate in options.gates[1:]:
+        (folder / "gates").mkdir(exist_ok=True)
+        with source.gate(gate) as model:
+            tensors.write(folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), _of_gate(manifest, gate))
+    _companions(source, graph, manifest, folder, work / "base")
+    progress("Comparing with the original")
+    runner = parity_of.Runner(folder / GRAPH, manifest)
+    with source.gate(options.gates[0]) as model, _only(model, slots):
+        ids = parity_of.calibration(source.tokenizer, min(manifest.task.max_length, 64))
+        figures, golden = parity_of.compare(model, runner, ids, _labelled(source, options))
+    parity_of.require(figures, options.scheme, force=options.force)
+    manifest.parity.CopyFrom(figures)
+    manifest.golden.extend(golden)
+    domains = sorted(domain for domain in graph.opsets if domain)
+    manifest.runtime.CopyFrom(pb.Runtime(onnxruntime=_OLDEST_RUNTIME, opset=graph.opsets[""], domains=domains))
+    _provenance(source, manifest, options.gates[0])
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            manifest.files.append(pb.File(path=name, length=path.stat().st_size, sha256=_sha256(path)))
+    (folder / NAME).write_bytes(manifest.SerializeToString(deterministic=True))
+    return manifest
+
+
+def _base_graph(source: Source, work: Path) -> Graph:
+    work.mkdir()
+    base = source.plain()
+    names = [site.name for site in find_sites(base, source.adapter.molora.targets, source.adapter.molora.layers)]
+    if source.task.kind == "causal-lm":
+        return decoder(base, source.folder, names, work)
+    assert source.model.head is not None
+    return classifier(base, source.model.head, names)
+
+
+def _task(source: Source, graph: Graph) -> pb.Task:
+    settings: Any = source.model.base.config
+    limit = min(source.tokenizer.model_max_length, getattr(settings, "max_position_embeddings", None) or 1 << 30)
+    task = pb.Task(kind=source.task.kind, max_length=limit)
+    if source.task.kind == "classification":
+        assert source.model.head is not None
+        task.labels.extend(source.adapter.labels)
+        task.pooling = source.model.head.pooling
+        return task
+    tokenizer = source.tokenizer
+    eos = {tokenizer.eos_token_id}
+    configured = getattr(getattr(source.model.base, "generation_config", None), "eos_token_id", None)
+    eos |= set(configured if isinstance(configured, list) else [configured])
+    keys = [value for value in graph.inputs if value.name.endswith(".key")]
+    heads = int(getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
+    size = int(getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads)
+    template = tokenizer.chat_template
+    task.generation.CopyFrom(
+        pb.Generation(
+            eos=sorted(int(token) for token in eos if token is not None), pad=tokenizer.pad_token_id or 0,
+            template=bool(template), chat_template=template if isinstance(template, str) else "",
+            bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or "", layers=len(keys), heads=heads,
+            head_dim=size, vocabulary=settings.vocab_size, shared_buffer=has_shared_buffer(graph),
+        )
+    )  # fmt: skip
+    return task
+
+
+def _files(
+    graph: Graph, model: MoLoRAModel, inserted: Inserted, manifest: pb.Manifest, gate: str, folder: Path
+) -> None:
+    """Weights in three files, and the graph that points into them."""
+    values = gate_values(model, inserted)
+    graph.tensors.update(values)
+    origin = {"format": "1", "base": manifest.base.digest}
+    stored = {
+        EXPERTS: (inserted.experts, {**origin, "kind": "experts"}),
+        GATE: (values, _of_gate(manifest, gate)),
+    }
+    external: dict[str, External] = {}
+    for name, (contents, metadata) in stored.items():
+        offsets = tensors.write(folder / name, contents, metadata)
+        external |= {key: External(name, offset, contents[key].nbytes) for key, offset in offsets.items()}
+    rest = {name: value for name, value in graph.tensors.items() if name not in external}
+    external |= write_weights(rest, folder / BASE)
+    (folder / GRAPH).write_bytes(graph.model(external).SerializeToString(deterministic=True))
+
+
+def _of_gate(manifest: pb.Manifest, name: str) -> dict[str, str]:
+    return {"format": "1", "kind": "gate", "name": name, "base": manifest.base.digest, "layout": manifest.layout.hex()}
+
+
+def _companions(source: Source, graph: Graph, manifest: pb.Manifest, folder: Path, work: Path) -> None:
+    """Tokenizer, and what onnxruntime-genai wants beside it."""
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
+    tokenizer = Tokenizer.from_str(source.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+    if source.task.kind != "causal-lm":
+        return
+    special = {name: getattr(source.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in special.items() if token}}
+    if isinstance(source.tokenizer.chat_template, str):
+        about["chat_template"] = source.tokenizer.chat_template
+    _json(folder / TOKENIZER_CONFIG, about)
+    _json(folder / GENAI, _genai(manifest.task, source, work))
+
+
+def _genai(task: pb.Task, source: Source, work: Path) -> Mapping[str, Any]:
+    """Configuration of onnxruntime-genai: the builder's, or one like it for a traced graph."""
+    built = work / GENAI
+    generation, settings = task.generation, source.model.base.config
+    if built.is_file():
+        found: dict[str, Any] = json.loads(built.read_text(encoding="utf-8"))
+    else:
+        names = {
+            "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"
+        }  # fmt: skip
+        found = {
+            "model": {
+                "type": settings.model_type, "context_length": task.max_length, "vocab_size": generation.vocabulary,
+                "bos_token_id": source.tokenizer.bos_token_id or 0,
+                "decoder": {
+                    "session_options": {"provider_options": []}, "head_size": generation.head_dim,
+                    "hidden_size": settings.hidden_size, "num_attention_heads": settings.num_attention_heads,
+                    "num_hidden_layers": generation.layers, "num_key_value_heads": generation.heads,
+                    "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names},
+                    "outputs": {
+                        "logits": "logits", "present_key_names": "present.%d.key",
+                        "present_value_names": "present.%d.value",
+                    },
+                },
+            },
+            "search": {"max_length": task.max_length, "past_present_share_buffer": False, "do_sample": False},
+        }  # fmt: skip
+    found["model"]["decoder"]["filename"] = GRAPH
+    found["model"]["eos_token_id"] = list(generation.eos)
+    found["model"]["pad_token_id"] = generation.pad
+    found["search"]["max_length"] = task.max_length
+    return found
+
+
+def _labelled(source: Source, options: Options) -> list[Example]:
+    """Labelled rows of the run, to measure on; none when it has none here."""
+    if options.rows is not None:
+        rows, _ = load_rows(config.Data(source=str(options.rows)), source.task)
+        return make_task(source.task, source.tokenizer).encode(rows)[:_ROWS]
+    if source.run is None or source.out is None or not (source.out / "clients").is_dir():
+        return []
+    rows, _ = load_rows(source.run.data, source.task)
+    owners = deal(source.run.data, rows, source.run.run.seed)
+    gate = options.gates[0]
+    chosen = [owner for owner in owners if gate in {GLOBAL, owner.name}]
+    task = make_task(source.task, source.tokenizer)
+    each = max(1, _ROWS // len(chosen))
+    return [example for owner in chosen for example in task.encode(owner.test)[:each]]
+
+
+@contextmanager
+def _only(model: MoLoRAModel, slots: Sequence[pb.Slot]) -> Iterator[None]:
+    """Mask the experts that are not in a bundle."""
+    wanted = {slot.id for slot in slots}
+    groups = list(model.routers.values())
+    try:
+        for group in groups:
+            site = next(site for site in model.sites.values() if site.group is group)
+            ids = model.expert_ids(site)[site.shared :]
+            if not set(ids) <= wanted:
+                group.overrides.expert_mask = torch.tensor([expert in wanted for expert in ids])
+        yield
+    finally:
+        for group in groups:
+            group.overrides.expert_mask = None
+
+
+def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
+    about = pb.Provenance(
+        gate=gate,
+        exporter=f"molehill {__version__}, torch {installed('torch')}, onnxruntime-genai {installed('onnxruntime-genai')}",
+    )
+    if source.run is not None and source.out is not None:
+        manifest.created, about.rounds, about.epsilon = finished(source.out)
+        about.run, about.config_digest = source.run.run.name, source.run.digest
+        about.federation = str(source.run.federation.preset or "")
+    manifest.provenance.CopyFrom(about)
+
+
+class _Shapes:
+    """Experts of a model as files.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: MoLoRAModel) -> None:
+        self._model = model
+
+    def expert(self, expert: str, source: Source) -> dict[str, NDArray[Any]]:
+        """Its factors at every site, and its row of every router."""
+        from molehill.wire.keys import NO_EXPERT, Key  # noqa: PLC0415
+        from molehill_export.molora import effective, expert_axes  # noqa: PLC0415
+
+        model = self._model
+        tree = model.tree(lambda key: key.expert == expert)
+        values: dict[str, NDArray[Any]] = {}
+        for name, site in model.sites.items():
+            ids = model.expert_ids(site)
+            if expert not in ids:
+                continue
+            if not isinstance(site.bank, LoRABank):
+                values[f"{name}/v"] = np.ascontiguousarray(tree[Key(name, expert, "dense.v")])
+                continue
+            mine = (site.bank.patch_expert == ids.index(expert)).cpu()
+            A = np.concatenate([tree[Key(name, expert, "A")], site.bank.patch_A.cpu()[mine].numpy()])
+            B = np.concatenate([tree[Key(name, expert, "B")], site.bank.patch_Bt.cpu()[mine].numpy().T], 1)
+            values[f"{name}/A"], values[f"{name}/B"] = np.ascontiguousarray(A), np.ascontiguousarray(B)
+        with source.gate(GLOBAL) as shared:
+            for group in shared.routers.values():
+                first = next(site for site in shared.sites.values() if site.group is group)
+                ids = shared.expert_ids(first)[first.shared :]
+                if expert not in ids:
+                    continue
+                for part, axis in expert_axes(group, source.adapter.molora.scorer).items():
+                    if axis >= 0:
+                        row = np.take(effective(group.router, part), ids.index(expert), axis)
+                        values[Key(group.site.name, NO_EXPERT, f"gate.{part}").name] = np.ascontiguousarray(row)
+        return values
+
+
+def _plain_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "bundle"
+
+
+def _json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> bytes:
+    import hashlib  # noqa: PLC0415
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,400 @@
+"""A repository of bundles: static files after The Update Framework, which any web server can serve.
+
+``metadata/`` is what is signed, ``targets/`` what it speaks of: ``bundles/<id>/manifest.pb`` for every bundle, and
+``blobs/<sha256>`` for every file of one, so that two bundles that share their base share the file. Both are stored
+under names that begin with their SHA-256, and metadata but the timestamp under names that begin with their version
+(consistent snapshots): a device that reads while somebody publishes sees the old state or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Signed,
+    Snapshot,
+    SuccinctRoles,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+
+from molehill import files, locks
+from molehill.errors import BundleError, TrustError
+from molehill_edge import archive
+from molehill_edge import manifest as manifests
+from molehill_export.keys import Keys
+from molehill_protos.v1.bundle_pb2 import File, Manifest
+
+# Blobs are listed in 16 bins by the hash of their name. A bundle has about eight files, so a publication signs, and a
+# device downloads, at most eight of them; 10,000 blobs make bins of 140 kB, and a snapshot of 16 bins is 3 kB, which
+# every update downloads. Manifests are listed in the targets role itself: one entry a bundle, so a device sees what
+# there is, and needs no bin to check the bundle that it has.
+BITS = 4
+PREFIX = "blobs"
+_CHUNK = 1 << 20
+_SIGNED = TypeVar("_SIGNED", Root, Targets, Snapshot, Timestamp)
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """How many days signatures last. The shorter, the sooner a device notices that it is shown an old state."""
+
+    targets: int = 90
+    snapshot: int = 7
+    timestamp: int = 1
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a publication did.
+
+    Args:
+        id: Of the bundle; empty when none was published.
+        version: Of the bundle.
+        changed: Whether it is new; False when this very bundle was there.
+        new_files: Files of it that the repository did not have.
+        new_bytes: Their length, in bytes.
+        versions: Of the metadata: root, targets, snapshot, timestamp.
+        ends: When each of them expires.
+    """
+
+    id: str
+    version: int
+    changed: bool
+    new_files: int
+    new_bytes: int
+    versions: dict[str, int]
+    ends: dict[str, datetime]
+
+
+@dataclass
+class _State:
+    """The signed half of a repository, and what of it is to be written."""
+
+    root: Root
+    targets: Metadata[Targets]
+    bins: dict[str, Metadata[Targets]]
+    snapshot: Metadata[Snapshot]
+    timestamp: Metadata[Timestamp]
+    resign: set[str] = field(default_factory=set)  # names of bins, and "targets"
+
+
+class Repository:
+    """A repository that one set of keys signs.
+
+    Args:
+        folder: Its root, which a web server serves.
+        keys: Sign it.
+        lifetimes: Of signatures.
+        now: The time of signing; the clock's when None.
+    """
+
+    def __init__(
+        self, folder: Path, keys: Keys, lifetimes: Lifetimes | None = None, now: datetime | None = None
+    ) -> None:
+        self.folder = folder
+        self._keys = keys
+        self._lifetimes = lifetimes or Lifetimes()
+        self._now = (now or datetime.now(UTC)).replace(microsecond=0)
+        self._metadata = folder / "metadata"
+        self._targets = folder / "targets"
+
+    def publish(self, bundle: Path | None) -> Published:
+        """Add a bundle, or a new version of one, and sign what is due.
+
+        A crash leaves the state before: what devices read first, the timestamp, is written last.
+
+        Args:
+            bundle: Its folder or archive; None to sign all anew, so that it lasts longer.
+
+        Raises:
+            BundleError: The bundle is damaged or expired, or not newer than the one that is published.
+            TrustError: The repository is damaged, or other keys have signed it.
+            IdentityError: A key is missing or cannot be read.
+        """
+        self._metadata.mkdir(parents=True, exist_ok=True)
+        with locks.hold(self.folder, "somebody else is publishing", "Try again later.", name=".lock"):
+            state = self._load()
+            made, count, size = None, 0, 0
+            if bundle is None:
+                state.resign |= {Targets.type, *state.bins}
+            else:
+                with self._opened(bundle) as folder:
+                    made, data = manifests.load(folder, now=self._now.timestamp())
+                    changed = self._is_newer(state, made, data)
+                    if changed:
+                        count, size = self._add(state, folder, made, data)
+                if not changed:
+                    return self._published(state, made, changed=False)
+            self._sign(state)
+            return self._published(state, made, changed=made is not None, new_files=count, new_bytes=size)
+
+    def refresh(self) -> Published:
+        """Sign snapshot and timestamp anew, with the keys that are kept online, so that devices see it is up to date.
+
+        Raises:
+            TrustError: There is nothing to sign, the repository is damaged, or the offline keys must sign first.
+            IdentityError: A key is missing or cannot be read.
+        """
+        if not (self._metadata / "timestamp.json").is_file():
+            raise TrustError("there is no repository here", where=str(self.folder), mend="Publish a bundle first.")
+        with locks.hold(self.folder, "somebody else is publishing", "Try again later.", name=".lock"):
+            state = self._load()
+            mend = "Run molehill publish --repo DIR --keys DIR where the offline keys are."
+            if self._unsigned(state):
+                raise TrustError("the key for targets was rotated since", where=str(self.folder), mend=mend)
+            for name, part in ((Targets.type, state.targets), *state.bins.items()):
+                if part.signed.is_expired(self._now):
+                    raise TrustError(f"the signature of {name} has expired", where=str(self.folder), mend=mend)
+            self._sign(state)
+            return self._published(state, None, changed=False)
+
+    @contextlib.contextmanager
+    def _opened(self, bundle: Path) -> Iterator[Path]:
+        """The folder of a bundle, of which each file is checked once it is copied."""
+        if bundle.is_dir():
+            yield bundle
+            return
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".incoming-") as folder:
+            archive.unpack(bundle, Path(folder) / "bundle", now=self._now.timestamp())
+            yield Path(folder) / "bundle"
+
+    def _is_newer(self, state: _State, made: Manifest, data: bytes) -> bool:
+        """Whether a bundle is to be published; False when it is already.
+
+        Raises:
+            BundleError: It is not newer, and another.
+        """
+        entry = state.targets.signed.targets.get(manifest_path(made.id))
+        if entry is None:
+            return True
+        if entry.hashes["sha256"] == hashlib.sha256(data).hexdigest():
+            return False
+        path = self._stored(entry)
+        try:
+            known = path.read_bytes()
+            entry.verify_length_and_hashes(known)
+        except (OSError, RepositoryError):
+            mend = "Put back a copy of the repository."
+            raise TrustError("a published manifest is lost or damaged", where=str(path), mend=mend) from None
+        published = Manifest.FromString(known)  # read without checks: it may have expired since
+        if made.version <= published.version:
+            what = f"version {made.version} of bundle {made.id} is not newer than the published {published.version}"
+            raise BundleError(what, where=str(self.folder), mend="Export it with a higher version.")
+        return True
+
+    def _add(self, state: _State, folder: Path, made: Manifest, data: bytes) -> tuple[int, int]:
+        """Store the files of a bundle and list them; returns how many were new, and their bytes."""
+        count = size = 0
+        roles = state.targets.signed.delegations
+        assert roles is not None
+        assert roles.succinct_roles is not None
+        for file in made.files:
+            entry = TargetFile(file.length, {"sha256": file.sha256.hex()}, blob_path(file))
+            if self._store(folder / file.path, entry):
+                count, size = count + 1, size + file.length
+            name = roles.succinct_roles.get_role_for_target(entry.path)
+            if state.bins[name].signed.targets.setdefault(entry.path, entry) is entry:
+                state.resign.add(name)
+        entry = TargetFile.from_data(manifest_path(made.id), data, ["sha256"])
+        path = self._stored(entry)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, data)
+        state.targets.signed.targets[entry.path] = entry
+        state.resign.add(Targets.type)
+        return count, size
+
+    def _store(self, source: Path, entry: TargetFile) -> bool:
+        """Copy a file of a bundle unless it is there; returns whether it was copied."""
+        path = self._stored(entry)
+        try:
+            with manifests.open_regular(source) as stream:
+                wanted = entry.hashes["sha256"]
+                if hashlib.file_digest(stream, "sha256").hexdigest() != wanted or stream.tell() != entry.length:
+                    raise BundleError("the file is not the one of the manifest: its SHA-256 differs", where=str(source))
+                if manifests.has_digest(path, entry.length, bytes.fromhex(wanted)):
+                    return False
+                stream.seek(0)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+                try:
+                    with part.open("xb") as target:
+                        while chunk := stream.read(_CHUNK):
+                            target.write(chunk)
+                        target.flush()
+                        os.fsync(target.fileno())
+                    part.replace(path)
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            where = str(error.filename or source)
+            raise BundleError(f"cannot copy a file of the bundle: {error.strerror}", where=where) from None
+        files.sync(path.parent)
+        return True
+
+    def _stored(self, entry: TargetFile) -> Path:
+        return self._targets / entry.get_prefixed_paths()[0]
+
+    def _load(self) -> _State:
+        """The repository as it was signed last, all signatures checked; or an empty one.
+
+        What the offline keys sign next contains what is here now: so nothing may be taken from an online machine
+        unseen.
+        """
+        roots = self._keys.roots()
+        published = self._published_root(roots)
+        newest = roots[-1].signed
+        if newest.is_expired(self._now):
+            mend = "Run: molehill keys renew DIR"
+            raise TrustError("the root metadata has expired", where=str(self._keys.folder), mend=mend)
+        if published is None:
+            return self._empty(newest)
+        timestamp = self._part(Timestamp, "timestamp", None, published)
+        snapshot = self._part(Snapshot, "snapshot", timestamp.signed.snapshot_meta, published)
+        meta = snapshot.signed.meta
+        targets = self._part(Targets, "targets", meta.get("targets.json"), published)
+        delegations = targets.signed.delegations
+        if delegations is None or delegations.succinct_roles is None:
+            raise TrustError("the repository was made by other software", where=str(self.folder))
+        names = delegations.succinct_roles.get_roles()
+        bins = {name: self._part(Targets, name, meta.get(f"{name}.json"), targets.signed) for name in names}
+        return _State(newest, targets, bins, snapshot, timestamp)
+
+    def _published_root(self, roots: list[Metadata[Root]]) -> Root | None:
+        """The newest root that devices can see, which must be one of ours; None in a new repository."""
+        if not (self._metadata / "timestamp.json").is_file():
+            return None
+        version = 0
+        while (path := self._metadata / f"{version + 1}.root.json").is_file():
+            if version == len(roots) or path.read_bytes() != self._keys.root_path(version + 1).read_bytes():
+                mend = "Give the newest copy of the keys that it was made with."
+                raise TrustError("the repository has a root that these keys do not have", where=str(path), mend=mend)
+            version += 1
+        if not version:
+            raise TrustError("the repository has lost its root metadata", where=str(self._metadata))
+        return roots[version - 1].signed
+
+    def _part(
+        self, kind: type[_SIGNED], role: str, listed: MetaFile | None, delegator: Root | Targets
+    ) -> Metadata[_SIGNED]:
+        """One signed file, as the one above lists it."""
+        path = self._metadata / (f"{listed.version}.{role}.json" if listed else f"{role}.json")
+        try:
+            data = path.read_bytes()
+            if listed is not None:
+                listed.verify_length_and_hashes(data)
+            made = Metadata[_SIGNED].from_bytes(data)
+            if not isinstance(made.signed, kind) or (listed and made.signed.version != listed.version):
+                raise TrustError("this is not what its name says", where=str(path))
+            delegator.verify_delegate(role, made.signed_bytes, made.signatures)
+        except OSError as error:
+            raise TrustError(f"cannot read it: {error.strerror}", where=str(path)) from None
+        except (RepositoryError, ValueError) as error:
+            mend = "Put back a copy of the repository, or give the keys that signed it."
+            raise TrustError(
+                f"the metadata are damaged, or others signed them: {error}", where=str(path), mend=mend
+            ) from None
+        return made
+
+    def _empty(self, root: Root) -> _State:
+        """A repository without bundles; versions begin with 1 once it is signed."""
+        roles = SuccinctRoles([], 1, BITS, PREFIX)
+        targets = Targets(version=1, delegations=Delegations({}, succinct_roles=roles))
+        bins = {name: Metadata(Targets(version=1)) for name in roles.get_roles()}
+        state = _State(root, Metadata(targets), bins, Metadata(Snapshot(version=1)), Metadata(Timestamp(version=1)))
+        state.resign |= {Targets.type, *bins}
+        return state
+
+    def _unsigned(self, state: _State) -> bool:
+        """Whether the current key for targets has not yet signed."""
+        delegations = state.targets.signed.delegations
+        assert delegations is not None
+        assert delegations.succinct_roles is not None
+        return delegations.succinct_roles.keyids != state.root.roles[Targets.type].keyids
+
+    def _sign(self, state: _State) -> None:
+        """Sign what has changed and what is above it, and write it from the bottom up."""
+        root, lasts = state.root, self._lifetimes
+        if state.resign:
+            if self._unsigned(state):  # a rotated key: bins as well, which it signs too
+                self._delegate(state)
+                state.resign |= {Targets.type, *state.bins}
+            # The offline keys are here, which is rare: what has lived half its life is signed as well.
+            soon = self._now + timedelta(days=lasts.targets / 2)
+            parts = {**state.bins, Targets.type: state.targets}  # targets last
+            meta = state.snapshot.signed.meta
+            for name, part in parts.items():
+                if name in state.resign or part.signed.expires < soon:
+                    data = self._signed(part, Targets.type, lasts.targets, root)
+                    self._write(f"{part.signed.version}.{name}.json", data)
+                    meta[f"{name}.json"] = MetaFile.from_data(part.signed.version, data, ["sha256"])
+        data = self._signed(state.snapshot, Snapshot.type, lasts.snapshot, root)
+        version = state.snapshot.signed.version
+        self._write(f"{version}.snapshot.json", data)
+        state.timestamp.signed.snapshot_meta = MetaFile.from_data(version, data, ["sha256"])
+        data = self._signed(state.timestamp, Timestamp.type, lasts.timestamp, root)
+        # Between these two a device may see a new root with an old timestamp: if the key for that was rotated, it goes
+        # on with the bundle that it has, and finds all in order the next time.
+        for each in range(1, root.version + 1):
+            if not (self._metadata / f"{each}.root.json").is_file():
+                self._write(f"{each}.root.json", self._keys.root_path(each).read_bytes())
+        self._write("timestamp.json", data)
+
+    def _delegate(self, state: _State) -> None:
+        """Let the current key for targets sign the bins."""
+        keyids = state.root.roles[Targets.type].keyids
+        roles = SuccinctRoles(list(keyids), state.root.roles[Targets.type].threshold, BITS, PREFIX)
+        keys = {keyid: state.root.get_key(keyid) for keyid in keyids}
+        state.targets.signed.delegations = Delegations(keys, succinct_roles=roles)
+
+    def _signed(self, part: Metadata[_SIGNED], role: str, days: int, root: Root) -> bytes:
+        """The next version of metadata as bytes."""
+        part.signed.version += 1 if part.signatures else 0  # the first stays 1
+        part.signed.expires = self._now + timedelta(days=days)
+        part.signatures.clear()
+        for signer in self._keys.signers(role, root):
+            part.sign(signer, append=True)
+        return part.to_bytes()
+
+    def _write(self, name: str, data: bytes) -> None:
+        files.write(self._metadata / name, data)
+
+    def _published(
+        self, state: _State, made: Manifest | None, *, changed: bool, new_files: int = 0, new_bytes: int = 0
+    ) -> Published:
+        parts: dict[str, Signed] = {
+            "root": state.root,
+            "targets": state.targets.signed,
+            "snapshot": state.snapshot.signed,
+            "timestamp": state.timestamp.signed,
+        }
+        ends = {name: part.expires for name, part in parts.items()}
+        ends["targets"] = min(part.signed.expires for part in (state.targets, *state.bins.values()))
+        versions = {name: part.version for name, part in parts.items()}
+        name, version = ("", 0) if made is None else (made.id, made.version)
+        return Published(name, version, changed, new_files, new_bytes, versions, ends)
+
+
+def manifest_path(bundle: str) -> str:
+    """The target that is the manifest of a bundle."""
+    return f"bundles/{bundle}/{manifests.NAME}"
+
+
+def blob_path(file: File) -> str:
+    """The target that is a file of a bundle."""
+    return f"blobs/{file.sha256.hex()}"

@@ -1,0 +1,198 @@
+"""``molehill edge pull | update | list``: signed bundles on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from molehill.commands.common import Json, explained, print_json
+from molehill.errors import MolehillError
+from molehill.extras import needs
+
+if TYPE_CHECKING:
+    from molehill_edge.fetch import Pulled
+    from molehill_edge.store import Current, Store
+
+StoreFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        envvar="MOLEHILL_STORE",
+        help="Where bundles lie on this device.",
+        show_default="the user's data folder",
+    ),
+]
+Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which bundle.", show_default=False)]
+
+
+def pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The repository's address.")],
+    bundle: Id = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="root.json of its owner, needed the first time; nothing else is trusted.",
+            show_default=False,
+        ),
+    ] = None,
+    store: StoreFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Get the newest version of a bundle from a repository, check it, and use it from now on.
+
+    What was downloaded before is not downloaded again. When anything is refused, the bundle in use stays.
+    """
+    with explained(as_json), needs("edge"):
+        from molehill_edge import fetch
+
+        pinned = None if root is None else fetch.read_root(root)
+        with _quiet(), _bar(as_json) as bar:
+            done = fetch.pull(_store(store), url, bundle=bundle, root=pinned, progress=bar)
+        if as_json:
+            print_json(_row(done))
+        else:
+            typer.echo(_told(done))
+
+
+def update(bundle: Id = None, store: StoreFolder = None, as_json: Json = False) -> None:
+    """Get the newest version of every bundle of this device, or of one, from where it came from."""
+    with explained(as_json), needs("edge"):
+        from molehill_edge import fetch
+
+        held = _store(store)
+        names = [bundle] if bundle is not None else [current.id for current in held.bundles()]
+        rows, failed = [], []
+        for name in names:
+            try:
+                with _quiet(), _bar(as_json) as bar:
+                    done = fetch.update(held, name, progress=bar)
+            except MolehillError as error:  # the others are updated all the same
+                failed.append(error)
+                rows.append({"id": name, "error": str(error)})
+                continue
+            rows.append(_row(done))
+            if not as_json:
+                typer.echo(_told(done))
+        if failed and not as_json:
+            for other in failed[1:]:
+                typer.echo(f"error: {other}", err=True)
+        if failed and (not as_json or len(names) == 1):
+            raise failed[0]
+        if as_json:
+            print_json(rows)
+        elif not names:
+            typer.echo(f"{held.folder}: no bundles; get one with: molehill edge pull URL --root root.json")
+    if failed:
+        raise typer.Exit(failed[0].exit_code)
+
+
+def list_bundles(store: StoreFolder = None, as_json: Json = False) -> None:
+    """List the bundles of this device."""
+    with explained(as_json), needs("edge"):
+        held = _store(store)
+        urls = {known.name: known.url for known in held.repositories()}
+        rows = [_described(held, current, urls.get(current.repository, "")) for current in held.bundles()]
+        if as_json:
+            print_json(rows)
+            return
+        table = Table(box=SIMPLE_HEAD)
+        for column in ("id", "version", "MB", "task", "expires", "from"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            size, ends = f"{row['bytes'] / 1e6:.1f}", (row["expires"] or "never")[:10]
+            table.add_row(
+                *(Text(str(part)) for part in (row["id"], row["version"], size, row["task"], ends, row["from"]))
+            )
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``molehill edge``."""
+    app.command("pull")(pull)
+    app.command("update")(update)
+    app.command("list")(list_bundles)
+
+
+def _store(folder: Path | None) -> Store:
+    from molehill_edge.store import Store
+
+    return Store(folder)
+
+
+def _row(done: Pulled) -> dict[str, Any]:
+    return {
+        "id": done.id,
+        "version": done.version,
+        "before": done.before,
+        "downloaded_files": done.files,
+        "downloaded_bytes": done.bytes,
+    }
+
+
+def _told(done: Pulled) -> str:
+    size = f"{done.files} files, {done.bytes / 1e6:.1f} MB downloaded"
+    if done.before == done.version:
+        state = "is the newest" if not done.files else f"was mended: {size}"
+        return f"bundle {done.id}: version {done.version} {state}"
+    came = "" if done.before is None else f", before: {done.before}"
+    return f"bundle {done.id}: version {done.version} is in use now{came}; {size}"
+
+
+def _described(store: Store, current: Current, url: str) -> dict[str, Any]:
+    manifest = store.manifest(current)
+    ends = datetime.fromtimestamp(manifest.expires, UTC).isoformat() if manifest.expires else None
+    return {
+        "id": current.id,
+        "version": current.version,
+        "bytes": sum(file.length for file in manifest.files),
+        "task": manifest.task.kind,
+        "base": manifest.base.id,
+        "expires": ends,
+        "from": url,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what urllib3 logs about connections that it tries again: what comes of it is told in one sentence."""
+    logger = logging.getLogger("urllib3")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class _Bar:
+    """A progress bar that comes with the first bytes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("download", visible=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total, visible=True)
+
+
+@contextlib.contextmanager
+def _bar(as_json: bool) -> Iterator[_Bar]:
+    """Progress on standard error, where somebody looks."""
+    console = Console(stderr=True, quiet=as_json)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
+        yield _Bar(progress)
