@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 
@@ -15,7 +14,7 @@ from molehill.errors import BundleError
 from molehill_edge import experts, tensors
 from molehill_edge import manifest as manifests
 from molehill_edge.bundle import Bundle
-from molehill_edge.quantise import dequantise, Quantised, output_scale, pack4, quantise, unpack4
+from molehill_edge.quantise import Quantised, dequantise, output_scale, pack4, quantise, unpack4
 from molehill_edge.trust import InsecureLocal
 from molehill_protos.v1 import bundle_pb2 as pb
 
@@ -39,13 +38,17 @@ def probabilities(view):
     return np.array([each.probabilities for each in view.classify(TEXTS)])
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def used(view, name):
     return [dict(zip(r.experts, r.shares, strict=True)).get(name) for r in view.route_report("the film was great")]
 
 
 def test_an_added_expert_computes_what_it_should(bundle, folder, tmp_path):
     path = edge_graphs.write_expert(tmp_path / "owls.expert.safetensors", bundle.manifest)
-    before = {file: (folder / file).read_bytes() for file in os.listdir(folder) if (folder / file).is_file()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     view = bundle.with_gate("ann")
     old = probabilities(bundle), probabilities(view)
     assert bundle.add_expert(path) == "owls"
@@ -68,7 +71,7 @@ def test_an_added_expert_computes_what_it_should(bundle, folder, tmp_path):
     assert np.array_equal(gate[:3], view.gate.tensors[row][:3])
 
     # Nothing that was checked has changed.
-    assert all((folder / file).read_bytes() == data for file, data in before.items())
+    assert all(path.read_bytes() == data for path, data in before.items())
     bundle.remove_expert("owls")
     assert np.array_equal(probabilities(bundle), old[0])
     assert np.array_equal(probabilities(view), old[1])
@@ -93,9 +96,9 @@ def test_a_removed_expert_makes_room_for_another(bundle, tmp_path):
 def test_the_last_expert_and_shared_ones_stay(bundle):
     for name in ("cats", "dogs"):
         bundle.remove_expert(name)
-    with pytest.raises(BundleError, match="newts is the last of router layers.0.up"):
+    with pytest.raises(BundleError, match=r"newts is the last of router layers.0.up"):
         bundle.remove_expert("newts")
-    with pytest.raises(BundleError, match="no expert 'cats'.*There are: newts"):
+    with pytest.raises(BundleError, match=r"no expert 'cats'.*There are: newts"):
         bundle.remove_expert("cats")
     with pytest.raises(BundleError, match="no expert ''"):
         bundle.remove_expert("")
@@ -107,7 +110,7 @@ def test_the_last_expert_and_shared_ones_stay(bundle):
 def test_a_gate_that_chooses_only_what_is_removed(bundle):
     bundle.choose_experts(["dogs"])
     before = probabilities(bundle)
-    with pytest.raises(BundleError, match="leaves router layers.0.up without experts"):
+    with pytest.raises(BundleError, match=r"leaves router layers.0.up without experts"):
         bundle.remove_expert("dogs")
     assert np.array_equal(probabilities(bundle), before)
 
@@ -139,7 +142,7 @@ def test_experts_that_do_not_fit(bundle, tmp_path, keys, what):
     with pytest.raises(BundleError, match=what):
         bundle.add_expert(path)
     assert np.array_equal(probabilities(bundle), before)
-    assert len(os.listdir(tmp_path)) == 2  # no run folder is left
+    assert names(tmp_path) == ["classifier", "odd"]  # no run folder is left
 
 
 def test_files_that_are_no_experts(bundle, tmp_path):
@@ -164,15 +167,15 @@ def test_a_session_that_does_not_open_leaves_the_old_one(bundle, tmp_path, monke
     with pytest.raises(BundleError, match="no"):
         bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
     assert np.array_equal(probabilities(bundle), before)
-    assert sorted(os.listdir(tmp_path)) == ["classifier", "owls"]
+    assert names(tmp_path) == ["classifier", "owls"]
 
 
 def test_run_folders_go_when_the_bundle_closes(folder, tmp_path):
     path = edge_graphs.write_expert(tmp_path / "owls", edge_graphs.classifier(tmp_path / "same"))
     with Bundle.open(folder, trust=TRUST) as bundle:
         bundle.add_expert(path)
-        assert len([name for name in os.listdir(tmp_path) if name.startswith(".classifier.")]) == 1
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+        assert len([name for name in names(tmp_path) if name.startswith(".classifier.")]) == 1
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
 
 
 def test_threads_go_on_while_experts_change(bundle, tmp_path):
@@ -213,16 +216,16 @@ def test_state_is_kept_beside_the_bundle(folder, tmp_path):
         bundle.remove_expert("cats")
         bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
         bundle.save_state(state)
-        wanted, names = probabilities(bundle), [slot.id for slot in bundle.manifest.slots]
+        wanted, ids = probabilities(bundle), [slot.id for slot in bundle.manifest.slots]
         bob = probabilities(bundle.with_gate("bob"))
     with Bundle.open(folder, trust=TRUST) as bundle:
         bundle.load_state(state)
-        assert [slot.id for slot in bundle.manifest.slots] == names
+        assert [slot.id for slot in bundle.manifest.slots] == ids
         assert np.array_equal(probabilities(bundle), wanted)
         assert np.array_equal(probabilities(bundle.with_gate("bob")), bob)
         assert bundle.gate.name == "ann"
     (state / "state.json").write_text("{}")
-    with Bundle.open(folder, trust=TRUST) as bundle, pytest.raises(BundleError, match="state.json: damaged"):
+    with Bundle.open(folder, trust=TRUST) as bundle, pytest.raises(BundleError, match=r"state.json: damaged"):
         bundle.load_state(state)
     edge_graphs.causal(tmp_path / "other")
     with Bundle.open(tmp_path / "other", trust=TRUST) as other:
@@ -256,8 +259,8 @@ def _stored(form, rng):
         values["A"] = np.ascontiguousarray(a.T)
     elif form == pb.ROWS_INT8:
         values["A"], values["A.scale"] = experts.rows8(a.T)
-        for name in b:
-            values[f"{name}/B"], values[f"{name}/B.scale"] = experts.rows8(b[name])
+        for name, factor in b.items():
+            values[f"{name}/B"], values[f"{name}/B.scale"] = experts.rows8(factor)
     else:
         bits, block = (8, None) if form == pb.GEMM_INT8 else (4, 32)
         parts = []
@@ -320,7 +323,7 @@ def test_an_expert_goes_to_its_ranks_and_nowhere_else(form, error):
         keep = [0, 1, 5, 6]
         assert np.array_equal(after[name][keep], before[name][keep])
         wanted = np.einsum("rd,or->rdo", A, B)
-        assert np.abs(after[name][2:5] - wanted).max() <= error * np.abs(wanted).max() * (1 if error > 0.1 else 1)
+        assert np.abs(after[name][2:5] - wanted).max() <= error * np.abs(wanted).max()
 
 
 def test_vectors():
@@ -336,5 +339,5 @@ def test_vectors():
 
 def test_a_damaged_file_of_experts():
     for data in (b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]"):
-        with pytest.raises(BundleError, match="experts.safetensors: damaged"):
+        with pytest.raises(BundleError, match=r"experts.safetensors: damaged"):
             experts.views(bytearray(data))

@@ -85,8 +85,8 @@ def test_bias_and_mask_of_a_gate(bundle, tmp_path):
     path = edge_graphs.write_gate(tmp_path / "me.safetensors", manifest, router_bias=bias, expert_mask=mask)
     plain = edge_graphs.write_gate(tmp_path / "plain.safetensors", manifest)
     mine, shared = bundle.with_gate(path), bundle.with_gate(plain)
-    for with_, without in zip(mine.route_report("fine"), shared.route_report("fine"), strict=True):
-        with_, without = (dict(zip(r.experts, r.shares, strict=True)) for r in (with_, without))
+    for report, other in zip(mine.route_report("fine"), shared.route_report("fine"), strict=True):
+        with_, without = (dict(zip(r.experts, r.shares, strict=True)) for r in (report, other))
         assert with_["dogs"] < 1e-6 < without["dogs"]
         assert with_["newts"] > without["newts"]
 
@@ -148,12 +148,12 @@ def test_gates_that_do_not_fit(bundle, tmp_path, change, what):
 def test_damaged_gates(bundle, tmp_path, data):
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(data)
-    with pytest.raises(BundleError, match="damaged.safetensors"):
+    with pytest.raises(BundleError, match=r"damaged.safetensors"):
         bundle.swap_gate(path)
 
 
 def test_no_such_gate(bundle, tmp_path):
-    with pytest.raises(BundleError, match="no gate 'carl'.*default, ann, bob"):
+    with pytest.raises(BundleError, match=r"no gate 'carl'.*default, ann, bob"):
         bundle.swap_gate("carl")
     with pytest.raises(BundleError, match="cannot read it"):
         bundle.swap_gate(tmp_path / "nothing.safetensors")

@@ -82,7 +82,9 @@ def test_greedy_answers_are_the_same_each_time_and_as_computed_without_a_cache(o
     for _ in range(answer.tokens):
         row = np.array([ids], np.int64)
         ids.append(int(bundle.forward(row, np.ones_like(row), ["logits"])[0][0, -1].argmax()))
-    assert answer.text == bundle._engine.tokenizer.decode(ids[answer.prompt_tokens :]).rstrip("\N{REPLACEMENT CHARACTER}")
+    assert answer.text == bundle._engine.tokenizer.decode(ids[answer.prompt_tokens :]).rstrip(
+        "\N{REPLACEMENT CHARACTER}"
+    )
     assert bundle.generate("go on", raw=True, max_new_tokens=12) == answer
 
 
@@ -319,5 +321,3 @@ def test_a_template_that_edits_earlier_turns_is_asked_for_its_own_prompt():
 def test_templates_that_fail(template, what):
     with pytest.raises(BundleError, match=what):
         Prompts(Generation(template=True, chat_template=template), "bundle").single("hi")
-
-
