@@ -1,4 +1,4 @@
-"""The command line: ``molehill simulate | server | client | check | deal | methods | report | pki | audit``.
+"""The command line: ``molehill simulate | server | client | export | publish | keys | edge | ...``.
 
 Text for people goes to the terminal; with ``--json`` standard output holds one JSON document and nothing else. A
 mistake of the user ends in one paragraph and an exit code (`docs/reference/errors.md`), never in a traceback.
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import __version__, logs
-from molehill.commands import audit, client, pki, server
+from molehill.commands import audit, client, edge, export, keys, pki, publish, server
 from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json
 from molehill.errors import ConfigError
 from molehill.extras import needs
@@ -35,6 +35,10 @@ app.add_typer(server.app, name="server")
 app.add_typer(client.app, name="client")
 app.add_typer(pki.app, name="pki")
 app.add_typer(audit.app, name="audit")
+app.add_typer(keys.app, name="keys")
+app.add_typer(edge.app, name="edge")
+export.register(app)
+publish.register(app)
 
 
 def main() -> None:

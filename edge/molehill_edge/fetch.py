@@ -23,7 +23,7 @@ from molehill import files
 from molehill.errors import BundleError, TrustError
 from molehill_edge import manifest as manifests
 from molehill_edge.store import Current, Known, Store, target
-from molehill_protos.v1.bundle_pb2 import File, Manifest
+from molehill_protos.v1.bundle_pb2 import File
 
 Progress = Callable[[int, int], None]
 # A repository of thousands of bundles stays below these; what is longer is not read to its end.
@@ -83,17 +83,15 @@ def pull(
     url = _checked_url(url)
     if bundle is not None and not manifests.valid_id(bundle):
         raise BundleError(f"{bundle[:80]!r} cannot be the id of a bundle")
-    with store.locked():
+    with _refusals(store, url, bundle), store.locked():
         known, pinned, new = _known(store, url, root)
-        stays = _stays(store, bundle)
-        with _refusals(url, stays):
-            try:
-                client = _Client(known, url, pinned, fetcher)
-            except BaseException:
-                if new:
-                    shutil.rmtree(known.folder, ignore_errors=True)  # pinned by mistake, perhaps
-                raise
-        return _pull(store, client, known, bundle, progress)
+        try:
+            client = _Client(known, url, pinned, fetcher)
+        except BaseException:
+            if new:
+                shutil.rmtree(known.folder, ignore_errors=True)  # pinned by mistake, perhaps
+            raise
+        return _pull(store, client, known, bundle or _only(client), progress)
 
 
 def update(
@@ -186,37 +184,43 @@ class _Guarded(FetcherInterface):
             raise tuf_errors.DownloadError(f"the download of {url} was cut") from error
 
 
-def _pull(store: Store, client: _Client, known: Known, bundle: str | None, progress: Progress | None) -> Pulled:
-    bundle = bundle or _only(client)
+def _pull(store: Store, client: _Client, known: Known, bundle: str, progress: Progress | None) -> Pulled:
     before = store.current(bundle)
-    with _refusals(client.url, _stays(store, bundle)):
-        if before is not None and before.repository != known.name:
-            raise _Refused(f"bundle {bundle} of this device is from another repository")
-        entry = client.find(target(bundle))
-        if entry is None:
-            raise _Refused(f"the repository has no bundle {bundle}, only: {', '.join(_ids(client)) or 'none'}")
-        data = _manifest(client, entry)
-        where = f"{client.url}targets/{entry.get_prefixed_paths()[0]}"
-        manifest = manifests.read(data, where)
-        digest = hashlib.sha256(data).hexdigest()
-        if manifest.id != bundle:
-            raise _Refused(f"what it shows as bundle {bundle} is bundle {manifest.id}")
-        if before is not None and manifest.version < before.version:
-            raise _Refused(f"it shows version {manifest.version} of bundle {bundle}, older than the one in use")
-        if before is not None and manifest.version == before.version and digest != before.manifest:
-            raise _Refused(f"it shows another bundle {bundle} as version {manifest.version}, which is in use")
-        lacking = _lacking(store, manifest)
-        _check_room(store, lacking)
-        _download(store, client, lacking, progress)
-        folder = before.folder if before else ""
-        version = manifest.version
-        now = Current(bundle, version, folder, digest, known.name, client.root, client.targets.version)
-        if before is None or digest != before.manifest or lacking:  # a file that was damaged is a new one now
-            store.install(manifest, data, client.listed, now)
-        else:
-            store.confirm(client.listed, now)
+    if before is not None and before.repository != known.name:
+        raise _Refused(f"bundle {bundle} of this device is from another repository")
+    entry = client.find(target(bundle))
+    if entry is None:
+        raise _Refused(f"the repository has no bundle {bundle}, only: {', '.join(_ids(client)[:20]) or 'none'}")
+    data = _manifest(client, entry)
+    digest = hashlib.sha256(data).hexdigest()
+    manifest = manifests.read(data, f"{client.url}targets/{entry.get_prefixed_paths()[0]}")
+    version = manifest.version
+    if manifest.id != bundle:
+        raise _Refused(f"what it shows as bundle {bundle} is bundle {manifest.id}")
+    if before is not None and version < before.version:
+        raise _Refused(f"it shows version {version} of bundle {bundle}, older than the one in use")
+    if before is not None and version == before.version and digest != before.manifest:
+        raise _Refused(f"it shows another bundle {bundle} as version {version}, which is in use")
+    folder = before.folder if before else ""
+    now = Current(bundle, version, folder, digest, known.name, client.root, client.targets.version)
+    if before is not None and digest == before.manifest and _is_sound(store, bundle):
+        store.confirm(client.listed, now)
+        return Pulled(bundle, version, version, 0, 0)
+    lacking = list({file.sha256: file for file in manifest.files if not store.has(file)}.values())
+    _check_room(store, lacking)
+    _download(store, client, lacking, progress)
+    store.install(manifest, data, client.listed, now)
     size = sum(file.length for file in lacking)
     return Pulled(bundle, version, before.version if before else None, len(lacking), size)
+
+
+def _is_sound(store: Store, bundle: str) -> bool:
+    """Whether the bundle in use can be opened."""
+    try:
+        store.admit(bundle).close()
+    except (BundleError, TrustError):
+        return False
+    return True
 
 
 def _manifest(client: _Client, entry: TargetFile) -> bytes:
@@ -225,12 +229,6 @@ def _manifest(client: _Client, entry: TargetFile) -> bytes:
     data = b"".join(client.read(entry))
     entry.verify_length_and_hashes(data)
     return data
-
-
-def _lacking(store: Store, manifest: Manifest) -> list[File]:
-    """The files of a bundle that are not here, each once."""
-    found = {file.sha256: file for file in manifest.files if not store.has(file)}
-    return list(found.values())
 
 
 def _download(store: Store, client: _Client, lacking: list[File], progress: Progress | None) -> None:
@@ -315,12 +313,14 @@ class _Refused(tuf_errors.RepositoryError):
     """What is refused, in words of ours."""
 
 
-def _stays(store: Store, bundle: str | None) -> str:
+def _stays(store: Store, url: str, bundle: str | None) -> str:
     """What a refusal leaves, as a sentence."""
-    current = store.current(bundle) if bundle is not None else None
-    if current is not None:
-        return f"Version {current.version} of bundle {current.id} stays in use."
-    return "Nothing was installed, and bundles in use stay."
+    with contextlib.suppress(BundleError, OSError):
+        names = [known.name for known in store.repositories() if known.url == url]
+        for current in store.bundles():
+            if current.id == bundle or (bundle is None and current.repository in names):
+                return f"Version {current.version} of bundle {current.id} stays in use."
+    return "Nothing was installed."
 
 
 _CLOCK = " (or the clock of this device is wrong)"
@@ -328,7 +328,7 @@ _CLOCK = " (or the clock of this device is wrong)"
 _SAID: tuple[tuple[type[Exception], str], ...] = (
     (tuf_errors.DownloadHTTPError, "the server does not give it"),
     (tuf_errors.DownloadLengthMismatchError, "refused a file that is longer than it may be"),
-    (tuf_errors.SlowRetrievalError, "the server is too slow"),
+    (tuf_errors.SlowRetrievalError, "cannot reach the server, or it is too slow"),
     (tuf_errors.DownloadError, "cannot get it"),
     (_Refused, "refused"),
     (tuf_errors.ExpiredMetadataError, f"refused an old state, or one that its owner must sign anew{_CLOCK}"),
@@ -340,23 +340,21 @@ _SAID: tuple[tuple[type[Exception], str], ...] = (
 
 
 @contextlib.contextmanager
-def _refusals(url: str, stays: str) -> Iterator[None]:
+def _refusals(store: Store, url: str, bundle: str | None) -> Iterator[None]:
     """Say in one sentence what was refused, and in another that the bundle in use stays."""
     try:
         yield
     except BundleError as error:
-        raise BundleError(error.what, where=error.where, mend=f"{error.mend} {stays}".strip()) from None
+        mend = f"{error.mend} {_stays(store, url, bundle)}".strip()
+        raise BundleError(error.what, where=error.where, mend=mend) from None
     except OSError as error:
         what = f"cannot use the store: {error.strerror or error}"
-        raise BundleError(what, where=str(error.filename or ""), mend=stays) from None
+        raise BundleError(what, where=str(error.filename or ""), mend=_stays(store, url, bundle)) from None
     except (tuf_errors.RepositoryError, tuf_errors.DownloadError, ValueError) as error:
         said = next(said for kind, said in _SAID if isinstance(error, kind))
-        raise TrustError(f"{said}: {_said(error)}", where=url, mend=stays) from None
-
-
-def _said(error: Exception) -> str:
-    """The first line of what a library says."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        detail = (str(error).splitlines() or [""])[0][:200]
+        what = f"{said}: {detail}" if detail else said
+        raise TrustError(what, where=url, mend=_stays(store, url, bundle)) from None
 
 
 def read_root(path: Path) -> bytes:

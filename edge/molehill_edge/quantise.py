@@ -1,14 +1,14 @@
 """How expert weights become small: per-rank scales, so that every expert can be replaced without touching another.
 
-An expert's part of a site is ``delta = ((x A) * gate) B`` with A ``[d_in, R]`` and B ``[R, d_out]``. A rank's column of A
-and row of B may be rescaled against each other, so both carry one scale per rank, and the two are multiplied into the
-scale of A's column, where the integer product needs one anyway. B keeps a second scale per output that all experts of the
-site share; it is chosen once, when the bundle is made. Two-sided scales cost one number per rank and one per output.
+An expert's part of a site is ``delta = ((x A) * gate) B`` with A ``[d_in, R]`` and B ``[R, d_out]``. A rank's column of
+A and row of B may be rescaled against each other, so both carry one scale per rank, and the two are multiplied into
+the scale of A's column, where the integer product needs one anyway. B keeps a second scale per output that all experts
+of the site share; it is chosen once, when the bundle is made. This costs one number per rank and one per output.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +100,7 @@ def block_of(size: int, largest: int) -> int:
     return block
 
 
-def _blocks(values: NDArray[np.generic], block: int | None, fill: float = 0) -> NDArray[np.generic]:
+def _blocks(values: NDArray[Any], block: int | None, fill: float = 0) -> NDArray[Any]:
     """``[K, R]`` to ``[n, block, R]``, padded."""
     block = block or len(values)
     short = -len(values) % block

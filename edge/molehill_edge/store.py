@@ -92,8 +92,9 @@ class Known:
 
     @property
     def url(self) -> str:
-        """Where it was last."""
-        return (self.folder / "url").read_text().strip()
+        """Where it was last; empty when that is lost."""
+        path = self.folder / "url"
+        return path.read_text(errors="replace").strip() if path.is_file() else ""
 
     def root_path(self, version: int) -> Path:
         """Where a version of its root metadata lies."""
@@ -234,7 +235,8 @@ class Store:
         home = self._bundles / manifest.id
         name = f"{manifest.version}-{secrets.token_hex(4)}"
         folder = home / name
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._forget_unused, manifest.id, folder)
             (folder / "files").mkdir(parents=True)
             (folder / "lock").touch()
             for file in manifest.files:
@@ -247,10 +249,6 @@ class Store:
             files.write(folder / "files" / manifests.NAME, data, mode=0o444)
             files.sync(folder / "files")
             self._switch(folder, listed, Current(**{**asdict(now), "folder": name}))
-        except BaseException:
-            if not (found := self.current(manifest.id)) or found.folder != name:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
         self._collect()
 
     def confirm(self, listed: bytes, now: Current) -> None:
@@ -265,6 +263,12 @@ class Store:
             if path != proof:
                 path.unlink()
 
+    def _forget_unused(self, bundle: str, folder: Path) -> None:
+        """Remove a version that the switch did not reach."""
+        current = self.current(bundle)
+        if current is None or current.folder != folder.name:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _version(self, current: Current) -> Path:
         return self._bundles / current.id / current.folder
 
@@ -274,6 +278,8 @@ class Store:
             current = self.current(bundle)
             if current is None:
                 mend = f"Run: molehill edge pull URL --id {bundle} --root root.json"
+                if Path(bundle).exists():
+                    mend = "It is a folder or file that nobody has signed: --insecure-local opens it all the same."
                 raise BundleError(f"there is no bundle {bundle} in this store", where=str(self.folder), mend=mend)
             try:
                 handle = os.open(self._version(current) / "lock", os.O_RDONLY)
@@ -301,33 +307,19 @@ class Store:
         and a device that has no network must go on with what it has. The bundle's own expiry counts always.
         """
         from tuf.api.exceptions import RepositoryError  # noqa: PLC0415  # 0.1 s that a local bundle does not need
-        from tuf.api.metadata import Metadata, Root, Targets  # noqa: PLC0415
 
-        known = Known(current.repository, self._repositories / current.repository)
-        where = str(self._version(current))
         try:
-            root = Metadata[Root].from_bytes(known.pinned.read_bytes())
-            root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)
-            while root.signed.version < current.root:
-                after = Metadata[Root].from_bytes(known.root_path(root.signed.version + 1).read_bytes())
-                for signer in (root.signed, after.signed):
-                    signer.verify_delegate(Root.type, after.signed_bytes, after.signatures)
-                if after.signed.version != root.signed.version + 1:
-                    raise TrustError("a root metadata file is of another version", where=where, mend=_UPDATE)
-                root = after
-            path = self._version(current) / f"{current.listed}.targets.json"
-            listed = Metadata[Targets].from_bytes(path.read_bytes())
-            root.signed.verify_delegate(Targets.type, listed.signed_bytes, listed.signatures)
-            entry = listed.signed.targets.get(target(current.id))
-            if entry is None:
-                raise TrustError("the signed list does not name this bundle", where=where, mend=_UPDATE)
-            entry.verify_length_and_hashes(manifest)
+            known = Known(current.repository, self._repositories / current.repository)
+            _verify(known, current, self._version(current) / f"{current.listed}.targets.json", manifest)
         except (OSError, RepositoryError, AttributeError, ValueError) as error:
-            what = f"the signatures of bundle {current.id} do not hold: {str(error).splitlines()[0][:200]}"
-            raise TrustError(what, where=where, mend=_UPDATE) from None
+            said = (str(error).splitlines() or [""])[0][:200]
+            what = f"the signatures of bundle {current.id} do not hold: {said}"
+            raise TrustError(what, where=str(self._version(current)), mend=_UPDATE) from None
 
     def _collect(self) -> None:
-        """Remove versions that are not in use and that nobody has open, and files that no bundle has."""
+        """Remove versions that are not in use and that nobody has open, files that no bundle has, and cut downloads."""
+        for path in (self.folder / "partial").glob("*"):
+            path.unlink()
         needed: set[str] = set()
         try:
             used = self.bundles()
@@ -347,6 +339,31 @@ class Store:
 def target(bundle: str) -> str:
     """What the manifest of a bundle is called in a repository."""
     return f"bundles/{bundle}/{manifests.NAME}"
+
+
+def _verify(known: Known, current: Current, path: Path, manifest: bytes) -> None:
+    """Check the signatures of the roots from the pinned one on, of the list in a file, and what it says of a manifest.
+
+    Raises:
+        ValueError: One of them does not hold; or RepositoryError, OSError, AttributeError for the same reason.
+    """
+    from tuf.api.metadata import Metadata, Root, Targets  # noqa: PLC0415
+
+    root = Metadata[Root].from_bytes(known.pinned.read_bytes())
+    root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)
+    while root.signed.version < current.root:
+        after = Metadata[Root].from_bytes(known.root_path(root.signed.version + 1).read_bytes())
+        for signer in (root.signed, after.signed):
+            signer.verify_delegate(Root.type, after.signed_bytes, after.signatures)
+        if after.signed.version != root.signed.version + 1:
+            raise ValueError("a root is of another version")
+        root = after
+    listed = Metadata[Targets].from_bytes(path.read_bytes())
+    root.signed.verify_delegate(Targets.type, listed.signed_bytes, listed.signatures)
+    entry = listed.signed.targets.get(target(current.id))
+    if entry is None:
+        raise ValueError("the signed list does not name it")
+    entry.verify_length_and_hashes(manifest)
 
 
 def _names(current: Current) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def decoder(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Pat
     """
     size = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
     if base.config.model_type in _BUILDER and size % _HEAD == 0:
-        return _built(base, folder, sites, work)
+        return _built(folder, sites, work)
     return _traced_decoder(base, sites)
 
 
@@ -161,15 +161,15 @@ def _traced_decoder(base: PreTrainedModel, sites: Sequence[str]) -> Graph:
     names = [f"{{}}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
     with _marked(base, sites):
         model = export(
-            _Decoder(base), (ids, mask, past),  # type: ignore[arg-type]  # lists of tensors are inputs too
-            [axes, axes, [({0: DYNAMIC, 2: DYNAMIC},) * 2] * layers],  # type: ignore[list-item]
+            _Decoder(base), (ids, mask, past),
+            [axes, axes, [({0: DYNAMIC, 2: DYNAMIC},) * 2] * layers],
             ["input_ids", "attention_mask", *(name.format("past_key_values") for name in names)],
             ["logits", *(name.format("present") for name in names)],
         )  # fmt: skip
     return _without_marks(Graph.read(model))
 
 
-def _built(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Path) -> Graph:
+def _built(folder: Path, sites: Sequence[str], work: Path) -> Graph:
     """Let onnxruntime-genai build the graph: grouped-query attention, fused norms, no tracing."""
     import onnx  # noqa: PLC0415
     from onnxruntime_genai.models import builder  # noqa: PLC0415
@@ -188,7 +188,9 @@ def _built(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Path
     nodes = {node.name: node for node in graph.nodes}
     consumers = graph.consumers()
     for name in sites:
-        wanted = "/" + name.replace(".self_attn.", "/attn/").replace(".mlp.", "/mlp/").replace("model.layers", "model/layers")
+        wanted = "/" + name.replace(".self_attn.", "/attn/").replace(".mlp.", "/mlp/").replace(
+            "model.layers", "model/layers"
+        )
         found = nodes.get(f"{wanted}/MatMul")
         if found is None:
             raise ModelError(f"{name} has no counterpart in the exported graph", where=str(folder))

@@ -44,7 +44,7 @@ def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
         weight = graph.tensors.get(node.input[1]) if len(node.input) > 1 else None
         if node.op_type == "MatMul" and weight is not None and weight.ndim == 2 and weight.size >= _SMALLEST:
             if scheme == "int4":
-                bits = 8 if node.output[0] == head else 4
+                bits: Literal[4, 8] = 8 if node.output[0] == head else 4
                 block_product(graph, node.input[0], np.asarray(weight), bits, node.input[1], node.output[0])
                 continue
             bias, out = "", node.output[0]
@@ -100,9 +100,7 @@ def int8_columns(weight: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.flo
     return np.rint(weight / scale).astype(np.int8), scale
 
 
-def block_product(
-    graph: Graph, x: str, weight: NDArray[Any], bits: Literal[4, 8], name: str, out: str = ""
-) -> str:
+def block_product(graph: Graph, x: str, weight: NDArray[Any], bits: Literal[4, 8], name: str, out: str = "") -> str:
     """``x @ weight`` with weights rounded in blocks along the inputs; the name of the result.
 
     Args:
@@ -118,7 +116,15 @@ def block_product(
     q, scale = (_blocks4 if bits == 4 else _blocks8)(weight, block)
     inputs = [x, graph.weight(f"{name}.int{bits}", q), graph.weight(f"{name}.scale", scale)]
     return graph.node(
-        "MatMulNBits", inputs, domain=MICROSOFT, out=out, K=K, N=N, bits=bits, block_size=block, accuracy_level=_ACCURACY
+        "MatMulNBits",
+        inputs,
+        domain=MICROSOFT,
+        out=out,
+        K=K,
+        N=N,
+        bits=bits,
+        block_size=block,
+        accuracy_level=_ACCURACY,
     )
 
 
@@ -170,7 +176,11 @@ def _lookup(graph: Graph, node: onnx.NodeProto) -> None:
     block = block_of(table.shape[1], BLOCK)
     q, scale = _blocks8(table.T, block)
     name = node.input[0]
-    inputs = [graph.weight(f"{name}.rows8", q.reshape(table.shape)), node.input[1], graph.weight(f"{name}.scale", scale)]
+    inputs = [
+        graph.weight(f"{name}.rows8", q.reshape(table.shape)),
+        node.input[1],
+        graph.weight(f"{name}.scale", scale),
+    ]
     graph.node(
         "GatherBlockQuantized", inputs, domain=MICROSOFT, out=node.output[0], bits=8, block_size=block, gather_axis=0,
         quantize_axis=1,

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from molehill import __version__, config
-from molehill.errors import BundleError, ConfigError
+from molehill.errors import ConfigError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
 from molehill.tasks.batches import Example
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
+from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge import tensors
 from molehill_edge.manifest import EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
 from molehill_export import parity as parity_of
 from molehill_export.base import classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
-from molehill_export.molora import Inserted, choose_slots, gate_values, insert
+from molehill_export.molora import Inserted, choose_slots, effective, expert_axes, gate_values, insert
 from molehill_export.source import GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
 from molehill_simulation.data import deal
@@ -100,23 +102,21 @@ def export(
     return manifest
 
 
-def expert_files(source: Source, folder: Path) -> list[Path]:
-    """Write every routed expert as a file that a device can add to a bundle of the same run.
+def export_experts(source: Source, folder: Path) -> list[Path]:
+    """Write every routed expert as a file that a device can add to a bundle of the same base and shape.
 
     Args:
         source: The run.
         folder: Created when missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    graph = _Shapes(source.model)
     written = []
     for expert in source.model.experts:
-        if expert.startswith("shared"):
-            continue
-        values = graph.expert(expert, source)
-        path = folder / f"{expert}.expert.safetensors"
-        tensors.write(path, values, {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest})
-        written.append(path)
+        if not expert.startswith("shared"):
+            path = folder / f"{expert}.expert.safetensors"
+            about = {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest}
+            tensors.write(path, _expert(source, expert), about)
+            written.append(path)
     return written
 
 
@@ -137,9 +137,7 @@ def _check(source: Source, out: Path, options: Options) -> None:
         raise ConfigError(f"{names[0]!r} cannot name a file", where="--gate")
 
 
-def _write(
-    source: Source, folder: Path, work: Path, options: Options, progress: Callable[[str], None]
-) -> pb.Manifest:
+def _write(source: Source, folder: Path, work: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
     causal = source.task.kind == "causal-lm"
     progress("Tracing the base")
     graph = _base_graph(source, work / "base")
@@ -169,8 +167,10 @@ def _write(
     for gate in options.gates[1:]:
         (folder / "gates").mkdir(exist_ok=True)
         with source.gate(gate) as model:
-            tensors.write(folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), _of_gate(manifest, gate))
-    _companions(source, graph, manifest, folder, work / "base")
+            tensors.write(
+                folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), _of_gate(manifest, gate)
+            )
+    _companions(source, manifest, folder, work / "base")
     progress("Comparing with the original")
     runner = parity_of.Runner(folder / GRAPH, manifest)
     with source.gate(options.gates[0]) as model, _only(model, slots):
@@ -252,10 +252,8 @@ def _of_gate(manifest: pb.Manifest, name: str) -> dict[str, str]:
     return {"format": "1", "kind": "gate", "name": name, "base": manifest.base.digest, "layout": manifest.layout.hex()}
 
 
-def _companions(source: Source, graph: Graph, manifest: pb.Manifest, folder: Path, work: Path) -> None:
+def _companions(source: Source, manifest: pb.Manifest, folder: Path, work: Path) -> None:
     """Tokenizer, and what onnxruntime-genai wants beside it."""
-    from tokenizers import Tokenizer  # noqa: PLC0415
-
     tokenizer = Tokenizer.from_str(source.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -273,7 +271,8 @@ def _companions(source: Source, graph: Graph, manifest: pb.Manifest, folder: Pat
 def _genai(task: pb.Task, source: Source, work: Path) -> Mapping[str, Any]:
     """Configuration of onnxruntime-genai: the builder's, or one like it for a traced graph."""
     built = work / GENAI
-    generation, settings = task.generation, source.model.base.config
+    generation = task.generation
+    settings: Any = source.model.base.config
     if built.is_file():
         found: dict[str, Any] = json.loads(built.read_text(encoding="utf-8"))
     else:
@@ -338,10 +337,8 @@ def _only(model: MoLoRAModel, slots: Sequence[pb.Slot]) -> Iterator[None]:
 
 
 def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
-    about = pb.Provenance(
-        gate=gate,
-        exporter=f"molehill {__version__}, torch {installed('torch')}, onnxruntime-genai {installed('onnxruntime-genai')}",
-    )
+    tools = ", ".join(f"{name} {installed(name)}" for name in ("torch", "onnxruntime-genai"))
+    about = pb.Provenance(gate=gate, exporter=f"molehill {__version__}, {tools}")
     if source.run is not None and source.out is not None:
         manifest.created, about.rounds, about.epsilon = finished(source.out)
         about.run, about.config_digest = source.run.run.name, source.run.digest
@@ -349,46 +346,33 @@ def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
     manifest.provenance.CopyFrom(about)
 
 
-class _Shapes:
-    """Experts of a model as files.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: MoLoRAModel) -> None:
-        self._model = model
-
-    def expert(self, expert: str, source: Source) -> dict[str, NDArray[Any]]:
-        """Its factors at every site, and its row of every router."""
-        from molehill.wire.keys import NO_EXPERT, Key  # noqa: PLC0415
-        from molehill_export.molora import effective, expert_axes  # noqa: PLC0415
-
-        model = self._model
-        tree = model.tree(lambda key: key.expert == expert)
-        values: dict[str, NDArray[Any]] = {}
-        for name, site in model.sites.items():
-            ids = model.expert_ids(site)
+def _expert(source: Source, expert: str) -> dict[str, NDArray[Any]]:
+    """An expert's factors at every site, and its row of every router."""
+    model = source.model
+    tree = model.tree(lambda key: key.expert == expert)
+    values: dict[str, NDArray[Any]] = {}
+    for name, site in model.sites.items():
+        ids, bank = model.expert_ids(site), site.bank
+        if expert not in ids:
+            continue
+        if not isinstance(bank, LoRABank):
+            values[f"{name}/v"] = np.ascontiguousarray(tree[Key(name, expert, "dense.v")])
+            continue
+        mine = (bank.patch_expert == ids.index(expert)).cpu()
+        A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
+        B = np.concatenate([tree[Key(name, expert, "B")], bank.patch_Bt.cpu()[mine].numpy().T], 1)
+        values[f"{name}/A"], values[f"{name}/B"] = np.ascontiguousarray(A), np.ascontiguousarray(B)
+    with source.gate(GLOBAL) as shared:
+        for group in shared.routers.values():
+            first = next(site for site in shared.sites.values() if site.group is group)
+            ids = shared.expert_ids(first)[first.shared :]
             if expert not in ids:
                 continue
-            if not isinstance(site.bank, LoRABank):
-                values[f"{name}/v"] = np.ascontiguousarray(tree[Key(name, expert, "dense.v")])
-                continue
-            mine = (site.bank.patch_expert == ids.index(expert)).cpu()
-            A = np.concatenate([tree[Key(name, expert, "A")], site.bank.patch_A.cpu()[mine].numpy()])
-            B = np.concatenate([tree[Key(name, expert, "B")], site.bank.patch_Bt.cpu()[mine].numpy().T], 1)
-            values[f"{name}/A"], values[f"{name}/B"] = np.ascontiguousarray(A), np.ascontiguousarray(B)
-        with source.gate(GLOBAL) as shared:
-            for group in shared.routers.values():
-                first = next(site for site in shared.sites.values() if site.group is group)
-                ids = shared.expert_ids(first)[first.shared :]
-                if expert not in ids:
-                    continue
-                for part, axis in expert_axes(group, source.adapter.molora.scorer).items():
-                    if axis >= 0:
-                        row = np.take(effective(group.router, part), ids.index(expert), axis)
-                        values[Key(group.site.name, NO_EXPERT, f"gate.{part}").name] = np.ascontiguousarray(row)
-        return values
+            for part, axis in expert_axes(group, source.adapter.molora.scorer).items():
+                if axis >= 0:
+                    row = np.take(effective(group.router, part), ids.index(expert), axis)
+                    values[Key(group.site.name, NO_EXPERT, f"gate.{part}").name] = np.ascontiguousarray(row)
+    return values
 
 
 def _plain_name(name: str) -> str:
@@ -400,7 +384,5 @@ def _json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _sha256(path: Path) -> bytes:
-    import hashlib  # noqa: PLC0415
-
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from onnx import TensorProto, ValueInfoProto, helper
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -93,19 +94,21 @@ def choose_slots(model: MoLoRAModel, experts: Sequence[str] | None, spare: int) 
     wanted = list(model.experts if experts is None else experts)
     unknown = [name for name in wanted if name not in model.experts]
     if unknown:
-        raise ConfigError(f"there is no expert {unknown[0]!r}", where="--experts", mend=f"There are {', '.join(model.experts)}.")
+        raise ConfigError(
+            f"there is no expert {unknown[0]!r}", where="--experts", mend=f"There are {', '.join(model.experts)}."
+        )
     shared = [name for name in model.experts if name.startswith("shared")]
     if not set(shared) <= set(wanted):
-        raise ConfigError("shared experts are always on and cannot be left out", where="--experts", mend=f"Add {', '.join(shared)}.")
+        raise ConfigError(
+            "shared experts are always on and cannot be left out", where="--experts", mend=f"Add {', '.join(shared)}."
+        )
     if len(wanted) == len(shared) and len(shared) < len(model.experts):
         raise ConfigError("no routed expert is left", where="--experts")
     chosen = [pb.Slot(id=name, shared=name in shared) for name in model.experts if name in wanted]
     return [*chosen, *(pb.Slot() for _ in range(spare))]
 
 
-def insert(
-    graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[pb.Slot], scheme: Scheme
-) -> Inserted:
+def insert(graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[pb.Slot], scheme: Scheme) -> Inserted:
     """Put experts and routers beside the marked linears.
 
     Args:
@@ -200,7 +203,7 @@ class _Work:
 
     def run(self) -> Inserted:
         sites = self.model.sites
-        groups = [g for g in self.model.routers.values()]
+        groups = list(self.model.routers.values())
         routed = [self._slots_of(self._first(group), routed=True) for group in groups]
         self._overrides([len(slots) for slots in routed])
         for index, (group, slots) in enumerate(zip(groups, routed, strict=True)):
@@ -211,7 +214,7 @@ class _Work:
             if self._plain(site):
                 together.setdefault((self.graph.places[name].x, id(site.group)), []).append(name)
         for names in together.values():
-            self._products(names, consumers)
+            self._products(names)
         for name, site in sites.items():
             if not self._plain(site):
                 self._traced(name, site, consumers)
@@ -271,9 +274,16 @@ class _Work:
             return
         graph, n = self.graph, sum(sizes)
         bias = graph.default_input("router_bias", np.zeros(n, np.float32))
-        filled = [bool(self.out.slots[i].id) for g in self.model.routers.values() for i in self._slots_of(self._first(g), routed=True)]
+        filled = [
+            bool(self.out.slots[i].id)
+            for g in self.model.routers.values()
+            for i in self._slots_of(self._first(g), routed=True)
+        ]
         mask = graph.default_input("expert_mask", np.array(filled))
-        allowed = graph.node("Where", [mask, bias, graph.const(_SMALLEST, np.float32)])
+        # 0 or the smallest float32, and three cheap nodes: Where with a mask is slower than all of them
+        open_ = graph.node("Cast", [mask], to=1)
+        shut = graph.node("Sub", [open_, graph.const(1, np.float32)])
+        allowed = graph.node("Add", [graph.node("Mul", [shut, graph.const(-_SMALLEST, np.float32)]), bias])
         if len(sizes) == 1:
             self.limits = [allowed]
         else:
@@ -312,7 +322,9 @@ class _Work:
         """The weight of every rank ``[..., Q]`` of some sites, from the weights of a router."""
         key = tuple((tuple(slots), tuple(ranks)) for slots, ranks in layouts)
         if key not in gate.spread:
-            slots = [slot for part, ranks in layouts for slot, rank in zip(part, ranks, strict=True) for _ in range(rank)]
+            slots = [
+                slot for part, ranks in layouts for slot, rank in zip(part, ranks, strict=True) for _ in range(rank)
+            ]
             matrix = np.zeros((len(gate.slots), len(slots)), np.float32)
             always = np.zeros(len(slots), np.float32)
             for rank, slot in enumerate(slots):
@@ -328,7 +340,7 @@ class _Work:
 
     # ---- experts beside a linear: products ---------------------------------------------------------------------
 
-    def _products(self, names: list[str], consumers: Mapping[str, list[Any]]) -> None:
+    def _products(self, names: list[str]) -> None:
         """Sites that read one tensor: one product with all A, one with each B."""
         graph, form = self.graph, _FORMS[self.scheme]
         factors = [self._factors(name, self.model.sites[name]) for name in names]
@@ -348,7 +360,7 @@ class _Work:
         for name, f, scale, part, size in zip(names, factors, b_scales, parts, sizes, strict=True):
             b_block = block_of(size, BLOCK_B) if self.scheme == "int4" else 0
             delta = self._second_product(part, f"{name}/B", f, scale)
-            self._add(name, delta, consumers)
+            self._add(name, delta)
             site = self.model.sites[name].site
             self.out.sites.append(
                 pb.Site(
@@ -366,7 +378,9 @@ class _Work:
         if self.scheme == "int8":
             q = [quantise(a, b, scale, 8) for a, b, scale in parts]
             weight = self._keep(name, np.concatenate([each.a for each in q], 1))
-            return self.quantised.product(x, weight, self._keep(f"{name}.scale", np.concatenate([e.a_scale for e in q])))
+            return self.quantised.product(
+                x, weight, self._keep(f"{name}.scale", np.concatenate([e.a_scale for e in q]))
+            )
         block = block_of(len(parts[0][0]), BLOCK_A)
         q = [quantise(a, b, scale, 4, block) for a, b, scale in parts]
         weight = self._keep(name, np.concatenate([pack4(each.a, block) for each in q]))
@@ -379,7 +393,9 @@ class _Work:
             return graph.node("MatMul", [h, self._keep(name, f.b)])
         if self.scheme == "int8":
             weight = self._keep(name, quantise(f.a.T, f.b, scale, 8).b)
-            return graph.node("DynamicQuantizeMatMul", [h, weight, self._keep(f"{name}.scale", scale)], domain=MICROSOFT)
+            return graph.node(
+                "DynamicQuantizeMatMul", [h, weight, self._keep(f"{name}.scale", scale)], domain=MICROSOFT
+            )
         R = len(f.b)
         block = block_of(R, BLOCK_B)
         weight = self._keep(name, pack4(quantise(f.a.T, f.b, scale, 4).b, block))
@@ -398,10 +414,9 @@ class _Work:
         self.out.experts[name] = value
         return self.graph.weight(name, value)
 
-    def _add(self, name: str, delta: str, consumers: Mapping[str, list[Any]]) -> None:
+    def _add(self, name: str, delta: str) -> None:
         y = self.graph.places[name].y
         frozen = self.graph.move(y)
-        self.graph.rewire(y, frozen, ())
         self.graph.node("Add", [frozen, delta], out=y)
 
     # ---- experts beside a linear: all else -----------------------------------------------------------------------
@@ -419,7 +434,14 @@ class _Work:
         flat: list[dict[int, Any]] = [{} for _ in factors]
         tokens = {0: DYNAMIC, 1: DYNAMIC}
         sample, moving = self._sample_weights(site, len(ranks))
-        key = (type(site).__name__, info, ranks, tuple(sample.shape), type(site.bank).__name__, _fingerprint(site.mixer))
+        key = (
+            type(site).__name__,
+            info,
+            ranks,
+            tuple(sample.shape),
+            type(site.bank).__name__,
+            _fingerprint(site.mixer),
+        )
         x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
         if isinstance(site, ContractLinear):
             blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
@@ -427,7 +449,7 @@ class _Work:
             delta = piece((*key, "delta"), _Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
             (middle,) = mixed.insert(graph, [place.x, weights])
             graph.rewire(place.x, middle, consumers[place.x])
-            self._add(name, delta.insert(graph, [place.x, weights, *inputs])[0], consumers)
+            self._add(name, delta.insert(graph, [place.x, weights, *inputs])[0])
         elif isinstance(site, ExpandLinear):
             both = piece(key, _Expand(len(ranks)), (x, y, *factors), [tokens, tokens, *flat])
             frozen = graph.move(place.y)
@@ -513,7 +535,9 @@ class _Delta(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor, factors: list[Tensor]) -> Tensor:
         given = dict(zip(self.names, factors, strict=True))
-        out: Tensor = functional_call(_Mixed(self.mixer, self.bank), {f"bank.{k}": v for k, v in given.items()}, (x, y, weights))
+        out: Tensor = functional_call(
+            _Mixed(self.mixer, self.bank), {f"bank.{k}": v for k, v in given.items()}, (x, y, weights)
+        )
         return out
 
 
@@ -548,13 +572,15 @@ class _Contract(nn.Module):
 
 def _fingerprint(part: Any) -> str:
     """A method with its parameters, without its weights."""
-    values = {k: v for k, v in sorted(vars(part).items()) if isinstance(v, str | int | float | bool | tuple) or hasattr(v, "__dataclass_fields__")}
+    values = {
+        k: v
+        for k, v in sorted(vars(part).items())
+        if isinstance(v, str | int | float | bool | tuple) or hasattr(v, "__dataclass_fields__")
+    }
     values.pop("training", None)
     inner = [_fingerprint(v) for k, v in sorted(vars(part).items()) if hasattr(v, "eval_form")]
     return f"{type(part).__module__}.{type(part).__qualname__}({values}){inner}"
 
 
-def _float_output(name: str) -> Any:
-    from onnx import TensorProto, helper  # noqa: PLC0415
-
+def _float_output(name: str) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)

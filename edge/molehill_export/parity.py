@@ -77,7 +77,11 @@ class Runner:
         }  # fmt: skip
         if self._generation is not None:
             empty = np.zeros((1, self._generation.heads, 0, self._generation.head_dim), np.float32)
-            feed |= {f"past_key_values.{i}.{part}": empty for i in range(self._generation.layers) for part in ("key", "value")}
+            feed |= {
+                f"past_key_values.{i}.{part}": empty
+                for i in range(self._generation.layers)
+                for part in ("key", "value")
+            }
         logits, *routes = self._session.run(["logits", *self._routes], feed)
         return logits[0], routes
 
@@ -100,7 +104,8 @@ def compare(
     Returns:
         The figures, and some inputs with what the bundle answered.
     """
-    total, golden = _Sum(), []
+    total = _Sum()
+    golden: list[pb.Golden] = []
     for ids in encoded:
         original, routes = _original(model, ids)
         other, others = runner(ids)

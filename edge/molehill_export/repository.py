@@ -257,17 +257,25 @@ class Repository:
         unseen.
         """
         roots = self._keys.roots()
-        published = self._published_root(roots)
         newest = roots[-1].signed
         if newest.is_expired(self._now):
             mend = "Run: molehill keys renew DIR"
             raise TrustError("the root metadata has expired", where=str(self._keys.folder), mend=mend)
-        if published is None:
+        if not (self._metadata / "timestamp.json").is_file():
             return self._empty(newest)
-        timestamp = self._part(Timestamp, "timestamp", None, published)
-        snapshot = self._part(Snapshot, "snapshot", timestamp.signed.snapshot_meta, published)
+        # Signed under the root that devices see; or, when a crash kept that from being written, under a newer one.
+        # Under an older one nothing counts: its keys may have been replaced because they were stolen.
+        for root in roots[max(self._shown(len(roots)), 1) - 1 : -1]:
+            with contextlib.suppress(TrustError):
+                return self._under(root.signed, newest)
+        return self._under(newest, newest)
+
+    def _under(self, root: Root, newest: Root) -> _State:
+        """The repository as this root's keys have signed it."""
+        timestamp = self._part(Timestamp, "timestamp", None, root)
+        snapshot = self._part(Snapshot, "snapshot", timestamp.signed.snapshot_meta, root)
         meta = snapshot.signed.meta
-        targets = self._part(Targets, "targets", meta.get("targets.json"), published)
+        targets = self._part(Targets, "targets", meta.get("targets.json"), root)
         delegations = targets.signed.delegations
         if delegations is None or delegations.succinct_roles is None:
             raise TrustError("the repository was made by other software", where=str(self.folder))
@@ -275,19 +283,15 @@ class Repository:
         bins = {name: self._part(Targets, name, meta.get(f"{name}.json"), targets.signed) for name in names}
         return _State(newest, targets, bins, snapshot, timestamp)
 
-    def _published_root(self, roots: list[Metadata[Root]]) -> Root | None:
-        """The newest root that devices can see, which must be one of ours; None in a new repository."""
-        if not (self._metadata / "timestamp.json").is_file():
-            return None
+    def _shown(self, known: int) -> int:
+        """The version of the newest root that devices can see, all of them ours; 0 when there is none."""
         version = 0
         while (path := self._metadata / f"{version + 1}.root.json").is_file():
-            if version == len(roots) or path.read_bytes() != self._keys.root_path(version + 1).read_bytes():
+            if version == known or path.read_bytes() != self._keys.root_path(version + 1).read_bytes():
                 mend = "Give the newest copy of the keys that it was made with."
                 raise TrustError("the repository has a root that these keys do not have", where=str(path), mend=mend)
             version += 1
-        if not version:
-            raise TrustError("the repository has lost its root metadata", where=str(self._metadata))
-        return roots[version - 1].signed
+        return version
 
     def _part(
         self, kind: type[_SIGNED], role: str, listed: MetaFile | None, delegator: Root | Targets
@@ -348,12 +352,12 @@ class Repository:
         self._write(f"{version}.snapshot.json", data)
         state.timestamp.signed.snapshot_meta = MetaFile.from_data(version, data, ["sha256"])
         data = self._signed(state.timestamp, Timestamp.type, lasts.timestamp, root)
-        # Between these two a device may see a new root with an old timestamp: if the key for that was rotated, it goes
-        # on with the bundle that it has, and finds all in order the next time.
+        self._write("timestamp.json", data)
+        # A new root comes after what its keys have signed. Between the two, a device finds signatures of keys that it
+        # does not know and goes on with what it has; so it does after a crash, until this is done again.
         for each in range(1, root.version + 1):
             if not (self._metadata / f"{each}.root.json").is_file():
                 self._write(f"{each}.root.json", self._keys.root_path(each).read_bytes())
-        self._write("timestamp.json", data)
 
     def _delegate(self, state: _State) -> None:
         """Let the current key for targets sign the bins."""

@@ -107,7 +107,9 @@ class Source:
                 mend=f"Give --gate {self._names()}.",
             )  # fmt: skip
         if personal.gate == "mixture":
-            main = Layout({key: slot.wire_shape for key, slot in model.slots.items() if key.role.startswith("gate.main")})
+            main = Layout(
+                {key: slot.wire_shape for key, slot in model.slots.items() if key.role.startswith("gate.main")}
+            )
             model.load(Tree(main))
 
     def _personal(self, name: str) -> Tree:
@@ -147,16 +149,22 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
         run, out, folder = config.load(path / "config.toml"), path, path / "adapter"
         if not folder.is_dir():
             raise AdapterError(
-                "this run has no adapter yet", where=str(path), mend=f"Finish it: molehill simulate --out {path} --resume"
+                "this run has no adapter yet",
+                where=str(path),
+                mend=f"Finish it: molehill simulate --out {path} --resume",
             )
     adapter = read_manifest(folder)
     where = base or (run.base.model if run is not None else adapter.base["id"])
     if where.startswith("local:"):
         raise AdapterError(
-            f"the base {where.removeprefix('local:')!r} was a folder", where=str(folder), mend="Say where it is: --base DIR"
+            f"the base {where.removeprefix('local:')!r} was a folder",
+            where=str(folder),
+            mend="Say where it is: --base DIR",
         )
     revision = run.base.revision if run is not None and base is None else adapter.base.get("revision") or None
-    settings = config.Base(model=where, revision=None if where.startswith("sample:") else revision, precision="fp32", device="cpu")
+    settings = config.Base(
+        model=where, revision=None if where.startswith("sample:") else revision, precision="fp32", device="cpu"
+    )
     task = run.task.model_copy(update={"labels": adapter.labels}) if run is not None else _task(adapter)
     loaded = load_base(settings, task)
     head = None
@@ -186,4 +194,4 @@ def finished(out: Path) -> tuple[int, int, float]:
 
 def _task(adapter: Manifest) -> config.Task:
     kind = {"classification": "classification"}.get(adapter.task, "causal-lm")
-    return config.Task(kind=kind, labels=adapter.labels, max_length=16)  # type: ignore[arg-type]  # one of two
+    return config.Task(kind=kind, labels=adapter.labels, max_length=16)

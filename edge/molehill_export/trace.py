@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -105,7 +105,9 @@ def export(
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep what the exporter says of itself from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -120,5 +122,5 @@ def quiet() -> Iterator[None]:
 
 def _sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
     """A stable sort, which torch's exporter lacks: equal values keep their order in TopK too."""
-    size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    size: Any = op.Gather(cast("Any", op.Shape(self)), op.Constant(value_ints=[dim]))
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)

@@ -24,7 +24,7 @@ def expand(x: Tensor, A: Tensor, Bt: Tensor, experts: int) -> Tensor:
 
 
 def mix(h0: Tensor, h: Tensor, weights: Tensor) -> Tensor:
-    """``h_0 + sum_e w_e (h_e - h_0)`` ``[B, T, d]`` of the frozen activation and those of the experts ``[B, T, E, d]``."""
+    """``h_0 + sum_e w_e (h_e - h_0)``: ``[B, T, d]`` from the frozen activation and the experts' ``[B, T, E, d]``."""
     return h0 + torch.einsum("bted,bte->btd", h - h0.unsqueeze(2), weights)
 
 

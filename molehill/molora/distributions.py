@@ -66,7 +66,7 @@ def uncertainty(p: Tensor) -> Tensor:
 
 
 def _softmax(z: Tensor) -> Tensor:
-    if z.is_cuda or z.shape[-1] >= _SHORT:
+    if z.is_cuda or z.shape[-1] >= _SHORT or torch.compiler.is_exporting():  # one node in an exported graph
         return z.softmax(-1)
     e = (z - z.amax(-1, keepdim=True)).exp()
     return e / e.sum(-1, keepdim=True)

@@ -1,0 +1,218 @@
+"""Speed and size of bundles: ratios, measured side by side in one run (A B A B, medians).
+
+    python benchmarks/edge.py decoder [--layers 12] [--experts 8] [--threads 1]
+    python benchmarks/edge.py encoder [--threads 1]
+
+The decoder is a Llama of 768 x 12 with random weights and a vocabulary of 16384 (102 million parameters); the encoder
+is the MiniLM of the demo. MoLoRA: rank 8, top-2, one router per layer, on all linears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+
+from molehill import config
+from molehill.molora.build import wrap
+from molehill.molora.head import Head
+from molehill.molora.targets import find_sites
+from molehill.tasks.base_model import load_base
+from molehill_edge import tensors
+from molehill_export.base import classifier, decoder
+from molehill_export.base_quantise import quantise_base
+from molehill_export.graph import External, Graph, write_weights
+from molehill_export.molora import choose_slots, gate_values, insert
+
+CONTEXT, PROMPT = 128, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["decoder", "encoder"])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--experts", type=int, nargs="*", default=[8])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--schemes", nargs="*", default=["fp32", "int8", "int4"])
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        (decoders if options.what == "decoder" else encoders)(options, Path(scratch))
+
+
+def decoders(options: argparse.Namespace, work: Path) -> None:
+    shape = transformers.LlamaConfig(
+        hidden_size=768, num_hidden_layers=options.layers, num_attention_heads=12, num_key_value_heads=4,
+        intermediate_size=2560, vocab_size=16384, max_position_embeddings=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(shape)
+    base.save_pretrained(work / "base")
+    _tokenizer().save_pretrained(work / "base")
+    (work / "built").mkdir()
+    names = [site.name for site in find_sites(base, "all-linear")]
+    plain = decoder(base, work / "base", names, work / "built")
+    size16 = sum(p.numel() for p in base.parameters()) * 2
+    cases: dict[str, Any] = {}
+    for scheme in options.schemes:
+        cases[scheme] = _write(_copy(plain), work / scheme, scheme, "logits")
+        for experts in options.experts:
+            model = _adapted(base, experts)
+            cases[f"{scheme} E={experts}"] = _write(_copy(plain), work / f"{scheme}-{experts}", scheme, "logits", model)
+            base = transformers.LlamaForCausalLM(shape)
+    sessions = {name: _session(folder, options.threads) for name, (folder, _) in cases.items()}
+    runs = {name: _decoding(session, shape) for name, session in sessions.items()}
+    decode = _interleaved({name: run[0] for name, run in runs.items()}, options.rounds)
+    prefill = _interleaved({name: run[1] for name, run in runs.items()}, max(3, options.rounds // 3))
+    print(
+        f"{options.threads} threads; decode one token after {CONTEXT}; prefill of {PROMPT}; fp16 weights {size16 / 1e6:.1f} MB"
+    )
+    print(
+        f"{'':14}{'decode ms':>10}{'x fp32':>8}{'x base':>8}{'prefill ms':>12}{'x fp32':>8}{'x base':>8}{'MB':>8}{'x fp16':>8}{'experts':>9}"
+    )
+    for name, (_, sizes) in cases.items():
+        scheme = name.partition(" ")[0]
+        total = sum(sizes.values())
+        print(
+            f"{name:14}{decode[name] * 1e3:10.2f}{decode[name.replace(scheme, 'fp32')] / decode[name]:8.2f}"
+            f"{decode[name] / decode[scheme]:8.2f}{prefill[name] * 1e3:12.1f}"
+            f"{prefill[name.replace(scheme, 'fp32')] / prefill[name]:8.2f}{prefill[name] / prefill[scheme]:8.2f}"
+            f"{total / 1e6:8.1f}{total / size16:8.3f}{sizes.get('experts.safetensors', 0) / total:9.1%}"
+        )
+
+
+def encoders(options: argparse.Namespace, work: Path) -> None:
+    settings, task = config.Base(precision="fp32"), config.Task(labels=("a", "b", "c"))
+    base = load_base(settings, task).model
+    head = Head(int(base.config.hidden_size), 3, "mean", anchored=False)
+    names = [site.name for site in find_sites(base, "all-linear")]
+    plain = classifier(base, head, names)
+    cases: dict[str, Any] = {}
+    for scheme in options.schemes:
+        cases[scheme] = _write(_copy(plain), work / scheme, scheme)
+        for experts in options.experts:
+            model = _adapted(load_base(settings, task).model, experts, head)
+            cases[f"{scheme} E={experts}"] = _write(_copy(plain), work / f"{scheme}-{experts}", scheme, "", model)
+    sessions = {name: _session(folder, options.threads) for name, (folder, _) in cases.items()}
+    shapes = [(1, 32), (1, 128), (8, 128)]
+    found = [
+        _interleaved({name: _classifying(session, *shape) for name, session in sessions.items()}, options.rounds)
+        for shape in shapes
+    ]
+    print(f"{options.threads} threads; times over the float32 base without experts")
+    print(f"{'':14}" + "".join(f"{shape!s:>12}" for shape in shapes) + f"{'MB':>8}")
+    for name, (_, sizes) in cases.items():
+        print(
+            f"{name:14}" + "".join(f"{f[name] / f['fp32']:12.2f}" for f in found) + f"{sum(sizes.values()) / 1e6:8.1f}"
+        )
+
+
+def _adapted(base: Any, experts: int, head: Any = None) -> Any:
+    section = config.parse(
+        {"molora": {"targets": "all-linear", "experts": experts, "rank": 8, "alpha": 16.0, "scope": "layer",
+                    "selector": {"name": "top_k", "k": 2}}}
+    ).molora  # fmt: skip
+    model = wrap(base, section, head=head)
+    model.flat.data.normal_(std=0.02)
+    model.scorer = section.scorer
+    return model
+
+
+def _copy(graph: Graph) -> Graph:
+    new = copy.copy(graph)
+    new.nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.nodes]
+    for name in ("tensors", "inputs", "outputs", "opsets", "places"):
+        setattr(new, name, copy.copy(getattr(graph, name)))
+    return new
+
+
+def _write(graph: Graph, folder: Path, scheme: Any, head: str = "", model: Any = None) -> tuple[Path, dict[str, int]]:
+    folder.mkdir()
+    quantise_base(graph, scheme, head)
+    external: dict[str, External] = {}
+    if model is not None:
+        inserted = insert(graph, model, model.scorer, choose_slots(model, None, 0), scheme)
+        graph.tensors.update(gate_values(model, inserted))
+        offsets = tensors.write(folder / "experts.safetensors", inserted.experts, {})
+        external = {k: External("experts.safetensors", at, inserted.experts[k].nbytes) for k, at in offsets.items()}
+    for value in graph.inputs:
+        if value.name.startswith("head/"):
+            shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            graph.tensors[value.name] = np.zeros(shape, np.float32)
+    graph.drop_unused()
+    external |= write_weights({k: v for k, v in graph.tensors.items() if k not in external}, folder / "base.bin")
+    (folder / "model.onnx").write_bytes(graph.model(external).SerializeToString())
+    return folder, {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def _session(folder: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    return ort.InferenceSession(folder / "model.onnx", options)
+
+
+def _decoding(session: ort.InferenceSession, shape: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+    rng = np.random.default_rng(0)
+    size = shape.hidden_size // shape.num_attention_heads
+    caches = [
+        np.zeros((1, shape.num_key_value_heads, 512, size), np.float32) for _ in range(2 * shape.num_hidden_layers)
+    ]
+    values = [ort.OrtValue.ortvalue_from_numpy(cache) for cache in caches]
+
+    def run(tokens: int, past: int) -> Callable[[], None]:
+        binding = session.io_binding()
+        ids = rng.integers(0, shape.vocab_size, (1, tokens))
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", np.ones((1, tokens + past), np.int64))
+        for i, value in enumerate(values):
+            name = f"{i // 2}.{('key', 'value')[i % 2]}"
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_output("logits")
+        return lambda: session.run_with_iobinding(binding)
+
+    return run(1, CONTEXT), run(PROMPT, 0)
+
+
+def _classifying(session: ort.InferenceSession, rows: int, tokens: int) -> Callable[[], None]:
+    ids = np.random.default_rng(0).integers(1000, 20000, (rows, tokens))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return lambda: session.run(["logits"], feed)
+
+
+def _interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 2):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            run()
+            if round_ > 1:
+                times[name].append((time.perf_counter() - start) / 2)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _tokenizer() -> Any:
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w3"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w1", pad_token="w0", unk_token="w3")
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stderr(io.StringIO() if "-q" in sys.argv else sys.stderr):
+        main()

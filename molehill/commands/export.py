@@ -1,0 +1,149 @@
+"""``molehill export``: a run or adapter becomes a bundle."""
+
+from __future__ import annotations
+
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from molehill.commands.common import INTERRUPTED, Json, explained, print_json
+from molehill.errors import ConfigError
+from molehill.extras import needs
+
+if TYPE_CHECKING:
+    from molehill_protos.v1.bundle_pb2 import Manifest
+
+SUFFIX = ".molehill"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(export)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a finished run, or an adapter.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="BUNDLE", help="Folder to write; with the suffix .molehill, one file.")
+    ],
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLIENT|global", help="Whose gate; the first is the default one.", show_default="global"),
+    ] = None,
+    quantize: Annotated[Literal["fp32", "int8", "int4"], typer.Option(help="Bits of base and experts.")] = "int8",
+    experts: Annotated[str | None, typer.Option(metavar="A,B,...", help="Experts to take.", show_default="all")] = None,
+    spare_slots: Annotated[
+        int, typer.Option(min=0, max=64, help="Empty places for experts that a device may add.")
+    ] = 0,
+    bundle_id: Annotated[str, typer.Option("--id", help="Name of the bundle.", show_default="that of the run")] = "",
+    version: Annotated[int, typer.Option("--bundle-version", min=1, help="Must grow with every publication.")] = 1,
+    expires: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="Day from which on devices refuse it.", show_default="never"),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base model is now.", show_default="as in the run")] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="--state of a lab machine, for its own gate.", show_default=False)
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Labelled rows to measure on.", show_default="those of a simulation"),
+    ] = None,
+    expert_files: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write every expert as a file too, to add on a device.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also when it differs too much from the original.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a quantised ONNX bundle that runs without torch, and measure it against the original."""
+    with explained(as_json):
+        with needs("export"):
+            from molehill_edge import archive
+            from molehill_export.export import Options, export_experts
+            from molehill_export.export import export as write
+            from molehill_export.source import open_source
+
+        one_file = out.suffix == SUFFIX
+        if one_file and out.exists():
+            raise ConfigError("there is something already", where=str(out), mend="Choose another --out.")
+        options = Options(
+            gates=tuple(gate or ("global",)),
+            scheme=quantize,
+            experts=None if experts is None else tuple(name.strip() for name in experts.split(",")),
+            spare=spare_slots,
+            id=bundle_id,
+            version=version,
+            expires=0 if expires is None else int(expires.replace(tzinfo=UTC).timestamp()),
+            force=force,
+            rows=rows,
+        )
+        console = Console(stderr=True, quiet=as_json)
+        try:
+            with console.status("Loading the model") as status:
+                found = open_source(source, base, state)
+
+                def progress(step: str) -> None:
+                    status.update(step)
+
+                if one_file:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+                        manifest = write(found, Path(scratch) / "bundle", options, progress=progress)
+                        archive.pack(Path(scratch) / "bundle", out)
+                else:
+                    manifest = write(found, out, options, progress=progress)
+                if expert_files is not None:
+                    export_experts(found, expert_files)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        told = _told(manifest)
+        if as_json:
+            print_json({"bundle": str(out), **told})
+        else:
+            _show(told, out)
+
+
+def _told(manifest: Manifest) -> dict[str, Any]:
+    parity = manifest.parity
+    return {
+        "id": manifest.id,
+        "version": manifest.version,
+        "quantisation": manifest.quantisation.base,
+        "gate": manifest.provenance.gate,
+        "experts": [slot.id for slot in manifest.slots if slot.id],
+        "bytes": {file.path: file.length for file in manifest.files},
+        "parity": {
+            "texts": parity.texts,
+            "logit_error": parity.logit_error,
+            "agreement": parity.agreement,
+            "router_agreement": parity.router_agreement,
+            "rows": parity.rows,
+            "accuracy_original": parity.accuracy_original if parity.rows else None,
+            "accuracy_bundle": parity.accuracy_bundle if parity.rows else None,
+        },
+    }
+
+
+def _show(told: dict[str, Any], out: Path) -> None:
+    parity, sizes = told["parity"], told["bytes"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("bundle", f"{told['id']}, version {told['version']}, {told['quantisation']}, gate {told['gate']}")
+    for path, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        table.add_row(f"  {path}", f"{size / 1e6:9.2f} MB")
+    table.add_row("size", f"{sum(sizes.values()) / 1e6:11.2f} MB")
+    alike = f"{parity['agreement']:.1%} of predictions alike, relative logit error {parity['logit_error']:.1e}"
+    table.add_row("parity", f"{alike} ({parity['texts']} texts)")
+    if parity["rows"]:
+        before, after = parity["accuracy_original"], parity["accuracy_bundle"]
+        table.add_row("accuracy", f"{after:.1%}, {before:.1%} before ({parity['rows']} rows)")
+    console = Console()
+    console.print(table)
+    console.print(f"Written to {out}", soft_wrap=True, highlight=False, markup=False)
