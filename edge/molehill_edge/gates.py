@@ -143,10 +143,10 @@ def load(path: Path, kind: str) -> tuple[dict[str, Array], dict[str, str]]:
         raise BundleError(f"cannot read it: {error.strerror}", where=where) from None
     found, metadata = tensors.read(path)
     if metadata.get("kind") != kind:
-        raise BundleError(f"not a {kind} file", where=where, mend=f"Give a file that was written as {kind}.")
+        raise BundleError(f"not {_a(kind)} file", where=where, mend=f"Give {_a(kind)} file.")
     if metadata.get("format") != FORMAT:
         raise BundleError(
-            f"a {kind} file of format {metadata.get('format')!r}", where=where, mend="Update molehill on this device."
+            f"{_a(kind)} file of format {metadata.get('format')!r}", where=where, mend="Update molehill on this device."
         )
     return found, metadata
 
@@ -163,3 +163,7 @@ def check(array: Array, shape: tuple[int, ...], name: str, where: str) -> None:
         raise BundleError(f"{name} has shape {list(array.shape)} where {list(shape)} fits", where=where)
     if not np.isfinite(array).all():
         raise BundleError(f"{name} holds numbers that are not finite", where=where)
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

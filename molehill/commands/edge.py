@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from molehill.commands import edge_trust
 from molehill.commands.common import INTERRUPTED, Json, explained, print_json, say
 from molehill.errors import BundleError
 from molehill.extras import needs
@@ -376,7 +375,7 @@ def _show_told(told: dict[str, Any]) -> None:
         "parity": f"{parity['agreement']:.1%} of {parity['texts']} texts alike, logit error {parity['logit_error']:.1e}"
         if parity["texts"]
         else "",
-        "accuracy": f"{parity['accuracy_bundle']:.1%}, of {parity['rows']} rows; {parity['accuracy_original']:.1%} before"
+        "accuracy": f"{parity['accuracy_bundle']:.1%}, originally {parity['accuracy_original']:.1%}"
         if parity["rows"]
         else "",
         "from": ", ".join(
@@ -518,8 +517,7 @@ def _show_outcome(found: Outcome, out: Path) -> None:
     typer.echo(f"{out}: {what}")
 
 
-if find_spec("molehill.commands.edge_trust"):
-    import_module("molehill.commands.edge_trust").register(app)
+edge_trust.register(app)
 
 
 def _who(bundle: Bundle) -> dict[str, Any]:

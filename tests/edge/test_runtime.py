@@ -116,9 +116,9 @@ def test_weights_of_one_route_for_all_tokens_and_of_several_heads(bundle):
 def test_only_chosen_experts(bundle):
     bundle.choose_experts(["newts"])
     assert all(dict(zip(r.experts, r.shares, strict=True))["newts"] == 1 for r in bundle.route_report("fine"))
-    with pytest.raises(BundleError, match="no expert 'owls'.*cats, dogs, newts"):
+    with pytest.raises(BundleError, match=r"no expert 'owls'.*cats, dogs, newts"):
         bundle.choose_experts(["owls"])
-    with pytest.raises(BundleError, match="leaves router layers.0.up without experts"):
+    with pytest.raises(BundleError, match=r"leaves router layers.0.up without experts"):
         bundle.choose_experts([])
 
 
@@ -174,7 +174,7 @@ def test_a_graph_that_is_not_what_the_manifest_says(tmp_path):
     manifest.layout = manifests.layout_digest(manifest)
     edge_graphs.write_gate(tmp_path / "odd" / manifests.GATE, manifest)
     edge_graphs.sign(tmp_path / "odd", manifest)
-    with pytest.raises(BundleError, match="the graph lacks head/-/head.bias"):
+    with pytest.raises(BundleError, match=r"the graph lacks head/-/head.bias"):
         Bundle.open(tmp_path / "odd", trust=TRUST)
 
 

@@ -1,0 +1,343 @@
+"""Experts come and go in a bundle's slots."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import edge_graphs
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from molehill.errors import BundleError
+from molehill_edge import experts, tensors
+from molehill_edge import manifest as manifests
+from molehill_edge.bundle import Bundle
+from molehill_edge.quantise import Quantised, dequantise, output_scale, pack4, quantise, unpack4
+from molehill_edge.trust import InsecureLocal
+from molehill_protos.v1 import bundle_pb2 as pb
+
+TRUST = InsecureLocal(lambda _: None)
+TEXTS = ["the film was great", "awful plot", "boring"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    edge_graphs.classifier(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+@pytest.fixture
+def bundle(folder):
+    with Bundle.open(folder, trust=TRUST, threads=1) as opened:
+        yield opened
+
+
+def probabilities(view):
+    return np.array([each.probabilities for each in view.classify(TEXTS)])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def used(view, name):
+    return [dict(zip(r.experts, r.shares, strict=True)).get(name) for r in view.route_report("the film was great")]
+
+
+def test_an_added_expert_computes_what_it_should(bundle, folder, tmp_path):
+    path = edge_graphs.write_expert(tmp_path / "owls.expert.safetensors", bundle.manifest)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    view = bundle.with_gate("ann")
+    old = probabilities(bundle), probabilities(view)
+    assert bundle.add_expert(path) == "owls"
+    assert [slot.id for slot in bundle.manifest.slots] == ["cats", "dogs", "newts", "owls"]
+    assert all(share > 0 for share in used(bundle, "owls"))
+    new = probabilities(bundle), probabilities(view)
+    assert not np.allclose(old[0], new[0], atol=1e-3)
+    assert not np.allclose(old[1], new[1], atol=1e-3)
+
+    # The same numbers by hand.
+    found = safetensors.numpy.load_file(path)
+    base = safetensors.numpy.load_file(folder / manifests.EXPERTS)
+    row, site = "layers.0.up/-/gate.weight", "layers.0.up"
+    placed = safetensors.numpy.load_file(bundle._engine.session.folder / manifests.EXPERTS)
+    assert np.array_equal(placed[f"{site}/A"][:, -2:], found[f"{site}/A"].T)
+    assert np.array_equal(placed[f"{site}/B"][-2:], found[f"{site}/B"].T)
+    assert np.array_equal(placed[f"{site}/A"][:, :-2], base[f"{site}/A"][:, :-2])
+    gate = view.gate_tensors()[row]
+    assert np.array_equal(gate[3], found[row])
+    assert np.array_equal(gate[:3], view.gate.tensors[row][:3])
+
+    # Nothing that was checked has changed.
+    assert all(path.read_bytes() == data for path, data in before.items())
+    bundle.remove_expert("owls")
+    assert np.array_equal(probabilities(bundle), old[0])
+    assert np.array_equal(probabilities(view), old[1])
+
+
+def test_a_removed_expert_makes_room_for_another(bundle, tmp_path):
+    bundle.remove_expert("dogs")
+    assert used(bundle, "dogs") == [None, None]
+    one = edge_graphs.write_expert(tmp_path / "one", bundle.manifest, "owls", seed=1)
+    two = edge_graphs.write_expert(tmp_path / "two", bundle.manifest, "bats", seed=2)
+    bundle.add_expert(one)
+    bundle.add_expert(two)
+    assert sorted(slot.id for slot in bundle.manifest.slots) == ["bats", "cats", "newts", "owls"]
+    both = probabilities(bundle)
+    bundle.remove_expert("owls")
+    bundle.add_expert(one)
+    assert np.allclose(probabilities(bundle), both, atol=1e-6)
+    with pytest.raises(BundleError, match="no empty slot"):
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / "three", bundle.manifest, "eels"))
+
+
+def test_the_last_expert_and_shared_ones_stay(bundle):
+    for name in ("cats", "dogs"):
+        bundle.remove_expert(name)
+    with pytest.raises(BundleError, match=r"newts is the last of router layers.0.up"):
+        bundle.remove_expert("newts")
+    with pytest.raises(BundleError, match=r"no expert 'cats'.*There are: newts"):
+        bundle.remove_expert("cats")
+    with pytest.raises(BundleError, match="no expert ''"):
+        bundle.remove_expert("")
+    bundle.manifest.slots[2].shared = True
+    with pytest.raises(BundleError, match="is shared by all tokens"):
+        bundle.remove_expert("newts")
+
+
+def test_a_gate_that_chooses_only_what_is_removed(bundle):
+    bundle.choose_experts(["dogs"])
+    before = probabilities(bundle)
+    with pytest.raises(BundleError, match=r"leaves router layers.0.up without experts"):
+        bundle.remove_expert("dogs")
+    assert np.array_equal(probabilities(bundle), before)
+
+
+SITE, ROW = "layers.1.up", "layers.1.up/-/gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"base": "cd" * 32}, "the expert is for another base model"),
+        ({"rank": 3}, "has rank 3 at layers.0.up, the slot 2"),
+        ({"name": "cats"}, "has an expert cats already"),
+        ({"name": ""}, "the expert has no id"),
+        ({"drop": [f"{SITE}/A", f"{SITE}/B"]}, f"the expert lacks {SITE}"),
+        ({"drop": [f"{SITE}/A"]}, f"the expert has {SITE}/B, which the bundle does not know"),
+        ({"layers.7.up/A": np.zeros((2, 16), np.float32)}, "the expert has layers.7.up/A"),
+        ({"drop": [ROW]}, f"the expert lacks its row of {ROW}"),
+        ({ROW: np.zeros(17, np.float32)}, r"row of .* has shape \[17\] where \[16\] fits"),
+        ({f"{SITE}/A": np.zeros((2, 15), np.float32)}, r"A of layers.1.up has shape \[2, 15\]"),
+        ({f"{SITE}/B": np.full((16, 2), np.inf, np.float32)}, "B of layers.1.up holds numbers that are not finite"),
+        ({f"{SITE}/A": np.zeros((2, 16))}, "A of layers.1.up is float64"),
+        ({f"{SITE}/A": np.zeros((2, 16, 1), np.float32)}, "A of layers.1.up has shape"),
+    ],
+)
+def test_experts_that_do_not_fit(bundle, tmp_path, keys, what):
+    before = probabilities(bundle)
+    path = edge_graphs.write_expert(tmp_path / "odd", bundle.manifest, **keys)
+    with pytest.raises(BundleError, match=what):
+        bundle.add_expert(path)
+    assert np.array_equal(probabilities(bundle), before)
+    assert names(tmp_path) == ["classifier", "odd"]  # no run folder is left
+
+
+def test_files_that_are_no_experts(bundle, tmp_path):
+    with pytest.raises(BundleError, match="not an expert file"):
+        bundle.add_expert(edge_graphs.write_gate(tmp_path / "gate", bundle.manifest))
+    with pytest.raises(BundleError, match="cannot read it"):
+        bundle.add_expert(tmp_path / "nothing")
+
+
+def test_a_session_that_does_not_open_leaves_the_old_one(bundle, tmp_path, monkeypatch):
+    before = probabilities(bundle)
+    session = bundle._engine.session
+    real, calls = session._open, []
+
+    def refuse_first(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise BundleError("no")
+        return real(folder)
+
+    monkeypatch.setattr(session, "_open", refuse_first)
+    with pytest.raises(BundleError, match="no"):
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+    assert np.array_equal(probabilities(bundle), before)
+    assert names(tmp_path) == ["classifier", "owls"]
+
+
+def test_run_folders_go_when_the_bundle_closes(folder, tmp_path):
+    path = edge_graphs.write_expert(tmp_path / "owls", edge_graphs.classifier(tmp_path / "same"))
+    with Bundle.open(folder, trust=TRUST) as bundle:
+        bundle.add_expert(path)
+        assert len([name for name in names(tmp_path) if name.startswith(".classifier.")]) == 1
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def test_threads_go_on_while_experts_change(bundle, tmp_path):
+    path = edge_graphs.write_expert(tmp_path / "owls", bundle.manifest)
+    without = probabilities(bundle)
+    bundle.add_expert(path)
+    with_ = probabilities(bundle)
+    bundle.remove_expert("owls")
+    view, wrong, stop = bundle.with_gate("default"), [], threading.Event()
+
+    def work():
+        while not stop.is_set():
+            found = probabilities(view)
+            if not (np.allclose(found, with_, atol=1e-6) or np.allclose(found, without, atol=1e-6)):
+                wrong.append(found)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(5):
+        bundle.add_expert(path)
+        bundle.remove_expert("owls")
+    stop.set()
+    thread.join()
+    assert not wrong
+
+
+def test_changes_are_quick(bundle, tmp_path):
+    path = edge_graphs.write_expert(tmp_path / "owls", bundle.manifest)
+    begin = time.perf_counter()
+    bundle.add_expert(path)
+    assert time.perf_counter() - begin < 0.3
+
+
+def test_state_is_kept_beside_the_bundle(folder, tmp_path):
+    state = tmp_path / "state"
+    with Bundle.open(folder, trust=TRUST) as bundle:
+        bundle.swap_gate("ann")
+        bundle.remove_expert("cats")
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+        bundle.save_state(state)
+        wanted, ids = probabilities(bundle), [slot.id for slot in bundle.manifest.slots]
+        bob = probabilities(bundle.with_gate("bob"))
+    with Bundle.open(folder, trust=TRUST) as bundle:
+        bundle.load_state(state)
+        assert [slot.id for slot in bundle.manifest.slots] == ids
+        assert np.array_equal(probabilities(bundle), wanted)
+        assert np.array_equal(probabilities(bundle.with_gate("bob")), bob)
+        assert bundle.gate.name == "ann"
+    (state / "state.json").write_text("{}")
+    with Bundle.open(folder, trust=TRUST) as bundle, pytest.raises(BundleError, match=r"state.json: damaged"):
+        bundle.load_state(state)
+    edge_graphs.causal(tmp_path / "other")
+    with Bundle.open(tmp_path / "other", trust=TRUST) as other:
+        other.save_state(tmp_path / "others")
+    with Bundle.open(folder, trust=TRUST) as bundle, pytest.raises(BundleError, match="the state of another bundle"):
+        bundle.load_state(tmp_path / "others")
+
+
+# ---- how experts are stored ----------------------------------------------------------------------------------------
+
+RANKS, D_IN, D_OUT = [2, 3, 2], 40, 24
+
+
+def _stored(form, rng):
+    """Two sites that share a tensor of A, in a form, and their file."""
+    total = sum(RANKS)
+    a = rng.standard_normal((D_IN, 2 * total)).astype(np.float32)
+    b = {name: rng.standard_normal((total, D_OUT)).astype(np.float32) for name in ("one", "two")}
+    blocks = {"a_block": 32, "b_block": 16} if form == pb.GEMM_INT4 else {}
+    manifest = pb.Manifest()
+    values = {}
+    for i, (name, factor) in enumerate(b.items()):
+        manifest.sites.add(
+            name=name, d_in=D_IN, d_out=D_OUT, slots=[0, 1, 2], ranks=RANKS, form=form, a="A", a_start=i * total,
+            b=f"{name}/B", **blocks,
+        )  # fmt: skip
+        values[f"{name}/B"] = factor
+    if form == pb.GEMM_FP32:
+        values["A"] = a
+    elif form == pb.ROWS_FP32:
+        values["A"] = np.ascontiguousarray(a.T)
+    elif form == pb.ROWS_INT8:
+        values["A"], values["A.scale"] = experts.rows8(a.T)
+        for name, factor in b.items():
+            values[f"{name}/B"], values[f"{name}/B.scale"] = experts.rows8(factor)
+    else:
+        bits, block = (8, None) if form == pb.GEMM_INT8 else (4, 32)
+        parts = []
+        for i, name in enumerate(b):
+            scale = output_scale(b[name])
+            parts.append(quantise(a[:, i * total : (i + 1) * total], b[name], scale, bits, block))
+            values[f"{name}/B"] = parts[-1].b if bits == 8 else pack4(parts[-1].b, 16)
+            values[f"{name}/B.scale"] = scale if bits == 8 else np.repeat(scale[:, None], 1, 1)
+        whole = np.concatenate([part.a for part in parts], 1)
+        scales = np.concatenate([part.a_scale for part in parts], -1)
+        values["A"] = whole if bits == 8 else pack4(whole, 32)
+        values["A.scale"] = scales if bits == 8 else np.ascontiguousarray(scales.T)
+    for i in range(3):
+        manifest.slots.add(id="" if i == 1 else f"e{i}")
+    return manifest, tensors.pack(values, {})[0]
+
+
+def _deltas(form, data):
+    """``x -> delta`` of every rank and site as the graph computes it: ``[rank, d_in, d_out]``."""
+    values = experts.views(bytearray(data))
+    out = {}
+    total = sum(RANKS)
+    for i, name in enumerate(("one", "two")):
+        part = slice(i * total, (i + 1) * total)
+        if form == pb.GEMM_FP32:
+            a, b = values["A"][:, part], values[f"{name}/B"]
+        elif form == pb.ROWS_FP32:
+            a, b = values["A"][part].T, values[f"{name}/B"]
+        elif form == pb.ROWS_INT8:
+            a = (values["A"][part] * values["A.scale"][part, None]).T
+            b = values[f"{name}/B"] * values[f"{name}/B.scale"][:, None]
+        elif form == pb.GEMM_INT8:
+            q = Quantised(values["A"][:, part], values["A.scale"][part], values[f"{name}/B"])
+            a, b = dequantise(q, values[f"{name}/B.scale"])
+        else:
+            whole = unpack4(values["A"], D_IN)[:, part]
+            q = Quantised(whole, values["A.scale"][part].T, unpack4(values[f"{name}/B"], total))
+            a, b = dequantise(q, values[f"{name}/B.scale"][:, 0], 32)
+        out[name] = np.einsum("dr,ro->rdo", a, b)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("form", "error"),
+    [(pb.GEMM_FP32, 0), (pb.ROWS_FP32, 0), (pb.ROWS_INT8, 0.03), (pb.GEMM_INT8, 0.03), (pb.GEMM_INT4, 0.5)],
+)
+def test_an_expert_goes_to_its_ranks_and_nowhere_else(form, error):
+    rng = np.random.default_rng(0)
+    manifest, data = _stored(form, rng)
+    sites = {
+        name: (rng.standard_normal((3, D_IN)).astype(np.float32), rng.standard_normal((D_OUT, 3)).astype(np.float32))
+        for name in ("one", "two")
+    }
+    expert = experts.Expert("owls", sites, {})
+    assert experts.find_slot(expert, manifest, "") == 1
+    placed = experts.place(expert, 1, manifest, data)
+    assert len(placed) == len(data)
+    before, after = _deltas(form, data), _deltas(form, placed)
+    for name, (A, B) in sites.items():
+        keep = [0, 1, 5, 6]
+        assert np.array_equal(after[name][keep], before[name][keep])
+        wanted = np.einsum("rd,or->rdo", A, B)
+        assert np.abs(after[name][2:5] - wanted).max() <= error * np.abs(wanted).max()
+
+
+def test_vectors():
+    manifest = pb.Manifest()
+    manifest.sites.add(name="v", d_in=4, d_out=3, slots=[0, 1], ranks=[1, 1], form=pb.VECTORS, b="v/b")
+    manifest.slots.add(id="a")
+    manifest.slots.add()
+    data = tensors.pack({"v/b": np.ones((2, 3), np.float32)}, {})[0]
+    expert = experts.Expert("owls", {"v": (None, np.full((1, 3), 5, np.float32))}, {})
+    placed = experts.place(expert, experts.find_slot(expert, manifest, ""), manifest, data)
+    assert experts.views(bytearray(placed))["v/b"].tolist() == [[1, 1, 1], [5, 5, 5]]
+
+
+def test_a_damaged_file_of_experts():
+    for data in (b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]"):
+        with pytest.raises(BundleError, match=r"experts.safetensors: damaged"):
+            experts.views(bytearray(data))
