@@ -43,7 +43,15 @@ def blocks(info):
 def test_every_block_is_of_a_kind_that_is_run():
     terminals = {"sh terminal 1", "sh terminal 2", "sh terminal 3", "sh terminal 1 2 3"}
     run_in_test_lab = {"sh host", "sh lab", *terminals}
-    assert {block.info for block in BLOCKS} <= {"sh", "toml", "python method", "python test", *run_in_test_lab}
+    run_in_test_edge = {"sh owner", "sh device", "python owner", "python device"}
+    assert {block.info for block in BLOCKS} <= {
+        "sh",
+        "toml",
+        "python method",
+        "python test",
+        *run_in_test_lab,
+        *run_in_test_edge,
+    }
 
 
 @pytest.mark.parametrize("text", blocks("toml"))
