@@ -655,8 +655,9 @@ def _bind(engine: _Engine, gate: Gate) -> _Bound:
             members = list(manifest.routers[tensor.router].slots)
             for slot, row in added:
                 np.moveaxis(arrays[tensor.name], tensor.expert_axis, 0)[members.index(slot)] = row
-    arrays[gates.BIAS] = gate.bias
-    arrays[gates.MASK] = _check_mask(manifest, gate)
+    if manifest.routers:
+        arrays[gates.BIAS] = gate.bias
+        arrays[gates.MASK] = _check_mask(manifest, gate)
     return _Bound(gate, changes, arrays, {name: value(array) for name, array in arrays.items()})
 
 

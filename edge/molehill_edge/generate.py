@@ -320,7 +320,13 @@ class Stream(Iterator[str]):
         self._pieces = self._draw(cache, list(ids), inputs, most)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            raise
+        except BaseException:  # also Ctrl-C: what came so far is the answer
+            self._finish()
+            raise
 
     def close(self) -> None:
         """End the answer here."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from molehill_edge.routes import RouterReport
     from molehill_edge.trust import Trust
 
-app = typer.Typer(help="Run signed bundles on a device: no torch, no network.", no_args_is_help=True)
+app = typer.Typer(help="Bundles on a device: get them, run them, make them yours. Needs no torch.", no_args_is_help=True)
 
 Name = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="Id of a bundle in the store; with --insecure-local, a folder or file.")
