@@ -126,6 +126,8 @@ class Session:
         Raises:
             BundleError: As `use`.
         """
+        if not outputs:  # ONNX Runtime takes that for all of them
+            return []
         with self.use() as graph:
             return [found.numpy() for found in graph.run_with_ort_values(outputs, dict(feeds))]
 

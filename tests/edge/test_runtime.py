@@ -138,6 +138,15 @@ def test_golden_inputs(folder, tmp_path):
         assert not golden.check(bundle).passed
 
 
+def test_a_bundle_without_routers(tmp_path):
+    edge_graphs.classifier(tmp_path / "plain", routed=False)
+    with Bundle.open(tmp_path / "plain", trust=TRUST) as bundle:
+        assert bundle.classify(TEXTS) != bundle.with_gate("ann").classify(TEXTS)
+        assert bundle.route_report("fine") == []
+        with pytest.raises(BundleError, match="no router to fit"):
+            bundle.personalise(TEXTS)
+
+
 def test_a_closed_bundle_says_so(folder):
     bundle = Bundle.open(folder, trust=TRUST)
     view = bundle.with_gate("ann")

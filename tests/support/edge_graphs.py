@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from molehill_edge import manifest as manifests
+from molehill_edge import tensors as tensor_files
 from molehill_protos.v1 import bundle_pb2 as pb
 
 BASE = "ab" * 32
@@ -55,12 +55,8 @@ class Build:
         for file, metadata in ((manifests.EXPERTS, {}), (manifests.GATE, gate_metadata)):
             tensors = {name: value for name, value in self.weights.items() if self.external.get(name) == file}
             tensors = {name: v.astype(np.uint8) if v.dtype == bool else v for name, v in tensors.items()}
-            data = safetensors.numpy.save(tensors, metadata)
-            (folder / file).write_bytes(data)
-            begin = 8 + int.from_bytes(data[:8], "little")
-            for name, entry in json.loads(data[8:begin]).items():
-                if name in tensors:
-                    places[name] = (file, begin + entry["data_offsets"][0], tensors[name].nbytes)
+            offsets = tensor_files.write(folder / file, tensors, metadata)
+            places.update({name: (file, at, tensors[name].nbytes) for name, at in offsets.items()})
         initializers = []
         for name, value in self.weights.items():
             tensor = numpy_helper.from_array(value, name)
@@ -194,8 +190,8 @@ def words_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def classifier(folder: Path, *, seed=0, max_length=12, gates=("ann", "bob")) -> pb.Manifest:
-    """Embeddings, two adapted linears, the mean of real tokens, a head of the owner's."""
+def classifier(folder: Path, *, seed=0, max_length=12, gates=("ann", "bob"), routed=True) -> pb.Manifest:
+    """Embeddings, two adapted linears (or none), the mean of real tokens, a head of the owner's."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     tokenizer = words_tokenizer()
@@ -203,10 +199,11 @@ def classifier(folder: Path, *, seed=0, max_length=12, gates=("ann", "bob")) -> 
     manifest.task.CopyFrom(pb.Task(kind="classification", labels=LABELS, pooling="mean", max_length=max_length))
     build.input("input_ids", TensorProto.INT64, ["batch", "sequence"])
     build.input("attention_mask", TensorProto.INT64, ["batch", "sequence"])
-    _overrides(build, 2 * SLOTS)
+    if routed:
+        _overrides(build, 2 * SLOTS)
     x = build.node("Gather", [build.const(rng.standard_normal((tokenizer.get_vocab_size(), D))), "input_ids"])
-    x = build.node("Add", [x, build.node("Tanh", [molora(build, manifest, x, "layers.0.up", rng)])])
-    x = build.node("Add", [x, build.node("Tanh", [molora(build, manifest, x, "layers.1.up", rng)])])
+    for name in ("layers.0.up", "layers.1.up") if routed else ():
+        x = build.node("Add", [x, build.node("Tanh", [molora(build, manifest, x, name, rng)])])
     real = build.node("Unsqueeze", [build.node("Cast", ["attention_mask"], to=1), build.const([2], np.int64)])
     axis = build.const([1], np.int64)
     total = build.node("ReduceSum", [build.node("Mul", [x, real]), axis], keepdims=0)
