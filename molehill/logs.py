@@ -12,7 +12,9 @@ from typing import Any
 
 VARIABLE = "MOLEHILL_LOG_JSON"
 _FIELDS = "molehill_fields"
-_OURS = ("molehill", "molehill_server", "molehill_client", "molehill_simulation")
+_OURS = (
+    "molehill", "molehill_server", "molehill_client", "molehill_simulation", "molehill_edge", "molehill_export",
+)  # fmt: skip
 
 
 class JsonFormatter(logging.Formatter):

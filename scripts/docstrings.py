@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 
-PARTS = ("molehill", "server", "client", "simulation")
+PARTS = ("molehill", "server", "client", "simulation", "edge")
 ALLOWED = {
     "DOC101": "arguments need no section when the summary says enough; ruff's D417 refuses a section with gaps",
     "DOC103": "the same; arguments that do not exist are DOC102, a wrong order is DOC104",

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from onnx import TensorProto, ValueInfoProto, helper
 from numpy.typing import NDArray
+from onnx import TensorProto, ValueInfoProto, helper
 from torch import Tensor, nn
 from torch.func import functional_call
 

@@ -122,5 +122,5 @@ def quiet() -> Iterator[None]:
 
 def _sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
     """A stable sort, which torch's exporter lacks: equal values keep their order in TopK too."""
-    size: Any = op.Gather(cast("Any", op.Shape(self)), op.Constant(value_ints=[dim]))
+    size = cast("Any", op).Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
