@@ -341,3 +341,28 @@ def test_a_damaged_file_of_experts():
     for data in (b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]"):
         with pytest.raises(BundleError, match=r"experts.safetensors: damaged"):
             experts.views(bytearray(data))
+
+
+def test_a_pulled_bundle_takes_experts_and_its_store_stays_as_it_was(tmp_path):
+    from edge_bundles import Memory
+
+    from molehill_edge import fetch
+    from molehill_edge.store import Store
+    from molehill_export.keys import Keys
+    from molehill_export.repository import Repository
+
+    Keys.create(tmp_path / "keys", b"secret")
+    keys = Keys(tmp_path / "keys", b"secret")
+    edge_graphs.classifier(tmp_path / "made")
+    Repository(tmp_path / "repo", keys).publish(tmp_path / "made")
+    server, store = Memory(tmp_path / "repo"), Store(tmp_path / "store")
+    fetch.pull(store, server.address, fetcher=server, root=keys.root_path(1).read_bytes())
+    files = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
+
+    with Bundle.open("tiny-classifier", trust=store) as bundle:
+        before = probabilities(bundle)
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+        assert not np.allclose(probabilities(bundle), before, atol=1e-3)
+        with Bundle.open("tiny-classifier", trust=store) as other:  # meanwhile
+            assert np.array_equal(probabilities(other), before)
+    assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == files
