@@ -239,17 +239,9 @@ def _converse(
     """Read a line, answer it, until the end of input; Ctrl-C ends an answer, and at the prompt the conversation."""
     chat = bundle.chat(system=system, **sampling)
     people = sys.stdin.isatty()
-    if people:
-        with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  # lines can be edited
-    while True:
-        try:
-            line = input("> " if people else "").strip()
-        except EOFError:
-            break
+    for line in _lines(people):
         if line == "/new":
             chat = bundle.chat(system=system, **sampling)
-        if not line or line == "/new":
             continue
         try:
             chat.say(line, max_new_tokens=max_new_tokens, stop=stop, on_text=_show)
@@ -262,6 +254,20 @@ def _converse(
             say(Text(f"{error} /new begins a new conversation."))
             continue
         typer.echo("")
+
+
+def _lines(people: bool) -> Iterator[str]:
+    """Lines of standard input that are not empty; people get a prompt, and may edit them."""
+    if people:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> " if people else "").strip()
+        except EOFError:
+            break
+        if line:
+            yield line
     if people:
         typer.echo("")
 
