@@ -154,6 +154,8 @@ class Cache:
 def common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common beginning."""
     shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:  # far quicker than one at a time, and so at every token of an answer
+        return shorter
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
 
 
