@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from molehill_edge.bundle import View
+from molehill_edge.view import View
 
 _SHAPES = ((1, 32), (1, 128), (8, 128))  # texts, tokens of each
 _DECODED = 16  # tokens of one round

@@ -19,7 +19,7 @@ from molehill_edge import classify, gates
 from molehill_edge.gates import Gate
 
 if TYPE_CHECKING:
-    from molehill_edge.bundle import View
+    from molehill_edge.view import View
 
 Array = np.ndarray[Any, Any]
 

@@ -1,0 +1,101 @@
+"""What all views of an open bundle share, and how a gate is bound to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from molehill.errors import BundleError
+from molehill_edge import experts, gates
+from molehill_edge.gates import Gate
+from molehill_edge.prompts import Prompts
+from molehill_edge.session import Session, value
+from molehill_protos.v1.bundle_pb2 import Manifest
+
+if TYPE_CHECKING:
+    from molehill_edge.trust import Admitted
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Engine:
+    """What all views of one bundle share."""
+
+    admitted: Admitted  # keeps the folder there
+    manifest: Manifest  # with the experts that are there now
+    session: Session
+    tokenizer: Tokenizer
+    prompts: Prompts | None  # of a causal LM
+    rows: dict[tuple[str, int], Array] = field(default_factory=dict)  # of added experts, by gate tensor and slot
+    changes: int = 0  # of the experts
+    run: experts.RunFolder | None = None
+
+    @property
+    def folder(self) -> Path:
+        """As it was admitted; never written to."""
+        return self.admitted.folder
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A gate as the graph takes it, for the experts that are there."""
+
+    gate: Gate
+    changes: int
+    arrays: Mapping[str, Array]  # kept: the values below only point at them
+    inputs: Mapping[str, ort.OrtValue]
+
+
+def bind(engine: Engine, gate: Gate) -> Bound:
+    """Make a gate's inputs, with the rows of added experts and without the experts that are not there.
+
+    Raises:
+        BundleError: A router is left without experts.
+    """
+    changes, manifest = engine.changes, engine.manifest
+    arrays = dict(gate.tensors)
+    for tensor in manifest.gate:
+        added = [(slot, row) for (name, slot), row in engine.rows.items() if name == tensor.name]
+        if added:
+            arrays[tensor.name] = arrays[tensor.name].copy()
+            members = list(manifest.routers[tensor.router].slots)
+            for slot, row in added:
+                np.moveaxis(arrays[tensor.name], tensor.expert_axis, 0)[members.index(slot)] = row
+    if manifest.routers:
+        arrays[gates.BIAS] = gate.bias
+        arrays[gates.MASK] = check_mask(manifest, gate)
+    return Bound(gate, changes, arrays, {name: value(array) for name, array in arrays.items()})
+
+
+def check_mask(manifest: Manifest, gate: Gate) -> Array:
+    """The experts that may be chosen, bool ``[S]``, at least one for each router.
+
+    Raises:
+        BundleError: A router is left without experts.
+    """
+    mask: Array = gate.mask & gates.usable(manifest)
+    begins = gates.starts(manifest)
+    for router, begin, end in zip(manifest.routers, begins[:-1], begins[1:], strict=True):
+        if not mask[begin:end].any():
+            raise BundleError(f"gate {gate.name} leaves router {router.name} without experts", where=manifest.id)
+    return mask
+
+
+def find_expert(manifest: Manifest, name: str) -> int:
+    """The slot of an expert.
+
+    Raises:
+        BundleError: No slot has one of this name.
+    """
+    found = [i for i, slot in enumerate(manifest.slots) if slot.id == name]
+    if not found or not name:
+        known = ", ".join(slot.id for slot in manifest.slots if slot.id)
+        raise BundleError(f"no expert {name!r}", where=manifest.id, mend=f"There are: {known}.")
+    return found[0]
