@@ -96,11 +96,10 @@ def _classifier(view: View, rng: np.random.Generator) -> list[tuple[str, str, Ca
     works: list[tuple[str, str, Callable[[], float]]] = []
     longest = view.manifest.task.max_length
     for batch, tokens in dict.fromkeys((batch, min(tokens, longest)) for batch, tokens in _SHAPES):
-        ids = _ids(view, rng, batch, tokens)
-        mask = np.ones_like(ids)
+        encoded = _ids(view, rng, batch, tokens).tolist()
 
-        def work(ids: np.ndarray = ids, mask: np.ndarray = mask) -> float:
-            return 1e3 * _seconds(lambda: view.forward(ids, mask, ["logits"]))
+        def work(encoded: list[list[int]] = encoded) -> float:
+            return 1e3 * _seconds(lambda: view.logits(encoded))
 
         works.append((f"classify {batch} x {tokens} tokens", "ms", work))
     return works

@@ -31,7 +31,10 @@ _STATE, _OWN_GATE = "state.json", "gate.safetensors"
 
 
 class Bundle(View):
-    """A bundle that is open; close it, or use it as a context manager."""
+    """A bundle that is open; close it, or use it as a context manager.
+
+    Its experts are changed by one thread at a time; others may go on with what they do.
+    """
 
     @classmethod
     def open(
@@ -124,7 +127,7 @@ class Bundle(View):
         self._exchange(data)
         changed = _copy(engine.manifest)
         changed.slots[slot].id = expert.id
-        engine.rows.update({(tensor, slot): row for tensor, row in expert.rows.items()})
+        engine.rows = {**engine.rows, **{(tensor, slot): row for tensor, row in expert.rows.items()}}
         engine.manifest = changed
         engine.changes += 1
         return expert.id

@@ -71,6 +71,7 @@ def bind(engine: Engine, gate: Gate) -> Bound:
     if manifest.routers:
         arrays[gates.BIAS] = gate.bias
         arrays[gates.MASK] = check_mask(manifest, gate)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     return Bound(gate, changes, arrays, {name: value(array) for name, array in arrays.items()})
 
 

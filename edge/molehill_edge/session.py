@@ -162,7 +162,7 @@ class Session:
             gc.collect()
             try:
                 self._graph = self._open(folder)
-            except BundleError:
+            except BaseException:
                 self._graph = self._open(self.folder)
                 raise
             self.folder = folder
