@@ -16,7 +16,7 @@ from molehill import files
 from molehill.errors import BundleError
 from molehill_edge import experts, gates, routes
 from molehill_edge import manifest as manifests
-from molehill_edge.engine import Engine, check_mask, find_expert
+from molehill_edge.engine import Engine, Numbers, check_mask, find_expert
 from molehill_edge.prompts import Prompts
 from molehill_edge.session import Session
 from molehill_edge.view import View
@@ -103,10 +103,8 @@ class Bundle(View):
         for router in changed.routers:
             if slot in router.slots and not any(changed.slots[other].id for other in router.slots):
                 raise BundleError(f"expert {name} is the last of router {router.name}", where=engine.manifest.id)
-        check_mask(changed, self.gate)
-        engine.manifest = changed
-        engine.rows = {key: row for key, row in engine.rows.items() if key[1] != slot}
-        engine.changes += 1
+        check_mask(Numbers.of(changed), self.gate)
+        engine.change(changed, {key: row for key, row in engine.rows.items() if key[1] != slot})
 
     def add_expert(self, path: Path) -> str:
         """Put an expert into an empty slot.
@@ -127,9 +125,7 @@ class Bundle(View):
         self._exchange(data)
         changed = _copy(engine.manifest)
         changed.slots[slot].id = expert.id
-        engine.rows = {**engine.rows, **{(tensor, slot): row for tensor, row in expert.rows.items()}}
-        engine.manifest = changed
-        engine.changes += 1
+        engine.change(changed, engine.rows | {(tensor, slot): row for tensor, row in expert.rows.items()})
         return expert.id
 
     def _exchange(self, data: bytes) -> None:
@@ -203,8 +199,7 @@ class Bundle(View):
         changed = _copy(engine.manifest)
         for slot, name in zip(changed.slots, names, strict=True):
             slot.id = name
-        engine.manifest = changed
-        engine.rows = {
+        kept = {
             (tensor.name, slot): _row(gate.tensors[tensor.name], tensor.expert_axis, list(router.slots).index(slot))
             for tensor in changed.gate
             if tensor.expert_axis >= 0
@@ -212,7 +207,7 @@ class Bundle(View):
             for slot in rows
             if slot in router.slots
         }
-        engine.changes += 1
+        engine.change(changed, kept)
         self.swap_gate(gate)
 
 

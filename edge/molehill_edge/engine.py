@@ -24,6 +24,27 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """What ``router_bias`` and ``expert_mask`` are about, drawn from a manifest once, since that takes time.
+
+    Attributes:
+        usable: Which numbers stand for an expert rather than an empty slot, bool ``[S]``.
+        begins: Where each router begins.
+        routers: Their names.
+    """
+
+    usable: Array
+    begins: Array
+    routers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Numbers:
+        """Those of a bundle."""
+        names = tuple(router.name for router in manifest.routers)
+        return cls(gates.usable(manifest), np.array(gates.starts(manifest)[:-1], np.intp), names)
+
+
 @dataclass
 class Engine:
     """What all views of one bundle share."""
@@ -36,6 +57,15 @@ class Engine:
     rows: dict[tuple[str, int], Array] = field(default_factory=dict)  # of added experts, by gate tensor and slot
     changes: int = 0  # of the experts
     run: experts.RunFolder | None = None
+    numbers: Numbers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.numbers = Numbers.of(self.manifest)
+
+    def change(self, manifest: Manifest, rows: dict[tuple[str, int], Array]) -> None:
+        """Go on with other experts in the slots."""
+        self.manifest, self.numbers, self.rows = manifest, Numbers.of(manifest), rows
+        self.changes += 1
 
     @property
     def folder(self) -> Path:
@@ -59,33 +89,33 @@ def bind(engine: Engine, gate: Gate) -> Bound:
     Raises:
         BundleError: A router is left without experts.
     """
-    changes, manifest = engine.changes, engine.manifest
+    changes, manifest, rows = engine.changes, engine.manifest, engine.rows
     arrays = dict(gate.tensors)
-    for tensor in manifest.gate:
-        added = [(slot, row) for (name, slot), row in engine.rows.items() if name == tensor.name]
+    for tensor in manifest.gate if rows else ():
+        added = [(slot, row) for (name, slot), row in rows.items() if name == tensor.name]
         if added:
             arrays[tensor.name] = arrays[tensor.name].copy()
             members = list(manifest.routers[tensor.router].slots)
             for slot, row in added:
                 np.moveaxis(arrays[tensor.name], tensor.expert_axis, 0)[members.index(slot)] = row
-    if manifest.routers:
+    if engine.numbers.routers:
         arrays[gates.BIAS] = gate.bias
-        arrays[gates.MASK] = check_mask(manifest, gate)
+        arrays[gates.MASK] = check_mask(engine.numbers, gate)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     return Bound(gate, changes, arrays, {name: value(array) for name, array in arrays.items()})
 
 
-def check_mask(manifest: Manifest, gate: Gate) -> Array:
+def check_mask(numbers: Numbers, gate: Gate) -> Array:
     """The experts that may be chosen, bool ``[S]``, at least one for each router.
 
     Raises:
         BundleError: A router is left without experts.
     """
-    mask: Array = gate.mask & gates.usable(manifest)
-    begins = gates.starts(manifest)
-    for router, begin, end in zip(manifest.routers, begins[:-1], begins[1:], strict=True):
-        if not mask[begin:end].any():
-            raise BundleError(f"gate {gate.name} leaves router {router.name} without experts", where=manifest.id)
+    mask: Array = gate.mask & numbers.usable
+    left = np.add.reduceat(mask, numbers.begins)
+    if not left.all():
+        router = numbers.routers[int(left.argmin())]
+        raise BundleError(f"gate {gate.name} leaves router {router} without experts", mend="Choose from more experts.")
     return mask
 
 
