@@ -90,19 +90,20 @@ def bind(engine: Engine, gate: Gate) -> Bound:
         BundleError: A router is left without experts.
     """
     changes, manifest, rows = engine.changes, engine.manifest, engine.rows
-    arrays = dict(gate.tensors)
+    changed = {}
     for tensor in manifest.gate if rows else ():
         added = [(slot, row) for (name, slot), row in rows.items() if name == tensor.name]
         if added:
-            arrays[tensor.name] = arrays[tensor.name].copy()
+            changed[tensor.name] = gate.tensors[tensor.name].copy()
             members = list(manifest.routers[tensor.router].slots)
             for slot, row in added:
-                np.moveaxis(arrays[tensor.name], tensor.expert_axis, 0)[members.index(slot)] = row
+                np.moveaxis(changed[tensor.name], tensor.expert_axis, 0)[members.index(slot)] = row
     if engine.numbers.routers:
-        arrays[gates.BIAS] = gate.bias
-        arrays[gates.MASK] = check_mask(engine.numbers, gate)
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return Bound(gate, changes, arrays, {name: value(array) for name, array in arrays.items()})
+        changed[gates.BIAS] = np.ascontiguousarray(gate.bias)
+        changed[gates.MASK] = check_mask(engine.numbers, gate)
+    both = {**gate.values, **{name: (value(array), array) for name, array in changed.items()}}
+    inputs, arrays = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+    return Bound(gate, changes, arrays, inputs)
 
 
 def check_mask(numbers: Numbers, gate: Gate) -> Array:

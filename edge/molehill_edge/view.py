@@ -97,17 +97,22 @@ class View:
         Raises:
             BundleError: There is none, or it does not fit this bundle.
         """
+        found = gates.read(self._path_of(gate), self._engine.manifest)
+        _ = found.values  # made here, so that swapping need not
+        return found
+
+    def _path_of(self, gate: Path | str) -> Path:
         engine = self._engine
         if gate == DEFAULT:
-            return gates.read(engine.folder / manifests.GATE, engine.manifest)
+            return engine.folder / manifests.GATE
         inside = f"gates/{gate}.safetensors"
         if any(file.path == inside for file in engine.manifest.files):
-            return gates.read(engine.folder / inside, engine.manifest)
+            return engine.folder / inside
         if isinstance(gate, str) and not Path(gate).exists():
             known = ", ".join([DEFAULT, *self.gates()])
             mend = f"Give a gate file or one of: {known}."
             raise BundleError(f"no gate {gate!r}", where=str(engine.folder), mend=mend)
-        return gates.read(Path(gate), engine.manifest)
+        return Path(gate)
 
     def gates(self) -> list[str]:
         """Names of the gates that came with the bundle beside its default."""
