@@ -20,7 +20,7 @@ Inputs = Mapping[str, ort.OrtValue]
 Pieces = Iterator[str]
 
 _CHUNK = 512  # tokens read at once; bounds what the logits and the attention of a long prompt take
-_LOGITS = 1 << 24  # float32 numbers of one chunk's logits: 64 MB
+_LOGITS = 1 << 23  # float32 numbers of one chunk's logits: 32 MB
 _STEP = 256  # the cache grows by at least this many tokens
 _ANSWER = 256  # tokens of an answer when nobody says how many
 _BROKEN = "\N{REPLACEMENT CHARACTER}"

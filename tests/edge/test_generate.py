@@ -314,6 +314,33 @@ THINKING = (
 )
 
 
+@pytest.mark.parametrize("template", ["", edge_graphs.CHATML, THINKING])
+def test_prompts_are_what_training_tokenised_before_an_answer(template):
+    from transformers import PreTrainedTokenizerFast
+
+    from molehill.tasks.causal_lm import CausalLM
+
+    tokenizer = edge_graphs.bytes_tokenizer()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = template or None
+    task = CausalLM(fast, 4096)
+    prompts = Prompts(Generation(template=bool(template), chat_template=template, eos_token="<|im_end|>"), "bundle")
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " hi\n"},
+        {"role": "assistant", "content": "yes "},
+        {"role": "user", "content": "and <b>now</b>?"},
+    ]
+    for said in (turns, turns[1:], turns[1:2]):
+        row = {"messages": [*said, {"role": "assistant", "content": "no, never"}]}
+        text, spans = task._render(row, "")
+        ids, labels = task._tokenise(text, spans)
+        prompt = prompts.before_answer(said)
+        assert prompt == text[: spans[-1][0]]
+        first = len(labels) - next(i for i, label in enumerate(reversed(labels)) if label == -100)
+        assert generate.encode(tokenizer, prompt, special=prompts.special) == ids[:first]
+
+
 @pytest.mark.parametrize(
     ("template", "wanted"),
     [
@@ -350,3 +377,15 @@ def test_a_template_that_edits_earlier_turns_is_asked_for_its_own_prompt():
 def test_templates_that_fail(template, what):
     with pytest.raises(BundleError, match=what):
         Prompts(Generation(template=True, chat_template=template), "bundle").single("hi")
+
+
+def test_memory_allowed_covers_the_cache(tmp_path):
+    manifest = edge_graphs.causal(tmp_path / "long", max_length=1 << 16)
+    cache = 2 * 4 * 2 * edge_graphs.D * (1 << 16) >> 20
+    assert manifest.task.max_length == 1 << 16
+    with pytest.raises(BundleError, match=f"may take {100 + cache} MB, more than the 110 MB allowed"):
+        Bundle.open(tmp_path / "long", trust=TRUST, memory_mb=110)
+    with Bundle.open(tmp_path / "long", trust=TRUST, memory_mb=130) as bundle:
+        assert bundle.generate("x", max_new_tokens=4).tokens
+        with pytest.raises(BundleError, match="not enough memory for this input"):
+            bundle.generate("x" * 60000, raw=True)
