@@ -95,7 +95,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
-        manifest = _write(source, folder, Path(scratch), options, progress)
+        manifest = _write(source, folder, options, progress)
         if out.exists():
             out.rmdir()
         folder.rename(out)
@@ -137,10 +137,10 @@ def _check(source: Source, out: Path, options: Options) -> None:
         raise ConfigError(f"{names[0]!r} cannot name a file", where="--gate")
 
 
-def _write(source: Source, folder: Path, work: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
+def _write(source: Source, folder: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
     causal = source.task.kind == "causal-lm"
     progress("Tracing the base")
-    graph = _base_graph(source, work / "base")
+    graph = traced(source).copy()
     if options.scheme != "fp32":
         progress(f"Quantising the base to {options.scheme}")
     quantise_base(graph, options.scheme, "logits" if causal else "")
@@ -170,7 +170,7 @@ def _write(source: Source, folder: Path, work: Path, options: Options, progress:
             tensors.write(
                 folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), _of_gate(manifest, gate)
             )
-    _companions(source, manifest, folder, work / "base")
+    _companions(source, manifest, folder)
     progress("Comparing with the original")
     runner = parity_of.Runner(folder / GRAPH, manifest)
     with source.gate(options.gates[0]) as model, _only(model, slots):
@@ -190,8 +190,14 @@ def _write(source: Source, folder: Path, work: Path, options: Options, progress:
     return manifest
 
 
+def traced(source: Source) -> Graph:
+    """The base of a source as a graph, made once."""
+    if source.graph is None:
+        source.graph = _base_graph(source, source.work)
+    return source.graph
+
+
 def _base_graph(source: Source, work: Path) -> Graph:
-    work.mkdir()
     base = source.plain()
     names = [site.name for site in find_sites(base, source.adapter.molora.targets, source.adapter.molora.layers)]
     if source.task.kind == "causal-lm":
@@ -252,7 +258,7 @@ def _of_gate(manifest: pb.Manifest, name: str) -> dict[str, str]:
     return {"format": "1", "kind": "gate", "name": name, "base": manifest.base.digest, "layout": manifest.layout.hex()}
 
 
-def _companions(source: Source, manifest: pb.Manifest, folder: Path, work: Path) -> None:
+def _companions(source: Source, manifest: pb.Manifest, folder: Path) -> None:
     """Tokenizer, and what onnxruntime-genai wants beside it."""
     tokenizer = Tokenizer.from_str(source.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_truncation()
@@ -265,12 +271,12 @@ def _companions(source: Source, manifest: pb.Manifest, folder: Path, work: Path)
     if isinstance(source.tokenizer.chat_template, str):
         about["chat_template"] = source.tokenizer.chat_template
     _json(folder / TOKENIZER_CONFIG, about)
-    _json(folder / GENAI, _genai(manifest.task, source, work))
+    _json(folder / GENAI, _genai(manifest.task, source))
 
 
-def _genai(task: pb.Task, source: Source, work: Path) -> Mapping[str, Any]:
+def _genai(task: pb.Task, source: Source) -> Mapping[str, Any]:
     """Configuration of onnxruntime-genai: the builder's, or one like it for a traced graph."""
-    built = work / GENAI
+    built = source.work / GENAI
     generation = task.generation
     settings: Any = source.model.base.config
     if built.is_file():

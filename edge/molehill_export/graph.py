@@ -84,6 +84,12 @@ class Graph:
         opsets = {entry.domain: entry.version for entry in model.opset_import}
         return cls(list(graph.node), tensors, list(graph.input), list(graph.output), opsets)
 
+    def copy(self) -> Graph:
+        """The same graph, to be changed; weights are shared."""
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
+        tensors, places, opsets = dict(self.tensors), dict(self.places), dict(self.opsets)
+        return Graph(nodes, tensors, list(self.inputs), list(self.outputs), opsets, places, self._names)
+
     # ---- building --------------------------------------------------------------------------------------------
 
     def node(self, op: str, inputs: Sequence[str], *, domain: str = "", out: str = "", **attributes: Any) -> str:

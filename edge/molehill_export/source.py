@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile
 from molehill_client.state import StateStore
+from molehill_export.graph import Graph
 
 GLOBAL = "global"
 
@@ -41,6 +45,7 @@ class Source:
         run: The run's configuration; None for an adapter alone.
         out: The run folder; None for an adapter alone.
         state: Folder of a lab machine's personal state; None to look in the run folder.
+        graph: The base as a graph, once it was traced.
     """
 
     name: str
@@ -54,6 +59,16 @@ class Source:
     run: config.Config | None
     out: Path | None
     state: Path | None
+    graph: Graph | None = None
+
+    def __post_init__(self) -> None:
+        self._work = Path(tempfile.mkdtemp(prefix="molehill-export-"))
+        weakref.finalize(self, shutil.rmtree, self._work, ignore_errors=True)
+
+    @property
+    def work(self) -> Path:
+        """A folder for what tracing writes; the graph's weights may be mapped from there."""
+        return self._work
 
     def plain(self) -> PreTrainedModel:
         """The base once more, without experts."""

@@ -1,0 +1,59 @@
+"""What quantisation costs on real text: accuracy on held-out reviews, of the real MiniLM after a short federation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from molehill.config import parse
+from molehill.tasks.batches import eval_order
+from molehill.tasks.schema import load_rows
+from molehill.tasks.task import make_task
+from molehill_edge import Bundle, InsecureLocal
+from molehill_export.export import Options, export
+from molehill_export.source import open_source
+from molehill_simulation.data import deal
+from molehill_simulation.simulate import simulate
+
+# Points of accuracy that may be lost.
+LIMITS = {"int8": 0.5, "int4": 1.0}
+
+
+@pytest.mark.slow
+def test_quantisation_loses_little_accuracy(tmp_path):
+    config = parse(
+        {
+            "run": {"name": "reviews", "rounds": 2},
+            "base": {"precision": "fp32", "device": "cpu"},
+            "task": {"max_length": 48},
+            "data": {"source": "sample:reviews", "clients": 2, "partition": "iid", "rows": 300, "test_rows": 600},
+            "molora": {"targets": ["query", "value", "intermediate.dense"], "experts": 4, "rank": 8, "alpha": 64.0,
+                       "scope": "layer"},
+            "train": {"steps": 20, "batch_size": 16, "lr": 2e-3, "head_lr": 8e-3},
+            "evaluate": {"baselines": False},
+        }
+    )  # fmt: skip
+    simulate(config, tmp_path / "run")
+    source = open_source(tmp_path / "run")
+    rows, _ = load_rows(config.data, source.task)
+    task = make_task(source.task, source.tokenizer)
+    examples = [e for owner in deal(config.data, rows, config.run.seed) for e in task.encode(owner.test)]
+    labels = np.array([example.labels for example in examples])
+    original = np.empty(len(examples), np.int64)
+    with source.gate("global") as model, torch.no_grad():
+        for indices in eval_order(examples, 32):
+            batch = task.collate([examples[i] for i in indices])
+            hidden = model.hidden(batch.input_ids, batch.attention_mask)
+            original[indices] = model.head(model.head.pool(hidden, batch.attention_mask)).argmax(-1).numpy()
+    accuracy = (original == labels).mean() * 100
+    assert accuracy > 50  # of three classes: it has learnt something
+    lost = {}
+    for scheme in LIMITS:
+        export(source, tmp_path / scheme, Options(scheme=scheme))
+        with Bundle.open(tmp_path / scheme, trust=InsecureLocal(lambda _: None), threads=1) as bundle:
+            found = np.empty(len(examples), np.int64)
+            for indices in eval_order(examples, 8):
+                found[indices] = bundle.logits([examples[i].input_ids for i in indices]).argmax(-1)
+        lost[scheme] = accuracy - (found == labels).mean() * 100
+    assert all(lost[scheme] <= limit for scheme, limit in LIMITS.items()), (accuracy, lost)

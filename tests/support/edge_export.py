@@ -1,0 +1,146 @@
+"""Exported graphs in memory: a traced base, used by many adapters."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import tiny_models
+import tiny_world
+import torch
+import transformers
+
+from molehill import config
+from molehill.molora.build import wrap
+from molehill.molora.head import Head
+from molehill.molora.model import MoLoRAModel
+from molehill.molora.targets import find_sites
+from molehill.tasks.base_model import load_base
+from molehill_export.base import classifier, decoder
+from molehill_export.base_quantise import quantise_base
+from molehill_export.graph import Graph
+from molehill_export.molora import choose_slots, gate_values, insert
+
+ARCHITECTURES = ("llama", "gpt2", "minilm")
+# Heads of 16 (for grouped-query attention); a vocabulary that is not the width, which the builder confuses.
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 48, "initializer_range": 0.1}
+_LLAMA = {"num_key_value_heads": 2, "head_dim": 16}
+_kept = Path(tempfile.mkdtemp(prefix="molehill-bases-"))  # mapped weights must stay while graphs are used
+atexit.register(shutil.rmtree, _kept, ignore_errors=True)
+
+
+@functools.cache
+def folder(architecture: str) -> Path:
+    """A saved tiny checkpoint."""
+    path = _kept / architecture
+    return tiny_world.save_base(path, architecture, **SIZES, **(_LLAMA if architecture == "llama" else {}))
+
+
+def base(architecture: str) -> Any:
+    """A base without experts."""
+    if architecture == "minilm":
+        return load_base(config.Base(precision="fp32", device="cpu"), config.Task(labels=("a", "b"))).model
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder(architecture), dtype=torch.float32)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def head(architecture: str) -> Head | None:
+    """A head for the encoder."""
+    return Head(384, 3, "mean", anchored=False) if architecture == "minilm" else None
+
+
+@functools.cache
+def traced(architecture: str) -> Graph:
+    """The base as a graph; copy it before it is changed."""
+    model = base(architecture)
+    names = [site.name for site in find_sites(model, "all-linear")]
+    top = head(architecture)
+    if top is not None:
+        return classifier(model, top, names)
+    work = _kept / f"{architecture}-built"
+    work.mkdir()
+    return decoder(model, folder(architecture), names, work)
+
+
+def adapted(architecture: str, **keys: Any) -> tuple[MoLoRAModel, config.MoLoRA]:
+    """A base with an adapter of random numbers that matter but do not drown the base."""
+    section = config.parse({"molora": keys}).molora
+    model = wrap(base(architecture), section, head=head(architecture)).eval()
+    wide = model.head is not None
+    tiny_models.shake(model, scale=0.02 if wide else 0.06)
+    with torch.no_grad():
+        for group in model.routers.values():
+            for parameter in group.router.scorer.parameters():
+                parameter.mul_(20 if wide else 40)
+        if model.head is not None:
+            model.head.weight.mul_(30)
+    return model, section
+
+
+@functools.cache
+def frozen(architecture: str) -> np.ndarray:
+    """Logits of `batch` without experts."""
+    model, _ = adapted(architecture, targets="all-linear", experts=1)
+    model.state.enabled = False
+    return original(model, *batch(architecture))
+
+
+def session(
+    model: MoLoRAModel, section: config.MoLoRA, architecture: str, scheme: Any = "fp32"
+) -> ort.InferenceSession:
+    """The adapter in its graph, opened."""
+    graph = traced(architecture).copy()
+    quantise_base(graph, scheme, "" if model.head is not None else "logits")
+    inserted = insert(graph, model, section.scorer, choose_slots(model, None, 0), scheme)
+    graph.tensors.update(gate_values(model, inserted))
+    graph.drop_unused()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(graph.model({}).SerializeToString(), options)
+
+
+def batch(architecture: str, rows: int = 0, tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids ``[rows, tokens]`` and a mask; the last row is padded on the right."""
+    generator = torch.Generator().manual_seed(3)
+    top = 20000 if architecture == "minilm" else SIZES["vocab_size"]
+    ids = torch.randint(5, int(top), (rows or (12 if architecture == "minilm" else 3), tokens), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[-1, tokens - 3 :] = False
+    return ids, mask
+
+
+@torch.no_grad()
+def original(model: MoLoRAModel, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """Logits of torch: ``[B, C]``, or those of real tokens ``[N, V]``."""
+    model.state.announce(mask, None)
+    if model.head is not None:
+        return model.head(model.head.pool(model.hidden(ids, mask), mask)).numpy()
+    return model.base(input_ids=ids, attention_mask=mask.long()).logits[mask].numpy()
+
+
+def exported(opened: ort.InferenceSession, ids: torch.Tensor, mask: torch.Tensor, **feed: Any) -> np.ndarray:
+    """Logits of the graph in the same form."""
+    given = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy(), **no_past(opened, len(ids)), **feed}
+    logits = opened.run(["logits"], given)[0]
+    return logits if logits.ndim == 2 else logits[mask.numpy()]
+
+
+def no_past(opened: ort.InferenceSession, rows: int) -> dict[str, np.ndarray]:
+    """An empty cache of keys and values."""
+    shapes = {v.name: v.shape for v in opened.get_inputs() if v.name.startswith("past_key_values.")}
+    # GPT-2's graph leaves the number of heads open
+    return {
+        name: np.zeros((rows, s[1] if isinstance(s[1], int) else 4, 0, 16), np.float32) for name, s in shapes.items()
+    }
+
+
+def error(original_: np.ndarray, other: np.ndarray) -> float:
+    """Mean squared difference over the variance."""
+    return float(np.square(original_ - other).mean() / original_.var())
