@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import edge_graphs
 import numpy as np
 import pytest
@@ -96,6 +99,25 @@ def test_greedy_answers_are_the_same_each_time_and_as_computed_without_a_cache(o
         "\N{REPLACEMENT CHARACTER}"
     )
     assert bundle.generate("go on", raw=True, max_new_tokens=12) == answer
+
+
+@KINDS
+def test_two_threads_with_two_gates_answer_each_with_its_own(opened, kind):
+    bundle = opened(kind)
+    views = [bundle, bundle.with_gate(replace(bundle.gate, bias=np.array([0, 0, 9, 0] * 2, np.float32)))]
+    alone = [view.generate("go on", max_new_tokens=20) for view in views]
+    assert alone[0] != alone[1]
+    wrong = []
+
+    def work(view, wanted):
+        wrong.extend(True for _ in range(10) if view.generate("go on", max_new_tokens=20) != wanted)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(views, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_both_kinds_of_cache_answer_alike(opened):
