@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from molehill_edge.bundle import Bundle, Chat, View
+    from molehill_edge.bundle import Bundle
     from molehill_edge.classify import Prediction
     from molehill_edge.gates import Gate
     from molehill_edge.generate import Answer
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from molehill_edge.routes import RouterReport
     from molehill_edge.store import Store
     from molehill_edge.trust import Admitted, InsecureLocal, Trust
+    from molehill_edge.view import Chat, View
 
 __all__ = [
     "Admitted", "Answer", "Bundle", "Chat", "Gate", "InsecureLocal", "Outcome", "Prediction", "RouterReport", "Store",
@@ -30,7 +31,7 @@ _HOMES = {
     "Admitted": "trust",
     "Answer": "generate",
     "Bundle": "bundle",
-    "Chat": "bundle",
+    "Chat": "view",
     "Gate": "gates",
     "InsecureLocal": "trust",
     "Outcome": "personalise",
@@ -38,7 +39,7 @@ _HOMES = {
     "RouterReport": "routes",
     "Store": "store",
     "Trust": "trust",
-    "View": "bundle",
+    "View": "view",
 }
 
 

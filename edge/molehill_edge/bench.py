@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from molehill_edge.bundle import View
+from molehill_edge.view import View
 
 _SHAPES = ((1, 32), (1, 128), (8, 128))  # texts, tokens of each
 _DECODED = 16  # tokens of one round
@@ -96,11 +96,10 @@ def _classifier(view: View, rng: np.random.Generator) -> list[tuple[str, str, Ca
     works: list[tuple[str, str, Callable[[], float]]] = []
     longest = view.manifest.task.max_length
     for batch, tokens in dict.fromkeys((batch, min(tokens, longest)) for batch, tokens in _SHAPES):
-        ids = _ids(view, rng, batch, tokens)
-        mask = np.ones_like(ids)
+        encoded = _ids(view, rng, batch, tokens).tolist()
 
-        def work(ids: np.ndarray = ids, mask: np.ndarray = mask) -> float:
-            return 1e3 * _seconds(lambda: view.forward(ids, mask, ["logits"]))
+        def work(encoded: list[list[int]] = encoded) -> float:
+            return 1e3 * _seconds(lambda: view.logits(encoded))
 
         works.append((f"classify {batch} x {tokens} tokens", "ms", work))
     return works

@@ -13,7 +13,7 @@ from molehill.errors import BundleError
 
 Array = np.ndarray[Any, Any]
 
-_TOKENS = 1024  # of one batch, padding included
+_TOKENS = 256  # of one batch, padding included: what larger ones save in calls they lose in caches of the processor
 _PADS = ("[PAD]", "<pad>", "<|endoftext|>")
 
 

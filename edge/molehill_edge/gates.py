@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from molehill import files
 from molehill.errors import BundleError
 from molehill_edge import tensors
+from molehill_edge.session import value
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 Array = np.ndarray[Any, Any]
@@ -21,7 +24,7 @@ FORMAT = "1"
 LARGEST = 1 << 30  # bytes of a gate or expert file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gate:
     """What one owner adds to a bundle.
 
@@ -36,6 +39,12 @@ class Gate:
     tensors: Mapping[str, Array]
     bias: Array = field(repr=False)
     mask: Array = field(repr=False)
+
+    @cached_property
+    def values(self) -> Mapping[str, tuple[ort.OrtValue, Array]]:
+        """The tensors as the graph takes them, each with the array that it points at."""
+        kept = {name: np.ascontiguousarray(array) for name, array in self.tensors.items()}
+        return {name: (value(array), array) for name, array in kept.items()}
 
 
 def slots(manifest: Manifest) -> list[int]:

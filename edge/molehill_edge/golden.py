@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from molehill_edge.bundle import View
+    from molehill_edge.view import View
 
 # Kernels of other processors add up in another order, and round activations to int8 at other places.
 _EXACT, _ROUNDED = 1e-6, 2e-2

@@ -1,8 +1,9 @@
 """Fitting ``router_bias`` and ``expert_mask`` to a few texts of the owner, with forward passes only.
 
 Nothing leaves the device, and no weight changes: one number per expert says how gladly it is chosen, by all routers
-alike at first, then by each router when there are texts enough. The numbers are searched one at a time, since a device
-has no gradients. Part of the texts is held out: only they say whether the result is kept.
+alike at first, then by each router when there are texts enough. A device has no gradients, so the numbers are searched
+one at a time; moving all of them at once at random (SPSA) gained a sixth of that with as many readings. Part of the
+texts is held out: only they say whether the result is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from molehill_edge import classify, gates
 from molehill_edge.gates import Gate
 
 if TYPE_CHECKING:
-    from molehill_edge.bundle import View
+    from molehill_edge.view import View
 
 Array = np.ndarray[Any, Any]
 
@@ -28,6 +29,8 @@ _SHARED, _OWN = 1.0, 0.5  # how far a bias is expected to go (standard deviation
 _ENOUGH = 16  # texts to fit, from which on every router gets a bias of its own
 _STEP, _SMALLEST_STEP = 1.0, 0.2
 _GAIN = 1e-4  # of the loss; less is rounding
+# Without labels, surer answers are only a sign of better ones: gains of 3% lowered accuracy by 0.7 points on reviews.
+_PROXY_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Outcome:
 
     Attributes:
         gate: The personal gate, or the one of before when that is better on the texts held out.
-        kept: Whether it is a new one.
+        kept: Whether it is a new one: the loss on the texts held out must not be higher and the accuracy not lower;
+            without labels a classifier's loss must be a tenth lower, since it says less.
         before: Of the gate of before, on the texts held out.
         after: Of the fitted gate, on the texts held out, whether kept or not.
         fitted: Texts that it was fitted to.
@@ -99,7 +103,9 @@ def personalise(
     search.run()
     found = search.best
     before, after = losses[1].score(start), losses[1].score(found)
-    better = after.loss <= before.loss and (after.accuracy or 0) >= (before.accuracy or 0)
+    proxy = labels is None and manifest.task.kind == "classification"
+    enough = before.loss - (_PROXY_MARGIN * abs(before.loss) if proxy else 0)
+    better = after.loss <= enough and (after.accuracy or 0) >= (before.accuracy or 0)
     kept = better and found is not start
     dropped = start.mask & ~found.mask & gates.usable(manifest)
     slots = np.array(gates.slots(manifest))

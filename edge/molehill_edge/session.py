@@ -26,10 +26,15 @@ _FATAL_ONLY = 4  # errors come back as exceptions
 
 
 def estimate(folder: Path, manifest: Manifest) -> int:
-    """Bytes of memory that a bundle may take: twice its graph and tensors, since kernels keep copies, and 100 MB."""
+    """Bytes of memory that a bundle may take.
+
+    Twice its graph and tensors, since kernels keep copies; the cache of one conversation; and 100 MB.
+    """
     names = {manifests.TOKENIZER, manifests.NAME}
     sizes = [(folder / file.path).stat().st_size for file in manifest.files if file.path not in names]
-    return 2 * sum(sizes) + _BEYOND_FILES
+    shape = manifest.task.generation
+    cache = 2 * 4 * shape.layers * shape.heads * shape.head_dim * manifest.task.max_length
+    return 2 * sum(sizes) + cache + _BEYOND_FILES
 
 
 def value(array: Array) -> ort.OrtValue:
@@ -126,6 +131,8 @@ class Session:
         Raises:
             BundleError: As `use`.
         """
+        if not outputs:  # ONNX Runtime takes that for all of them
+            return []
         with self.use() as graph:
             return [found.numpy() for found in graph.run_with_ort_values(outputs, dict(feeds))]
 
@@ -160,7 +167,7 @@ class Session:
             gc.collect()
             try:
                 self._graph = self._open(folder)
-            except BundleError:
+            except BaseException:
                 self._graph = self._open(self.folder)
                 raise
             self.folder = folder

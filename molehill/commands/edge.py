@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from molehill_edge.routes import RouterReport
     from molehill_edge.trust import Trust
 
-app = typer.Typer(help="Run signed bundles on a device: no torch, no network.", no_args_is_help=True)
+app = typer.Typer(
+    help="Bundles on a device: get them, run them, make them yours. Needs no torch.", no_args_is_help=True
+)
 
 Name = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="Id of a bundle in the store; with --insecure-local, a folder or file.")
@@ -59,7 +61,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", s
 Memory = Annotated[int | None, typer.Option(min=1, help="Refuse what needs more MiB.", show_default="no limit")]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(
     name: str,
     *,
@@ -108,7 +110,9 @@ def run(
             show_default=False,
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation; Ctrl-D ends it.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Hold a conversation; /new begins another, Ctrl-D ends it.")
+    ] = False,
     gate: GateOption = None,
     experts: Experts = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Let texts that are too long lose their end.")] = False,
@@ -235,21 +239,35 @@ def _converse(
     """Read a line, answer it, until the end of input; Ctrl-C ends an answer, and at the prompt the conversation."""
     chat = bundle.chat(system=system, **sampling)
     people = sys.stdin.isatty()
-    while True:
-        if people:
-            sys.stdout.write("> ")
-            sys.stdout.flush()
-        line = sys.stdin.readline()
-        if not line:
-            break
-        if not line.strip():
+    for line in _lines(people):
+        if line == "/new":
+            chat = bundle.chat(system=system, **sampling)
             continue
         try:
-            chat.say(line.strip(), max_new_tokens=max_new_tokens, stop=stop, on_text=_show)
+            chat.say(line, max_new_tokens=max_new_tokens, stop=stop, on_text=_show)
         except KeyboardInterrupt:
             if not people:
                 raise
+        except BundleError as error:
+            if not people:
+                raise
+            say(Text(f"{error} /new begins a new conversation."))
+            continue
         typer.echo("")
+
+
+def _lines(people: bool) -> Iterator[str]:
+    """Lines of standard input that are not empty; people get a prompt, and may edit them."""
+    if people:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> " if people else "").strip()
+        except EOFError:
+            break
+        if line:
+            yield line
     if people:
         typer.echo("")
 

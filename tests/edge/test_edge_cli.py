@@ -98,6 +98,49 @@ def test_a_conversation(molehill):
     )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals")
+def test_a_conversation_at_a_terminal(folder):
+    import os
+    import pty
+    import time
+
+    master, slave = pty.openpty()
+    code = "from molehill.commands.edge import app; app()"
+    words = ["run", str(folder / "talk"), "--insecure-local", "--chat", "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=slave, stdout=slave, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    seen = ""
+
+    def until(what):
+        nonlocal seen
+        end = time.monotonic() + 30
+        while what not in seen:
+            assert time.monotonic() < end, seen
+            seen += os.read(master, 4096).decode()
+        before, _, seen = seen.partition(what)
+        return before
+
+    try:
+        until("> ")
+        os.write(master, b"hello\n")
+        assert SAYS in until("\r\n> ")
+        os.write(master, b"x" * 300 + b"\n")
+        assert "/new begins a new conversation" in " ".join(until("\r\n> ").split())
+        os.write(master, b"/new\n")
+        until("> ")
+        os.write(master, b"and now?\n")
+        assert SAYS in until("\r\n> ")
+        os.write(master, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
 def test_info(molehill, folder):
     told = json.loads(done(molehill("info", "@reviews", "--check", "--json")))
     assert told["experts"] == ["cats", "dogs", "newts"]

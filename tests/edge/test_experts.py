@@ -204,9 +204,13 @@ def test_threads_go_on_while_experts_change(bundle, tmp_path):
 
 def test_changes_are_quick(bundle, tmp_path):
     path = edge_graphs.write_expert(tmp_path / "owls", bundle.manifest)
-    begin = time.perf_counter()
-    bundle.add_expert(path)
-    assert time.perf_counter() - begin < 0.3
+    taken = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        bundle.add_expert(path)
+        taken.append(time.perf_counter() - begin)
+        bundle.remove_expert("owls")
+    assert min(taken) < 0.3
 
 
 def test_state_is_kept_beside_the_bundle(folder, tmp_path):
@@ -341,3 +345,28 @@ def test_a_damaged_file_of_experts():
     for data in (b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]"):
         with pytest.raises(BundleError, match=r"experts.safetensors: damaged"):
             experts.views(bytearray(data))
+
+
+def test_a_pulled_bundle_takes_experts_and_its_store_stays_as_it_was(tmp_path):
+    from edge_bundles import Memory
+
+    from molehill_edge import fetch
+    from molehill_edge.store import Store
+    from molehill_export.keys import Keys
+    from molehill_export.repository import Repository
+
+    Keys.create(tmp_path / "keys", b"secret")
+    keys = Keys(tmp_path / "keys", b"secret")
+    edge_graphs.classifier(tmp_path / "made")
+    Repository(tmp_path / "repo", keys).publish(tmp_path / "made")
+    server, store = Memory(tmp_path / "repo"), Store(tmp_path / "store")
+    fetch.pull(store, server.address, fetcher=server, root=keys.root_path(1).read_bytes())
+    files = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
+
+    with Bundle.open("tiny-classifier", trust=store) as bundle:
+        before = probabilities(bundle)
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+        assert not np.allclose(probabilities(bundle), before, atol=1e-3)
+        with Bundle.open("tiny-classifier", trust=store) as other:  # meanwhile
+            assert np.array_equal(probabilities(other), before)
+    assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import edge_graphs
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from molehill.errors import BundleError
-from molehill_edge import gates
+from molehill_edge import experts, gates
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
 
@@ -159,3 +160,18 @@ def test_no_such_gate(bundle, tmp_path):
         bundle.swap_gate(tmp_path / "nothing.safetensors")
     with pytest.raises(BundleError, match="cannot write it"):
         gates.write(tmp_path / "nowhere" / "gate.safetensors", bundle.gate, bundle.manifest)
+
+
+def test_any_damage_to_a_gate_or_an_expert_is_one_clear_refusal(bundle, tmp_path):
+    rng = np.random.default_rng(0)
+    gate = edge_graphs.write_gate(tmp_path / "gate", bundle.manifest).read_bytes()
+    expert = edge_graphs.write_expert(tmp_path / "expert", bundle.manifest).read_bytes()
+    path = tmp_path / "damaged"
+    for data, take in [(gate, bundle.read_gate), (expert, lambda file: experts.read(file, bundle.manifest))] * 150:
+        damaged = bytearray(data)
+        header = 8 + int.from_bytes(data[:8], "little")
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(0, header)] = rng.integers(0, 256)
+        path.write_bytes(damaged[: rng.integers(0, len(data))] if rng.random() < 0.3 else damaged)
+        with contextlib.suppress(BundleError):  # some changes mean nothing
+            take(path)

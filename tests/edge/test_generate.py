@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import edge_graphs
 import numpy as np
 import pytest
@@ -22,7 +25,9 @@ SAYS = "naïve €ur0s:5\N{CAT}!"  # no byte twice
 def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("bundles")
     edge_graphs.causal(path / "plain")
+    edge_graphs.causal(path / "shared", shared=True, max_length=1024)
     edge_graphs.causal(path / "chat", template=edge_graphs.CHATML)
+    edge_graphs.causal(path / "shared-chat", template=edge_graphs.CHATML, shared=True)
     edge_graphs.causal(path / "parrot", says=SAYS)
     return path
 
@@ -40,8 +45,13 @@ def opened(folders):
         bundle.close()
 
 
-def test_one_go_equals_token_by_token(opened, monkeypatch):
-    bundle = opened("plain")
+KINDS = pytest.mark.parametrize("kind", ["plain", "shared"])
+CHATS = pytest.mark.parametrize("kind", ["chat", "shared-chat"])
+
+
+@KINDS
+def test_one_go_equals_token_by_token(opened, monkeypatch, kind):
+    bundle = opened(kind)
     ids = np.random.default_rng(0).integers(0, 256, 40).tolist()
     row = np.array([ids], np.int64)
     whole = bundle.forward(row, np.ones_like(row), ["logits"])[0][0]
@@ -53,8 +63,9 @@ def test_one_go_equals_token_by_token(opened, monkeypatch):
     assert np.allclose(bundle.read(bundle.cache(), ids), whole[-1], atol=1e-4)
 
 
-def test_the_cache_is_cut_back_to_what_is_common(opened):
-    bundle = opened("plain")
+@KINDS
+def test_the_cache_is_cut_back_to_what_is_common(opened, kind):
+    bundle = opened(kind)
     cache, fresh = bundle.cache(), bundle.cache()
     for ids in ([5, 6, 7, 8, 9], [5, 6, 7], [5, 6, 7, 9, 9, 9], [4], [4, 5]):
         assert np.allclose(bundle.read(cache, ids), bundle.read(fresh, ids), atol=1e-4)
@@ -62,8 +73,9 @@ def test_the_cache_is_cut_back_to_what_is_common(opened):
         fresh = bundle.cache()
 
 
-def test_another_gate_makes_the_cache_worthless(opened):
-    bundle = opened("plain")
+@KINDS
+def test_another_gate_makes_the_cache_worthless(opened, kind):
+    bundle = opened(kind)
     gate = bundle.gate
     cache = bundle.cache()
     before = bundle.read(cache, [5, 6, 7]).copy()
@@ -74,8 +86,9 @@ def test_another_gate_makes_the_cache_worthless(opened):
     assert np.allclose(after, bundle.read(bundle.cache(), [5, 6, 7]), atol=1e-5)
 
 
-def test_greedy_answers_are_the_same_each_time_and_as_computed_without_a_cache(opened):
-    bundle = opened("plain")
+@KINDS
+def test_greedy_answers_are_the_same_each_time_and_as_computed_without_a_cache(opened, kind):
+    bundle = opened(kind)
     answer = bundle.generate("go on", raw=True, max_new_tokens=12)
     ids = bundle.encode("go on", raw=True)
     assert answer.prompt_tokens == len(ids)
@@ -86,6 +99,41 @@ def test_greedy_answers_are_the_same_each_time_and_as_computed_without_a_cache(o
         "\N{REPLACEMENT CHARACTER}"
     )
     assert bundle.generate("go on", raw=True, max_new_tokens=12) == answer
+
+
+@KINDS
+def test_two_threads_with_two_gates_answer_each_with_its_own(opened, kind):
+    bundle = opened(kind)
+    views = [bundle, bundle.with_gate(replace(bundle.gate, bias=np.array([0, 0, 9, 0] * 2, np.float32)))]
+    alone = [view.generate("go on", max_new_tokens=20) for view in views]
+    assert alone[0] != alone[1]
+    wrong = []
+
+    def work(view, wanted):
+        wrong.extend(True for _ in range(10) if view.generate("go on", max_new_tokens=20) != wanted)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(views, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_both_kinds_of_cache_answer_alike(opened):
+    one, other = (opened(kind).generate("go on", max_new_tokens=60).text for kind in ("plain", "shared"))
+    assert one == other
+
+
+def test_a_buffer_grows_with_the_conversation(opened):
+    bundle = opened("shared")
+    ids = np.random.default_rng(0).integers(0, 256, 700).tolist()
+    cache = bundle.cache()
+    for length in (10, 255, 256, 257, 600, 700):
+        found = bundle.read(cache, ids[:length]).copy()
+        row = np.array([ids[:length]], np.int64)
+        assert np.allclose(found, bundle.forward(row, np.ones_like(row), ["logits"])[0][0, -1], atol=1e-4)
+    assert [array.shape[2] for array in cache._state[1]] == [1024] * 4
 
 
 def test_seeds(opened):
@@ -190,8 +238,9 @@ def test_what_does_not_fit_is_refused(opened):
         bundle.classify(["x"])
 
 
-def test_a_conversation_reads_only_what_is_new(opened):
-    bundle = opened("chat")
+@CHATS
+def test_a_conversation_reads_only_what_is_new(opened, kind):
+    bundle = opened(kind)
     chat = bundle.chat(system="Be brief.")
     first = chat.say("hello", max_new_tokens=8)
     assert first.fed == first.prompt_tokens
@@ -204,8 +253,9 @@ def test_a_conversation_reads_only_what_is_new(opened):
     assert other.say("and now?", max_new_tokens=8).text == second.text
 
 
-def test_a_conversation_whose_past_was_changed(opened):
-    bundle = opened("chat")
+@CHATS
+def test_a_conversation_whose_past_was_changed(opened, kind):
+    bundle = opened(kind)
     chat = bundle.chat()
     chat.say("hello there", max_new_tokens=4)
     chat.messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
@@ -242,8 +292,9 @@ def test_a_conversation_that_is_too_long_stays_as_it_was(opened):
     chat.say("go on", max_new_tokens=4)
 
 
-def test_a_conversation_notices_another_gate(opened):
-    bundle = opened("chat")
+@CHATS
+def test_a_conversation_notices_another_gate(opened, kind):
+    bundle = opened(kind)
     chat = bundle.chat()
     chat.say("hello", max_new_tokens=6)
     bundle.choose_experts(["cats"])
@@ -285,6 +336,33 @@ THINKING = (
 )
 
 
+@pytest.mark.parametrize("template", ["", edge_graphs.CHATML, THINKING])
+def test_prompts_are_what_training_tokenised_before_an_answer(template):
+    from transformers import PreTrainedTokenizerFast
+
+    from molehill.tasks.causal_lm import CausalLM
+
+    tokenizer = edge_graphs.bytes_tokenizer()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = template or None
+    task = CausalLM(fast, 4096)
+    prompts = Prompts(Generation(template=bool(template), chat_template=template, eos_token="<|im_end|>"), "bundle")
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " hi\n"},
+        {"role": "assistant", "content": "yes "},
+        {"role": "user", "content": "and <b>now</b>?"},
+    ]
+    for said in (turns, turns[1:], turns[1:2]):
+        row = {"messages": [*said, {"role": "assistant", "content": "no, never"}]}
+        text, spans = task._render(row, "")
+        ids, labels = task._tokenise(text, spans)
+        prompt = prompts.before_answer(said)
+        assert prompt == text[: spans[-1][0]]
+        first = len(labels) - next(i for i, label in enumerate(reversed(labels)) if label == -100)
+        assert generate.encode(tokenizer, prompt, special=prompts.special) == ids[:first]
+
+
 @pytest.mark.parametrize(
     ("template", "wanted"),
     [
@@ -321,3 +399,15 @@ def test_a_template_that_edits_earlier_turns_is_asked_for_its_own_prompt():
 def test_templates_that_fail(template, what):
     with pytest.raises(BundleError, match=what):
         Prompts(Generation(template=True, chat_template=template), "bundle").single("hi")
+
+
+def test_memory_allowed_covers_the_cache(tmp_path):
+    manifest = edge_graphs.causal(tmp_path / "long", max_length=1 << 16)
+    cache = 2 * 4 * 2 * edge_graphs.D * (1 << 16) >> 20
+    assert manifest.task.max_length == 1 << 16
+    with pytest.raises(BundleError, match=f"may take {100 + cache} MB, more than the 110 MB allowed"):
+        Bundle.open(tmp_path / "long", trust=TRUST, memory_mb=110)
+    with Bundle.open(tmp_path / "long", trust=TRUST, memory_mb=130) as bundle:
+        assert bundle.generate("x", max_new_tokens=4).tokens
+        with pytest.raises(BundleError, match="not enough memory for this input"):
+            bundle.generate("x" * 60000, raw=True)

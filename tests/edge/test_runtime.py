@@ -56,7 +56,7 @@ def test_batches_hold_all_texts_once_and_little_padding():
     for rows, ids, mask in classify.batches(encoded, 0):
         seen += rows
         assert ids.shape == mask.shape
-        assert ids.size <= 1024 or len(rows) == 1
+        assert ids.size <= 256 or len(rows) == 1
         assert [int(n) for n in mask.sum(1)] == [len(encoded[i]) for i in rows]
     assert sorted(seen) == list(range(60))
 
@@ -136,6 +136,15 @@ def test_golden_inputs(folder, tmp_path):
         assert (found.inputs, found.agreement, found.passed) == (5, 1, True)
         bundle.swap_gate("ann")
         assert not golden.check(bundle).passed
+
+
+def test_a_bundle_without_routers(tmp_path):
+    edge_graphs.classifier(tmp_path / "plain", routed=False)
+    with Bundle.open(tmp_path / "plain", trust=TRUST) as bundle:
+        assert bundle.classify(TEXTS) != bundle.with_gate("ann").classify(TEXTS)
+        assert bundle.route_report("fine") == []
+        with pytest.raises(BundleError, match="no router to fit"):
+            bundle.personalise(TEXTS)
 
 
 def test_a_closed_bundle_says_so(folder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from molehill_edge import manifest as manifests
+from molehill_edge import tensors as tensor_files
 from molehill_protos.v1 import bundle_pb2 as pb
 
 BASE = "ab" * 32
@@ -28,9 +28,9 @@ class Build:
         self.nodes, self.weights, self.inputs, self.outputs = [], {}, [], []
         self.external: dict[str, str] = {}
 
-    def node(self, op, inputs, *, out=None, **attributes):
+    def node(self, op, inputs, *, out=None, more=(), **attributes):
         name = out or f"{op}.{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [name], name=f"n{len(self.nodes)}", **attributes))
+        self.nodes.append(helper.make_node(op, list(inputs), [name, *more], name=f"n{len(self.nodes)}", **attributes))
         return name
 
     def const(self, value, dtype=np.float32, name=None, file=None):
@@ -55,12 +55,8 @@ class Build:
         for file, metadata in ((manifests.EXPERTS, {}), (manifests.GATE, gate_metadata)):
             tensors = {name: value for name, value in self.weights.items() if self.external.get(name) == file}
             tensors = {name: v.astype(np.uint8) if v.dtype == bool else v for name, v in tensors.items()}
-            data = safetensors.numpy.save(tensors, metadata)
-            (folder / file).write_bytes(data)
-            begin = 8 + int.from_bytes(data[:8], "little")
-            for name, entry in json.loads(data[8:begin]).items():
-                if name in tensors:
-                    places[name] = (file, begin + entry["data_offsets"][0], tensors[name].nbytes)
+            offsets = tensor_files.write(folder / file, tensors, metadata)
+            places.update({name: (file, at, tensors[name].nbytes) for name, at in offsets.items()})
         initializers = []
         for name, value in self.weights.items():
             tensor = numpy_helper.from_array(value, name)
@@ -72,7 +68,9 @@ class Build:
                     tensor.external_data.add(key=key, value=entry)
             initializers.append(tensor)
         graph = helper.make_graph(self.nodes, "tiny", self.inputs, self.outputs, initializers)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+        )
         (folder / manifests.GRAPH).write_bytes(model.SerializeToString())
 
 
@@ -192,8 +190,8 @@ def words_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def classifier(folder: Path, *, seed=0, max_length=12, gates=("ann", "bob")) -> pb.Manifest:
-    """Embeddings, two adapted linears, the mean of real tokens, a head of the owner's."""
+def classifier(folder: Path, *, seed=0, max_length=12, gates=("ann", "bob"), routed=True) -> pb.Manifest:
+    """Embeddings, two adapted linears (or none), the mean of real tokens, a head of the owner's."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     tokenizer = words_tokenizer()
@@ -201,10 +199,11 @@ def classifier(folder: Path, *, seed=0, max_length=12, gates=("ann", "bob")) -> 
     manifest.task.CopyFrom(pb.Task(kind="classification", labels=LABELS, pooling="mean", max_length=max_length))
     build.input("input_ids", TensorProto.INT64, ["batch", "sequence"])
     build.input("attention_mask", TensorProto.INT64, ["batch", "sequence"])
-    _overrides(build, 2 * SLOTS)
+    if routed:
+        _overrides(build, 2 * SLOTS)
     x = build.node("Gather", [build.const(rng.standard_normal((tokenizer.get_vocab_size(), D))), "input_ids"])
-    x = build.node("Add", [x, build.node("Tanh", [molora(build, manifest, x, "layers.0.up", rng)])])
-    x = build.node("Add", [x, build.node("Tanh", [molora(build, manifest, x, "layers.1.up", rng)])])
+    for name in ("layers.0.up", "layers.1.up") if routed else ():
+        x = build.node("Add", [x, build.node("Tanh", [molora(build, manifest, x, name, rng)])])
     real = build.node("Unsqueeze", [build.node("Cast", ["attention_mask"], to=1), build.const([2], np.int64)])
     axis = build.const([1], np.int64)
     total = build.node("ReduceSum", [build.node("Mul", [x, real]), axis], keepdims=0)
@@ -237,7 +236,9 @@ def bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def causal(folder: Path, *, seed=0, max_length=256, template="", says: str | None = None, layers=2) -> pb.Manifest:
+def causal(
+    folder: Path, *, seed=0, max_length=256, template="", says: str | None = None, layers=2, shared=False
+) -> pb.Manifest:
     """Embeddings, layers of one-headed attention with a cache and an adapted linear each, and an output head.
 
     Args:
@@ -248,6 +249,7 @@ def causal(folder: Path, *, seed=0, max_length=256, template="", says: str | Non
         says: When given, the model reads nothing and says these bytes over and over: after each byte comes the one
             that follows it in the text, so that no byte may be in it twice. After the last comes ``<|im_end|>``.
         layers: With attention.
+        shared: Use the operator whose past and present may be one buffer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -258,6 +260,7 @@ def causal(folder: Path, *, seed=0, max_length=256, template="", says: str | Non
     generation = pb.Generation(
         eos=[end], pad=tokenizer.token_to_id("<|endoftext|>"), template=bool(template), chat_template=template,
         eos_token="<|im_end|>", layers=layers, heads=1, head_dim=D, vocabulary=vocabulary,
+        shared_buffer=shared,
     )  # fmt: skip
     manifest.task.CopyFrom(pb.Task(kind="causal-lm", max_length=max_length, generation=generation))
     build.input("input_ids", TensorProto.INT64, ["batch", "sequence"])
@@ -269,14 +272,19 @@ def causal(folder: Path, *, seed=0, max_length=256, template="", says: str | Non
     for i in range(layers):
         parts = {}
         for part in ("query", "key", "value"):
-            y = build.node("MatMul", [x, build.const(rng.standard_normal((D, D)) / 4)])
-            parts[part] = build.node("Unsqueeze", [y, heads])  # [batch, 1, sequence, D]
+            parts[part] = build.node("MatMul", [x, build.const(rng.standard_normal((D, D)) / 4)])
+        if shared:
+            x = build.node("Add", [x, _grouped(build, parts, i)])
+            x = build.node("Add", [x, build.node("Tanh", [molora(build, manifest, x, f"layers.{i}.up", rng)])])
+            continue
+        parts = {part: build.node("Unsqueeze", [y, heads]) for part, y in parts.items()}  # [batch, 1, sequence, D]
         for part in ("key", "value"):
             past = f"past_key_values.{i}.{part}"
             build.input(past, TensorProto.FLOAT, ["batch", 1, "past", D])
             parts[part] = build.node("Concat", [past, parts[part]], out=f"present.{i}.{part}", axis=2)
             build.output(f"present.{i}.{part}", TensorProto.FLOAT, ["batch", 1, "total", D])
-        scores = build.node("MatMul", [parts["query"], build.node("Transpose", [parts["key"]], **flip)])
+        scale = build.node("Mul", [parts["query"], build.const(D**-0.5)])
+        scores = build.node("MatMul", [scale, build.node("Transpose", [parts["key"]], **flip)])
         scores = build.node("Add", [scores, _causal_mask(build, x)])
         mixed = build.node("MatMul", [build.node("Softmax", [scores], axis=-1), parts["value"]])
         x = build.node("Add", [x, build.node("Squeeze", [mixed, heads])])
@@ -294,6 +302,23 @@ def causal(folder: Path, *, seed=0, max_length=256, template="", says: str | Non
     build.node("Identity", [logits], out="logits")
     build.output("logits", TensorProto.FLOAT, ["batch", "sequence", vocabulary])
     return _finish(folder, manifest, build, tokenizer)
+
+
+def _grouped(build, parts, layer):
+    """Attention with a cache of any length, of which only the first tokens count."""
+    past = [
+        build.input(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, ["batch", 1, "past", D])
+        for part in ("key", "value")
+    ]
+    one = build.const([1], np.int64)
+    last = build.node("Sub", [build.node("ReduceSum", ["attention_mask", one], keepdims=0), one])
+    total = build.node("Gather", [build.node("Shape", ["attention_mask"]), build.const(1, np.int64)])
+    lengths = [build.node("Cast", [name], to=TensorProto.INT32) for name in (last, total)]
+    present = [f"present.{layer}.{part}" for part in ("key", "value")]
+    for name in present:
+        build.output(name, TensorProto.FLOAT, ["batch", 1, "total", D])
+    inputs = [parts["query"], parts["key"], parts["value"], *past, *lengths]
+    return build.node("GroupQueryAttention", inputs, more=present, domain="com.microsoft", num_heads=1, kv_num_heads=1)
 
 
 def _causal_mask(build, x):

@@ -1,0 +1,428 @@
+"""A bundle as one owner sees it: classify, generate, hold conversations, with a gate of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molehill.errors import BundleError
+from molehill_edge import classify, gates, generate, personalise, routes
+from molehill_edge import manifest as manifests
+from molehill_edge.classify import Prediction
+from molehill_edge.engine import Bound, Engine, bind, find_expert
+from molehill_edge.gates import Gate
+from molehill_edge.generate import Answer, Asked, Cache, Stream
+from molehill_edge.personalise import Outcome
+from molehill_edge.prompts import Message
+from molehill_edge.routes import RouterReport
+from molehill_edge.sampling import Sampling
+from molehill_edge.session import value
+from molehill_protos.v1.bundle_pb2 import Manifest
+
+Array = np.ndarray[Any, Any]
+
+DEFAULT = "default"  # the gate that came as the bundle's own
+
+
+class View:
+    """A bundle as one owner sees it: with a gate of its own, and everything else shared.
+
+    Views of one bundle may be used from several threads, one thread each; what has a view of its own per thread never
+    sees another's gate. Made by `Bundle.open` and `with_gate`.
+    """
+
+    def __init__(self, engine: Engine, gate: Gate) -> None:
+        self._engine = engine
+        self._now = bind(engine, gate)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle is, with the experts that are in its slots now."""
+        return self._engine.manifest
+
+    @property
+    def gate(self) -> Gate:
+        """The gate in use."""
+        return self._now.gate
+
+    def with_gate(self, gate: Gate | Path | str) -> View:
+        """Return a view with another gate on the same graph.
+
+        Args:
+            gate: As for `swap_gate`.
+
+        Raises:
+            BundleError: As `swap_gate`.
+        """
+        return View(self._engine, self._resolve(gate))
+
+    def swap_gate(self, gate: Gate | Path | str) -> None:
+        """Use another gate from the next call on.
+
+        Args:
+            gate: A gate that was read, a gate file, the name of one in the bundle, or ``default``.
+
+        Raises:
+            BundleError: There is none, or it does not fit this bundle; the gate of before stays in use.
+        """
+        self._now = bind(self._engine, self._resolve(gate))
+
+    def choose_experts(self, names: Sequence[str]) -> None:
+        """Choose from these routed experts only, with the gate in use; `swap_gate` undoes it.
+
+        Args:
+            names: Ids of experts.
+
+        Raises:
+            BundleError: There is no such expert, it is shared, or a router would be left without experts.
+        """
+        manifest = self.manifest
+        wanted = {find_expert(manifest, name) for name in names}
+        always = [manifest.slots[slot].id for slot in wanted if manifest.slots[slot].shared]
+        if always:
+            raise BundleError(f"expert {always[0]} is shared by all tokens anyway", mend="Leave it out.")
+        mask = self.gate.mask & np.isin(gates.slots(manifest), list(wanted))
+        self.swap_gate(replace(self.gate, mask=mask))
+
+    def read_gate(self, gate: Path | str) -> Gate:
+        """Read a gate, so that swapping it takes no time.
+
+        Args:
+            gate: A gate file, the name of one in the bundle, or ``default``.
+
+        Raises:
+            BundleError: There is none, or it does not fit this bundle.
+        """
+        found = gates.read(self._path_of(gate), self._engine.manifest)
+        _ = found.values  # made here, so that swapping need not
+        return found
+
+    def _path_of(self, gate: Path | str) -> Path:
+        engine = self._engine
+        if gate == DEFAULT:
+            return engine.folder / manifests.GATE
+        inside = f"gates/{gate}.safetensors"
+        if any(file.path == inside for file in engine.manifest.files):
+            return engine.folder / inside
+        if isinstance(gate, str) and not Path(gate).exists():
+            known = ", ".join([DEFAULT, *self.gates()])
+            mend = f"Give a gate file or one of: {known}."
+            raise BundleError(f"no gate {gate!r}", where=str(engine.folder), mend=mend)
+        return Path(gate)
+
+    def gates(self) -> list[str]:
+        """Names of the gates that came with the bundle beside its default."""
+        paths = [Path(file.path) for file in self._engine.manifest.files]
+        return [path.stem for path in paths if path.parent == Path("gates")]
+
+    def _resolve(self, gate: Gate | Path | str) -> Gate:
+        return gate if isinstance(gate, Gate) else self.read_gate(gate)
+
+    def _bound(self) -> Bound:
+        """The gate, for the experts that are there now."""
+        now = self._now
+        if now.changes != self._engine.changes:
+            self._now = now = bind(self._engine, now.gate)
+        return now
+
+    def classify(self, texts: Sequence[str], *, truncate: bool = False) -> list[Prediction]:
+        """Say which label each text has.
+
+        A text may come out a little differently in a batch when the bundle is int8, since activations are rounded
+        together; a call with one text is always the same.
+
+        Args:
+            texts: The texts.
+            truncate: Let texts that are too long lose their end.
+
+        Raises:
+            BundleError: The bundle generates text, or a text is too long or has no tokens.
+        """
+        labels = self._labels()
+        found = classify.softmax(self.logits(self.encode_all(texts, truncate=truncate)))
+        best = found.argmax(-1)
+        return [Prediction(labels[i], float(row[i]), tuple(row.tolist())) for i, row in zip(best, found, strict=True)]
+
+    def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
+        """Logits of texts of a classifier.
+
+        Args:
+            encoded: Their ids.
+
+        Returns:
+            ``[texts, classes]``.
+
+        Raises:
+            BundleError: The graph cannot be computed.
+        """
+        found = np.zeros((len(encoded), len(self.manifest.task.labels)), np.float32)
+        for rows, ids, mask in classify.batches(encoded, classify.pad_of(self._engine.tokenizer)):
+            found[rows] = self.forward(ids, mask, ["logits"])[0]
+        return found
+
+    def forward(self, ids: Array, mask: Array, outputs: list[str]) -> list[Array]:
+        """Compute outputs of the graph for tokens that nothing comes before.
+
+        Args:
+            ids: int64 ``[batch, sequence]``.
+            mask: 1 for real tokens, int64 ``[batch, sequence]``.
+            outputs: Their names.
+
+        Raises:
+            BundleError: The graph cannot be computed.
+        """
+        feeds = {**self._bound().inputs, "input_ids": value(ids), "attention_mask": value(mask)}
+        shape = self.manifest.task.generation
+        past = np.zeros((len(ids), shape.heads, 0, shape.head_dim), np.float32)
+        for i in range(shape.layers):
+            feeds[f"past_key_values.{i}.key"] = feeds[f"past_key_values.{i}.value"] = value(past)
+        return self._engine.session.run(outputs, feeds)
+
+    def encode(self, text: str, *, raw: bool = False) -> list[int]:
+        """Ids that the model reads for a text: as it is for a classifier, as an instruction for a causal LM.
+
+        Args:
+            text: The text.
+            raw: Leave the prompt's format out.
+
+        Raises:
+            BundleError: The text has no tokens, or the chat template refuses it.
+        """
+        engine = self._engine
+        if engine.prompts is None:
+            return list(engine.tokenizer.encode(text).ids)
+        if raw:
+            return generate.encode(engine.tokenizer, text, special=True)
+        return generate.encode(engine.tokenizer, engine.prompts.single(text), special=engine.prompts.special)
+
+    def encode_all(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+        """Ids of texts to classify.
+
+        Args:
+            texts: The texts.
+            truncate: Let texts that are too long lose their end.
+
+        Raises:
+            BundleError: A text is too long or has no tokens.
+        """
+        most = self.manifest.task.max_length
+        return classify.encode(self._engine.tokenizer, texts, most, truncate=truncate)
+
+    def gate_tensors(self) -> dict[str, Array]:
+        """The tensors of the gate in use, with the rows of experts that were added."""
+        arrays = self._bound().arrays
+        return {tensor.name: arrays[tensor.name] for tensor in self.manifest.gate}
+
+    def personalise(
+        self, texts: Sequence[str], labels: Sequence[str] | None = None, *, seed: int = 0, budget: int = 80
+    ) -> Outcome:
+        """Fit the gate's bias and mask to texts of the owner; `Outcome.gate` is for `swap_gate` and `gates.write`.
+
+        Args:
+            texts: What is too long loses its end. About a third is held out to judge the result.
+            labels: One for each, for a classifier; the search goes without when None.
+            seed: Equal seeds give equal results.
+            budget: How many times the texts may be read.
+
+        Raises:
+            BundleError: The texts are too few, a label is unknown, or the bundle has no router.
+        """
+        return personalise.personalise(self, texts, labels, seed=seed, budget=budget)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        raw: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Stream:
+        """Answer a prompt piece by piece; the arguments are those of `generate`.
+
+        Raises:
+            BundleError: As `generate`.
+        """
+        asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop))
+        engine = self._causal()
+        task = engine.manifest.task
+        ids = self.encode(prompt, raw=raw)
+        return Stream(Cache(engine.session, task), ids, self._bound().inputs, engine.tokenizer, task, asked)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        raw: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a prompt.
+
+        Args:
+            prompt: An instruction; it is put into the format of training.
+            raw: Go on with the prompt as it is instead.
+            max_new_tokens: Longest answer; when None, up to 256 that fit.
+            temperature: 0 takes the likeliest token each time.
+            top_k: Draw from this many likeliest tokens; 0 for all.
+            top_p: Draw from the fewest likeliest tokens that have this probability together.
+            stop: Strings that end the answer and are not shown.
+            seed: Equal seeds give equal answers.
+            on_text: Called with each piece of text as it comes.
+
+        Raises:
+            BundleError: The bundle classifies, prompt and answer are too long together, or an option makes no sense.
+        """
+        stream = self.stream(
+            prompt, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            stop=stop, seed=seed,
+        )  # fmt: skip
+        return stream.rest(on_text)
+
+    def cache(self) -> Cache:
+        """An empty cache of keys and values, for `read`.
+
+        Raises:
+            BundleError: The bundle classifies.
+        """
+        engine = self._causal()
+        return Cache(engine.session, engine.manifest.task)
+
+    def read(self, cache: Cache, ids: Sequence[int]) -> Array:
+        """Logits after the last of some tokens, ``[vocabulary]``; only those that the cache lacks are computed.
+
+        Args:
+            cache: Of this bundle.
+            ids: At least one token.
+
+        Raises:
+            BundleError: The tokens are too many, or the graph cannot be computed.
+        """
+        return cache.read(ids, self._bound().inputs)
+
+    def chat(
+        self,
+        *,
+        system: str = "",
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Chat:
+        """Begin a conversation.
+
+        Args:
+            system: What the model is told first; nothing when empty.
+            temperature: As for `generate`, like the rest.
+            top_k: Likeliest tokens to draw from.
+            top_p: Their probability together.
+            seed: Of the draws.
+
+        Raises:
+            BundleError: The bundle classifies, or an option makes no sense.
+        """
+        engine = self._causal()
+        return Chat(
+            self, Cache(engine.session, engine.manifest.task), system, Sampling(temperature, top_k, top_p, seed)
+        )
+
+    def route_report(self, text: str, *, per_token: bool = False, truncate: bool = False) -> list[RouterReport]:
+        """Say which experts a text used, for every router.
+
+        Args:
+            text: A text, or an instruction for a causal LM.
+            per_token: Name the best expert of each token too.
+            truncate: Let a text that is too long lose its end.
+
+        Raises:
+            BundleError: The text is too long.
+        """
+        ids = self.encode(text)
+        most = self.manifest.task.max_length
+        if len(ids) > most and not truncate:
+            raise BundleError(f"the text has {len(ids)} tokens, where {most} fit", mend="Give a shorter text.")
+        ids = ids[:most]
+        weights = self.forward(
+            np.array([ids], np.int64), np.ones((1, len(ids)), np.int64), routes.outputs(self.manifest)
+        )
+        return routes.report(self.manifest, weights, len(ids), per_token=per_token)
+
+    def _causal(self) -> Engine:
+        if self._engine.prompts is None:
+            raise BundleError("the bundle classifies; it does not generate text", where=self._engine.manifest.id)
+        return self._engine
+
+    def _labels(self) -> Sequence[str]:
+        if self._engine.prompts is not None:
+            raise BundleError("the bundle generates text; it does not classify", where=self._engine.manifest.id)
+        return self._engine.manifest.task.labels
+
+
+class Chat:
+    """A conversation; what was read and said before is not computed again.
+
+    Args:
+        view: The bundle with a gate. Another gate or other experts take effect at once, at the cost of reading again.
+        cache: An empty one.
+        system: What the model is told first.
+        sampling: How tokens are drawn.
+    """
+
+    def __init__(self, view: View, cache: Cache, system: str, sampling: Sampling) -> None:
+        self._view = view
+        self._cache = cache
+        self._sampling = sampling
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def stream(self, text: str, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()) -> Stream:
+        """Answer piece by piece; the arguments are those of `say`.
+
+        Raises:
+            BundleError: As `say`.
+        """
+        engine = self._view._causal()  # noqa: SLF001  # halves of one thing
+        assert engine.prompts is not None
+        asked = Asked(max_new_tokens, self._sampling, tuple(stop))
+        turn = {"role": "user", "content": text}
+        prompt = engine.prompts.before_answer([*self.messages, turn])
+        ids = generate.encode(engine.tokenizer, prompt, special=engine.prompts.special)
+
+        def done(answer: Answer) -> None:
+            if answer.tokens:
+                self.messages += [turn, {"role": "assistant", "content": answer.text}]
+
+        bound = self._view._bound()  # noqa: SLF001
+        return Stream(self._cache, ids, bound.inputs, engine.tokenizer, engine.manifest.task, asked, done)
+
+    def say(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Say something and get the answer; both become part of the conversation, as far as it came.
+
+        Args:
+            text: What is said.
+            max_new_tokens: Longest answer; when None, up to 256 that fit.
+            stop: Strings that end the answer and are not shown.
+            on_text: Called with each piece of text as it comes.
+
+        Raises:
+            BundleError: The conversation is too long; it stays as it was.
+        """
+        return self.stream(text, max_new_tokens=max_new_tokens, stop=stop).rest(on_text)
