@@ -3,7 +3,8 @@
     python benchmarks/edge.py decoder [--layers 12] [--experts 8] [--threads 1]
     python benchmarks/edge.py encoder [--threads 1]
 
-"x faster" is the time of the same graph in float32 over this one's; "x base" this one's over the base alone in as many bits.
+"x faster" is the time of the same graph in float32 over this one's, "x base" this one's over the base alone in
+as many bits.
 
 The decoder is a Llama of 768 x 12 with random weights and a vocabulary of 16384 (102 million parameters); the encoder
 is the MiniLM of the demo. MoLoRA: rank 8, top-2, one router per layer, on all linears.

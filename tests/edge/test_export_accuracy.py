@@ -24,13 +24,13 @@ LIMITS = {"int8": 0.5, "int4": 1.0}
 def test_quantisation_loses_little_accuracy(tmp_path):
     config = parse(
         {
-            "run": {"name": "reviews", "rounds": 2},
+            "run": {"name": "reviews", "rounds": 1},
             "base": {"precision": "fp32", "device": "cpu"},
             "task": {"max_length": 48},
-            "data": {"source": "sample:reviews", "clients": 2, "partition": "iid", "rows": 300, "test_rows": 600},
+            "data": {"source": "sample:reviews", "clients": 2, "partition": "iid", "rows": 300, "test_rows": 40},
             "molora": {"targets": ["query", "value", "intermediate.dense"], "experts": 4, "rank": 8, "alpha": 64.0,
                        "scope": "layer"},
-            "train": {"steps": 20, "batch_size": 16, "lr": 2e-3, "head_lr": 8e-3},
+            "train": {"steps": 30, "batch_size": 16, "lr": 2e-3, "head_lr": 8e-3},
             "evaluate": {"baselines": False},
         }
     )  # fmt: skip
@@ -38,7 +38,8 @@ def test_quantisation_loses_little_accuracy(tmp_path):
     source = open_source(tmp_path / "run")
     rows, _ = load_rows(config.data, source.task)
     task = make_task(source.task, source.tokenizer)
-    examples = [e for owner in deal(config.data, rows, config.run.seed) for e in task.encode(owner.test)]
+    more = config.data.model_copy(update={"test_rows": 900})
+    examples = [e for owner in deal(more, rows, config.run.seed) for e in task.encode(owner.test)]
     labels = np.array([example.labels for example in examples])
     original = np.empty(len(examples), np.int64)
     with source.gate("global") as model, torch.no_grad():
