@@ -159,6 +159,7 @@ class Bundle(View):
             "layout": engine.manifest.layout.hex(),
             "slots": [slot.id for slot in engine.manifest.slots],
             "rows": sorted({slot for _, slot in engine.rows}),
+            "experts": _experts_of(engine.manifest),
         }
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -185,6 +186,7 @@ class Bundle(View):
             state = json.loads(_read(folder / _STATE))
             names = [str(name) for name in state["slots"]]
             rows = [int(slot) for slot in state["rows"]]
+            experts = str(state["experts"])
             fits = (state["base"], state["layout"]) == (engine.manifest.base.digest, engine.manifest.layout.hex())
         except (ValueError, KeyError, TypeError):
             raise BundleError("damaged", where=str(folder / _STATE)) from None
@@ -192,6 +194,9 @@ class Bundle(View):
             raise BundleError("the state of another bundle", where=where)
         gate = gates.read(folder / _OWN_GATE, engine.manifest)
         if (folder / manifests.EXPERTS).is_file():
+            if experts != _experts_of(engine.manifest):
+                mend = "Add this device's experts again, and save the state anew."
+                raise BundleError("the bundle has other experts than when the state was saved", where=where, mend=mend)
             data, old = _read(folder / manifests.EXPERTS), _read(engine.folder / manifests.EXPERTS)
             if _layout(data) != _layout(old):
                 raise BundleError("its experts are stored in another way", where=where)
@@ -209,6 +214,11 @@ class Bundle(View):
         }
         engine.change(changed, kept)
         self.swap_gate(gate)
+
+
+def _experts_of(manifest: Manifest) -> str:
+    """SHA-256 (hex) of the experts that a bundle came with."""
+    return next((file.sha256.hex() for file in manifest.files if file.path == manifests.EXPERTS), "")
 
 
 def _check_graph(session: Session, manifest: Manifest) -> None:

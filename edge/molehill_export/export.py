@@ -225,7 +225,7 @@ def _task(source: Source, graph: Graph) -> pb.Task:
     template = tokenizer.chat_template
     task.generation.CopyFrom(
         pb.Generation(
-            eos=sorted(int(token) for token in eos if token is not None), pad=tokenizer.pad_token_id or 0,
+            eos=sorted(int(token) for token in eos if token is not None and token < settings.vocab_size), pad=tokenizer.pad_token_id or 0,
             template=bool(template), chat_template=template if isinstance(template, str) else "",
             bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or "", layers=len(keys), heads=heads,
             head_dim=size, vocabulary=settings.vocab_size, shared_buffer=has_shared_buffer(graph),
@@ -249,7 +249,8 @@ def _files(
     for name, (contents, metadata) in stored.items():
         offsets = tensors.write(folder / name, contents, metadata)
         external |= {key: External(name, offset, contents[key].nbytes) for key, offset in offsets.items()}
-    rest = {name: value for name, value in graph.tensors.items() if name not in external}
+    # constants depend on the number of slots and stay in the graph, so that bundles of one base share its file
+    rest = {k: v for k, v in graph.tensors.items() if k not in external and not k.startswith("molora/const/")}
     external |= write_weights(rest, folder / BASE)
     (folder / GRAPH).write_bytes(graph.model(external).SerializeToString(deterministic=True))
 

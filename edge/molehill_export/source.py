@@ -22,7 +22,7 @@ from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.wire.tree import Layout, Tree
-from molehill_client.secret import KeyFile
+from molehill_client.secret import KeyFile, KeySource, Keyring
 from molehill_client.state import StateStore
 from molehill_export.graph import Graph
 
@@ -133,7 +133,7 @@ class Source:
             known = ", ".join(names) or "none: a run folder holds those of a simulation, --state those of a lab"
             raise ConfigError(f"there is no personal gate of {name!r}", where="--gate", mend=f"Known are {known}.")
         if self.state is not None:
-            folder, key = self.state / "runs" / self.name / name, KeyFile(self.state / "state.key")
+            folder, key = self.state / "runs" / self.name / name, _key_of(self.state)
         else:
             assert self.out is not None
             folder, key = self.out / "clients" / name, None
@@ -205,6 +205,20 @@ def finished(out: Path) -> tuple[int, int, float]:
         elif event["event"] == "end":
             ended = int(event["time"])
     return ended, rounds, epsilon
+
+
+def _key_of(state: Path) -> KeySource:
+    """Where the key of a lab machine's personal state is: its file, or the keyring of the operating system."""
+    file = KeyFile(state / "state.key")
+    if file.path.exists():
+        return file
+    ring = Keyring(str(state.resolve()))
+    if ring.load() is None:
+        raise ConfigError(
+            "the key of the personal state is neither in state.key nor in the keyring", where=str(state),
+            mend="Export on that lab's own machine and account, with the --state that it joins with.",
+        )  # fmt: skip
+    return ring
 
 
 def _task(adapter: Manifest) -> config.Task:
