@@ -219,13 +219,14 @@ def _task(source: Source, graph: Graph) -> pb.Task:
     eos = {tokenizer.eos_token_id}
     configured = getattr(getattr(source.model.base, "generation_config", None), "eos_token_id", None)
     eos |= set(configured if isinstance(configured, list) else [configured])
+    known = sorted(int(token) for token in eos if token is not None and token < settings.vocab_size)
     keys = [value for value in graph.inputs if value.name.endswith(".key")]
     heads = int(getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
     size = int(getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads)
     template = tokenizer.chat_template
     task.generation.CopyFrom(
         pb.Generation(
-            eos=sorted(int(token) for token in eos if token is not None and token < settings.vocab_size), pad=tokenizer.pad_token_id or 0,
+            eos=known, pad=tokenizer.pad_token_id or 0,
             template=bool(template), chat_template=template if isinstance(template, str) else "",
             bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or "", layers=len(keys), heads=heads,
             head_dim=size, vocabulary=settings.vocab_size, shared_buffer=has_shared_buffer(graph),

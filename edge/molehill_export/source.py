@@ -22,7 +22,7 @@ from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.wire.tree import Layout, Tree
-from molehill_client.secret import KeyFile, KeySource, Keyring
+from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_export.graph import Graph
 

@@ -48,6 +48,18 @@ def test_every_preset_gives_the_logits_of_torch(architecture, preset):
 
 
 @pytest.mark.xdist_group("export-tiny")
+@pytest.mark.parametrize("family", list(edge_export.FAMILIES))
+def test_families_of_decoders(family):
+    model, section = edge_export.adapted(family, targets="all-linear", experts=4, rank=4, scope="layer")
+    ids, mask = edge_export.batch(family, tokens=24)
+    wanted = edge_export.original(model, ids, mask)
+    found = edge_export.exported(edge_export.session(model, section, family), ids, mask)
+    assert np.abs(found - wanted).max() < 1e-4
+    found = edge_export.exported(edge_export.session(model, section, family, "int4"), ids, mask)
+    assert edge_export.error(wanted, found) < 0.2
+
+
+@pytest.mark.xdist_group("export-tiny")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_text_at_once_equals_token_by_token(architecture):
     model, section = edge_export.adapted(architecture, targets="all-linear", experts=4, rank=4, scope="layer")

@@ -35,10 +35,33 @@ _kept = Path(tempfile.mkdtemp(prefix="molehill-bases-"))  # mapped weights must 
 atexit.register(shutil.rmtree, _kept, ignore_errors=True)
 
 
+# Further families of decoders: their configuration and its keys, over those of the Llama.
+FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "scaled": (transformers.LlamaConfig, {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    }),
+}  # fmt: skip
+
+
 @functools.cache
 def folder(architecture: str) -> Path:
     """A saved tiny checkpoint."""
     path = _kept / architecture
+    if architecture in FAMILIES:
+        tiny_world.save_base(path, "llama", **SIZES, **_LLAMA)  # the tokenizer
+        make, keys = FAMILIES[architecture]
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(make(**tiny_world.SIZES | SIZES | _LLAMA | keys))
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):  # which start as zeros and ones
+                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+        model.save_pretrained(path)
+        return path
     return tiny_world.save_base(path, architecture, **SIZES, **(_LLAMA if architecture == "llama" else {}))
 
 
