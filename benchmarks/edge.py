@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="*", default=[8])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--llama", action="store_true", help="llama.cpp beside it: needs llama-cpp-python and gguf")
     parser.add_argument("--schemes", nargs="*", default=["fp32", "int8", "int4"])
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -78,6 +79,9 @@ def decoders(options: argparse.Namespace, work: Path) -> None:
             base = transformers.LlamaForCausalLM(shape)
     sessions = {name: _session(folder, options.threads) for name, (folder, _) in cases.items()}
     runs = {name: _decoding(session, shape) for name, session in sessions.items()}
+    if options.llama:
+        _gguf(base, shape, work / "base.gguf")
+        runs["llama.cpp q4_0"] = _llama(work / "base.gguf", shape, options.threads)
     decode = _interleaved({name: run[0] for name, run in runs.items()}, options.rounds)
     prefill = _interleaved({name: run[1] for name, run in runs.items()}, max(3, options.rounds // 3))
     print(f"{options.threads} threads; one token after {CONTEXT}; prefill of {PROMPT}; fp16: {size16 / 1e6:.1f} MB")
@@ -92,6 +96,10 @@ def decoders(options: argparse.Namespace, work: Path) -> None:
         speed = f"{d * 1e3:10.2f}{d32 / d:9.2f}{d / d0:8.2f}{p * 1e3:12.1f}{p32 / p:9.2f}{p / p0:8.2f}"
         part = sizes.get("experts.safetensors", 0) / total
         print(f"{name:14}{speed}{total / 1e6:8.1f}{total / size16:8.3f}{part:9.1%}")
+    if options.llama:
+        name = "llama.cpp q4_0"
+        times = f"{decode[name] * 1e3:10.2f}{'':17}{prefill[name] * 1e3:12.1f}{'':17}"
+        print(f"{name:14}{times}{(work / 'base.gguf').stat().st_size / 1e6:8.1f}   no experts, no repacked weights")
 
 
 def encoders(options: argparse.Namespace, work: Path) -> None:
@@ -178,6 +186,75 @@ def _decoding(session: ort.InferenceSession, shape: Any) -> tuple[Callable[[], N
         return lambda: session.run_with_iobinding(binding)
 
     return run(1, CONTEXT), run(PROMPT, 0)
+
+
+def _gguf(base: Any, shape: Any, path: Path) -> None:
+    """The base alone for llama.cpp: linears in q4_0, table and tied output head in q8_0."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_dimension_count(shape.hidden_size // shape.num_attention_heads)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for name, value in base.state_dict().items():
+        array = value.float().numpy()
+        if name == "model.embed_tokens.weight":
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor("token_embd.weight", gguf.quants.quantize(array, kind), raw_dtype=kind)
+        elif name == "model.norm.weight":
+            writer.add_tensor("output_norm.weight", array)
+        elif name.startswith("model.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            short = f"blk.{layer}.{names[rest.removesuffix('.weight')]}.weight"
+            if array.ndim == 1:
+                writer.add_tensor(short, array)
+            else:
+                kind = gguf.GGMLQuantizationType.Q4_0
+                writer.add_tensor(short, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _llama(path: Path, shape: Any, threads: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    settings = llama_cpp.llama_model_default_params()
+    settings.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+    context = llama_cpp.llama_context_default_params()
+    context.n_ctx, context.n_batch, context.n_threads, context.n_threads_batch = 512, 512, threads, threads
+    opened = llama_cpp.llama_init_from_model(model, context)
+    memory = llama_cpp.llama_get_memory(opened)
+    ids = [int(i) for i in np.random.default_rng(0).integers(0, shape.vocab_size, PROMPT)]
+
+    def run(tokens: list[int], past: int) -> None:
+        llama_cpp.llama_memory_seq_rm(memory, 0, past, -1)
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        assert llama_cpp.llama_decode(opened, llama_cpp.llama_batch_get_one(array, len(tokens))) == 0
+
+    def decode() -> None:
+        run(ids[:1], CONTEXT)
+
+    def prefill() -> None:
+        run(ids, 0)
+
+    prefill()
+    return decode, prefill
 
 
 def _classifying(session: ort.InferenceSession, rows: int, tokens: int) -> Callable[[], None]:

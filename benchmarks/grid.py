@@ -7,8 +7,6 @@ One client is a logistic regression of 1,000 weights: 5 steps of SGD on batches 
 deltas are summed as they come. pfl (pip install pfl, Python below 3.13) brings its own training loop.
 """
 
-# ruff: noqa: PLC0415 - pfl is imported where it is used, since most who run this do not have it
-
 from __future__ import annotations
 
 import sys

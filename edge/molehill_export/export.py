@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from molehill import __version__, config
-from molehill.errors import ConfigError
+from molehill.errors import ConfigError, ModelError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
@@ -223,11 +223,14 @@ def _task(source: Source, graph: Graph) -> pb.Task:
     keys = [value for value in graph.inputs if value.name.endswith(".key")]
     heads = int(getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
     size = int(getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads)
-    template = tokenizer.chat_template
+    try:
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    except ValueError as error:  # several templates, and none of them the default
+        raise ModelError(f"which chat template to use is not clear: {error}", where=str(source.folder)) from None
     task.generation.CopyFrom(
         pb.Generation(
             eos=known, pad=tokenizer.pad_token_id or 0,
-            template=bool(template), chat_template=template if isinstance(template, str) else "",
+            template=bool(template), chat_template=template,
             bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or "", layers=len(keys), heads=heads,
             head_dim=size, vocabulary=settings.vocab_size, shared_buffer=has_shared_buffer(graph),
         )
@@ -270,8 +273,8 @@ def _companions(source: Source, manifest: pb.Manifest, folder: Path) -> None:
         return
     special = {name: getattr(source.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in special.items() if token}}
-    if isinstance(source.tokenizer.chat_template, str):
-        about["chat_template"] = source.tokenizer.chat_template
+    if manifest.task.generation.template:
+        about["chat_template"] = manifest.task.generation.chat_template
     _json(folder / TOKENIZER_CONFIG, about)
     _json(folder / GENAI, _genai(manifest.task, source))
 
