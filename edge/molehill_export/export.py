@@ -292,7 +292,7 @@ def _genai(task: pb.Task, source: Source) -> Mapping[str, Any]:
         }  # fmt: skip
         found = {
             "model": {
-                "type": settings.model_type, "context_length": task.max_length, "vocab_size": generation.vocabulary,
+                "type": "decoder", "context_length": task.max_length, "vocab_size": generation.vocabulary,
                 "bos_token_id": source.tokenizer.bos_token_id or 0,
                 "decoder": {
                     "session_options": {"provider_options": []}, "head_size": generation.head_dim,

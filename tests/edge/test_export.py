@@ -48,13 +48,8 @@ def opened(run):
     return open_source(run)
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory):
-    """A causal run."""
-    folder = tmp_path_factory.mktemp("decoder")
-    base = tiny_world.save_base(
-        folder / "base", "llama", num_key_value_heads=2, head_dim=16, **edge_export.SIZES
-    )  # fmt: skip
+def _causal_run(folder, kind, **sizes):
+    base = tiny_world.save_base(folder / "base", kind, **edge_export.SIZES, **sizes)
     source = tiny_world.write_rows(folder / "rows.jsonl", tiny_world.rows(60, "llama"))
     config = tiny_world.config(
         base, source, task={"kind": "causal-lm", "max_length": 48},
@@ -63,6 +58,18 @@ def writer(tmp_path_factory):
     )  # fmt: skip
     simulate(config, folder / "run")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A causal run."""
+    return _causal_run(tmp_path_factory.mktemp("llama"), "llama", num_key_value_heads=2, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """The same of a base that is traced."""
+    return _causal_run(tmp_path_factory.mktemp("gpt2"), "gpt2", bos_token_id=1, eos_token_id=2)
 
 
 @torch.no_grad()
@@ -222,28 +229,31 @@ def test_what_cannot_be_exported(run, writer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
-def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(writer, tmp_path):
+@pytest.mark.parametrize("kind", ["writer", "gpt2"])
+def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(kind, request, tmp_path):
     import onnxruntime_genai as og
 
-    source = open_source(writer)
+    source = open_source(request.getfixturevalue(kind))
     export(source, tmp_path / "bundle", Options(scheme="fp32"))
-    prompt = source.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "the scene was very good"}], add_generation_prompt=True, tokenize=False
-    )
-    ids = source.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    with Bundle.open(tmp_path / "bundle", trust=TRUST, threads=1) as bundle:
+        ids = bundle.encode("the scene was very good")
+    if kind == "writer":
+        prompt = source.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "the scene was very good"}], add_generation_prompt=True, tokenize=False
+        )
+        assert source.tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids
     wanted, eos = list(ids), source.tokenizer.eos_token_id
     with source.gate("global") as model:
-        while len(wanted) < 40 and wanted[-1] != eos:
+        while len(wanted) < 60 and wanted[-1] != eos:
             row = torch.tensor([wanted])
             wanted.append(int(edge_export.original(model, row, torch.ones_like(row, dtype=torch.bool))[-1].argmax()))
     with Bundle.open(tmp_path / "bundle", trust=TRUST, threads=1) as bundle:
-        assert bundle.encode("the scene was very good") == ids
-        answer = bundle.generate("the scene was very good", max_new_tokens=40 - len(ids))
+        answer = bundle.generate("the scene was very good", max_new_tokens=60 - len(ids))
         assert answer.text == source.tokenizer.decode(wanted[len(ids) :], skip_special_tokens=True)
         assert answer.tokens == len(wanted) - len(ids)
     model = og.Model(str(tmp_path / "bundle"))
     params = og.GeneratorParams(model)
-    params.set_search_options(max_length=40, do_sample=False)
+    params.set_search_options(max_length=60, do_sample=False)
     generator = og.Generator(model, params)
     generator.append_tokens(np.array([ids], np.int32))
     while not generator.is_done():
