@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import stat
+import struct
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,9 @@ _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a ZIP can name
 _MODE = (stat.S_IFREG | 0o644) << 16
 _UNIX = 3  # what the mode above is a mode of
 _ENCRYPTED = 0x1
+_MAX_DIRECTORY = 64 << 10  # bytes: of as many files as a manifest may list, with the longest names
+# The records that end a ZIP; the first two only where the last has no room for a number.
+_END64, _LOCATOR, _END = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL"), struct.Struct("<4s4H2LH")
 _AGAIN = "Get the archive again from where it came from."
 
 
@@ -88,6 +92,7 @@ def _unpack(path: Path, folder: Path, now: float | None) -> Manifest:
     with manifests.open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         try:
+            _check_directory(stream, size, where)
             with zipfile.ZipFile(stream) as archive:
                 entries = archive.infolist()
                 _check_entries(entries, size, where)
@@ -109,6 +114,23 @@ def _unpack(path: Path, folder: Path, now: float | None) -> Manifest:
                 raise
             raise BundleError("the archive is damaged, or not an archive at all", where=where, mend=_AGAIN) from None
     return manifest
+
+
+def _check_directory(stream: IO[bytes], size: int, where: str) -> None:
+    """Refuse a list of files that no bundle has, before it is read into memory."""
+    ends = _END64.size + _LOCATOR.size
+    stream.seek(max(size - ends - _END.size, 0))
+    tail = stream.read(ends + _END.size)
+    mark, *_, count, length, _, comment = _END.unpack(tail[-_END.size :])
+    if mark != b"PK\5\6" or comment:
+        raise zipfile.BadZipFile
+    if tail[: -_END.size][-_LOCATOR.size :].startswith(b"PK\6\7"):
+        _, _, at, _ = _LOCATOR.unpack(tail[_END64.size : ends])
+        mark, *_, count, length, _ = _END64.unpack(tail[: _END64.size])
+        if mark != b"PK\6\6" or at != size - len(tail):
+            raise zipfile.BadZipFile
+    _require(count <= manifests.MAX_FILES + 1, f"holds {count} files", where)
+    _require(length <= _MAX_DIRECTORY, f"has a list of files of {length} bytes", where)
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int, where: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from pathlib import Path
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig, Urllib3Fetcher
+from urllib3.exceptions import TimeoutError as NoAnswerError
+from urllib3.response import BaseHTTPResponse
 
 from molehill import files
 from molehill.errors import BundleError, TrustError
 from molehill_edge import manifest as manifests
-from molehill_edge.store import Current, Known, Store, target
+from molehill_edge.store import Current, Known, Store, blob_target, target
 from molehill_protos.v1.bundle_pb2 import File
 
 Progress = Callable[[int, int], None]
@@ -36,6 +39,8 @@ _LIMITS = UpdaterConfig(
     targets_max_length=8_000_000,
 )
 _ROOM = 64 << 20  # bytes that a download leaves free
+_GRACE = 60.0  # seconds after which a file must have come at least at this pace
+_SLOWEST = 1024  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class _Client:
     def __init__(self, known: Known, url: str, pinned: bytes, fetcher: FetcherInterface | None) -> None:
         known.metadata.mkdir(parents=True, exist_ok=True)
         self.url = url
-        self._fetcher = _Guarded(fetcher or Urllib3Fetcher(app_user_agent="molehill"))
+        self._fetcher = _Guarded(fetcher or _Http(app_user_agent="molehill"))
         self._updater = Updater(
             str(known.metadata),
             f"{url}metadata/",
@@ -165,8 +170,21 @@ class _Client:
             yield chunk
 
 
+class _Http(Urllib3Fetcher):
+    """Gives bytes as they come, where the client of The Update Framework waits for 400 kB of them."""
+
+    def _chunks(self, response: BaseHTTPResponse) -> Iterator[bytes]:
+        try:
+            while data := response.read1(self.chunk_size):
+                yield data
+        except NoAnswerError as error:
+            raise tuf_errors.SlowRetrievalError from error
+        finally:
+            response.release_conn()
+
+
 class _Guarded(FetcherInterface):
-    """Lets nothing but the errors of The Update Framework out, and closes what was not read to its end."""
+    """Lets nothing but the errors of The Update Framework out, and ends what is too slow: the store is locked."""
 
     def __init__(self, inner: FetcherInterface) -> None:
         self._inner = inner
@@ -176,12 +194,21 @@ class _Guarded(FetcherInterface):
 
     @staticmethod
     def _chunks(chunks: Iterator[bytes], url: str) -> Iterator[bytes]:
+        begin, length = time.monotonic(), 0
         try:
-            yield from chunks
+            for chunk in chunks:
+                length += len(chunk)
+                _check_pace(length, time.monotonic() - begin, url)
+                yield chunk
         except tuf_errors.DownloadError:
             raise
         except Exception as error:  # whatever the library below says to a broken connection
             raise tuf_errors.DownloadError(f"the download of {url} was cut") from error
+
+
+def _check_pace(length: int, taken: float, url: str) -> None:
+    if taken > _GRACE and length < _SLOWEST * taken:
+        raise tuf_errors.SlowRetrievalError(f"{length} bytes in {taken:.0f} s of {url}")
 
 
 def _pull(store: Store, client: _Client, known: Known, bundle: str, progress: Progress | None) -> Pulled:
@@ -235,9 +262,8 @@ def _download(store: Store, client: _Client, lacking: list[File], progress: Prog
     """Turn files into blobs, each only once all of it is there and right."""
     done, total = 0, sum(file.length for file in lacking)
     for file in lacking:
-        name = file.sha256.hex()
-        entry = client.find(f"blobs/{name}")
-        if entry is None or entry.length != file.length or entry.hashes["sha256"] != name:
+        entry = client.find(blob_target(file))
+        if entry is None or entry.length != file.length or entry.hashes["sha256"] != file.sha256.hex():
             raise _Refused(f"the signed list does not name {file.path} as its manifest does")
         with store.incoming(file) as path:
             digest, length = hashlib.sha256(), 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from molehill_edge.view import View
+
+Array = NDArray[Any]
 
 # Kernels of other processors add up in another order, and round activations to int8 at other places.
 _EXACT, _ROUNDED = 1e-6, 2e-2
@@ -38,6 +41,12 @@ class Check:
         return self.error <= self.tolerance and self.agreement >= least
 
 
+def relative_error(wanted: Array, found: Array) -> float:
+    """Mean squared difference of logits over the variance of those that are wanted."""
+    difference = found.astype(np.float64) - wanted
+    return float((difference**2).mean()) / max(float(wanted.var(dtype=np.float64)), 1e-12)
+
+
 def check(view: View) -> Check:
     """Compute the golden inputs, each alone: in a batch, rounding of activations would differ.
 
@@ -54,7 +63,7 @@ def check(view: View) -> Check:
         logits = view.forward(ids, np.ones_like(ids), ["logits"])[0][0]
         logits = logits[-1] if logits.ndim == 2 else logits
         wanted = np.array(golden.logits, np.float64)
-        errors.append(float(((logits[: len(wanted)] - wanted) ** 2).mean() / max(float(wanted.var()), 1e-12)))
+        errors.append(relative_error(wanted, logits[: len(wanted)]))
         same.append(int(logits.argmax()) == golden.best)
     quantisation = manifest.quantisation
     exact = {quantisation.base, quantisation.experts, quantisation.head or "fp32"} == {"fp32"}

@@ -30,7 +30,8 @@ KINDS = CLASSIFICATION, CAUSAL = ("classification", "causal-lm")
 PRECISIONS = ("fp32", "int8", "int4")
 
 # Far above what any real bundle needs, far below what would hurt the reader.
-MAX_BYTES = 16 << 20  # of the manifest
+MAX_BYTES = 2 << 20  # of the manifest
+MAX_TEMPLATE = 64 << 10  # characters of a chat template
 MAX_FILES = 256
 MAX_FILE = 64 << 30  # bytes
 MAX_LENGTH = 1 << 30  # tokens; a tokenizer without a limit says as much
@@ -134,7 +135,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     for file in manifest.files:
         path = folder / file.path
         try:
-            if (folder / file.path).parent.is_symlink():
+            # The bundle's own folder may be reached by a link; one inside could lead elsewhere.
+            if "/" in file.path and path.parent.is_symlink():
                 raise BundleError("a folder of the bundle is a link", where=str(path.parent), mend=_AGAIN)
             with open_regular(path) as stream:
                 length = os.fstat(stream.fileno()).st_size
@@ -254,6 +256,7 @@ def _check_generation(generation: Generation) -> None:
     _at_most(1024, generation.eos, "tokens that end an answer")
     for token in (generation.pad, *generation.eos):
         _must(0 <= token < generation.vocabulary, f"token {token} is not in its vocabulary")
+    _must(len(generation.chat_template) <= MAX_TEMPLATE, f"a chat template of more than {MAX_TEMPLATE} characters")
     _must(bool(generation.chat_template) or not generation.template, "it has no chat template, and says it has")
 
 

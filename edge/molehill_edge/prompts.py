@@ -19,6 +19,7 @@ from molehill.errors import BundleError
 from molehill_protos.v1.bundle_pb2 import Generation
 
 Message = dict[str, str]
+_LONGEST = 4 << 20  # characters that a chat template may write
 Messages = Sequence[Message]
 
 _HEADINGS = {"system": "Input", "tool": "Input", "user": "Instruction", "assistant": "Response"}
@@ -65,7 +66,7 @@ class Prompts:
             messages: Turns with ``role`` and ``content``; the last is not the assistant's.
 
         Raises:
-            BundleError: The chat template refuses the conversation, or a role is unknown.
+            BundleError: The chat template refuses the conversation or writes too much, or a role is unknown.
         """
         if self._template is None:
             return _alpaca(messages)
@@ -113,9 +114,16 @@ class Prompts:
 
     def _render(self, messages: Messages, *, prompt: bool = False) -> str:
         assert self._template is not None
-        return self._template.render(
+        pieces, length = [], 0
+        for piece in self._template.generate(
             messages=list(messages), tools=None, documents=None, add_generation_prompt=prompt, **self._names
-        )
+        ):
+            length += len(piece)
+            if length > _LONGEST:
+                what = f"its chat template writes more than {_LONGEST} characters"
+                raise BundleError(what, where=self._where, mend="Give a shorter text.")
+            pieces.append(piece)
+        return "".join(pieces)
 
 
 def _alpaca(messages: Messages) -> str:

@@ -187,17 +187,40 @@ class Store:
         Raises:
             BundleError: Another process changes it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        made = not self.folder.exists()
+        end = time.monotonic() + _PATIENCE
+        while (handle := self._try_lock()) is None:
+            if time.monotonic() > end:
+                raise BundleError("another process updates this store", where=str(self.folder), mend="Try later.")
+            time.sleep(0.05)
         try:
-            end = time.monotonic() + _PATIENCE
-            while not _flock(handle, fcntl.LOCK_EX):
-                if time.monotonic() > end:
-                    raise BundleError("another process updates this store", where=str(self.folder), mend="Try later.")
-                time.sleep(0.05)
             yield
         finally:
+            self._tidy(made=made)
             os.close(handle)
+
+    def _try_lock(self) -> int | None:
+        """The open lock; None when another process has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "lock"
+        with contextlib.ExitStack() as undo, contextlib.suppress(FileNotFoundError):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            undo.callback(os.close, handle)
+            # One that was taken away meanwhile (`_tidy`) would keep nobody out.
+            if _flock(handle, fcntl.LOCK_EX) and os.path.samestat(os.fstat(handle), path.stat()):
+                undo.pop_all()
+                return handle
+        return None
+
+    def _tidy(self, *, made: bool) -> None:
+        """Leave nothing of a store that nothing came into."""
+        with contextlib.suppress(OSError):
+            self._repositories.rmdir()
+        with contextlib.suppress(OSError):
+            if [path.name for path in self.folder.iterdir()] == ["lock"]:
+                (self.folder / "lock").unlink()
+                if made:
+                    self.folder.rmdir()
 
     def blob(self, file: File) -> Path:
         """Where a file lies, or will."""
@@ -339,6 +362,11 @@ class Store:
 def target(bundle: str) -> str:
     """What the manifest of a bundle is called in a repository."""
     return f"bundles/{bundle}/{manifests.NAME}"
+
+
+def blob_target(file: File) -> str:
+    """What a file of a bundle is called in a repository."""
+    return f"blobs/{file.sha256.hex()}"
 
 
 def _verify(known: Known, current: Current, path: Path, manifest: bytes) -> None:

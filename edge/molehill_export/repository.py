@@ -37,8 +37,9 @@ from molehill import files, locks
 from molehill.errors import BundleError, TrustError
 from molehill_edge import archive
 from molehill_edge import manifest as manifests
+from molehill_edge.store import blob_target, target
 from molehill_export.keys import Keys
-from molehill_protos.v1.bundle_pb2 import File, Manifest
+from molehill_protos.v1.bundle_pb2 import Manifest
 
 # Blobs are listed in 16 bins by the hash of their name. A bundle has about eight files, so a publication signs, and a
 # device downloads, at most eight of them; 10,000 blobs make bins of 140 kB, and a snapshot of 16 bins is 3 kB, which
@@ -127,6 +128,9 @@ class Repository:
             TrustError: The repository is damaged, or other keys have signed it.
             IdentityError: A key is missing or cannot be read.
         """
+        root = self._keys.roots()[-1].signed
+        for role in (Targets.type, Snapshot.type, Timestamp.type):
+            self._keys.signers(role, root)  # before anything else: also where there is nothing to sign
         self._metadata.mkdir(parents=True, exist_ok=True)
         with locks.hold(self.folder, "somebody else is publishing", "Try again later.", name=".lock"):
             state = self._load()
@@ -180,7 +184,7 @@ class Repository:
         Raises:
             BundleError: It is not newer, and another.
         """
-        entry = state.targets.signed.targets.get(manifest_path(made.id))
+        entry = state.targets.signed.targets.get(target(made.id))
         if entry is None:
             return True
         if entry.hashes["sha256"] == hashlib.sha256(data).hexdigest():
@@ -205,13 +209,13 @@ class Repository:
         assert roles is not None
         assert roles.succinct_roles is not None
         for file in made.files:
-            entry = TargetFile(file.length, {"sha256": file.sha256.hex()}, blob_path(file))
+            entry = TargetFile(file.length, {"sha256": file.sha256.hex()}, blob_target(file))
             if self._store(folder / file.path, entry):
                 count, size = count + 1, size + file.length
             name = roles.succinct_roles.get_role_for_target(entry.path)
             if state.bins[name].signed.targets.setdefault(entry.path, entry) is entry:
                 state.resign.add(name)
-        entry = TargetFile.from_data(manifest_path(made.id), data, ["sha256"])
+        entry = TargetFile.from_data(target(made.id), data, ["sha256"])
         path = self._stored(entry)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, data)
@@ -392,13 +396,3 @@ class Repository:
         versions = {name: part.version for name, part in parts.items()}
         name, version = ("", 0) if made is None else (made.id, made.version)
         return Published(name, version, changed, new_files, new_bytes, versions, ends)
-
-
-def manifest_path(bundle: str) -> str:
-    """The target that is the manifest of a bundle."""
-    return f"bundles/{bundle}/{manifests.NAME}"
-
-
-def blob_path(file: File) -> str:
-    """The target that is a file of a bundle."""
-    return f"blobs/{file.sha256.hex()}"

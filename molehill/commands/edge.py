@@ -20,6 +20,7 @@ from rich.text import Text
 
 from molehill.commands import edge_trust
 from molehill.commands.common import INTERRUPTED, Json, explained, print_json, say
+from molehill.commands.edge_trust import StoreFolder
 from molehill.errors import BundleError
 from molehill.extras import needs
 
@@ -39,16 +40,6 @@ Name = Annotated[
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure-local", help="Open an unsigned folder or archive. Anybody could have written it.")
-]
-StoreFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--store",
-        metavar="DIR",
-        envvar="MOLEHILL_STORE",
-        help="Where bundles lie on this device.",
-        show_default="the user's data folder",
-    ),
 ]
 GateOption = Annotated[
     str | None, typer.Option("--gate", metavar="NAME|FILE", help="Instead of the bundle's default.", show_default=False)
@@ -283,7 +274,7 @@ def _show_routes(reports: Sequence[RouterReport]) -> None:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("router", overflow="fold")
     for name in experts:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for report in reports:
         shares = dict(zip(report.experts, report.shares, strict=True))
         table.add_row(Text(report.router), *(f"{shares[name]:.1%}" if name in shares else "" for name in experts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+import struct
 import zipfile
 
 import pytest
@@ -49,6 +50,37 @@ def zipped(entries, change=lambda entry: None, compress=zipfile.ZIP_STORED):
             change(entry)
             made.writestr(entry, data)
     return out.getvalue()
+
+
+def test_a_list_of_files_that_is_too_long_is_not_read(tmp_path):
+    """Before zipfile takes all of it into memory."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 33, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
+    many = entry * 60_000
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(many), 1)
+    for count, what in ((60_000, "holds 60000 files"), (3, "has a list of files of 2820000 bytes")):
+        end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(many), 0, 0)
+        refused(tmp_path, many + end, what)
+        end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(many), 0)
+        end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 47, 0, 0)
+        refused(tmp_path, many + end64 + locator + end, what)
+        refused(tmp_path, many + end64 + b" " + locator + end, "damaged, or not an archive")
+        refused(tmp_path, many + end64 + locator + end[:-2] + b"\1\0 ", "damaged, or not an archive")
+
+
+def test_an_archive_of_many_gigabytes(tmp_path, monkeypatch):
+    """Its numbers lie in other records; here they do from the first byte on."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    archive.pack(make_bundle(tmp_path / "bundle"), tmp_path / "a.molehill")
+    monkeypatch.undo()
+    assert b"PK\6\7" in (tmp_path / "a.molehill").read_bytes()[-42:]
+    archive.unpack(tmp_path / "a.molehill", tmp_path / "out")
+    manifests.check_files(tmp_path / "out", manifest())
+
+
+def test_the_longest_list_of_files_fits(tmp_path):
+    paths = [f"gates/{'x' * 124}{i:04}.safetensors" for i in range(manifests.MAX_FILES - len(FILES))]
+    archive.pack(make_bundle(tmp_path / "bundle", dict.fromkeys(paths, b"gate")), tmp_path / "a.molehill")
+    archive.unpack(tmp_path / "a.molehill", tmp_path / "out")
 
 
 def test_there_and_back(tmp_path, packed):

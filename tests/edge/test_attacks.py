@@ -453,7 +453,7 @@ def test_a_manifest_without_end(world):
     made.signed.targets["bundles/reviews/manifest.pb"].length = 1 << 40
     made.signed.version += 1
     world.put("targets", made)
-    world.refused("the manifest has more than 16 MiB")
+    world.refused("the manifest has more than 2 MiB")
 
 
 def test_lists_that_do_not_agree_with_the_manifest(world):

@@ -431,3 +431,10 @@ def test_experts_that_come_while_an_answer_is_drawn(tmp_path):
         assert np.allclose(new, bundle.read(bundle.cache(), ids), atol=1e-5)
         answer = stream.rest()
         assert answer.tokens == 20 or answer.reason == "end"
+
+
+def test_a_chat_template_that_writes_too_much():
+    endless = "{% for i in range(90000) %}{% for m in messages %}{{ m.content * 9 }}{% endfor %}{% endfor %}"
+    prompts = Prompts(Generation(template=True, chat_template=endless), "tiny")
+    with pytest.raises(BundleError, match="tiny: its chat template writes more than 4194304 characters"):
+        prompts.single("hello")

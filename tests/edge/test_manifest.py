@@ -77,6 +77,7 @@ def test_the_layout_digest_leaves_out_who_sits_in_a_slot():
         ({"task": causal(layers=0)}, "0 layers"),
         ({"task": causal(eos=[32])}, "token 32 is not in its vocabulary"),
         ({"task": causal(template=True)}, "it has no chat template"),
+        ({"task": causal(template=True, chat_template="x" * 70_000)}, "a chat template of more than 65536 characters"),
         ({"quantisation": Quantisation(base="int2", experts="int8")}, "'int2' is not a precision"),
         ({"quantisation": Quantisation(base="int4", experts="int8", block=12)}, "12 weights sharing a scale"),
         ({"slots": [Slot(id="a"), Slot(id="a"), Slot(), Slot()]}, "an expert sits twice"),
@@ -177,7 +178,7 @@ def test_it_expires():
 
 
 def test_a_manifest_that_is_too_large_is_not_parsed():
-    with pytest.raises(BundleError, match="more than 16 MiB"):
+    with pytest.raises(BundleError, match="more than 2 MiB"):
         manifests.read(bytes((16 << 20) + 1), "here")
 
 
@@ -308,3 +309,9 @@ def test_no_manifest(tmp_path, change):
 
 def test_every_file_of_the_helper_is_known():
     assert all(manifests.known_path(path) for path in FILES)
+
+
+def test_a_bundle_behind_a_link(tmp_path):
+    made = make_bundle(tmp_path / "bundle")
+    (tmp_path / "link").symlink_to(made)
+    manifests.check_files(tmp_path / "link", manifests.load(tmp_path / "link")[0])

@@ -20,6 +20,7 @@ from molehill_edge.store import Store
 from molehill_export.keys import Keys
 from molehill_export.repository import Lifetimes, Repository
 
+OPENED = "--keys keys --passphrase-file secret --online-passphrase-file online"
 NEW = {"experts.safetensors": b"experts of the second version"}
 
 
@@ -110,6 +111,15 @@ def test_the_same_again_is_nothing(home):
     done = repository(home).publish(home / "v1")
     assert (done.changed, done.id, done.version) == (False, "reviews", 1)
     assert {path: path.read_bytes() for path in (home / "repo").rglob("*") if path.is_file()} == before
+
+
+def test_a_wrong_passphrase_where_there_is_nothing_to_do(home):
+    for keys in (Keys(home / "keys", b"wrong", b"online"), Keys(home / "keys", b"secret", b"wrong")):
+        with pytest.raises(IdentityError, match="the passphrase is wrong"):
+            Repository(home / "repo", keys).publish(home / "v1")
+        with pytest.raises(IdentityError, match="the passphrase is wrong"):
+            Repository(home / "new", keys).publish(home / "v1")
+    assert not (home / "new").exists()
 
 
 def test_what_is_refused(home):
@@ -309,7 +319,7 @@ def molehill(home, monkeypatch):
 
 def test_the_command(molehill, home):
     make_bundle(home / "v2", NEW, version=2)
-    both = "--repo repo --keys keys --passphrase-file secret --online-passphrase-file online"
+    both = f"--repo repo {OPENED}"
     result = molehill(f"publish v2 {both} --json")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
@@ -337,10 +347,10 @@ def test_the_command(molehill, home):
     [
         ("publish v1 --repo repo --keys keys --refresh", 2, "--refresh publishes no bundle"),
         ("publish v1 --repo repo --keys nothing", 10, "there are no keys of a repository here"),
-        ("publish nothing --repo repo --keys keys", 13, "cannot unpack the archive"),
+        (f"publish nothing --repo repo {OPENED}", 13, "cannot unpack the archive"),
         ("publish --refresh --repo nothing --keys keys", 14, "there is no repository here"),
         ("publish --refresh --repo repo --keys keys", 10, "the key is encrypted"),
-        ("publish v1 --repo secret/repo --keys keys", 10, "cannot read or write there: Not a directory"),
+        (f"publish v1 --repo secret/repo {OPENED}", 10, "cannot read or write there: Not a directory"),
     ],
 )
 def test_a_mistake_is_one_paragraph(molehill, home, line, code, what):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -495,3 +497,49 @@ def test_the_empty_store(empty, molehill):
     result = molehill("pull https://bundles.example --root nothing")
     assert "nothing: cannot read it: No such file" in result.stderr
     assert result.exit_code == 14
+
+
+def test_a_first_pull_that_fails_leaves_nothing(empty):
+    empty.server.files.clear()
+    with pytest.raises(TrustError):
+        empty.pull(root=empty.root)
+    assert not empty.store.folder.exists()
+    empty.store.folder.mkdir()
+    with pytest.raises(TrustError):
+        empty.pull(root=empty.root)
+    assert list(empty.store.folder.iterdir()) == []
+
+
+def test_a_lock_that_was_taken_away_keeps_nobody_out(tmp_path):
+    store = Store(tmp_path / "store")
+    with store.locked():
+        (store.folder / "lock").unlink()
+        with store.locked():
+            assert (store.folder / "lock").exists()
+    assert list(store.folder.iterdir()) == []
+
+
+def test_a_server_that_drips(empty, monkeypatch):
+    """It sends something now and then, so that no time limit of the connection ends it."""
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b".")
+                    time.sleep(0.05)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(fetch, "_GRACE", 0.2)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever).start()
+        begin = time.monotonic()
+        with pytest.raises(TrustError, match=r"it is too slow: \d+ bytes in 0 s"):
+            fetch.pull(empty.store, f"http://127.0.0.1:{server.server_port}/", root=empty.root)
+        assert time.monotonic() - begin < 2
+        server.shutdown()
