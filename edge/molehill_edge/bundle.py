@@ -10,13 +10,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from molehill import files
 from molehill.errors import BundleError
-from molehill_edge import experts, gates, routes
+from molehill_edge import experts, gates, routes, tokens
 from molehill_edge import manifest as manifests
-from molehill_edge.engine import Engine, Numbers, check_mask, find_expert
+from molehill_edge.engine import Binding, Engine, Numbers, check_mask, find_expert
+from molehill_edge.gates import Gate
 from molehill_edge.prompts import Prompts
 from molehill_edge.session import Session
 from molehill_edge.view import View
@@ -61,7 +61,7 @@ class Bundle(View):
             prompts = None
             if manifest.task.kind == "causal-lm":
                 prompts = Prompts(manifest.task.generation, manifest.id)
-            tokenizer = _tokenizer(folder / manifests.TOKENIZER)
+            tokenizer = tokens.load(folder / manifests.TOKENIZER)
             session = Session(folder, manifest, threads=threads, memory_mb=memory_mb)
             _check_graph(session, manifest)
             return cls(Engine(admitted, _copy(manifest), session, tokenizer, prompts), default)
@@ -104,10 +104,11 @@ class Bundle(View):
             if slot in router.slots and not any(changed.slots[other].id for other in router.slots):
                 raise BundleError(f"expert {name} is the last of router {router.name}", where=engine.manifest.id)
         check_mask(Numbers.of(changed), self.gate)
-        engine.change(changed, {key: row for key, row in engine.rows.items() if key[1] != slot})
+        with engine.session.alone():
+            engine.change(changed, {key: row for key, row in engine.rows.items() if key[1] != slot})
 
     def add_expert(self, path: Path) -> str:
-        """Put an expert into an empty slot.
+        """Put an expert into an empty slot; the gate in use may choose it.
 
         Args:
             path: An expert file.
@@ -122,26 +123,43 @@ class Bundle(View):
         expert = experts.read(path, engine.manifest)
         slot = experts.find_slot(expert, engine.manifest, str(path))
         data = experts.place(expert, slot, engine.manifest, _read(engine.session.folder / manifests.EXPERTS))
-        self._exchange(data)
         changed = _copy(engine.manifest)
         changed.slots[slot].id = expert.id
-        engine.change(changed, engine.rows | {(tensor, slot): row for tensor, row in expert.rows.items()})
+        rows = engine.rows | {(tensor, slot): row for tensor, row in expert.rows.items()}
+        # One that was left out may have had the slot before.
+        gate = replace(self.gate, mask=self.gate.mask | (np.array(gates.slots(changed)) == slot))
+        self._change(changed, rows, data, gate)
         return expert.id
 
-    def _exchange(self, data: bytes) -> None:
-        """Go on with other bytes of experts.safetensors."""
+    def _change(self, manifest: Manifest, rows: dict[tuple[str, int], Array], data: bytes | None, gate: Gate) -> None:
+        """Go on with other experts, at once or not at all; no call that runs sees a part of it.
+
+        Args:
+            manifest: With the experts.
+            rows: Of those that were added.
+            data: Of experts.safetensors; as it is when None.
+            gate: To be used from now on.
+        """
         engine = self._engine
-        paths = [file.path for file in engine.manifest.files]
-        run = experts.RunFolder(engine.folder, paths, data)
+        check_mask(Numbers.of(manifest), gate)
+        run = None
+        if data is not None:
+            run = experts.RunFolder(engine.folder, [file.path for file in engine.manifest.files], data)
         try:
-            engine.session.exchange(run.path)
+            with engine.session.alone():
+                if run is not None:
+                    engine.session.exchange(run.path)
+                engine.change(manifest, rows)
+                self._bound = Binding(engine, gate)
         except BaseException:
-            run.remove()
+            if run is not None and engine.session.folder != run.path:
+                run.remove()
             raise
-        if engine.run is not None:
-            engine.run.remove()
-        engine.run = run
-        weakref.finalize(self, run.remove)
+        if run is not None:
+            if engine.run is not None:
+                engine.run.remove()
+            engine.run = run
+            weakref.finalize(self, run.remove)
 
     def save_state(self, folder: Path) -> None:
         """Keep what this device changed: the gate in use and the experts that were added and removed.
@@ -164,7 +182,8 @@ class Bundle(View):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if engine.run is not None:
-                files.write(folder / manifests.EXPERTS, _read(engine.run.path / manifests.EXPERTS))
+                changed = _read(engine.run.path / manifests.EXPERTS)
+                files.write(folder / manifests.EXPERTS, changed, mode=files.PRIVATE)
             own = replace(self.gate, tensors=self.gate_tensors())
             gates.write(folder / _OWN_GATE, own, engine.manifest)
             files.write(folder / _STATE, json.dumps(state).encode(), mode=files.PRIVATE)
@@ -186,24 +205,26 @@ class Bundle(View):
             state = json.loads(_read(folder / _STATE))
             names = [str(name) for name in state["slots"]]
             rows = [int(slot) for slot in state["rows"]]
-            experts = str(state["experts"])
+            came = str(state["experts"])
             fits = (state["base"], state["layout"]) == (engine.manifest.base.digest, engine.manifest.layout.hex())
         except (ValueError, KeyError, TypeError):
             raise BundleError("damaged", where=str(folder / _STATE)) from None
         if not fits or len(names) != len(engine.manifest.slots) or not set(rows) <= set(range(len(names))):
             raise BundleError("the state of another bundle", where=where)
-        gate = gates.read(folder / _OWN_GATE, engine.manifest)
-        if (folder / manifests.EXPERTS).is_file():
-            if experts != _experts_of(engine.manifest):
-                mend = "Add this device's experts again, and save the state anew."
-                raise BundleError("the bundle has other experts than when the state was saved", where=where, mend=mend)
-            data, old = _read(folder / manifests.EXPERTS), _read(engine.folder / manifests.EXPERTS)
-            if _layout(data) != _layout(old):
-                raise BundleError("its experts are stored in another way", where=where)
-            self._exchange(data)
+        if came != _experts_of(engine.manifest):
+            mend = "Add this device's experts again, and save the state anew."
+            raise BundleError("the bundle has other experts than when the state was saved", where=where, mend=mend)
+        if not all(name == "" or manifests.valid_id(name) for name in names):
+            raise BundleError("damaged", where=str(folder / _STATE))
         changed = _copy(engine.manifest)
         for slot, name in zip(changed.slots, names, strict=True):
             slot.id = name
+        gate = gates.read(folder / _OWN_GATE, changed)
+        data = None
+        if (folder / manifests.EXPERTS).is_file():
+            data, old = _read(folder / manifests.EXPERTS), _read(engine.folder / manifests.EXPERTS)
+            if _layout(data) != _layout(old):
+                raise BundleError("its experts are stored in another way", where=where)
         kept = {
             (tensor.name, slot): _row(gate.tensors[tensor.name], tensor.expert_axis, list(router.slots).index(slot))
             for tensor in changed.gate
@@ -212,8 +233,7 @@ class Bundle(View):
             for slot in rows
             if slot in router.slots
         }
-        engine.change(changed, kept)
-        self.swap_gate(gate)
+        self._change(changed, kept, data, gate)
 
 
 def _experts_of(manifest: Manifest) -> str:
@@ -233,16 +253,6 @@ def _check_graph(session: Session, manifest: Manifest) -> None:
     if missing:
         session.close()
         raise BundleError(f"the graph lacks {min(missing)}", where=manifest.id, mend="Export it again.")
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  # the library raises nothing more particular
-        raise BundleError(f"cannot be read: {error}", where=str(path)) from None
-    tokenizer.no_truncation()  # as stored it may do either, unasked
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _copy(manifest: Manifest) -> Manifest:

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from molehill.errors import BundleError
+from molehill_edge import tokens
 
 Array = np.ndarray[Any, Any]
 
@@ -42,20 +43,18 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], most: int, *, truncate: b
         truncate: Let longer texts lose their end.
 
     Raises:
-        BundleError: A text is too long or has no tokens.
+        BundleError: A text is too long or has no tokens, or the tokenizer fails.
     """
-    encoded = [list(found.ids) for found in tokenizer.encode_batch(list(texts))]
+    encoded = tokens.encode_all(tokenizer, texts)
     long = [i for i, ids in enumerate(encoded) if len(ids) > most]
     if long and not truncate:
         which = f"text {long[0] + 1}" if len(texts) > 1 else "the text"
         mend = "Give a shorter text, or let it lose its end (--truncate)."
         raise BundleError(f"{which} has {len(encoded[long[0]])} tokens, where {most} fit", mend=mend)
     if long:
-        # Not a cut of the ids: the special tokens at the end stay.
-        short = Tokenizer.from_str(tokenizer.to_str())
-        short.enable_truncation(most)
+        short = tokens.truncated(tokenizer, most)
         for i in long:
-            encoded[i] = list(short.encode(texts[i]).ids)
+            encoded[i] = list(tokens.encode(short, texts[i]).ids)
     if not all(encoded):
         raise BundleError("a text has no tokens", mend="Leave it out.")
     return encoded

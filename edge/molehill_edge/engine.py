@@ -62,8 +62,14 @@ class Engine:
     def __post_init__(self) -> None:
         self.numbers = Numbers.of(self.manifest)
 
+    @property
+    def added(self) -> set[int]:
+        """Slots whose experts did not come with the bundle."""
+        pairs = zip(self.manifest.slots, self.admitted.manifest.slots, strict=True)
+        return {i for i, (now, then) in enumerate(pairs) if now.id and now.id != then.id}
+
     def change(self, manifest: Manifest, rows: dict[tuple[str, int], Array]) -> None:
-        """Go on with other experts in the slots."""
+        """Go on with other experts in the slots; while no call runs (`Session.alone`)."""
         self.manifest, self.numbers, self.rows = manifest, Numbers.of(manifest), rows
         self.changes += 1
 
@@ -77,7 +83,6 @@ class Engine:
 class Bound:
     """A gate as the graph takes it, for the experts that are there."""
 
-    gate: Gate
     changes: int
     arrays: Mapping[str, Array]  # kept: the values below only point at them
     inputs: Mapping[str, ort.OrtValue]
@@ -103,7 +108,43 @@ def bind(engine: Engine, gate: Gate) -> Bound:
         changed[gates.MASK] = check_mask(engine.numbers, gate)
     both = {**gate.values, **{name: (value(array), array) for name, array in changed.items()}}
     inputs, arrays = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
-    return Bound(gate, changes, arrays, inputs)
+    return Bound(changes, arrays, inputs)
+
+
+class Binding:
+    """A gate in use: bound anew when experts come or go.
+
+    Args:
+        engine: Of the bundle.
+        gate: The gate.
+
+    Raises:
+        BundleError: It leaves a router without experts.
+    """
+
+    def __init__(self, engine: Engine, gate: Gate) -> None:
+        self.gate = gate
+        self._engine = engine
+        self._bound = bind(engine, gate)
+
+    def now(self) -> Bound:
+        """It, for the experts that are there now: while the graph is held (`Session.use`), those it computes with.
+
+        Raises:
+            BundleError: It leaves a router without experts.
+        """
+        bound = self._bound
+        if bound.changes != self._engine.changes:
+            self._bound = bound = bind(self._engine, self.gate)
+        return bound
+
+    def inputs(self) -> Mapping[str, ort.OrtValue]:
+        """What `now` feeds to the graph.
+
+        Raises:
+            BundleError: It leaves a router without experts.
+        """
+        return self.now().inputs
 
 
 def check_mask(numbers: Numbers, gate: Gate) -> Array:

@@ -50,7 +50,7 @@ def read(path: Path, manifest: Manifest) -> Expert:
         manifest: Of the bundle.
 
     Raises:
-        BundleError: It cannot be read, is for another base, or lacks sites or has additional ones.
+        BundleError: It cannot be read, has no valid id, is for another base, or lacks sites or has additional ones.
     """
     tensors, metadata = gates.load(path, "expert")
     where = str(path)
@@ -58,6 +58,8 @@ def read(path: Path, manifest: Manifest) -> Expert:
         raise BundleError("the expert is for another base model", where=where, mend="Use an expert of the same base.")
     if not metadata.get("id"):
         raise BundleError("the expert has no id", where=where)
+    if not manifests.valid_id(metadata["id"]):
+        raise BundleError(f"{metadata['id'][:80]!r} cannot be the id of an expert", where=where)
     rows = {tensor.name: tensors.pop(tensor.name) for tensor in _with_rows(manifest) if tensor.name in tensors}
     sites: dict[str, tuple[Array | None, Array]] = {}
     for site in manifest.sites:
@@ -106,14 +108,19 @@ def place(expert: Expert, slot: int, manifest: Manifest, data: bytes) -> bytes:
         data: The file as it is; the places of its tensors stay the same, since the graph points at them.
 
     Raises:
-        BundleError: The file is damaged.
+        BundleError: The file is damaged, or the expert's numbers are too large to be stored.
     """
     changed = bytearray(data)
     tensors = views(changed)
     for site in manifest.sites:
         if slot in site.slots:
             A, B = expert.sites[site.name]
-            _write(site, list(site.slots).index(slot), A, B, tensors)
+            try:
+                with np.errstate(all="raise", under="ignore"):
+                    _write(site, list(site.slots).index(slot), A, B, tensors)
+            except FloatingPointError:
+                what = f"expert {expert.id} has numbers at {site.name} that are too large to be stored"
+                raise BundleError(what, where=manifest.id) from None
     return bytes(changed)
 
 

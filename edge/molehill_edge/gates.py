@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,26 +66,28 @@ def usable(manifest: Manifest) -> Array:
     return np.array([bool(manifest.slots[slot].id) for slot in slots(manifest)], dtype=bool)
 
 
-def read(path: Path, manifest: Manifest) -> Gate:
-    """Read a gate file that was made for this bundle's base and layout.
+def read(path: Path, manifest: Manifest, added: Container[int] = ()) -> Gate:
+    """Read a gate file that was made for this bundle's base, layout and experts.
 
     Args:
         path: A gate file.
-        manifest: Of the bundle.
+        manifest: Of the bundle, with the experts that it has now.
+        added: Slots with experts that were added on this device: their rows are their own, whatever the gate says.
 
     Raises:
-        BundleError: It cannot be read, is no gate, is for another base or layout, or its tensors do not fit.
+        BundleError: It cannot be read, is no gate, is for another base, layout or expert, or its tensors do not fit.
     """
-    found, metadata = load(path, "gate")
+    found, about = load(path, "gate")
     where = str(path)
-    if metadata.get("base") != manifest.base.digest:
+    if about.get("base") != manifest.base.digest:
         raise BundleError("the gate is for another base model", where=where, mend="Use a gate of this bundle's run.")
-    if metadata.get("layout") != manifest.layout.hex():
+    if about.get("layout") != manifest.layout.hex():
         raise BundleError(
             "the gate is for another layout of experts and routers",
             where=where,
             mend="Use a gate of this bundle's run.",
         )
+    _check_experts(about, manifest, added, where)
     shapes = {tensor.name: tuple(tensor.shape) for tensor in manifest.gate}
     size = starts(manifest)[-1]
     missing = shapes.keys() - found.keys()
@@ -102,7 +105,24 @@ def read(path: Path, manifest: Manifest) -> Gate:
     ordered = {name: np.ascontiguousarray(found[name]) for name in shapes}
     # Who sits in a slot that is empty now is for its owner to say, not for the gate.
     allowed = mask.astype(bool) | ~usable(manifest)
-    return Gate(metadata.get("name", path.name), ordered, np.ascontiguousarray(bias), allowed)
+    return Gate(about.get("name", path.name), ordered, np.ascontiguousarray(bias), allowed)
+
+
+def metadata(name: str, manifest: Manifest) -> dict[str, str]:
+    """What a gate file says of itself.
+
+    Args:
+        name: Whose gate it is.
+        manifest: Of the bundle that it is for, with the experts that it has now.
+    """
+    return {
+        "format": FORMAT,
+        "kind": "gate",
+        "name": name,
+        "base": manifest.base.digest,
+        "layout": manifest.layout.hex(),
+        "slots": json.dumps([slot.id for slot in manifest.slots]),
+    }
 
 
 def write(path: Path, gate: Gate, manifest: Manifest) -> None:
@@ -117,14 +137,7 @@ def write(path: Path, gate: Gate, manifest: Manifest) -> None:
         BundleError: It cannot be written.
     """
     values = {**gate.tensors, BIAS: gate.bias, MASK: gate.mask.astype(np.uint8)}
-    metadata = {
-        "format": FORMAT,
-        "kind": "gate",
-        "name": gate.name,
-        "base": manifest.base.digest,
-        "layout": manifest.layout.hex(),
-    }
-    data, _ = tensors.pack(values, metadata)
+    data, _ = tensors.pack(values, metadata(gate.name, manifest))
     try:
         files.write(path, data, mode=files.PRIVATE)  # it says something about its owner's texts
     except OSError as error:
@@ -150,14 +163,14 @@ def load(path: Path, kind: str) -> tuple[dict[str, Array], dict[str, str]]:
             raise BundleError(f"larger than any {kind} file", where=where)
     except OSError as error:
         raise BundleError(f"cannot read it: {error.strerror}", where=where) from None
-    found, metadata = tensors.read(path)
-    if metadata.get("kind") != kind:
+    found, said = tensors.read(path)
+    if said.get("kind") != kind:
         raise BundleError(f"not {_a(kind)} file", where=where, mend=f"Give {_a(kind)} file.")
-    if metadata.get("format") != FORMAT:
+    if said.get("format") != FORMAT:
         raise BundleError(
-            f"{_a(kind)} file of format {metadata.get('format')!r}", where=where, mend="Update molehill on this device."
+            f"{_a(kind)} file of format {said.get('format')!r}", where=where, mend="Update molehill on this device."
         )
-    return found, metadata
+    return found, said
 
 
 def check(array: Array, shape: tuple[int, ...], name: str, where: str) -> None:
@@ -172,6 +185,21 @@ def check(array: Array, shape: tuple[int, ...], name: str, where: str) -> None:
         raise BundleError(f"{name} has shape {list(array.shape)} where {list(shape)} fits", where=where)
     if not np.isfinite(array).all():
         raise BundleError(f"{name} holds numbers that are not finite", where=where)
+
+
+def _check_experts(said: Mapping[str, str], manifest: Manifest, added: Container[int], where: str) -> None:
+    """Refuse a gate whose rows belong to other experts than those of the slots; either side may lack some."""
+    try:
+        theirs = json.loads(said["slots"])
+    except (KeyError, ValueError, RecursionError):
+        theirs = None
+    ours = [slot.id for slot in manifest.slots]
+    if not isinstance(theirs, list) or len(theirs) != len(ours) or not all(isinstance(name, str) for name in theirs):
+        raise BundleError("the gate is damaged: it does not say which experts it is for", where=where)
+    for slot, (their, our) in enumerate(zip(theirs, ours, strict=True)):
+        if their and our and their != our and slot not in added:
+            what = f"the gate is for expert {their[:80]!r} where the bundle has {our}"
+            raise BundleError(what, where=where, mend="Use a gate of this bundle's run and experts.")
 
 
 def _a(kind: str) -> str:

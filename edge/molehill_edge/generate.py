@@ -11,12 +11,14 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from molehill.errors import BundleError
+from molehill_edge import tokens
 from molehill_edge.sampling import Sampler, Sampling
 from molehill_edge.session import Session, value
 from molehill_protos.v1.bundle_pb2 import Task
 
 Array = np.ndarray[Any, Any]
 Inputs = Mapping[str, ort.OrtValue]
+Current = Callable[[], Inputs]  # of the gate, for the experts that are there when it is called; else the same object
 Pieces = Iterator[str]
 
 _CHUNK = 512  # tokens read at once; bounds what the logits and the attention of a long prompt take
@@ -82,55 +84,57 @@ class Cache:
                 arrays = [np.ascontiguousarray(array[:, :, :length]) for array in arrays]
             self._state = (tokens[:length], arrays)
 
-    def read(self, ids: Sequence[int], inputs: Inputs) -> Array:
+    def read(self, ids: Sequence[int], current: Current) -> Array:
         """Make the cache hold ``ids`` and nothing else, and return the logits after the last, ``[vocabulary]``.
 
         Only what differs from the cache is computed. The result is valid until the next call.
 
         Args:
             ids: At least one token.
-            inputs: The gate; after another one nothing of the cache counts.
+            current: The gate; after another one, or with other experts, nothing of the cache counts.
 
         Raises:
             BundleError: The tokens are too many, or the graph cannot be computed.
         """
         if len(ids) > self._most:
             raise BundleError(f"{len(ids)} tokens, where {self._most} fit", mend="Give a shorter text.")
-        if inputs is not self._inputs:
-            self.cut(0)
-            self._inputs = inputs
-            self._session.unbind(self)
-        self.cut(common(self.tokens, ids[:-1]))
         chunk = max(1, min(_CHUNK, _LOGITS // max(1, self._shape.vocabulary)))
-        logits = self._logits
-        for begin in range(len(self.tokens), len(ids), chunk):
-            logits = self._feed(list(ids[begin : begin + chunk]), inputs)
-        last: Array = logits[0, -1]
-        return last
+        while True:
+            with self._session.use() as graph:  # experts may change between two chunks, and only there
+                inputs = current()
+                if inputs is not self._inputs:
+                    self.cut(0)
+                    self._inputs = inputs
+                    self._session.unbind(self)
+                self.cut(common(self.tokens, ids[:-1]))
+                begin = len(self.tokens)
+                logits = self._feed(graph, list(ids[begin : begin + chunk]), inputs)
+            if begin + chunk >= len(ids):
+                last: Array = logits[0, -1]
+                return last
 
-    def _feed(self, ids: list[int], inputs: Inputs) -> Array:
+    def _feed(self, graph: ort.InferenceSession, ids: list[int], inputs: Inputs) -> Array:
         tokens, arrays = self._state
         total = len(tokens) + len(ids)
-        with self._session.use() as graph:
-            binding, new = self._session.binding(self, graph)
-            if new:
-                self._held = {}
-                for name, bound in inputs.items():
-                    binding.bind_ortvalue_input(name, bound)
-            if self._logits.shape[1] != len(ids) or new:
-                self._logits = np.empty((1, len(ids), self._shape.vocabulary), np.float32)
-                self._hold(binding.bind_ortvalue_output, "logits", self._logits)
-            self._hold(binding.bind_ortvalue_input, "input_ids", np.array([ids], np.int64))
-            self._hold(binding.bind_ortvalue_input, "attention_mask", np.ones((1, total), np.int64))
-            if not self._shape.shared_buffer:
-                presents = self._arrays(total)
-            else:
-                presents = arrays = self._room(arrays, total)
-            for name, past, present in zip(self._names, arrays, presents, strict=True):
-                if self._held.get(f"present.{name}") is not present or not self._shape.shared_buffer:
-                    self._hold(binding.bind_ortvalue_input, f"past_key_values.{name}", past)
-                    self._hold(binding.bind_ortvalue_output, f"present.{name}", present)
-            graph.run_with_iobinding(binding)
+        binding, new = self._session.binding(self, graph)
+        if new:
+            self._held = {}
+            for name, bound in inputs.items():
+                binding.bind_ortvalue_input(name, bound)
+        if self._logits.shape[1] != len(ids) or new:
+            self._logits = np.empty((1, len(ids), self._shape.vocabulary), np.float32)
+            self._hold(binding.bind_ortvalue_output, "logits", self._logits)
+        self._hold(binding.bind_ortvalue_input, "input_ids", np.array([ids], np.int64))
+        self._hold(binding.bind_ortvalue_input, "attention_mask", np.ones((1, total), np.int64))
+        if not self._shape.shared_buffer:
+            presents = self._arrays(total)
+        else:
+            presents = arrays = self._room(arrays, total)
+        for name, past, present in zip(self._names, arrays, presents, strict=True):
+            if self._held.get(f"present.{name}") is not present or not self._shape.shared_buffer:
+                self._hold(binding.bind_ortvalue_input, f"past_key_values.{name}", past)
+                self._hold(binding.bind_ortvalue_output, f"present.{name}", present)
+        graph.run_with_iobinding(binding)
         self._state = (tokens + ids, presents)
         return self._logits
 
@@ -192,7 +196,7 @@ class Text:
         return self._decode(self._ids[self._begin :])[len(shown) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        return tokens.decode(self._tokenizer, ids) if ids else ""
 
 
 class Stops:
@@ -243,9 +247,9 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
         special: Whether the tokenizer adds its special tokens.
 
     Raises:
-        BundleError: The text has no tokens.
+        BundleError: The text has no tokens, or the tokenizer fails.
     """
-    encoded = tokenizer.encode(text, add_special_tokens=special)
+    encoded = tokens.encode(tokenizer, text, special=special)
     ids = list(encoded.ids)
     while special and len(ids) > 1 and encoded.offsets[len(ids) - 1] == (0, 0):
         ids.pop()
@@ -291,7 +295,7 @@ class Stream(Iterator[str]):
     Args:
         cache: Holds the beginning of the prompt, or something else that is dropped.
         ids: The prompt.
-        inputs: The gate.
+        current: The gate; when experts come or go meanwhile, the rest is drawn with those that are there then.
         tokenizer: Of the bundle.
         task: Of the manifest.
         asked: How to answer.
@@ -305,21 +309,21 @@ class Stream(Iterator[str]):
         self,
         cache: Cache,
         ids: Sequence[int],
-        inputs: Inputs,
+        current: Current,
         tokenizer: Tokenizer,
         task: Task,
         asked: Asked,
         done: Callable[[Answer], None] = lambda _: None,
     ) -> None:
         most = room(len(ids), asked.max_new_tokens, task.max_length)
-        shared = common(cache.tokens, ids[:-1]) if cache.gate is inputs else 0
+        shared = common(cache.tokens, ids[:-1]) if cache.gate is current() else 0
         self.answer = Answer("", 0, len(ids), len(ids) - shared, "length")
         self._done = done
         self._ends = frozenset(task.generation.eos)
         self._stops = Stops(asked.stop)
         self._text = Text(tokenizer)
         self._sampler = Sampler(asked.sampling)
-        self._pieces = self._draw(cache, list(ids), inputs, most)
+        self._pieces = self._draw(cache, list(ids), current, most)
 
     def __next__(self) -> str:
         try:
@@ -352,9 +356,9 @@ class Stream(Iterator[str]):
             self.close()
         return self.answer
 
-    def _draw(self, cache: Cache, ids: list[int], inputs: Inputs, most: int) -> Generator[str]:
+    def _draw(self, cache: Cache, ids: list[int], current: Current, most: int) -> Generator[str]:
         for drawn in range(1, most + 1):
-            token = self._sampler(cache.read(ids, inputs))
+            token = self._sampler(cache.read(ids, current))
             ids.append(token)
             if token in self._ends:
                 self._note("", drawn, "end")

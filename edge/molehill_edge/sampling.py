@@ -12,6 +12,17 @@ from molehill.errors import BundleError
 Array = np.ndarray[Any, Any]
 
 
+def check_finite(logits: Array | np.floating[Any]) -> None:
+    """Refuse what a model says when its numbers ran over.
+
+    Raises:
+        BundleError: The logits are not numbers, or infinite.
+    """
+    if not np.isfinite(logits).all():
+        mend = "Use another gate, expert or bundle."
+        raise BundleError("the model answers with numbers that are not finite", mend=mend)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.
@@ -60,8 +71,7 @@ class Sampler:
             BundleError: The logits are not numbers.
         """
         best = int(logits.argmax())  # NaN counts as largest
-        if not np.isfinite(logits[best]):
-            raise BundleError("the model answers with numbers that are not finite", mend="Use another gate or bundle.")
+        check_finite(logits[best])
         if self._how.temperature == 0:
             return best
         tokens, probabilities = self.distribution(logits)

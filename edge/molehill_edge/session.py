@@ -6,7 +6,7 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Session:
         self._threads = threads or _cores()
         self._limit = None if memory_mb is None else memory_mb * _MEGABYTE
         self._running = 0
+        self._waiting = 0  # changes; calls that begin give way to them
         self._free = threading.Condition()
         self._graph: ort.InferenceSession | None = None
         self._bindings: weakref.WeakKeyDictionary[object, ort.IOBinding] = weakref.WeakKeyDictionary()
@@ -95,12 +96,13 @@ class Session:
 
     @contextmanager
     def use(self) -> Iterator[ort.InferenceSession]:
-        """Hold the graph for one call.
+        """Hold the graph for one call, during which neither it nor the experts change; not from within another call.
 
         Raises:
             BundleError: The session was closed, or ONNX Runtime cannot compute it (for example for lack of memory).
         """
         with self._free:
+            self._free.wait_for(lambda: self._waiting == 0)
             if self._graph is None:
                 raise BundleError("the bundle was closed", where=str(self.folder))
             self._running += 1
@@ -125,16 +127,17 @@ class Session:
                 self._running -= 1
                 self._free.notify_all()
 
-    def run(self, outputs: list[str], feeds: Mapping[str, ort.OrtValue]) -> list[Array]:
-        """Compute outputs of the graph, in their order.
-
-        Raises:
-            BundleError: As `use`.
-        """
-        if not outputs:  # ONNX Runtime takes that for all of them
-            return []
-        with self.use() as graph:
-            return [found.numpy() for found in graph.run_with_ort_values(outputs, dict(feeds))]
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no call runs, and keep others waiting: for changes of what they compute with. May be nested."""
+        with self._free:
+            self._waiting += 1
+            try:
+                self._free.wait_for(lambda: self._running == 0)
+                yield
+            finally:
+                self._waiting -= 1
+                self._free.notify_all()
 
     def binding(self, owner: object, graph: ort.InferenceSession) -> tuple[ort.IOBinding, bool]:
         """The owner's lasting inputs and outputs of the graph, and whether they are new: none are bound yet."""
@@ -158,8 +161,7 @@ class Session:
         Raises:
             BundleError: It cannot be opened; this one is open again.
         """
-        with self._free:
-            self._free.wait_for(lambda: self._running == 0)
+        with self.alone():
             if self._graph is None:
                 raise BundleError("the bundle was closed", where=str(self.folder))
             self._graph = None
@@ -174,8 +176,7 @@ class Session:
 
     def close(self) -> None:
         """Free the graph once no call uses it."""
-        with self._free:
-            self._free.wait_for(lambda: self._running == 0)
+        with self.alone():
             self._graph = None
             self._bindings.clear()
 

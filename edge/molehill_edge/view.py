@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from molehill.errors import BundleError
-from molehill_edge import classify, gates, generate, personalise, routes
+from molehill_edge import classify, gates, generate, personalise, routes, tokens
 from molehill_edge import manifest as manifests
 from molehill_edge.classify import Prediction
-from molehill_edge.engine import Bound, Engine, bind, find_expert
+from molehill_edge.engine import Binding, Engine, find_expert
 from molehill_edge.gates import Gate
 from molehill_edge.generate import Answer, Asked, Cache, Stream
 from molehill_edge.personalise import Outcome
 from molehill_edge.prompts import Message
 from molehill_edge.routes import RouterReport
-from molehill_edge.sampling import Sampling
+from molehill_edge.sampling import Sampling, check_finite
 from molehill_edge.session import value
 from molehill_protos.v1.bundle_pb2 import Manifest
 
@@ -37,7 +38,7 @@ class View:
 
     def __init__(self, engine: Engine, gate: Gate) -> None:
         self._engine = engine
-        self._now = bind(engine, gate)
+        self._bound = Binding(engine, gate)
 
     @property
     def manifest(self) -> Manifest:
@@ -47,7 +48,7 @@ class View:
     @property
     def gate(self) -> Gate:
         """The gate in use."""
-        return self._now.gate
+        return self._bound.gate
 
     def with_gate(self, gate: Gate | Path | str) -> View:
         """Return a view with another gate on the same graph.
@@ -69,10 +70,12 @@ class View:
         Raises:
             BundleError: There is none, or it does not fit this bundle; the gate of before stays in use.
         """
-        self._now = bind(self._engine, self._resolve(gate))
+        self._bound = Binding(self._engine, self._resolve(gate))
 
     def choose_experts(self, names: Sequence[str]) -> None:
         """Choose from these routed experts only, with the gate in use; `swap_gate` undoes it.
+
+        Experts that are added later may be chosen beside them.
 
         Args:
             names: Ids of experts.
@@ -85,7 +88,8 @@ class View:
         always = [manifest.slots[slot].id for slot in wanted if manifest.slots[slot].shared]
         if always:
             raise BundleError(f"expert {always[0]} is shared by all tokens anyway", mend="Leave it out.")
-        mask = self.gate.mask & np.isin(gates.slots(manifest), list(wanted))
+        allowed = np.isin(gates.slots(manifest), list(wanted)) | ~gates.usable(manifest)
+        mask = self.gate.mask & allowed
         self.swap_gate(replace(self.gate, mask=mask))
 
     def read_gate(self, gate: Path | str) -> Gate:
@@ -97,7 +101,8 @@ class View:
         Raises:
             BundleError: There is none, or it does not fit this bundle.
         """
-        found = gates.read(self._path_of(gate), self._engine.manifest)
+        engine = self._engine
+        found = gates.read(self._path_of(gate), engine.manifest, engine.added)
         _ = found.values  # made here, so that swapping need not
         return found
 
@@ -111,7 +116,7 @@ class View:
         if isinstance(gate, str) and not Path(gate).exists():
             known = ", ".join([DEFAULT, *self.gates()])
             mend = f"Give a gate file or one of: {known}."
-            raise BundleError(f"no gate {gate!r}", where=str(engine.folder), mend=mend)
+            raise BundleError(f"no gate {gate!r}", where=engine.manifest.id, mend=mend)
         return Path(gate)
 
     def gates(self) -> list[str]:
@@ -121,13 +126,6 @@ class View:
 
     def _resolve(self, gate: Gate | Path | str) -> Gate:
         return gate if isinstance(gate, Gate) else self.read_gate(gate)
-
-    def _bound(self) -> Bound:
-        """The gate, for the experts that are there now."""
-        now = self._now
-        if now.changes != self._engine.changes:
-            self._now = now = bind(self._engine, now.gate)
-        return now
 
     def classify(self, texts: Sequence[str], *, truncate: bool = False) -> list[Prediction]:
         """Say which label each text has.
@@ -140,7 +138,8 @@ class View:
             truncate: Let texts that are too long lose their end.
 
         Raises:
-            BundleError: The bundle generates text, or a text is too long or has no tokens.
+            BundleError: The bundle generates text, a text is too long or has no tokens, or the graph cannot be computed
+                or answers with numbers that are not finite.
         """
         labels = self._labels()
         found = classify.softmax(self.logits(self.encode_all(texts, truncate=truncate)))
@@ -157,11 +156,13 @@ class View:
             ``[texts, classes]``.
 
         Raises:
-            BundleError: The graph cannot be computed.
+            BundleError: The graph cannot be computed, or answers with numbers that are not finite.
         """
         found = np.zeros((len(encoded), len(self.manifest.task.labels)), np.float32)
-        for rows, ids, mask in classify.batches(encoded, classify.pad_of(self._engine.tokenizer)):
-            found[rows] = self.forward(ids, mask, ["logits"])[0]
+        with self._engine.session.use() as graph:  # all of them with the same experts
+            for rows, ids, mask in classify.batches(encoded, classify.pad_of(self._engine.tokenizer)):
+                found[rows] = self._compute(graph, ids, mask, ["logits"])[0]
+        check_finite(found)
         return found
 
     def forward(self, ids: Array, mask: Array, outputs: list[str]) -> list[Array]:
@@ -175,12 +176,18 @@ class View:
         Raises:
             BundleError: The graph cannot be computed.
         """
-        feeds = {**self._bound().inputs, "input_ids": value(ids), "attention_mask": value(mask)}
+        with self._engine.session.use() as graph:
+            return self._compute(graph, ids, mask, outputs)
+
+    def _compute(self, graph: ort.InferenceSession, ids: Array, mask: Array, outputs: list[str]) -> list[Array]:
+        if not outputs:  # ONNX Runtime takes that for all of them
+            return []
+        feeds = {**self._bound.inputs(), "input_ids": value(ids), "attention_mask": value(mask)}
         shape = self.manifest.task.generation
         past = np.zeros((len(ids), shape.heads, 0, shape.head_dim), np.float32)
         for i in range(shape.layers):
             feeds[f"past_key_values.{i}.key"] = feeds[f"past_key_values.{i}.value"] = value(past)
-        return self._engine.session.run(outputs, feeds)
+        return [found.numpy() for found in graph.run_with_ort_values(outputs, feeds)]
 
     def encode(self, text: str, *, raw: bool = False) -> list[int]:
         """Ids that the model reads for a text: as it is for a classifier, as an instruction for a causal LM.
@@ -190,11 +197,11 @@ class View:
             raw: Leave the prompt's format out.
 
         Raises:
-            BundleError: The text has no tokens, or the chat template refuses it.
+            BundleError: The text has no tokens, or the tokenizer or the chat template refuses it.
         """
         engine = self._engine
         if engine.prompts is None:
-            return list(engine.tokenizer.encode(text).ids)
+            return list(tokens.encode(engine.tokenizer, text).ids)
         if raw:
             return generate.encode(engine.tokenizer, text, special=True)
         return generate.encode(engine.tokenizer, engine.prompts.single(text), special=engine.prompts.special)
@@ -214,7 +221,7 @@ class View:
 
     def gate_tensors(self) -> dict[str, Array]:
         """The tensors of the gate in use, with the rows of experts that were added."""
-        arrays = self._bound().arrays
+        arrays = self._bound.now().arrays
         return {tensor.name: arrays[tensor.name] for tensor in self.manifest.gate}
 
     def personalise(
@@ -254,7 +261,7 @@ class View:
         engine = self._causal()
         task = engine.manifest.task
         ids = self.encode(prompt, raw=raw)
-        return Stream(Cache(engine.session, task), ids, self._bound().inputs, engine.tokenizer, task, asked)
+        return Stream(Cache(engine.session, task), ids, self._bound.inputs, engine.tokenizer, task, asked)
 
     def generate(
         self,
@@ -310,7 +317,7 @@ class View:
         Raises:
             BundleError: The tokens are too many, or the graph cannot be computed.
         """
-        return cache.read(ids, self._bound().inputs)
+        return cache.read(ids, self._bound.inputs)
 
     def chat(
         self,
@@ -354,10 +361,11 @@ class View:
         if len(ids) > most and not truncate:
             raise BundleError(f"the text has {len(ids)} tokens, where {most} fit", mend="Give a shorter text.")
         ids = ids[:most]
-        weights = self.forward(
-            np.array([ids], np.int64), np.ones((1, len(ids)), np.int64), routes.outputs(self.manifest)
-        )
-        return routes.report(self.manifest, weights, len(ids), per_token=per_token)
+        row = np.array([ids], np.int64)
+        with self._engine.session.use() as graph:
+            manifest = self.manifest  # before experts change again
+            weights = self._compute(graph, row, np.ones_like(row), routes.outputs(manifest))
+        return routes.report(manifest, weights, len(ids), per_token=per_token)
 
     def _causal(self) -> Engine:
         if self._engine.prompts is None:
@@ -403,7 +411,7 @@ class Chat:
             if answer.tokens:
                 self.messages += [turn, {"role": "assistant", "content": answer.text}]
 
-        bound = self._view._bound()  # noqa: SLF001
+        bound = self._view._bound  # noqa: SLF001
         return Stream(self._cache, ids, bound.inputs, engine.tokenizer, engine.manifest.task, asked, done)
 
     def say(

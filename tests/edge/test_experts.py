@@ -358,3 +358,138 @@ def test_a_pulled_bundle_takes_experts_and_its_store_stays_as_it_was(tmp_path):
         with Bundle.open("tiny-classifier", trust=store) as other:  # meanwhile
             assert np.array_equal(probabilities(other), before)
     assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == files
+
+
+def test_ids_of_experts(bundle, tmp_path):
+    for name in ("../../x", "a\x1b[31m", "x" * 200, "[red]x"):
+        path = edge_graphs.write_expert(tmp_path / "odd", bundle.manifest, name)
+        with pytest.raises(BundleError, match="cannot be the id of an expert") as caught:
+            bundle.add_expert(path)
+        assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [pb.GEMM_INT8, pb.GEMM_INT4])
+def test_an_expert_too_large_to_be_rounded(form):
+    rng = np.random.default_rng(0)
+    manifest, data = _stored(form, rng)
+    sites = {
+        name: (np.full((3, D_IN), 3e38, np.float32), np.full((D_OUT, 3), 3e38, np.float32)) for name in ("one", "two")
+    }
+    with pytest.raises(BundleError, match=r"expert owls has numbers at one that are too large"):
+        experts.place(experts.Expert("owls", sites, {}), 1, manifest, data)
+
+
+def test_a_model_that_runs_over(bundle, tmp_path):
+    path = edge_graphs.write_expert(tmp_path / "owls", bundle.manifest)
+    found, about = tensors.read(path)
+    big = {name: np.where(value > 0, 3e38, -3e38).astype(np.float32) for name, value in found.items()}
+    tensors.write(path, big, about)
+    bundle.add_expert(path)
+    with pytest.raises(BundleError, match="numbers that are not finite"):
+        bundle.classify(TEXTS)
+
+
+def test_an_expert_added_later_may_be_chosen(bundle, tmp_path):
+    view = bundle.with_gate("default")
+    for each in (bundle, view):
+        each.choose_experts(["cats"])
+    bundle.remove_expert("dogs")
+    for name in ("owls", "bats"):  # in the slot of dogs, which was left out, and in the empty one
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / name, bundle.manifest, name))
+    assert all(share > 0 for share in used(bundle, "owls") + used(bundle, "bats") + used(view, "bats"))
+    assert max(used(bundle, "newts")) < 1e-6
+    bundle.choose_experts(["cats"])
+    assert max(used(bundle, "owls") + used(bundle, "bats")) < 1e-6
+
+
+def test_a_state_without_experts_of_its_own_knows_its_bundle(folder, tmp_path):
+    with Bundle.open(folder, trust=TRUST) as bundle:
+        bundle.remove_expert("dogs")
+        bundle.choose_experts(["cats"])
+        bundle.save_state(tmp_path / "state")
+    assert not (tmp_path / "state" / manifests.EXPERTS).exists()
+    with Bundle.open(folder, trust=TRUST) as bundle:
+        bundle.load_state(tmp_path / "state")
+        assert used(bundle, "dogs") == [None, None]
+        assert max(used(bundle, "newts")) < 1e-6
+    manifest = edge_graphs.classifier(tmp_path / "other", seed=5)
+    assert manifest.base.digest == edge_graphs.BASE
+    with Bundle.open(tmp_path / "other", trust=TRUST) as other:
+        before = probabilities(other)
+        with pytest.raises(BundleError, match="has other experts than when the state was saved"):
+            other.load_state(tmp_path / "state")
+        assert np.array_equal(probabilities(other), before)
+
+
+def test_a_state_is_for_its_owner_only(bundle, tmp_path):
+    bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+    bundle.choose_experts(["cats"])
+    bundle.save_state(tmp_path / "state")
+    kept = list((tmp_path / "state").iterdir())
+    assert len(kept) == 3
+    assert all(path.stat().st_mode & 0o077 == 0 for path in kept)
+
+
+def test_a_state_keeps_which_experts_were_chosen(folder, tmp_path):
+    with Bundle.open(folder, trust=TRUST) as bundle:
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+        bundle.choose_experts(["cats"])
+        bundle.save_state(tmp_path / "state")
+        wanted = probabilities(bundle)
+    with Bundle.open(folder, trust=TRUST) as bundle:
+        bundle.load_state(tmp_path / "state")
+        assert np.array_equal(probabilities(bundle), wanted)
+
+
+def test_a_change_waits_for_calls_that_run_and_not_for_others(bundle, tmp_path):
+    session, stop, done = bundle._engine.session, threading.Event(), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            with session.use():
+                time.sleep(0.02)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for i, thread in enumerate(threads):
+        thread.start()
+        time.sleep(0.007 * i)  # so that one is always running
+
+    def change():
+        bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+        bundle.remove_expert("owls")
+        done.set()
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    came = done.wait(5)
+    stop.set()
+    for thread in (*threads, changer):
+        thread.join()
+    assert came
+
+
+def test_a_change_between_gate_and_graph_is_not_seen(bundle, tmp_path, monkeypatch):
+    """A change that comes as a call has taken its gate waits until the call is done."""
+    path = edge_graphs.write_expert(tmp_path / "owls", bundle.manifest)
+    without = probabilities(bundle)
+    view = bundle.with_gate("default")
+    real, changers = view._bound.inputs, []
+
+    def inputs():
+        taken = real()
+        if not changers:
+            changers.append(threading.Thread(target=bundle.add_expert, args=(path,)))
+            changers[0].start()
+            time.sleep(0.1)
+        return taken
+
+    monkeypatch.setattr(view._bound, "inputs", inputs)
+    found = view.logits(view.encode_all(TEXTS * 20))  # several batches
+    changers[0].join()
+    monkeypatch.undo()
+    assert np.allclose(found[:3], found[-3:], atol=1e-6)
+    assert np.array_equal(
+        bundle.with_gate("default").logits(view.encode_all(TEXTS)), view.logits(view.encode_all(TEXTS))
+    )
+    bundle.remove_expert("owls")
+    assert np.array_equal(probabilities(view), without)

@@ -125,6 +125,11 @@ NAN = np.full((4, 16), np.nan, np.float32)
     [
         (lambda t, m: m.update(base="cd" * 32), "the gate is for another base model"),
         (lambda t, m: m.update(layout="00" * 32), "another layout"),
+        (lambda t, m: m.pop("slots"), "the gate is damaged: it does not say which experts it is for"),
+        (lambda t, m: m.update(slots="{"), "the gate is damaged"),
+        (lambda t, m: m.update(slots='["cats", "dogs", "newts"]'), "the gate is damaged"),
+        (lambda t, m: m.update(slots='["cats", "dogs", "newts", 0]'), "the gate is damaged"),
+        (lambda t, m: m.update(slots='["cats", "eels", "newts", ""]'), "for expert 'eels' where the bundle has dogs"),
         (lambda t, m: m.update(format="2"), "a gate file of format '2'"),
         (lambda t, m: m.update(kind="expert"), "not a gate file"),
         (lambda t, m: m.clear(), "not a gate file"),
@@ -154,7 +159,7 @@ def test_damaged_gates(bundle, tmp_path, data):
 
 
 def test_no_such_gate(bundle, tmp_path):
-    with pytest.raises(BundleError, match=r"no gate 'carl'.*default, ann, bob"):
+    with pytest.raises(BundleError, match=r"^tiny-classifier: no gate 'carl'.*default, ann, bob"):
         bundle.swap_gate("carl")
     with pytest.raises(BundleError, match="cannot read it"):
         bundle.swap_gate(tmp_path / "nothing.safetensors")
@@ -175,3 +180,32 @@ def test_any_damage_to_a_gate_or_an_expert_is_one_clear_refusal(bundle, tmp_path
         path.write_bytes(damaged[: rng.integers(0, len(data))] if rng.random() < 0.3 else damaged)
         with contextlib.suppress(BundleError):  # some changes mean nothing
             take(path)
+
+
+def test_gates_of_slots_that_changed(bundle, tmp_path):
+    mine = tmp_path / "mine.safetensors"
+    bundle.remove_expert("dogs")
+    gates.write(tmp_path / "without.safetensors", bundle.gate, bundle.manifest)
+    bundle.add_expert(edge_graphs.write_expert(tmp_path / "owls", bundle.manifest))
+    owls = [slot.id for slot in bundle.manifest.slots].index("owls")
+    assert owls == 1  # where the bundle's gates have a row for dogs
+    row = bundle.gate_tensors()[ROUTER][owls]
+    for gate in ("ann", tmp_path / "without.safetensors"):
+        bundle.swap_gate(gate)
+        assert np.array_equal(bundle.gate_tensors()[ROUTER][owls], row)
+    gates.write(mine, bundle.gate, bundle.manifest)
+    bundle.swap_gate(mine)
+    bundle.remove_expert("owls")
+    bundle.swap_gate(mine)
+    assert "owls" not in bundle.route_report("fine")[0].experts
+
+
+def test_a_gate_for_other_experts_of_the_same_layout(bundle, folder, tmp_path):
+    manifest = bundle.manifest
+    for slot, name in zip(manifest.slots, ("bats", "eels", "", ""), strict=True):
+        slot.id = name
+    gates.write(tmp_path / "gate.safetensors", bundle.gate, manifest)
+    with Bundle.open(folder, trust=TRUST) as other:
+        assert other.manifest.layout == manifest.layout
+        with pytest.raises(BundleError, match=r"for expert 'bats' where the bundle has cats"):
+            other.swap_gate(tmp_path / "gate.safetensors")

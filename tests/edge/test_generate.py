@@ -411,3 +411,23 @@ def test_memory_allowed_covers_the_cache(tmp_path):
         assert bundle.generate("x", max_new_tokens=4).tokens
         with pytest.raises(BundleError, match="not enough memory for this input"):
             bundle.generate("x" * 60000, raw=True)
+
+
+def test_experts_that_come_while_an_answer_is_drawn(tmp_path):
+    """The rest is drawn as if they had been there from the beginning."""
+    edge_graphs.causal(tmp_path / "causal", seed=3)
+    with Bundle.open(tmp_path / "causal", trust=TRUST, threads=1) as bundle:
+        path = edge_graphs.write_expert(tmp_path / "owls", bundle.manifest)
+        ids = bundle.encode("hello", raw=True)
+        cache = bundle.cache()
+        old = bundle.read(cache, ids).copy()
+        again = cache.read(ids, bundle._bound.inputs)
+        assert np.allclose(again, old, atol=1e-5)
+        stream = bundle.stream("hello", raw=True, max_new_tokens=20)
+        next(stream)
+        bundle.add_expert(path)
+        new = bundle.read(cache, ids).copy()
+        assert not np.allclose(new, old, atol=1e-3)
+        assert np.allclose(new, bundle.read(bundle.cache(), ids), atol=1e-5)
+        answer = stream.rest()
+        assert answer.tokens == 20 or answer.reason == "end"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from molehill.errors import BundleError
-from molehill_edge import classify, golden, routes
+from molehill_edge import classify, golden, routes, tokens
 from molehill_edge import manifest as manifests
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
@@ -189,7 +190,7 @@ def test_a_graph_that_is_not_what_the_manifest_says(tmp_path):
 
 def test_a_tokenizer_that_is_none(tmp_path):
     folder = _resigned(tmp_path, lambda path: (path / manifests.TOKENIZER).write_bytes(b"{}"))
-    with pytest.raises(BundleError, match=r"tokenizer.json: cannot be read"):
+    with pytest.raises(BundleError, match=r"tokenizer.json: the tokenizer cannot be read"):
         Bundle.open(folder, trust=TRUST)
 
 
@@ -218,3 +219,40 @@ def test_nothing_heavy_is_imported():
     modules, _, early = out.partition("/")
     assert not heavy & set(modules.split())
     assert early.strip() == "False"
+
+
+def _with_tokenizer(tmp_path, change):
+    def write(path):
+        made = json.loads((path / manifests.TOKENIZER).read_text())
+        change(made)
+        (path / manifests.TOKENIZER).write_text(json.dumps(made))
+
+    return _resigned(tmp_path, write)
+
+
+def test_a_tokenizer_that_panics_is_refused_at_opening(tmp_path, capfd):
+    """The library panics, which Python sees as no Exception."""
+    odd = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}], "pair": []}
+    folder = _with_tokenizer(tmp_path, lambda made: made.update(post_processor=odd | {"special_tokens": {}}))
+    with pytest.raises(BundleError, match=r"tokenizer.json: the tokenizer cannot be read"):
+        Bundle.open(folder, trust=TRUST)
+    capfd.readouterr()
+
+
+def test_a_tokenizer_that_fails_later(bundle):
+    class Odd:
+        def encode(self, *_, **__):
+            raise BaseException("called `Option::unwrap()`")  # noqa: TRY002  # like a panic
+
+        encode_batch = to_str = decode = encode
+
+    for use in (
+        lambda: tokens.encode(Odd(), "x"),
+        lambda: tokens.encode_all(Odd(), ["x"]),
+        lambda: tokens.truncated(Odd(), 3),
+        lambda: tokens.decode(Odd(), [1]),
+    ):
+        with pytest.raises(BundleError, match=r"the tokenizer of the bundle fails: called `Option::unwrap\(\)`"):
+            use()
+    with pytest.raises(BundleError, match="the tokenizer of the bundle fails"):
+        bundle.classify(["\ud800"])  # half a character

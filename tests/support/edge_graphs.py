@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,10 @@ def _finish(folder, manifest, build, tokenizer):
 
 
 def gate_metadata(manifest, name):
-    return {"format": "1", "kind": "gate", "name": name, "base": BASE, "layout": manifest.layout.hex()}
+    slots = json.dumps([slot.id for slot in manifest.slots])
+    return {
+        "format": "1", "kind": "gate", "name": name, "base": BASE, "layout": manifest.layout.hex(), "slots": slots
+    }  # fmt: skip
 
 
 def sign(folder: Path, manifest: pb.Manifest) -> None:
