@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import edge_graphs
 import numpy as np
