@@ -14,7 +14,7 @@ WORKDIR /stub
 COPY pyproject.toml LICENSE ./
 RUN touch README.md \
  && for each in molehill protos/molehill_protos server/molehill_server client/molehill_client \
-                simulation/molehill_simulation; do mkdir -p "$each" && touch "$each/__init__.py"; done \
+                simulation/molehill_simulation edge/molehill_edge edge/molehill_export; do mkdir -p "$each" && touch "$each/__init__.py"; done \
  && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels/stub .
 WORKDIR /src
 COPY . .

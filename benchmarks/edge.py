@@ -2,6 +2,9 @@
 
     python benchmarks/edge.py decoder [--layers 12] [--experts 8] [--threads 1]
     python benchmarks/edge.py encoder [--threads 1]
+    python benchmarks/edge.py device --bundle bundles/demo --expert experts/e3.expert.safetensors
+
+`device` opens an exported bundle (one with an empty slot) in a process of its own, as a device does.
 
 "x faster" is the time of the same graph in float32 over this one's, "x base" this one's over the base alone in
 as many bits.
@@ -16,6 +19,7 @@ import argparse
 import contextlib
 import io
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,7 +49,9 @@ CONTEXT, PROMPT = 128, 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decoder", "encoder"])
+    parser.add_argument("what", choices=["decoder", "encoder", "device"])
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--expert", type=Path)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--experts", type=int, nargs="*", default=[8])
     parser.add_argument("--threads", type=int, default=1)
@@ -55,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        (decoders if options.what == "decoder" else encoders)(options, Path(scratch))
+        {"decoder": decoders, "encoder": encoders, "device": device}[options.what](options, Path(scratch))
 
 
 def decoders(options: argparse.Namespace, work: Path) -> None:
@@ -100,6 +106,8 @@ def decoders(options: argparse.Namespace, work: Path) -> None:
         name = "llama.cpp q4_0"
         times = f"{decode[name] * 1e3:10.2f}{'':17}{prefill[name] * 1e3:12.1f}{'':17}"
         print(f"{name:14}{times}{(work / 'base.gguf').stat().st_size / 1e6:8.1f}   no experts, no repacked weights")
+        for case in (each for each in cases if each.startswith("int4")):
+            print(f"{case}: one token {decode[name] / decode[case]:.2f} x as fast as {name}")
 
 
 def encoders(options: argparse.Namespace, work: Path) -> None:
@@ -126,6 +134,42 @@ def encoders(options: argparse.Namespace, work: Path) -> None:
         print(
             f"{name:14}" + "".join(f"{f[name] / f['fp32']:12.2f}" for f in found) + f"{sum(sizes.values()) / 1e6:8.1f}"
         )
+
+
+_DEVICE = """
+import time
+begin = time.perf_counter()
+import resource, sys
+from pathlib import Path
+from molehill_edge import Bundle, InsecureLocal
+folder, expert, threads, rounds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+with Bundle.open(folder, trust=InsecureLocal(lambda _: None), threads=threads) as bundle:
+    opened = time.perf_counter() - begin
+    bundle.classify(["a text of a few words"] * 8)
+    status = Path("/proc/self/status").read_text()
+    resident = int(status.split("VmRSS:")[1].split()[0]) * 1024
+    gate, swaps, adds = bundle.read_gate("default"), [], []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        bundle.swap_gate(gate)
+        swaps.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        name = bundle.add_expert(expert)
+        adds.append(time.perf_counter() - begin)
+        bundle.remove_expert(name)
+print(opened, resident, sorted(swaps)[rounds // 2], sorted(adds)[rounds // 2])
+"""
+
+
+def device(options: argparse.Namespace, _: Path) -> None:
+    command = [sys.executable, "-c", _DEVICE, str(options.bundle), str(options.expert), str(options.threads), "9"]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
+    opened, resident, swap, add = (statistics.median(map(float, column)) for column in zip(*runs, strict=True))
+    files = sum(path.stat().st_size for path in options.bundle.rglob("*") if path.is_file())
+    print(f"open, with imports  {opened:7.2f} s")
+    print(f"resident memory     {resident / 1e6:7.0f} MB, {resident / (2 * files + 1e8):.2f} of 2 x files + 100 MB")
+    print(f"swap a gate         {swap * 1e3:7.3f} ms")
+    print(f"add an expert       {add:7.3f} s")
 
 
 def _adapted(base: Any, experts: int, head: Any = None) -> Any:

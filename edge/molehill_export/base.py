@@ -22,6 +22,7 @@ from molehill_export.trace import DYNAMIC, export, quiet
 
 _DOMAIN = "molehill"
 _BUILDER = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # model types that onnxruntime-genai's builder is used for
+_ROPES = {"default", "llama3"}  # what it gets right; the others are traced
 _HEAD = 16  # grouped-query attention takes heads of a multiple of it
 
 
@@ -62,10 +63,21 @@ def decoder(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Pat
     Raises:
         ModelError: A linear has no counterpart in the graph, or the model cannot be exported.
     """
+    if window(base.config) is not None and base.config.model_type != "mistral":
+        raise ModelError("models whose attention slides over a window cannot be exported", where=str(folder))
     size = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
-    if base.config.model_type in _BUILDER and size % _HEAD == 0:
+    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if base.config.model_type in _BUILDER and size % _HEAD == 0 and rope in _ROPES:
         return _built(folder, sites, work)
     return _traced_decoder(base, sites)
+
+
+def window(settings: Any) -> int | None:
+    """How many tokens back attention reaches; None when it reaches all."""
+    size = getattr(settings, "sliding_window", None)
+    layers = getattr(settings, "layer_types", None)
+    slides = getattr(settings, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
+    return int(size) if size and slides and size < settings.max_position_embeddings else None
 
 
 def has_shared_buffer(graph: Graph) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from molehill import __version__, config
-from molehill.errors import ConfigError, ModelError
+from molehill.errors import ConfigError, DataError, ModelError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
@@ -26,10 +28,11 @@ from molehill.tasks.batches import Example
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
 from molehill.wire.keys import NO_EXPERT, Key
+from molehill_edge import manifest as manifests
 from molehill_edge import tensors
-from molehill_edge.manifest import EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
+from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
 from molehill_export import parity as parity_of
-from molehill_export.base import classifier, decoder, has_shared_buffer
+from molehill_export.base import classifier, decoder, has_shared_buffer, window
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import Inserted, choose_slots, effective, expert_axes, gate_values, insert
@@ -37,9 +40,9 @@ from molehill_export.source import GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
 from molehill_simulation.data import deal
 
-BASE = "base.bin"
 GENAI, TOKENIZER_CONFIG = "genai_config.json", "tokenizer_config.json"
-_OLDEST_RUNTIME = "1.30"
+_log = logging.getLogger(__name__)
+_OLDEST_RUNTIME = "1.24"  # golden outputs were compared from there on
 _ROWS = 400  # labelled rows behind an accuracy
 
 
@@ -102,12 +105,13 @@ def export(
     return manifest
 
 
-def export_experts(source: Source, folder: Path) -> list[Path]:
+def export_experts(source: Source, folder: Path, gate: str = GLOBAL) -> list[Path]:
     """Write every routed expert as a file that a device can add to a bundle of the same base and shape.
 
     Args:
         source: The run.
         folder: Created when missing.
+        gate: Whose router the rows for the experts are from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -115,7 +119,7 @@ def export_experts(source: Source, folder: Path) -> list[Path]:
         if not expert.startswith("shared"):
             path = folder / f"{expert}.expert.safetensors"
             about = {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest}
-            tensors.write(path, _expert(source, expert), about)
+            tensors.write(path, _expert(source, expert, gate), about)
             written.append(path)
     return written
 
@@ -132,9 +136,14 @@ def _check(source: Source, out: Path, options: Options) -> None:
         )  # fmt: skip
     if len(set(options.gates)) != len(options.gates):
         raise ConfigError("a gate is named twice", where="--gate")
-    names = [gate for gate in options.gates if not gate.replace("-", "").replace("_", "").replace(".", "").isalnum()]
-    if names:
-        raise ConfigError(f"{names[0]!r} cannot name a file", where="--gate")
+    for name in options.gates:
+        if not manifests.valid_id(name):
+            raise ConfigError(f"{name!r} cannot name a file", where="--gate")
+    if options.id and not manifests.valid_id(options.id):
+        mend = "Use letters, digits, dot, dash and underscore."
+        raise ConfigError(f"{options.id!r} cannot name a bundle", where="--id", mend=mend)
+    if options.expires and options.expires <= time.time():
+        raise ConfigError("the bundle would have expired already", where="--expires")
 
 
 def _write(source: Source, folder: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
@@ -174,7 +183,7 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
     progress("Comparing with the original")
     runner = parity_of.Runner(folder / GRAPH, manifest)
     with source.gate(options.gates[0]) as model, _only(model, slots):
-        ids = parity_of.calibration(source.tokenizer, min(manifest.task.max_length, 64))
+        ids = parity_of.calibration(source.tokenizer, manifest.task.max_length)
         figures, golden = parity_of.compare(model, runner, ids, _labelled(source, options))
     parity_of.require(figures, options.scheme, force=options.force)
     manifest.parity.CopyFrom(figures)
@@ -186,7 +195,9 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             manifest.files.append(pb.File(path=name, length=path.stat().st_size, sha256=_sha256(path)))
-    (folder / NAME).write_bytes(manifest.SerializeToString(deterministic=True))
+    data = manifest.SerializeToString(deterministic=True)
+    manifests.read(data, str(folder / NAME))  # what a device will say of it
+    (folder / NAME).write_bytes(data)
     return manifest
 
 
@@ -209,6 +220,8 @@ def _base_graph(source: Source, work: Path) -> Graph:
 def _task(source: Source, graph: Graph) -> pb.Task:
     settings: Any = source.model.base.config
     limit = min(source.tokenizer.model_max_length, getattr(settings, "max_position_embeddings", None) or 1 << 30)
+    if source.task.kind == "causal-lm":
+        limit = min(limit, window(settings) or limit)  # within its window, attention reaches all
     task = pb.Task(kind=source.task.kind, max_length=limit)
     if source.task.kind == "classification":
         assert source.model.head is not None
@@ -260,7 +273,9 @@ def _files(
 
 
 def _of_gate(manifest: pb.Manifest, name: str) -> dict[str, str]:
-    return {"format": "1", "kind": "gate", "name": name, "base": manifest.base.digest, "layout": manifest.layout.hex()}
+    slots = json.dumps([slot.id for slot in manifest.slots])
+    origin = {"base": manifest.base.digest, "layout": manifest.layout.hex(), "slots": slots}
+    return {"format": "1", "kind": "gate", "name": name, **origin}
 
 
 def _companions(source: Source, manifest: pb.Manifest, folder: Path) -> None:
@@ -321,7 +336,11 @@ def _labelled(source: Source, options: Options) -> list[Example]:
         return make_task(source.task, source.tokenizer).encode(rows)[:_ROWS]
     if source.run is None or source.out is None or not (source.out / "clients").is_dir():
         return []
-    rows, _ = load_rows(source.run.data, source.task)
+    try:
+        rows, _ = load_rows(source.run.data, source.task)
+    except DataError as error:
+        _log.warning("accuracy is not measured, since the rows of the run are not here: %s", error)
+        return []
     owners = deal(source.run.data, rows, source.run.run.seed)
     gate = options.gates[0]
     chosen = [owner for owner in owners if gate in {GLOBAL, owner.name}]
@@ -357,7 +376,7 @@ def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
     manifest.provenance.CopyFrom(about)
 
 
-def _expert(source: Source, expert: str) -> dict[str, NDArray[Any]]:
+def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
     """An expert's factors at every site, and its row of every router."""
     model = source.model
     tree = model.tree(lambda key: key.expert == expert)
@@ -373,7 +392,7 @@ def _expert(source: Source, expert: str) -> dict[str, NDArray[Any]]:
         A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
         B = np.concatenate([tree[Key(name, expert, "B")], bank.patch_Bt.cpu()[mine].numpy().T], 1)
         values[f"{name}/A"], values[f"{name}/B"] = np.ascontiguousarray(A), np.ascontiguousarray(B)
-    with source.gate(GLOBAL) as shared:
+    with source.gate(gate) as shared:
         for group in shared.routers.values():
             first = next(site for site in shared.sites.values() if site.group is group)
             ids = shared.expert_ids(first)[first.shared :]
@@ -387,7 +406,8 @@ def _expert(source: Source, expert: str) -> dict[str, NDArray[Any]]:
 
 
 def _plain_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "bundle"
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lstrip("._-")
+    return plain if manifests.valid_id(plain) else "bundle"
 
 
 def _json(path: Path, document: Mapping[str, Any]) -> None:

@@ -12,13 +12,14 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from molehill.errors import BundleError
+from molehill.errors import BundleError, ModelError
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.batches import Example
 from molehill_export.texts import CALIBRATION
 from molehill_protos.v1 import bundle_pb2 as pb
 
 Array = NDArray[Any]
+_LONG, _SHORT = 512, 64  # tokens
 GOLDEN, SHOWN = 4, 32  # texts and logits that the manifest keeps
 
 # Largest logit error and least agreement, by scheme: some times what healthy models show.
@@ -149,9 +150,17 @@ def require(parity: pb.Parity, scheme: str, *, force: bool) -> None:
 
 
 def calibration(tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Token ids of the calibration text, longest first."""
-    ids = [list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"]) for text in CALIBRATION]
-    return sorted((each for each in ids if each), key=lambda each: (-len(each), each))
+    """Token ids of the calibration text: sentences, longest first, then all of them as one text.
+
+    Raises:
+        ModelError: There are none.
+    """
+    texts = [*CALIBRATION, " ".join(CALIBRATION)]  # one of them long: some differences show late
+    ids = [list(tokenizer(text, truncation=True, max_length=min(max_length, _LONG))["input_ids"]) for text in texts]
+    found = [each for each in ids if each]
+    if not found:
+        raise ModelError("the tokenizer makes no token of any calibration text", mend="Give the base's own tokenizer.")
+    return sorted(found, key=lambda each: (len(each) > _SHORT, -len(each), each))
 
 
 def _original(model: MoLoRAModel, ids: Sequence[int]) -> tuple[Array, list[Array]]:

@@ -27,6 +27,7 @@ from molehill_client.state import StateStore
 from molehill_export.graph import Graph
 
 GLOBAL = "global"
+_LONGEST = 512  # tokens of a labelled row, where no run says
 
 
 @dataclass
@@ -108,20 +109,20 @@ class Source:
             model.flat.data.copy_(before)
 
     def _share(self) -> None:
-        model, personal = self.model, self.run.personal if self.run else None
+        model, kept = self.model, dict(self.adapter.personal)
+        if self.run is not None:
+            kept = {"gate": self.run.personal.gate, "head": self.run.personal.head}
         model.use_personal(gate=False, head=False)
-        if personal is None:
-            return
-        if personal.head == "personal" and model.head is not None:
+        if kept.get("head") == "personal" and model.head is not None:
             raise ConfigError(
                 "this run has no head that all share", where="--gate global", mend=f"Give --gate {self._names()}."
             )
-        if personal.gate == "personal" and model.routers:
+        if kept.get("gate") == "personal" and model.routers:
             raise ConfigError(
                 "this run has no gate that all share: every client keeps its router", where="--gate global",
                 mend=f"Give --gate {self._names()}.",
             )  # fmt: skip
-        if personal.gate == "mixture":
+        if kept.get("gate") == "mixture":
             main = Layout(
                 {key: slot.wire_shape for key, slot in model.slots.items() if key.role.startswith("gate.main")}
             )
@@ -188,6 +189,9 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
         anchored = run is not None and run.personal.head == "anchored"
         head = Head(int(loaded.model.config.hidden_size), len(adapter.labels), pooling, anchored=anchored)
     gate = run.personal.gate if run is not None else "global"
+    if run is None:
+        limits = (loaded.tokenizer.model_max_length, getattr(loaded.model.config, "max_position_embeddings", _LONGEST))
+        task = task.model_copy(update={"max_length": min(*limits, _LONGEST)})
     model = wrap(loaded.model, adapter.molora, gate=gate, head=head).eval()
     load_adapter(folder, model, base_digest=loaded.info.digest)
     name = run.run.name if run is not None else path.resolve().name

@@ -15,6 +15,7 @@ import torch
 from onnxscript.onnx_opset import opset21 as op
 from torch import nn
 
+from molehill.errors import ModelError
 from molehill_export.graph import Graph
 
 OPSET = 21
@@ -91,13 +92,20 @@ def export(
         dynamic: The axes of every input that vary.
         inputs: Names for the inputs.
         outputs: Names for the outputs.
+
+    Raises:
+        ModelError: Torch cannot trace it.
     """
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval(), args, dynamo=True, dynamic_shapes=tuple(dynamic), opset_version=OPSET, verbose=False,
-            input_names=inputs, output_names=outputs,
-            custom_translation_table={torch.ops.aten.sort.stable: _sort},
-        )  # fmt: skip
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module.eval(), args, dynamo=True, dynamic_shapes=tuple(dynamic), opset_version=OPSET, verbose=False,
+                input_names=inputs, output_names=outputs,
+                custom_translation_table={torch.ops.aten.sort.stable: _sort},
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ModelError(f"{type(module).__name__.lstrip('_').lower()} cannot be traced: {reason}") from error
     assert program is not None
     return program.model_proto
 

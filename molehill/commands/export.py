@@ -99,7 +99,7 @@ def export(
                 else:
                     manifest = write(found, out, options, progress=progress)
                 if expert_files is not None:
-                    export_experts(found, expert_files)
+                    export_experts(found, expert_files, options.gates[0])
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         told = _told(manifest)

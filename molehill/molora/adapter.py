@@ -52,6 +52,7 @@ class Manifest(BaseModel):
         pooling: Pooling of the head; empty for a causal LM.
         molora: The configuration the model was built from.
         ranks: Trained rank of every expert at every site; ranks beyond are frozen patches.
+        personal: Policies of ``gate`` and ``head``: what clients keep is not in the folder, or not what it was.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +64,7 @@ class Manifest(BaseModel):
     pooling: str = ""
     molora: MoLoRAConfig
     ranks: dict[str, dict[str, int]]
+    personal: dict[str, str] = {}
 
 
 class _PeftConfig(BaseModel):

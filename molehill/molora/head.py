@@ -47,7 +47,8 @@ class Head(nn.Module):
             return hidden[:, 0].float()
         if self.pooling == "last":
             last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-            return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+            rows = last[:, None, None].expand(-1, 1, hidden.shape[-1])
+            return hidden.gather(1, rows)[:, 0].float()  # an index with arange would fix the batch of an exported graph
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1, dtype=torch.float32) / weights.sum(1, dtype=torch.float32)
 

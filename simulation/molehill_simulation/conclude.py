@@ -38,6 +38,7 @@ def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> S
         pooling=pooling,
         molora=config.molora,
         ranks={},
+        personal={"gate": config.personal.gate, "head": config.personal.head},
     )
     save_adapter(out / "adapter", model, manifest)
     info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest)

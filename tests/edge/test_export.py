@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from molehill.cli import app
-from molehill.errors import AdapterError, BundleError, ConfigError
+from molehill.errors import AdapterError, BundleError, ConfigError, ModelError
 from molehill_edge import Bundle, InsecureLocal
 from molehill_edge import manifest as manifests
 from molehill_edge.tensors import read
@@ -195,6 +195,40 @@ def test_an_adapter_alone_needs_its_base(run, tmp_path):
         open_source(run / "adapter", str(other))
 
 
+def test_rows_that_are_gone_cost_the_accuracy_only(run, opened, tmp_path, caplog):
+    rows = run.parent / "rows.jsonl"
+    kept = rows.rename(rows.with_suffix(".away"))
+    try:
+        manifest = export(opened, tmp_path / "bundle", Options(scheme="fp32"))
+    finally:
+        kept.rename(rows)
+    assert manifest.parity.rows == 0
+    assert "accuracy is not measured" in caplog.text
+
+
+def test_what_clients_keep_is_not_shipped_as_global(opened, tmp_path):
+    source = open_source(opened.out / "adapter", str(opened.folder))
+    assert source.adapter.personal == {"gate": "anchored", "head": "anchored"}
+    for part in ("gate", "head"):
+        personal = {**source.adapter.personal, part: "personal"}
+        other = dataclasses.replace(source, adapter=source.adapter.model_copy(update={"personal": personal}))
+        with pytest.raises(ConfigError, match="all share"):
+            export(other, tmp_path / "bundle")
+
+
+def test_a_window_limits_the_context(tmp_path):
+    from transformers import MistralConfig, Qwen2Config
+
+    from molehill_export.base import decoder, window
+
+    settings = MistralConfig(**tiny_world.SIZES | edge_export.SIZES, sliding_window=24)
+    assert window(settings) == 24
+    assert window(Qwen2Config(**tiny_world.SIZES)) is None
+    slides = Qwen2Config(**tiny_world.SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=0)
+    with pytest.raises(ModelError, match="slides over a window"):
+        decoder(type("Base", (), {"config": slides})(), tmp_path, [], tmp_path)
+
+
 def test_a_bundle_that_differs_is_refused_unless_forced(opened, tmp_path, monkeypatch):
     from molehill_export import parity
 
@@ -216,6 +250,8 @@ def test_what_cannot_be_exported(run, writer, tmp_path):
         (Options(experts=()), tmp_path / "a", "no routed expert"),
         (Options(gates=("../x",)), tmp_path / "a", "cannot name a file"),
         (Options(gates=("client-1", "client-1")), tmp_path / "a", "twice"),
+        (Options(id="a b"), tmp_path / "a", "cannot name a bundle"),
+        (Options(expires=1), tmp_path / "a", "expired already"),
     ):
         with pytest.raises(ConfigError, match=words):
             export(source, out, options)

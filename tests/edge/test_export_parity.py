@@ -5,9 +5,15 @@ from __future__ import annotations
 import edge_export
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
-from molehill import registry
+from molehill import config, registry
+from molehill.molora.build import wrap
+from molehill.molora.head import Head
+from molehill.tasks.base_model import load_base
+from molehill_export.base import classifier
+from molehill_export.molora import choose_slots, gate_values, insert
 
 PRESETS = [method.name for method in registry.methods("preset")]
 # (relative error, same prediction) at most and at least; random experts and routers are the worst case of rounding
@@ -51,7 +57,7 @@ def test_every_preset_gives_the_logits_of_torch(architecture, preset):
 @pytest.mark.parametrize("family", list(edge_export.FAMILIES))
 def test_families_of_decoders(family):
     model, section = edge_export.adapted(family, targets="all-linear", experts=4, rank=4, scope="layer")
-    ids, mask = edge_export.batch(family, tokens=24)
+    ids, mask = edge_export.batch(family, tokens=48)
     wanted = edge_export.original(model, ids, mask)
     found = edge_export.exported(edge_export.session(model, section, family), ids, mask)
     assert np.abs(found - wanted).max() < 1e-4
@@ -60,7 +66,26 @@ def test_families_of_decoders(family):
 
 
 @pytest.mark.xdist_group("export-tiny")
+@pytest.mark.parametrize("pooling", ["last", "cls"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_decoder_classifies(architecture, pooling):
+    settings = config.Base(model=str(edge_export.folder(architecture)), precision="fp32", device="cpu")
+    task = config.Task(labels=("a", "b", "c"), max_length=16)
+    head = Head(64, 3, pooling, anchored=False)
+    model = wrap(load_base(settings, task).model, config.parse({"molora": {"targets": "all-linear"}}).molora, head=head)
+    tiny_models.shake(model.eval(), scale=0.1)
+    graph = classifier(load_base(settings, task).model, head, list(model.sites))
+    inserted = insert(graph, model, config.MoLoRA().scorer, choose_slots(model, None, 0), "fp32")
+    graph.tensors.update(gate_values(model, inserted))
+    ids, mask = edge_export.batch(architecture, rows=5)
+    found = edge_export.exported(edge_export.opened(graph), ids, mask)
+    assert np.abs(found - edge_export.original(model, ids, mask)).max() < 1e-4
+    alone = edge_export.exported(edge_export.opened(graph), ids[:1], mask[:1])
+    assert np.abs(found[:1] - alone).max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.xdist_group("export-tiny")
 def test_a_text_at_once_equals_token_by_token(architecture):
     model, section = edge_export.adapted(architecture, targets="all-linear", experts=4, rank=4, scope="layer")
     opened = edge_export.session(model, section, architecture)

@@ -41,6 +41,13 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {}),
     "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "linear": (transformers.LlamaConfig, {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    }),
+    "yarn": (transformers.LlamaConfig, {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                            "original_max_position_embeddings": 16}
+    }),
     "scaled": (transformers.LlamaConfig, {
         "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
                             "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -122,6 +129,11 @@ def session(
     quantise_base(graph, scheme, "" if model.head is not None else "logits")
     inserted = insert(graph, model, section.scorer, choose_slots(model, None, 0), scheme)
     graph.tensors.update(gate_values(model, inserted))
+    return opened(graph)
+
+
+def opened(graph: Graph) -> ort.InferenceSession:
+    """A session of a graph."""
     graph.drop_unused()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -148,16 +160,16 @@ def original(model: MoLoRAModel, ids: torch.Tensor, mask: torch.Tensor) -> np.nd
     return model.base(input_ids=ids, attention_mask=mask.long()).logits[mask].numpy()
 
 
-def exported(opened: ort.InferenceSession, ids: torch.Tensor, mask: torch.Tensor, **feed: Any) -> np.ndarray:
+def exported(session_: ort.InferenceSession, ids: torch.Tensor, mask: torch.Tensor, **feed: Any) -> np.ndarray:
     """Logits of the graph in the same form."""
-    given = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy(), **no_past(opened, len(ids)), **feed}
-    logits = opened.run(["logits"], given)[0]
+    given = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy(), **no_past(session_, len(ids)), **feed}
+    logits = session_.run(["logits"], given)[0]
     return logits if logits.ndim == 2 else logits[mask.numpy()]
 
 
-def no_past(opened: ort.InferenceSession, rows: int) -> dict[str, np.ndarray]:
+def no_past(session_: ort.InferenceSession, rows: int) -> dict[str, np.ndarray]:
     """An empty cache of keys and values."""
-    shapes = {v.name: v.shape for v in opened.get_inputs() if v.name.startswith("past_key_values.")}
+    shapes = {v.name: v.shape for v in session_.get_inputs() if v.name.startswith("past_key_values.")}
     # GPT-2's graph leaves the number of heads open
     return {
         name: np.zeros((rows, s[1] if isinstance(s[1], int) else 4, 0, 16), np.float32) for name, s in shapes.items()

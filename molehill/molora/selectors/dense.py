@@ -51,5 +51,5 @@ class Dense:
             w = softmax(z)
             return Route(z, w, w)
         gates = torch.sigmoid(z)
-        shares = gates / (gates.sum(-1, keepdim=True) + 1e-8)
+        shares = gates / gates.sum(-1, keepdim=True).clamp_min(1e-8)
         return Route(z, gates if self.activation == "sigmoid" else shares, shares)
