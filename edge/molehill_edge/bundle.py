@@ -139,6 +139,9 @@ class Bundle(View):
             rows: Of those that were added.
             data: Of experts.safetensors; as it is when None.
             gate: To be used from now on.
+
+        Raises:
+            BundleError: The gate leaves a router without experts, or the graph cannot be opened with them.
         """
         engine = self._engine
         check_mask(Numbers.of(manifest), gate)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from molehill.commands import edge
 from molehill_edge.bundle import Bundle
+from molehill_edge.routes import RouterReport
 from molehill_edge.trust import InsecureLocal
 
 SAYS = "yes, cat!"
@@ -247,3 +248,8 @@ def test_the_commands_import_nothing_heavy():
     code = "import sys, molehill.commands.edge; print(*{m.split('.')[0] for m in sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not heavy & set(out.split())
+
+
+def test_names_of_experts_are_no_markup(capsys):
+    edge._show_routes([RouterReport("layers.0", ("[red]cats[/red]",), (1.0,))])
+    assert "[red]cats[/red]" in capsys.readouterr().out
