@@ -86,7 +86,7 @@ class Bundle(View):
         self._engine.admitted.close()
 
     def remove_expert(self, name: str) -> None:
-        """Never choose an expert again; its slot is free for another.
+        """Never choose an expert again; its slot is free for another. One that was added is taken out altogether.
 
         Args:
             name: Its id.
@@ -103,9 +103,10 @@ class Bundle(View):
         for router in changed.routers:
             if slot in router.slots and not any(changed.slots[other].id for other in router.slots):
                 raise BundleError(f"expert {name} is the last of router {router.name}", where=engine.manifest.id)
-        check_mask(Numbers.of(changed), self.gate)
-        with engine.session.alone():
-            engine.change(changed, {key: row for key, row in engine.rows.items() if key[1] != slot})
+        data = None
+        if slot in engine.added:
+            data = experts.clear(slot, engine.manifest, _read(engine.session.folder / manifests.EXPERTS))
+        self._change(changed, {key: row for key, row in engine.rows.items() if key[1] != slot}, data, self.gate)
 
     def add_expert(self, path: Path) -> str:
         """Put an expert into an empty slot; the gate in use may choose it.

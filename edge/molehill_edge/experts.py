@@ -124,6 +124,29 @@ def place(expert: Expert, slot: int, manifest: Manifest, data: bytes) -> bytes:
     return bytes(changed)
 
 
+def clear(slot: int, manifest: Manifest, data: bytes) -> bytes:
+    """Return the bytes of experts.safetensors with zeros in a slot.
+
+    An expert that is not chosen counts 0 times what it says: nothing, but only as long as that is finite.
+
+    Args:
+        slot: Index of the slot.
+        manifest: Of the bundle.
+        data: The file as it is.
+
+    Raises:
+        BundleError: The file is damaged.
+    """
+    sites: dict[str, tuple[Array | None, Array]] = {}
+    for site in manifest.sites:
+        if slot in site.slots:
+            rank = site.ranks[list(site.slots).index(slot)]
+            vector = site.form == bundle_pb2.VECTORS
+            A = None if vector else np.zeros((rank, site.d_in), np.float32)
+            sites[site.name] = (A, np.zeros((1, site.d_out) if vector else (site.d_out, rank), np.float32))
+    return place(Expert("", sites, {}), slot, manifest, data)
+
+
 def views(data: bytearray) -> dict[str, Array]:
     """The tensors of a safetensors file as arrays that write through to its bytes.
 

@@ -317,6 +317,10 @@ def test_an_expert_goes_to_its_ranks_and_nowhere_else(form, error):
         assert np.array_equal(after[name][keep], before[name][keep])
         wanted = np.einsum("rd,or->rdo", A, B)
         assert np.abs(after[name][2:5] - wanted).max() <= error * np.abs(wanted).max()
+    cleared = _deltas(form, experts.clear(1, manifest, placed))
+    assert all(
+        not cleared[name][2:5].any() and np.array_equal(cleared[name][keep], after[name][keep]) for name in sites
+    )
 
 
 def test_vectors():
@@ -381,6 +385,7 @@ def test_an_expert_too_large_to_be_rounded(form):
 
 
 def test_a_model_that_runs_over(bundle, tmp_path):
+    before = probabilities(bundle)
     path = edge_graphs.write_expert(tmp_path / "owls", bundle.manifest)
     found, about = tensors.read(path)
     big = {name: np.where(value > 0, 3e38, -3e38).astype(np.float32) for name, value in found.items()}
@@ -388,6 +393,8 @@ def test_a_model_that_runs_over(bundle, tmp_path):
     bundle.add_expert(path)
     with pytest.raises(BundleError, match="numbers that are not finite"):
         bundle.classify(TEXTS)
+    bundle.remove_expert("owls")
+    assert np.array_equal(probabilities(bundle), before)
 
 
 def test_an_expert_added_later_may_be_chosen(bundle, tmp_path):
