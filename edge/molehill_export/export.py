@@ -28,8 +28,8 @@ from molehill.tasks.batches import Example
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
 from molehill.wire.keys import NO_EXPERT, Key
+from molehill_edge import gates, tensors
 from molehill_edge import manifest as manifests
-from molehill_edge import tensors
 from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
 from molehill_export import parity as parity_of
 from molehill_export.base import classifier, decoder, has_shared_buffer, window
@@ -177,7 +177,7 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
         (folder / "gates").mkdir(exist_ok=True)
         with source.gate(gate) as model:
             tensors.write(
-                folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), _of_gate(manifest, gate)
+                folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), gates.metadata(gate, manifest)
             )
     _companions(source, manifest, folder)
     progress("Comparing with the original")
@@ -260,7 +260,7 @@ def _files(
     origin = {"format": "1", "base": manifest.base.digest}
     stored = {
         EXPERTS: (inserted.experts, {**origin, "kind": "experts"}),
-        GATE: (values, _of_gate(manifest, gate)),
+        GATE: (values, gates.metadata(gate, manifest)),
     }
     external: dict[str, External] = {}
     for name, (contents, metadata) in stored.items():
@@ -270,12 +270,6 @@ def _files(
     rest = {k: v for k, v in graph.tensors.items() if k not in external and not k.startswith("molora/const/")}
     external |= write_weights(rest, folder / BASE)
     (folder / GRAPH).write_bytes(graph.model(external).SerializeToString(deterministic=True))
-
-
-def _of_gate(manifest: pb.Manifest, name: str) -> dict[str, str]:
-    slots = json.dumps([slot.id for slot in manifest.slots])
-    origin = {"base": manifest.base.digest, "layout": manifest.layout.hex(), "slots": slots}
-    return {"format": "1", "kind": "gate", "name": name, **origin}
 
 
 def _companions(source: Source, manifest: pb.Manifest, folder: Path) -> None:
