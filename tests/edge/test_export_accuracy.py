@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from molehill.config import parse
 from molehill.tasks.batches import eval_order
@@ -26,11 +25,11 @@ def test_quantisation_loses_little_accuracy(tmp_path):
         {
             "run": {"name": "reviews", "rounds": 1},
             "base": {"precision": "fp32", "device": "cpu"},
-            "task": {"max_length": 48},
+            "task": {"max_length": 24},
             "data": {"source": "sample:reviews", "clients": 2, "partition": "iid", "rows": 300, "test_rows": 40},
             "molora": {"targets": ["query", "value", "intermediate.dense"], "experts": 4, "rank": 8, "alpha": 64.0,
                        "scope": "layer"},
-            "train": {"steps": 30, "batch_size": 16, "lr": 2e-3, "head_lr": 8e-3},
+            "train": {"steps": 24, "batch_size": 16, "lr": 2e-3, "head_lr": 8e-3},
             "evaluate": {"baselines": False},
         }
     )  # fmt: skip
@@ -41,20 +40,13 @@ def test_quantisation_loses_little_accuracy(tmp_path):
     more = config.data.model_copy(update={"test_rows": 900})
     examples = [e for owner in deal(more, rows, config.run.seed) for e in task.encode(owner.test)]
     labels = np.array([example.labels for example in examples])
-    original = np.empty(len(examples), np.int64)
-    with source.gate("global") as model, torch.no_grad():
-        for indices in eval_order(examples, 32):
-            batch = task.collate([examples[i] for i in indices])
-            hidden = model.hidden(batch.input_ids, batch.attention_mask)
-            original[indices] = model.head(model.head.pool(hidden, batch.attention_mask)).argmax(-1).numpy()
-    accuracy = (original == labels).mean() * 100
-    assert accuracy > 50  # of three classes: it has learnt something
-    lost = {}
-    for scheme in LIMITS:
+    accuracy = {}
+    for scheme in ("fp32", *LIMITS):  # float32 is the original to 1e-4
         export(source, tmp_path / scheme, Options(scheme=scheme))
         with Bundle.open(tmp_path / scheme, trust=InsecureLocal(lambda _: None), threads=1) as bundle:
             found = np.empty(len(examples), np.int64)
             for indices in eval_order(examples, 8):
                 found[indices] = bundle.logits([examples[i].input_ids for i in indices]).argmax(-1)
-        lost[scheme] = accuracy - (found == labels).mean() * 100
-    assert all(lost[scheme] <= limit for scheme, limit in LIMITS.items()), (accuracy, lost)
+        accuracy[scheme] = (found == labels).mean() * 100
+    assert accuracy["fp32"] > 50  # of three classes: it has learnt something
+    assert all(accuracy["fp32"] - accuracy[scheme] <= limit for scheme, limit in LIMITS.items()), accuracy

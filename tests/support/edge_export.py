@@ -24,9 +24,10 @@ from molehill.molora.targets import find_sites
 from molehill.tasks.base_model import load_base
 from molehill_export.base import classifier, decoder
 from molehill_export.base_quantise import quantise_base
-from molehill_export.graph import Graph
+from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import choose_slots, gate_values, insert
 
+Session = ort.InferenceSession
 ARCHITECTURES = ("llama", "gpt2", "minilm")
 # Heads of 16 (for grouped-query attention); a vocabulary that is not the width, which the builder confuses.
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 48, "initializer_range": 0.1}
@@ -43,10 +44,6 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, {"sliding_window": None}),
     "linear": (transformers.LlamaConfig, {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    }),
-    "yarn": (transformers.LlamaConfig, {
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-                            "original_max_position_embeddings": 16}
     }),
     "scaled": (transformers.LlamaConfig, {
         "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -121,24 +118,39 @@ def frozen(architecture: str) -> np.ndarray:
     return original(model, *batch(architecture))
 
 
+@functools.cache
+def quantised(architecture: str, scheme: Any) -> tuple[Graph, dict[str, External], Path]:
+    """The base in fewer bits, its weights in a file: where they are, and the file's folder."""
+    graph = traced(architecture).copy()
+    quantise_base(graph, scheme, "" if architecture == "minilm" else "logits")
+    place = _kept / f"{architecture}-{scheme}"
+    place.mkdir()
+    return graph, write_weights(graph.tensors, place / "base.bin"), place
+
+
 def session(
     model: MoLoRAModel, section: config.MoLoRA, architecture: str, scheme: Any = "fp32"
 ) -> ort.InferenceSession:
     """The adapter in its graph, opened."""
-    graph = traced(architecture).copy()
-    quantise_base(graph, scheme, "" if model.head is not None else "logits")
+    base_, external, place = quantised(architecture, scheme)
+    graph = base_.copy()
     inserted = insert(graph, model, section.scorer, choose_slots(model, None, 0), scheme)
     graph.tensors.update(gate_values(model, inserted))
-    return opened(graph)
+    return opened(graph, external, place)
 
 
-def opened(graph: Graph) -> ort.InferenceSession:
+def opened(
+    graph: Graph, external: dict[str, External] | None = None, place: Path | None = None
+) -> ort.InferenceSession:
     """A session of a graph."""
     graph.drop_unused()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(graph.model({}).SerializeToString(), options)
+    there = {name: where for name, where in (external or {}).items() if name in graph.tensors}
+    path = (place or _kept) / "model.onnx"
+    path.write_bytes(graph.model(there).SerializeToString())
+    return ort.InferenceSession(path, options)
 
 
 def batch(architecture: str, rows: int = 0, tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
