@@ -15,19 +15,13 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from molehill.alpaca import HEADINGS, INTRO, INTRO_INPUT
 from molehill.errors import BundleError
 from molehill_protos.v1.bundle_pb2 import Generation
 
 Message = dict[str, str]
 _LONGEST = 4 << 20  # characters that a chat template may write
 Messages = Sequence[Message]
-
-_HEADINGS = {"system": "Input", "tool": "Input", "user": "Instruction", "assistant": "Response"}
-_INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-_INTRO_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-)
 
 
 class Prompts:
@@ -96,7 +90,7 @@ class Prompts:
         """
         if self._template is None:
             about = f"\n\n### Input:\n{context}" if context else ""
-            intro = _INTRO_INPUT if context else _INTRO
+            intro = INTRO_INPUT if context else INTRO
             return f"{intro}### Instruction:\n{instruction}{about}\n\n### Response:\n"
         return self.before_answer([{"role": "user", "content": f"{instruction}\n\n{context}".strip()}])
 
@@ -127,13 +121,13 @@ class Prompts:
 
 
 def _alpaca(messages: Messages) -> str:
-    text = _INTRO
+    text = INTRO
     for message in messages:
-        heading = _HEADINGS.get(message["role"])
+        heading = HEADINGS.get(message["role"])
         if heading is None:
-            raise BundleError(f"unknown role {message['role']!r}", mend=f"Use one of {', '.join(_HEADINGS)}.")
+            raise BundleError(f"unknown role {message['role']!r}", mend=f"Use one of {', '.join(HEADINGS)}.")
         text += f"### {heading}:\n{message['content'].strip()}\n\n"
-    return f"{text}### {_HEADINGS['assistant']}:\n"
+    return f"{text}### {HEADINGS['assistant']}:\n"
 
 
 class _Generation(Extension):

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import platformdirs
+from google.protobuf.message import DecodeError
 
 from molehill import files
 from molehill.errors import BundleError, TrustError
@@ -168,7 +169,7 @@ class Store:
         path = self._version(current) / "files" / manifests.NAME
         try:
             return Manifest.FromString(path.read_bytes())
-        except Exception:  # noqa: BLE001  # OSError, or whatever protobuf says to damage
+        except (OSError, DecodeError):
             raise BundleError("cannot read the manifest", where=str(path), mend=_UPDATE) from None
 
     def repositories(self) -> list[Known]:

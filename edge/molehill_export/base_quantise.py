@@ -36,7 +36,7 @@ def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
     _plain_gemms(graph)
     consumers = graph.consumers()
     before, graph.nodes = graph.nodes, []
-    shared = _Activations(graph)
+    shared = Activations(graph)
     done: set[int] = set()
     for node in before:
         if id(node) in done:
@@ -65,16 +65,17 @@ def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
     graph.drop_unused()
 
 
-class _Activations:
+class Activations:
     """Quantised inputs of int8 products, each made once.
 
     Args:
-        graph: Receives the nodes.
+        graph: Receives the nodes; inputs that it quantises already are used again.
     """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._known: dict[str, list[str]] = {}
+        found = (node for node in graph.nodes if node.op_type == "DynamicQuantizeLinear")
+        self._known = {node.input[0]: list(node.output) for node in found}
 
     def product(self, x: str, weight: str, scale: str, *, bias: str = "", out: str = "") -> str:
         """``x @ weight * scale + bias`` for an int8 weight; the name of the result."""
@@ -83,15 +84,6 @@ class _Activations:
         q, s, zero = self._known[x]
         inputs = [q, weight, s, scale, zero, *(["", bias] if bias else [])]
         return self._graph.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT, out=out)
-
-
-def activations(graph: Graph) -> _Activations:
-    """The quantised inputs that a graph has, to be used again."""
-    found = _Activations(graph)
-    for node in graph.nodes:
-        if node.op_type == "DynamicQuantizeLinear":
-            found._known[node.input[0]] = list(node.output)  # noqa: SLF001
-    return found
 
 
 def int8_columns(weight: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

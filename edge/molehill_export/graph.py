@@ -146,7 +146,7 @@ class Graph:
         return found
 
     def rewire(self, old: str, new: str, nodes: Iterable[onnx.NodeProto]) -> None:
-        """Have nodes read ``new`` where they read ``old``; see also `redirect`."""
+        """Have nodes read ``new`` where they read ``old``."""
         for node in nodes:
             for i, name in enumerate(node.input):
                 if name == old:

@@ -29,7 +29,7 @@ from molehill.molora.model import MoLoRAModel
 from molehill.molora.router import Router
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge.quantise import block_of, output_scale, pack4, quantise
-from molehill_export.base_quantise import Scheme, activations
+from molehill_export.base_quantise import Activations, Scheme
 from molehill_export.graph import MICROSOFT, Graph
 from molehill_export.trace import DYNAMIC, piece
 from molehill_protos.v1 import bundle_pb2 as pb
@@ -197,7 +197,7 @@ class _Work:
     ) -> None:
         self.graph, self.model, self.scorer, self.scheme = graph, model, scorer, scheme
         self.out = Inserted(slots=slots, gate=head_tensors(graph))
-        self.quantised = activations(graph)
+        self.quantised = Activations(graph)
         self.gates: dict[int, _Gate] = {}
         self.limits: list[str] = []
 

@@ -71,10 +71,10 @@ class Runner:
         self._generation = manifest.task.generation if manifest.task.kind == "causal-lm" else None
         self._routes = [f"route.{i}" for i in range(len(manifest.routers))]
 
-    def __call__(self, ids: Sequence[int], gate: dict[str, Array] | None = None) -> tuple[Array, list[Array]]:
+    def __call__(self, ids: Sequence[int]) -> tuple[Array, list[Array]]:
         """Logits ``[C]`` or ``[T, V]`` of one text, and the weights of every router."""
         feed: dict[str, Array] = {
-            "input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64), **(gate or {})
+            "input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)
         }  # fmt: skip
         if self._generation is not None:
             empty = np.zeros((1, self._generation.heads, 0, self._generation.head_dim), np.float32)

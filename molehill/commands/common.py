@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from molehill import logs
-from molehill.errors import ConfigError, MolehillError, ResumeError
+from molehill.errors import ConfigError, IdentityError, MolehillError, ResumeError
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,17 @@ def explained(as_json: bool = False) -> Iterator[None]:
         else:
             say(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(error.exit_code) from None
+
+
+@contextlib.contextmanager
+def on_disk(as_json: bool = False) -> Iterator[None]:
+    """As `explained`, for commands that keep keys: a folder that cannot be used is a mistake like any other."""
+    with explained(as_json):
+        try:
+            yield
+        except OSError as error:
+            where = str(error.filename or "")
+            raise IdentityError(f"cannot read or write there: {error.strerror}", where=where) from None
 
 
 def say(text: Text) -> None:

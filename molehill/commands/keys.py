@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from molehill.commands.common import Json, explained, print_json
+from molehill.commands.common import Json, on_disk, print_json
 from molehill.errors import IdentityError
 from molehill.extras import needs
 
@@ -52,17 +50,6 @@ Plain = Annotated[
 ]
 Days = Annotated[int, typer.Option(min=1, max=3650, help="How long the root metadata lasts.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the keys.")]
-
-
-@contextlib.contextmanager
-def on_disk(as_json: bool = False) -> Iterator[None]:
-    """A folder that cannot be written to is a mistake like any other, and so is a missing extra."""
-    with explained(as_json):
-        try:
-            yield
-        except OSError as error:
-            where = str(error.filename or "")
-            raise IdentityError(f"cannot read or write there: {error.strerror}", where=where) from None
 
 
 def opened(folder: Path, passphrase_file: Path | None, online_passphrase_file: Path | None) -> Keys:

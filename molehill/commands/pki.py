@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from molehill.commands.common import Json, explained, print_json
+from molehill.commands.common import Json, on_disk, print_json
 from molehill.errors import IdentityError
 
 app = typer.Typer(
@@ -48,17 +46,6 @@ Days = Annotated[int, typer.Option(min=1, max=36500, help="How long it lasts.")]
 Ca = Annotated[Path, typer.Option("--ca", metavar="DIR", help="The authority's folder.", show_default=False)]
 
 
-@contextlib.contextmanager
-def _on_disk(as_json: bool = False) -> Iterator[None]:
-    """A folder that cannot be written to is a mistake like any other."""
-    with explained(as_json):
-        try:
-            yield
-        except OSError as error:
-            where = str(error.filename or "")
-            raise IdentityError(f"cannot write there: {error.strerror}", where=where) from None
-
-
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's folder.")],
@@ -67,7 +54,7 @@ def init(
     passphrase_file: Passphrase = None,
 ) -> None:
     """Make a certificate authority; keep its folder off the network, and a copy of it."""
-    with _on_disk():
+    with on_disk():
         from molehill import pki
 
         made = pki.Authority.create(folder, name=name, days=days, passphrase=pki.read_passphrase(passphrase_file))
@@ -90,7 +77,7 @@ def request(
     passphrase_file: Passphrase = None,
 ) -> None:
     """Make a key on this machine, and request.csr to have it certified."""
-    with _on_disk():
+    with on_disk():
         from molehill import pki
 
         if server != bool(host) and not renew:
@@ -118,7 +105,7 @@ def sign(
     passphrase_file: Passphrase = None,
 ) -> None:
     """Certify a machine; what is written goes back to it."""
-    with _on_disk():
+    with on_disk():
         from molehill import pki
 
         authority = pki.Authority(ca, pki.read_passphrase(passphrase_file))
@@ -138,7 +125,7 @@ def install(
     passphrase_file: Passphrase = None,
 ) -> None:
     """Put a certificate beside the key it is for; a renewal takes the place of the old one now."""
-    with _on_disk():
+    with on_disk():
         from molehill import pki
 
         passphrase = pki.read_passphrase(passphrase_file)
@@ -154,7 +141,7 @@ def revoke(
     passphrase_file: Passphrase = None,
 ) -> None:
     """Take a certificate back; the coordinator refuses it as soon as it has the new revoked.json."""
-    with _on_disk():
+    with on_disk():
         from molehill import pki
 
         gone = pki.Authority(ca, pki.read_passphrase(passphrase_file)).revoke(node)
@@ -171,7 +158,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """List certificates: name, serial number, expiry, days left, fingerprint."""
-    with _on_disk(as_json):
+    with on_disk(as_json):
         from molehill import pki
 
         rows: list[dict[str, Any]]

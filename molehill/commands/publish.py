@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from molehill.commands.common import Json, print_json
-from molehill.commands.keys import OnlinePassphrase, Passphrase, on_disk, opened
+from molehill.commands.common import Json, on_disk, print_json
+from molehill.commands.keys import OnlinePassphrase, Passphrase, opened
 from molehill.errors import ConfigError
 from molehill.extras import needs
 

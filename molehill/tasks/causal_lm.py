@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from molehill.alpaca import HEADINGS, INTRO, INTRO_INPUT
 from molehill.errors import DataError, ModelError
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
 from molehill.tasks.rows import TASK, Rows
@@ -22,12 +23,6 @@ Messages = Sequence[dict[str, str]]
 Span = tuple[int, int]  # characters [start, end)
 
 _log = logging.getLogger(__name__)
-_HEADINGS = {"system": "Input", "tool": "Input", "user": "Instruction", "assistant": "Response"}
-_INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-_INTRO_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-)
 
 
 class CausalLM:
@@ -169,13 +164,13 @@ def _as_messages(row: dict[str, Any]) -> Messages:
 def _alpaca(row: dict[str, Any]) -> tuple[str, list[Span]]:
     if "messages" not in row:
         context = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
-        intro = _INTRO_INPUT if context else _INTRO
+        intro = INTRO_INPUT if context else INTRO
         prompt = f"{intro}### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
         text = prompt + row["output"].strip()
         return text, [(len(prompt), len(text))]
-    text, spans = _INTRO, []
+    text, spans = INTRO, []
     for message in _as_messages(row):
-        text += f"### {_HEADINGS[message['role']]}:\n"
+        text += f"### {HEADINGS[message['role']]}:\n"
         if message["role"] == "assistant":
             spans.append((len(text), len(text) + len(message["content"])))
         text += f"{message['content']}\n\n"

@@ -107,7 +107,7 @@ def test_a_passphrase_all_the_way(molehill, tmp_path):
         ("pki request identity --name a --host b", "--server and --host go together"),
         ("pki request identity --renew", "cert.pem: cannot read it"),
         ("pki install nothing.pem identity", "nothing.pem: cannot read it"),
-        ("pki init file/ca", "file/ca: cannot write there: Not a directory"),
+        ("pki init file/ca", "file/ca: cannot read or write there: Not a directory"),
         ("pki init ca --passphrase-file nothing", "nothing: cannot read it"),
     ],
 )
