@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, ValueInfoProto, helper
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from molehill import registry
 from molehill.config import MethodRef
 from molehill.errors import AdapterError, ConfigError
-from molehill.molora.block import contract, expand, mix
 from molehill.molora.experts.lora import LoRABank
-from molehill.molora.interfaces import Mixer, RouteContext, Site
+from molehill.molora.interfaces import RouteContext
 from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear, RouteGroup
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.router import Router
@@ -31,6 +29,7 @@ from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge.quantise import block_of, output_scale, pack4, quantise
 from molehill_export.base_quantise import Activations, Scheme
 from molehill_export.graph import MICROSOFT, Graph
+from molehill_export.pieces import Contract, Delta, Expand, Mix, Route, fingerprint
 from molehill_export.trace import DYNAMIC, piece
 from molehill_protos.v1 import bundle_pb2 as pb
 
@@ -305,7 +304,7 @@ class _Work:
         scorer = registry.build(
             "scorer", self.scorer.name, self.scorer.params, d_in=group.site.d_in, n_experts=len(slots), n_tasks=1
         )
-        module = _Route(router, scorer, list(axes))
+        module = Route(router, scorer, list(axes))
         x = torch.zeros(2, 3, group.site.d_in)
         args = (x, torch.zeros(len(slots)), examples)
         dynamic = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
@@ -440,23 +439,23 @@ class _Work:
             ranks,
             tuple(sample.shape),
             type(site.bank).__name__,
-            _fingerprint(site.mixer),
+            fingerprint(site.mixer),
         )
         x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
         if isinstance(site, ContractLinear):
             blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
-            mixed = piece((*key, "mix"), _Mix(), (blocks, sample), [tokens, moving])
-            delta = piece((*key, "delta"), _Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
+            mixed = piece((*key, "mix"), Mix(), (blocks, sample), [tokens, moving])
+            delta = piece((*key, "delta"), Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
             (middle,) = mixed.insert(graph, [place.x, weights])
             graph.rewire(place.x, middle, consumers[place.x])
             self._add(name, delta.insert(graph, [place.x, weights, *inputs])[0])
         elif isinstance(site, ExpandLinear):
-            both = piece(key, _Expand(len(ranks)), (x, y, *factors), [tokens, tokens, *flat])
+            both = piece(key, Expand(len(ranks)), (x, y, *factors), [tokens, tokens, *flat])
             frozen = graph.move(place.y)
             (out,) = both.insert(graph, [place.x, frozen, *inputs])
             graph.node("Identity", [out], out=place.y)
         else:
-            module = _Delta(site.mixer, type(site.bank)(site=info, ranks=ranks, alpha=float(ranks[0])), lora)
+            module = Delta(site.mixer, type(site.bank)(site=info, ranks=ranks, alpha=float(ranks[0])), lora)
             delta = piece(key, module, (x, y, sample, list(factors)), [tokens, tokens, moving, flat])
             frozen = graph.move(place.y)
             (d,) = delta.insert(graph, [place.x, frozen, weights, *inputs])
@@ -503,83 +502,6 @@ class _Work:
         with torch.no_grad():
             shape = router.route(ctx).weights.shape
         return torch.ones(*shape[:-1], n), {axis: DYNAMIC for axis in (0, 1) if shape[axis] > 1}
-
-
-class _Route(nn.Module):
-    """A router as it acts at inference, its parameters given."""
-
-    def __init__(self, router: Router, scorer: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.scorer, self.names = scorer, tuple(names)
-        self.transforms, self.selector = router.transforms, router.selector.eval_form()
-
-    def key(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
-        """All that the traced nodes depend on."""
-        return (_fingerprint(self.scorer), *map(_fingerprint, self.transforms), _fingerprint(self.selector), *shapes)
-
-    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> Tensor:
-        site = Site(0, "", 1, x.shape[-1], x.shape[-1])
-        ctx = RouteContext(x=x, site=site)
-        z: Tensor = functional_call(self.scorer, dict(zip(self.names, parameters, strict=True)), (ctx,)).float()
-        for transform in self.transforms:
-            z = transform(z, ctx)
-        return self.selector(z + limits, ctx).weights
-
-
-class _Delta(nn.Module):
-    """What a bank adds to a frozen output, its parameters given."""
-
-    def __init__(self, mixer: Mixer, bank: nn.Module, lora: bool) -> None:
-        super().__init__()
-        self.mixer, self.bank, self.names = mixer, bank, ("A", "Bt") if lora else ("v",)
-
-    def forward(self, x: Tensor, y: Tensor, weights: Tensor, factors: list[Tensor]) -> Tensor:
-        given = dict(zip(self.names, factors, strict=True))
-        out: Tensor = functional_call(
-            _Mixed(self.mixer, self.bank), {f"bank.{k}": v for k, v in given.items()}, (x, y, weights)
-        )
-        return out
-
-
-class _Mixed(nn.Module):
-    def __init__(self, mixer: Mixer, bank: nn.Module) -> None:
-        super().__init__()
-        self.mixer, self.bank = mixer, bank
-
-    def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        return self.mixer(self.bank, x, y, weights)  # type: ignore[arg-type]  # banks are experts
-
-
-class _Expand(nn.Module):
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, x: Tensor, y: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
-        frozen = y.unsqueeze(-2)
-        return torch.cat([frozen, frozen + expand(x, A, Bt, self.experts)], -2)
-
-
-class _Mix(nn.Module):
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        return mix(x[:, :, 0], x[:, :, 1:], weights)
-
-
-class _Contract(nn.Module):
-    def forward(self, x: Tensor, weights: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
-        return contract(x[:, :, 1:], weights, A, Bt)
-
-
-def _fingerprint(part: Any) -> str:
-    """A method with its parameters, without its weights."""
-    values = {
-        k: v
-        for k, v in sorted(vars(part).items())
-        if isinstance(v, str | int | float | bool | tuple) or hasattr(v, "__dataclass_fields__")
-    }
-    values.pop("training", None)
-    inner = [_fingerprint(v) for k, v in sorted(vars(part).items()) if hasattr(v, "eval_form")]
-    return f"{type(part).__module__}.{type(part).__qualname__}({values}){inner}"
 
 
 def _float_output(name: str) -> ValueInfoProto:

@@ -1,0 +1,109 @@
+"""The modules that are traced: a router as it acts at inference, and experts that are more than two products.
+
+Each takes its parameters as inputs, so that one piece serves every place of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from molehill.molora.block import contract, expand, mix
+from molehill.molora.interfaces import Mixer, RouteContext, Site
+from molehill.molora.router import Router
+
+
+class Route(nn.Module):
+    """A router as it acts at inference, its parameters given."""
+
+    def __init__(self, router: Router, scorer: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.scorer, self.names = scorer, tuple(names)
+        self.transforms, self.selector = router.transforms, router.selector.eval_form()
+
+    def key(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+        """All that the traced nodes depend on."""
+        return (fingerprint(self.scorer), *map(fingerprint, self.transforms), fingerprint(self.selector), *shapes)
+
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> Tensor:
+        """Weights ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added to the logits, ``[E]``."""
+        site = Site(0, "", 1, x.shape[-1], x.shape[-1])
+        ctx = RouteContext(x=x, site=site)
+        z: Tensor = functional_call(self.scorer, dict(zip(self.names, parameters, strict=True)), (ctx,)).float()
+        for transform in self.transforms:
+            z = transform(z, ctx)
+        return self.selector(z + limits, ctx).weights
+
+
+class Delta(nn.Module):
+    """What a bank adds to a frozen output, its parameters given."""
+
+    def __init__(self, mixer: Mixer, bank: nn.Module, lora: bool) -> None:
+        super().__init__()
+        self.mixer, self.bank, self.names = mixer, bank, ("A", "Bt") if lora else ("v",)
+
+    def forward(self, x: Tensor, y: Tensor, weights: Tensor, factors: list[Tensor]) -> Tensor:
+        """The delta ``[B, T, d_out]`` for input, frozen output and weights."""
+        given = dict(zip(self.names, factors, strict=True))
+        out: Tensor = functional_call(
+            _Mixed(self.mixer, self.bank), {f"bank.{k}": v for k, v in given.items()}, (x, y, weights)
+        )
+        return out
+
+
+class _Mixed(nn.Module):
+    def __init__(self, mixer: Mixer, bank: nn.Module) -> None:
+        super().__init__()
+        self.mixer, self.bank = mixer, bank
+
+    def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        return self.mixer(self.bank, x, y, weights)  # type: ignore[arg-type]  # banks are experts
+
+
+class Expand(nn.Module):
+    """A first linear of a routed block: the frozen output and every expert's.
+
+    Args:
+        experts: Their number.
+    """
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor, y: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+        """``[B, T, 1 + E, d_out]``."""
+        frozen = y.unsqueeze(-2)
+        return torch.cat([frozen, frozen + expand(x, A, Bt, self.experts)], -2)
+
+
+class Mix(nn.Module):
+    """What the frozen last linear of a routed block reads."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """``[B, T, d_in]`` from ``[B, T, 1 + E, d_in]`` and weights ``[B, T, E]``."""
+        return mix(x[:, :, 0], x[:, :, 1:], weights)
+
+
+class Contract(nn.Module):
+    """What the experts add to the last linear of a routed block."""
+
+    def forward(self, x: Tensor, weights: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+        """``[B, T, d_out]`` from ``[B, T, 1 + E, d_in]`` and weights ``[B, T, E]``."""
+        return contract(x[:, :, 1:], weights, A, Bt)
+
+
+def fingerprint(part: Any) -> str:
+    """A method with its parameters, without its weights."""
+    values = {
+        k: v
+        for k, v in sorted(vars(part).items())
+        if isinstance(v, str | int | float | bool | tuple) or hasattr(v, "__dataclass_fields__")
+    }
+    values.pop("training", None)
+    inner = [fingerprint(v) for k, v in sorted(vars(part).items()) if hasattr(v, "eval_form")]
+    return f"{type(part).__module__}.{type(part).__qualname__}({values}){inner}"
