@@ -10,10 +10,8 @@ A preset fills in the keys of its section; keys given beside it win. Unknown key
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +20,9 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
-from molehill import registry
+from molehill import registry, toml_file
 from molehill.errors import ConfigError
+from molehill.toml_file import Lines
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -479,36 +478,23 @@ def load(source: Path | str | None = None, overrides: Sequence[str] = ()) -> Con
     Raises:
         ConfigError: The file cannot be read or parsed, or a key, type or method is wrong.
     """
-    text, origin = "", "defaults"
-    if source is not None:
-        path = Path(source)
-        origin = str(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigError(f"cannot read the configuration: {reason}", where=origin) from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML: {error}", where=origin) from None
-    lines = _Lines(text, origin)
+    values, lines = ({}, Lines("", "defaults")) if source is None else toml_file.read(Path(source), "configuration")
     for override in overrides:
         _override(values, override, lines)
     return parse(values, lines)
 
 
-def parse(values: Mapping[str, Any], lines: _Lines | None = None) -> Config:
+def parse(values: Mapping[str, Any], lines: Lines | None = None) -> Config:
     """Validate nested values.
 
     Raises:
         ConfigError: A key, type or method is wrong; names the key, and file and line where they are known.
     """
-    lines = lines or _Lines("", "configuration")
+    lines = lines or Lines("", "configuration")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, values, lines) from None
+        raise toml_file.explain(error, Config, values, lines) from None
     except ConfigError as error:
         raise ConfigError(error.what, where=lines.find(error.where or "preset"), mend=error.mend) from None
     for key, axis, ref in method_refs(config):
@@ -520,24 +506,7 @@ def parse(values: Mapping[str, Any], lines: _Lines | None = None) -> Config:
     return config
 
 
-def _explain(error: ValidationError, values: Mapping[str, Any], lines: _Lines) -> ConfigError:
-    first = error.errors()[0]
-    path, text = registry.first_error(error, values)
-    key = ".".join(path)
-    if first["type"] != "extra_forbidden":
-        return ConfigError(f"{key}: {text}", where=lines.find(key), mend=f"Given: {first['input']!r}.")
-    section: type[BaseModel] | None = Config
-    for part in path[:-1]:
-        info = section.model_fields.get(part) if section else None
-        annotation = info.annotation if info else None
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    known = sorted(section.model_fields) if section else []
-    near = difflib.get_close_matches(path[-1], known, n=1)
-    mend = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
-    return ConfigError(f"unknown key {key!r}", where=lines.find(key), mend=mend)
-
-
-def _override(values: dict[str, Any], override: str, lines: _Lines) -> None:
+def _override(values: dict[str, Any], override: str, lines: Lines) -> None:
     key, equals, raw = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -556,42 +525,3 @@ def _override(values: dict[str, Any], override: str, lines: _Lines) -> None:
         at = inner
     at[parts[-1]] = value
     lines.overridden.add(key.strip())
-
-
-class _Lines:
-    """Finds the line of a dotted key in TOML text, for error messages."""
-
-    def __init__(self, text: str, origin: str) -> None:
-        self._text = text
-        self._origin = origin
-        self.overridden: set[str] = set()
-
-    def find(self, key: str) -> str:
-        """``file:line`` of the key, or of its nearest parent; the file alone when neither is there."""
-        if any(key == name or key.startswith(f"{name}.") for name in self.overridden):
-            return f"--set {key}"
-        parts = [part for part in key.split(".") if not part.isdigit()]
-        while parts:
-            number = self._line(parts)
-            if number:
-                return f"{self._origin}:{number}"
-            parts = parts[:-1]
-        return self._origin
-
-    def _line(self, parts: list[str]) -> int | None:
-        section: list[str] = []
-        for number, line in enumerate(self._text.splitlines(), start=1):
-            header = re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line)
-            if header and not re.match(r"\s*[\w.\"-]+\s*=", line):
-                section = [part.strip(" \"'") for part in header[1].split(".")]
-                if section == parts:
-                    return number
-                continue
-            name, equals, rest = line.partition("=")
-            path = section + [part.strip(" \"'") for part in name.split(".")]
-            if equals and path == parts:
-                return number
-            inline = path == parts[:-1] and re.search(rf"[{{,]\s*[\"']?{re.escape(parts[-1])}[\"']?\s*=", rest)
-            if equals and inline:
-                return number
-        return None
