@@ -11,8 +11,18 @@ from molehill import registry
 from molehill.config import Federation
 from molehill.errors import ConfigError, FederationError
 from molehill_server.aggregation.coordinates import CoordinateSum
-from molehill_server.aggregation.interfaces import Combined, CoordRule, Lower, ServerOpt, Space, Sum, WeightRule
+from molehill_server.aggregation.interfaces import (
+    CensusRule,
+    Combined,
+    CoordRule,
+    Lower,
+    ServerOpt,
+    Space,
+    Sum,
+    WeightRule,
+)
 from molehill_server.aggregation.lowrank import concat, distance, fold, norm
+from molehill_server.aggregation.robust import ballots
 from molehill_server.aggregation.sums import factors
 from molehill_server.records import AggOut, Global, Update, pairs
 
@@ -93,6 +103,7 @@ class Aggregator:
         return Global(tree, patches, state, glob.round + 1), report
 
     def _add(self, total: Sum, batch: list[Update], glob: Global) -> int:
+        batch = ballots(batch, glob) if isinstance(self.rule, CensusRule) else batch
         for update, weight in zip(batch, self.rule.weights(batch, glob), strict=True):
             total.add(update, weight)
         return len(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Array, Tree
@@ -74,6 +74,18 @@ class CoordRule(WeightRule, Protocol):
     def merge(self, stack: Array, /) -> Array:
         """From ``[K, ...]`` of at least ``least`` clients to ``[...]``; the order of the clients does not matter."""
         ...
+
+
+@runtime_checkable
+class CensusRule(WeightRule, Protocol):
+    """A rule that judges every expert among all clients of the round, not only among those that used it.
+
+    Attributes:
+        unused_votes: A client that did not use an expert votes for its old value; see
+            `molehill_server.aggregation.robust.ballots`.
+    """
+
+    unused_votes: Literal[True]
 
 
 class Sum(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -20,14 +21,20 @@ from molehill_server.records import Global, Update
     url="https://arxiv.org/abs/1803.01498",
 )
 class Median:
-    """Takes the median of every number of the product; it holds while fewer than half of the clients are poisoned.
+    """Takes the median of every number of the product.
+
+    While fewer than half of the round's clients lie, each number of the merged product lies between those of honest
+    clients, at every expert: a client that did not use an expert votes for its old value, and an expert that no more
+    than half of the clients used keeps its value. No more is promised: where honest clients stand apart, liars near
+    half can pick the end of their range, round after round.
 
     The products of the experts are merged, never their factors; the result is brought back to factors by lower
     ``svd``. Clients count alike: by examples, the largest client could be the median alone.
     """
 
-    additive = True
+    additive = False
     needs_products = True
+    unused_votes: Literal[True] = True
     least = 3  # of two, neither is outvoted
 
     def weights(self, updates: Sequence[Update], _glob: Global, /) -> list[Weight]:

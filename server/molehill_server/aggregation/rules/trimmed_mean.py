@@ -37,7 +37,8 @@ class TrimmedMeanParams:
 class TrimmedMean:
     """Drops the f largest and the f smallest values of every number of the product and averages the others.
 
-    Each number of the result lies between values of honest clients. The products of the experts are merged, never
+    While no more than f clients lie, each number of the merged product lies between values of honest clients, at every
+    expert: one that fewer than 2 f + 1 clients used keeps its value. The products of the experts are merged, never
     their factors; the result is brought back to factors by lower ``svd``. Clients count alike.
     """
 
