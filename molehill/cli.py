@@ -97,12 +97,16 @@ def simulate(
             folder = claimed
 
             with needs("simulation"):
+                from molehill_simulation.pace import Work
                 from molehill_simulation.simulate import simulate as run
                 from molehill_simulation.ui import RunView, show_summary
 
             console = Console(quiet=as_json)
             # Libraries below print to standard output too; with --json that stream is promised to one document.
-            with RunView(console) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            with (
+                RunView(console, Work.of(resolved)) as view,
+                contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
+            ):
                 summary = run(resolved, folder, engine=engine, observer=view)
         except KeyboardInterrupt:
             interrupted(folder, ["molehill", "simulate"], [] if engine == "local" else ["--engine", engine], as_json)

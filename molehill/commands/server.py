@@ -96,10 +96,14 @@ def run(
             with needs("simulation"):
                 from molehill_server.deploy.run import run as start
                 from molehill_simulation.conclude import conclude
+                from molehill_simulation.pace import Work
                 from molehill_simulation.ui import RunView, show_summary
 
             console = Console(quiet=as_json)
-            with RunView(console) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            with (
+                RunView(console, Work.of(resolved)) as view,
+                contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
+            ):
                 model, base, _ = start(resolved, state, folder, view)
                 summary = conclude(resolved, model, base, folder)
         except KeyboardInterrupt:

@@ -42,7 +42,7 @@ def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> S
     )
     save_adapter(out / "adapter", model, manifest)
     info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest)
-    summary = summarise(read(out / "metrics.jsonl"), info, config.digest)
+    summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind)
     (out / "summary.json").write_text(summary.to_json(), encoding="utf-8")
     write_report(out)
     return summary

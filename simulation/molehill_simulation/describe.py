@@ -13,7 +13,7 @@ from molehill.tasks.base_model import load_base
 from molehill.tasks.schema import load_rows
 from molehill.tasks.sources import is_local
 from molehill_simulation.data import ClientRows, deal
-from molehill_simulation.text import megabytes
+from molehill_simulation.text import counted, megabytes
 
 
 def describe(config: Config) -> list[tuple[str, str]]:
@@ -45,10 +45,10 @@ def describe(config: Config) -> list[tuple[str, str]]:
     plain = molora.experts == 1 and not molora.shared if model is None else not model.routers
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
     rows = [
-        ("run", f"{config.run.name}: {config.run.rounds} rounds, seed {config.run.seed}"),
+        ("run", f"{config.run.name}: {counted(config.run.rounds, 'round')}, seed {config.run.seed}"),
         ("base", f"{config.base.model}, {config.base.precision} on {config.base.device}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
-        ("data", f"{data.source} dealt to {data.clients} clients by {_show(data.partition)}{_rows(owners)}"),
+        ("data", f"{data.source} dealt to {counted(data.clients, 'client')}, {_show(data.partition)}{_rows(owners)}"),
         ("experts", f"{_planned(molora) if model is None else _dealt(model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
         ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),

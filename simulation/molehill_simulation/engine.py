@@ -14,6 +14,7 @@ from typing import Any
 from molehill.config import Config
 from molehill_server.events import listening
 from molehill_server.folder import write_config
+from molehill_simulation import pulse
 from molehill_simulation.flower import (
     SERVER_NODE,
     ClientApp,
@@ -23,6 +24,7 @@ from molehill_simulation.flower import (
     ray_engine,
 )
 from molehill_simulation.grid import LocalGrid
+from molehill_simulation.pulse import Parts
 from molehill_simulation.scenario import Reported, ScenarioApp
 from molehill_simulation.worker import Job
 from molehill_simulation.workers import Workers
@@ -47,7 +49,8 @@ def run_local(
         out: Run folder; must hold ``initial.safetensors``.
         client_app: The clients.
         server_app: The server.
-        observer: Called with every event.
+        observer: Called with every event, and a few times a second with ``working``, which no file holds: ``parts`` of
+            their work that the clients have done.
         importable: The clients as ``module:name``, by which worker processes find them.
 
     Raises:
@@ -56,17 +59,23 @@ def run_local(
     workers = 1 if config.engine.workers == "auto" else config.engine.workers
     together = 1 if config.engine.together == "auto" else config.engine.together
     nodes = config.data.clients
+
+    def working(parts: Parts) -> None:
+        if observer is not None:
+            observer({"event": "working", "parts": parts})
+
     with _observed(observer), ExitStack() as stack:
         if workers == 1 or importable is None:
             run_config = _run_config(config, out, f"memory:{out.resolve()}")
             grid = LocalGrid(client_app, nodes, run_config, together=together)
             grid.stage.client_app = ScenarioApp(client_app, config, grid.late)
+            stack.enter_context(pulse.listening(working))
         else:
             exchange = out.resolve() / "exchange"
             run_config = _run_config(config, out, f"folder:{exchange}")
             stack.callback(shutil.rmtree, exchange, ignore_errors=True)
             job = Job(importable, nodes, run_config, RUN, sys.path)
-            crew = stack.enter_context(Workers(workers, job, max(1, cores() // workers)))
+            crew = stack.enter_context(Workers(workers, job, max(1, cores() // workers), working))
             grid = LocalGrid(client_app, nodes, run_config, together=together, crew=crew)
         server_app(grid, context_of(RUN, SERVER_NODE, {}, run_config))
 

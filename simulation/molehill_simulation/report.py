@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -26,9 +26,19 @@ from molehill_simulation.summary import (
     read_summary,
     rounds_of,
 )
-from molehill_simulation.text import clean, duration, figure, megabytes
+from molehill_simulation.text import clean, duration, figure, megabytes, natural
 
 _LINE_COLOURS = 10
+
+T = TypeVar("T")
+
+_STAGES = {  # what every stage is, by task
+    "classification": "Base: frozen model with a head trained on that client. Local: the same adapter trained on that "
+    "client alone. Global: the federated model. Personalised: the federated model with the client's own gate and head.",
+    "causal-lm": "Each answer token is predicted from the right ones before it: this is no measure of whole answers. "
+    "Base: the frozen model as it is. Local: the same adapter trained on that client alone. Global: the federated "
+    "model. Personalised: the federated model with the client's own gate.",
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -75,7 +85,9 @@ def render(folder: Path) -> str:
     environment.filters.update(clean=clean, figure=figure, zip=zip)
     page = environment.get_template("report.html.j2")
     try:
-        return page.render(stages=STAGES, config=config, summary=summary, **_content(events, summary, values))
+        told = _STAGES.get(_task(values), "")
+        content = _content(events, summary, values)
+        return page.render(stages=STAGES, told=told, config=config, summary=summary, **content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"an event or a section of the configuration is not as Molehill writes it ({error!r})",
@@ -97,7 +109,7 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
     rounds = rounds_of(events)
     start: Event = next((event for event in events if event["event"] == "start"), {})
     numbers = [event["round"] for event in rounds]
-    clients = sorted({client for event in rounds for client in event["loss_by_client"]})
+    clients = sorted({client for event in rounds for client in event["loss_by_client"]}, key=natural)
     styles = {c: f"line-{i}" if len(clients) <= _LINE_COLOURS else "line-many" for i, c in enumerate(clients)}
     curves = {c: {e["round"]: e["loss_by_client"][c] for e in rounds if c in e["loss_by_client"]} for c in clients}
     mean = {event["round"]: event["loss"] for event in rounds}
@@ -108,7 +120,7 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
         "loss": line_plot(numbers, {**curves, "mean": mean}, {**styles, "mean": "line-mean"}),
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "heat": _heat(events),
-        "refused": [(at, c, reason) for at, e in _attempts(events) for c, reason in sorted(e["quarantined"].items())],
+        "refused": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e["quarantined"])],
         "missing": [(at, c) for at, e in _attempts(events) for c in e["missing"]],
         "failed": [(e["stage"], e["client"], e["reason"]) for e in events if e["event"] == "failed"],
         "strangers": sorted({(e["client"], e["reason"]) for e in events if e["event"] == "refused"}),
@@ -148,20 +160,47 @@ def _facts(
         delta = config.get("privacy", {}).get("delta", 0.0)
         noise = f"signal to noise {spent[-1]['signal_to_noise']:.2g} in the last round"
         facts.append(("Privacy", f"epsilon {spent[-1]['epsilon']:.3g} at delta {delta:g}; {noise}"))
-    for section, label in (("molora", "Adapter"), ("federation", "Federation"), ("personal", "Personal gate")):
-        table = config.get(section, {})
-        text = table.get("preset") or table.get("gate") or _named(table, "selector", "space")
-        if text:
-            facts.append((label, text))
+    if "molora" in config:
+        facts.append(("Adapter", _adapter(config["molora"])))
+    if "federation" in config:
+        facts.append(("Federation", _federation(config["federation"])))
+    if "personal" in config:
+        head = f", head {config['personal']['head']}" if _task(config) == "classification" else ""
+        facts.append(("Personal", f"gate {config['personal']['gate']}{head}"))
     if "data" in config:
         facts.append(("Data", str(config["data"].get("source", ""))))
     return facts
 
 
-def _named(table: Mapping[str, Any], *keys: str) -> str:
-    """The names of the methods at ``keys``, for example ``top_k`` of ``selector = {name = "top_k"}``."""
-    found = [table[key] for key in keys if key in table]
-    return ", ".join(str(value["name"] if isinstance(value, Mapping) else value) for value in found)
+def _task(config: Mapping[str, Any]) -> str:
+    return str(config.get("task", {}).get("kind", "classification"))
+
+
+def _adapter(molora: Mapping[str, Any]) -> str:
+    """The adapter in words: its preset, its experts and how they are chosen."""
+    routed, always = int(molora["experts"]), int(molora["shared"])
+    experts = f"{routed} routed{f' and {always} always-on' if always else ''} experts of rank {molora['rank']}"
+    chosen = f"scored by {_name(molora['scorer'])}, chosen by {_name(molora['selector'])}"
+    text = f"one LoRA of rank {molora['rank']}" if routed == 1 and not always else f"{experts}, {chosen}"
+    return f"{molora['preset']}: {text}" if molora.get("preset") else text
+
+
+def _federation(federation: Mapping[str, Any]) -> str:
+    """How the server merges, in words."""
+    text = f"rule {_name(federation['rule'])} over the {_name(federation['space'])} space"
+    for key, what in (("lower", "lowered by"), ("server_opt", "server optimiser")):
+        text += "" if _name(federation[key]) == "none" else f", {what} {_name(federation[key])}"
+    return f"{federation['preset']}: {text}" if federation.get("preset") else text
+
+
+def _name(ref: Any) -> str:
+    """The name of a method, for example ``top_k`` of ``{name = "top_k", k = 2}``."""
+    return str(ref["name"] if isinstance(ref, Mapping) else ref)
+
+
+def _by_name(table: Mapping[str, T]) -> list[tuple[str, T]]:
+    """The entries of a table by client, in the order in which people count."""
+    return sorted(table.items(), key=lambda item: natural(item[0]))
 
 
 def _heat(events: Sequence[Event]) -> dict[str, Any] | None:
@@ -179,7 +218,7 @@ def _heat(events: Sequence[Event]) -> dict[str, Any] | None:
     if not routed:
         return None
     rows = []
-    for client, counts in sorted(tokens.items()):
+    for client, counts in _by_name(tokens):
         total = sum(counts.get(expert, 0) for expert in routed)
         if total:
             rows.append((client, [counts.get(expert, 0) / total for expert in routed]))

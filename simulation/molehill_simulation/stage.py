@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from molehill.errors import MolehillError
+from molehill_simulation import pulse
 from molehill_simulation.flower import Context, Message, RunConfig, context_of, error_reply, isolated
 
 FIRST_NODE = 2  # 0 and 1 mean the server to Flower
@@ -93,6 +94,7 @@ class Stage:
         Returns:
             The answer to every message.
         """
+        pulse.begin()
         contexts = [self._context(message) for message in messages]
         outcomes = call(self.client_app, [isolated(message) for message in messages], contexts)
         answers = []

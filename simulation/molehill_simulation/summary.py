@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
+from molehill_simulation.text import natural
 
 Event: TypeAlias = Mapping[str, Any]
 
@@ -20,7 +21,7 @@ STAGES = ("base", "local", "global", "personalised")
 
 
 class Figures(BaseModel):
-    """Accuracy by stage, each on held-out rows; None for a stage that was not run.
+    """One measure by stage, each on held-out rows; None for a stage that was not run.
 
     Attributes:
         base: Frozen base with only a head trained on the client.
@@ -48,17 +49,33 @@ class Figures(BaseModel):
 
 
 class ClientFigures(Figures):
-    """One client's figures.
+    """One client's accuracies, and what goes with them.
 
     Attributes:
         id: The client.
         n_train: Its training rows.
         n_test: Its held-out rows.
+        macro_f1: Unweighted mean F1 over classes; None for a causal LM.
     """
 
     id: str
     n_train: int
     n_test: int
+    macro_f1: Figures | None = None
+
+
+class Spread(BaseModel):
+    """One measure over the clients that have a figure for every stage that was run.
+
+    Attributes:
+        mean: Unweighted mean.
+        worst: Lowest, stage by stage.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: Figures
+    worst: Figures
 
 
 class BaseModelInfo(BaseModel):
@@ -81,9 +98,11 @@ class Summary(BaseModel):
     """The content of `summary.json`.
 
     Attributes:
+        task: What is learnt; the accuracy of a causal LM is over answer tokens, each given the right ones before it.
         clients: Every client that was there to be scored, sorted by id.
         mean: Unweighted mean over the clients that have a figure for every stage that was run, so that stages compare.
         worst: Lowest of these clients, stage by stage.
+        macro_f1: The same two of macro-F1; None for a causal LM.
         rounds: Rounds completed.
         seconds: Wall time of the run; of a resumed run at least that of all its rounds.
         bytes_up: Encoded deltas, all clients and rounds.
@@ -94,15 +113,22 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    task: Literal["classification", "causal-lm"] = "classification"
     clients: tuple[ClientFigures, ...]
     mean: Figures
     worst: Figures
+    macro_f1: Spread | None = None
     rounds: int
     seconds: float
     bytes_up: int
     bytes_down: int
     base_model: BaseModelInfo
     config_digest: str
+
+    @property
+    def measure(self) -> str:
+        """What its accuracies are called."""
+        return "Answer-token accuracy" if self.task == "causal-lm" else "Accuracy"
 
     @property
     def complete(self) -> tuple[ClientFigures, ...]:
@@ -129,16 +155,22 @@ def evaluations_of(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
             stages = {**known["stages"], **event["stages"]}
             tokens = event.get("tokens") or known["tokens"]
             merged[event["client"]] = {**event, "stages": stages, "tokens": tokens}
-    return dict(sorted(merged.items()))
+    return dict(sorted(merged.items(), key=lambda item: natural(item[0])))
 
 
-def summarise(events: Iterable[Event], base_model: BaseModelInfo, config_digest: str) -> Summary:
+def summarise(
+    events: Iterable[Event],
+    base_model: BaseModelInfo,
+    config_digest: str,
+    task: Literal["classification", "causal-lm"] = "classification",
+) -> Summary:
     """Build the summary of a run.
 
     Args:
         events: The run's events.
         base_model: The base.
         config_digest: Digest of the resolved configuration.
+        task: What is learnt.
 
     Returns:
         The summary.
@@ -150,16 +182,20 @@ def summarise(events: Iterable[Event], base_model: BaseModelInfo, config_digest:
             id=client,
             n_train=evaluation["n_train"],
             n_test=evaluation["n_test"],
+            macro_f1=_macro_f1(evaluation["stages"]),
             **{stage: scores["accuracy"] for stage, scores in evaluation["stages"].items()},
         )
         for client, evaluation in evaluations_of(events).items()
     )
     complete = _complete(clients)
+    f1 = [client.macro_f1 for client in complete if client.macro_f1 is not None]
     ends = [event["seconds"] for event in events if event["event"] == "end"]
     return Summary(
+        task=task,
         clients=clients,
-        mean=_over(complete, lambda values: sum(values) / len(values)),
+        mean=_over(complete, _mean),
         worst=_over(complete, min),
+        macro_f1=Spread(mean=_over(f1, _mean), worst=_over(f1, min)) if f1 else None,
         rounds=len(rounds),
         seconds=max([*ends, sum(event["seconds"] for event in rounds)]),
         bytes_up=sum(event["bytes_up"] for event in rounds),
@@ -193,7 +229,16 @@ def _complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
     )
 
 
-def _over(clients: Iterable[ClientFigures], fold: Callable[[list[float]], float]) -> Figures:
-    columns = zip(STAGES, zip(*(client.row for client in clients), strict=True), strict=False)
+def _macro_f1(stages: Mapping[str, Mapping[str, float | None]]) -> Figures | None:
+    found = {stage: scores.get("macro_f1") for stage, scores in stages.items()}
+    return Figures.model_validate(found) if any(value is not None for value in found.values()) else None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _over(rows: Iterable[Figures], fold: Callable[[list[float]], float]) -> Figures:
+    columns = zip(STAGES, zip(*(figures.row for figures in rows), strict=True), strict=False)
     known = {stage: [value for value in values if value is not None] for stage, values in columns}
     return Figures.model_validate({stage: fold(values) for stage, values in known.items() if values})

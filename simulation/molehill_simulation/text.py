@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def clean(value: object, limit: int = 300) -> str:
     """Text that is safe to print: names and reasons come from clients, and a terminal obeys control characters.
@@ -16,6 +18,17 @@ def clean(value: object, limit: int = 300) -> str:
     text = "".join(char if char.isprintable() else " " for char in str(value)[: 4 * limit])
     text = " ".join(text.split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names as people count: ``client-2`` before ``client-10``."""
+    parts = re.split(r"([0-9]+)", name)  # text and digits in turn, text first
+    return [(int(part[:4000]), part) if at % 2 else (0, part) for at, part in enumerate(parts)]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, for example ``1 round`` or ``2 rounds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def megabytes(count: float) -> str:
@@ -34,5 +47,10 @@ def duration(seconds: float) -> str:
 
 
 def figure(value: float | None) -> str:
-    """An accuracy with three decimals, or a dash for one that was not measured."""
+    """A share with three decimals, or a dash for one that was not measured."""
     return "-" if value is None else f"{value:.3f}"
+
+
+def short_figure(value: float | None) -> str:
+    """The same in four characters, such as ``.712``."""
+    return "   -" if value is None else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]

@@ -6,17 +6,20 @@ the rounds. Whatever goes wrong is a line of its own on both.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from molehill_simulation.summary import STAGES, Event, Figures, Summary
-from molehill_simulation.text import clean, duration, figure, megabytes
+from molehill_simulation.pace import Pace, Work, in_words
+from molehill_simulation.summary import STAGES, Event, Figures, Spread, Summary
+from molehill_simulation.text import clean, counted, duration, figure, megabytes, short_figure
 
 _NAMES = {"baseline": "Baselines", "train": "Rounds", "evaluate": "Evaluation"}
 
@@ -26,21 +29,26 @@ class RunView:
 
     Args:
         console: Where to draw; bars only when it is a terminal.
+        work: What is to be done, for the time that is left; None to tell none.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, work: Work | None = None) -> None:
         self._console = console
+        self._pace = None if work is None else Pace(work)
+        self._lock = threading.RLock()  # worker processes report from threads of their own
         self._rounds = 1
         self._done = 0
+        self._stage_now, self._answered, self._total = "train", 0, 1
+        self._waiting: dict[str, float] = {}  # part of their work that clients have done who have not answered
+        self._counted: set[str] = set()  # who has answered in this stage
         self._tasks: dict[str, TaskID] = {}
         self._bars = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]:>7}", style="bold"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
-            speed_estimate_period=600,
             disable=not console.is_terminal,
         )
 
@@ -57,15 +65,22 @@ class RunView:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        with self._lock:
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         match event["event"]:
             case "start" | "resume":
                 self._start(event)
             case "progress":
                 self._progress(event)
+            case "working":
+                self._working(event["parts"])
             case "round":
                 self._round(event)
             case "retry":
                 number = event["round"]
+                self._next("train", self._total)
                 self._line(f"round {number}: attempt {event['attempt'] + 1} is below its quorum", "yellow")
                 self._lost(number, event)
             case "stage":
@@ -79,17 +94,39 @@ class RunView:
     def _start(self, event: Event) -> None:
         self._rounds, self._done = event["rounds"], event.get("round", 0)
         clients = len(event["clients"])
-        facts = f"{clients} clients, {self._rounds} rounds, {event['parameters']:,} trained parameters"
+        if self._pace is not None:
+            self._pace.start(clients, self._done)
+        self._next("train", clients)
+        parameters = f"{event['parameters']:,} trained parameters"
+        facts = f"{counted(clients, 'client')}, {counted(self._rounds, 'round')}, {parameters}"
         again = f", on from round {self._done}" if event["event"] == "resume" else ""
         self._line(f"{clean(event['run'])}: {facts}{again}")
 
     def _progress(self, event: Event) -> None:
-        stage, done, total = event["stage"], event["done"], event["total"]
-        client = clean(event["client"], 40)
-        if stage == "train":
-            self._bar(stage, self._done + done / max(total, 1), self._rounds, f"{done}/{total} clients, {client}")
+        client = event["client"]
+        self._stage_now, self._answered, self._total = event["stage"], event["done"], event["total"]
+        self._counted.add(client)
+        self._waiting.pop(client, None)
+        self._draw(clean(client, 40))
+
+    def _working(self, parts: Mapping[str, float]) -> None:
+        self._waiting |= {client: part for client, part in parts.items() if client not in self._counted}
+        self._draw(", ".join(clean(client, 20) for client in self._waiting if client in parts))
+
+    def _next(self, stage: str, total: int) -> None:
+        """A stage begins, or another round."""
+        self._stage_now, self._answered, self._total = stage, 0, total
+        self._waiting.clear()
+        self._counted.clear()
+
+    def _draw(self, who: str) -> None:
+        """Draw how far the stage is, clients that are at work included."""
+        answered, total = self._answered, max(self._total, 1)
+        done = min(answered + sum(self._waiting.values()), total)
+        if self._stage_now == "train":
+            self._bar("train", self._done + done / total, self._rounds, f"{answered}/{total} clients, {who}", answered)
         else:
-            self._bar(stage, done, total, client)
+            self._bar(self._stage_now, done, total, who, answered)
 
     def _round(self, event: Event) -> None:
         self._done = number = event["round"]
@@ -97,6 +134,7 @@ class RunView:
         spent = event.get("report", {}).get("epsilon")
         privacy = "" if spent is None else f"  epsilon {spent:.3g}"
         note = f"loss {event['loss']:.4f}  {traffic}{privacy}"
+        self._next("train", self._total)
         self._bar("train", number, self._rounds, note)
         if not self._console.is_terminal:
             answered = f"{len(event['accepted'])} of {len(event['selected'])} clients"
@@ -105,9 +143,10 @@ class RunView:
 
     def _stage(self, event: Event) -> None:
         stage, total = event["stage"], event["total"]
+        self._next(stage, total)
         self._bar(stage, 0, total, "")
         if not self._console.is_terminal:
-            self._line(f"{_NAMES.get(stage, clean(stage, 10))}: {total} clients")
+            self._line(f"{_NAMES.get(stage, clean(stage, 10))}: {counted(total, 'client')}")
 
     def _lost(self, number: int, event: Event) -> None:
         for client, reason in event["quarantined"].items():
@@ -115,12 +154,17 @@ class RunView:
         if event["missing"]:
             self._line(f"round {number}: no answer from {', '.join(clean(c, 40) for c in event['missing'])}", "yellow")
 
-    def _bar(self, stage: str, done: float, total: int, note: str) -> None:
+    def _bar(self, stage: str, done: float, total: int, note: str, answered: int | None = None) -> None:
         if stage not in self._tasks:
+            for task in self._tasks.values():  # the time that is left is that of the whole run, and told once
+                self._bars.update(task, left="")
             name = _NAMES.get(stage, clean(stage, 10))
-            self._tasks[stage] = self._bars.add_task(name, total=total, count="", note="")
-        count = f"{int(done)}/{total}"
-        self._bars.update(self._tasks[stage], completed=done, total=total, count=count, note=note)
+            self._tasks[stage] = self._bars.add_task(name, total=total, count="", note="", left="")
+        if self._pace is not None:
+            self._pace.at(stage, done)
+        left = in_words(None if self._pace is None else self._pace.left)
+        count = f"{int(done) if stage == 'train' or answered is None else answered}/{total}"
+        self._bars.update(self._tasks[stage], completed=done, total=total, count=count, note=note, left=left)
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
@@ -129,37 +173,55 @@ class RunView:
 def results_table(summary: Summary) -> Table:
     """The figures of every client, with the best of each row marked, then mean and worst.
 
+    Of a classification macro-F1 stands beside every accuracy: a model that gives up a rare class gains in one and
+    loses in the other.
+
     Args:
         summary: A finished run.
 
     Returns:
         A table to print.
     """
-    table = Table(title="Accuracy on each client's own held-out rows", title_justify="left", box=SIMPLE_HEAD)
+    f1 = summary.macro_f1 is not None or any(client.macro_f1 for client in summary.clients)
+    title = f"{summary.measure}{' and macro-F1' if f1 else ''} on each client's own held-out rows"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("client", overflow="fold")
-    for name in ("train", "held out"):
-        table.add_column(name, justify="right", style="dim")
+    table.add_column("rows", justify="right", style="dim", no_wrap=True)
     for stage in STAGES:
         table.add_column(stage, justify="right", no_wrap=True)
     for client in summary.clients:
-        table.add_row(Text(clean(client.id, 40)), str(client.n_train), str(client.n_test), *_cells(client))
+        cells = _cells(client, client.macro_f1, f1=f1)
+        table.add_row(Text(clean(client.id, 40)), f"{client.n_train}+{client.n_test}", *cells)
     table.add_section()
-    table.add_row("mean", "", "", *_cells(summary.mean), style="bold")
-    table.add_row("worst", "", "", *_cells(summary.worst))
+    spread = summary.macro_f1 or Spread(mean=Figures(), worst=Figures())
+    table.add_row("mean", "", *_cells(summary.mean, spread.mean, f1=f1), style="bold")
+    table.add_row("worst", "", *_cells(summary.worst, spread.worst, f1=f1))
     return table
 
 
-def _cells(figures: Figures) -> list[Text]:
-    best = figures.best
-    return [Text(figure(v), style="bold green" if v is not None and v == best else "") for v in figures.row]
+def _cells(accuracy: Figures, macro_f1: Figures | None, *, f1: bool) -> list[Text]:
+    """Accuracy by stage; with ``f1`` macro-F1 beside it, both short, to fit 80 columns."""
+
+    def text(value: float | None, best: float | None, style: str) -> Text:
+        chosen = "bold green" if value is not None and value == best else style
+        return Text((short_figure if f1 else figure)(value), style=chosen)
+
+    shown = [text(value, accuracy.best, "") for value in accuracy.row]
+    if not f1:
+        return shown
+    other = macro_f1 or Figures()
+    return [
+        Text(" ").join([cell, text(value, other.best, "dim")]) for cell, value in zip(shown, other.row, strict=True)
+    ]
 
 
 def show_summary(summary: Summary, console: Console) -> None:
     """Print the results of a finished run."""
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
+    console.print(Text("rows: to train on + held out", style="dim"))
     complete, clients = len(summary.complete), len(summary.clients)
     if complete < clients:
         text = f"mean and worst are over the {complete} of {clients} clients that have all figures"
         console.print(Text(text, style="yellow"), soft_wrap=True)
-    console.print(Text(f"{summary.rounds} rounds in {duration(summary.seconds)}; {traffic}"), soft_wrap=True)
+    console.print(Text(f"{counted(summary.rounds, 'round')} in {duration(summary.seconds)}; {traffic}"), soft_wrap=True)

@@ -2,8 +2,8 @@
 
 Input and output are frames: the number of parts, then each with its length before it, all numbers 4 bytes, little
 endian. The first frame says what to load. Every further one is a group of messages in Flower's own encoding; it is
-answered by the delays of the replies (JSON) and the replies, empty where there is none. The end of the input ends the
-process.
+answered by the delays of the replies (JSON) and the replies, empty where there is none; before that come frames of one
+part, which say how far the clients are (JSON). The end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 from molehill.config import load
+from molehill_simulation import pulse
 from molehill_simulation.flower import RunConfig, pack, set_identity, unpack
 from molehill_simulation.scenario import ScenarioApp
 from molehill_simulation.stage import Stage
@@ -86,10 +87,11 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     app = getattr(importlib.import_module(module), name)
     stage = Stage(app, job.nodes, job.run_config, job.run_id)
     stage.client_app = ScenarioApp(app, load(str(job.run_config["config"])), stage.late)
-    while (parts := read_frame(requests)) is not None:
-        answers = stage.perform([unpack(part) for part in parts])
-        delays = json.dumps([answer.delay for answer in answers]).encode()
-        write_frame(replies, [delays, *(b"" if reply is None else pack(reply) for reply, _ in answers)])
+    with pulse.listening(lambda done: write_frame(replies, [json.dumps(done).encode()])):
+        while (parts := read_frame(requests)) is not None:
+            answers = stage.perform([unpack(part) for part in parts])
+            delays = json.dumps([answer.delay for answer in answers]).encode()
+            write_frame(replies, [delays, *(b"" if reply is None else pack(reply) for reply, _ in answers)])
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import IO, Self
 
 from molehill.errors import FederationError
 from molehill_simulation.flower import Message, pack, unpack
+from molehill_simulation.pulse import Listener
 from molehill_simulation.stage import Answer
 from molehill_simulation.worker import Job, read_frame, write_frame
 
@@ -26,7 +27,7 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
-_LAST_WORDS = 5.0  # seconds for a process that has closed its output to end
+_LAST_WORDS = 30.0  # seconds for a process that has closed its output to end
 
 
 class _Worker:
@@ -43,8 +44,8 @@ class _Worker:
         )
         self._job: Job | None = job
 
-    def ask(self, parts: Sequence[bytes]) -> list[bytes]:
-        """Send a frame and wait for the answer.
+    def ask(self, parts: Sequence[bytes], working: Listener) -> list[bytes]:
+        """Send a frame and wait for the answer; meanwhile ``working`` is told how far the clients are.
 
         Raises:
             FederationError: The process has ended.
@@ -58,7 +59,8 @@ class _Worker:
                 write_frame(requests, [json.dumps(self._job._asdict()).encode()])
                 self._job = None
             write_frame(requests, parts)
-            answer = read_frame(replies)
+            while (answer := read_frame(replies)) is not None and len(answer) == 1:
+                working(json.loads(answer[0]))
         except (OSError, EOFError, ValueError):  # a broken pipe, or one that was closed here
             pass
         if answer is None:
@@ -100,10 +102,12 @@ class Workers:
         count: Number of processes.
         job: What they do.
         threads: Threads of every matrix product in a process.
+        working: Told how far clients are, in a thread of its own for every process.
     """
 
-    def __init__(self, count: int, job: Job, threads: int) -> None:
+    def __init__(self, count: int, job: Job, threads: int, working: Listener) -> None:
         self.ahead = 2 * count
+        self._working = working
         self._workers = [_Worker(job, str(threads)) for _ in range(count)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
@@ -135,7 +139,7 @@ class Workers:
     def _execute(self, parts: Sequence[bytes]) -> list[Answer]:
         worker = self._idle.get()
         try:
-            delays, *replies = worker.ask(parts)
+            delays, *replies = worker.ask(parts, self._working)
         finally:
             self._idle.put(worker)
         return [

@@ -20,6 +20,7 @@ from molehill_client.client import Client
 from molehill_client.flower import Context, make_app
 from molehill_client.state import StateStore
 from molehill_client.workbench import Workbench
+from molehill_simulation import pulse
 from molehill_simulation.data import ClientRows, deal
 
 
@@ -80,6 +81,7 @@ def _clients(text: str, out: str, exchange: str) -> list[Client]:
             world.task.encode(owner.train),
             world.task.encode(owner.test),
             StateStore(Path(out) / "clients" / owner.name, run, world.base.digest),
+            pulse.of(owner.name),
         )
         for owner in world.owners
     ]

@@ -293,7 +293,7 @@ ROWS = {"text": "good", "label": "positive"}, {"text": "bad", "label": "negative
         (None, "", 3, "rows.jsonl: cannot read the file: No such file"),
         ([{"text": "good"}], "", 3, "there is no column 'label'"),
         (ROWS, "", 3, "there are 2 rows for 8 clients"),
-        ([ROWS[i % 2] | {"text": f"{i}"} for i in range(40)], "", 0, "by iid: 4 rows each to train on, 1 held out"),
+        ([ROWS[i % 2] | {"text": f"{i}"} for i in range(40)], "", 0, "iid: 4 rows each to train on, 1 held out"),
     ],
 )
 def test_check_reads_and_deals_the_rows_that_are_here(tmp_path, rows, data, code, message):
@@ -312,7 +312,7 @@ def test_check_leaves_rows_elsewhere_where_they_are(tmp_path):
     path.write_text('[base]\nmodel = "a/b"\n[data]\nsource = "someone/some-rows"\n')
     result = run("check", path)
     assert result.exit_code == 0, result.output
-    assert "someone/some-rows dealt to 8 clients by by_column(column=domain)\n" in result.stdout
+    assert "someone/some-rows dealt to 8 clients, by_column(column=domain)\n" in result.stdout
 
 
 def test_check_of_a_base_elsewhere_names_the_allocation(tmp_path):

@@ -12,10 +12,11 @@ from random import Random
 import pytest
 from rich.console import Console
 
-from molehill.config import Config
+from molehill.config import Config, parse
 from molehill.errors import DataError, ResumeError
 from molehill_server import events as events_file
 from molehill_simulation.charts import line_plot
+from molehill_simulation.pace import Pace, Work, in_words
 from molehill_simulation.report import write_report
 from molehill_simulation.summary import BaseModelInfo, read_summary, summarise
 from molehill_simulation.text import clean, duration
@@ -119,9 +120,12 @@ def test_summary_has_the_promised_shape_and_figures():
     events = make_events(CLIENTS)
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
-        "clients", "mean", "worst", "rounds", "seconds", "bytes_up", "bytes_down", "base_model", "config_digest",
+        "task", "clients", "mean", "worst", "macro_f1", "rounds", "seconds", "bytes_up", "bytes_down", "base_model",
+        "config_digest",
     }  # fmt: skip
-    assert set(summary["clients"][0]) == {"id", "n_train", "n_test", "base", "local", "global", "personalised"}
+    assert set(summary["clients"][0]) == {
+        "id", "n_train", "n_test", "base", "local", "global", "personalised", "macro_f1",
+    }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2
     assert summary["base_model"] == {"id": "sample:minilm", "revision": None, "digest": "3f" * 32}
@@ -337,9 +341,117 @@ def test_final_table_is_aligned_and_marks_the_best():
     console = Console(file=StringIO(), record=True, width=100, force_terminal=True, color_system="standard")
     show_summary(summarise(make_events(CLIENTS), BASE, "cd"), console)
     rows = console.export_text(clear=False).splitlines()
-    assert len({row.index(".") for row in rows if row.strip().startswith(("amazon", "tweets", "mean", "worst"))}) == 1
+    assert len({row.index(" .") for row in rows if row.strip().startswith(("amazon", "tweets", "mean", "worst"))}) == 1
     assert rows[-1] == "6 rounds in 2 min 41 s; up 37.37 MB, down 127.41 MB"
     assert "\x1b[1;32m" in console.export_text(styles=True)
+
+
+def causal(events: list[dict]) -> list[dict]:
+    """The same run of a causal LM, which has no classes."""
+    return [
+        {**event, "stages": {k: {**v, "macro_f1": None} for k, v in event["stages"].items()}}
+        if "stages" in event
+        else event
+        for event in events
+    ]
+
+
+def test_macro_f1_stands_beside_accuracy(tmp_path):
+    events = make_events(CLIENTS)
+    summary = summarise(events, BASE, "cd")
+    assert summary.macro_f1 is not None
+    for stage in ("base", "personalised"):
+        values = [getattr(client.macro_f1, stage) for client in summary.clients]
+        assert getattr(summary.macro_f1.mean, stage) == pytest.approx(sum(values) / len(values))
+        assert getattr(summary.macro_f1.worst, stage) == min(values)
+    console = Console(file=StringIO(), width=80)
+    show_summary(summary, console)
+    table = console.file.getvalue()
+    assert "Accuracy and macro-F1 on each client's own held-out rows" in table
+    first = summary.clients[0]
+    row = next(line for line in table.splitlines() if f" {first.id} " in line)
+    assert f"{first.personalised:.3f}"[1:] + " " + f"{first.macro_f1.personalised:.3f}"[1:] in row
+    assert max(map(len, table.splitlines()[1:])) <= 80
+    page = Page(write_report(make_run(tmp_path, events)).read_text(encoding="utf-8"))
+    assert "macro-F1" in page.text
+    assert f"{summary.macro_f1.worst.global_:.3f}" in page.text
+
+
+def test_a_causal_lm_is_told_in_its_own_words(tmp_path):
+    events = causal(make_events(CLIENTS))
+    folder = make_run(tmp_path, events)
+    config = Config.model_validate({"task": {"kind": "causal-lm"}})
+    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    summary = summarise(events, BASE, "ab" * 32, "causal-lm")
+    assert summary.macro_f1 is None
+    (folder / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    body = write_report(folder).read_text(encoding="utf-8").split("</style>")[1].split("Configuration")[0]
+    seen = " ".join(Page(body).text.split())
+    assert "Answer-token accuracy" in seen
+    assert "head" not in seen
+    assert "F1" not in seen
+    console = Console(file=StringIO(), width=100)
+    show_summary(summary, console)
+    assert "Answer-token accuracy on each client's own held-out rows" in console.file.getvalue()
+    assert f"{summary.mean.personalised:.3f}" in console.file.getvalue()
+
+
+def test_the_report_says_what_adapter_and_federation_are(tmp_path):
+    folder = make_run(tmp_path, make_events(CLIENTS))
+    values = {"molora": {"selector": {"name": "top_k", "k": 2}, "shared": 1}, "federation": {"preset": "fedit"}}
+    (folder / "config.toml").write_text(parse(values).to_toml(), encoding="utf-8")
+    seen = " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
+    assert "routed and 1 always-on experts of rank" in seen
+    assert "chosen by top_k" in seen
+    assert "fedit: rule mean over the factor space" in seen
+
+
+def test_clients_are_sorted_as_people_count(tmp_path):
+    events = make_events([f"client-{number}" for number in (10, 2, 1, 11)])
+    ids = [client.id for client in summarise(events, BASE, "cd").clients]
+    assert ids == ["client-1", "client-2", "client-10", "client-11"]
+    page = Page(write_report(make_run(tmp_path, events)).read_text(encoding="utf-8")).text
+    assert page.rindex("client-2") < page.rindex("client-10")
+
+
+def test_one_is_not_many():
+    text = shown(make_events(["a"], rounds=1), force_terminal=False)
+    assert "reviews: 1 client, 1 round, " in text
+    console = Console(file=StringIO(), width=100)
+    show_summary(summarise(make_events(["a"], rounds=1), BASE, "cd"), console)
+    assert "1 round in " in console.file.getvalue()
+
+
+def test_clients_at_work_move_the_bar_before_they_answer():
+    start = make_events(CLIENTS)[0]
+    stage = {"event": "stage", "time": 0.0, "stage": "baseline", "total": 8}
+    options = {"force_terminal": True, "force_interactive": True}
+    console = Console(file=StringIO(), width=100, **options)
+    with RunView(console) as view:
+        view(start)
+        view(stage)
+        for part in (0.25, 0.75):
+            view({"event": "working", "parts": dict.fromkeys(CLIENTS[:4], part)})
+        assert view._bars.tasks[0].completed == 3.0
+        view({"event": "progress", "time": 0.0, "stage": "baseline", "done": 1, "total": 8, "client": CLIENTS[0]})
+        assert view._bars.tasks[0].completed == 1 + 3 * 0.75
+        view({"event": "working", "parts": {CLIENTS[0]: 1.0}})  # late: it was counted
+        assert view._bars.tasks[0].completed == 1 + 3 * 0.75
+    assert "1/8" in console.file.getvalue()
+
+
+def test_the_time_left_counts_all_stages():
+    clock = iter((0.0, 0.0, 4.0, 10.0, 60.0, 61.0))
+    pace = Pace(Work(rounds=2, train=10.0, baseline=20.0, evaluate=5.0), lambda: next(clock))
+    pace.start(4, 0)
+    pace.at("train", 0.5)
+    assert pace.left is None  # after 4 s nothing is sure
+    assert pace.left == pytest.approx(10.0 / 20 * (4 * 45 - 20))
+    pace.at("train", 2.0)
+    end_of_rounds = pace.left
+    pace.at("baseline", 0.0)
+    assert pace.left == pytest.approx(end_of_rounds, rel=0.02)  # no jump where a stage begins
+    assert [in_words(s) for s in (None, 1, 52, 142, 6000)] == ["", "5 s left", "55 s left", "2 min left", "1.7 h left"]
 
 
 def test_summary_without_clients_still_prints():

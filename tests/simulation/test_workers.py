@@ -111,7 +111,11 @@ def test_real_clients_in_companies_come_out_alike_wherever_they_train(tmp_path):
             base, rows, data={"clients": 4}, wire={"up": "fp32", "down": "fp32"}, engine=engine
         )
         out = tmp_path / f"{workers}-{together}"
-        simulate(settings, out)
+        events = []
+        simulate(settings, out, observer=events.append)
+        at_work = {client for event in events if event["event"] == "working" for client in event["parts"]}
+        assert at_work == {f"client-{number}" for number in range(1, 5)}  # told before they answer, from every process
+        assert "working" not in (out / "metrics.jsonl").read_text()
         finals[workers, together] = load_tree(out / "final.safetensors")[0].flat
     assert np.array_equal(finals[1, 2], finals[2, 2])
     assert np.linalg.norm(finals[1, 2] - finals[1, 1]) <= 1e-5 * np.linalg.norm(finals[1, 1])
