@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import __version__, logs
+from molehill.characters import survive
 from molehill.commands import audit, client, edge, export, keys, pki, publish, server
 from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json
 from molehill.errors import ConfigError
@@ -43,6 +44,7 @@ publish.register(app)
 
 def main() -> None:
     """Run the command line."""
+    survive()
     app(prog_name="molehill")
 
 
@@ -112,7 +114,7 @@ def simulate(
             interrupted(folder, ["molehill", "simulate"], [] if engine == "local" else ["--engine", engine], as_json)
             raise typer.Exit(INTERRUPTED) from None
         if as_json:
-            sys.stdout.write(summary.to_json())
+            print_json(summary.model_dump(mode="json", by_alias=True))
         else:
             show_summary(summary, console)
             console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)

@@ -128,7 +128,8 @@ class Data(Section):
     """The rows and how they are dealt to clients.
 
     Attributes:
-        source: ``sample:reviews``, a JSONL, CSV or Parquet file, a folder saved by ``datasets``, or a hub id.
+        source: ``sample:reviews``, a JSONL, JSON, CSV or TSV file (also with ``.gz``), a Parquet file, a folder saved
+            by ``datasets``, or a hub id.
         split: Split to read of a ``datasets`` folder or hub id.
         columns: Names of your columns by the names Molehill uses, for example ``{text = "review", label = "stars"}``.
             Two more are read only when they are named here: ``group``, for rows that must stay together (of one

@@ -10,6 +10,8 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any
 
+from molehill.characters import harmless, survive
+
 VARIABLE = "MOLEHILL_LOG_JSON"
 _FIELDS = "molehill_fields"
 _OURS = (
@@ -37,6 +39,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _LineFormatter(logging.Formatter):
+    """One line per record; nothing in it that a terminal would obey."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name that logging calls
+        """Return the record's line, to which a traceback may be added."""
+        record.message = harmless(record.message)
+        return super().formatMessage(record)
+
+
 class _Handler(logging.StreamHandler[Any]):
     """Writes to what standard error is at that moment."""
 
@@ -61,11 +72,14 @@ def use_json() -> None:
 
 def begin() -> None:
     """Send records to standard error in a process that runs on: as lines, or as JSON when `VARIABLE` asks for it."""
+    survive()
     if os.environ.get(VARIABLE, "") not in {"", "0"}:
         use_json()
     if structured():
         return
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
 

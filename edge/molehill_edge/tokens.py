@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
+from molehill.characters import flaw
 from molehill.errors import BundleError
 
 _TRIAL = "A trial: 1, 2 and \N{LATIN SMALL LETTER E WITH ACUTE}."
@@ -42,8 +43,9 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> Encoding
         special: Whether the tokenizer adds its special tokens.
 
     Raises:
-        BundleError: The tokenizer fails.
+        BundleError: The text is no Unicode, or the tokenizer fails.
     """
+    _require_text(text)
     with _guarded():
         return tokenizer.encode(text, add_special_tokens=special)
 
@@ -52,8 +54,10 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts.
 
     Raises:
-        BundleError: The tokenizer fails.
+        BundleError: A text is no Unicode, or the tokenizer fails.
     """
+    for text in texts:
+        _require_text(text)
     with _guarded():
         return [list(found.ids) for found in tokenizer.encode_batch(list(texts))]
 
@@ -78,6 +82,12 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """
     with _guarded():
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _require_text(text: str) -> None:
+    wrong = flaw(text)
+    if wrong:
+        raise BundleError(f"the text {wrong}", mend="Write it anew.")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from molehill import logs
+from molehill.characters import harmless
 from molehill.errors import ConfigError, IdentityError, MolehillError, ResumeError
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def explained(as_json: bool = False) -> Iterator[None]:
         elif logs.structured():
             _log.error("%s", error, extra=logs.fields(**envelope))
         else:
-            say(Text.assemble(("error: ", "bold red"), str(error)))
+            say(Text.assemble(("error: ", "bold red"), harmless(str(error), lines=True)))
         raise typer.Exit(error.exit_code) from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from molehill.characters import harmless, recovered
 from molehill.commands import edge_trust
 from molehill.commands.common import INTERRUPTED, Json, explained, print_json, say
 from molehill.commands.edge_trust import StoreFolder
-from molehill.errors import BundleError
+from molehill.errors import BundleError, DataError
 from molehill.extras import needs
+from molehill.rowfiles import label_of, read_texts, require_text
 
 if TYPE_CHECKING:
     from molehill_edge.bundle import Bundle
@@ -97,7 +98,7 @@ def run(
         typer.Option(
             "--file",
             metavar="FILE",
-            help='One text a line, or JSON lines with "text"; - reads standard input.',
+            help='JSON lines, JSON, CSV or TSV with "text", or one text a line; - reads standard input.',
             show_default=False,
         ),
     ] = None,
@@ -150,37 +151,14 @@ def run(
 
 def _texts(given: Sequence[str] | None, file: Path | None) -> list[str]:
     """All texts of the command line and the file, in this order."""
-    texts = list(given or ())
+    texts = [recovered(text) for text in given or ()]
+    for text in texts:
+        require_text(text, "text", "--text")
     if file is not None:
-        texts += [str(row["text"]) for row in _rows(file)]
+        texts += [row["text"] for _, row in read_texts(file)]
     if not texts:
         raise BundleError("no text", mend="Give --text, --file or --chat.")
     return texts
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a file; a line that is no JSON object is a text."""
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        lines = data.decode().splitlines()
-    except OSError as error:
-        raise BundleError(f"cannot read it: {error.strerror}", where=str(file)) from None
-    except UnicodeDecodeError:
-        raise BundleError("not a text in UTF-8", where=str(file)) from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row: Any = {"text": line}
-        if line.lstrip().startswith("{"):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = {"text": line}
-        if not isinstance(row.get("text"), str):
-            raise BundleError('the row has no "text"', where=f"{file}:{number}", mend="Name the text so.")
-        rows.append(row)
-    return rows
 
 
 def _classify(bundle: Bundle, texts: list[str], *, truncate: bool, route: bool, as_json: bool) -> None:
@@ -201,7 +179,7 @@ def _classify(bundle: Bundle, texts: list[str], *, truncate: bool, route: bool, 
         return
     width = max(len(each.label) for each in found)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
-        typer.echo(f"{each.label:<{width}}  {each.probability:6.1%}  {_short(text)}")
+        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {_short(text)}")
         if routes is not None:
             _show_routes(routes[number])
 
@@ -254,7 +232,7 @@ def _lines(people: bool) -> Iterator[str]:
             import readline  # noqa: F401
     while True:
         try:
-            line = input("> " if people else "").strip()
+            line = recovered(input("> " if people else "").strip())
         except EOFError:
             break
         if line:
@@ -264,7 +242,7 @@ def _lines(people: bool) -> Iterator[str]:
 
 
 def _show(piece: str) -> None:
-    sys.stdout.write(piece)
+    sys.stdout.write(harmless(piece, lines=True))
     sys.stdout.flush()
 
 
@@ -274,10 +252,12 @@ def _show_routes(reports: Sequence[RouterReport]) -> None:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("router", overflow="fold")
     for name in experts:
-        table.add_column(Text(name), justify="right")
+        table.add_column(Text(harmless(name)), justify="right")
     for report in reports:
         shares = dict(zip(report.experts, report.shares, strict=True))
-        table.add_row(Text(report.router), *(f"{shares[name]:.1%}" if name in shares else "" for name in experts))
+        table.add_row(
+            Text(harmless(report.router)), *(f"{shares[name]:.1%}" if name in shares else "" for name in experts)
+        )
     _print(table)
 
 
@@ -401,7 +381,7 @@ def _show_told(told: dict[str, Any]) -> None:
     }  # fmt: skip
     for label, value in rows.items():
         if value:
-            table.add_row(label, Text(value))
+            table.add_row(label, Text(harmless(value)))
     sizes = told["bytes"]
     for role, size in sorted(sizes.items(), key=lambda item: -item[1]):
         table.add_row("size" if role == "total" else f"  {role}", f"{_size(size):>10}")
@@ -472,7 +452,7 @@ def personalise(
         typer.Option(
             "--rows",
             metavar="FILE",
-            help='JSON lines with "text" and, for a classifier, perhaps "label"; or one text a line.',
+            help='JSON lines, JSON, CSV or TSV with "text" and, for a classifier, perhaps "label"; or one text a line.',
             show_default=False,
         ),
     ],
@@ -493,17 +473,16 @@ def personalise(
     About a third of the texts is held out, and says whether the result is kept.
     """
     with explained(as_json):
-        read = _rows(rows)
-        labelled = [row for row in read if row.get("label") is not None]
-        if labelled and len(labelled) != len(read):
-            raise BundleError("some rows have a label and some have none", where=str(rows))
+        read = list(read_texts(rows))
+        found_labels = [label_of(row["label"], where) for where, row in read if row.get("label") is not None]
+        if found_labels and len(found_labels) != len(read):
+            bare = next(where for where, row in read if row.get("label") is None)
+            raise DataError("some rows have a label, and this one has none", where=bare, mend="Give all of them one.")
         with _opened(
             name, insecure=insecure_local, store=store, threads=threads, memory_mb=memory_mb, gate=gate
         ) as bundle:
-            labels = [str(row["label"]) for row in labelled] or None
-            if bundle.manifest.task.kind != "classification":
-                labels = None
-            found = bundle.personalise([row["text"] for row in read], labels, seed=seed, budget=budget)
+            labels = found_labels if found_labels and bundle.manifest.task.kind == "classification" else None
+            found = bundle.personalise([row["text"] for _, row in read], labels, seed=seed, budget=budget)
             from molehill_edge import gates
 
             gates.write(out, found.gate, bundle.manifest)
@@ -542,7 +521,7 @@ def _size(size: int) -> str:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = harmless(" ".join(text.split()))
     return line if len(line) <= 100 else f"{line[:99]}…"
 
 

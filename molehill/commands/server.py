@@ -110,7 +110,7 @@ def run(
             interrupted(folder, ["molehill", "server", "run"], ["--state", str(state)], as_json)
             raise typer.Exit(INTERRUPTED) from None
         if as_json:
-            sys.stdout.write(summary.to_json())
+            print_json(summary.model_dump(mode="json", by_alias=True))
         else:
             show_summary(summary, console)
             console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from molehill import config
 from molehill.errors import DataError
+from molehill.rowfiles import label_of, text_of
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.sources import read_rows
 
@@ -57,7 +58,7 @@ def conform(rows: Rows, task: config.Task) -> Rows:
         DataError: A column or value is missing, has the wrong type, is empty, or is a label not in the list.
     """
     if task.kind == "classification":
-        labels = [_label(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
+        labels = [label_of(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
         for label, where in zip(labels, rows.where, strict=True):
             if label not in task.labels:
                 raise _unknown_label(label, task.labels, where)
@@ -72,7 +73,7 @@ def conform(rows: Rows, task: config.Task) -> Rows:
         )
     inputs: list[str] = [""] * len(rows)
     if "input" in rows.columns:
-        inputs = [v if v == "" else _string(v, "input", w) for v, w in _filled(rows, "input")]
+        inputs = [v if v == "" else text_of(v, "input", w) for v, w in _filled(rows, "input")]
     return rows.having(instruction=_strings(rows, "instruction"), input=inputs, output=_strings(rows, "output"))
 
 
@@ -82,7 +83,7 @@ def derive_labels(rows: Rows) -> tuple[str, ...]:
     Raises:
         DataError: The column is missing, a label has the wrong type, or there are fewer than two.
     """
-    found = {_label(value, where) for value, where in zip(rows["label"], rows.where, strict=True)}
+    found = {label_of(value, where) for value, where in zip(rows["label"], rows.where, strict=True)}
     if len(found) < 2:
         raise DataError(f"every row has the label {found.pop()!r}", where=rows.source, mend="Give rows of two classes.")
     return _in_order(found)
@@ -100,24 +101,7 @@ def _filled(rows: Rows, name: str) -> list[tuple[Any, str]]:
 
 
 def _strings(rows: Rows, name: str) -> list[str]:
-    return [_string(value, name, where) for value, where in zip(rows[name], rows.where, strict=True)]
-
-
-def _string(value: Any, name: str, where: str) -> str:
-    if value is None:
-        raise DataError(f"the row has no {name!r}", where=where, mend="Fill it in, or remove the row.")
-    if not isinstance(value, str):
-        what = f"{name!r} must be text, but is {type(value).__name__} {value!r:.40}"
-        raise DataError(what, where=where, mend="Write it as a string.")
-    if not value.strip():
-        raise DataError(f"{name!r} is empty", where=where, mend="Fill it in, or remove the row.")
-    return value
-
-
-def _label(value: Any, where: str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int) else _string(value, "label", where)
+    return [text_of(value, name, where) for value, where in zip(rows[name], rows.where, strict=True)]
 
 
 def _unknown_label(label: str, labels: tuple[str, ...], where: str) -> DataError:
@@ -140,7 +124,7 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
         if message["role"] not in _ROLES:
             what = f"message {number} has the role {message['role']!r:.40}"
             raise DataError(what, where=where, mend=f"Use one of {', '.join(_ROLES)}.")
-        turns.append({"role": message["role"], "content": _string(message["content"], f"message {number}", where)})
+        turns.append({"role": message["role"], "content": text_of(message["content"], f"message {number}", where)})
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if len(turns) < 2:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from molehill import rowfiles
 from molehill.errors import DataError
+from molehill.rowfiles import require_text
 from molehill.tasks import samples
 from molehill.tasks.rows import Rows
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_KINDS = "a .jsonl, .csv or .parquet file, a folder saved by `datasets`, a hub id, or sample:reviews"
+_KINDS = (
+    "a .jsonl, .json, .csv, .tsv (or .gz of these) or .parquet file, a folder saved by `datasets`, a hub id, or "
+    "sample:reviews"
+)
 
 
 def read_rows(source: str, *, split: str = "train") -> Rows:
     """Read all rows of a source.
 
     Args:
-        source: JSONL, CSV or Parquet file, folder saved by ``datasets``, hub id, or ``sample:reviews``.
+        source: JSONL, JSON, CSV or TSV file (also with ``.gz``), Parquet file, folder saved by ``datasets``, hub id,
+            or ``sample:reviews``.
         split: Split of a ``datasets`` folder or hub id; other sources have none.
 
     Returns:
@@ -42,7 +46,7 @@ def is_local(source: str) -> bool:
     if source.startswith("sample:"):
         return not samples.needs_download(source)
     path = Path(source).expanduser()
-    return path.exists() or path.suffix.lower() in _FILES or not _HUB_ID.fullmatch(source)
+    return path.exists() or rowfiles.suffix(path) in _FILES or not _HUB_ID.fullmatch(source)
 
 
 def _read(source: str, split: str) -> Rows:
@@ -51,7 +55,7 @@ def _read(source: str, split: str) -> Rows:
         return samples.read_sample(source)
     if path.is_dir():
         return _folder(path, split)
-    read = _FILES.get(path.suffix.lower())
+    read = _FILES.get(rowfiles.suffix(path))
     if read is not None:
         return read(path)
     if path.exists():
@@ -61,73 +65,54 @@ def _read(source: str, split: str) -> Rows:
     return _hub(source, split)
 
 
-def _jsonl(path: Path) -> Rows:
-    def records() -> Iterator[tuple[str, dict[str, Any]]]:
-        # Only \n ends a JSON line; str.splitlines would also cut at U+2028 inside strings.
-        for number, line in enumerate(_text(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise DataError(f"not JSON: {reason}", where=where, mend="Write one JSON object per line.") from None
-            if not isinstance(value, dict):
-                raise DataError("not a JSON object", where=where, mend="Write one JSON object per line.")
-            yield where, value
-
-    return Rows.from_records(records(), str(path))
-
-
-def _csv(path: Path) -> Rows:
-    def records() -> Iterator[tuple[str, dict[str, Any]]]:
-        reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-        header: list[str] | None = None
-        line = 1
-        try:
-            for cells in reader:
-                where, line = f"{path}:{line}", reader.line_num + 1
-                if not cells:
-                    continue
-                if header is None:
-                    header = _header(cells, where)
-                elif len(cells) != len(header):
-                    raise DataError(
-                        f"{len(cells)} cells where the header has {len(header)}",
-                        where=where,
-                        mend="Quote cells that contain commas or line breaks.",
-                    )
-                else:
-                    yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise DataError(
-                f"not CSV: {error}", where=f"{path}:{line}", mend="Mend the quoting, or use JSONL."
-            ) from None
-
-    return Rows.from_records(records(), str(path))
-
-
-def _header(cells: list[str], where: str) -> list[str]:
-    for name in cells:
-        if not name.strip() or cells.count(name) > 1:
-            what = f"column {name!r} appears twice" if name.strip() else "a column has no name"
-            raise DataError(what, where=where, mend="The first line must name every column once.")
-    return cells
-
-
 def _parquet(path: Path) -> Rows:
     import pyarrow as pa  # noqa: PLC0415  (heavy; only this format needs it)
     import pyarrow.parquet as pq  # noqa: PLC0415  (the same)
 
-    if not _bytes(path):
-        raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
     try:
+        if not path.stat().st_size:
+            raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
         table = pq.read_table(path)
-        columns = {name: tuple(table.column(i).to_pylist()) for i, name in enumerate(table.column_names)}
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"not a Parquet file: {_first_line(error)}", where=str(path), mend="Write it anew.") from None
-    return Rows(columns, tuple(f"{path}:{n}" for n in range(1, table.num_rows + 1)), str(path))
+    return _checked({name: table.column(i) for i, name in enumerate(table.column_names)}, str(path))
+
+
+def _checked(columns: Mapping[str, Any], source: str) -> Rows:
+    """Rows of Arrow columns, in which every string is text.
+
+    Raises:
+        DataError: A string is no Unicode text; names row and column.
+    """
+    where = tuple(f"{source}:{n}" for n in range(1, len(next(iter(columns.values()), ())) + 1))
+    found = {name: _values(column, name, where) for name, column in columns.items()}
+    for name, values in found.items():
+        for place, value in zip(where, values, strict=True):
+            require_text(value, name, place)
+    return Rows(found, where, source)
+
+
+def _values(column: Any, name: str, where: Sequence[str]) -> tuple[Any, ...]:
+    """Values of an Arrow column as Python's; those that Python cannot hold, such as nanoseconds, in Arrow's words."""
+    import pyarrow as pa  # noqa: PLC0415  (heavy; few sources need it)
+
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # text, unless it is none
+        with contextlib.suppress(pa.ArrowException):
+            column = column.cast(pa.large_string())
+    try:
+        return tuple(column.to_pylist())
+    except UnicodeDecodeError:
+        for place, cell in zip(where, column, strict=True):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError:
+                raise DataError(f"{name!r} is not UTF-8 text", where=place, mend="Write the text anew.") from None
+        raise
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, ImportError):
+        try:
+            return tuple(column.cast(pa.string()).to_pylist())
+        except pa.ArrowException:
+            return tuple(str(cell) for cell in column)
 
 
 def _folder(path: Path, split: str) -> Rows:
@@ -177,42 +162,22 @@ def _hub(name: str, split: str) -> Rows:
 
 def _dataset(table: Any, source: str) -> Rows:
     """Rows of a `datasets.Dataset`; class labels become their names."""
-    columns = {name: table[name][:] for name in table.column_names}
-    for name, feature in table.features.items():
-        if type(feature).__name__ == "ClassLabel":
-            columns[name] = [feature.int2str(v) if v is not None and v >= 0 else None for v in columns[name]]
-    where = tuple(f"{source}:{n}" for n in range(1, table.num_rows + 1))
-    return Rows({name: tuple(values) for name, values in columns.items()}, where, source)
-
-
-def _text(path: Path) -> str:
-    data = _bytes(path)
-    if not data.strip():
-        raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError("not UTF-8 text", where=f"{path}:{line}", mend="Save the file as UTF-8.") from None
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"cannot read the file: {error.strerror}", where=str(path), mend="Check data.source and its permissions."
-        ) from None
+    arrow = table.with_format("arrow")[:]  # as stored: images and sounds would be decoded, by libraries not here
+    rows = _checked({name: arrow.column(name) for name in table.column_names}, source)
+    named = {
+        name: [feature.int2str(v) if v is not None and v >= 0 else None for v in rows[name]]
+        for name, feature in table.features.items()
+        if type(feature).__name__ == "ClassLabel"
+    }
+    return rows.having(**named)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_FILES: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+def _rows(path: Path) -> Rows:
+    return Rows.from_records(rowfiles.read(path), str(path))
+
+
+_FILES: dict[str, Callable[[Path], Rows]] = {**dict.fromkeys(rowfiles.SUFFIXES, _rows), ".parquet": _parquet}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -64,10 +66,10 @@ def test_classify(molehill, tmp_path):
     assert lines[0].endswith("%  the film was great")
     assert "without any signature" in result.stderr
 
-    (tmp_path / "texts").write_text('the film was great\n\n{"text": "awful plot", "label": "bad"}\n{not json}\n')
+    (tmp_path / "texts").write_text('{"text": "the film was great"}\n\n{"text": "awful plot", "label": "bad"}\n')
     told = json.loads(done(molehill("run", "@reviews", "--file", "texts", "--json", "--route")))
-    assert [row["text"] for row in told["predictions"]] == ["the film was great", "awful plot", "{not json}"]
-    assert [row["label"] for row in told["predictions"]][:2] == ["odd", "good"]
+    assert [row["text"] for row in told["predictions"]] == ["the film was great", "awful plot"]
+    assert [row["label"] for row in told["predictions"]] == ["odd", "good"]
     assert sum(told["predictions"][0]["probabilities"].values()) == pytest.approx(1)
     assert told["predictions"][0]["routes"][1]["router"] == "layers.1.up"
     assert told["bundle"] == {"id": "tiny-classifier", "version": 1, "gate": "global"}
@@ -197,14 +199,13 @@ def test_personalise(molehill, tmp_path):
     plain = json.loads(done(molehill(*call[:3], "plain", *call[4:], "--json")))
     assert plain["before"]["accuracy"] is None
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + '\n{"text": "fine"}\n')
-    refused(molehill(*call), "rows.jsonl: some rows have a label and some have none")
+    refused(molehill(*call), "rows.jsonl:2: some rows have a label, and this one has none", 3)
 
 
 @pytest.mark.parametrize(
     ("words", "what"),
     [
         (("run", "@reviews"), "no text. Give --text, --file or --chat."),
-        (("run", "@reviews", "--file", "nothing"), "nothing: cannot read it"),
         (("run", "@reviews", "--chat", "--text", "x"), "--chat goes without"),
         (("run", "@reviews", "--chat"), "classifies; it does not generate"),
         (("run", "@reviews", "--text", "the " * 40), "has 42 tokens, where 12 fit"),
@@ -227,11 +228,74 @@ def test_a_mistake_as_json(molehill):
     assert json.loads(result.stdout)["error"]["kind"] == "BundleError"
 
 
-def test_rows_without_a_text(molehill, tmp_path):
-    (tmp_path / "rows").write_text('fine\n{"review": "x"}\n')
-    refused(molehill("run", "@reviews", "--file", "rows"), 'rows:2: the row has no "text"')
-    (tmp_path / "rows").write_bytes(b"\xff\xfe")
-    refused(molehill("run", "@reviews", "--file", "rows"), "not a text in UTF-8")
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("plain", "fine\n\n[sic] bad\u2028film\r\n", ["fine", "[sic] bad\u2028film"]),
+        ("mark.jsonl", '\ufeff{"text": "fine"}\n{"text": "a\u0085b"}\n', ["fine", "a\u0085b"]),
+        ("rows.csv", "id;text\n1;fine\n2;bad, really\n", ["fine", "bad, really"]),
+        ("rows.tsv", 'text\tid\n"fine" film\t1\n', ['"fine" film']),
+        ("rows.json", '[{"text": "fine"},\n {"text": "bad"}]', ["fine", "bad"]),
+        ("array", '[{"text": "fine"}]', ["fine"]),
+    ],
+)
+def test_a_file_is_read_as_in_training(molehill, tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content.encode())
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    for file in (name, f"{name}.gz"):
+        told = json.loads(done(molehill("run", "@reviews", "--file", file, "--json")))
+        assert [row["text"] for row in told["predictions"]] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("rows", b'{"review": "x"}\n', "rows:1: the row has no 'text'. Columns there: review."),
+        ("rows", b"\xff\xfea\x00", "rows:1: not UTF-8 text but UTF-16"),
+        ("rows", b"fine\n{not json}\n", "rows:2: the line begins like JSON"),
+        ("rows", b'{"text": "x"}\n{not json}\n', "rows:2: not JSON"),
+        ("rows.csv", b"good film,positive\n", "has no 'text'"),
+        ("rows.jsonl", b'{"text": "x"}\n{"text": "a\\ud800b"}\n', "rows.jsonl:2: 'text' has half a character (U+D800"),
+        ("rows.parquet", b"PAR1", "a Parquet file"),
+        ("nothing", None, "nothing: cannot read the file: No such file"),
+    ],
+)
+def test_a_file_that_is_not_understood(molehill, tmp_path, name, content, what):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    header_only = name.endswith(".csv")
+    result = molehill("run", "@reviews", "--file", name)
+    refused(result, "no text" if header_only else what, 13 if header_only else 3)
+    if not header_only:
+        refused(molehill("personalise", "@reviews", "--rows", name, "--out", "gate"), what, 3)
+
+
+def test_any_terminal_shows_any_text(folder):
+    """An encoding without the letters, and letters that a terminal would obey."""
+    code = "from molehill.cli import main; main()"
+    words = [
+        "edge",
+        "run",
+        str(folder / "reviews"),
+        "--insecure-local",
+        "--text",
+        "caf\u00e9 \x1b[31m",
+        "--text",
+        b"\xff",
+    ]
+    for extra, rc, shown in (
+        (words[:-2], 0, b" \\x1b[31m"),
+        (words, 3, b"--text: 'text' has half a character"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *extra],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+        )
+        assert done.returncode == rc, done.stderr
+        assert shown in done.stdout + done.stderr
+        assert b"\x1b" not in done.stdout
 
 
 def test_an_unsigned_bundle_needs_the_option(molehill, folder):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 
 from molehill.errors import DataError
@@ -11,33 +14,44 @@ from molehill.tasks.sources import is_local, read_rows
 ROWS = [{"text": "good, really", "label": "pos"}, {"text": "bad\nindeed \u2028 yes", "label": "neg"}]
 
 
-def as_csv(rows):
+def as_csv(rows, delimiter=","):
     import csv
     import io
 
     out = io.StringIO()
-    writer = csv.DictWriter(out, rows[0])
+    writer = csv.DictWriter(out, rows[0], delimiter=delimiter)
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
 
 
-@pytest.fixture(params=["jsonl", "csv", "csv with mark", "parquet", "folder", "folder with splits"])
+FILES = {
+    "rows.jsonl": lambda: "".join(json.dumps(row) + "\n" for row in ROWS),
+    "rows.json": lambda: json.dumps(ROWS),
+    "indented.json": lambda: json.dumps(ROWS, indent=2),
+    "rows.csv": lambda: as_csv(ROWS),
+    "mark.csv": lambda: "\ufeff" + as_csv(ROWS),
+    "spreadsheet.csv": lambda: as_csv(ROWS, ";"),
+    "rows.TSV": lambda: as_csv(ROWS, "\t"),
+    "rows.csv.gz": lambda: gzip.compress(as_csv(ROWS).encode()),
+    "rows.jsonl.gz": lambda: gzip.compress(json.dumps(ROWS).encode()),
+}
+
+
+@pytest.fixture(params=[*FILES, "parquet", "parquet of bytes", "folder", "folder with splits"])
 def source(request, tmp_path, write):
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    match request.param:
-        case "jsonl":
-            return write("rows.jsonl", ROWS)
-        case "csv":
-            return write("rows.csv", as_csv(ROWS))
-        case "csv with mark":
-            return write("rows.csv", b"\xef\xbb\xbf" + as_csv(ROWS).encode())
-        case "parquet":
-            pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
-            return str(tmp_path / "rows.parquet")
+    if request.param in FILES:
+        return write(request.param, FILES[request.param]())
+    if request.param.startswith("parquet"):
+        table = pa.Table.from_pylist(ROWS)
+        if "bytes" in request.param:  # as writers do that do not mark them as text
+            table = table.cast(pa.schema([(name, pa.binary()) for name in table.column_names]))
+        pq.write_table(table, tmp_path / "rows.parquet")
+        return str(tmp_path / "rows.parquet")
     datasets.disable_progress_bars()
     table = datasets.Dataset.from_list(ROWS)
     if request.param == "folder with splits":
@@ -87,8 +101,33 @@ def test_class_labels_of_a_folder_become_names(tmp_path):
         ("latin.csv", b"text,label\nok,a\ncaf\xe9,b\n", 3, "not UTF-8"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', 1, "not UTF-8"),
         ("bad.jsonl", '{"text": "x"}\n{"text": \n', 2, "not JSON"),
-        ("deep.jsonl", "[" * 100_000 + "\n", 1, "not JSON"),
-        ("array.json", '[{"text": "x"}]', 1, "not a JSON object"),
+        ("deep.jsonl", '{"a": ' + "[" * 100_000 + "\n", 1, "nested more than"),
+        ("deep.jsonl", '{"a": ' * 300 + "1" + "}" * 300 + "\n", 1, "nested more than 200 deep"),
+        ("array.json", '[\n{"text": "x"},\n3]', 3, "not a JSON object"),
+        ("array.json", '[\n{"text": "x"},\n]', 3, "not JSON"),
+        ("array.json", '[\n{"text": "x"}\n{"text": "y"}]', 3, "no comma between"),
+        ("array.json", '[\n{"text": "x"},\n{"text"', 3, "ends too early"),
+        ("array.json", '[\n{"text": "x"}\n', 3, "the array is cut off"),
+        ("array.json", '[{"text": "x"}]\n[1]', 1, "more after the array"),
+        ("after.jsonl", '{"text": "x"} {"text": "y"}\n', 1, "more after the object"),
+        ("twice.jsonl", '{"text": "x"}\n{"text": "x", "text": "y"}\n', 2, "the key 'text' is there twice"),
+        ("lines.json", '{\n"text": "x"\n}\n', None, "a JSON object over several lines"),
+        ("inside.json", '{"version": 1,\n"data": [{"text": "x"}]}', None, "rows seem to be in 'data'"),
+        ("half.jsonl", '{"text": "x"}\n{"text": "a\\ud800"}\n', 2, "'text' has half a character (U+D800"),
+        (
+            "half.jsonl",
+            '{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
+            1,
+            "'messages' has half a character",
+        ),
+        ("zero.jsonl", '{"text": "a\\u0000b"}\n', 1, "'text' has a zero character"),
+        ("zero.csv", "text,label\nok,a\nno\0,b\n", 3, "'text' has a zero character"),
+        ("zero.tsv", "text\tlabel\nok\ta\nno\0\tb\n", 3, "'text' has a zero character"),
+        ("wide.csv", "text,label\nok,a\n".encode("utf-16"), 1, "UTF-16"),
+        ("table.csv", b"PK\x03\x04", None, "a spreadsheet or zip file"),
+        ("bad.csv.gz", "text,label\n", None, "the compressed file is damaged"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9], None, "the compressed file is damaged"),
+        ("ragged.tsv", "text\tlabel\na\tb\na\n", 3, "1 cells where the header has 2"),
         ("ragged.csv", "text,label\na,b\na,b,c\n", 3, "3 cells where the header has 2"),
         ("short.csv", 'text,label\n"a\nb",c\na\n', 4, "1 cells"),
         ("open.csv", 'text,label\n"a,b\n', 2, "not CSV"),
@@ -108,6 +147,50 @@ def test_bad_files(write, tmp_path, name, content, line, what):
     assert what in caught.value.what
     assert caught.value.where == (path if line is None else f"{path}:{line}")
     assert caught.value.mend
+
+
+def test_what_a_library_cannot_take_is_no_mistake(write, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    long, digits = "word " * 40_000, "9" * 5000
+    for name in ("long.csv", "long.tsv"):
+        assert read_rows(write(name, f"text\n{long}\n"))["text"] == (long,)
+    path = write("digits.jsonl", f'{{"text": "x", "id": {digits}, "n": 12}}\n')
+    assert dict(read_rows(path).columns) == {"text": ("x",), "id": (digits,), "n": (12,)}
+    when = pa.array([1_700_000_000_000_000_001], pa.timestamp("ns"))
+    pq.write_table(pa.table({"text": ["x"], "when": when}), tmp_path / "ns.parquet")
+    assert read_rows(str(tmp_path / "ns.parquet"))["text"] == ("x",)
+
+
+def test_rows_of_parquet_that_are_no_text(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"ok\xff")]
+    )
+    path = tmp_path / "bad.parquet"
+    for column, what in ((data, "'text' is not UTF-8 text"), (["ok", "a\0"], "'text' has a zero character")):
+        pq.write_table(pa.table({"text": column}), path)
+        with pytest.raises(DataError, match=what) as caught:
+            read_rows(str(path))
+        assert caught.value.where == f"{path}:2"
+
+
+def test_quotes_in_a_tab_separated_file(write):
+    enclosing = write("a.tsv", 'text\tlabel\n"one\ttwo ""three"""\tx\n')
+    assert read_rows(enclosing)["text"] == ('one\ttwo "three"',)
+    characters = write("b.tsv", 'text\tlabel\n"Good" film\tx\nbad\ty\n')
+    assert read_rows(characters)["text"] == ('"Good" film', "bad")
+
+
+def test_places_in_an_array(write):
+    assert read_rows(write("a.json", '[{"text": "x"}, {"text": "y"}]')).where[1].endswith("a.json:1 (row 2)")
+    path = write("b.json", json.dumps([{"text": "x", "l": [1, 2]}, {"text": "y"}], indent=1))
+    assert read_rows(path).where == (f"{path}:2", f"{path}:9")
+    with pytest.raises(DataError, match="there are no rows"):
+        read_rows(write("c.json", "[]"))
 
 
 def test_missing_column_names_the_nearest(write):
