@@ -319,9 +319,10 @@ class Privacy(Section):
         max_examples: Examples from which on a client counts fully; one with fewer counts in proportion. None: all
             clients count alike, or with secure aggregation alone by all of their examples.
         secure_aggregation: The server gets the sum of what clients send, and nothing of a single client.
-        threshold: Part of the clients, more than half and three or more, that must stay until the sum is unmasked. As
-            many of them together could undo the masks of another one. And no client masks among fewer than this part
-            of those that `data.clients` and `federation.select` have take part in a round.
+        threshold: Part of the clients that must stay until the sum is unmasked, of those that `data.clients` and
+            `federation.select` have take part in a round, or of those that come if they are more; two thirds or more.
+            It is always more than two thirds of them, and three or more. No client helps with a sum of fewer, and as
+            many of them together could undo the masks of another one.
     """
 
     clip: float | None = Field(default=None, gt=0)
@@ -330,7 +331,17 @@ class Privacy(Section):
     delta: float | None = Field(default=None, gt=0, lt=1)
     max_examples: int | None = Field(default=None, ge=1)
     secure_aggregation: bool = False
-    threshold: float = Field(default=0.66, gt=0.5, le=1)
+    threshold: float = Field(default=0.67, le=1)
+
+    @field_validator("threshold")
+    @classmethod
+    def _more_than_two_thirds(cls, value: float) -> float:
+        if not value >= 2 / 3:
+            raise ValueError(
+                "it must be two thirds (0.67) or more: below that a server that tells clients different stories could "
+                "learn sums of few of them"
+            )
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> Privacy:

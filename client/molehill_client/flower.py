@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 import molehill
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, Hello
-from molehill.secure.messages import AskKeys, AskShares, AskUnmask
+from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
 from molehill_client.client import Client
 from molehill_client.together import baseline_together, evaluate_together, share, train_together
 
@@ -33,8 +33,8 @@ def make_app(open_client: Callable[[Context], Client]) -> ClientApp:
 
     Returns:
         An app that answers ``query.hello``, ``train``, ``train.baseline`` and ``evaluate``, and for secure aggregation
-        ``query.keys``, ``query.shares`` and ``query.unmask``. An engine that holds several clients may call its
-        `together` for plans.
+        ``query.keys``, ``query.shares``, ``query.agree`` and ``query.unmask``. An engine that holds several clients may
+        call its `together` for plans.
     """
     return _App(open_client)
 
@@ -46,6 +46,7 @@ class _App(ClientApp):
         self.query("hello")(self._hello)
         self.query("keys")(self._keys)
         self.query("shares")(self._shares)
+        self.query("agree")(self._agree)
         self.query("unmask")(self._unmask)
         self.train()(self._train)
         self.train("baseline")(self._baseline)
@@ -85,6 +86,9 @@ class _App(ClientApp):
 
     def _shares(self, message: Message, context: Context) -> Message:
         return _reply(self._open(context).masker.shares(_read(AskShares, message)), message)
+
+    def _agree(self, message: Message, context: Context) -> Message:
+        return _reply(self._open(context).masker.agree(_read(AskAgree, message)), message)
 
     def _unmask(self, message: Message, context: Context) -> Message:
         return _reply(self._open(context).masker.unmask(_read(AskUnmask, message)), message)

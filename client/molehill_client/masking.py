@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from typing import Literal, Protocol
 
@@ -13,18 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from molehill.config import Config
 from molehill.errors import MessageError, ResumeError
 from molehill.secure import keys, shamir
-from molehill.secure.company import smallest_company
+from molehill.secure.company import needed
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.masks import Numbers, add_common_mask, add_mask
 from molehill.secure.messages import (
     Advert,
+    Agreement,
+    AskAgree,
     AskKeys,
     AskShares,
     AskUnmask,
     Company,
     Shares,
     Unmask,
-    threshold,
+    survivors,
 )
 
 _AGAIN = "The server may begin another attempt."
@@ -65,14 +66,15 @@ class _Memory(BaseModel):
 
     round: int
     attempt: int
-    stage: Literal["keys", "shares", "masked", "done"] = "keys"
+    stage: Literal["keys", "shares", "masked", "agreed", "done"] = "keys"
     done: int = 0  # the last round in which shares were given away
     shares_key: str = ""
     masks_key: str = ""
+    signing_key: str = ""
     seed: str = ""
     adverts: tuple[Advert, ...] = ()
     held: dict[str, tuple[str, str]] = Field(default_factory=dict)  # by owner: our share of its seed, and of its key
-    question: str = ""
+    agreed: str = ""  # what it signed; it signs nothing else
     answer: str = ""
 
 
@@ -80,8 +82,9 @@ class Masker:
     """One client's secrets of one attempt at a round, from its keys to the shares it gives away.
 
     What it refuses does not depend on the server's word: to mask twice with the same masks, to give away shares of both
-    secrets of a client, to help with two sums of one round (their difference would be that of few clients), to take
-    part below the threshold, and to mask among fewer clients than the configuration lets it expect.
+    secrets of a client, to help with two sums of one round (their difference would be that of few clients), to help
+    with a sum that not enough others have signed for, to take part below the threshold, and to mask among fewer clients
+    than the configuration lets it expect.
 
     Args:
         name: The client's id.
@@ -110,7 +113,7 @@ class Masker:
                 f"it has already helped to unmask round {done}; another sum of it would give single clients away",
                 mend="Go on with the run folder that has the masked sum, or begin a run with another name.",
             )
-        shares_key, masks_key = keys.new_key(), keys.new_key()
+        shares_key, masks_key, signing_key = keys.new_key(), keys.new_key(), keys.new_signing_key()
         self._save(
             _Memory(
                 round=ask.round,
@@ -118,10 +121,16 @@ class Masker:
                 done=done,
                 shares_key=shares_key.hex(),
                 masks_key=masks_key.hex(),
+                signing_key=signing_key.hex(),
                 seed=secrets.token_hex(keys.KEY),
             )
         )
-        advert = Advert(client=self._name, shares=keys.public(shares_key).hex(), masks=keys.public(masks_key).hex())
+        advert = Advert(
+            client=self._name,
+            shares=keys.public(shares_key).hex(),
+            masks=keys.public(masks_key).hex(),
+            signs=keys.signing_public(signing_key).hex(),
+        )
         if self._signer is None:
             return advert
         return advert.model_copy(update={"proof": self._signer.sign(advert.signed(ask.occasion))})
@@ -137,7 +146,7 @@ class Masker:
         memory = self._at("keys", ask.round, ask.attempt)
         self._require_company(ask, memory)
         names = [advert.client for advert in ask.adverts]
-        need = threshold(len(names), self._config.privacy.threshold)
+        need = needed(self._config, len(names))
         of_seed = shamir.split(bytes.fromhex(memory.seed), need, len(names))
         of_key = shamir.split(bytes.fromhex(memory.masks_key), need, len(names))
         sealed = {}
@@ -205,22 +214,64 @@ class Masker:
             add_common_mask(numbers, key, self._name, theirs, other, occasion)
         return numbers
 
+    def agree(self, ask: AskAgree) -> Agreement:
+        """Sign who is in the sum.
+
+        Asked the same again it signs again; asked anything else it refuses.
+
+        Raises:
+            MessageError: It is not what was masked, too few arrived, or another list was signed before.
+        """
+        self._require_addressee(ask.client, ask.run)
+        memory = self._at(("masked", "agreed"), ask.round, ask.attempt)
+        text = self._survivors(ask, memory)
+        if memory.agreed not in ("", text.hex()):
+            raise MessageError("it has signed another list of who is in the sum, and two of them would undo masks")
+        memory.stage, memory.agreed = "agreed", text.hex()
+        self._save(memory)  # first: a signature that was forgotten could be followed by another one
+        return Agreement(client=self._name, signature=keys.sign(text, bytes.fromhex(memory.signing_key)).hex())
+
     def unmask(self, ask: AskUnmask) -> Unmask:
         """Give away one share of every client that takes part, of its seed or of its key.
 
         Asked the same again it answers the same; asked anything else it refuses.
 
         Raises:
-            MessageError: It is not what was masked, too few arrived, or other shares were given away before.
+            MessageError: It is not what this client and enough others signed, or other shares were given away before.
         """
         self._require_addressee(ask.client, ask.run)
-        question = hashlib.sha256(ask.model_dump_json().encode()).hexdigest()
-        memory = self._load()
-        if memory and memory.stage == "done" and (memory.round, memory.attempt) == (ask.round, ask.attempt):
-            if memory.question != question:
-                raise MessageError("it has given away shares for another question, and a second one would undo masks")
+        memory = self._at(("agreed", "done"), ask.round, ask.attempt)
+        text = self._survivors(ask, memory)
+        if memory.agreed != text.hex():
+            raise MessageError("it has signed another list of who is in the sum, and two of them would undo masks")
+        if memory.stage == "done":
             return Unmask.model_validate_json(memory.answer)
-        memory = self._at("masked", ask.round, ask.attempt)
+        self._require_agreement(ask, memory, text)
+        answer = Unmask(
+            client=self._name,
+            own={client: memory.held[client][0] for client in sorted(ask.arrived)},
+            keys={client: memory.held[client][1] for client in sorted(ask.lost)},
+        )
+        self._save(
+            _Memory(
+                round=ask.round,
+                attempt=ask.attempt,
+                stage="done",
+                done=ask.round,
+                adverts=memory.adverts,
+                held=dict.fromkeys(memory.held, ("", "")),
+                agreed=memory.agreed,
+                answer=answer.model_dump_json(),
+            )
+        )
+        return answer
+
+    def _survivors(self, ask: AskAgree, memory: _Memory) -> bytes:
+        """What a question says of who is in the sum, as clients sign it.
+
+        Raises:
+            MessageError: No client may agree to that.
+        """
         arrived, lost = set(ask.arrived), set(ask.lost)
         if arrived & lost or len(arrived) + len(lost) < len(ask.arrived) + len(ask.lost):
             raise MessageError(
@@ -230,22 +281,21 @@ class Masker:
         if arrived | lost != memory.held.keys() or self._name not in arrived:
             raise MessageError("it is asked about other clients than those it masked with")
         self._require_enough(len(arrived), memory)
-        answer = Unmask(
-            client=self._name,
-            own={client: memory.held[client][0] for client in sorted(arrived)},
-            keys={client: memory.held[client][1] for client in sorted(lost)},
-        )
-        self._save(
-            _Memory(
-                round=ask.round,
-                attempt=ask.attempt,
-                stage="done",
-                done=ask.round,
-                question=question,
-                answer=answer.model_dump_json(),
+        return survivors(ask.occasion, memory.adverts, arrived, lost)
+
+    def _require_agreement(self, ask: AskUnmask, memory: _Memory, text: bytes) -> None:
+        """Refuse a sum that not enough of those in it have signed for."""
+        signing = {advert.client: bytes.fromhex(advert.signs) for advert in memory.adverts}
+        strangers = sorted(ask.signatures.keys() - set(ask.arrived))
+        if strangers:
+            raise MessageError(f"a signature of {strangers[0]!r}, who is not in the sum")
+        need = needed(self._config, len(memory.adverts))
+        if len(ask.signatures) < need:
+            raise MessageError(
+                f"{len(ask.signatures)} clients have signed who is in the sum, fewer than the threshold of {need}"
             )
-        )
-        return answer
+        for client, signature in ask.signatures.items():
+            keys.verify(text, bytes.fromhex(signature), signing[client])
 
     def _require_addressee(self, client: str, run: str) -> None:
         if (client, run) != (self._name, self._config.run.name):
@@ -260,7 +310,7 @@ class Masker:
         names = [advert.client for advert in ask.adverts]
         if names != sorted(set(names)):
             raise MessageError("the clients that take part are not in order, or one is there twice")
-        floor = smallest_company(self._config)
+        floor = needed(self._config, len(names))
         if len(names) < floor:
             raise MessageError(
                 f"{len(names)} clients take part, and by data.clients, federation.select and privacy.threshold it "
@@ -268,27 +318,29 @@ class Masker:
                 mend="Start the other clients, or begin a run with as many data.clients as there are.",
             )
         own = [keys.public(bytes.fromhex(key)).hex() for key in (memory.shares_key, memory.masks_key)]
+        own.append(keys.signing_public(bytes.fromhex(memory.signing_key)).hex())
         mine = [advert for advert in ask.adverts if advert.client == self._name]
-        if [(advert.shares, advert.masks) for advert in mine] != [tuple(own)]:
+        if [[advert.shares, advert.masks, advert.signs] for advert in mine] != [own]:
             raise MessageError("its own keys are not among those that take part, or were changed")
-        if len({key for advert in ask.adverts for key in (advert.shares, advert.masks)}) < 2 * len(names):
+        everybody = {key for advert in ask.adverts for key in (advert.shares, advert.masks, advert.signs)}
+        if len(everybody) < 3 * len(names):
             raise MessageError("two clients have the same key")
         if self._signer is not None:
             for advert in ask.adverts:
                 self._signer.verify(advert.client, advert.signed(ask.occasion), advert.proof)
 
     def _require_enough(self, count: int, memory: _Memory) -> None:
-        need = threshold(len(memory.adverts), self._config.privacy.threshold)
+        need = needed(self._config, len(memory.adverts))
         if count < need:
             raise MessageError(
                 f"{count} of {len(memory.adverts)} clients are left, fewer than the threshold of {need}", mend=_AGAIN
             )
 
-    def _at(self, stage: str, round_: int, attempt: int) -> _Memory:
+    def _at(self, stage: str | tuple[str, ...], round_: int, attempt: int) -> _Memory:
         memory = self._load()
         if memory is None or (memory.round, memory.attempt) != (round_, attempt):
             raise MessageError(f"it has no keys for attempt {attempt} at round {round_}", mend=_AGAIN)
-        if memory.stage != stage:
+        if memory.stage not in ((stage,) if isinstance(stage, str) else stage):
             raise MessageError(f"it is past that: its secrets of round {round_} are {memory.stage!r}", mend=_AGAIN)
         return memory
 

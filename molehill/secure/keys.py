@@ -1,12 +1,13 @@
-"""Keys that two clients agree on, and what is encrypted with them (X25519, HKDF-SHA256, AES-256-GCM)."""
+"""Keys two clients agree on, what is encrypted with them, signatures (X25519, HKDF-SHA256, AES-GCM, Ed25519)."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -14,9 +15,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from molehill.errors import MessageError
 
 KEY = 32  # bytes
+SIGNATURE = 64  # bytes
 OVERHEAD = 12 + 16  # bytes of nonce and tag
 
-_DOMAIN = "molehill secure aggregation 1"
+_DOMAIN = "molehill secure aggregation 2"
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,30 @@ def unseal(sealed: bytes, key: bytes, label: bytes) -> bytes:
         return AESGCM(key).decrypt(sealed[:12], sealed[12:], label)
     except (InvalidTag, ValueError):
         raise MessageError("shares of a secret cannot be opened: they were changed, or are for another") from None
+
+
+def new_signing_key() -> bytes:
+    """A private key to sign with."""
+    return Ed25519PrivateKey.generate().private_bytes_raw()
+
+
+def signing_public(private: bytes) -> bytes:
+    """The public key of a private one to sign with."""
+    return Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def sign(data: bytes, private: bytes) -> bytes:
+    """A signature, the same each time."""
+    return Ed25519PrivateKey.from_private_bytes(private).sign(data)
+
+
+def verify(data: bytes, signature: bytes, public_key: bytes) -> None:
+    """Refuse what the owner of a key did not sign.
+
+    Raises:
+        MessageError: The signature is wrong, or the key is none.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        raise MessageError("a signature is not for this list of clients, or not of its client") from None

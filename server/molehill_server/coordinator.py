@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from molehill.config import Config
 from molehill.errors import FederationError, MessageError, MolehillError, ResumeError
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply
-from molehill.secure.company import smallest_company
+from molehill.secure.company import needed
 from molehill.wire.exchange import Exchange
 from molehill.wire.message import Delta
 from molehill.wire.store import load_tree, save_tree
@@ -52,11 +52,12 @@ class _BelowQuorum(Exception):  # noqa: N818 - not an error yet: the round may b
 
     Args:
         need: How many are.
+        why: What was missing, where it was no usable update.
     """
 
-    def __init__(self, need: int) -> None:
+    def __init__(self, need: int, why: str = "") -> None:
         super().__init__(need)
-        self.need = need
+        self.need, self.why = need, why
 
 
 @dataclass
@@ -250,8 +251,7 @@ class Coordinator:
         """One round with its retries."""
         began = time.perf_counter()
         glob = self._broadcast.publish(self._saved.glob)
-        pending = self._journal.load(self._config.run.name, number) if self._secure else None
-        after, report, notes, ledger = self._attempts(glob, number) if pending is None else self._unmask(glob, pending)
+        after, report, notes, ledger = self._resumed(glob, number) or self._attempts(glob, number)
         spent = {"epsilon": self._accountant.epsilon(ledger.rounds)} if self._accountant and ledger else {}
         self._log.emit(
             "round",
@@ -284,7 +284,7 @@ class Coordinator:
 
     def _attempts(self, glob: Global, number: int) -> _Done:
         up = down = 0  # bytes of the attempts before
-        need = 0
+        need, why = 0, ""
         # After a kill the attempt goes on under its own number, so that deltas that were uploaded in it still count.
         first = 0 if self._grants is None else self._grants.attempt(self._config.run.name, number)
         if self._secure and self._grants is not None:
@@ -299,7 +299,8 @@ class Coordinator:
                     return self._unmask(glob, self._masked_sum(glob, number, attempt, nodes, notes, ledger))
                 return _Done(*self._attempt(glob, number, attempt, nodes, notes), notes, ledger)
             except _BelowQuorum as few:
-                up, down, need = notes.bytes_up, notes.bytes_down, few.need
+                self._journal.drop()  # if there is a sum, nobody was asked to unmask it
+                up, down, need, why = notes.bytes_up, notes.bytes_down, few.need, few.why
                 self._log.emit(
                     "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
                 )
@@ -309,7 +310,7 @@ class Coordinator:
                 f"{self._config.round.min_clients} are needed",
                 mend="Start the others, then resume.",
             )
-        raise FederationError(*_below_quorum(number, notes, need))
+        raise FederationError(f"round {number}: {why}" if why else _below_quorum(number, notes, need))
 
     def _choose(self, pool: list[str], number: int, attempt: int) -> tuple[list[str], Ledger | None]:
         """The clients of a round, and what will have been spent after it.
@@ -384,7 +385,7 @@ class Coordinator:
         """
         plans = self._plans(notes.selected, number, glob)
         quorum = self._quorum(len(plans))
-        floor = smallest_company(self._config)  # below it clients refuse
+        floor = needed(self._config)  # below it clients refuse
         if len(plans) < floor:
             raise _BelowQuorum(floor)
         layout = expected(next(iter(plans.values())), glob.tree.layout)
@@ -420,10 +421,20 @@ class Coordinator:
         self._journal.keep(entry)
         return entry
 
+    def _resumed(self, glob: Global, number: int) -> _Done | None:
+        """What comes of a masked sum that an earlier process has left; None when there is none, or too few agree."""
+        entry = self._journal.load(self._config.run.name, number) if self._secure else None
+        if entry is not None:
+            with suppress(_BelowQuorum):
+                return self._unmask(glob, entry)
+            self._journal.drop()
+        return None
+
     def _unmask(self, glob: Global, entry: Entry) -> _Done:
-        """Have the masks of a sum taken off, and merge it.
+        """Have the clients agree on who is in a sum, have its masks taken off, and merge it.
 
         Raises:
+            _BelowQuorum: Too few agreed. Nothing was unmasked, so the round may be tried again.
             FederationError: Too few clients helped, or the masks do not cancel.
         """
         progress, facts = entry.progress, entry.facts
@@ -431,6 +442,8 @@ class Coordinator:
         plan = self._planner.plan("", progress.round, glob.tree.layout, self._broadcast.digests(), 0)
         layout = expected(plan, glob.tree.layout)
         secure = SecureRound(self._config, layout, progress, entry.total)
+        self._agree(secure)
+        self._journal.keep(entry)  # with the signatures: what is asked from here on is asked the same after a kill
         self._gather_shares(secure)
         sums, figures = secure.finish()
         notes = _Round(**facts.model_dump(exclude={"drawn"}), rows=progress.examples, figures=figures)
@@ -446,6 +459,18 @@ class Coordinator:
             ledger = ledger.after(facts.drawn)
         return _Done(after, {**report, "updates": len(progress.arrived)}, notes, ledger)
 
+    def _agree(self, secure: SecureRound) -> None:
+        """Have those who are in the sum sign who that is: they unmask nothing that not enough of them have signed.
+
+        Raises:
+            _BelowQuorum: They did not.
+        """
+        said = _Round([], {})
+        self._insist("agree", secure, secure.ask_agree, secure.take_agreement, said)
+        signed, need = len(secure.progress.signatures), secure.threshold
+        if signed < need:
+            raise _BelowQuorum(need, f"{signed} clients signed who is in the sum, {need} are needed; {_why(said)}")
+
     def _gather_shares(self, secure: SecureRound) -> None:
         """Ask those who are in the sum for their shares until there are enough, for as long as a round may take.
 
@@ -454,39 +479,60 @@ class Coordinator:
         Raises:
             FederationError: They did not come back.
         """
+        progress, said = secure.progress, _Round([], {})
+        self._insist("unmask", secure, secure.ask_unmask, secure.take_unmask, said)
+        if secure.answers >= secure.threshold:
+            return
+        raise FederationError(
+            f"{secure.answers} of {len(progress.arrived)} clients helped to unmask the sum, {secure.threshold} are "
+            f"needed; {_why(said)}",
+            where=f"round {progress.round}",
+            mend="The sum is kept: start the clients that are in it, and go on with --resume.",
+        )
+
+    def _insist(
+        self,
+        what: str,
+        secure: SecureRound,
+        questions: Callable[[], Mapping[str, BaseModel]],
+        take: Callable[[str, str], None],
+        said: _Round,
+    ) -> None:
+        """Ask those who are in a sum until as many have answered as the threshold, for as long as a round may take.
+
+        Args:
+            what: The question, ``agree`` or ``unmask``.
+            secure: The sum.
+            questions: Asked for the questions to those that have not answered.
+            take: Takes an answer.
+            said: Filled with who did not answer in the end, and why others do not count.
+        """
         progress, deadline = secure.progress, self._config.round.deadline
         end = self._transport.now() + deadline
         each = max(self._grace, deadline / 20, min(deadline, _ANSWER))
-        said = _Round([], {})
         for again in itertools.count():
-            nodes = self._present()
-            asked = {client: ask for client, ask in secure.ask_unmask().items() if client in nodes}
-            group = f"{progress.round}.{progress.attempt}.unmask.{again}"
-            patience = Patience(each, secure.threshold - secure.answers, 0.0)
-            with suppress(_BelowQuorum):
-                self._stage("query.unmask", asked, secure.take_unmask, nodes, group, patience, said)
-            if secure.answers >= secure.threshold:
+            left = questions()
+            need = secure.threshold - (len(progress.arrived) - len(left))
+            if need <= 0:
                 return
-            missing = sorted({*said.missing, *progress.arrived} - secure.helpers - said.quarantined.keys())
+            nodes = self._present()
+            asked = {client: ask for client, ask in left.items() if client in nodes}
+            group = f"{progress.round}.{progress.attempt}.{what}.{again}"
+            with suppress(_BelowQuorum):
+                self._stage(f"query.{what}", asked, take, nodes, group, Patience(each, need, 0.0), said)
+                return
+            said.missing = sorted(questions().keys() - said.quarantined.keys())
             if not again:
                 self._log.emit(
                     "retry",
                     round=progress.round,
                     attempt=progress.attempt,
-                    missing=missing,
+                    missing=said.missing,
                     quarantined=said.quarantined,
                 )
             if self._transport.now() >= end:
-                break
+                return
             self._transport.wait(max(self._grace, POLL))
-        reasons = [f"no answer from {', '.join(missing)}"] if missing else []
-        reasons += [f"{client}: {reason}" for client, reason in said.quarantined.items()]
-        raise FederationError(
-            f"{secure.answers} of {len(progress.arrived)} clients helped to unmask the sum, {secure.threshold} are "
-            f"needed; {'; '.join(reasons)}",
-            where=f"round {progress.round}",
-            mend="The sum is kept: start the clients that are in it, and go on with --resume.",
-        )
 
     def _stage(
         self,
@@ -693,11 +739,14 @@ def _text(incoming: Incoming) -> str:
     return incoming.text
 
 
-def _below_quorum(number: int, notes: _Round, need: int) -> tuple[str]:
+def _below_quorum(number: int, notes: _Round, need: int) -> str:
     """Say who answered in a round that failed, and why the others did not count."""
     parts = [f"round {number} is below its quorum: {len(notes.accepted)} of {len(notes.selected)} clients answered"]
     parts.append(f"with a usable update, {need} are needed")
-    if notes.missing:
-        parts.append(f"no answer from {', '.join(notes.missing)}")
-    parts += [f"{client}: {reason}" for client, reason in notes.quarantined.items()]
-    return ("; ".join(parts),)
+    return "; ".join([*parts, *filter(None, [_why(notes)])])
+
+
+def _why(notes: _Round) -> str:
+    """Who did not answer, and why others do not count."""
+    parts = [f"no answer from {', '.join(notes.missing)}"] if notes.missing else []
+    return "; ".join([*parts, *(f"{client}: {reason}" for client, reason in notes.quarantined.items())])

@@ -21,8 +21,8 @@ class Outgoing:
     Attributes:
         node: The transport's number of the node.
         kind: ``query.hello``, ``train``, ``train.baseline`` or ``evaluate``; for secure aggregation ``query.keys``,
-            ``query.shares`` and ``query.unmask``.
-        group: Round and attempt, ``"3.0"``; to unmask also which try, ``"3.0.unmask.0"``.
+            ``query.shares``, ``query.agree`` and ``query.unmask``.
+        group: Round and attempt, ``"3.0"``; to agree and to unmask also which try, ``"3.0.unmask.0"``.
         text: JSON of the plan, of the introduction, or of a question of secure aggregation.
         ttl: Seconds after which the message is worthless.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from molehill.config import Config, MethodRef, MoLoRA
 from molehill.molora.build import wrap
 from molehill.molora.model import MoLoRAModel
+from molehill.secure.company import needed
 from molehill.tasks.base_model import load_base
 from molehill.tasks.schema import load_rows
 from molehill.tasks.sources import is_local
@@ -61,7 +62,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
         budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
         rows.append(("privacy", f"{budget}, changes clipped to {privacy.clip:g}, noise {privacy.noise:g}"))
     if privacy.secure_aggregation:
-        rows.append(("masked", f"the server sees sums only, while {privacy.threshold:.0%} of the clients stay"))
+        rows.append(("masked", f"the server sees sums only, of {needed(config)} clients or more"))
     if model is not None:
         count = model.n_parameters
         rows.insert(5, ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart"))

@@ -24,6 +24,7 @@ from molehill_simulation.flower import ClientApp, ConfigRecord, Context, Message
 from molehill_simulation.stage import NoReply, call
 
 _EXACT = MethodRef(name="fp32")
+_AFTER = ("query.agree", "query.unmask")  # what is asked once the sum is there
 
 
 class Fate(NamedTuple):
@@ -89,7 +90,7 @@ class ScenarioApp(ClientApp):
     def together(self, messages: Sequence[Message], contexts: Sequence[Context]) -> Iterator[Message | Exception]:
         """The same for several clients, which the ClientApp may serve at once; all messages are of one type."""
         kind = messages[0].metadata.message_type
-        if kind not in ("train", "query.keys", "query.unmask"):
+        if kind not in ("train", "query.keys", *_AFTER):
             yield from call(self._app, messages, contexts)
             return
         fates = [
@@ -108,7 +109,7 @@ class ScenarioApp(ClientApp):
             elif kind == "train":
                 yield self._afterwards(message, context, fortune, outcome)
             else:  # keys have the same fate as the training that follows; a client is first missed there
-                yield NoReply("vanished") if kind == "query.unmask" and not fortune.finishes else outcome
+                yield NoReply("vanished") if kind in _AFTER and not fortune.finishes else outcome
 
     def _afterwards(self, message: Message, context: Context, fortune: Fate, reply: Message) -> Message | NoReply:
         """What becomes of a client's reply."""

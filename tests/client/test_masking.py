@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from toy_federation import MemoryVault, config
 
 from molehill.config import Data
 from molehill.errors import IdentityError, MessageError, ResumeError
-from molehill.secure.messages import Advert, AskKeys, AskShares, AskUnmask, Company, threshold
+from molehill.secure import keys
+from molehill.secure.messages import (
+    Advert,
+    AskAgree,
+    AskKeys,
+    AskShares,
+    AskUnmask,
+    Company,
+    survivors,
+    threshold,
+)
 from molehill_client.masking import Masker
 
 NAMES = ("a", "b", "c", "d")
-SECURE = config(privacy={"secure_aggregation": True, "threshold": 0.6})
+SECURE = config(privacy={"secure_aggregation": True})
 VALUES = np.array([0.5, -3.0, 0.0])
 
 
@@ -48,8 +60,13 @@ class Group:
     def mask(self, name):
         return self.masker(name).mask(3, self.company(name), VALUES)
 
-    def ask(self, name, arrived=("a", "b", "c"), lost=("d",), **values):
-        return self.masker(name).unmask(AskUnmask(**self.to(name, **values), arrived=arrived, lost=lost))
+    def agree(self, name, arrived=("a", "b", "c"), lost=("d",), **values):
+        return self.masker(name).agree(AskAgree(**self.to(name, **values), arrived=arrived, lost=lost)).signature
+
+    def ask(self, name, arrived=("a", "b", "c"), lost=("d",), signatures=None, **values):
+        signed = {one: self.agree(one) for one in "abc"} if signatures is None else signatures
+        ask = AskUnmask(**self.to(name, **values), arrived=arrived, lost=lost, signatures=signed)
+        return self.masker(name).unmask(ask)
 
 
 @pytest.fixture
@@ -73,10 +90,49 @@ def test_a_client_gives_away_one_share_of_everybody(masked):
 
 
 def test_the_same_question_has_the_same_answer_and_another_one_none(masked):
-    first = masked.ask("a")
-    assert masked.ask("a") == first
-    with pytest.raises(MessageError, match="another question, and a second one would undo masks"):
-        masked.ask("a", arrived=("a", "b", "d"), lost=("c",))
+    signed = {name: masked.agree(name) for name in "abc"}
+    assert {name: masked.agree(name) for name in "abc"} == signed
+    first = masked.ask("a", signatures=signed)
+    assert masked.ask("a", signatures=signed) == first
+    for again in ({"signatures": signed}, {"signatures": {}}):
+        with pytest.raises(MessageError, match="has signed another list of who is in the sum, and two of them"):
+            masked.ask("a", arrived=("a", "b", "d"), lost=("c",), **again)
+    with pytest.raises(MessageError, match="has signed another list"):
+        masked.agree("b", arrived=("a", "b", "d"), lost=("c",))
+    with pytest.raises(MessageError, match="are 'done'"):
+        masked.agree("a")
+
+
+def test_no_share_is_given_away_before_enough_have_signed_the_same(masked):
+    signed = {name: masked.agree(name) for name in "ab"}
+    before = masked.vaults["a"].data
+    with pytest.raises(MessageError, match="2 clients have signed who is in the sum, fewer than the threshold of 3"):
+        masked.ask("a", signatures=signed)
+    for wrong in (signed["a"], "0" * 128):
+        with pytest.raises(MessageError, match="a signature is not for this list of clients"):
+            masked.ask("a", signatures={**signed, "c": wrong})
+    with pytest.raises(MessageError, match="a signature of 'd', who is not in the sum"):
+        masked.ask("a", signatures={**signed, "d": signed["b"]})
+    with pytest.raises(MessageError, match="are 'masked'"):  # nor what it has not signed itself
+        masked.ask("c", signatures={**signed, "c": signed["a"]})
+    assert masked.vaults["a"].data == before
+    assert masked.ask("a", signatures={**signed, "c": masked.agree("c")})
+
+
+def test_a_signature_is_for_one_attempt_and_one_set_of_keys(group):
+    """The attempt has other keys, so what was signed in it counts for nothing in the next one."""
+    signed = []
+    for attempt in range(2):
+        group.keys(attempt=attempt)
+        group.said = {n: group.masker(n).shares(group.ask_shares(n, attempt=attempt)) for n in NAMES}
+        for name in "abc":
+            group.masker(name).mask(3, group.company(name, attempt=attempt), VALUES)
+        signed.append({name: group.agree(name, attempt=attempt) for name in "abc"})
+    with pytest.raises(MessageError, match="a signature is not for this list of clients"):
+        group.ask("a", signatures={**signed[1], "b": signed[0]["b"]}, attempt=1)
+    with pytest.raises(MessageError, match="no keys for attempt 0"):
+        group.ask("a", signatures=signed[0])
+    assert group.ask("a", signatures=signed[1], attempt=1)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +140,8 @@ def test_the_same_question_has_the_same_answer_and_another_one_none(masked):
     [(("a", "b", "c", "d"), ("d",)), (("a", "b", "b", "c"), ("d",)), (("a", "b", "c"), ("c", "d"))],
 )
 def test_both_secrets_of_a_client_are_refused(masked, arrived, lost):
+    with pytest.raises(MessageError, match="asked for both secrets of"):
+        masked.agree("a", arrived=arrived, lost=lost)
     with pytest.raises(MessageError, match="asked for both secrets of"):
         masked.ask("a", arrived=arrived, lost=lost)
 
@@ -98,6 +156,8 @@ def test_both_secrets_of_a_client_are_refused(masked, arrived, lost):
     ],
 )
 def test_other_sums_are_refused(masked, arrived, lost, why):
+    with pytest.raises(MessageError, match=why):
+        masked.agree("a", arrived=arrived, lost=lost)
     with pytest.raises(MessageError, match=why):
         masked.ask("a", arrived=arrived, lost=lost)
 
@@ -117,9 +177,10 @@ def test_secrets_are_gone_once_they_are_given_away_or_made_anew(masked):
     masked.ask("a")
     assert b'"seed":""' in masked.vaults["a"].data
     assert b'"shares_key":""' in masked.vaults["a"].data
+    assert b'"signing_key":""' in masked.vaults["a"].data
     masked.masker("b").keys(AskKeys(**masked.to("b", attempt=1)))
     with pytest.raises(MessageError, match="no keys for attempt 0 at round 3"):
-        masked.ask("b")
+        masked.agree("b")
 
 
 def test_nothing_is_masked_twice(masked):
@@ -137,9 +198,15 @@ def test_every_step_needs_the_one_before(group):
         group.masker("a").ready(3, Company(attempt=0, cap=1, inbox={}))
     group.shares()
     with pytest.raises(MessageError, match="are 'shares'"):
-        group.ask("a")
+        group.agree("a")
+    with pytest.raises(MessageError, match="are 'shares'"):
+        group.ask("a", signatures={})
     with pytest.raises(MessageError, match="are 'shares'"):
         group.shares()
+    for name in NAMES:
+        group.mask(name)
+    with pytest.raises(MessageError, match="are 'masked'"):
+        group.ask("a", signatures={})
 
 
 def test_a_plan_that_asks_for_a_delta_in_the_open_is_refused(group):
@@ -179,17 +246,17 @@ def test_a_victim_among_two_accomplices_cannot_be_unmasked():
         group.mask(name)
     before = group.vaults["victim"].data
     with pytest.raises(MessageError, match="2 of 3 clients are left, fewer than the threshold of 3"):
-        group.ask("victim", arrived=("server", "victim"), lost=("other",))
+        group.agree("victim", arrived=("server", "victim"), lost=("other",))
     assert group.vaults["victim"].data == before
 
 
 @pytest.mark.parametrize(
     ("clients", "select", "least"),
-    [(100, "all", 60), (100, {"name": "random", "fraction": 0.1}, 6), (8, {"name": "round_robin", "count": 6}, 4)],
+    [(100, "all", 67), (100, {"name": "random", "fraction": 0.1}, 7), (8, {"name": "round_robin", "count": 6}, 5)],
 )
 def test_three_of_many_are_too_small_a_company(clients, select, least):
     """How many it may expect it knows of its own copy of the configuration, whatever the server sends."""
-    sections = {"privacy": {"secure_aggregation": True, "threshold": 0.6}, "data": {"clients": clients}}
+    sections = {"privacy": {"secure_aggregation": True}, "data": {"clients": clients}}
     group = Group(tuple(f"c{n:03}" for n in range(least)), config=config(**sections, federation={"select": select}))
     group.keys()
     few = tuple(group.adverts.values())[: least - 1]
@@ -202,7 +269,7 @@ def test_three_of_many_are_too_small_a_company(clients, select, least):
     ("privacy", "cap"), [({"max_examples": 20}, 20), ({"clip": 1.0, "noise": 4.0, "epsilon": 8.0, "delta": 1e-5}, 1)]
 )
 def test_another_weight_than_that_of_its_own_configuration_is_refused(privacy, cap):
-    group = Group(config=config(privacy={"secure_aggregation": True, "threshold": 0.6, **privacy}))
+    group = Group(config=config(privacy={"secure_aggregation": True, **privacy}))
     group.keys()
     group.shares()
     company = group.company("a")
@@ -215,10 +282,12 @@ def test_changed_and_doubled_keys_are_refused(group):
     group.keys()
     adverts = group.adverts
     foreign = adverts["a"].model_copy(update={"masks": "1" * 64})
+    resigned = adverts["a"].model_copy(update={"signs": "1" * 64})
     twin = adverts["b"].model_copy(update={"client": "c"})
     reverse = tuple(adverts[name] for name in reversed(NAMES))
     for wrong, why in (
         (tuple({**adverts, "a": foreign}.values()), "its own keys are not among those"),
+        (tuple({**adverts, "a": resigned}.values()), "its own keys are not among those"),
         (tuple(adverts[name] for name in "bcd"), "its own keys are not among those"),
         (tuple({**adverts, "c": twin}.values()), "two clients have the same key"),
         (reverse, "not in order, or one is there twice"),
@@ -258,13 +327,14 @@ def test_keys_that_nobody_vouches_for_are_refused():
     group.shares()
     group.keys()
     honest = group.adverts["b"]
-    swapped = Advert(client="b", shares="1" * 64, masks="2" * 64, proof=honest.proof)
+    swapped = Advert(client="b", shares="1" * 64, masks="2" * 64, signs=honest.signs, proof=honest.proof)
+    resigned = honest.model_copy(update={"signs": "1" * 64})
     others = Group(signers={name: Word(name, "theirs") for name in NAMES})
     others.keys()
     later = Group(signers={name: Word(name) for name in NAMES})
     later.keys(attempt=1)
     bare = honest.model_copy(update={"proof": ""})
-    for wrong in (swapped, others.adverts["b"], later.adverts["b"], bare):
+    for wrong in (swapped, resigned, others.adverts["b"], later.adverts["b"], bare):
         adverts = tuple({**group.adverts, "b": wrong}.values())
         with pytest.raises(IdentityError, match="not signed by b"):
             group.masker("a").shares(group.ask_shares("a", adverts=adverts))
@@ -277,23 +347,92 @@ def test_what_another_version_kept_is_not_ignored(group):
         group.masker("a").keys(AskKeys(**group.to("a")))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_server_that_tells_clients_different_stories_never_gets_both_secrets(seed):
-    """Whatever it asks each of them, the shares of a seed and of a key do not both reach the threshold."""
-    rng = np.random.default_rng(seed)
-    names = tuple("abcdefg")
-    group = Group(names)
+def lists(names, need, clients):
+    """What a server that wants the sum of few tells each client: as many of the others lost as it will believe."""
+    left = dict.fromkeys(names[-clients:], need) if clients else {}
+    told = {}
+    for name in names:
+        lost = sorted((o for o in left if o != name and left[o] > 0), key=lambda o: -left[o])[: len(names) - need]
+        for other in lost:
+            left[other] -= 1
+        told[name] = tuple(sorted(lost))
+    return told, not any(count > 0 for count in left.values())
+
+
+@pytest.mark.parametrize("clients", [10, 20])
+def test_a_server_that_tells_clients_different_stories_gets_no_sum_at_all(clients):
+    """With n clients, t of whom must agree, sums of n (2 t - n) / t could be had if clients did not compare lists."""
+    names = tuple(f"c{number:03}" for number in range(clients))
+    group = Group(names, config=config(privacy={"secure_aggregation": True}, data={"clients": clients}))
+    need = threshold(clients, 2 / 3)
     group.keys()
     group.shares()
     for name in names:
         group.mask(name)
-    need = threshold(len(names), SECURE.privacy.threshold)
-    own, keys = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    outside = max(k for k in range(clients) if lists(names, need, k)[1])
+    told, _ = lists(names, need, outside)
+    assert outside > 0
+    signed, rest = {}, {}
     for name in names:
-        others = [other for other in names if other != name]
-        lost = tuple(sorted(rng.choice(others, rng.integers(0, len(names) - need + 1), replace=False)))
-        answer = group.ask(name, tuple(other for other in names if other not in lost), lost)
-        for counts, shares in ((own, answer.own), (keys, answer.keys)):
-            for owner in shares:
-                counts[owner] += 1
-    assert all(min(own[name], keys[name]) < need for name in names)
+        rest[name] = tuple(other for other in names if other not in told[name])
+        signed.setdefault(told[name], {})[name] = group.agree(name, rest[name], told[name])
+    assert max(map(len, signed.values())) < need
+    everything = {name: one for part in signed.values() for name, one in part.items()}
+    for name in names:
+        mine = {other: one for other, one in everything.items() if other in rest[name]}
+        for signatures in (signed[told[name]], mine, dict.fromkeys(rest[name], everything[name])):
+            with pytest.raises(MessageError, match=r"fewer than the threshold|not for this list|who is not in the sum"):
+                group.ask(name, rest[name], told[name], signatures=signatures)
+    for name in names:  # and having signed, they help with no other sum of the round either
+        if told[name]:
+            with pytest.raises(MessageError, match="has signed another list"):
+                group.agree(name, names, ())
+
+
+def test_clients_that_were_told_of_different_companies_do_not_agree():
+    """Of a smaller company fewer have to sign, so the keys that are signed for must be those of the same company."""
+    names = tuple("abcde")
+    group = Group(names)
+    group.keys()
+    for name in names:
+        told = tuple(group.adverts[one] for one in (names if name in "ae" else names[:4]))
+        group.said[name] = group.masker(name).shares(group.ask_shares(name, adverts=told))
+    for name in names[:4]:
+        group.masker(name).mask(3, group.company(name, sharers="abcd"), VALUES)
+    signed = {name: group.agree(name, tuple("abcd"), ()) for name in "abcd"}
+    with pytest.raises(MessageError, match="a signature is not for this list of clients"):
+        group.ask("a", tuple("abcd"), (), signatures=signed)
+    with pytest.raises(MessageError, match="a signature is not for this list of clients"):
+        group.ask("b", tuple("abcd"), (), signatures=signed)
+    assert group.ask("b", tuple("abcd"), (), signatures={name: signed[name] for name in "bcd"})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_accomplices_that_sign_everything_one_list_at_most_is_unmasked(seed):
+    """Two of seven, which are fewer than 2 t - n = 3."""
+    rng = np.random.default_rng(seed)
+    names = tuple("abcdefg")
+    group = Group(names, config=config(privacy={"secure_aggregation": True}, data={"clients": 7}))
+    group.keys()
+    group.shares()
+    for name in names:
+        group.mask(name)
+    bad, honest = names[:2], names[2:]
+    stories = [(names, ()), (names[:6], names[6:]), ((*names[:5], "g"), ("f",))]
+    told = {name: next(stories[i] for i in rng.permutation(3) if name in stories[i][0]) for name in honest}
+    signed = {story: {} for story in stories}
+    for name in honest:
+        signed[told[name]][name] = group.agree(name, *told[name])
+    for arrived, lost in stories:
+        text = survivors(keys.Occasion("molehill", 3, 0), tuple(group.adverts.values()), arrived, lost)
+        for name in bad:
+            private = bytes.fromhex(group.masker(name)._load().signing_key)
+            signed[arrived, lost][name] = keys.sign(text, private).hex()
+    helped = set()
+    for story in stories:
+        for name in honest:
+            with suppress(MessageError):
+                group.ask(name, *story, signatures=signed[story])
+                helped.add(story)
+    assert helped <= {story for story in stories if len(signed[story]) >= 5}
+    assert len(helped) <= 1

@@ -13,13 +13,13 @@ from molehill.wire.store import load_tree
 from molehill_simulation.describe import describe
 from molehill_simulation.simulate import simulate
 
-SECURE = {"privacy": {"secure_aggregation": True, "threshold": 0.6}}
+SECURE = {"privacy": {"secure_aggregation": True}}
 EXACT = {"wire": {"up": "fp32"}}
 LOSSES = {"molora": {"targets": ["query"], "experts": 2, "rank": 2, "losses": [{"name": "z_loss", "coef": 0.01}]}}
 
 
 def test_a_check_says_so(config):
-    row = ("masked", "the server sees sums only, while 60% of the clients stay")
+    row = ("masked", "the server sees sums only, of 3 clients or more")
     assert row in describe(config(**SECURE, **EXACT))
     assert row not in describe(config())
 
@@ -55,18 +55,18 @@ def test_in_worker_processes_that_share_nothing_but_the_disk(finished):
 
 
 def test_clients_vanish_and_are_late(finished):
-    """The same fates as in a plain run, though a client may vanish once more, before it helps to unmask."""
+    """The same fates as in a plain run, though a client may vanish once more, before it agrees or helps to unmask."""
     sections = {
         **EXACT,
         "data": {"clients": 6},
         "run": {"rounds": 4, "seed": 3},
-        "scenario": {"availability": 0.9, "dropout": 0.2, "stragglers": 0.2, "delay": 1.0},
-        "round": {"quorum": 0.3, "grace": 5.0, "retries": 4},
+        "scenario": {"availability": 0.95, "dropout": 0.1, "stragglers": 0.2, "delay": 1.0},
+        "round": {"quorum": 0.3, "grace": 5.0, "retries": 6},
     }
     _, secret = finished("hidden", **sections, **SECURE)
     rounds = events(secret, "round")
     assert any(len(event["accepted"]) < 6 for event in rounds)
-    assert all(len(event["accepted"]) >= 3 for event in rounds)
+    assert all(len(event["accepted"]) >= 5 for event in rounds)  # more than two thirds
     assert np.isfinite(final(secret)).all()
 
 

@@ -248,6 +248,6 @@ def test_a_cap_on_examples_needs_something_to_be_private():
         config(privacy={**SECURE, "clip": 1.0, "epsilon": 1.0, "delta": 1e-5})
 
 
-def test_a_threshold_is_more_than_half():
+def test_a_threshold_is_two_thirds_or_more():
     with pytest.raises(ConfigError, match=r"privacy\.threshold"):
-        config(privacy={**SECURE, "threshold": 0.5})
+        config(privacy={**SECURE, "threshold": 0.66})

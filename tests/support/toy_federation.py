@@ -14,7 +14,7 @@ import numpy as np
 from molehill import __version__
 from molehill.config import Config, parse
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
-from molehill.secure.messages import AskKeys, AskShares, AskUnmask
+from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
 from molehill.secure.vector import Form
 from molehill.wire.clipping import clip
 from molehill.wire.exchange import Exchange, Place
@@ -194,6 +194,7 @@ class ToyClient:
         ask, answer = {
             "query.keys": (AskKeys, self.masker.keys),
             "query.shares": (AskShares, self.masker.shares),
+            "query.agree": (AskAgree, self.masker.agree),
             "query.unmask": (AskUnmask, self.masker.unmask),
         }[kind]
         return answer(ask.model_validate_json(text)).model_dump_json()

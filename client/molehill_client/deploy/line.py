@@ -29,8 +29,8 @@ class Request(NamedTuple):
     """What is asked.
 
     Attributes:
-        kind: ``query.hello``, ``query.keys``, ``query.shares``, ``query.unmask``, ``train``, ``train.baseline`` or
-            ``evaluate`` of the server; ``status`` or ``score`` of this machine.
+        kind: ``query.hello``, ``query.keys``, ``query.shares``, ``query.agree``, ``query.unmask``, ``train``,
+            ``train.baseline`` or ``evaluate`` of the server; ``status`` or ``score`` of this machine.
         text: JSON of the plan, question or introduction; for ``score`` a file of rows, or nothing.
     """
 

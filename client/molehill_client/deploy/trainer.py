@@ -37,7 +37,7 @@ from molehill.errors import (
 )
 from molehill.pki import Identity, Signer, read_passphrase
 from molehill.plan import ClientPlan, Hello
-from molehill.secure.messages import AskKeys, AskShares, AskUnmask
+from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
 from molehill.tasks.adapted import open_model
 from molehill.tasks.rows import GROUP, Rows
 from molehill.tasks.schema import load_rows
@@ -320,6 +320,8 @@ def _masking(masker: Masker, request: Request) -> BaseModel:
             return masker.keys(_parsed(AskKeys, request.text))
         case "query.shares":
             return masker.shares(_parsed(AskShares, request.text))
+        case "query.agree":
+            return masker.agree(_parsed(AskAgree, request.text))
         case "query.unmask":
             return masker.unmask(_parsed(AskUnmask, request.text))
     raise MessageError(f"unknown request {request.kind!r}")

@@ -12,17 +12,20 @@ from molehill.config import Config
 from molehill.errors import FederationError, MessageError
 from molehill.plan import ClientPlan, ClientReply
 from molehill.secure import keys, shamir
+from molehill.secure.company import needed
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.masks import Numbers, add_common_mask, add_mask
 from molehill.secure.messages import (
     Advert,
+    Agreement,
+    AskAgree,
     AskKeys,
     AskShares,
     AskUnmask,
     Company,
     Shares,
     Unmask,
-    threshold,
+    survivors,
 )
 from molehill.secure.vector import Form, Sums, figures_of
 from molehill.wire.message import decode_masked
@@ -45,6 +48,7 @@ class Progress(BaseModel):
         adverts: Of all clients that advertised keys, by name and in its order.
         sharers: Those who shared their secrets.
         arrived: Those who are in the sum.
+        signatures: Of those that have signed who is in the sum.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +61,7 @@ class Progress(BaseModel):
     adverts: dict[str, Advert] = Field(default_factory=dict)
     sharers: list[str] = Field(default_factory=list)
     arrived: list[str] = Field(default_factory=list)
+    signatures: dict[str, str] = Field(default_factory=dict)
 
 
 class SecureRound:
@@ -103,18 +108,13 @@ class SecureRound:
 
     @property
     def threshold(self) -> int:
-        """How many clients must stay to the end; of those that advertised keys."""
-        return threshold(len(self.progress.adverts), self._config.privacy.threshold)
+        """How many clients must stay to the end."""
+        return needed(self._config, len(self.progress.adverts))
 
     @property
     def answers(self) -> int:
         """How many clients have given their shares away."""
         return len(self._answers)
-
-    @property
-    def helpers(self) -> set[str]:
-        """Which they are."""
-        return set(self._answers)
 
     # Questions
 
@@ -140,15 +140,33 @@ class SecureRound:
             for client in self.progress.sharers
         }
 
+    def ask_agree(self) -> dict[str, AskAgree]:
+        """The last question but one, to those that arrived and have not answered it."""
+        arrived, lost = self._survivors()
+        return {
+            client: AskAgree(**self._to(client), arrived=arrived, lost=lost)
+            for client in arrived
+            if client not in self.progress.signatures
+        }
+
     def ask_unmask(self) -> dict[str, AskUnmask]:
         """The last question, to those that arrived and have not answered it."""
-        arrived = sorted(self.progress.arrived)
-        lost = tuple(client for client in self.progress.sharers if client not in arrived)
+        arrived, lost = self._survivors()
+        signed = self.progress.signatures
         return {
-            client: AskUnmask(**self._to(client), arrived=tuple(arrived), lost=lost)
+            client: AskUnmask(**self._to(client), arrived=arrived, lost=lost, signatures=signed)
             for client in arrived
             if client not in self._answers
         }
+
+    def _survivors(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Who is in the sum, and who else the others have masked with."""
+        arrived = tuple(sorted(self.progress.arrived))
+        return arrived, tuple(client for client in self.progress.sharers if client not in arrived)
+
+    @property
+    def _occasion(self) -> keys.Occasion:
+        return keys.Occasion(self.progress.run, self.progress.round, self.progress.attempt)
 
     def _to(self, client: str) -> dict[str, Any]:
         progress = self.progress
@@ -197,6 +215,18 @@ class SecureRound:
         self.total += masked.numbers
         self.progress.arrived.append(plan.client)
 
+    def take_agreement(self, client: str, text: str) -> None:
+        """Note that a client has signed who is in the sum.
+
+        Raises:
+            MessageError: The answer is malformed, another client's, or no signature of that.
+        """
+        said = _read(Agreement, client, text)
+        progress = self.progress
+        data = survivors(self._occasion, tuple(progress.adverts.values()), *self._survivors())
+        keys.verify(data, bytes.fromhex(said.signature), bytes.fromhex(progress.adverts[client].signs))
+        progress.signatures[client] = said.signature
+
     def take_unmask(self, client: str, text: str) -> None:
         """Note the shares that a client gives away.
 
@@ -240,7 +270,6 @@ class SecureRound:
         progress, adverts = self.progress, self.progress.adverts
         names = list(adverts)
         helpers = sorted(self._answers, key=names.index)[: self.threshold]
-        moment = keys.Occasion(progress.run, progress.round, progress.attempt)
 
         def secret(part: str, owner: str) -> bytes:
             shares = {1 + names.index(one): getattr(self._answers[one], part)[owner] for one in helpers}
@@ -254,7 +283,7 @@ class SecureRound:
                 raise MessageError(f"the shares of the key of {client!r} do not give the key it advertised")
             for other in progress.arrived:  # as if it had sent zeros
                 theirs = bytes.fromhex(adverts[other].masks)
-                add_common_mask(self.total, key, client, theirs, other, moment)
+                add_common_mask(self.total, key, client, theirs, other, self._occasion)
 
 
 def released(sums: Sums, glob: Global, layout: Layout) -> Update:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_federation import config, initial
 
-from molehill.errors import MessageError
+from molehill.errors import ConfigError, MessageError
 from molehill.secure import keys, shamir
-from molehill.secure.company import smallest_company
+from molehill.secure.company import needed
 from molehill.secure.fixed import FIGURE, FixedPoint
 from molehill.secure.masks import add_common_mask, add_mask
 from molehill.secure.messages import threshold
@@ -124,24 +124,36 @@ def test_what_leaves_no_places_is_refused():
         FixedPoint.of(config(round={"norm_bound": 1e12}), 8, 2**16)
 
 
-def test_a_threshold_is_a_majority_of_three_or_more():
-    assert [threshold(count, 0.51) for count in (3, 4, 10, 100)] == [3, 3, 6, 51]
-    assert [threshold(count, 0.66) for count in (3, 4, 5, 50, 100)] == [3, 3, 4, 33, 66]
+def test_a_threshold_is_more_than_two_thirds_and_three_or_more():
+    """Whatever the fraction: two lists that each have so many signatures have more than a third in common."""
+    assert [threshold(count, 0.1) for count in (3, 4, 6, 9, 10, 100)] == [3, 3, 5, 7, 7, 67]
+    assert [threshold(count, 0.8) for count in (3, 4, 5, 50, 100)] == [3, 4, 4, 40, 80]
     assert threshold(5, 1.0) == 5
+    for count in range(3, 200):
+        assert 3 * (2 * threshold(count, 2 / 3) - count) > count
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.51, 0.66, 0.0])
+def test_a_threshold_below_two_thirds_is_refused(fraction):
+    with pytest.raises(ConfigError, match=r"privacy\.threshold: it must be two thirds \(0\.67\) or more"):
+        config(privacy={"secure_aggregation": True, "threshold": fraction})
+    assert config(privacy={"threshold": 2 / 3}).privacy.threshold == 2 / 3
 
 
 @pytest.mark.parametrize(
     ("clients", "select", "floor"),
     [
         (3, "all", 3),
-        (100, "all", 66),
+        (100, "all", 67),
         (100, {"name": "random", "fraction": 0.1}, 7),
         (100, {"name": "random", "fraction": 0.01}, 3),
         (100, {"name": "round_robin", "count": 20}, 14),
     ],
 )
 def test_the_smallest_company_is_a_part_of_those_that_take_part(clients, select, floor):
-    assert smallest_company(config(data={"clients": clients}, federation={"select": select})) == floor
+    settings = config(data={"clients": clients}, federation={"select": select})
+    assert needed(settings) == needed(settings, floor) == floor
+    assert needed(settings, 2 * clients) == threshold(2 * clients, 0.67)  # more came
 
 
 def test_the_mean_is_that_of_rule_mean():
