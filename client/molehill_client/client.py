@@ -19,7 +19,7 @@ from molehill.tasks.task import Example
 from molehill.wire.clipping import clip, norm
 from molehill.wire.exchange import Place
 from molehill.wire.keys import Key
-from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked
+from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked, largest_delta
 from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.consent import require_consent
 from molehill_client.masking import Masker, Signer
@@ -242,16 +242,18 @@ class Client:
 
     def _receive(self, plan: ClientPlan, state: PersonalState) -> int:
         """Put the plan's blobs into the model; returns the bytes that had to be fetched."""
-        model, limit = self.bench.model, self.bench.config.wire.max_bytes
+        model, wire = self.bench.model, self.bench.config.wire
+        whole = min(wire.max_bytes, largest_delta(model.layout, model.layout))
         self.start_over()
         patches: dict[tuple[str, str], list[tuple[Array, Array]]] = {}
         fetched = 0
         for group, digest in sorted(plan.blobs.items()):
+            limit = wire.max_bytes if group.startswith("patch.") else whole  # patches grow with the rounds
             blob = self.bench.exchange.get(digest, limit)
             if state.held.get(group) != digest:
                 fetched += len(blob)
             state.held[group] = digest
-            tree = decode_tree(blob, limit)
+            tree = decode_tree(blob, limit, codec=wire.down)
             parts = {key: value for key, value in tree.items() if not key.role.startswith("patch.")}
             model.load(_truncated(parts, plan.rank))
             for key in tree:

@@ -189,7 +189,8 @@ def require_size(size: int, max_bytes: int | None) -> None:
     """
     if max_bytes is not None and size > max_bytes:
         raise MessageError(
-            f"a blob of {size} bytes, the limit is {max_bytes}", mend="Raise wire.max_bytes if the sender is right."
+            f"a blob of {size} bytes, the limit is {max_bytes}",
+            mend="Its plan asks for no more, or wire.max_bytes is too small.",
         )
 
 

@@ -48,7 +48,7 @@ class Key(NamedTuple):
         Raises:
             MessageError: ``name`` is not three well-formed parts.
         """
-        parts = name.split("/")
-        if len(name) > _MAX_NAME or len(parts) != 3 or not all(_PART.fullmatch(part) for part in parts):
+        parts = name.split("/") if len(name) <= _MAX_NAME else []
+        if len(parts) != 3 or not all(_PART.fullmatch(part) for part in parts):
             raise MessageError(f"bad tensor name {name[:80]!r}", mend="Expected site/expert/role.")
         return cls(*parts)

@@ -8,35 +8,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
-from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from molehill import registry
 from molehill.errors import ConfigError, MessageError
 from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
-from molehill.wire.packing import compress, expand
-from molehill.wire.tree import Array, Layout, Shape, Tree
+from molehill.wire.parsing import FOREIGN, FORMAT, MAX_ROWS, parse, read_table, write_table
+from molehill.wire.shapes import read_layout, require_ascending, write_layout
+from molehill.wire.tree import Array, Layout, Tree
 from molehill_protos.v1 import delta_pb2, masked_pb2, tree_pb2
 
-FORMAT = 1
-_MAX_DIMS = 4
-_MAX_DIM = 2**24
-_MAX_NUMBERS = 2**31
-_MAX_TENSORS = 2**16
-_MAX_TABLE = 4 * 2**20  # bytes of a table of names, expanded
 _MAX_PARAMS = 1024  # characters
 _MAX_TEXT = 256  # characters of a run, client or digest
 _MAX_COUNT = 2**53
-_FOREIGN = "The sender may run another version, or the bytes are damaged."
-
-M = TypeVar("M", bound=Message)
+_HEAD = 8192  # bytes of a message beside names and numbers
+_ROW = 32  # bytes of a row of a table beside its name
 
 
 class CodecRef(Protocol):
@@ -102,6 +94,23 @@ def digest(blob: bytes | memoryview) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
+def largest_delta(layout: Layout, model: Layout) -> int:
+    """Most bytes of a delta, whatever its codec: none takes more than float32 does.
+
+    Args:
+        layout: Of what is sent.
+        model: Of the shared model; tokens are counted for its experts.
+    """
+    pairs = {f"{key.site}/{key.expert}" for key in model}
+    names = sum(len(key.name) + _ROW for key in layout) + sum(len(pair) + _ROW for pair in pairs)
+    return 4 * layout.size + names + _HEAD
+
+
+def largest_masked(size: int) -> int:
+    """Most bytes of a masked vector of ``size`` numbers."""
+    return 8 * size + _HEAD
+
+
 def encode_tree(tree: Tree, codec: CodecRef, memory: dict[Key, Array] | None = None) -> bytes:
     """Encode a tree with its names and shapes.
 
@@ -117,18 +126,23 @@ def encode_tree(tree: Tree, codec: CodecRef, memory: dict[Key, Array] | None = N
     return _tree_blob(tree, codec, memory).SerializeToString(deterministic=True)
 
 
-def decode_tree(blob: bytes | memoryview, max_bytes: int, expect: Layout | None = None) -> Tree:
+def decode_tree(
+    blob: bytes | memoryview, max_bytes: int, expect: Layout | None = None, codec: CodecRef | None = None
+) -> Tree:
     """Decode what `encode_tree` wrote.
 
     Args:
         blob: The message.
         max_bytes: Most bytes of the message, and of the tree as float32.
         expect: The layout it must have; None accepts any.
+        codec: The codec it must come in, with these parameters; None accepts any.
 
     Raises:
-        MessageError: Too large, damaged, foreign, not finite or of another layout.
+        MessageError: Too large, damaged, foreign, not finite, of another layout or in another codec.
     """
-    return _read_tree(_parse(tree_pb2.TreeBlob, blob, max_bytes), max_bytes, expect)
+    message = parse(tree_pb2.TreeBlob, blob, max_bytes)
+    _require_codec(message, codec, "the tree")
+    return _read_tree(message, max_bytes, expect)
 
 
 def encode_delta(delta: Delta, codec: CodecRef, memory: dict[Key, Array] | None = None) -> bytes:
@@ -158,28 +172,38 @@ def encode_delta(delta: Delta, codec: CodecRef, memory: dict[Key, Array] | None 
         base=delta.base,
         layout=delta.tree.layout.digest,
         examples=delta.examples,
-        tokens=_write_table(table),
+        tokens=write_table(table),
         tree=_tree_blob(delta.tree, codec, memory),
     ).SerializeToString(deterministic=True)
 
 
-def decode_delta(blob: bytes | memoryview, max_bytes: int, expect: Layout | None = None) -> Delta:
+def decode_delta(
+    blob: bytes | memoryview,
+    max_bytes: int,
+    expect: Layout | None = None,
+    codec: CodecRef | None = None,
+    pairs: int = MAX_ROWS,
+) -> Delta:
     """Decode what `encode_delta` wrote.
 
     Args:
         blob: The message.
         max_bytes: Most bytes of the message, and of its tree as float32.
         expect: The layout its tree must have; None accepts any.
+        codec: The codec it must come in, with these parameters; None accepts any.
+        pairs: Most experts, over all sites, whose tokens it may count.
 
     Raises:
-        MessageError: Too large, damaged, foreign, not finite or of another layout.
+        MessageError: Too large, damaged, foreign, not finite, of another layout or in another codec.
     """
-    message = _parse(delta_pb2.Delta, blob, max_bytes)
+    message = parse(delta_pb2.Delta, blob, max_bytes)
+    _require_codec(message.tree, codec, "its delta")  # before anything is expanded
     tree = _read_tree(message.tree, max_bytes, expect)
     if message.layout != tree.layout.digest:
-        raise MessageError("the layout's digest is not that of its tensors", mend=_FOREIGN)
-    experts = [(row.site, row.expert, row.tokens) for row in _read_table(delta_pb2.TokenTable, message.tokens).experts]
-    _require_ascending([f"{site}/{expert}" for site, expert, _ in experts], [(s, e) for s, e, _ in experts])
+        raise MessageError("the layout's digest is not that of its tensors", mend=FOREIGN)
+    table = read_table(delta_pb2.TokenTable, message.tokens, pairs)
+    experts = [(row.site, row.expert, row.tokens) for row in table.experts]
+    require_ascending([f"{site}/{expert}" for site, expert, _ in experts], [(s, e) for s, e, _ in experts])
     delta = Delta(
         run=message.run,
         round=message.round,
@@ -224,9 +248,9 @@ def decode_masked(blob: bytes | memoryview, max_bytes: int, size: int) -> Masked
     Raises:
         MessageError: Too large, damaged, foreign, or of another length.
     """
-    message = _parse(masked_pb2.Masked, blob, max_bytes)
+    message = parse(masked_pb2.Masked, blob, max_bytes)
     if len(message.numbers) != 8 * size:
-        raise MessageError(f"{len(message.numbers)} bytes of masked numbers, {8 * size} were asked for", mend=_FOREIGN)
+        raise MessageError(f"{len(message.numbers)} bytes of masked numbers, {8 * size} were asked for", mend=FOREIGN)
     masked = Masked(
         run=message.run,
         round=message.round,
@@ -241,43 +265,49 @@ def decode_masked(blob: bytes | memoryview, max_bytes: int, size: int) -> Masked
 
 
 def _tree_blob(tree: Tree, codec: CodecRef, memory: dict[Key, Array] | None) -> tree_pb2.TreeBlob:
-    params = registry.parse_params("codec", codec.name, codec.params)
     coder: Codec = registry.build("codec", codec.name, codec.params)
-    for key, shape in tree.layout.items():
-        Key.parse(key.name)
-        _require_shape(key.name, shape)
-    _require_size(tree.layout.size, _MAX_NUMBERS * 4)
-    table = tree_pb2.TensorTable(
-        tensors=[tree_pb2.Tensor(name=key.name, shape=shape) for key, shape in tree.layout.items()]
-    )
     blob = tree_pb2.TreeBlob(
         format=FORMAT,
         codec=codec.name,
-        params=json.dumps(dataclasses.asdict(params), sort_keys=True, separators=(",", ":")),
-        tensors=_write_table(table),
+        params=_params(codec),
+        tensors=write_layout(tree.layout),
         payload=coder.encode(tree, memory),
     )
     blob.sha256 = _checksum(blob)
     return blob
 
 
+def _require_codec(blob: tree_pb2.TreeBlob, codec: CodecRef | None, what: str) -> None:
+    if codec is None:
+        return
+    if blob.codec != codec.name:
+        raise MessageError(f"{what} comes in codec {blob.codec[:40]!r}, not {codec.name!r}")
+    if blob.params != (asked := _params(codec)):
+        raise MessageError(f"{what} comes in codec {codec.name!r} with {blob.params[:200]}, not {asked}")
+
+
+def _params(codec: CodecRef) -> str:
+    """All parameters of a codec, as they travel."""
+    params = registry.parse_params("codec", codec.name, codec.params)
+    return json.dumps(dataclasses.asdict(params), sort_keys=True, separators=(",", ":"))
+
+
 def _read_tree(blob: tree_pb2.TreeBlob, max_bytes: int, expect: Layout | None) -> Tree:
     if blob.format != FORMAT:
-        raise MessageError(f"tree has format {blob.format}, this version reads {FORMAT}", mend=_FOREIGN)
+        raise MessageError(f"tree has format {blob.format}, this version reads {FORMAT}", mend=FOREIGN)
     if blob.sha256 != _checksum(blob):
         raise MessageError("the checksum does not fit", mend="The bytes were damaged on the way; send again.")
-    layout = _layout(_read_table(tree_pb2.TensorTable, blob.tensors), max_bytes)
-    if expect is not None and layout != expect:
-        raise _mismatch(layout, expect)
+    layout = read_layout(blob.tensors, max_bytes, expect)
     try:
-        if len(blob.params) > _MAX_PARAMS:
-            raise MessageError(f"codec parameters of {len(blob.params)} characters", mend=_FOREIGN)
+        if len(blob.codec) > _MAX_TEXT or len(blob.params) > _MAX_PARAMS:
+            text = f"codec of {len(blob.codec)} and parameters of {len(blob.params)} characters"
+            raise MessageError(text, mend=FOREIGN)
         params = json.loads(blob.params)
         if not isinstance(params, dict):
-            raise MessageError("codec parameters are no JSON object", mend=_FOREIGN)
+            raise MessageError("codec parameters are no JSON object", mend=FOREIGN)
         coder: Codec = registry.build("codec", blob.codec, params)
     except (ConfigError, ValueError, RecursionError) as error:
-        raise MessageError(f"unusable codec {blob.codec[:40]!r}: {error}", mend=_FOREIGN) from None
+        raise MessageError(f"unusable codec {blob.codec[:40]!r}: {error}", mend=FOREIGN) from None
     return coder.decode(blob.payload, layout)
 
 
@@ -288,46 +318,6 @@ def _checksum(blob: tree_pb2.TreeBlob) -> bytes:
         total.update(len(part).to_bytes(8, "little"))
         total.update(part)
     return total.digest()
-
-
-def _layout(table: tree_pb2.TensorTable, max_bytes: int) -> Layout:
-    if len(table.tensors) > _MAX_TENSORS:
-        raise MessageError(f"{len(table.tensors)} tensors, at most {_MAX_TENSORS} fit a message")
-    shapes: dict[Key, Shape] = {}
-    total = 0
-    for tensor in table.tensors:
-        shape = tuple(tensor.shape)
-        _require_shape(tensor.name, shape)
-        total += math.prod(shape)
-        shapes[Key.parse(tensor.name)] = shape
-    _require_size(total, max_bytes)
-    _require_ascending([tensor.name for tensor in table.tensors], [Key.parse(t.name) for t in table.tensors])
-    return Layout(shapes)
-
-
-def _require_shape(name: str, shape: Shape) -> None:
-    if len(shape) > _MAX_DIMS or not all(1 <= n <= _MAX_DIM for n in shape):
-        text = "x".join(map(str, shape[: _MAX_DIMS + 1]))
-        raise MessageError(
-            f"shape {text} is outside the format",
-            where=name[:80],
-            mend=f"{_MAX_DIMS} dimensions, each 1 to {_MAX_DIM}.",
-        )
-
-
-def _require_size(numbers: int, max_bytes: int) -> None:
-    if 4 * numbers > max_bytes:
-        raise MessageError(
-            f"a tree of {numbers} numbers takes {4 * numbers} bytes, the limit is {max_bytes}",
-            mend="Raise wire.max_bytes if the sender is right.",
-        )
-
-
-def _require_ascending(names: list[str], keys: list[Any]) -> None:
-    for name, before, after in zip(names[1:], keys, keys[1:], strict=False):
-        if before >= after:
-            what = "appears twice" if before == after else "is out of order"
-            raise MessageError(f"the name {what}", where=name[:80], mend=_FOREIGN)
 
 
 def _require_sender(message: Delta | Masked) -> None:
@@ -346,51 +336,3 @@ def _require_sane(delta: Delta) -> None:
         Key.parse(f"{site}/{expert}/tokens")
         if not 0 <= tokens <= _MAX_COUNT:  # NaN fails too
             raise MessageError(f"{tokens} tokens", where=f"{site}/{expert}", mend="Tokens are a count.")
-
-
-def _mismatch(found: Layout, expect: Layout) -> MessageError:
-    """Name the first tensor in which two layouts differ."""
-
-    def differences() -> Iterator[tuple[Key, str]]:
-        for key in sorted({*found, *expect}):
-            if key not in expect:
-                yield key, "nobody asked for this tensor"
-            elif key not in found:
-                yield key, "the tensor is missing"
-            elif found[key] != expect[key]:
-                yield key, f"shape {list(found[key])} where {list(expect[key])} was asked for"
-
-    key, what = next(differences())
-    return MessageError(what, where=key.name, mend="Sender and receiver must use the same plan.")
-
-
-def _parse(kind: type[M], blob: bytes | memoryview, max_bytes: int) -> M:
-    """Parse a message that must be exactly what we would write: no unknown field, nothing twice, nothing trailing."""
-    if len(blob) > max_bytes:
-        raise MessageError(
-            f"message of {len(blob)} bytes, the limit is {max_bytes}",
-            mend="Raise wire.max_bytes if the sender is right.",
-        )
-    message = kind()
-    try:
-        message.ParseFromString(bytes(blob))
-    except DecodeError:
-        raise MessageError("not a message, or cut short", mend=_FOREIGN) from None
-    message.DiscardUnknownFields()
-    if message.SerializeToString(deterministic=True) != blob:
-        raise MessageError("message with unknown, repeated or trailing fields", mend=_FOREIGN)
-    declared = getattr(message, "format", FORMAT)
-    if declared != FORMAT:
-        raise MessageError(f"message has format {declared}, this version reads {FORMAT}", mend=_FOREIGN)
-    return message
-
-
-def _write_table(table: Message) -> bytes:
-    data = table.SerializeToString(deterministic=True)
-    if len(data) > _MAX_TABLE:
-        raise MessageError(f"names of {len(data)} bytes, at most {_MAX_TABLE} fit a message", mend="Use shorter names.")
-    return compress(data)
-
-
-def _read_table(kind: type[M], data: bytes) -> M:
-    return _parse(kind, expand(data, _MAX_TABLE), _MAX_TABLE)

@@ -330,7 +330,7 @@ class Coordinator:
         self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round
     ) -> tuple[Global, Mapping[str, float]]:
         plans = self._plans(notes.selected, number, glob)
-        self._grant(plans, attempt)
+        self._grant(plans, attempt, self._limits.delta(glob.tree.layout))
         collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._patience(self._quorum(len(plans))))
         updates = self._updates(glob, plans, collection, notes)
         if not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
@@ -401,12 +401,13 @@ class Coordinator:
             client: plans[client].model_copy(update={"company": company})
             for client, company in secure.companies().items()
         }
-        self._grant(plans, attempt)
+        most = min(self._limits.max_bytes, secure.largest)
+        self._grant(plans, attempt, most)
         collection = self._send("train", plans, nodes, group, patience)
         for done, (client, reply) in enumerate(collection, start=1):
             plan = plans[client]
             try:
-                self._open(plan, reply, notes, partial(secure.add, plan))
+                self._open(plan, reply, notes, most, partial(secure.add, plan))
                 collection.accept()
             except MessageError as error:
                 notes.quarantined[client] = str(error)
@@ -570,7 +571,7 @@ class Coordinator:
         def read(blob: bytes, reply: ClientReply) -> tuple[Delta, ClientReply]:
             return open_delta(blob, reply, plan, glob.tree.layout, self._limits), reply
 
-        delta, reply = self._open(plan, incoming, notes, read)
+        delta, reply = self._open(plan, incoming, notes, self._limits.delta(glob.tree.layout), read)
         assert reply.loss is not None  # it was checked
         notes.losses[plan.client] = reply.loss
         notes.metrics[plan.client] = {name: reply.metrics[name] for name in self._metrics if name in reply.metrics}
@@ -583,8 +584,10 @@ class Coordinator:
             values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
         return Update(plan.client, values, reply.examples, delta.tokens)
 
-    def _open(self, plan: ClientPlan, incoming: Incoming, notes: _Round, read: Callable[[bytes, ClientReply], T]) -> T:
-        """Fetch and judge what a reply to ``plan`` points at.
+    def _open(
+        self, plan: ClientPlan, incoming: Incoming, notes: _Round, most: int, read: Callable[[bytes, ClientReply], T]
+    ) -> T:
+        """Fetch and judge what a reply to ``plan`` points at, ``most`` bytes of it.
 
         Raises:
             MessageError: It cannot be used.
@@ -592,7 +595,7 @@ class Coordinator:
         reply = parse_reply(_text(incoming))
         try:
             notes.bytes_down += min(reply.bytes_down, self._broadcast.size)
-            blob = self._exchange.get(reply.delta, self._limits.max_bytes)
+            blob = self._exchange.get(reply.delta, most)
             notes.bytes_up += len(blob)
             check_reply(reply, plan, notes.rows[plan.client])
             found = read(blob, reply)
@@ -602,11 +605,10 @@ class Coordinator:
         notes.deltas[plan.client] = reply.delta
         return found
 
-    def _grant(self, plans: Mapping[str, ClientPlan], attempt: int) -> None:
-        """Let these clients, and no others, send their deltas of this attempt."""
+    def _grant(self, plans: Mapping[str, ClientPlan], attempt: int, most: int) -> None:
+        """Let these clients, and no others, send their deltas of this attempt, of ``most`` bytes."""
         if self._grants is not None:
-            limit = self._limits.max_bytes
-            self._grants.renew({client: _grant(plan, attempt, limit) for client, plan in plans.items()})
+            self._grants.renew({client: _grant(plan, attempt, most) for client, plan in plans.items()})
 
     def _quorum(self, count: int) -> int:
         part = math.ceil(self._config.round.quorum * count)

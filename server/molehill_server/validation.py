@@ -11,7 +11,7 @@ from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, ClientReply
 from molehill.wire.clipping import norm
-from molehill.wire.message import Delta, decode_delta, digest
+from molehill.wire.message import Delta, decode_delta, digest, largest_delta
 from molehill.wire.tree import Layout
 from molehill_server.planning.planner import expected
 from molehill_server.privacy.mechanism import TOLERANCE
@@ -44,6 +44,10 @@ class Limits:
         clipped = None if config.privacy.clip is None else TOLERANCE * config.privacy.clip
         bounds = [bound for bound in (config.round.norm_bound, clipped) if bound is not None]
         return cls(config.wire.max_bytes, min(bounds, default=None), rounding * rows * config.task.max_length)
+
+    def delta(self, model: Layout) -> int:
+        """Most bytes of a delta of a model: what it takes as float32, and no more than the limit."""
+        return min(self.max_bytes, largest_delta(model, model))
 
 
 def parse_reply(text: str) -> ClientReply:
@@ -118,7 +122,8 @@ def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout,
             impossible tokens.
     """
     require_announced(blob, reply)
-    delta = decode_delta(blob, limits.max_bytes, expected(plan, model))
+    experts = {(key.site, key.expert) for key in model}
+    delta = decode_delta(blob, limits.max_bytes, expected(plan, model), plan.codec, len(experts))
     told = {"run": plan.run, "round": plan.round, "client": plan.client, "base": plan.base, "examples": reply.examples}
     for name, value in told.items():
         if getattr(delta, name) != value:
@@ -126,12 +131,9 @@ def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout,
     size = norm(delta.tree.require_finite().flat)
     if limits.norm_bound is not None and size > limits.norm_bound:
         raise MessageError(f"its delta has norm {size:.3g}, above the bound of {limits.norm_bound:g}")
-    experts = {(key.site, key.expert) for key in model}
     for pair, tokens in delta.tokens.items():
         if not 0 <= tokens <= limits.tokens:  # NaN fails too
             raise MessageError(f"it counts {tokens} tokens for {'/'.join(pair)}")
         if pair not in experts:
             raise MessageError(f"it counts tokens for the foreign expert {'/'.join(pair)}")
-    if delta.codec != plan.codec.name:
-        raise MessageError(f"its delta comes in codec {delta.codec!r}, not {plan.codec.name!r}")
     return delta

@@ -357,3 +357,18 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_no_state(house):
     with pytest.raises(TrainingError, match=r"client client-1, round 1: .*Lower train\.lr"):
         h.client(0).train(h.plan(0, steps=5))
     assert not h.folder.exists()
+
+
+def test_a_server_cannot_make_a_client_decode_what_it_was_not_told_of(one, monkeypatch):
+    """Blobs in another codec, or longer than the model, are refused before anything is made of them."""
+    plan, asked = one.plan(0), []
+    name = one.exchange.put(encode_tree(one.bench.initial, MethodRef(name="int4")))
+    with pytest.raises(MessageError, match=f"the tree comes in codec 'int4', not {one.config.wire.down.name!r}"):
+        one.client(0).train(plan.model_copy(update={"blobs": {"all": name}}))
+    long = Tree.of({Key(SITE, "e0", "A"): np.zeros((8, one.bench.model.layout.size), np.float32)})
+    name = one.exchange.put(encode_tree(long, FP32))
+    get = one.exchange.get
+    monkeypatch.setattr(one.exchange, "get", lambda name, most=None: asked.append(most) or get(name, most))
+    with pytest.raises(MessageError, match=r"a blob of .* bytes, the limit is .*Its plan asks for no more"):
+        one.client(0).train(plan.model_copy(update={"blobs": {"all": name}}))
+    assert asked[0] < 4 * one.bench.model.layout.size + 2**16

@@ -357,7 +357,8 @@ def test_a_client_is_granted_what_its_plan_asks_for(toy, tmp_path):
         grant = grants[name]
         assert (grant.run, grant.round, grant.attempt, grant.write) == (plan.run, plan.round, 0, True)
         assert set(grant.read) == set(plan.blobs.values())
-        assert grant.max_bytes >= run.config.wire.max_bytes
+        size = 4 * initial().layout.size
+        assert size <= grant.max_bytes < size + 2**14 < run.config.wire.max_bytes
     assert [grant.write for grant in run.grants.all().values()] == [False, False]  # while they measure
 
 

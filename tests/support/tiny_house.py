@@ -23,7 +23,8 @@ class House:
     """Clients of one process, and whoever writes their plans."""
 
     def __init__(self, sources, folder, **sections):
-        self.config = tiny_world.config(*sources, **sections)
+        wire = {"down": "fp32"} | sections.pop("wire", {})
+        self.config = tiny_world.config(*sources, wire=wire, **sections)
         self.world = open_world(self.config)
         self.exchange = MemoryExchange()
         model = self.world.model

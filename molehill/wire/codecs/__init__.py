@@ -24,7 +24,7 @@ class Codec(Protocol):
     def feedback(self) -> bool: ...  # noqa: D102 - see the class
 
     def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
-        """Encode the values of ``tree``.
+        """Encode the values of ``tree`` in at most 4 bytes a number; a longer message is refused before it is read.
 
         Args:
             tree: What to send.
@@ -37,7 +37,9 @@ class Codec(Protocol):
         ...
 
     def decode(self, payload: bytes | memoryview, layout: Layout) -> Tree:
-        """Decode what `encode` wrote for a tree of this layout. Memory stays in proportion to ``layout.size``.
+        """Decode what `encode` wrote for a tree of this layout.
+
+        Memory stays in proportion to ``layout.size``, whatever the payload says.
 
         Raises:
             MessageError: The payload is damaged or belongs to another layout.

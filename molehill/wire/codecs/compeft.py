@@ -85,13 +85,15 @@ class Compeft:
         (count,), rest = split_head(payload, _HEAD)
         width = 4 * len(runs)
         start = width + -(-count // 8)
-        if count > layout.size or len(rest) < start:
-            raise MessageError(f"payload is too short for {count} of {layout.size} numbers")
-        scales = np.frombuffer(rest[:width], "<f4").astype(np.float32)
+        if count > _most(layout.size, self.params.density) or len(rest) < start:
+            raise MessageError(f"payload of {len(rest)} bytes cannot hold {count} of {layout.size} numbers")
+        kept = positions.decode(rest[start:], count, layout.size)
         signs = np.unpackbits(np.frombuffer(rest[width:start], np.uint8), count=count)
-        where = positions.decode(rest[start:], count, layout.size)
-        flat = np.zeros(layout.size, np.float32)
-        flat[where] = np.copysign(runs.spread(scales)[where], 0.5 - signs.astype(np.float32))
+        ternary = np.zeros(layout.size, np.int8)
+        ternary[kept] = 1 - 2 * signs.view(np.int8)
+        flat = runs.spread(np.abs(np.frombuffer(rest[:width], "<f4").astype(np.float32)))
+        with np.errstate(invalid="ignore"):
+            flat *= ternary
         return Tree(layout, flat).require_finite()
 
     def _runs(self, layout: Layout) -> Segments:
@@ -128,9 +130,14 @@ def _with_memory(tree: Tree, memory: dict[Key, Array] | None) -> Tree:
     return wanted.require_finite()
 
 
+def _most(size: int, density: float) -> int:
+    """How many of ``size`` numbers are kept at most."""
+    return min(size, max(1, round(density * size)))
+
+
 def _top(sizes: Array, density: float) -> NDArray[np.bool_]:
     """Mark the largest ``density`` of all sizes (at least one, never a zero), ``[n]``."""
-    keep = min(len(sizes), max(1, round(density * len(sizes))))
+    keep = _most(len(sizes), density)
     if keep == len(sizes):
         return np.asarray(sizes > 0)
     least = np.partition(sizes, len(sizes) - keep)[len(sizes) - keep]

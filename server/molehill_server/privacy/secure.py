@@ -28,7 +28,7 @@ from molehill.secure.messages import (
     survivors,
 )
 from molehill.secure.vector import Form, Sums, figures_of
-from molehill.wire.message import decode_masked
+from molehill.wire.message import decode_masked, largest_masked
 from molehill.wire.tree import Layout, Tree
 from molehill_server.records import Global, Update
 from molehill_server.validation import require_announced
@@ -192,6 +192,11 @@ class SecureRound:
         if said.sealed.keys() != self.progress.adverts.keys() - {client}:
             raise MessageError("its shares are not for the clients that take part")
         self._shares[client] = said
+
+    @property
+    def largest(self) -> int:
+        """Most bytes of a masked vector."""
+        return largest_masked(self._form.size)
 
     def add(self, plan: ClientPlan, blob: bytes, reply: ClientReply) -> None:
         """Add a masked vector to the sum.
