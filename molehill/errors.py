@@ -16,7 +16,8 @@ MolehillError
 ├── DeployError       a process of a deployment cannot start or be reached
 ├── PrivacyError      the privacy budget is spent
 ├── BundleError       a bundle, gate or expert of a device
-└── TrustError        a signature, a repository of bundles, or what it says
+├── TrustError        a signature, a repository of bundles, or what it says
+└── ConsentError      a run or plan that asks for more than the owner of the rows agreed to
 """
 
 from __future__ import annotations
@@ -121,3 +122,9 @@ class TrustError(MolehillError):
     """A repository of bundles is unsigned, expired, older than what is known, or signed by somebody else."""
 
     exit_code = 14
+
+
+class ConsentError(MolehillError):
+    """A run or a plan asks for more than the owner of the rows agreed to."""
+
+    exit_code = 15

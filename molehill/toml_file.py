@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,23 @@ def explain(error: ValidationError, root: type[BaseModel], values: Mapping[str, 
     return ConfigError(f"unknown key {key!r}", where=lines.find(key), mend=mend)
 
 
+def meanings(section: type[BaseModel]) -> dict[str, str]:
+    """The descriptions in the ``Attributes`` part of a class docstring, by name."""
+    block = (section.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {9,}.*)*)", block, flags=re.MULTILINE)
+    return {name: " ".join(text.split()).replace("``", "`") for name, text in entries}
+
+
 class Lines:
-    """Finds the line of a dotted key in TOML text, for error messages."""
+    """Finds the line of a dotted key in TOML text, for error messages.
+
+    Args:
+        text: The text.
+        origin: Its file, or what else it is.
+    """
 
     def __init__(self, text: str, origin: str) -> None:
-        self._text = text
+        self.text = text
         self._origin = origin
         self.overridden: set[str] = set()
 
@@ -79,15 +91,17 @@ class Lines:
             return f"--set {key}"
         parts = [part for part in key.split(".") if not part.isdigit()]
         while parts:
-            number = self._line(parts)
+            number = self.number(parts)
             if number:
                 return f"{self._origin}:{number}"
             parts = parts[:-1]
         return self._origin
 
-    def _line(self, parts: list[str]) -> int | None:
+    def number(self, parts: Sequence[str]) -> int | None:
+        """The line of the key with these parts; None when it is not written."""
+        parts = list(parts)
         section: list[str] = []
-        for number, line in enumerate(self._text.splitlines(), start=1):
+        for number, line in enumerate(self.text.splitlines(), start=1):
             header = re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line)
             if header and not re.match(r"\s*[\w.\"-]+\s*=", line):
                 section = [part.strip(" \"'") for part in header[1].split(".")]

@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from molehill import errors, registry
+from molehill import errors, evidence, registry, toml_file
 from molehill.config import Config, MethodRef
+from molehill_client.policy import Policy
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 NOTE = "<!-- Written by scripts/docs.py; change the code, then run `make docs`. -->\n"
@@ -76,7 +77,38 @@ def config_page() -> str:
         "without a file, `molehill simulate` runs `configs/demo.toml`. `molehill check FILE` prints what a file comes",
         "to, and `molehill simulate --set section.key=value` overrides one key.\n",
     ]
-    for name, info in Config.model_fields.items():
+    return "\n".join(lines + sections(Config))
+
+
+def policy_page() -> str:
+    """Every key of an owner's policy, and every kind of evidence."""
+    lines = [
+        "# Policy\n",
+        NOTE,
+        "What the owner of rows lets a coordinator ask of a machine: a TOML file for `molehill client join --policy",
+        "FILE`. `molehill client policy --init` writes it with these defaults, which are careful ones; `molehill",
+        "client policy` checks it. An unknown key is an error, and a key that is left out has its default. A run, a",
+        "plan or a request that asks for more is refused with the reason and the line of the file, and the other",
+        "owners go on without this one. The file is read again for every run, and nothing that a server sends changes",
+        "it.\n",
+        *sections(Policy),
+        "## Kinds of evidence\n",
+        "What a run has every client tell beside the changes themselves. Under secure aggregation what only enters",
+        "the masked sum is not told. A run that asks for a kind that is missing from `share.tell` is refused;",
+        "`baselines` and `scores` are refused when they are asked for, so that a machine can take part without",
+        "telling them.\n",
+        "| kind | what it is |",
+        "|---|---|",
+        *(f"| `{kind.name}` | {kind.meaning} |" for kind in evidence.KINDS),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def sections(root: type[BaseModel]) -> list[str]:
+    """A table of keys for every section."""
+    lines = []
+    for name, info in root.model_fields.items():
         section: Any = info.annotation
         doc = (section.__doc__ or "").strip()
         meanings = attributes(section)
@@ -95,7 +127,7 @@ def config_page() -> str:
             )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def attributes(section: type[BaseModel]) -> dict[str, str]:
@@ -104,9 +136,7 @@ def attributes(section: type[BaseModel]) -> dict[str, str]:
     Raises:
         SystemExit: A field is not described.
     """
-    block = (section.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {9,}.*)*)", block, flags=re.MULTILINE)
-    found = {name: " ".join(text.split()).replace("``", "`") for name, text in entries}
+    found = toml_file.meanings(section)
     missing = [name for name in section.model_fields if name not in found]
     if missing:
         raise SystemExit(f"{section.__module__}.{section.__name__}: describe {', '.join(missing)} under Attributes")
@@ -119,6 +149,7 @@ def _type(section: type[BaseModel], key: str, field: FieldInfo) -> str:
     if axes:
         link = f"[{axes[0]}](methods.md#{axes[0]})"
         return f"list of {link}" if annotation.startswith("tuple") else link
+    annotation = re.sub(r"Annotated\[((?:\w+)(?:\[\w+, \.\.\.\])?), .*?\)\]", r"\1", annotation)
     annotation = re.sub(r"\btuple\[(\w+), \.\.\.\]", r"list of \1", annotation)
     annotation = annotation.replace("Fraction", "float").replace("FiniteFloat", "float")
     annotation = re.sub(r"Literal\[([^]]*)\]", lambda match: match[1].replace(", ", " or "), annotation)
@@ -178,7 +209,12 @@ def errors_page() -> str:
 
 def main() -> None:
     """Write or check the pages."""
-    pages = {"methods.md": methods_page(), "config.md": config_page(), "errors.md": errors_page()}
+    pages = {
+        "methods.md": methods_page(),
+        "config.md": config_page(),
+        "policy.md": policy_page(),
+        "errors.md": errors_page(),
+    }
     check = sys.argv[1:] == ["--check"]
     stale = []
     for name, text in pages.items():

@@ -21,7 +21,7 @@ from molehill.wire.exchange import Place
 from molehill.wire.keys import Key
 from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked, largest_delta
 from molehill.wire.tree import Array, Layout, Tree
-from molehill_client.consent import require_consent
+from molehill_client.consent import Consent, require_consent
 from molehill_client.masking import Masker, Signer
 from molehill_client.state import PersonalState, StateStore
 from molehill_client.together import baseline_together, evaluate_together, train_together
@@ -57,6 +57,7 @@ class Client:
         store: Where the personal state lives.
         observe: Called after every local step.
         signer: Vouches for keys of secure aggregation; None trusts the server to pass them on.
+        consent: What the owner allows; None allows what the configuration says.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Client:
         store: StateStore,
         observe: Observer | None = None,
         signer: Signer | None = None,
+        consent: Consent | None = None,
     ) -> None:
         self.bench = bench
         self.name = name
@@ -75,6 +77,7 @@ class Client:
         self.test_rows = test_rows
         self.store = store
         self.observe = observe
+        self.consent = consent
         self.masker = Masker(name, bench.config, store, signer)
 
     # ---- messages --------------------------------------------------------------------------------------------
@@ -121,6 +124,8 @@ class Client:
                 mend="Run the same configuration on server and clients.",
             )
         require_consent(plan, self.bench.config, self.bench.model.layout, self.name)
+        if self.consent is not None:
+            self.consent.require_plan(plan, self.bench.model.layout)
 
     def begin(self, plan: ClientPlan, *, after: bool = False) -> Session:
         """Put what the plan names, and the personal state without its residuals, into the model.

@@ -61,6 +61,14 @@ def join(
     keyring: Annotated[
         bool, typer.Option("--keyring", help="Keep the key of the personal state in the system's keyring.")
     ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MOLEHILL_POLICY",
+            help="What a run may ask of this machine (molehill client policy).",
+            show_default="whatever its configuration says",
+        ),
+    ] = None,
 ) -> None:
     """Take part in a federation until Ctrl-C: train on the rows of this machine, which do not leave it."""
     with explained():
@@ -86,11 +94,13 @@ def join(
             device=device,
             gpu_memory=gpu_memory,
             keyring=keyring,
+            policy=policy,
         )
         run(
             member,
             ready=lambda own: say(Text(f"{own} has joined {server}; it trains when the coordinator asks")),
             say=lambda text: say(Text.assemble(("warning: ", "bold yellow"), text)),
+            tell=lambda text: say(Text(text)),
         )
         say(Text("left the federation"))
 
@@ -100,6 +110,36 @@ def _address(text: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"{text!r} is no address", mend="Give HOST:PORT, as in lab.example.org:9440.")
     return host.strip("[]"), int(port)
+
+
+@app.command()
+def policy(
+    file: Annotated[Path, typer.Argument(help="The policy.")] = Path("policy.toml"),
+    init: Annotated[bool, typer.Option("--init", help="Write a careful one to begin with.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check what a run may ask of this machine, or write a careful policy."""
+    with explained(as_json):
+        with needs("client"):
+            from molehill_client import policy as policies
+
+        if init:
+            policies.begin(file)
+        word = policies.read(file)
+        if as_json:
+            print_json({"file": str(file), "digest": word.digest, "policy": word.policy.model_dump(mode="json")})
+            return
+        if init:
+            say(Text(f"wrote {file}; name the bases in it, and join with --policy {file}"))
+            return
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="dim")
+        for section, values in word.policy.model_dump(mode="json").items():
+            for key, value in values.items():
+                said = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+                table.add_row(f"{section}.{key}", Text(said))
+        table.add_row("digest", Text(word.digest))
+        Console().print(table)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -75,6 +75,11 @@ class Rows:
     def having(self, **columns: Sequence[Any]) -> Rows:
         """The same rows with columns added or replaced."""
         return Rows({**self.columns, **{k: tuple(v) for k, v in columns.items()}}, self.where, self.source)
+
+    def only(self, names: Collection[str]) -> Rows:
+        """The same rows without other columns than these."""
+        columns = {name: values for name, values in self.columns.items() if name in names}
+        return Rows(columns, self.where, self.source)
 
     def renamed(self, columns: Mapping[str, str]) -> Rows:
         """The same rows with columns under the names that ``columns`` maps to them.

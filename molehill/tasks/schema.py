@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from molehill import config
@@ -18,15 +18,19 @@ from molehill.rowfiles import label_of, text_of
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.sources import read_rows
 
+# Columns of a task, by the names that Molehill uses.
+COLUMNS = {"classification": ("text", "label"), "causal-lm": ("messages", "instruction", "input", "output")}
+
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def load_rows(data: config.Data, task: config.Task) -> tuple[Rows, config.Task]:
+def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | None = None) -> tuple[Rows, config.Task]:
     """Read and check the rows of a run.
 
     Args:
         data: Where the rows are.
         task: What they must hold; empty ``labels`` are derived from all rows.
+        only: Columns of the source that may be read, by its own names; None for all.
 
     Returns:
         The rows in one form, and the task with its labels.
@@ -35,6 +39,8 @@ def load_rows(data: config.Data, task: config.Task) -> tuple[Rows, config.Task]:
         DataError: The source cannot be read, or a row does not fit; names file and line.
     """
     read = read_rows(data.source, split=data.split)
+    if only is not None:
+        read = read.only(only)
     rows = read.renamed({ours: theirs for ours, theirs in data.columns.items() if ours not in ("group", "task")})
     if "group" in data.columns:
         rows = rows.having(**{GROUP: read[data.columns["group"]]})
@@ -45,6 +51,20 @@ def load_rows(data: config.Data, task: config.Task) -> tuple[Rows, config.Task]:
     if not task.labels:
         task = task.model_copy(update={"labels": derive_labels(rows)})
     return conform(rows, task), task
+
+
+def columns_of(data: config.Data, task: config.Task, there: Collection[str] = ()) -> set[str]:
+    """Columns of a source that a run reads, by the source's own names.
+
+    Args:
+        data: Names columns.
+        task: Has columns of its own.
+        there: Columns of rows that were read, for those that count only where they are; without them, those that the
+            run cannot do without, or names.
+    """
+    sure = COLUMNS["classification"] if task.kind == "classification" else ()
+    ours = {*sure, *(name for name in COLUMNS[task.kind] if name in there)}
+    return {*data.columns.values(), *(data.columns.get(name, name) for name in ours)}
 
 
 def conform(rows: Rows, task: config.Task) -> Rows:

@@ -38,7 +38,7 @@ def test_a_client_clips_what_it_sends_and_not_what_it_learnt(house, codec):
     want = free.delta(free.client(0).train(free.plan(0))).tree.flat
     limit = float(np.linalg.norm(want)) / 3
     bound = house("bound", privacy={**PRIVATE, "clip": limit})
-    plan = bound.plan(0).model_copy(update={"clip": limit, "codec": MethodRef(name=codec)})
+    plan = bound.plan(0, clip=limit, codec=MethodRef(name=codec))
     delta = bound.delta(bound.client(0).train(plan)).tree
     np.testing.assert_allclose(delta.flat, want / 3, atol=1e-6 if codec == "fp32" else 0.01 * np.abs(want).max())
     if codec == "fp32":
@@ -278,6 +278,34 @@ def test_another_clip_than_that_of_its_own_configuration_is_refused(house, own, 
     h = house(privacy={} if own is None else {**PRIVATE, "clip": own})
     with pytest.raises(MessageError, match=rf"clipped to {given}, privacy\.clip is {own}"):
         h.client(0).train(h.plan(0, clip=given))
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"codec": MethodRef(name="fp32")}, r"encoded as fp32, wire\.up is int8"),
+        (
+            {"codec": MethodRef.model_validate({"name": "int8", "block": 8})},
+            r"encoded as int8 \(block = 8\), wire\.up is",
+        ),
+        ({"steps": 3}, r"plan has 3 steps, train\.steps is 2"),
+        ({"round": 3}, r"plan is of round 3, run\.rounds is 2"),
+        ({"run": "../../elsewhere"}, r"plan is of run '\.\./\.\./elsewhere', run\.name is 'tiny'"),
+        ({"rank": None}, r"plan has rank without limit, federation\.policy gives 2 at most"),
+    ],
+)
+def test_more_than_its_own_configuration_says_is_refused(house, more, why):
+    h = house(
+        wire={"up": "int8"},
+        molora={"rank": 4},
+        federation={"policy": {"name": "mixed_rank", "ranks": [1, 2]}},
+    )
+    client, fair = h.client(0), h.plan(0, rank=2)
+    for ask in (client.train, client.evaluate, client.baseline):
+        with pytest.raises(MessageError, match=why):
+            ask(fair.model_copy(update=more))
+    assert not h.folder.exists()
+    assert client.train(fair.model_copy(update={"steps": 1, "rank": 1})).bytes_up  # less is always fine
 
 
 GATES = {

@@ -23,7 +23,7 @@ class House:
     """Clients of one process, and whoever writes their plans."""
 
     def __init__(self, sources, folder, **sections):
-        wire = {"down": "fp32"} | sections.pop("wire", {})
+        wire = {"up": "fp32", "down": "fp32"} | sections.pop("wire", {})
         self.config = tiny_world.config(*sources, wire=wire, **sections)
         self.world = open_world(self.config)
         self.exchange = MemoryExchange()
@@ -51,11 +51,23 @@ class House:
             "layout": self.bench.initial.layout.digest,
             "blobs": {name: self.exchange.put(encode_tree(each, FP32)) for name, each in trees.items()},
             "scopes": ANCHORED,
-            "steps": 2,
+            "steps": self.config.train.steps,
             "seed": 5,
-            "codec": FP32,
+            "codec": self.config.wire.up,
         }
-        return ClientPlan.model_validate({**given, **values})
+        plan = ClientPlan.model_validate({**given, **values})
+        self._allow(plan)
+        return plan
+
+    def _allow(self, plan: ClientPlan) -> None:
+        """Have the configuration go as far as a plan, as one server writes both; what is changed later it refuses."""
+        config = self.bench.config
+        parts = {
+            "run": config.run.model_copy(update={"rounds": max(config.run.rounds, plan.round)}),
+            "train": config.train.model_copy(update={"steps": max(config.train.steps, plan.steps)}),
+            "wire": config.wire.model_copy(update={"up": plan.codec}),
+        }
+        object.__setattr__(self.bench, "config", config.model_copy(update=parts))
 
     def delta(self, reply):
         return decode_delta(self.exchange.get(reply.delta), 2**24)

@@ -27,6 +27,7 @@ from molehill.gateway import Gateway, listen, serving
 from molehill.loopback import LOOPBACK
 from molehill.pki import Identity, read_passphrase, require_lasting
 from molehill.supervise import Limit, child, environment, free_port, reap
+from molehill_client import policy
 from molehill_client.deploy.line import Request, ask
 from molehill_client.deploy.post import Post
 
@@ -58,6 +59,7 @@ class Membership:
         device: Overrides ``base.device``.
         gpu_memory: Part of the GPU's memory that may be used.
         keyring: Whether the key of the personal state lies in the operating system's keyring.
+        policy: The owner's policy; None allows what a run's configuration says.
     """
 
     host: str
@@ -73,6 +75,7 @@ class Membership:
     device: str | None = None
     gpu_memory: float = 1.0
     keyring: bool = False
+    policy: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -153,22 +156,28 @@ def forget(state: Path, run: str | None) -> list[str]:
     return gone
 
 
-def join(member: Membership, ready: Callable[[str], None], say: Callable[[str], None]) -> None:
+def join(
+    member: Membership, ready: Callable[[str], None], say: Callable[[str], None], tell: Callable[[str], None]
+) -> None:
     """Take part until stopped by SIGTERM or SIGINT.
 
     Args:
         member: Who joins what.
         ready: Called with our name once the coordinator has let us in.
         say: Told what goes wrong while we take part.
+        tell: Told what was agreed to.
 
     Raises:
         DataError: There is no such file.
+        ConfigError: The policy cannot be used.
         IdentityError: The identity cannot be used.
         DeployError: The coordinator cannot be reached or refuses us, or a child ends again and again.
     """
     for path in (member.data, member.test):
         if path is not None and not path.exists():
             raise DataError("there is no such file", where=str(path))
+    if member.policy is not None:
+        policy.read(member.policy)
     require_lasting(member.passphrase_file)
     identity = Identity.load(member.identity, passphrase=read_passphrase(member.passphrase_file))
     if member.name is not None and member.name != identity.name:
@@ -184,7 +193,7 @@ def join(member: Membership, ready: Callable[[str], None], say: Callable[[str], 
         reap(member.state.resolve())
         note = Joined(os.getpid(), identity.name, f"{member.host}:{member.port}", str(runtime))
         files.write(member.state / "joined.json", json.dumps(asdict(note)).encode())
-        asyncio.run(_Member(member, identity, note, say).run(ready))
+        asyncio.run(_Member(member, identity, note, say, tell).run(ready))
 
 
 @contextlib.contextmanager
@@ -214,8 +223,15 @@ class _Refused(DeployError):  # noqa: N818 - says what it means where it is caug
 
 
 class _Member:
-    def __init__(self, member: Membership, identity: Identity, note: Joined, say: Callable[[str], None]) -> None:
-        self._member, self._identity, self._note, self._say = member, identity, note, say
+    def __init__(
+        self,
+        member: Membership,
+        identity: Identity,
+        note: Joined,
+        say: Callable[[str], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._member, self._identity, self._note, self._say, self._tell = member, identity, note, say, tell
         self._tls = identity.tls()
         self._loopback = loopback.renew(Path(note.runtime))
         self._state = member.state.resolve()
@@ -251,8 +267,8 @@ class _Member:
                 task.result()
 
     async def _watch_trainer(self) -> None:
-        """Say what the trainer cannot do: its log is not where people look."""
-        said = None
+        """Say what the trainer agreed to and what it cannot do: its log is not where people look."""
+        said = told = None
         while True:
             await asyncio.sleep(_LOOK)
             try:
@@ -267,6 +283,9 @@ class _Member:
             if error and error != said:
                 self._say(error)
             said = error
+            if (agreed := found.get("agreed")) and agreed != told:
+                self._tell(agreed)
+                told = agreed
 
     async def _watch_door(self) -> None:
         """End when the coordinator no longer lets us in; wait when it is away."""
@@ -345,6 +364,7 @@ class _Member:
             device=member.device,
             gpu_memory=member.gpu_memory,
             keyring=member.keyring,
+            policy=_resolved(member.policy),
         ).command()
 
     def _supernode(self, port: int) -> list[str]:

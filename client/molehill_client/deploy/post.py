@@ -25,6 +25,7 @@ class Post:
         device: Overrides ``base.device``; None leaves it to the run.
         gpu_memory: Part of the GPU's memory that may be used.
         keyring: Whether the key of the personal state lies in the operating system's keyring.
+        policy: The owner's policy; None allows what a run's configuration says.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Post:
     device: str | None = None
     gpu_memory: float = 1.0
     keyring: bool = False
+    policy: str | None = None
 
     def command(self) -> list[str]:
         """How to start the trainer."""

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from molehill import files, logs
 from molehill.config import Config, parse
 from molehill.errors import (
     ConfigError,
+    ConsentError,
     DataError,
     DeployError,
     IdentityError,
@@ -35,15 +37,18 @@ from molehill.errors import (
     ResumeError,
     TrainingError,
 )
+from molehill.evidence import Moment
 from molehill.pki import Identity, Signer, read_passphrase
 from molehill.plan import ClientPlan, Hello
 from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
 from molehill.tasks.adapted import open_model
 from molehill.tasks.rows import GROUP, Rows
-from molehill.tasks.schema import load_rows
+from molehill.tasks.schema import columns_of, load_rows
 from molehill.wire.exchange import Place
 from molehill.wire.remote import GrpcExchange
+from molehill_client import policy
 from molehill_client.client import Client
+from molehill_client.consent import Consent, agreement, digest_of, in_words
 from molehill_client.deploy.line import Request, serve
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.post import Post
@@ -97,6 +102,7 @@ class Trainer:
         self._client: Client | None = None
         self._remote: GrpcExchange | None = None
         self._rows_digest = ""
+        self._word: policy.Word | None = None
         self._status: dict[str, Any] = {
             "name": post.name,
             "pid": os.getpid(),
@@ -137,7 +143,7 @@ class Trainer:
 
     def _told(self, error: MolehillError) -> MolehillError:
         """What the coordinator is told: neither rows nor paths of this machine."""
-        if isinstance(error, ConfigError | MessageError | TrainingError):
+        if isinstance(error, ConfigError | ConsentError | MessageError | TrainingError):
             return MolehillError(error.what, where=self._post.name, mend=error.mend)
         what = next((what for kind, what in _UNUSABLE.items() if isinstance(error, kind)), "it cannot go on")
         return MolehillError(what, where=self._post.name, mend="There, `molehill client status` says why.")
@@ -159,12 +165,19 @@ class Trainer:
             case "train":
                 return self._train(client, plan, request.text)
             case "train.baseline":
+                self._require_told(client, "train.baseline")
                 return client.baseline(plan).model_dump_json()
-            case "evaluate":
+            case "evaluate":  # also where no score may be told: the personal parts are fitted to the final model
                 answer = client.evaluate(plan).model_dump_json()
                 files.write(self._folder(plan.run) / "evaluate.json", request.text.encode())
+                self._require_told(client, "evaluate")
                 return answer
         raise MessageError(f"unknown request {request.kind!r}")
+
+    @staticmethod
+    def _require_told(client: Client, moment: Moment) -> None:
+        if client.consent is not None:
+            client.consent.require_told(client.bench.config, moment)
 
     def _train(self, client: Client, plan: ClientPlan, text: str) -> str:
         outbox = client.bench.exchange
@@ -205,8 +218,9 @@ class Trainer:
                 f"{self._post.name} runs Molehill {molehill.__version__}, the coordinator {met.version}",
                 mend="Install the same version on both.",
             )
-        if met != self._met or self._client is None:
-            self._met, self._client = met, None
+        word = self._read_policy()
+        if met != self._met or word != self._word or self._client is None:
+            self._met, self._word, self._client = met, word, None
             self._ready()
             files.write(self._state / "introduction.json", met.model_dump_json().encode())
         client = self._ready()
@@ -221,11 +235,26 @@ class Trainer:
         if self._client is None:
             if self._met is None:
                 raise MessageError("no run was introduced to this machine", mend="The coordinator says hello first.")
+            self._word = self._read_policy()
             self._client = self._open(self._met)
         return self._client
 
+    def _read_policy(self) -> policy.Word | None:
+        """The owner's policy as it is now; a file that was damaged meanwhile allows nothing."""
+        if self._post.policy is None:
+            return None
+        try:
+            return policy.read(Path(self._post.policy))
+        except ConfigError as error:
+            self._client = None
+            _log.error("%s", error)
+            raise ConsentError("its owner's policy cannot be read", where=error.where, mend="Ask the owner.") from error
+
     def _open(self, met: Introduction) -> Client:
         config = parse(tomllib.loads(met.config))
+        consent = None if self._word is None else Consent(self._word)
+        if consent is not None:
+            consent.require_run(config, own_base=self._post.base is not None)
         changes: dict[str, Any] = {}
         if self._post.base is not None:
             changes |= {"model": self._post.base, "revision": None}
@@ -244,6 +273,8 @@ class Trainer:
         ).hexdigest()
         model, base, task = open_model(config)
         initial = model.tree(lambda key: not key.residual)
+        if consent is not None:
+            consent.require_model(config, base.digest, initial.layout)
         if self._remote is not None:
             self._remote.close()
         address = self._post.exchange or f"{self._post.server}:{met.exchange_port}"
@@ -252,10 +283,26 @@ class Trainer:
         exchange = Outbox(self._remote, self._state / "outbox")
         bench = Workbench(config, model, task, base.digest, initial, exchange)
         store = StateStore(self._folder(run) / self._post.name, run, base.digest, self._key())
-        facts = {"run": run, "base": base.digest[:12], "n_train": len(train), "n_test": len(test)}
+        read = columns_of(config.data, config.task, train.columns)
+        agreed = agreement(config, base.digest, initial.layout, read, self._word)
+        self._record(agreed)
+        facts = {
+            "run": run,
+            "agreed": in_words(agreed),
+            "base": base.digest,
+            "n_train": len(train),
+            "n_test": len(test),
+        }
         self._note(str(self._status["doing"]), **facts, device=str(model.flat.device))
         rows = (task.encode(train), task.encode(test))
-        return Client(bench, self._post.name, *rows, store, signer=Signer(self._identity))
+        return Client(bench, self._post.name, *rows, store, signer=Signer(self._identity), consent=consent)
+
+    def _record(self, agreed: Mapping[str, Any]) -> None:
+        """Note an agreement down for the owner, in the log and in ``agreed.jsonl``."""
+        _log.info("%s", in_words(agreed))
+        entry = {"time": time.time(), "digest": digest_of(agreed), **agreed}
+        with (self._state / "agreed.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def _key(self) -> KeySource:
         if self._post.keyring:
@@ -266,7 +313,8 @@ class Trainer:
         return run_folder(self._state, run)
 
     def _read(self, config: Config, source: str) -> Rows:
-        return load_rows(config.data.model_copy(update={"source": source}), config.task)[0]
+        only = None if self._word is None else self._word.policy.data.columns
+        return load_rows(config.data.model_copy(update={"source": source}), config.task, only=only)[0]
 
     def _rows(self, config: Config) -> tuple[Rows, Rows]:
         rows = self._read(config, self._post.data)

@@ -1,0 +1,97 @@
+"""What clients tell beside the delta itself, declared kind by kind, so that an owner can say what may leave.
+
+Every field of a message from a client to the server either belongs to a kind of this list or is in `ADDRESS`; a test
+holds every message to that. A new kind is one more entry: policies that do not name it refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from molehill.config import Config
+
+Moment = Literal["run", "evaluate", "train.baseline"]
+
+# What a reply needs to be matched with its question; of it, lengths in bytes follow from the delta.
+ADDRESS = {
+    "Hello": {"client", "version"},
+    "ClientReply": {"client", "round", "delta", "bytes_up", "bytes_down"},
+    "EvaluationReply": {"client"},
+    "Delta": {"run", "round", "client", "base", "tree", "codec"},
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A kind of evidence.
+
+    Attributes:
+        name: As a policy names it.
+        meaning: What it is, in words.
+        fields: Fields of messages that hold it, as ``Message.field``.
+        asked: Whether a run with this configuration has every client tell it by itself; what only enters a masked sum
+            is not told.
+        moment: When it is told: ``run``, so that there is no taking part without it, or at a request of its own.
+    """
+
+    name: str
+    meaning: str
+    fields: tuple[str, ...]
+    asked: Callable[[Config], bool]
+    moment: Moment = "run"
+
+
+def _always(_: Config) -> bool:
+    return True
+
+
+def _in_the_open(config: Config) -> bool:
+    return not config.privacy.secure_aggregation
+
+
+KINDS = (
+    Evidence(
+        "rows",
+        "how many rows there are, to train on and held out",
+        (
+            *("Hello.n_train", "Hello.n_test", "ClientReply.examples", "Delta.examples"),
+            *("EvaluationReply.n_train", "EvaluationReply.n_test"),
+        ),
+        _always,
+    ),
+    Evidence("time", "how long the local work took", ("ClientReply.seconds", "EvaluationReply.seconds"), _always),
+    Evidence("loss", "the mean training loss of every round", ("ClientReply.loss",), _in_the_open),
+    Evidence(
+        "routing",
+        "the routing losses of every round",
+        ("ClientReply.metrics",),
+        lambda config: _in_the_open(config) and bool(config.molora.losses),
+    ),
+    Evidence(
+        "tokens",
+        "how many tokens went to which expert, by site, which says something of the topics of the rows",
+        ("Delta.tokens", "EvaluationReply.tokens"),
+        _in_the_open,
+    ),
+    Evidence(
+        "scores",
+        "accuracy, F1 and loss of the models on the held-out rows",
+        ("EvaluationReply.stages",),
+        _always,
+        "evaluate",
+    ),
+    Evidence(
+        "baselines",
+        "the same scores of models that are trained on these rows alone",
+        ("EvaluationReply.stages",),
+        lambda config: config.evaluate.baselines,
+        "train.baseline",
+    ),
+)
+
+
+def asked(config: Config, moment: Moment) -> list[str]:
+    """Names of the kinds that a run has every client tell at a moment."""
+    return [kind.name for kind in KINDS if kind.moment == moment and kind.asked(config)]
