@@ -25,6 +25,7 @@ from molehill.molora.experts.lora import LoRABank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
 from molehill.tasks.batches import Example
+from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
 from molehill.wire.keys import NO_EXPERT, Key
@@ -229,10 +230,6 @@ def _task(source: Source, graph: Graph) -> pb.Task:
         task.pooling = source.model.head.pooling
         return task
     tokenizer = source.tokenizer
-    eos = {tokenizer.eos_token_id}
-    configured = getattr(getattr(source.model.base, "generation_config", None), "eos_token_id", None)
-    eos |= set(configured if isinstance(configured, list) else [configured])
-    known = sorted(int(token) for token in eos if token is not None and token < settings.vocab_size)
     keys = [value for value in graph.inputs if value.name.endswith(".key")]
     heads = int(getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
     size = int(getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads)
@@ -242,13 +239,23 @@ def _task(source: Source, graph: Graph) -> pb.Task:
         raise ModelError(f"which chat template to use is not clear: {error}", where=str(source.folder)) from None
     task.generation.CopyFrom(
         pb.Generation(
-            eos=known, pad=tokenizer.pad_token_id or 0,
+            eos=answer_ends(source), pad=tokenizer.pad_token_id or 0,
             template=bool(template), chat_template=template,
             bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or "", layers=len(keys), heads=heads,
             head_dim=size, vocabulary=settings.vocab_size, shared_buffer=has_shared_buffer(graph),
         )
     )  # fmt: skip
     return task
+
+
+def answer_ends(source: Source) -> list[int]:
+    """Ids of the tokens that end an answer of a causal LM: what was trained to, and what the base knows."""
+    settings: Any = source.model.base.config
+    tokenizer = source.tokenizer
+    eos = {tokenizer.eos_token_id, CausalLM(tokenizer, source.task.max_length).end}
+    configured = getattr(getattr(source.model.base, "generation_config", None), "eos_token_id", None)
+    eos |= set(configured if isinstance(configured, list) else [configured])
+    return sorted(int(token) for token in eos if token is not None and token < settings.vocab_size)
 
 
 def _files(

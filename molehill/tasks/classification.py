@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehill.errors import DataError
 from molehill.tasks.batches import Batch, Example, pad
+from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.rows import TASK, Rows
 
 
@@ -26,21 +27,27 @@ class Classification:
         self._tokenizer = tokenizer
         self._ids = {label: i for i, label in enumerate(self.labels)}
 
-    def encode(self, rows: Rows) -> list[Example]:
+    def encode(self, rows: Rows) -> Examples:
         """Tokenise the columns text and label (and the task, where there is one).
 
         Raises:
             DataError: A text has no tokens.
         """
         texts = list(rows["text"])
-        encoded = self._tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"] if texts else []
+        encoded = self._tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        lengths = Lengths(tuple(map(len, encoded)), self.max_length)
+        long = [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]
+        if long:  # cut by the tokenizer, so that its special tokens at the end stay
+            short = self._tokenizer([texts[i] for i in long], truncation=True, max_length=self.max_length)["input_ids"]
+            for i, ids in zip(long, short, strict=True):
+                encoded[i] = ids
         tasks = rows.columns.get(TASK, (None,) * len(rows))
         examples = []
         for ids, label, task, where in zip(encoded, rows["label"], tasks, rows.where, strict=True):
             if not ids:
                 raise DataError("the text has no tokens", where=where, mend="Remove the row.")
             examples.append(Example(ids, self._ids[label], task))
-        return examples
+        return Examples(examples, lengths)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B]``."""

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from molehill import config
+from molehill.characters import alike
 from molehill.errors import DataError
 from molehill.rowfiles import label_of, text_of
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.sources import read_rows
 
 # Columns of a task, by the names that Molehill uses.
-COLUMNS = {"classification": ("text", "label"), "causal-lm": ("messages", "instruction", "input", "output")}
+COLUMNS = {"classification": ("text", "label"), "causal-lm": ("messages", "tools", "instruction", "input", "output")}
 
 _ROLES = ("system", "user", "assistant", "tool")
+_NOTHING = {
+    *("nan", "na", "n/a", "#n/a", "<na>", "nat", "nil", "none", "null", "undefined", "-", "--", "?", ".", "#value!"),
+    *("#ref!", "#div/0!", "#name?"),
+}  # as `alike` writes them
 
 
 def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | None = None) -> tuple[Rows, config.Task]:
@@ -84,7 +91,12 @@ def conform(rows: Rows, task: config.Task) -> Rows:
                 raise _unknown_label(label, task.labels, where)
         return rows.having(text=_strings(rows, "text"), label=labels)
     if "messages" in rows.columns:
-        return rows.having(messages=[_messages(v, w) for v, w in zip(rows["messages"], rows.where, strict=True)])
+        rows = rows.having(messages=[_messages(v, w) for v, w in zip(rows["messages"], rows.where, strict=True)])
+        if "functions" in rows.columns and any(rows["functions"]):
+            raise DataError("'functions' is not read", where=rows.source, mend="Describe them in a column 'tools'.")
+        if "tools" in rows.columns:
+            rows = rows.having(tools=[_tools(v, w) for v, w in zip(rows["tools"], rows.where, strict=True)])
+        return rows
     if "instruction" not in rows.columns and "output" not in rows.columns:
         raise DataError(
             "neither `messages` nor `instruction` and `output` are among the columns",
@@ -101,12 +113,51 @@ def derive_labels(rows: Rows) -> tuple[str, ...]:
     """Labels that occur, sorted: by value when all are whole numbers, else as text.
 
     Raises:
-        DataError: The column is missing, a label has the wrong type, or there are fewer than two.
+        DataError: The column is missing, a label has the wrong type or is a word for nothing, two are nearly equal, or
+            there are fewer than two.
     """
-    found = {label_of(value, where) for value, where in zip(rows["label"], rows.where, strict=True)}
+    found: dict[str, list[str]] = {}  # places, by label
+    for value, where in zip(rows["label"], rows.where, strict=True):
+        found.setdefault(label_of(value, where), []).append(where)
     if len(found) < 2:
-        raise DataError(f"every row has the label {found.pop()!r}", where=rows.source, mend="Give rows of two classes.")
-    return _in_order(found)
+        only = next(iter(found))
+        raise DataError(f"every row has the label {only!r}", where=rows.source, mend="Give rows of two classes.")
+    _require_apart(found)
+    return _in_order(set(found))
+
+
+def class_counts(rows: Rows, task: config.Task) -> dict[str, int]:
+    """Rows of every class in the order of the logits; empty for causal LM.
+
+    Args:
+        rows: Checked rows.
+        task: With its labels known.
+    """
+    counts = Counter(rows["label"]) if task.kind == "classification" else Counter[str]()
+    return {label: counts[label] for label in task.labels}
+
+
+def _require_apart(found: Mapping[str, list[str]]) -> None:
+    """Refuse classes that are one to people, and words for nothing: each would get a row of the head by accident."""
+    same: dict[str, str] = {}
+    for label in sorted(found, key=lambda label: (-len(found[label]), label)):
+        first = found[label][0]
+        if alike(label) in _NOTHING:
+            what = f"the label {label!r} of {_rows(found[label])} is a word for nothing"
+            raise DataError(what, where=first, mend="Remove these rows, or list it with all classes in task.labels.")
+        known = same.setdefault(alike(label), label)
+        if known != label:
+            look = ascii if unicodedata.normalize("NFC", known) == unicodedata.normalize("NFC", label) else repr
+            what = (
+                f"the labels {look(known)} ({_rows(found[known])}) and {look(label)} ({_rows(found[label])}, the first "
+                "here) are nearly equal"
+            )
+            mend = "Write them alike, or list both with all classes in task.labels."
+            raise DataError(what, where=first, mend=mend)
+
+
+def _rows(places: Sequence[str]) -> str:
+    return f"{len(places)} row{'s'[: len(places) != 1]}"
 
 
 def content_keys(rows: Rows) -> list[str]:
@@ -132,24 +183,104 @@ def _unknown_label(label: str, labels: tuple[str, ...], where: str) -> DataError
     return DataError(what, where=where, mend=f"{hint}Mend the row, or add the label to task.labels.")
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     """The conversation up to its last answer."""
     mend = 'Write a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
     if not isinstance(value, list) or not value:
         raise DataError("'messages' must be a list of messages", where=where, mend=mend)
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
     for number, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & set(message):
             raise DataError(f"message {number} lacks 'role' or 'content'", where=where, mend=mend)
-        if message["role"] not in _ROLES:
-            what = f"message {number} has the role {message['role']!r:.40}"
-            raise DataError(what, where=where, mend=f"Use one of {', '.join(_ROLES)}.")
-        turns.append({"role": message["role"], "content": text_of(message["content"], f"message {number}", where)})
+        turns.append(_message(message, number, where))
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if len(turns) < 2:
         raise DataError("no message of the role 'assistant' answers another", where=where, mend=mend)
+    if not any(turn.get("weight", 1) for turn in turns if turn["role"] == "assistant"):
+        raise DataError("every answer has the weight 0", where=where, mend="Remove the row.")
     return turns
+
+
+def _message(message: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
+    """A message with all that counts in it; a key without a value is as good as none (Parquet has all in every row)."""
+    given = {key: value for key, value in message.items() if value is not None}
+    role = given.get("role")
+    if role not in _ROLES:
+        what = f"message {number} has the role {role!r:.40}"
+        raise DataError(what, where=where, mend=f"Use one of {', '.join(_ROLES)}.")
+    unknown = sorted(map(str, given.keys() - _KEYS - {"role", "content"}))
+    if unknown:
+        mend = f"Remove it; beside role and content there may be {', '.join(sorted(_KEYS))}."
+        raise DataError(f"message {number} has {unknown[0]!r}, which nothing reads", where=where, mend=mend)
+    found: dict[str, Any] = {"role": role, "content": _content(given, number, where)}
+    for key in sorted(given.keys() & _KEYS):
+        _KEYS_OF[key](given[key], role, f"{key!r} of message {number}", where)
+        if given[key] != []:
+            found[key] = int(given[key]) if key == "weight" else given[key]
+    return found
+
+
+def _content(given: Mapping[str, Any], number: int, where: str) -> str:
+    value = given.get("content")
+    if isinstance(value, list):  # OpenAI's parts
+        if len(value) != 1 or not isinstance(value[0], Mapping) or value[0].get("type") != "text":
+            kinds = ", ".join(str(part.get("type") if isinstance(part, Mapping) else type(part)) for part in value)
+            what = f"message {number} consists of parts ({kinds:.80}), where one text is read"
+            raise DataError(what, where=where, mend="Write its content as one string.")
+        value = value[0].get("text")
+    if given.get("tool_calls") and (value is None or value == ""):
+        return ""
+    if value is None:
+        what = f"message {number} has neither content nor tool_calls"
+        raise DataError(what, where=where, mend="Fill it in, or remove the row.")
+    return text_of(value, f"message {number}", where)
+
+
+def _tools(value: Any, where: str) -> Any:
+    """Descriptions of functions as a list; files often hold it as a string of JSON."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError("'tools' is no JSON", where=where, mend="Write a list of functions.") from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError("'tools' must be a list of functions", where=where, mend="Write them as OpenAI does.")
+    return value
+
+
+def _is_weight(value: Any, role: str, name: str, where: str) -> None:
+    if isinstance(value, bool) or value not in {0, 1}:
+        raise DataError(f"{name} is {value!r:.40}", where=where, mend="Give 1 to learn an answer, or 0 not to.")
+    if value and role != "assistant":
+        what = f"{name} is 1, but only answers are learnt"
+        raise DataError(what, where=where, mend="Leave it out, or give the role 'assistant'.")
+
+
+def _is_calls(value: Any, role: str, name: str, where: str) -> None:
+    if role != "assistant" and value:
+        raise DataError(f"{name} is of the role {role!r}", where=where, mend="Only an assistant calls tools.")
+    if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
+        raise DataError(f"{name} must be a list of calls", where=where, mend="Write them as OpenAI does.")
+
+
+def _is_name(value: Any, role: str, name: str, where: str) -> None:
+    del role
+    text_of(value, name, where)
+
+
+# What a message may hold beside role and content. The chat template must show it (see `molehill.tasks.chat`).
+_KEYS_OF: dict[str, Callable[[Any, str, str, str], None]] = {
+    "name": _is_name,
+    "reasoning_content": _is_name,
+    "thinking": _is_name,
+    "tool_call_id": _is_name,
+    "tool_calls": _is_calls,
+    "weight": _is_weight,
+}
+_KEYS = frozenset(_KEYS_OF)
 
 
 def _task_ids(rows: Rows, column: str) -> list[int]:

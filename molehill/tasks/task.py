@@ -10,6 +10,7 @@ from molehill import config
 from molehill.tasks.batches import Collator, Example
 from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.classification import Classification
+from molehill.tasks.lengths import Examples
 from molehill.tasks.rows import Rows
 
 __all__ = ["Example", "Task", "make_task"]
@@ -18,8 +19,8 @@ __all__ = ["Example", "Task", "make_task"]
 class Task(Collator, Protocol):
     """Rows to examples, and examples to batches."""
 
-    def encode(self, rows: Rows) -> list[Example]:
-        """Tokenise checked rows (see `molehill.tasks.schema.conform`).
+    def encode(self, rows: Rows) -> Examples:
+        """Tokenise checked rows (see `molehill.tasks.schema.conform`), and say how long they are.
 
         Raises:
             DataError: A row gives nothing to learn from.

@@ -18,7 +18,7 @@ from molehill_edge import Bundle, InsecureLocal
 from molehill_edge import manifest as manifests
 from molehill_edge.tensors import read
 from molehill_export import trace
-from molehill_export.export import Options, export, export_experts
+from molehill_export.export import Options, answer_ends, export, export_experts
 from molehill_export.source import open_source
 from molehill_simulation.simulate import simulate
 
@@ -295,6 +295,14 @@ def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(kind, reques
     while not generator.is_done():
         generator.generate_next_token()
     assert [*generator.get_sequence(0)] == [token for token in wanted if token != eos]
+
+
+def test_a_device_stops_where_the_template_ends_an_answer(writer):
+    source = open_source(writer)
+    user, eos = source.tokenizer.convert_tokens_to_ids(["<|user|>", "</s>"])
+    assert answer_ends(source) == [eos]
+    source.tokenizer.chat_template = source.tokenizer.chat_template.replace("eos_token", "'<|user|>'")
+    assert answer_ends(source) == sorted([eos, user])
 
 
 def test_spare_slots_change_nothing(writer, tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -133,14 +131,107 @@ def test_a_token_that_holds_the_space_before_an_answer_is_learnt(make_tokenizer)
     assert learnt(tokenizer, example)[0] == ["\u0120a", "</s>"]
 
 
-def test_truncation_keeps_part_of_the_answer_or_drops_the_row(chat_tokenizer, caplog):
+GEMMA = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content | trim }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+PHI = GEMMA + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+TOOLS = (
+    "{% for t in tools or [] %}<|system|> {{ t.name }} \n{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }}"
+    "{% for c in m.tool_calls or [] %} call {{ c.function.name }} {{ c.function.arguments ARGUMENTS }}{% endfor %}"
+    " <end>\n{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def with_end(make_tokenizer, template, **names):
+    tokenizer = make_tokenizer(template, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>", "<end>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [GEMMA, PHI])
+def test_every_answer_ends_as_the_template_ends_it(make_tokenizer, template):
+    """Where that is no end-of-sequence token; Phi-3 writes one after it, which belongs to no answer."""
+    tokenizer = with_end(make_tokenizer, template)
+    task = CausalLM(tokenizer, 64)
+    (example,) = task.encode(rows(talk(("u", "one"), ("a", "a"), ("u", "two"), ("a", "b c"))))
+    answers, words = learnt(tokenizer, example)
+    assert answers == ["a", "<end>", "b", "c", "<end>"]
+    assert words[-1] == "<end>"
+    assert tokenizer.convert_ids_to_tokens(task.end) == "<end>"
+
+
+def test_an_end_that_is_no_special_token_is_the_end_of_the_text(make_tokenizer):
+    tokenizer = make_tokenizer(GEMMA)
+    task = CausalLM(tokenizer, 64)
+    (example,) = task.encode(rows(talk(("u", "one"), ("a", "a"))))
+    assert learnt(tokenizer, example)[0] == ["a", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(task.end) == "</s>"
+
+
+CALL = {"type": "function", "function": {"name": "three", "arguments": '{"of": "b"}'}}
+CALLING = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "four", "tool_call_id": "1", "name": "three"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+@pytest.mark.parametrize("arguments", ["| tojson", ""])
+def test_calls_of_tools_are_learnt_as_the_template_writes_them(make_tokenizer, arguments):
+    tokenizer = with_end(make_tokenizer, TOOLS.replace("ARGUMENTS", arguments))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    task = CausalLM(tokenizer, 64)
+    (example,) = task.encode(rows({"messages": CALLING, "tools": [{"name": "three"}]}))
+    spans = task._chat.write(CALLING, [{"name": "three"}], "f:1")
+    assert [spans[0][begin:end].strip() for begin, end in spans[1]] == ['call three {"of": "b"} <end>', "a <end>"]
+    assert learnt(tokenizer, example)[0][-3:] == ["<end>", "a", "<end>"]
+
+
+def test_answers_of_weight_0_are_read_and_not_learnt(chat_tokenizer, tokenizer):
+    conversation = talk(("u", "one"), ("a", "a"), ("u", "two"), ("a", "b"), ("u", "three"), ("a", "c"))
+    for number, weight in ((1, 0), (3, 1), (5, 0)):
+        conversation["messages"][number]["weight"] = weight
+    (example,) = CausalLM(chat_tokenizer, 64).encode(rows(conversation))
+    answers, words = learnt(chat_tokenizer, example)
+    assert answers == ["b", "</s>"]
+    assert "a" in words
+    assert "c" not in words  # nothing is learnt of what comes after
+    assert learnt(tokenizer, CausalLM(tokenizer, 64).encode(rows(conversation))[0])[0] == ["b", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({1: {"tool_calls": [CALL]}}, "'tool_calls' of message 2"),
+        ({0: {"name": "ann"}}, "'name' of message 1"),
+        ({1: {"reasoning_content": "because"}}, "'reasoning_content' of message 2"),
+        ({"tools": [{"name": "three"}]}, "'tools'"),
+    ],
+)
+def test_what_the_template_does_not_show_is_named(chat_tokenizer, tokenizer, changes, named):
+    conversation = talk(("u", "one"), ("a", "a"))
+    for number, keys in changes.items():
+        if number == "tools":
+            conversation["tools"] = keys
+        else:
+            conversation["messages"][number] |= keys
+    with pytest.raises(DataError, match=f"f:1: the tokenizer's chat template does not show {named}"):
+        CausalLM(chat_tokenizer, 64).encode(rows(conversation))
+    with pytest.raises(DataError, match=f"f:1: the base has no chat template, so nothing shows {named.split()[0]}"):
+        CausalLM(tokenizer, 64).encode(rows(conversation))
+
+
+def test_truncation_keeps_part_of_the_answer_or_drops_the_row(chat_tokenizer):
     task = CausalLM(chat_tokenizer, 8)
     short, long = talk(("u", "one"), ("a", "a b c d e f g h")), talk(("u", "one two three four one two"), ("a", "a"))
-    with caplog.at_level(logging.WARNING):
-        (example,) = task.encode(rows(short, long))
+    examples = task.encode(rows(short, long))
+    (example,) = examples
     assert learnt(chat_tokenizer, example)[0] == ["a", "b", "c", "d"]
-    assert "1 of 2 rows dropped" in caplog.text
-    with pytest.raises(DataError, match=r"no answer begins within task.max_length"):
+    assert (examples.lengths.tokens, examples.lengths.cut, examples.lengths.lost) == ((13, 11), 2, 1)
+    with pytest.raises(DataError, match=r"no answer begins within task.max_length.*half have up to 11 tokens"):
         task.encode(rows(long))
 
 

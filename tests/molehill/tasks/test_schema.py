@@ -7,7 +7,7 @@ import pytest
 from molehill import config
 from molehill.errors import DataError
 from molehill.tasks.rows import GROUP, TASK
-from molehill.tasks.schema import content_keys, load_rows
+from molehill.tasks.schema import class_counts, content_keys, load_rows
 
 CLASSES = config.Task(labels=("negative", "positive"))
 WRITE = config.Task(kind="causal-lm")
@@ -35,11 +35,47 @@ def test_text_and_label(write):
         (["10", "-1", "2"], ("-1", "2", "10")),
         ([True, False, True], ("false", "true")),
         (["1", "x", "02"], ("02", "1", "x")),
+        (["z", "x-1", "x 1"], ("x 1", "x-1", "z")),
     ],
 )
 def test_labels_are_derived_from_all_rows(write, labels, derived):
     _, task = load(write("r.jsonl", [{"text": "t", "label": label} for label in labels]), config.Task())
     assert task.labels == derived
+
+
+@pytest.mark.parametrize(
+    ("labels", "what", "line"),
+    [
+        (
+            ["bad", "good", "good", " good"],
+            r"'good' \(2 rows\) and ' good' \(1 row, the first here\) are nearly equal",
+            4,
+        ),
+        (["bad", "good", "Good"], "'Good' .* and 'good' .* are nearly equal", 2),
+        (["mal", "tr\u00e8s", "tre\u0300s"], r"'tre\\u0300s' .* and 'tr\\xe8s' .* are nearly equal", 2),
+        (["0", "1", "1.0"], "are nearly equal", 3),
+        (["0", "1", "01"], "are nearly equal", 2),
+        (["a", "b", "nan"], "'nan' of 1 row is a word for nothing", 3),
+        (["a", "b", "N/A"], "is a word for nothing", 3),
+        (["a", "b", "None"], "is a word for nothing", 3),
+        (["a", "b", "x\u200b", "x"], "are nearly equal", 3),
+    ],
+)
+def test_classes_that_are_an_accident(write, labels, what, line):
+    path = write("r.jsonl", [{"text": "t", "label": label} for label in labels])
+    with pytest.raises(DataError, match=what) as caught:
+        load(path, config.Task())
+    assert caught.value.where == f"{path}:{line}"
+    assert "task.labels" in caught.value.mend
+    told = tuple(dict.fromkeys(labels))
+    assert load(path, config.Task(labels=told))[1].labels == told
+
+
+def test_classes_are_counted(write):
+    rows, task = load(write("r.csv", "text,label\nx,b\ny,a\nz,b\n"), config.Task())
+    assert class_counts(rows, task) == {"a": 1, "b": 2}
+    assert class_counts(rows, config.Task(labels=("b", "c", "a"))) == {"b": 2, "c": 0, "a": 1}
+    assert class_counts(rows, WRITE) == {}
 
 
 def test_sample_labels():
@@ -115,6 +151,26 @@ def test_messages_end_with_an_answer(write):
     assert rows["messages"] == (TURNS,)
 
 
+def test_what_counts_in_a_message_is_kept(write):
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    none = {"tool_calls": None, "name": None, "weight": None, "tool_call_id": None}  # as Parquet has them in every row
+    told = [
+        {**none, "role": "user", "content": [{"type": "text", "text": "q"}], "name": "ann"},
+        {**none, "role": "assistant", "content": None, "tool_calls": [call], "weight": 0.0},
+        {**none, "role": "tool", "content": "31", "tool_call_id": "1"},
+        {**none, **TURNS[1], "tool_calls": []},
+    ]
+    path = write("r.jsonl", [{"messages": told, "tools": '[{"name": "f"}]'}, {"messages": TURNS, "tools": ""}])
+    rows, _ = load(path, WRITE)
+    assert rows["messages"][0] == [
+        {"role": "user", "content": "q", "name": "ann"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "31", "tool_call_id": "1"},
+        TURNS[1],
+    ]
+    assert rows["tools"] == ([{"name": "f"}], None)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -125,6 +181,18 @@ def test_messages_end_with_an_answer(write):
         ({"messages": [TURNS[0], {"role": "assistant", "content": 3}]}, "'message 2' must be text"),
         ({"messages": [TURNS[0]]}, "no message of the role 'assistant'"),
         ({"messages": [TURNS[1]]}, "no message of the role 'assistant' answers another"),
+        ({"messages": [TURNS[0], {**TURNS[1], "train": False}]}, "message 2 has 'train', which nothing reads"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "'weight' of message 2 is 0.5"),
+        ({"messages": [{**TURNS[0], "weight": 1}, TURNS[1]]}, "'weight' of message 1 is 1, but only answers"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "every answer has the weight 0"),
+        ({"messages": [TURNS[0], {**TURNS[1], "content": None}]}, "message 2 has neither content nor tool_calls"),
+        ({"messages": [{**TURNS[0], "tool_calls": [{}]}, TURNS[1]]}, "'tool_calls' of message 1 is of the role 'user'"),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": "x"}]}, "must be a list of calls"),
+        ({"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": "f"}}]}, "has 'function_call'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "parts (image_url)"),
+        ({"messages": TURNS, "functions": [{"name": "f"}]}, "'functions' is not read"),
+        ({"messages": TURNS, "tools": "[{"}, "'tools' is no JSON"),
+        ({"messages": TURNS, "tools": {"name": "f"}}, "'tools' must be a list"),
         ({"instruction": "i", "output": ""}, "'output' is empty"),
         ({"instruction": "i", "input": 5, "output": "o"}, "'input' must be text"),
         ({"output": "o"}, "no column 'instruction'"),

@@ -1,0 +1,217 @@
+"""Conversations as the tokenizer's chat template writes them, and where the answers are in that text.
+
+A part of a message that the template does not write is refused by name: whoever put it there meant it to be learnt.
+What ends an answer belongs to it: all that the template writes right after every answer, up to and with the first
+special token, such as Gemma's ``<end_of_turn>`` or Phi-3's ``<|end|>``, which are no end-of-sequence tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from molehill.errors import DataError
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]  # characters [start, end)
+
+_PLAIN = {"role", "content"}
+# A call and its result may be told apart by their order alone; templates that show ids are few.
+_MARKS = {("tool", "tool_call_id"), ("tool", "name")}
+# Templates leave out the thoughts before all answers but the last.
+_SOMEWHERE = {"reasoning_content", "thinking"}
+_MARK = "<the answer>"
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of a template on what it gets
+
+
+class Chat:
+    """Writes conversations.
+
+    Args:
+        tokenizer: With a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._frames: dict[tuple[str, ...], list[str]] = {}
+        self._unseen: dict[str, str] = {}
+
+    def write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span]]:
+        """The text of a conversation, and its answers with what ends them.
+
+        Args:
+            messages: The last is an answer; ``weight`` 0 marks one that is not to be learnt.
+            tools: Descriptions of functions, for the template; None for none.
+            where: Place of the row, for errors.
+
+        Raises:
+            DataError: The template refuses the conversation, or does not show a part of it.
+        """
+        try:
+            return self._write(messages, tools, where)
+        except _FAILURES as error:
+            what = f"the tokenizer's chat template refuses the conversation: {error}"
+            raise DataError(what, where=where, mend="Mend the order of the roles.") from None
+
+    @property
+    def end(self) -> str:
+        """The special token with which an answer ends; empty where the template writes none, or takes no such chat."""
+        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _MARK}]
+        try:
+            text = self._text(turns, None)
+        except _FAILURES:
+            return ""
+        _, mark, rest = text.partition(_MARK)
+        found = self._first(rest, 0) if mark else None
+        return "" if found is None else found[1]
+
+    def _write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span]]:
+        turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        if tools is None and all(set(turn) == _PLAIN for turn in turns):
+            text = self._text(turns, None)
+            spans = self._between(turns, text)
+        else:
+            turns = self._with_arguments(turns, tools)
+            text = self._text(turns, tools)
+            self._require_shown(turns, tools, text, where)
+            spans = self._one_by_one(turns, tools, text)
+        spans = spans or self._last(turns, tools, text)
+        if not spans:
+            what = "the tokenizer's chat template does not show the answer as it is"
+            raise DataError(what, where=where, mend="Remove the row, or give it as instruction and output.")
+        wanted = [span for at, span in spans.items() if messages[at].get("weight", 1)]
+        if not wanted:
+            what = "no answer that the chat template shows as it is has a weight above 0"
+            raise DataError(what, where=where, mend="Remove the row, or give an answer the weight 1.")
+        return text, wanted
+
+    def _between(self, turns: Sequence[Message], text: str) -> dict[int, Span]:
+        """Where the answers are, from what the template writes between messages; empty when it edits them."""
+        roles = tuple(turn["role"] for turn in turns)
+        if roles not in self._frames:
+            self._frames[roles] = self._frame(roles)
+        frame = self._frames[roles]
+        spans, shown = {}, ""
+        for at, (before, turn) in enumerate(zip(frame, turns, strict=False)):
+            begin = len(shown) + len(before)
+            shown += before + turn["content"]
+            if turn["role"] == "assistant":
+                spans[at] = (begin, len(shown))
+        if shown + frame[-1] != text:
+            return {}
+        found = self._first(frame[-1], 0)
+        ending = frame[-1][: found[0]] if found else ""
+        return {at: (begin, end + len(ending) * text.startswith(ending, end)) for at, (begin, end) in spans.items()}
+
+    def _frame(self, roles: Sequence[str]) -> list[str]:
+        """What the template writes before, between and after messages of these roles."""
+        marks = [f"<mark {i} of {len(roles)}>" for i in range(len(roles))]
+        rest = self._text([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)], None)
+        frame = []
+        for mark in marks:
+            before, _, rest = rest.partition(mark)
+            frame.append(before)
+        return [*frame, rest]
+
+    def _one_by_one(self, turns: Sequence[Message], tools: Any, text: str) -> dict[int, Span]:
+        """Where the answers are, calls of tools included: from the generation prompt to the end of the turn."""
+        spans = {}
+        for at, turn in enumerate(turns):
+            if turn["role"] == "assistant" and at:
+                before, after = self._text(turns[:at], tools, prompt=True), self._text(turns[: at + 1], tools).rstrip()
+                if not (text.startswith(after) and after.startswith(before)):
+                    return {}
+                spans[at] = (len(before), len(after))
+        return spans
+
+    def _last(self, turns: Sequence[Message], tools: Any, text: str) -> dict[int, Span]:
+        """The last answer alone, as what follows the generation prompt (for templates that edit earlier turns)."""
+        prompt = self._text(turns[:-1], tools, prompt=True)
+        if not text.startswith(prompt):
+            return {}
+        end = len(text.rstrip())
+        if "tool_calls" not in turns[-1]:
+            begin = text.find(turns[-1]["content"], len(prompt))
+            found = None if begin < 0 else self._first(text, begin + len(turns[-1]["content"]))
+            end = end if found is None else found[0]
+        return {len(turns) - 1: (len(prompt), end)}
+
+    def _first(self, text: str, start: int) -> tuple[int, str] | None:
+        """The end of the first special token from a place on, and the token."""
+        found = [(at, token) for token in self._special if token and (at := text.find(token, start)) >= 0]
+        if not found:
+            return None
+        at, token = min(
+            found, key=lambda pair: pair[0]
+        )  # of those that begin there the longest: they are in that order
+        return at + len(token), token
+
+    def _text(self, turns: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tools=tools, tokenize=False, add_generation_prompt=prompt
+        )
+        assert isinstance(text, str)  # tokenize=False
+        return text
+
+    def _with_arguments(self, turns: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]:
+        """The turns with the arguments of calls in the form that the template writes as JSON.
+
+        Files hold them as a string of JSON. Most templates want what it says, some the string.
+        """
+        parsed = [dict(turn) for turn in turns]
+        written = []
+        for turn in parsed:
+            if "tool_calls" in turn:
+                turn["tool_calls"] = [_parsed(call) for call in turn["tool_calls"]]
+                written += [str(_arguments(call)) for call in turn["tool_calls"] if isinstance(_arguments(call), dict)]
+        if parsed == turns:
+            return turns
+        try:
+            text = self._text(parsed, tools)
+        except _FAILURES:
+            return turns
+        return turns if any(python in text for python in written if python != "{}") else parsed
+
+    def _require_shown(self, turns: Sequence[Message], tools: Any, text: str, where: str) -> None:
+        """Refuse what the template leaves out; conversations of one shape are looked at once."""
+        shape = json.dumps([[turn["role"], sorted(turn)] for turn in turns] + [tools is not None])
+        if shape not in self._unseen:
+            self._unseen[shape] = next(self._left_out(turns, tools, text), "")
+        if self._unseen[shape]:
+            what = f"the tokenizer's chat template does not show {self._unseen[shape]}"
+            raise DataError(what, where=where, mend="Remove it, or give a base whose template does.")
+
+    def _left_out(self, turns: Sequence[Message], tools: Any, text: str) -> Iterator[str]:
+        if tools is not None and self._text(turns, None) == text:
+            yield "'tools'"
+        for key in sorted({key for turn in turns for key in turn} - _PLAIN):
+            places = [at for at, turn in enumerate(turns) if key in turn and (turn["role"], key) not in _MARKS]
+            together = [places] if key in _SOMEWHERE and places else [[at] for at in places]
+            for group in together:
+                without = [
+                    {k: v for k, v in turn.items() if k != key or at not in group} for at, turn in enumerate(turns)
+                ]
+                if self._text(without, tools) == text:
+                    yield f"{key!r} of message {group[0] + 1}"
+
+
+def _arguments(call: Any) -> Any:
+    inner = call.get("function") if isinstance(call, Mapping) else None
+    return inner.get("arguments") if isinstance(inner, Mapping) else None
+
+
+def _parsed(call: Any) -> Any:
+    arguments = _arguments(call)
+    if not isinstance(arguments, str):
+        return call
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": found}} if isinstance(found, dict) else call

@@ -1,0 +1,82 @@
+"""How long rows are in tokens, and what ``task.max_length`` cuts off: nobody sees it in a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from molehill.tasks.batches import Example
+
+_QUANTILES = ((0.5, "half"), (0.9, "90%"), (0.99, "99%"))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of rows before they are cut.
+
+    Attributes:
+        tokens: Of every row.
+        limit: Most tokens that a model gets of a row.
+        lost: Rows of which no token of an answer is left; they are left out.
+    """
+
+    tokens: tuple[int, ...]
+    limit: int
+    lost: int = 0
+
+    @property
+    def cut(self) -> int:
+        """Rows that lose their end, the lost ones among them."""
+        return sum(count > self.limit for count in self.tokens)
+
+    @property
+    def quantiles(self) -> str:
+        """Such as ``half have up to 20 tokens, 90% up to 31, 99% up to 40, the longest 44``; empty without rows."""
+        if not self.tokens:
+            return ""
+        ordered = sorted(self.tokens)
+        parts = [f"{name} up to {ordered[max(0, -int(-part * len(ordered) // 1) - 1)]}" for part, name in _QUANTILES]
+        return ", ".join([parts[0].replace("up", "have up", 1) + " tokens", *parts[1:], f"the longest {ordered[-1]}"])
+
+    @property
+    def loss(self) -> str:
+        """What is cut, as a sentence; empty when nothing is."""
+        return cut_in_words(self.cut, self.lost, len(self.tokens), self.limit)
+
+
+class Examples(list[Example]):
+    """Encoded rows, without those that have no answer left.
+
+    Args:
+        examples: The rows.
+        lengths: Of all rows.
+    """
+
+    def __init__(self, examples: Iterable[Example], lengths: Lengths) -> None:
+        super().__init__(examples)
+        self.lengths = lengths
+
+
+def together(parts: Sequence[Lengths]) -> Lengths:
+    """The lengths of all rows of several parts, which have one limit.
+
+    Args:
+        parts: At least one.
+    """
+    return Lengths(tuple(n for part in parts for n in part.tokens), parts[0].limit, sum(part.lost for part in parts))
+
+
+def cut_in_words(cut: int, lost: int, rows: int, limit: int | None = None) -> str:
+    """What is cut, as a sentence; empty when nothing is.
+
+    Args:
+        cut: Rows that lose their end.
+        lost: Of them, those without any token of an answer.
+        rows: All rows.
+        limit: Most tokens of a row, where it is known.
+    """
+    if not cut:
+        return ""
+    most = "task.max_length" if limit is None else f"task.max_length = {limit}"
+    gone = f"; of {lost} the whole answer is cut away, and they are left out" if lost else ""
+    return f"{cut} of {rows} rows are longer than {most} and lose their end{gone}"
