@@ -5,6 +5,7 @@ Every rule is a small function of the configuration; `RULES` is the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from molehill.secure.fixed import FixedPoint
 from molehill.secure.messages import LEAST
 from molehill_server.aggregate import conflicts
 from molehill_server.planning.planner import select, shares
-from molehill_server.privacy.accountant import Accountant, drawn
+from molehill_server.privacy.accountant import Accountant
+from molehill_server.privacy.draw import Draw
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,12 @@ def _build(axis: str, ref: MethodRef, **context: Any) -> Any:
     return registry.build(axis, ref.name, ref.params, **context)
 
 
+def _asked(config: Config) -> int:
+    """How many clients take part in a round; where that is left to chance, on average and rounded up."""
+    pool = [str(number) for number in range(config.data.clients)]
+    return math.ceil(Draw.of(config).expected(len(pool), len(select(config, pool, 1, 0))))
+
+
 def _both_shared(config: Config) -> bool:
     """Whether every client sends both factors in every round (methods that alternate do so with period 2)."""
     return all(decided.A == decided.B == "shared" for decided in (shares(config, 1), shares(config, 2)))
@@ -103,7 +111,7 @@ def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
 def _enough_to_judge(config: Config) -> Iterator[Conflict]:
     """A rule against poisoned updates needs a majority of others in every round."""
     least = _build("rule", config.federation.rule).least
-    count = len(select(config, [str(number) for number in range(config.data.clients)], 1, 0))
+    count = _asked(config)
     if count < least:
         yield Conflict(
             "refuse",
@@ -365,7 +373,7 @@ def _secure_sum(config: Config) -> Iterator[Conflict]:
             "which clients then keep themselves",
         )
         return
-    asked = len(select(config, [str(number) for number in range(config.data.clients)], 1, 0))
+    asked = _asked(config)
     if asked < LEAST:
         yield Conflict(
             "refuse",
@@ -385,12 +393,45 @@ def _secure_sum(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", keys, error.what)
 
 
+def _sampling(config: Config) -> Iterator[Conflict]:
+    """What a draw is counted as must be what it is; see `Draw`."""
+    draw, ref, privacy = Draw.of(config), config.federation.select, config.privacy
+    keys = ("privacy.secure_aggregation", "federation.select")
+    if privacy.secure_aggregation and draw.sampling == "poisson":
+        yield Conflict(
+            "refuse",
+            keys,
+            f"selector {ref.name!r} leaves to chance how many clients take part, and a sum is unmasked among as many "
+            "as every client expects; use selector 'all' or 'random'",
+        )
+    elif privacy.secure_aggregation and privacy.clip is not None and draw.sampling:
+        yield Conflict(
+            "warn",
+            keys,
+            f"selector {ref.name!r} is not counted for privacy: a masked sum needs a threshold of the clients that are "
+            "drawn, so whether a round counts tells who was",
+        )
+    if draw.secret and config.round.min_clients > 1:
+        yield Conflict(
+            "warn",
+            ("round.min_clients", "federation.select"),
+            f"under privacy with selector {ref.name!r} so many clients must be connected for a round to begin, but how "
+            "many answer decides nothing: it would tell who was drawn",
+        )
+    if draw.secret and draw.expected(config.data.clients, _asked(config)) < 1:
+        yield Conflict(
+            "warn",
+            ("federation.select", "data.clients"),
+            f"selector {ref.name!r} draws {draw.expected(config.data.clients, 0):.2g} of {config.data.clients} clients "
+            "a round on average, so most rounds are of nobody and add noise only",
+        )
+
+
 def _budget(config: Config) -> Iterator[Conflict]:
     accountant = Accountant.of(config)
     if accountant is None:
         return
-    pool = [str(number) for number in range(config.data.clients)]
-    each = drawn(config, len(pool), len(select(config, pool, 1, 0)))
+    each = Draw.of(config).spent(config.data.clients, _asked(config))
     spent = accountant.epsilon([each] * config.run.rounds)
     if spent > (config.privacy.epsilon or 0.0):
         lasts = accountant.lasts(each, config.run.rounds)
@@ -419,5 +460,6 @@ RULES: tuple[Rule, ...] = (
     _sends_changes,
     _privacy,
     _secure_aggregation,
+    _sampling,
     _budget,
 )

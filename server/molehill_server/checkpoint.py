@@ -21,6 +21,7 @@ from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
 from molehill_server.broadcast import Blob, patch_tree, tree_patches
 from molehill_server.privacy.accountant import Ledger
+from molehill_server.privacy.draw import Round
 from molehill_server.records import Global
 
 _FORMAT = 1
@@ -169,7 +170,7 @@ def _refuse_other(path: Path, saved: Identity, wanted: Identity) -> None:
 def _ledger(saved: dict[str, Any] | None) -> Ledger | None:
     if saved is None:
         return None
-    return Ledger(int(saved["secret"]), tuple((int(population), int(sample)) for population, sample in saved["rounds"]))
+    return Ledger(int(saved["secret"]), tuple(Round(*spent) for spent in saved["rounds"]))
 
 
 def _committed(folder: Path) -> list[Path]:

@@ -33,7 +33,8 @@ from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
 from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.planning.planner import Planner, expected, select
-from molehill_server.privacy.accountant import Accountant, Ledger, drawn
+from molehill_server.privacy.accountant import Accountant, Ledger
+from molehill_server.privacy.draw import Draw
 from molehill_server.privacy.journal import Entry, Facts, Journal
 from molehill_server.privacy.mechanism import Mechanism
 from molehill_server.privacy.secure import SecureRound, released
@@ -153,6 +154,7 @@ class Coordinator:
         self._planner = Planner(config, meta["base"])
         self._secure = config.privacy.secure_aggregation
         self._mechanism, self._accountant = Mechanism.of(config.privacy), Accountant.of(config)
+        self._draw = Draw.of(config)
         identity = checkpoint.Identity(config.digest, meta["base"])
         loaded = checkpoint.load(out / "checkpoints", identity, config.wire.max_bytes)
         self._fresh = loaded is None
@@ -291,10 +293,9 @@ class Coordinator:
             first += 1  # masked anew with other keys, so what was uploaded does not count
         for attempt in range(first, first + self._config.round.retries + 1):
             nodes = self._gathered()
-            enough = len(nodes) >= self._config.round.min_clients
-            chosen, ledger = self._choose(list(nodes) if enough else [], number, attempt)
-            notes = _Round(chosen, self._roster.rows(nodes), bytes_up=up, bytes_down=down)
+            notes = _Round([], self._roster.rows(nodes), bytes_up=up, bytes_down=down)
             try:
+                notes.selected, ledger = self._choose(list(nodes), number, attempt)
                 if self._secure:
                     return self._unmask(glob, self._masked_sum(glob, number, attempt, nodes, notes, ledger))
                 return _Done(*self._attempt(glob, number, attempt, nodes, notes), notes, ledger)
@@ -304,7 +305,7 @@ class Coordinator:
                 self._log.emit(
                     "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
                 )
-        if not notes.selected:
+        if len(nodes) < self._config.round.min_clients:
             raise FederationError(
                 f"round {number} cannot begin: {len(nodes)} clients are connected, "
                 f"{self._config.round.min_clients} are needed",
@@ -316,13 +317,16 @@ class Coordinator:
         """The clients of a round, and what will have been spent after it.
 
         Raises:
+            _BelowQuorum: Too few are connected for a round to begin.
             PrivacyError: That is more than there is.
         """
+        if len(pool) < self._config.round.min_clients:
+            raise _BelowQuorum(self._config.round.min_clients)
         ledger = self._saved.privacy
         secret = None if ledger is None else ledger.secret
-        chosen = select(self._config, pool, number, attempt, secret=secret) if pool else []
-        if self._accountant and ledger and chosen:
-            ledger = ledger.after(drawn(self._config, len(pool), len(chosen)))
+        chosen = select(self._config, pool, number, attempt, secret=secret)
+        if self._accountant and ledger:
+            ledger = ledger.after(self._draw.spent(len(pool), len(chosen)))
             self._accountant.require(ledger.rounds)
         return chosen, ledger
 
@@ -331,16 +335,20 @@ class Coordinator:
     ) -> tuple[Global, Mapping[str, float]]:
         plans = self._plans(notes.selected, number, glob)
         self._grant(plans, attempt, self._limits.delta(glob.tree.layout))
-        collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._patience(self._quorum(len(plans))))
+        quorum = len(plans) if self._draw.secret else self._quorum(len(plans))
+        collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._patience(quorum))
         updates = self._updates(glob, plans, collection, notes)
-        if not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
+        if not (plans or self._draw.secret):
+            return replace(glob, round=number), {}  # nobody was drawn
+        if plans and not any(plan.scope(key) == "shared" for plan in plans.values() for key in glob.tree):
             for _ in updates:  # nothing is shared: the clients train for themselves and there is nothing to combine
                 pass
             return replace(glob, round=number), {}
         if self._mechanism is None:
             return self._aggregator(glob, updates)
-        layout = expected(next(iter(plans.values())), glob.tree.layout)
-        released, report = self._mechanism.release(glob, updates, layout, len(plans))
+        layout = expected(self._any_plan(number, glob), glob.tree.layout)
+        planned = self._draw.expected(len(nodes), len(plans))
+        released, report = self._mechanism.release(glob, updates, layout, planned)
         after, merged = self._aggregator(glob, [released])
         return after, {**merged, **report}
 
@@ -350,13 +358,17 @@ class Coordinator:
         layout, digests = glob.tree.layout, self._broadcast.digests()
         return {client: self._planner.plan(client, number, layout, digests, turns[client]) for client in clients}
 
+    def _any_plan(self, number: int, glob: Global) -> ClientPlan:
+        """What all plans of a round have in common where clients have one rank; nobody need be here for it."""
+        return self._planner.plan("", number, glob.tree.layout, self._broadcast.digests(), 0)
+
     def _updates(
         self, glob: Global, plans: Mapping[str, ClientPlan], collection: Collection, notes: _Round
     ) -> Iterator[Update]:
         """Yield the accepted updates one at a time, as they arrive.
 
         Raises:
-            _BelowQuorum: After the last one, when there were too few.
+            _BelowQuorum: After the last one, when there were too few; not where the draw is secret.
         """
         for done, (client, reply) in enumerate(collection, start=1):
             try:
@@ -370,7 +382,7 @@ class Coordinator:
                 yield update
         notes.missing = collection.missing
         self._forget(collection)
-        if len(notes.accepted) < self._quorum(len(plans)):
+        if not self._draw.secret and len(notes.accepted) < self._quorum(len(plans)):
             raise _BelowQuorum(self._quorum(len(plans)))
 
     # Secure aggregation
@@ -439,9 +451,7 @@ class Coordinator:
             FederationError: Too few clients helped, or the masks do not cancel.
         """
         progress, facts = entry.progress, entry.facts
-        # Any client's plan will do, also of one that is not here, or that joined after the last commit.
-        plan = self._planner.plan("", progress.round, glob.tree.layout, self._broadcast.digests(), 0)
-        layout = expected(plan, glob.tree.layout)
+        layout = expected(self._any_plan(progress.round, glob), glob.tree.layout)
         secure = SecureRound(self._config, layout, progress, entry.total)
         self._agree(secure)
         self._journal.keep(entry)  # with the signatures: what is asked from here on is asked the same after a kill

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from molehill.secure.company import needed
 from molehill.tasks.base_model import load_base
 from molehill.tasks.schema import load_rows
 from molehill.tasks.sources import is_local
+from molehill_server.planning.planner import select
+from molehill_server.privacy.accountant import Accountant
+from molehill_server.privacy.draw import Draw
 from molehill_simulation.data import ClientRows, deal
 from molehill_simulation.text import counted, megabytes
 
@@ -61,12 +64,28 @@ def describe(config: Config) -> list[tuple[str, str]]:
     if privacy.clip is not None:
         budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
         rows.append(("privacy", f"{budget}, changes clipped to {privacy.clip:g}, noise {privacy.noise:g}"))
+        rows += _spent(config)
     if privacy.secure_aggregation:
         rows.append(("masked", f"the server sees sums only, of {needed(config)} clients or more"))
     if model is not None:
         count = model.n_parameters
         rows.insert(5, ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart"))
     return rows
+
+
+def _spent(config: Config) -> Iterator[tuple[str, str]]:
+    """What all rounds cost, and why."""
+    accountant, draw, clients = Accountant.of(config), Draw.of(config), config.data.clients
+    if accountant is None:
+        return
+    asked = len(select(config, [str(number) for number in range(clients)], 1, 0))
+    each = draw.spent(clients, asked)
+    how = "no draw is counted"
+    if each.rate is not None:
+        how = f"each client is drawn with probability {each.rate:g}"
+    elif each.sample < each.population:
+        how = f"{each.sample} of {each.population} clients are drawn"
+    yield "spends", f"epsilon {accountant.epsilon([each] * config.run.rounds):.3g} in {config.run.rounds} rounds; {how}"
 
 
 def _rows(owners: Sequence[ClientRows] | None) -> str:

@@ -112,7 +112,7 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
     clients = sorted({client for event in rounds for client in event["loss_by_client"]}, key=natural)
     styles = {c: f"line-{i}" if len(clients) <= _LINE_COLOURS else "line-many" for i, c in enumerate(clients)}
     curves = {c: {e["round"]: e["loss_by_client"][c] for e in rounds if c in e["loss_by_client"]} for c in clients}
-    mean = {event["round"]: event["loss"] for event in rounds}
+    mean = {event["round"]: event["loss"] for event in rounds if event["loss"] is not None}
     traffic = {"up": [event["bytes_up"] for event in rounds], "down": [event["bytes_down"] for event in rounds]}
     return {
         "name": start.get("run", "run"),

@@ -133,7 +133,8 @@ class RunView:
         traffic = f"up {megabytes(event['bytes_up'])}  down {megabytes(event['bytes_down'])}"
         spent = event.get("report", {}).get("epsilon")
         privacy = "" if spent is None else f"  epsilon {spent:.3g}"
-        note = f"loss {event['loss']:.4f}  {traffic}{privacy}"
+        loss = "nobody trained" if event["loss"] is None else f"loss {event['loss']:.4f}"
+        note = f"{loss}  {traffic}{privacy}"
         self._next("train", self._total)
         self._bar("train", number, self._rounds, note)
         if not self._console.is_terminal:

@@ -36,3 +36,19 @@ def test_a_run_past_its_budget_is_refused_before_anything_starts(finished, tmp_p
     with pytest.raises(ConfigError, match=r"privacy\.epsilon with run\.rounds: .* lasts for 1 of 2 rounds"):
         finished("past", privacy={**PRIVATE, "epsilon": 1.4}, **FFA)
     assert not (tmp_path / "past").exists()
+
+
+def test_a_private_run_whose_clients_are_drawn(finished, config):
+    """Half of the rounds of three clients are of one or of nobody, and count like the others."""
+    drawn = {**FFA, "federation": {"preset": "ffa", "select": {"name": "poisson", "rate": 0.3}}}
+    sections = {"privacy": {**PRIVATE, "epsilon": 4.0}, "run": {"rounds": 4}, "evaluate": {"baselines": False}}
+    assert ("spends", "epsilon 0.914 in 4 rounds; each client is drawn with probability 0.3") in describe(
+        config(**sections, **drawn)
+    )
+    _, out = finished("drawn", **sections, **drawn)
+    rounds = events(out, "round")
+    assert len(rounds) == 4
+    assert not events(out, "retry")
+    assert all(event["report"]["noise"] == pytest.approx(0.05 * 3.0 / (0.3 * 3)) for event in rounds)
+    assert [event["loss"] is None for event in rounds] == [not event["accepted"] for event in rounds]
+    assert "epsilon 0.914 at delta 1e-05" in (out / "report.html").read_text()

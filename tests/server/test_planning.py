@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from toy_federation import BASE, GATE, HEAD, RANK, SITE, config, initial
 
@@ -99,6 +100,28 @@ def test_random_draws_a_fraction_anew_each_round_attempt_and_seed():
     assert 70 < hits < 130
 
 
+def test_poisson_throws_a_coin_for_every_client():
+    draws = [chosen("poisson", n, rate=0.3) for n in range(1, 401)]
+    assert all(draw == sorted(set(draw)) for draw in draws)
+    counts = np.array([[client in draw for client in POOL] for draw in draws])
+    assert abs(counts.mean() - 0.3) < 0.03
+    assert (abs(counts.mean(axis=0) - 0.3) < 0.1).all()
+    assert counts.sum(axis=1).var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)  # of a fixed number it would be 0
+    together = np.corrcoef(counts.T) - np.eye(10)
+    assert abs(together).max() < 0.2
+    assert chosen("poisson", 1, rate=1.0) == POOL
+    assert chosen("poisson", 1, rate=1e-9) == []
+
+
+def test_a_poisson_coin_depends_on_round_and_seed_only():
+    settings = config(federation={"select": {"name": "poisson", "rate": 0.5}})
+    draw = select(settings, POOL, 4, 0, secret=2**127 + 5)
+    assert draw == select(settings, POOL, 4, 3, secret=2**127 + 5)
+    assert draw != select(settings, POOL, 5, 0, secret=2**127 + 5) != select(settings, POOL, 5, 0, secret=2**127 + 6)
+    few = POOL[::2]
+    assert select(settings, few, 4, 0, secret=2**127 + 5) == [client for client in draw if client in few]
+
+
 def test_round_robin_takes_turns():
     assert chosen("round_robin", 1, count=4) == POOL[:4]
     assert chosen("round_robin", 3, count=4) == [*POOL[:2], *POOL[8:]]
@@ -113,6 +136,8 @@ def test_round_robin_takes_turns():
     [
         ("select", {"name": "random", "fraction": 0.0}),
         ("select", {"name": "random", "at_least": 0}),
+        ("select", {"name": "poisson", "rate": 0.0}),
+        ("select", {"name": "poisson", "rate": 1.5}),
         ("select", {"name": "round_robin", "count": 0}),
         ("policy", {"name": "mixed_rank", "ranks": []}),
         ("policy", {"name": "fedpeft", "group": "everything"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ from importlib import import_module
 from molehill.config import Config
 from molehill.errors import PrivacyError
 from molehill.extras import needs
+from molehill_server.privacy.draw import Round
 
-Round = tuple[
-    int, int
-]  # clients that were there, and how many of them a fair draw chose; equal where nothing was drawn
+_COARSE = 0.5  # noise below which a fine grid of losses would take long, and finds little
+_LEAST = 0.3  # noise below which sampling is not counted: a round then spends tens of epsilon
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,22 @@ class Ledger:
 
 
 class Accountant:
-    """Renyi accounting of the Gaussian mechanism (dp-accounting).
+    """Accounting of the Gaussian mechanism (dp-accounting).
 
     Two runs are neighbours when one client's part in them is replaced by nothing. Then every sum differs by at most
-    the clip, and the rounds compose as Gaussian mechanisms of noise multiplier z. Where clients are drawn (selector
-    ``random``: so many of those that are there, without replacement), the bound for such samples
-    (Wang, Balle & Kasiviswanathan 2019, https://arxiv.org/abs/1808.00087) holds as well. It is about replacing one
-    client's part by any other, which moves a sum by twice the clip, so it is asked for the multiplier z / 2; what it
-    promises includes our neighbours. Both bounds are true, and the smaller one counts. Other selectors get no
-    amplification. Nothing else is released: quorums, deadlines and retries depend on nobody's data.
+    the clip, and what hides that depends on how clients are drawn; see `Draw` for what a round must keep to.
+
+    - Nobody is drawn: n rounds are one Gaussian mechanism of noise multiplier z / sqrt(n), whose epsilon is known
+      exactly (Balle & Wang 2018, https://arxiv.org/abs/1805.06530).
+    - Every client by itself (``poisson``): a round with the client is the mixture of N(0, z^2) and N(1, z^2) with
+      weights 1 - q and q, one without it N(0, z^2). The privacy losses of rounds are composed numerically on a grid,
+      rounded so that epsilon is an upper bound (Doroshenko et al. 2022, https://arxiv.org/abs/2207.04380).
+    - So many of those that are there (``random``): the Renyi bound for samples without replacement (Wang, Balle &
+      Kasiviswanathan 2019, https://arxiv.org/abs/1808.00087). It is about replacing one client's part by any other,
+      which moves a sum by twice the clip, so it is asked for the multiplier z / 2; what it promises includes our
+      neighbours. It is loose.
+
+    No draw makes it worse, so what holds without a draw bounds all of them, and the smallest bound counts.
 
     Args:
         noise: z.
@@ -73,11 +81,16 @@ class Accountant:
         """Epsilon of all these rounds together, at the accountant's delta."""
         if not rounds:
             return 0.0
+        bounds = [_of_all(self._noise, self._delta, len(rounds))]
         counts = Counter(rounds)
-        alike = _of_all(self._noise, self._delta, len(rounds))
-        if all(population == sample for population, sample in counts):
-            return alike
-        return min(alike, _of_drawn(self._noise, self._delta, tuple(sorted(counts.items()))))
+        rates = {spent.rate for spent in counts}
+        if rates == {None}:
+            if any(spent.sample < spent.population for spent in counts):
+                bounds.append(_of_fixed(self._noise, self._delta, tuple(sorted(counts.items()))))
+        elif self._noise >= _LEAST:
+            by_rate = Counter(1.0 if spent.rate is None else spent.rate for spent in rounds)
+            bounds.append(_of_poisson(self._noise, self._delta, tuple(sorted(by_rate.items()))))
+        return min(bounds)
 
     def lasts(self, spent: Round, rounds: int) -> int:
         """How many of ``rounds`` equal rounds the budget allows."""
@@ -108,27 +121,33 @@ class Accountant:
 @cache
 def _of_all(noise: float, delta: float, rounds: int) -> float:
     """Epsilon without sampling."""
-    import dp_accounting  # noqa: PLC0415 - an extra, and slow to import
-    from dp_accounting import rdp  # noqa: PLC0415
+    from dp_accounting import gaussian_mechanism  # noqa: PLC0415 - an extra, and slow to import
 
-    accountant = rdp.RdpAccountant()
-    accountant.compose(dp_accounting.GaussianDpEvent(noise), rounds)
+    return float(gaussian_mechanism.get_epsilon_gaussian(noise / math.sqrt(rounds), delta))
+
+
+@cache  # a quarter of a second
+def _of_poisson(noise: float, delta: float, counts: tuple[tuple[float, int], ...]) -> float:
+    """Epsilon where every client is drawn by itself, with so many rounds of every rate."""
+    import dp_accounting  # noqa: PLC0415
+    from dp_accounting import pld  # noqa: PLC0415
+
+    grid = 1e-4 if noise >= _COARSE else 1e-3
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, grid)
+    gaussian = dp_accounting.GaussianDpEvent(noise)
+    for rate, count in counts:
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, gaussian), count)
     return float(accountant.get_epsilon(delta))
 
 
 @cache  # a quarter of a second for every kind of round
-def _of_drawn(noise: float, delta: float, counts: tuple[tuple[Round, int], ...]) -> float:
-    """Epsilon with sampling, for replacing one client by any other."""
+def _of_fixed(noise: float, delta: float, counts: tuple[tuple[Round, int], ...]) -> float:
+    """Epsilon where so many are drawn, for replacing one client by any other."""
     import dp_accounting  # noqa: PLC0415
     from dp_accounting import rdp  # noqa: PLC0415
 
     accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
     gaussian = dp_accounting.GaussianDpEvent(noise / 2)
-    for (population, sample), count in counts:
+    for (population, sample, _), count in counts:
         accountant.compose(dp_accounting.SampledWithoutReplacementDpEvent(population, sample, gaussian), count)
     return float(accountant.get_epsilon(delta))
-
-
-def drawn(config: Config, population: int, sample: int) -> Round:
-    """What a round's selection counts as."""
-    return (population, sample if config.federation.select.name == "random" else population)

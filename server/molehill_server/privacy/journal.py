@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from molehill.errors import ResumeError
 from molehill.files import write
 from molehill.secure.masks import Numbers
+from molehill_server.privacy.draw import Round
 from molehill_server.privacy.secure import Progress
 
 
@@ -40,7 +41,7 @@ class Facts(BaseModel):
     quarantined: dict[str, str]
     bytes_up: int
     bytes_down: int
-    drawn: tuple[int, int] | None
+    drawn: Round | None
 
 
 class Entry(NamedTuple):

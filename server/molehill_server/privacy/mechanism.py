@@ -32,7 +32,8 @@ class Mechanism:
     weights ``n_k / sum n`` would not do: they change with every other client's data, and one large client would weigh
     almost 1. Neither do weights by routed tokens, which differ per expert and would have to be clipped and noised as
     well: they are not used, and every expert gets the noise, whether anybody trained it or not, since a missing noise
-    would tell. And m is the number of clients that were asked, not of those that answered.
+    would tell. And m is the number of clients that were asked, not of those that answered; where each is drawn by
+    itself, the number that is expected, since no coin may tell.
 
     Clipping happens at the client, so that it can trust the bound, and again here in float64, since the wire's codec
     rounds.
@@ -85,7 +86,7 @@ class Mechanism:
         return total, count
 
     def release(
-        self, glob: Global, updates: Iterable[Update], layout: Layout, planned: int, noise: Noise | None = None
+        self, glob: Global, updates: Iterable[Update], layout: Layout, planned: float, noise: Noise | None = None
     ) -> tuple[Update, dict[str, float]]:
         """The noisy mean as if one client had sent it; all that is done with it later costs no more privacy.
 
@@ -93,7 +94,7 @@ class Mechanism:
             glob: The model the clients started from.
             updates: Their updates.
             layout: What each of them shares.
-            planned: m, the number of clients that were asked.
+            planned: m, the number of clients that were asked or expected.
             noise: Where the noise comes from; fresh when omitted.
 
         Returns:
@@ -113,7 +114,7 @@ class Mechanism:
         layout: Layout,
         total: NDArray[np.float64],
         count: int,
-        planned: int,
+        planned: float,
         noise: Noise | None = None,
     ) -> tuple[Update, dict[str, float]]:
         """`release` for a sum that is already there, for example that of secure aggregation.
@@ -123,7 +124,7 @@ class Mechanism:
             layout: What each of them shares.
             total: The weighted sum of clipped changes, ``[layout.size]``; it is overwritten.
             count: The number of updates in it.
-            planned: m, the number of clients that were asked.
+            planned: m, the number of clients that were asked or expected.
             noise: Where the noise comes from; fresh when omitted.
 
         Returns:

@@ -15,6 +15,7 @@ from molehill.wire.clipping import clip, norm
 from molehill.wire.message import decode_delta, encode_delta
 from molehill.wire.tree import Tree
 from molehill_server.privacy.accountant import Accountant
+from molehill_server.privacy.draw import Round
 
 DELTA = 1e-5
 PRIVATE = {"clip": 0.3, "noise": 4.0, "epsilon": 8.0, "delta": DELTA}
@@ -33,7 +34,7 @@ def test_every_round_says_what_is_spent_and_what_comes_through(toy):
     run = toy(settings())
     run.run()
     accountant = Accountant(4.0, DELTA, 8.0)
-    assert [report["epsilon"] for report in reports(run)] == [accountant.epsilon([(4, 4)] * n) for n in (1, 2, 3)]
+    assert [report["epsilon"] for report in reports(run)] == [accountant.epsilon([Round(4, 4)] * n) for n in (1, 2, 3)]
     for report in reports(run):
         assert report["updates"] == 4
         assert report["noise"] == pytest.approx(0.3 * 4.0 / 4)
@@ -149,10 +150,10 @@ def test_a_resume_restores_what_was_spent_and_the_secret_draw(toy):
     secret = run.start()._saved.privacy.secret
     run.run()
     accountant = Accountant(4.0, DELTA, 50.0)
-    assert [r["epsilon"] for r in reports(run)] == [accountant.epsilon([(4, 2)] * n) for n in range(1, 6)]
+    assert [r["epsilon"] for r in reports(run)] == [accountant.epsilon([Round(4, 2)] * n) for n in range(1, 6)]
     ledger = run.start()._saved.privacy
     assert ledger.secret == secret
-    assert ledger.rounds == ((4, 2),) * 5
+    assert ledger.rounds == (Round(4, 2),) * 5
 
 
 def test_the_draw_does_not_follow_from_the_seed(toy):
@@ -178,7 +179,85 @@ def test_a_round_that_is_tried_again_is_paid_once(toy):
 
     run.run(fault)
     assert len(run.events("retry")) == 1
-    assert reports(run)[0]["epsilon"] == Accountant(4.0, DELTA, 8.0).epsilon([(4, 4)])
+    assert reports(run)[0]["epsilon"] == Accountant(4.0, DELTA, 8.0).epsilon([Round(4, 4)])
+
+
+def poisson(rate, **sections):
+    return settings(federation={"preset": "ffa", "select": {"name": "poisson", "rate": rate}}, **sections)
+
+
+def test_a_poisson_round_is_counted_and_divided_by_its_rate(toy):
+    """Not by how many were drawn: that would tell."""
+    run = toy(poisson(0.4, data={"clients": 8}, run={"rounds": 4}))
+    run.run()
+    accountant = Accountant(4.0, DELTA, 8.0)
+    for number, report in enumerate(reports(run), start=1):
+        assert report["epsilon"] == accountant.epsilon([Round(8, 8, 0.4)] * number)
+        assert report["epsilon"] < accountant.epsilon([Round(8, 8)] * number)
+        assert report["noise"] == pytest.approx(0.3 * 4.0 / (0.4 * 8))
+    assert run.start()._saved.privacy.rounds == (Round(8, 8, 0.4),) * 4
+
+
+def test_rounds_of_nobody_are_rounds_all_the_same(toy):
+    run = toy(poisson(1e-9))
+    final = run.run()
+    shared = final.flat != initial().flat
+    assert 0 < shared.sum() < len(shared)  # noise on all that is shared, and on nothing else
+    for event, report in zip(run.events("round"), reports(run), strict=True):
+        assert (event["selected"], event["accepted"], event["loss"], report["updates"]) == ([], [], None, 0)
+        assert report["epsilon"] == 0  # below delta
+    assert run.events("retry") == []
+    assert len(run.start()._saved.privacy.rounds) == 3
+
+
+@pytest.mark.parametrize("select", [{"name": "poisson", "rate": 0.5}, {"name": "random", "fraction": 0.5}])
+def test_a_secret_draw_decides_and_is_decided_by_nothing(toy, select):
+    """Of eight clients only one ever answers. It must be in half of the rounds, and not only in those that count."""
+    sections = {"data": {"clients": 8}, "run": {"rounds": 16}, "round": {"quorum": 1.0, "retries": 3}}
+    private = {**PRIVATE, "epsilon": 100.0}
+    run = toy(settings(**sections, privacy=private, federation={"preset": "ffa", "select": select}))
+    run.run(lambda client, plan, reply: reply.model_dump_json() if client.number == 5 else None)
+    rounds = run.events("round")
+    assert run.events("retry") == []
+    assert len(rounds) == 16
+    assert all(set(event["accepted"]) == {"client-5"} & set(event["selected"]) for event in rounds)
+    assert 0 < sum(bool(event["accepted"]) for event in rounds) < 16  # by chance once in 30,000
+    assert [report["noise"] for report in reports(run)] == pytest.approx([0.3 * 4.0 / 4] * 16)
+
+
+@pytest.mark.parametrize(("select", "waits"), [({"name": "poisson", "rate": 1.0}, True), ("all", False)])
+def test_a_secret_draw_is_waited_for_to_the_deadline(toy, select, waits):
+    """Else who else is drawn would decide when a round closes, and so who is in it."""
+    run = toy(settings(run={"rounds": 1}, federation={"preset": "ffa", "select": select}))
+    run.run(lambda client, plan, reply: None if client.number == 0 else reply.model_dump_json())
+    assert (run.transport.time >= 60) == waits
+    assert len(run.events("round")[0]["accepted"]) == 3
+
+
+def test_after_a_kill_the_same_clients_are_drawn_whoever_else_has_come(toy):
+    run = toy(poisson(0.75, data={"clients": 16}, run={"rounds": 1}))
+    asked = []
+
+    def dies(client, plan, reply):
+        asked.append(client.name)
+        raise KeyboardInterrupt
+
+    server = run.start(dies)
+    away = {node: run.transport.clients.pop(node) for node in list(run.transport.clients) if node % 2}
+    with pytest.raises(KeyboardInterrupt):
+        server.run()
+    first = {m.node for m in run.transport.pushed if m.kind == "train"}
+    run.run()
+    again = {m.node for m in run.transport.pushed if m.kind == "train"}
+    assert first == again - set(away)
+    assert run.events("round")[0]["report"]["noise"] == pytest.approx(0.3 * 4.0 / 12)
+    assert run.start()._saved.privacy.rounds == (Round(16, 16, 0.75),)
+
+
+def test_without_privacy_a_round_of_nobody_changes_nothing(toy):
+    run = toy(config(federation={**FFA, "select": {"name": "poisson", "rate": 1e-9}}))
+    assert np.array_equal(run.run().flat, initial().flat)
+    assert [event["selected"] for event in run.events("round")] == [[], [], []]
 
 
 def test_nothing_is_noisy_when_it_is_off(toy):

@@ -14,6 +14,7 @@ from molehill.secure.fixed import FixedPoint
 from molehill.secure.messages import AskUnmask
 from molehill.wire.message import decode_delta
 from molehill_protos.v1 import masked_pb2
+from molehill_server.privacy.draw import Round
 from molehill_server.privacy.secure import SecureRound
 
 SECURE = {"secure_aggregation": True}
@@ -464,7 +465,7 @@ def test_a_resumed_sum_is_paid_once(toy):
     with pytest.raises(FederationError):
         run.run(meddle=silent("client-0", "client-1", kind="query.unmask"))
     run.run()
-    assert run.start()._saved.privacy.rounds == ((4, 4),) * 2
+    assert run.start()._saved.privacy.rounds == (Round(4, 4),) * 2
 
 
 def test_what_is_cut_off_by_fixed_point_does_not_grow_the_sensitivity():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class RandomParams:
 
     fraction: float = 0.5
     at_least: int = 1
+    sampling: ClassVar[str] = "fixed"
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
