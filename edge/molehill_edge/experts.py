@@ -52,6 +52,12 @@ def read(path: Path, manifest: Manifest) -> Expert:
     Raises:
         BundleError: It cannot be read, has no valid id, is for another base, or lacks sites or has additional ones.
     """
+    if any((each / "adapter_config.json").is_file() for each in (path, path.parent)):
+        raise BundleError(
+            "this is a PEFT folder, and a device takes files of experts",
+            where=str(path),
+            mend="Where it was trained: molehill export FOLDER --out BUNDLE --expert-files DIR",
+        )
     tensors, metadata = gates.load(path, "expert")
     where = str(path)
     if metadata.get("base") != manifest.base.digest:

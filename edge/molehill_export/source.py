@@ -15,11 +15,12 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molehill import config
-from molehill.errors import AdapterError, ConfigError
-from molehill.molora.adapter import Manifest, load_adapter, read_manifest
+from molehill.errors import AdapterError, ConfigError, ModelError
+from molehill.molora.adapter import Manifest, describe_peft, load_adapter, load_peft, read_manifest
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
+from molehill.molora.peft_folder import is_peft
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
@@ -149,7 +150,7 @@ class Source:
 
 
 def open_source(path: Path, base: str | None = None, state: Path | None = None) -> Source:
-    """Open a run folder or an adapter folder.
+    """Open a run folder, an adapter folder, or a PEFT folder of a LoRA for a causal language model.
 
     Args:
         path: The folder.
@@ -169,11 +170,12 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
                 where=str(path),
                 mend=f"Finish it: molehill simulate --out {path} --resume",
             )
-    adapter = read_manifest(folder)
+    alone = is_peft(folder) and not (folder / "molora.json").exists()
+    adapter = describe_peft(folder) if alone else read_manifest(folder)
     where = base or (run.base.model if run is not None else adapter.base["id"])
-    if where.startswith("local:"):
+    if not where or where.startswith("local:"):
         raise AdapterError(
-            f"the base {where.removeprefix('local:')!r} was a folder",
+            f"the base {where.removeprefix('local:')!r} was a folder" if where else "it does not name its base",
             where=str(folder),
             mend="Say where it is: --base DIR",
         )
@@ -192,8 +194,16 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
     if run is None:
         limits = (loaded.tokenizer.model_max_length, getattr(loaded.model.config, "max_position_embeddings", _LONGEST))
         task = task.model_copy(update={"max_length": min(*limits, _LONGEST)})
-    model = wrap(loaded.model, adapter.molora, gate=gate, head=head).eval()
-    load_adapter(folder, model, base_digest=loaded.info.digest)
+    try:
+        model = wrap(loaded.model, adapter.molora, gate=gate, head=head).eval()
+    except ModelError as error:
+        if not alone:
+            raise
+        raise AdapterError(f"it is for another base: {error.what}", where=str(folder), mend="Give --base.") from None
+    if alone:
+        load_peft(folder, model)
+    else:
+        load_adapter(folder, model, base_digest=loaded.info.digest)
     name = run.run.name if run is not None else path.resolve().name
     return Source(name, adapter, loaded.info, loaded.folder, settings, task, model, loaded.tokenizer, run, out, state)
 

@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a finished run, or an adapter.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a finished run, an adapter, or a LoRA of peft.")
+    ],
     out: Annotated[
         Path, typer.Option("--out", metavar="BUNDLE", help="Folder to write; with the suffix .molehill, one file.")
     ],

@@ -18,27 +18,22 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import save_file
-from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
+from molehill import registry
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import AdapterError, MessageError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
+from molehill.molora.peft_folder import CONFIG, PREFIX, Factors, plain_lora, read_config, read_peft, read_tensors
 from molehill.wire.keys import Key
 from molehill.wire.tree import Array
-
-Factors: TypeAlias = tuple[Array, Array]  # A [r, d_in], B [d_out, r]
-
-_PREFIX = "base_model.model."
-_UNSUPPORTED = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "megatron_config": "Megatron layers"}
 
 
 class Manifest(BaseModel):
@@ -67,43 +62,14 @@ class Manifest(BaseModel):
     personal: dict[str, str] = {}
 
 
-class _PeftConfig(BaseModel):
-    """What of an ``adapter_config.json`` decides what its tensors mean."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    peft_type: str
-    lora_alpha: float = 8
-    alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool = False
-
-    @field_validator("alpha_pattern")
-    @classmethod
-    def _expressions(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for pattern in value or ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"alpha_pattern {pattern!r}: {error}") from None
-        return value
-
-    def scale(self, site: str, rank: int) -> float:
-        """Alpha over the rank; a pattern is a regular expression over the end of the module path, as in peft."""
-        alpha = self.lora_alpha
-        for pattern, value in (self.alpha_pattern or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", site):
-                alpha = value
-                break
-        return alpha / (rank**0.5 if self.use_rslora else rank)
-
-
-def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest) -> None:
+def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: str = "") -> None:
     """Write an adapter folder.
 
     Args:
         folder: Created when missing; files in it are replaced, and experts of an adapter that was there removed.
         model: The model.
         manifest: What to record; its ``ranks`` are filled in here.
+        place: Where other libraries find the base: its folder; empty for a hub id, which the manifest has.
     """
     ranks: dict[str, dict[str, int]] = {}
     if (folder / "experts").exists():
@@ -114,7 +80,7 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name, site in where.items():
             ranks.setdefault(expert, {})[name] = site.bank.ranks[model.expert_ids(site).index(expert)]
-        _save_expert(out, model, expert, where, manifest)
+        _save_expert(out, model, expert, where, manifest, place)
     for name, kind in _parts(model):
         save_file(_by_name(model, kind), folder / name)
     text = manifest.model_copy(update={"ranks": ranks}).model_dump_json(indent=2)
@@ -163,10 +129,14 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
                 continue
             if name not in factors:
                 raise AdapterError(f"expert {expert} has no tensors for {name}", where=str(folder))
-            _take(values, patches, Key(name, expert, ""), site, factors[name], manifest)
+            _take(values, patches, Key(name, expert, ""), site, factors.pop(name), manifest)
+        if factors:
+            raise AdapterError(
+                f"expert {expert} has tensors for {min(factors)}, which is no site of it", where=str(folder)
+            )
     for part, _ in _parts(model):
         try:
-            values |= {Key.parse(n): v for n, v in _read(folder / part).items()}
+            values |= {Key.parse(n): v for n, v in read_tensors(folder / part).items()}
         except MessageError as error:
             raise AdapterError(error.what, where=str(folder / part)) from None
     missing = [k.name for k in model.layout if k not in values and not k.residual]
@@ -176,49 +146,43 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
     model.set_patches(patches)
 
 
-def read_peft(folder: Path) -> dict[str, Factors | Array]:
-    """Read a PEFT LoRA folder (A and B, scale absorbed in B) or IA3 folder (vectors minus one) by module path.
+def describe_peft(folder: Path) -> Manifest:
+    """The description of a PEFT folder as an adapter with one expert, for `load_peft`.
 
     Raises:
-        AdapterError: Not a PEFT folder, damaged, or of a variant that is not a plain LoRA or IA3.
+        AdapterError: It cannot be one exactly, or is for another task than text generation.
     """
-    path = folder / "adapter_config.json"
+    said, factors = read_config(folder), read_peft(folder)
+    where = str(folder / CONFIG)
+    if said.task_type not in {None, "CAUSAL_LM"}:
+        raise AdapterError(
+            f"an adapter for the task {said.task_type} has no head that could be taken along",
+            where=where,
+            mend="Only those of causal language models stand alone; of a run, give the folder that has molora.json.",
+        )
+    if not all(isinstance(each, tuple) for each in factors.values()):
+        raise AdapterError("an (IA)3 adapter cannot stand alone, only a LoRA", where=where)
+    base = {"id": said.base_model_name_or_path or "", "revision": said.revision or "", "digest": ""}
     try:
-        config = _PeftConfig.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise AdapterError(f"no PEFT adapter here: {error.strerror}", where=str(path)) from None
+        molora = MoLoRAConfig(**{**registry.build("preset", "lora"), **plain_lora(factors)})
     except ValidationError as error:
-        raise AdapterError(f"not a PEFT configuration: {error.errors()[0]['msg']}", where=str(path)) from None
-    tensors = {n.removeprefix(_PREFIX): t for n, t in _read(folder / "adapter_model.safetensors").items()}
-    if config.peft_type == "IA3":
-        return {n.removesuffix(".ia3_l"): t.reshape(-1) - 1 for n, t in tensors.items()}
-    if config.peft_type != "LORA":
-        raise AdapterError(f"peft type {config.peft_type!r} cannot be an expert", where=str(path))
-    for key, name in _UNSUPPORTED.items():
-        if (config.model_extra or {}).get(key):
-            raise AdapterError(
-                f"{name} ({key}) cannot be an expert", where=str(path), mend="Merge or retrain it as plain LoRA."
-            )
-    out: dict[str, Factors | Array] = {}
-    for name, A in tensors.items():
-        site, _, rest = name.partition(".lora_A.")
-        if not rest:
-            continue
-        B = tensors.get(f"{site}.lora_B.{rest}")
-        if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise AdapterError(f"factors of {site} do not fit each other", where=str(folder))
-        out[site] = (A, B * np.float32(config.scale(site, A.shape[0])))
-    return out
+        raise AdapterError(f"not an adapter: {error.errors()[0]['msg']}", where=where) from None
+    return Manifest(base=base, task="causal-lm", molora=molora, ranks={})
 
 
-def _read(path: Path) -> dict[str, Array]:
-    """Tensors of a safetensors file in float32, whatever they are stored in."""
-    try:
-        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
-    except OSError as error:
-        raise AdapterError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
-    except SafetensorError as error:
-        raise AdapterError(f"not a valid safetensors file: {error}", where=str(path)) from None
+def load_peft(folder: Path, model: MoLoRAModel) -> None:
+    """Load a PEFT folder into a model that was built from `describe_peft`.
+
+    Raises:
+        AdapterError: Its modules or shapes are not those of the model.
+    """
+    (expert,) = model.experts
+    values: dict[Key, Array] = {}
+    for site, factors in read_peft(folder).items():
+        if site not in model.sites:
+            raise AdapterError(f"the base has no linear module {site} in its layers", where=str(folder))
+        values[Key(site, expert, "A")], values[Key(site, expert, "B")] = factors
+    model.load(values)
 
 
 def _parts(model: MoLoRAModel) -> list[tuple[str, str]]:
@@ -234,7 +198,7 @@ def _by_name(model: MoLoRAModel, kind: str) -> dict[str, Array]:
 
 
 def _save_expert(
-    out: Path, model: MoLoRAModel, expert: str, where: Mapping[str, MoLoRALinear], manifest: Manifest
+    out: Path, model: MoLoRAModel, expert: str, where: Mapping[str, MoLoRALinear], manifest: Manifest, place: str
 ) -> None:
     tree = model.tree(lambda key: key.expert == expert)
     tensors: dict[str, Array] = {}
@@ -242,20 +206,20 @@ def _save_expert(
     for name, site in where.items():
         bank = site.bank
         if not isinstance(bank, LoRABank):
-            tensors[f"{_PREFIX}{name}.ia3_l"] = 1 + tree[Key(name, expert, "dense.v")].reshape(-1, 1)
+            tensors[f"{PREFIX}{name}.ia3_l"] = 1 + tree[Key(name, expert, "dense.v")].reshape(-1, 1)
             continue
         index = model.expert_ids(site).index(expert)
         mine = (bank.patch_expert == index).cpu()
         A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
         B = np.concatenate([tree[Key(name, expert, "B")], bank.patch_Bt.cpu()[mine].numpy().T], axis=1)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(B)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(B)
         ranks[name] = A.shape[0]
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     conv = any(isinstance(site.base, Conv1D) for site in where.values())
     common: dict[str, Any] = {
-        "base_model_name_or_path": manifest.base["id"],
-        "revision": manifest.base.get("revision") or None,
+        "base_model_name_or_path": place or manifest.base["id"],
+        "revision": None if place else manifest.base.get("revision") or None,
         "task_type": "CAUSAL_LM" if manifest.task == "causal-lm" else "FEATURE_EXTRACTION",
         "target_modules": sorted(where),
         "inference_mode": True,

@@ -96,6 +96,13 @@ def load_base(base: config.Base, task: config.Task) -> LoadedBase:
     return LoadedBase(model, tokenizer, BaseInfo(name, revision, digest(files)), _pooling(task, settings), folder)
 
 
+def place(base: config.Base) -> str:
+    """Where other libraries find a base that was loaded: its folder on this machine; empty for a hub id."""
+    if base.model == _SAMPLE or Path(base.model).expanduser().is_dir():
+        return str(_locate(base)[0].resolve())
+    return ""
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products have hardware of their own on ``device``."""
     if device.type == "cuda":

@@ -7,7 +7,7 @@ from pathlib import Path
 from molehill.config import Config
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.model import MoLoRAModel
-from molehill.tasks.base_model import BaseInfo
+from molehill.tasks.base_model import BaseInfo, place
 from molehill.wire.store import load_tree
 from molehill_server.broadcast import tree_patches
 from molehill_server.events import read
@@ -40,7 +40,7 @@ def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> S
         ranks={},
         personal={"gate": config.personal.gate, "head": config.personal.head},
     )
-    save_adapter(out / "adapter", model, manifest)
+    save_adapter(out / "adapter", model, manifest, place(config.base))
     info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest)
     summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind)
     (out / "summary.json").write_text(summary.to_json(), encoding="utf-8")

@@ -203,7 +203,7 @@ DAMAGE = {
     "DoRA": (lambda f: edit(f / CONFIG, use_dora=True), "DoRA"),
     "LoRA with biases": (lambda f: edit(f / CONFIG, lora_bias=True), "LoRA biases"),
     "another method": (lambda f: edit(f / CONFIG, peft_type="VERA"), "'VERA' cannot be an expert"),
-    "IA3 among LoRAs": (lambda f: edit(f / CONFIG, peft_type="IA3"), "has no tensors for"),
+    "IA3 among LoRAs": (lambda f: edit(f / CONFIG, peft_type="IA3"), "which cannot be part of an expert"),
 }
 
 

@@ -1,0 +1,200 @@
+"""PEFT folders: what one LoRA or (IA)3 adapter says, where it can be said exactly; all else is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from molehill.errors import AdapterError
+from molehill.wire.tree import Array
+
+Factors: TypeAlias = tuple[Array, Array]  # A [r, d_in], B [d_out, r]
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MEND = "Merge it into its base, or train it anew as a plain LoRA."
+
+# Keys with a value under which the folder is more, or something else, than factors of linear modules. What is neither
+# here nor in `_PLAIN` is not known to this version, and so refused when it is set.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "LoRA biases",
+    "megatron_config": "Megatron layers",
+    "modules_to_save": "whole modules",
+    "trainable_token_indices": "trained tokens",
+    "layer_replication": "replicated layers",
+    "target_parameters": "factors of bare parameters",
+    "feedforward_modules": "vectors on the inputs of modules",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "loftq_config": "LoftQ",
+    "velora_config": "VeLoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+}
+# Starts that leave the base as it is; under any other, such as PiSSA, the factors are for a changed base.
+_STARTS = {True, False, "gaussian", "eva", "orthogonal"}
+_PLAIN = {
+    *("auto_mapping", "peft_version", "inference_mode", "r", "target_modules", "exclude_modules", "lora_dropout"),
+    *("fan_in_fan_out", "layers_to_transform", "layers_pattern", "rank_pattern", "megatron_core", "eva_config"),
+    *("corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+
+
+class PeftConfig(BaseModel):
+    """What of an ``adapter_config.json`` decides what its tensors mean.
+
+    Attributes:
+        peft_type: The method.
+        task_type: What the model is for.
+        base_model_name_or_path: The base.
+        revision: Of the base.
+        lora_alpha: Over the rank, the scale.
+        alpha_pattern: Other values by module.
+        use_rslora: Whether the scale is alpha over the root of the rank.
+        bias: Which biases were trained as well.
+        init_lora_weights: How the factors were started.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    lora_alpha: float = 8
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _expressions(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in value or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"alpha_pattern {pattern!r}: {error}") from None
+        return value
+
+    def scale(self, site: str, rank: int) -> float:
+        """Alpha over the rank; a pattern is a regular expression over the end of the module path, as in peft."""
+        alpha = self.lora_alpha
+        for pattern, value in (self.alpha_pattern or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", site):
+                alpha = value
+                break
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+    def objections(self) -> Iterator[str]:
+        """What about it keeps it from being an expert, in words with the keys."""
+        if self.peft_type not in {"LORA", "IA3"}:
+            yield f"peft type {self.peft_type!r}"
+        if self.bias != "none":
+            yield f"trained biases (bias = {self.bias!r})"
+        if self.init_lora_weights not in _STARTS:
+            yield f"factors for a base that its start has changed (init_lora_weights = {self.init_lora_weights!r})"
+        for key, value in (self.model_extra or {}).items():
+            if not value or key in _PLAIN:
+                continue
+            if key in _REFUSED:
+                names = value if isinstance(value, list) and all(isinstance(each, str) for each in value) else [key]
+                yield f"{_REFUSED[key]} ({key}{'' if names == [key] else ': ' + ', '.join(sorted(names))})"
+            else:
+                yield f"the key {key!r}, which this version does not know"
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder looks like one that peft has saved."""
+    return (folder / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        AdapterError: Not a PEFT folder, damaged, or of a variant that cannot be an expert; all its reasons are named.
+    """
+    path = folder / CONFIG
+    try:
+        config = PeftConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"no PEFT adapter here: {error.strerror}", where=str(path)) from None
+    except ValidationError as error:
+        raise AdapterError(f"not a PEFT configuration: {error.errors()[0]['msg']}", where=str(path)) from None
+    found = list(config.objections())
+    if found:
+        raise AdapterError(f"{', '.join(found)} cannot be an expert", where=str(path), mend=_MEND)
+    return config
+
+
+def read_peft(folder: Path) -> dict[str, Factors | Array]:
+    """Read a PEFT LoRA folder (A and B, scale absorbed in B) or IA3 folder (vectors minus one) by module path.
+
+    Raises:
+        AdapterError: Not a PEFT folder, damaged, or of a variant that is not a plain LoRA or IA3.
+    """
+    config = read_config(folder)
+    tensors = {n.removeprefix(PREFIX): t for n, t in read_tensors(folder / WEIGHTS).items()}
+    if config.peft_type == "IA3":
+        _require_known(folder, [name for name in tensors if not name.endswith(".ia3_l")])
+        return {n.removesuffix(".ia3_l"): t.reshape(-1) - 1 for n, t in tensors.items()}
+    out: dict[str, Factors | Array] = {}
+    used: set[str] = set()
+    for name, A in tensors.items():
+        site, _, rest = name.partition(".lora_A.")
+        if not rest:
+            continue
+        other = f"{site}.lora_B.{rest}"
+        B = tensors.get(other)
+        if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise AdapterError(f"factors of {site} do not fit each other", where=str(folder))
+        out[site] = (A, B * np.float32(config.scale(site, A.shape[0])))
+        used |= {name, other}
+    _require_known(folder, sorted(tensors.keys() - used))
+    if not out:
+        raise AdapterError("there is no factor in it", where=str(folder / WEIGHTS))
+    return out
+
+
+def _require_known(folder: Path, left: list[str]) -> None:
+    if left:
+        more = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
+        raise AdapterError(
+            f"it has {left[0]}{more}, which cannot be part of an expert", where=str(folder / WEIGHTS), mend=_MEND
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Array]:
+    """Tensors of a safetensors file in float32, whatever they are stored in.
+
+    Raises:
+        AdapterError: It cannot be read.
+    """
+    try:
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    except OSError as error:
+        raise AdapterError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+    except SafetensorError as error:
+        raise AdapterError(f"not a valid safetensors file: {error}", where=str(path)) from None
+
+
+def plain_lora(factors: dict[str, Any]) -> dict[str, Any]:
+    """The section ``molora`` of a model with one expert that holds these factors exactly.
+
+    Args:
+        factors: Of an adapter, by module path; lower ranks than the highest are filled up with zeros.
+    """
+    rank = max(A.shape[0] for A, _ in factors.values())
+    targets = tuple(re.escape(site) for site in sorted(factors))
+    return {"preset": "lora", "targets": targets, "rank": rank, "alpha": float(rank)}
