@@ -25,6 +25,9 @@ from molehill.errors import ConfigError
 from molehill.toml_file import Lines
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+_MASKED_BOUND = 1e3  # with room for it, sums of many clients keep enough binary places
 
 
 class Section(BaseModel):
@@ -281,7 +284,15 @@ class Rounds(Section):
         min_clients: So many must be connected for a round to begin, and so many must answer, whatever the quorum says.
         grace: Seconds to wait for the rest once the quorum is there.
         retries: How often a round below quorum is tried again before the run stops.
-        norm_bound: Largest L2 norm of a client's delta; None accepts any finite one.
+        norm_bound: Largest L2 norm of a client's delta; one above it is quarantined. ``auto`` is three times a median
+            of norms: the running one of the last rounds, or that of the round itself where it is larger; of one or two
+            first deltas none is refused. ``off`` accepts any finite one. Under differential privacy ``auto`` leaves it
+            to ``privacy.clip``. Under secure aggregation nobody sees a norm: every client keeps its own to this number,
+            or to 1000 under ``auto``.
+        max_rows: Most training rows that a client counts for, however many it says it has. ``auto`` is three times the
+            median of what all clients of the run say; under differential privacy it is left to
+            ``privacy.max_examples``. ``off`` believes every client. What a client said when it first joined a run is
+            never exceeded.
     """
 
     deadline: float = Field(default=3600.0, gt=0)
@@ -289,7 +300,23 @@ class Rounds(Section):
     min_clients: int = Field(default=1, ge=1)
     grace: float = Field(default=30.0, ge=0)
     retries: int = Field(default=1, ge=0)
-    norm_bound: float | None = Field(default=1e3, gt=0)
+    norm_bound: Positive | Literal["auto", "off"] = "auto"
+    max_rows: Annotated[int, Field(ge=1)] | Literal["auto", "off"] = "auto"
+
+    @field_validator("norm_bound", mode="before")
+    @classmethod
+    def _unbounded(cls, value: Any) -> Any:
+        return "off" if value is None else value  # TOML has no null, so it would be the default when it is read again
+
+    @property
+    def fixed_bound(self) -> float | None:
+        """`norm_bound` where it is a number."""
+        return None if isinstance(self.norm_bound, str) else self.norm_bound
+
+    @property
+    def masked_bound(self) -> float | None:
+        """What a client under secure aggregation keeps the norm of its change to; None for any finite one."""
+        return _MASKED_BOUND if self.norm_bound == "auto" else self.fixed_bound
 
 
 class Wire(Section):

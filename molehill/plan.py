@@ -93,6 +93,8 @@ class ClientReply(BaseModel):
         loss: Mean training loss over the round; None under secure aggregation, where it is part of the sum.
         seconds: Wall time of the local work.
         metrics: Mean of every routing loss over the round, unweighted, by name; empty under secure aggregation.
+        unusable: Why the model that the client was sent cannot be trained, which is no fault of the client's; there is
+            no delta then. Empty when it was trained.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,6 +108,7 @@ class ClientReply(BaseModel):
     loss: float | None
     seconds: float = Field(ge=0)
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
+    unusable: str = Field(default="", max_length=1000)
 
 
 class Scores(BaseModel):

@@ -204,6 +204,20 @@ class Client:
             metrics={} if self._masked else result.routing,
         )
 
+    def unusable(self, plan: ClientPlan, reason: str, seconds: float) -> ClientReply:
+        """Say that the model of a plan cannot be trained; nothing was learnt, and nothing is kept."""
+        return ClientReply(
+            client=self.name,
+            round=plan.round,
+            delta="",
+            bytes_up=0,
+            bytes_down=0,
+            examples=len(self.train_rows),
+            loss=None,
+            seconds=seconds,
+            unusable=reason[:1000],
+        )
+
     @property
     def _masked(self) -> bool:
         return self.bench.config.privacy.secure_aggregation
@@ -222,7 +236,7 @@ class Client:
 
     def _mask(self, plan: ClientPlan, change: Tree, result: Result) -> bytes:
         """What the server may see of a change, its weights and its losses: nothing but their part of the sum."""
-        company, bound = plan.company, self.bench.config.round.norm_bound
+        company, bound = plan.company, self.bench.config.round.masked_bound
         assert company is not None  # or nothing would have been trained
         size = norm(change.require_finite().flat)
         if bound is not None and size > bound:  # nobody else can tell any more

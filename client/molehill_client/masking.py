@@ -188,7 +188,7 @@ class Masker:
 
     def weight(self, examples: int, company: Company) -> int:
         """How much this client counts."""
-        return min(examples, company.cap)
+        return min(examples, company.cap, company.counts or examples)
 
     def mask(self, round_: int, company: Company, values: NDArray[np.float64]) -> Numbers:
         """Mask a vector; the secrets allow it once.

@@ -19,7 +19,7 @@ from molehill import registry
 from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
 from molehill.wire.keys import Key
-from molehill_client.trainer import Result, train
+from molehill_client.trainer import Result, UntrainableError, train
 
 if TYPE_CHECKING:
     from molehill_client.client import Client
@@ -37,13 +37,27 @@ def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> li
         plans: The plan of each.
 
     Returns:
-        Their replies; of each client's own numbers only rounding depends on the company.
+        Their replies; of each client's own numbers only rounding depends on the company. A client alone answers that
+        the model it was sent cannot be trained, where that is so.
 
     Raises:
         MessageError: A plan or its blobs do not fit its client.
         TrainingError: A loss is not finite.
     """
     started = time.monotonic()
+    try:
+        return _train_together(clients, plans, started)
+    except UntrainableError as error:
+        if len(clients) > 1:  # one by one it shows whom it concerns
+            raise
+        return [
+            clients[0].unusable(
+                plans[0], f"{error.what}: it learnt nothing from what it was sent", time.monotonic() - started
+            )
+        ]
+
+
+def _train_together(clients: Sequence[Client], plans: Sequence[ClientPlan], started: float) -> list[ClientReply]:
     bench, plan = clients[0].bench, plans[0]
     model, rounds = bench.model, bench.config.run.rounds
     span = ((plan.round - 1) / rounds, plan.round / rounds)

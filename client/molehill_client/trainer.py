@@ -20,8 +20,16 @@ from molehill.plan import Scope
 from molehill.tasks.batches import Batch, join
 from molehill.wire.keys import Key
 
+_ABSURD = 64.0  # nats; to guess among all tokens of a large vocabulary costs 12
 Objective = Callable[[Forward], Tensor]
 Regulariser = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class UntrainableError(TrainingError):
+    """The values that training starts from give no finite loss or gradient, or one that no model in use has.
+
+    So no step of its own can be at fault.
+    """
 
 
 class Observer(Protocol):
@@ -131,6 +139,7 @@ def train(
 
     Raises:
         TrainingError: A loss or a gradient is not finite, or nothing is trained.
+        UntrainableError: That is so before the first step was taken, or the first loss was absurd already.
     """
     ranges = _trained(model, settings, scope)
     if not ranges:
@@ -139,6 +148,7 @@ def train(
     received = model.values.clone() if pull else model.values
     optimiser = _optimiser(model, ranges, settings.decay)
     total = torch.zeros(1 + len(losses), len(streams))
+    sound = False  # the loss before the first step
     with _training(model, records=bool(losses)):
         for step in range(steps):
             at = progress[0] + (progress[1] - progress[0]) * step / steps
@@ -148,13 +158,14 @@ def train(
                 group["lr"] = part.rate * factor
             model.grads.zero_()
             found = _accumulate(model, streams, objective, losses, settings.accumulation)
-            _require_finite(found[0].tolist(), settings, where, step)
+            sound = sound or (step == 0 and float(found[0].max()) < _ABSURD)
+            _require_finite(found[0].tolist(), settings, where, step, sound=sound and step > 0)
             if pull:
                 for part in ranges:
                     span = (slice(None), slice(part.start, part.stop))
                     pull(model.grads[span], model.values[span], received[span])
             for grad in model.grads:
-                _clip(grad, ranges, settings, where, step)
+                _clip(grad, ranges, settings, where, step, sound=sound and step > 0)
             optimiser.step()
             total += found
             if observe is not None:
@@ -254,25 +265,23 @@ def _optimiser(model: MoLoRAModel, ranges: Sequence[_Range], decay: float) -> to
     return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 
-def _require_finite(losses: Sequence[float], settings: Settings, where: str, step: int) -> None:
+def _require_finite(losses: Sequence[float], settings: Settings, where: str, step: int, *, sound: bool) -> None:
     for loss in losses:
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {step + 1}",
-                where=where,
-                mend=f"Lower {settings.keys}, or set base.precision to fp32.",
-            )
+            raise _diverged(f"the loss is {loss}", settings, where, step, sound=sound)
 
 
-def _clip(grad: Tensor, ranges: Sequence[_Range], settings: Settings, where: str, step: int) -> None:
+def _diverged(what: str, settings: Settings, where: str, step: int, *, sound: bool) -> TrainingError:
+    kind = TrainingError if sound else UntrainableError
+    mend = f"Lower {settings.keys}, or set base.precision to fp32."
+    return kind(f"{what} at step {step + 1}", where=where, mend=mend)
+
+
+def _clip(grad: Tensor, ranges: Sequence[_Range], settings: Settings, where: str, step: int, *, sound: bool) -> None:
     views = [grad[part.start : part.stop] for part in ranges]
     norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(view) for view in views])))
     if not math.isfinite(norm):
-        raise TrainingError(
-            f"the gradient is not finite at step {step + 1}",
-            where=where,
-            mend=f"Lower {settings.keys}, or set base.precision to fp32.",
-        )
+        raise _diverged("the gradient is not finite", settings, where, step, sound=sound)
     if settings.clip is not None and norm > settings.clip:
         for view in views:
             view.mul_(settings.clip / (norm + 1e-6))

@@ -42,7 +42,7 @@ class FixedPoint:
         Raises:
             MessageError: Too few places would be left.
         """
-        bound = config.privacy.clip or config.round.norm_bound
+        bound = config.privacy.clip or config.round.masked_bound
         if bound is None:
             raise MessageError("secure aggregation needs round.norm_bound, or nothing bounds a sum")
         largest = cap * max(bound, FIGURE)

@@ -102,11 +102,13 @@ class Company(_Message):
     Attributes:
         attempt: Attempt at the round.
         cap: Most examples that a client counts for.
+        counts: Examples that this client counts for, if it has as many; None leaves it to the cap.
         inbox: From every other client that has shared its secrets, the shares for this one.
     """
 
     attempt: int = Field(ge=0)
     cap: int = Field(ge=1, le=2**40)
+    counts: int | None = Field(default=None, ge=1)
     inbox: dict[str, SealedShares]
 
 

@@ -33,8 +33,9 @@ _KEPT = {
     "resume": ("run", "round", "clients", "config_digest"),
     "joined": ("client",),
     "refused": ("client", "reason"),
-    "round": ("round", "selected", "accepted", "deltas", "missing", "quarantined"),
-    "retry": ("round", "attempt", "missing", "quarantined"),
+    "round": ("round", "selected", "accepted", "deltas", "missing", "quarantined", "unusable"),
+    "retry": ("round", "attempt", "missing", "quarantined", "unusable"),
+    "capped": ("client", "rows", "counts", "reason"),
     "failed": ("stage", "client", "reason"),
     "end": ("bytes_up", "bytes_down"),
 }

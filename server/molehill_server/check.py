@@ -365,7 +365,7 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
 
 def _secure_sum(config: Config) -> Iterator[Conflict]:
     keys = ("privacy.secure_aggregation", "round.norm_bound")
-    if config.privacy.clip is None and config.round.norm_bound is None:
+    if config.privacy.clip is None and config.round.masked_bound is None:
         yield Conflict(
             "refuse",
             keys,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from molehill.wire.message import decode_tree, digest
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
 from molehill_server.broadcast import Blob, patch_tree, tree_patches
+from molehill_server.norms import Medians
 from molehill_server.privacy.accountant import Ledger
 from molehill_server.privacy.draw import Round
 from molehill_server.records import Global
@@ -54,6 +55,8 @@ class Checkpoint:
         bytes_up: Bytes received in all rounds.
         bytes_down: Bytes that clients fetched in all rounds.
         privacy: What was spent; None without privacy.
+        rows: Training rows that every client named when it first joined.
+        norms: Medians of the norms of accepted deltas; see `molehill_server.norms`.
     """
 
     identity: Identity
@@ -63,6 +66,8 @@ class Checkpoint:
     bytes_up: int = 0
     bytes_down: int = 0
     privacy: Ledger | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+    norms: Medians = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -101,6 +106,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "clients": list(checkpoint.clients),
         "bytes_up": checkpoint.bytes_up,
         "bytes_down": checkpoint.bytes_down,
+        "rows": dict(checkpoint.rows),
+        "norms": {kind: list(medians) for kind, medians in checkpoint.norms.items()},
         "privacy": checkpoint.privacy and {"secret": checkpoint.privacy.secret, "rounds": checkpoint.privacy.rounds},
     }
     (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -147,7 +154,10 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
         glob = Global(tree, tree_patches(patches), state, meta["round"])
         bytes_up, bytes_down = int(meta["bytes_up"]), int(meta["bytes_down"])
         clients = tuple(meta["clients"])
-        return Checkpoint(identity, glob, blobs, clients, bytes_up, bytes_down, _ledger(meta.get("privacy")))
+        rows = {str(client): int(count) for client, count in meta.get("rows", {}).items()}
+        norms = {str(kind): tuple(map(float, medians)) for kind, medians in meta.get("norms", {}).items()}
+        privacy = _ledger(meta.get("privacy"))
+        return Checkpoint(identity, glob, blobs, clients, bytes_up, bytes_down, privacy, rows, norms)
     except (OSError, KeyError, ValueError, AdapterError, MessageError) as error:
         raise ResumeError(
             f"the checkpoint cannot be read ({error})",

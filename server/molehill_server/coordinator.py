@@ -22,6 +22,7 @@ from molehill.config import Config
 from molehill.errors import FederationError, MessageError, MolehillError, ResumeError
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply
 from molehill.secure.company import needed
+from molehill.wire.clipping import norm
 from molehill.wire.exchange import Exchange
 from molehill.wire.message import Delta
 from molehill.wire.store import load_tree, save_tree
@@ -31,7 +32,9 @@ from molehill_server.aggregate import Aggregator
 from molehill_server.audit import AuditLog
 from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
+from molehill_server.counts import Count, counts_of
 from molehill_server.exchange.grants import Grant, Grants
+from molehill_server.norms import RoundNorms, kind_of, later, running, scale_of
 from molehill_server.planning.planner import Planner, expected, select
 from molehill_server.privacy.accountant import Accountant, Ledger
 from molehill_server.privacy.draw import Draw
@@ -41,7 +44,7 @@ from molehill_server.privacy.secure import SecureRound, released
 from molehill_server.records import Global, Update
 from molehill_server.roster import Roster
 from molehill_server.transport import POLL, Collection, Incoming, Outgoing, Patience, Transport
-from molehill_server.validation import Limits, check_reply, open_delta, parse_reply
+from molehill_server.validation import Limits, check_reply, open_delta, parse_reply, require_addressed
 
 T = TypeVar("T")
 
@@ -61,16 +64,26 @@ class _BelowQuorum(Exception):  # noqa: N818 - not an error yet: the round may b
         self.need, self.why = need, why
 
 
+class _HeldBackError(Exception):
+    """Whether a delta is too large can be told only when all are in."""
+
+
+class _UnusableModelError(Exception):
+    """A client says that the model it was sent cannot be trained."""
+
+
 @dataclass
 class _Round:
     """What is noted down while a round goes on; its bytes are all that came and went, also for nothing."""
 
     selected: list[str]
-    rows: Mapping[str, int]  # as the clients joined with
+    counts: Mapping[str, Count]  # rows of the clients that are present
+    norms: RoundNorms = field(default_factory=lambda: RoundNorms(follows=False))
     accepted: list[str] = field(default_factory=list)
     deltas: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
@@ -163,6 +176,7 @@ class Coordinator:
         wire = config.wire
         self._broadcast = Broadcast(exchange, wire.down, wire.max_bytes, dict(self._saved.blobs))
         self._late: set[str] = set()
+        self._capped: dict[str, Count] = {}  # as it was last told
         self._audit = AuditLog(out / "audit.jsonl")
         if loaded is None:
             (out / "metrics.jsonl").unlink(missing_ok=True)
@@ -191,7 +205,7 @@ class Coordinator:
     def _run(self) -> Tree:
         began = time.perf_counter()
         clients = self._roster.gather(self._config.round.deadline, self._config.round.quorum, self._grace)
-        self._begin(list(clients))
+        self._begin(clients)
         while self._saved.glob.round < self._config.run.rounds:
             self._round(self._saved.glob.round + 1)
         final = self._broadcast.publish(self._saved.glob)
@@ -206,7 +220,8 @@ class Coordinator:
         self._log.emit("end", seconds=time.perf_counter() - began, **totals)
         return final.tree
 
-    def _begin(self, clients: list[str]) -> None:
+    def _begin(self, nodes: Mapping[str, int]) -> None:
+        clients = list(nodes)
         facts = {
             "run": self._config.run.name,
             "rounds": self._config.run.rounds,
@@ -216,7 +231,7 @@ class Coordinator:
         }
         if self._fresh:
             self._log.emit("start", **facts)
-            self._commit(replace(self._saved, clients=tuple(clients)))
+            self._commit(replace(self._saved, clients=tuple(clients), rows=self._roster.rows(nodes)))
         else:
             self._log.emit("resume", round=self._saved.glob.round, **facts)
             self._note_version()  # again: a kill may have come between the commit and its note
@@ -235,7 +250,8 @@ class Coordinator:
         nodes = self._roster.refresh(self._grace)
         newcomers = tuple(client for client in nodes if client not in self._saved.clients)
         if newcomers:
-            self._saved = replace(self._saved, clients=self._saved.clients + newcomers)
+            rows = {**self._saved.rows, **self._roster.rows({client: nodes[client] for client in newcomers})}
+            self._saved = replace(self._saved, clients=self._saved.clients + newcomers, rows=rows)
         for client in newcomers:
             self._log.emit("joined", client=client)
         return nodes
@@ -246,6 +262,23 @@ class Coordinator:
         while len(nodes := self._present()) < self._config.round.min_clients and self._transport.now() < end:
             self._transport.wait(POLL)
         return nodes
+
+    def _counts(self, nodes: Mapping[str, int]) -> dict[str, Count]:
+        """What every client that is present counts for; those that count for fewer rows than they name are told of."""
+        now = self._roster.rows(nodes)
+        counts = counts_of(self._config, {**now, **self._saved.rows}, now)
+        for client, count in counts.items():
+            if count.why and self._capped.get(client) != count:
+                self._log.emit("capped", client=client, rows=count.rows, counts=count.counts, reason=count.why)
+            self._capped[client] = count
+        return counts
+
+    def _norms(self, glob: Global, number: int) -> RoundNorms:
+        """What the deltas of a round are held against."""
+        if self._config.round.norm_bound != "auto" or self._config.privacy.clip is not None:
+            return RoundNorms(follows=False)
+        kind = kind_of(self._any_plan(number, glob), glob.tree.layout)
+        return RoundNorms(kind, running(self._saved.norms.get(kind, ())))
 
     # Training
 
@@ -264,6 +297,9 @@ class Coordinator:
             deltas=notes.deltas,
             missing=notes.missing,
             quarantined=notes.quarantined,
+            unusable=notes.unusable,
+            norms=notes.norms.found,
+            norm_bound=notes.norms.bound or self._limits.norm_bound,
             loss=notes.loss,
             loss_by_client=notes.losses,
             routing=notes.routing,
@@ -280,6 +316,7 @@ class Coordinator:
                 bytes_up=self._saved.bytes_up + notes.bytes_up,
                 bytes_down=self._saved.bytes_down + notes.bytes_down,
                 privacy=ledger,
+                norms=later(self._saved.norms, notes.norms.kind, notes.norms.median(notes.accepted)),
             )
         )
         self._journal.drop()
@@ -293,7 +330,7 @@ class Coordinator:
             first += 1  # masked anew with other keys, so what was uploaded does not count
         for attempt in range(first, first + self._config.round.retries + 1):
             nodes = self._gathered()
-            notes = _Round([], self._roster.rows(nodes), bytes_up=up, bytes_down=down)
+            notes = _Round([], self._counts(nodes), bytes_up=up, bytes_down=down)
             try:
                 notes.selected, ledger = self._choose(list(nodes), number, attempt)
                 if self._secure:
@@ -303,7 +340,12 @@ class Coordinator:
                 self._journal.drop()  # if there is a sum, nobody was asked to unmask it
                 up, down, need, why = notes.bytes_up, notes.bytes_down, few.need, few.why
                 self._log.emit(
-                    "retry", round=number, attempt=attempt, missing=notes.missing, quarantined=notes.quarantined
+                    "retry",
+                    round=number,
+                    attempt=attempt,
+                    missing=notes.missing,
+                    quarantined=notes.quarantined,
+                    unusable=notes.unusable,
                 )
         if len(nodes) < self._config.round.min_clients:
             raise FederationError(
@@ -311,7 +353,7 @@ class Coordinator:
                 f"{self._config.round.min_clients} are needed",
                 mend="Start the others, then resume.",
             )
-        raise FederationError(f"round {number}: {why}" if why else _below_quorum(number, notes, need))
+        raise FederationError(f"round {number}: {why}") if why else _below_quorum(number, notes, need)
 
     def _choose(self, pool: list[str], number: int, attempt: int) -> tuple[list[str], Ledger | None]:
         """The clients of a round, and what will have been spent after it.
@@ -337,6 +379,7 @@ class Coordinator:
         self._grant(plans, attempt, self._limits.delta(glob.tree.layout))
         quorum = len(plans) if self._draw.secret else self._quorum(len(plans))
         collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._patience(quorum))
+        notes.norms = self._norms(glob, number)
         updates = self._updates(glob, plans, collection, notes)
         if not (plans or self._draw.secret):
             return replace(glob, round=number), {}  # nobody was drawn
@@ -365,21 +408,32 @@ class Coordinator:
     def _updates(
         self, glob: Global, plans: Mapping[str, ClientPlan], collection: Collection, notes: _Round
     ) -> Iterator[Update]:
-        """Yield the accepted updates one at a time, as they arrive.
+        """Yield the accepted updates one at a time, as they arrive; at the end those whose norms were held back.
 
         Raises:
             _BelowQuorum: After the last one, when there were too few; not where the draw is secret.
         """
+        held: dict[str, Incoming] = {}
         for done, (client, reply) in enumerate(collection, start=1):
+            update = None
             try:
                 update = self._judge(glob, plans[client], reply, notes)
+            except _HeldBackError:
+                held[client] = reply
+            except _UnusableModelError as error:
+                notes.unusable[client] = str(error)
             except MessageError as error:
                 notes.quarantined[client] = str(error)
-                update = None
             self._log.emit("progress", stage="train", done=done, total=len(plans), client=client)
-            if update is not None:
+            if update is not None or (client in held and notes.norms.running is None):  # in a first round all are held
                 collection.accept()
+            if update is not None:
                 yield update
+        for client, reply in held.items():
+            try:
+                yield self._judge(glob, plans[client], reply, notes, again=True)
+            except MessageError as error:
+                notes.quarantined[client] = str(error)
         notes.missing = collection.missing
         self._forget(collection)
         if not self._draw.secret and len(notes.accepted) < self._quorum(len(plans)):
@@ -401,8 +455,8 @@ class Coordinator:
         if len(plans) < floor:
             raise _BelowQuorum(floor)
         layout = expected(next(iter(plans.values())), glob.tree.layout)
-        rows = {client: notes.rows[client] for client in plans}
-        secure = SecureRound.begin(self._config, layout, number, attempt, rows)
+        counts = {client: notes.counts[client].counts for client in plans}
+        secure = SecureRound.begin(self._config, layout, number, attempt, counts)
         group = f"{number}.{attempt}"
         patience = self._patience(max(floor, quorum))
         self._stage("query.keys", secure.ask_keys(), secure.take_keys, nodes, group, patience, notes)
@@ -421,6 +475,8 @@ class Coordinator:
             try:
                 self._open(plan, reply, notes, most, partial(secure.add, plan))
                 collection.accept()
+            except _UnusableModelError as error:
+                notes.unusable[client] = str(error)
             except MessageError as error:
                 notes.quarantined[client] = str(error)
             self._log.emit("progress", stage="train", done=done, total=len(plans), client=client)
@@ -457,7 +513,7 @@ class Coordinator:
         self._journal.keep(entry)  # with the signatures: what is asked from here on is asked the same after a kill
         self._gather_shares(secure)
         sums, figures = secure.finish()
-        notes = _Round(**facts.model_dump(exclude={"drawn"}), rows=progress.examples, figures=figures)
+        notes = _Round(**facts.model_dump(exclude={"drawn"}), counts={}, figures=figures)
         if self._mechanism is None:
             after, report = self._aggregator(glob, [released(sums, glob, layout)])
         else:
@@ -577,40 +633,75 @@ class Coordinator:
 
     # Judging
 
-    def _judge(self, glob: Global, plan: ClientPlan, incoming: Incoming, notes: _Round) -> Update:
-        def read(blob: bytes, reply: ClientReply) -> tuple[Delta, ClientReply]:
-            return open_delta(blob, reply, plan, glob.tree.layout, self._limits), reply
+    def _judge(
+        self, glob: Global, plan: ClientPlan, incoming: Incoming, notes: _Round, *, again: bool = False
+    ) -> Update:
+        """The update that a reply points at.
 
-        delta, reply = self._open(plan, incoming, notes, self._limits.delta(glob.tree.layout), read)
+        Raises:
+            MessageError: It cannot be used.
+            _HeldBackError: It must be judged again when all are in.
+            _UnusableModelError: There is none, for no fault of the client's.
+        """
+        model = glob.tree.layout
+
+        def read(blob: bytes, reply: ClientReply) -> tuple[Delta, ClientReply]:
+            delta = open_delta(blob, reply, plan, model, self._limits)
+            if again:
+                refusal = notes.norms.refusal(plan.client)
+                if refusal:
+                    raise MessageError(refusal)
+            elif notes.norms.held(plan.client, norm(delta.tree.flat), scale_of(plan, model)):
+                raise _HeldBackError
+            return delta, reply
+
+        delta, reply = self._open(plan, incoming, notes, self._limits.delta(model), read, again=again)
         assert reply.loss is not None  # it was checked
         notes.losses[plan.client] = reply.loss
         notes.metrics[plan.client] = {name: reply.metrics[name] for name in self._metrics if name in reply.metrics}
-        notes.examples[plan.client] = reply.examples
+        notes.examples[plan.client] = notes.counts[plan.client].counts
         experts = notes.tokens.setdefault(plan.client, {})
         for (_, expert), count in delta.tokens.items():
             experts[expert] = experts.get(expert, 0.0) + count
         values = delta.tree
         for key, shape in values.layout.items():
             values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
-        return Update(plan.client, values, reply.examples, delta.tokens)
+        return Update(plan.client, values, notes.examples[plan.client], delta.tokens)
 
     def _open(
-        self, plan: ClientPlan, incoming: Incoming, notes: _Round, most: int, read: Callable[[bytes, ClientReply], T]
+        self,
+        plan: ClientPlan,
+        incoming: Incoming,
+        notes: _Round,
+        most: int,
+        read: Callable[[bytes, ClientReply], T],
+        *,
+        again: bool = False,
     ) -> T:
-        """Fetch and judge what a reply to ``plan`` points at, ``most`` bytes of it.
+        """Fetch and judge what a reply to ``plan`` points at, ``most`` bytes of it; they count once.
 
         Raises:
             MessageError: It cannot be used.
+            _HeldBackError: It is needed again.
+            _UnusableModelError: There is nothing to fetch, for no fault of the client's.
         """
         reply = parse_reply(_text(incoming))
+        if reply.unusable:
+            require_addressed(reply, plan)
+            raise _UnusableModelError(reply.unusable)
+        held = False
         try:
-            notes.bytes_down += min(reply.bytes_down, self._broadcast.size)
+            notes.bytes_down += 0 if again else min(reply.bytes_down, self._broadcast.size)
             blob = self._exchange.get(reply.delta, most)
-            notes.bytes_up += len(blob)
-            check_reply(reply, plan, notes.rows[plan.client])
+            notes.bytes_up += 0 if again else len(blob)
+            check_reply(reply, plan, notes.counts[plan.client].rows)
             found = read(blob, reply)
+        except _HeldBackError:
+            held = True
+            raise
         finally:
-            self._discard(reply.delta)
+            if not held:
+                self._discard(reply.delta)
         notes.accepted.append(plan.client)
         notes.deltas[plan.client] = reply.delta
         return found
@@ -751,11 +842,22 @@ def _text(incoming: Incoming) -> str:
     return incoming.text
 
 
-def _below_quorum(number: int, notes: _Round, need: int) -> str:
+def _below_quorum(number: int, notes: _Round, need: int) -> FederationError:
     """Say who answered in a round that failed, and why the others did not count."""
     parts = [f"round {number} is below its quorum: {len(notes.accepted)} of {len(notes.selected)} clients answered"]
     parts.append(f"with a usable update, {need} are needed")
-    return "; ".join([*parts, *filter(None, [_why(notes)])])
+    parts += filter(None, [_why(notes)])
+    if not notes.unusable:
+        return FederationError("; ".join(parts))
+    client, reason = next(iter(notes.unusable.items()))
+    parts.append(f"{', '.join(notes.unusable)} cannot train the model they were sent ({client}: {reason.rstrip('.')})")
+    mend = (
+        f"What was merged in round {number - 1} may have ruined the model: compare the norms in the report, and begin "
+        "anew with a lower round.norm_bound or a rule against bad clients."
+        if number > 1
+        else "Lower train.lr, or set base.precision to fp32."
+    )
+    return FederationError("; ".join(parts), mend=mend)
 
 
 def _why(notes: _Round) -> str:

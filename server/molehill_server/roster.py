@@ -13,6 +13,8 @@ from molehill.plan import Hello
 from molehill_server.events import EventLog
 from molehill_server.transport import POLL, Collection, Outgoing, Patience, Transport
 
+_MOST_ROWS = 10**9
+
 
 class Roster:
     """Asks nodes who they are and remembers it.
@@ -103,14 +105,15 @@ class Roster:
         collection = Collection(self._transport, messages, patience, set())
         reasons = []
         for node, reply in collection:
+            name = self._transport.name(int(node))
             try:
                 hello = Hello.model_validate_json(reply.text or "")
             except ValidationError as error:
                 reason = reply.error or f"malformed hello ({error.errors()[0]['msg']})"
             else:
                 reason = self._objection(int(node), hello)
+                name = name or hello.client  # of a node that proves none, the name that it gives
             if reason:
-                name = self._transport.name(int(node))
                 # Flower's numbers mean nothing to anybody; they stand only where nodes prove no name, in a simulation.
                 reasons.append(f"{name or f'node {node}'}: {reason}")
                 self._refuse(name, reasons[-1])
@@ -131,6 +134,8 @@ class Roster:
         proved = self._transport.name(node)
         if proved and hello.client != proved:
             return f"it says it is {hello.client!r}, and its certificate says {proved!r}"
+        if hello.n_train > _MOST_ROWS:
+            return f"it says it has {hello.n_train:,} training rows, which no machine trains on"
         if hello.version != __version__:
             return f"it runs Molehill {hello.version}, this is {__version__}. Install the same version on both."
         return ""

@@ -23,8 +23,8 @@ class Limits:
 
     Attributes:
         max_bytes: Largest blob.
-        norm_bound: Largest L2 norm of the delta; None accepts any finite one. Under privacy a delta that is clearly
-            above the clip is refused as well.
+        norm_bound: Largest L2 norm of the delta, where it is known before a round; None accepts any finite one here.
+            Under privacy a delta that is clearly above the clip is refused as well.
         tokens: Largest gate mass of one expert at one site, in tokens.
     """
 
@@ -42,7 +42,7 @@ class Limits:
         rows = train.steps * train.accumulation * train.batch_size
         rounding = 1.01  # the mass is summed in float32
         clipped = None if config.privacy.clip is None else TOLERANCE * config.privacy.clip
-        bounds = [bound for bound in (config.round.norm_bound, clipped) if bound is not None]
+        bounds = [bound for bound in (config.round.fixed_bound, clipped) if bound is not None]
         return cls(config.wire.max_bytes, min(bounds, default=None), rounding * rows * config.task.max_length)
 
     def delta(self, model: Layout) -> int:
@@ -81,14 +81,23 @@ def check_reply(reply: ClientReply, plan: ClientPlan, rows: int) -> None:
     Raises:
         MessageError: It is not finite, of another client or round, or trained on other rows.
     """
-    if (reply.client, reply.round) != (plan.client, plan.round):
-        raise MessageError(f"the reply is of client {reply.client!r} in round {reply.round}")
+    require_addressed(reply, plan)
     if plan.company is not None and (reply.loss is not None or reply.metrics):
         raise MessageError("it tells its losses, which under secure aggregation are part of the sum")
     if plan.company is None and (reply.loss is None or not math.isfinite(reply.loss)):
         raise MessageError(f"its training loss is {reply.loss}")
     if reply.examples != rows:
         raise MessageError(f"it trains on {reply.examples} rows, and joined with {rows}")
+
+
+def require_addressed(reply: ClientReply, plan: ClientPlan) -> None:
+    """Refuse a reply to another plan.
+
+    Raises:
+        MessageError: It is of another client or round.
+    """
+    if (reply.client, reply.round) != (plan.client, plan.round):
+        raise MessageError(f"the reply is of client {reply.client!r} in round {reply.round}")
 
 
 def require_announced(blob: bytes, reply: ClientReply) -> None:

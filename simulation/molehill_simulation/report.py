@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from molehill.errors import DataError, ResumeError
 from molehill_server import events as events_file
-from molehill_simulation.charts import bar_plot, line_plot
+from molehill_simulation.charts import Plot, bar_plot, line_plot
 from molehill_simulation.summary import (
     STAGES,
     Event,
@@ -121,10 +121,29 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "heat": _heat(events),
         "refused": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e["quarantined"])],
+        "unusable": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e.get("unusable", {}))],
+        "norms": _norms(rounds, styles),
+        "capped": sorted(
+            {(e["client"], e["rows"], e["counts"], e["reason"]) for e in events if e["event"] == "capped"}
+        ),
         "missing": [(at, c) for at, e in _attempts(events) for c in e["missing"]],
         "failed": [(e["stage"], e["client"], e["reason"]) for e in events if e["event"] == "failed"],
         "strangers": sorted({(e["client"], e["reason"]) for e in events if e["event"] == "refused"}),
     }
+
+
+def _norms(rounds: Sequence[Event], styles: Mapping[str, str]) -> Plot | None:
+    """Curves of the norms of what clients sent, also of what was refused, and the bound they were held against."""
+    curves: dict[str, dict[int, float]] = {}
+    for event in rounds:
+        for client, size in event.get("norms", {}).items():
+            curves.setdefault(client, {})[event["round"]] = size
+    if not curves:
+        return None
+    bounds = {event["round"]: event["norm_bound"] for event in rounds if event.get("norm_bound") is not None}
+    curves = {**dict(sorted(curves.items())), **({"the bound": bounds} if bounds else {})}
+    names = {client: styles.get(client, "line-many") for client in curves} | {"the bound": "line-mean"}
+    return line_plot([event["round"] for event in rounds], curves, names)
 
 
 def _attempts(events: Sequence[Event]) -> list[tuple[str, Event]]:

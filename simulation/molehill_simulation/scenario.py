@@ -114,6 +114,8 @@ class ScenarioApp(ClientApp):
     def _afterwards(self, message: Message, context: Context, fortune: Fate, reply: Message) -> Message | NoReply:
         """What becomes of a client's reply."""
         said = ClientReply.model_validate_json(str(reply.content["reply"]["json"]))
+        if said.unusable:
+            return reply
         exchange = connect(str(context.run_config["exchange"]))
         if not fortune.finishes:
             exchange.drop(said.delta)

@@ -88,6 +88,9 @@ class RunView:
             case "failed":
                 name = _NAMES.get(event["stage"], clean(event["stage"], 10))
                 self._line(f"{name}: no scores of {clean(event['client'], 40)}: {clean(event['reason'])}", "yellow")
+            case "capped":
+                counts = f"{event['counts']:,} of its {event['rows']:,} rows"
+                self._line(f"{clean(event['client'], 40)} counts for {counts}: {clean(event['reason'])}", "yellow")
             case "refused":
                 self._line(f"refused {clean(event['client'] or 'a node', 40)}: {clean(event['reason'])}", "yellow")
 
@@ -152,6 +155,10 @@ class RunView:
     def _lost(self, number: int, event: Event) -> None:
         for client, reason in event["quarantined"].items():
             self._line(f"round {number}: quarantined {clean(client, 40)}: {clean(reason)}", "yellow")
+        for client, reason in event.get("unusable", {}).items():
+            self._line(
+                f"round {number}: the model could not be trained by {clean(client, 40)}: {clean(reason)}", "yellow"
+            )
         if event["missing"]:
             self._line(f"round {number}: no answer from {', '.join(clean(c, 40) for c in event['missing'])}", "yellow")
 

@@ -12,6 +12,7 @@ from molehill.wire.keys import Key
 from molehill.wire.message import encode_tree
 from molehill.wire.tree import Tree
 from molehill_client.state import StateStore
+from molehill_client.together import share, train_together
 
 PRIVATE = {"noise": 4.0, "epsilon": 50.0, "delta": 1e-5}
 SITE = "encoder.layer.0.attention.self.query"
@@ -400,3 +401,20 @@ def test_a_server_cannot_make_a_client_decode_what_it_was_not_told_of(one, monke
     with pytest.raises(MessageError, match=r"a blob of .* bytes, the limit is .*Its plan asks for no more"):
         one.client(0).train(plan.model_copy(update={"blobs": {"all": name}}))
     assert asked[0] < 4 * one.bench.model.layout.size + 2**16
+
+
+def test_a_model_that_cannot_be_trained_is_told_apart_from_training_that_diverges(house):
+    """The first step starts from what was received; a later one from what this client made of it."""
+    good, bad = house(), house("ruined")
+    ruined = bad.bench.initial.copy()
+    ruined.flat[:] = 3e38
+    reply = bad.client(0).train(bad.plan(0, tree=ruined))
+    assert reply.unusable.startswith(("the loss is", "the gradient is not finite"))
+    assert reply.unusable.endswith("at step 1: it learnt nothing from what it was sent")
+    assert (reply.delta, reply.bytes_up, reply.loss) == ("", 0, None)
+    assert bad.client(0).store.rounds() == []  # nothing of it is kept
+    both = share(train_together, [bad.client(0), good.client(1)], [bad.plan(0, tree=ruined), good.plan(1)])
+    assert [bool(reply.unusable) for reply in both] == [True, False]
+    wild = house("wild", train={"lr": 1e38, "steps": 4, "clip": None})
+    with pytest.raises(TrainingError, match=r"at step [234]\. Lower train\.lr"):
+        wild.client(0).train(wild.plan(0, steps=4))

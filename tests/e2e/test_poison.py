@@ -31,10 +31,11 @@ def run(finished):
             molora={"preset": "lora", "rank": 2, "targets": ["query"]},
             federation={"space": "product", "rule": rule, "lower": "svd"},
             evaluate={"baselines": False},
-            **sections,
+            **{"round": {"norm_bound": "off"}, **sections},
         )
         for event in events(out, "round"):
-            assert len(event["accepted"]) == CLIENTS  # nobody is quarantined, whoever lies
+            refused = set(event["quarantined"])
+            assert refused == (set(POISON) if "round" in sections else set())  # else nobody is, whoever lies
         return load_tree(out / "final.safetensors")[0]
 
     return start
@@ -52,6 +53,12 @@ def test_poison_passes_the_checks_and_only_the_rules_withstand_it(run):
     for name, rule in RULES.items():
         held = np.linalg.norm(matrices(run(name, rule, scenario={"poison": POISON})) - clean)
         assert held < moved / 5, (name, held, moved)
+
+
+def test_by_itself_the_norm_gives_it_away(run):
+    clean = matrices(run("clean", "mean"))
+    poison = {"scenario": {"poison": POISON}, "round": {"norm_bound": "auto"}}
+    assert np.linalg.norm(matrices(run("poisoned", "mean", **poison)) - clean) < 0.5 * np.linalg.norm(clean)
 
 
 def test_a_poisoner_that_does_not_exist_is_refused(run):

@@ -128,10 +128,11 @@ class ToyClient:
         self.config, self.exchange = settings, exchange
         self.folder = out / "clients" / self.name
         self.held: set[str] = set()
+        self.rows = len(data(number)[0])  # that it says it has
         self.masker = Masker(self.name, settings, MemoryVault())
 
     def hello(self) -> dict:
-        return {"client": self.name, "n_train": len(data(self.number)[0]), "n_test": 3, "version": __version__}
+        return {"client": self.name, "n_train": self.rows, "n_test": 3, "version": __version__}
 
     def receive(self, plan: ClientPlan) -> tuple[dict[Key, np.ndarray], int]:
         """Values of all tensors, cut to the plan's rank; and the bytes that were new."""
@@ -161,8 +162,8 @@ class ToyClient:
         personal = Tree.of({key: value for key, value in tree.items() if plan.scope(key) == "personal"})
         save_tree(self.folder / f"{plan.round:05d}.safetensors", personal)
         changes = {key: tree[key] - before[key] for key in tree if plan.scope(key) == "shared"}
-        rows = len(data(self.number)[0])
-        tokens = {(SITE, "e0"): 2.0 * rows, (SITE, "e1"): 1.0 * rows}
+        rows, seen = self.rows, len(data(self.number)[0])
+        tokens = {(SITE, "e0"): 2.0 * seen, (SITE, "e1"): 1.0 * seen}
         change = Tree.of(changes) if plan.clip is None else clip(Tree.of(changes), plan.clip)
         masked = self.config.privacy.secure_aggregation
         if masked:
@@ -183,7 +184,7 @@ class ToyClient:
     def mask(self, plan: ClientPlan, change: Tree, rows: int, tokens, loss: float) -> bytes:
         company = plan.company
         form = Form(change.layout, 1)
-        values = form.fill(change, min(rows, company.cap), tokens if plan.clip is None else None, [loss])
+        values = form.fill(change, self.masker.weight(rows, company), tokens if plan.clip is None else None, [loss])
         numbers = self.masker.mask(plan.round, company, values)
         return encode_masked(
             Masked(plan.run, plan.round, company.attempt, self.name, plan.base, change.layout.digest, numbers)

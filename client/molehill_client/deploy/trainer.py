@@ -190,7 +190,8 @@ class Trainer:
             return done
         reply = client.train(plan)
         answer = reply.model_dump_json()
-        outbox.remember(question, Place(plan.run, plan.round), reply.delta, answer)
+        if reply.delta:
+            outbox.remember(question, Place(plan.run, plan.round), reply.delta, answer)
         return answer
 
     def _score(self, file: str) -> str:

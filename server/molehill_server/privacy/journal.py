@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from molehill.errors import ResumeError
 from molehill.files import write
@@ -27,6 +27,7 @@ class Facts(BaseModel):
         deltas: Digest of every masked vector.
         missing: Clients that did not answer.
         quarantined: Reasons by client.
+        unusable: Why the model could not be trained, by client.
         bytes_up: Bytes received.
         bytes_down: Bytes fetched.
         drawn: What the round costs of the privacy budget; see `Ledger`.
@@ -39,6 +40,7 @@ class Facts(BaseModel):
     deltas: dict[str, str]
     missing: list[str]
     quarantined: dict[str, str]
+    unusable: dict[str, str] = Field(default_factory=dict)
     bytes_up: int
     bytes_down: int
     drawn: Round | None

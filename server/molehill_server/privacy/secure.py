@@ -44,7 +44,7 @@ class Progress(BaseModel):
         round: Round number.
         attempt: Attempt at it.
         cap: Most examples a client counts for.
-        examples: Training rows of every client that is asked, as it joined with.
+        examples: Training rows that every client that is asked counts for.
         adverts: Of all clients that advertised keys, by name and in its order.
         sharers: Those who shared their secrets.
         arrived: Those who are in the sum.
@@ -94,7 +94,7 @@ class SecureRound:
             layout: What every client shares.
             number: Round number.
             attempt: Attempt at it.
-            examples: Training rows of every client that is asked.
+            examples: Training rows that every client that is asked counts for.
 
         Raises:
             MessageError: The sum of so many clients with so many rows would be too coarse.
@@ -135,6 +135,7 @@ class SecureRound:
             client: Company(
                 attempt=self.progress.attempt,
                 cap=self.progress.cap,
+                counts=self.progress.examples[client],
                 inbox={owner: said.sealed[client] for owner, said in self._shares.items() if owner != client},
             )
             for client in self.progress.sharers
