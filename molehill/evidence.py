@@ -54,10 +54,10 @@ def _in_the_open(config: Config) -> bool:
 KINDS = (
     Evidence(
         "rows",
-        "how many rows there are, to train on and held out",
+        "how many rows there are, to train on and held out, and how many are cut or left out for their length",
         (
             *("Hello.n_train", "Hello.n_test", "ClientReply.examples", "Delta.examples"),
-            *("EvaluationReply.n_train", "EvaluationReply.n_test"),
+            *("EvaluationReply.n_train", "EvaluationReply.n_test", "Hello.cut", "Hello.lost"),
         ),
         _always,
     ),

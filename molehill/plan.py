@@ -22,6 +22,8 @@ class Hello(BaseModel):
         n_train: Training rows.
         n_test: Held-out rows.
         version: Version of Molehill it runs.
+        cut: Rows, of both kinds, that are longer than ``task.max_length`` and lose their end.
+        lost: Of these, rows without any token of an answer, which are left out of the other two counts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,6 +32,8 @@ class Hello(BaseModel):
     n_train: int = Field(ge=0)
     n_test: int = Field(ge=0)
     version: str
+    cut: int = Field(default=0, ge=0)
+    lost: int = Field(default=0, ge=0)
 
 
 class ClientPlan(BaseModel):

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molehill import __version__
 from molehill.errors import MessageError, TrainingError
-from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
+from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Hello, Scores
 from molehill.secure.vector import Form, figures_of
 from molehill.tasks.batches import Batch, Batches, eval_batches
+from molehill.tasks.lengths import Examples, Lengths, together
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
 from molehill.wire.clipping import clip, norm
@@ -64,8 +66,8 @@ class Client:
         self,
         bench: Workbench,
         name: str,
-        train_rows: Sequence[Example],
-        test_rows: Sequence[Example],
+        train_rows: Examples,
+        test_rows: Examples,
         store: StateStore,
         observe: Observer | None = None,
         signer: Signer | None = None,
@@ -80,7 +82,23 @@ class Client:
         self.consent = consent
         self.masker = Masker(name, bench.config, store, signer)
 
+    @property
+    def lengths(self) -> Lengths:
+        """Of all its rows."""
+        return together([self.train_rows.lengths, self.test_rows.lengths])
+
     # ---- messages --------------------------------------------------------------------------------------------
+
+    def hello(self) -> Hello:
+        """Say who this is."""
+        return Hello(
+            client=self.name,
+            n_train=len(self.train_rows),
+            n_test=len(self.test_rows),
+            version=__version__,
+            cut=self.lengths.cut,
+            lost=self.lengths.lost,
+        )
 
     def train(self, plan: ClientPlan) -> ClientReply:
         """Train one round and put the delta of the shared tensors into the exchange.

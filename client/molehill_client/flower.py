@@ -13,9 +13,8 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, wh
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-import molehill
 from molehill.errors import MessageError
-from molehill.plan import ClientPlan, Hello
+from molehill.plan import ClientPlan
 from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
 from molehill_client.client import Client
 from molehill_client.together import baseline_together, evaluate_together, share, train_together
@@ -72,14 +71,7 @@ class _App(ClientApp):
             yield outcome if isinstance(outcome, Exception) else _reply(outcome, message)
 
     def _hello(self, message: Message, context: Context) -> Message:
-        client = self._open(context)
-        hello = Hello(
-            client=client.name,
-            n_train=len(client.train_rows),
-            n_test=len(client.test_rows),
-            version=molehill.__version__,
-        )
-        return _reply(hello, message)
+        return _reply(self._open(context).hello(), message)
 
     def _keys(self, message: Message, context: Context) -> Message:
         return _reply(self._open(context).masker.keys(_read(AskKeys, message)), message)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from molehill.tasks.batches import Example
+if TYPE_CHECKING:  # its module needs torch, and a report does not
+    from molehill.tasks.batches import Example
 
 _QUANTILES = ((0.5, "half"), (0.9, "90%"), (0.99, "99%"))
 
@@ -44,7 +46,7 @@ class Lengths:
         return cut_in_words(self.cut, self.lost, len(self.tokens), self.limit)
 
 
-class Examples(list[Example]):
+class Examples(list["Example"]):
     """Encoded rows, without those that have no answer left.
 
     Args:

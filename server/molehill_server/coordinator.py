@@ -773,6 +773,8 @@ class Coordinator:
                 client=client,
                 n_train=hello.n_train,
                 n_test=hello.n_test,
+                cut=hello.cut,
+                lost=hello.lost,
                 stages={stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()},
                 tokens=parts[-1].tokens if parts else {},
             )

@@ -11,13 +11,16 @@ from molehill.molora.build import wrap
 from molehill.molora.model import MoLoRAModel
 from molehill.secure.company import needed
 from molehill.tasks.base_model import load_base
-from molehill.tasks.schema import load_rows
+from molehill.tasks.lengths import together
+from molehill.tasks.rows import GROUP, TASK, Rows
+from molehill.tasks.schema import COLUMNS, class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
+from molehill.tasks.task import Task, make_task
 from molehill_server.planning.planner import select
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
 from molehill_simulation.data import ClientRows, deal
-from molehill_simulation.text import counted, megabytes
+from molehill_simulation.text import clean, counted, megabytes
 
 
 def describe(config: Config) -> list[tuple[str, str]]:
@@ -39,13 +42,18 @@ def describe(config: Config) -> list[tuple[str, str]]:
     """
     data, molora, train, federation = config.data, config.molora, config.train, config.federation
     owners = None
+    about: list[tuple[str, str]] = []
     if is_local(data.source):
         rows_read, task = load_rows(data, config.task)
         owners = deal(data, rows_read, config.run.seed)
         config = config.model_copy(update={"task": task})
+        about = _about(rows_read, config)
     model = None
     if config.base.model.startswith("sample:") or Path(config.base.model).expanduser().is_dir():
-        model = wrap(load_base(config.base, config.task).model, molora, gate=config.personal.gate, seed=config.run.seed)
+        loaded = load_base(config.base, config.task)
+        model = wrap(loaded.model, molora, gate=config.personal.gate, seed=config.run.seed)
+        if owners is not None:
+            about += _lengths(owners, make_task(config.task, loaded.tokenizer))
     plain = molora.experts == 1 and not molora.shared if model is None else not model.routers
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
     rows = [
@@ -60,6 +68,8 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ("federation", f"{_show(federation.policy)}: {_merge(config)}"),
         ("wire", f"{_show(config.wire.up)} up, {_show(config.wire.down)} down"),
     ]
+    at = [label for label, _ in rows].index("data") + 1
+    rows[at:at] = about
     privacy = config.privacy
     if privacy.clip is not None:
         budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
@@ -69,7 +79,9 @@ def describe(config: Config) -> list[tuple[str, str]]:
         rows.append(("masked", f"the server sees sums only, of {needed(config)} clients or more"))
     if model is not None:
         count = model.n_parameters
-        rows.insert(5, ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart"))
+        rows.insert(
+            5 + len(about), ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart")
+        )
     return rows
 
 
@@ -86,6 +98,27 @@ def _spent(config: Config) -> Iterator[tuple[str, str]]:
     elif each.sample < each.population:
         how = f"{each.sample} of {each.population} clients are drawn"
     yield "spends", f"epsilon {accountant.epsilon([each] * config.run.rounds):.3g} in {config.run.rounds} rounds; {how}"
+
+
+def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
+    """Classes with their counts, and columns that nothing reads."""
+    about = []
+    counts = class_counts(rows, config.task)
+    if counts:
+        about.append(("classes", ", ".join(f"{clean(name, 60)} {count}" for name, count in counts.items())))
+    read = {*columns_of(config.data, config.task, rows.columns), GROUP, TASK, *COLUMNS[config.task.kind]}
+    read |= {str(value) for key, value in config.data.partition.params.items() if key == "column"}
+    unread = [name for name in rows.columns if name not in read]
+    if unread:
+        about.append(("unread", f"{', '.join(clean(name, 40) for name in unread)} (columns that nothing reads)"))
+    return about
+
+
+def _lengths(owners: Sequence[ClientRows], task: Task) -> list[tuple[str, str]]:
+    """How long the rows are, and what is cut."""
+    lengths = together([task.encode(rows).lengths for owner in owners for rows in (owner.train, owner.test)])
+    found = [("tokens", f"of a row: {lengths.quantiles}")]
+    return [*found, ("cut", lengths.loss)] if lengths.loss else found
 
 
 def _rows(owners: Sequence[ClientRows] | None) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from molehill.config import Config, Engine
 from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
-from molehill.tasks.schema import load_rows
+from molehill.tasks.lengths import together
+from molehill.tasks.schema import class_counts, load_rows
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.app import app as server_app
 from molehill_server.check import require
@@ -56,6 +58,8 @@ def simulate(
         write_config(config, out)  # refuses another configuration before anything is loaded
     world = world_of(config.to_toml())
     _known_clients(world)
+    if observer is not None:
+        observer({"event": "rows", **_about_rows(world)})
     write_config(config, out)  # only now, so that a mistake leaves no run folder behind
     _initial(world, out)
     if engine == "local":
@@ -63,6 +67,16 @@ def simulate(
     else:
         run_ray(config, out, app, server_app, observer)
     return conclude(config, world.model, world.base, out)
+
+
+def _about_rows(world: World) -> dict[str, Any]:
+    """Classes with their counts and lengths in tokens, of all rows that are trained on or held out."""
+    counts = Counter[str]()
+    for owner in world.owners:
+        for rows in (owner.train, owner.test):
+            counts.update(class_counts(rows, world.config.task))
+    lengths = together([part.lengths for parts in world.examples for part in parts])
+    return {"classes": dict(counts), "lengths": lengths.quantiles, "cut": lengths.loss}
 
 
 def _with_engine(config: Config, world: World) -> Config:

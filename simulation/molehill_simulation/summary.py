@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
+from molehill.tasks.lengths import cut_in_words
 from molehill_simulation.text import natural
 
 Event: TypeAlias = Mapping[str, Any]
@@ -55,12 +56,16 @@ class ClientFigures(Figures):
         id: The client.
         n_train: Its training rows.
         n_test: Its held-out rows.
+        cut: Its rows, of both kinds, that are longer than ``task.max_length`` and lost their end.
+        lost: Of these, rows that lost their whole answer and were left out.
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
     """
 
     id: str
     n_train: int
     n_test: int
+    cut: int = 0
+    lost: int = 0
     macro_f1: Figures | None = None
 
 
@@ -135,6 +140,12 @@ class Summary(BaseModel):
         """The clients that ``mean`` and ``worst`` are over."""
         return _complete(self.clients)
 
+    @property
+    def told_cut(self) -> str:
+        """What ``task.max_length`` cut off, as a sentence; empty when it was nothing."""
+        cut, lost = (sum(getattr(client, name) for client in self.clients) for name in ("cut", "lost"))
+        return cut_in_words(cut, lost, sum(client.n_train + client.n_test for client in self.clients) + lost)
+
     def to_json(self) -> str:
         """The summary as indented JSON with the names of the format."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
@@ -182,6 +193,8 @@ def summarise(
             id=client,
             n_train=evaluation["n_train"],
             n_test=evaluation["n_test"],
+            cut=evaluation.get("cut", 0),
+            lost=evaluation.get("lost", 0),
             macro_f1=_macro_f1(evaluation["stages"]),
             **{stage: scores["accuracy"] for stage, scores in evaluation["stages"].items()},
         )

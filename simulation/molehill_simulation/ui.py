@@ -70,6 +70,8 @@ class RunView:
 
     def _show(self, event: Event) -> None:
         match event["event"]:
+            case "rows":
+                self._rows(event)
             case "start" | "resume":
                 self._start(event)
             case "progress":
@@ -93,6 +95,14 @@ class RunView:
                 self._line(f"{clean(event['client'], 40)} counts for {counts}: {clean(event['reason'])}", "yellow")
             case "refused":
                 self._line(f"refused {clean(event['client'] or 'a node', 40)}: {clean(event['reason'])}", "yellow")
+
+    def _rows(self, event: Event) -> None:
+        if event["classes"]:
+            classes = ", ".join(f"{clean(name, 40)} {count}" for name, count in event["classes"].items())
+            self._line(f"classes: {classes}")
+        self._line(f"tokens of a row: {event['lengths']}")
+        if event["cut"]:
+            self._line(event["cut"], "yellow")
 
     def _start(self, event: Event) -> None:
         self._rounds, self._done = event["rounds"], event.get("round", 0)
@@ -228,6 +238,8 @@ def show_summary(summary: Summary, console: Console) -> None:
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
     console.print(Text("rows: to train on + held out", style="dim"))
+    if summary.told_cut:
+        console.print(Text(summary.told_cut, style="yellow"), soft_wrap=True)
     complete, clients = len(summary.complete), len(summary.clients)
     if complete < clients:
         text = f"mean and worst are over the {complete} of {clients} clients that have all figures"

@@ -11,6 +11,7 @@ from molehill.config import Config, parse
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.adapted import open_model
 from molehill.tasks.base_model import BaseInfo
+from molehill.tasks.lengths import Examples
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import Task
 from molehill.wire.exchange import connect
@@ -34,6 +35,7 @@ class World:
         base: Which base.
         task: Encodes rows.
         owners: Every client's rows.
+        examples: The same encoded: those to train on, and those held out.
         initial: The adapter that everybody starts from; the model's own values are those of whoever used it last.
     """
 
@@ -42,6 +44,7 @@ class World:
     base: BaseInfo
     task: Task
     owners: list[ClientRows]
+    examples: list[tuple[Examples, Examples]]
     initial: Tree
 
 
@@ -58,7 +61,9 @@ def open_world(config: Config) -> World:
     owners = deal(config.data, rows, config.run.seed)
     model, base, task = open_model(config)
     initial = model.tree(lambda key: not key.residual)
-    return World(config, model, base, task, owners, initial)
+    # All at once and first of all: a bad row is found with its place, before anybody has trained.
+    examples = [(task.encode(owner.train), task.encode(owner.test)) for owner in owners]
+    return World(config, model, base, task, owners, examples, initial)
 
 
 @lru_cache(maxsize=1)
@@ -78,12 +83,11 @@ def _clients(text: str, out: str, exchange: str) -> list[Client]:
         Client(
             bench,
             owner.name,
-            world.task.encode(owner.train),
-            world.task.encode(owner.test),
+            *examples,
             StateStore(Path(out) / "clients" / owner.name, run, world.base.digest),
             pulse.of(owner.name),
         )
-        for owner in world.owners
+        for owner, examples in zip(world.owners, world.examples, strict=True)
     ]
 
 

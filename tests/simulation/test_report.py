@@ -124,7 +124,7 @@ def test_summary_has_the_promised_shape_and_figures():
         "config_digest",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
-        "id", "n_train", "n_test", "base", "local", "global", "personalised", "macro_f1",
+        "id", "n_train", "n_test", "cut", "lost", "base", "local", "global", "personalised", "macro_f1",
     }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2

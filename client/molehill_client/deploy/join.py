@@ -267,8 +267,9 @@ class _Member:
                 task.result()
 
     async def _watch_trainer(self) -> None:
-        """Say what the trainer agreed to and what it cannot do: its log is not where people look."""
-        said = told = None
+        """Say what the trainer agreed to, how long rows are, and what it cannot do: nobody looks into its log."""
+        said = None
+        told: dict[str, str | None] = {}
         while True:
             await asyncio.sleep(_LOOK)
             try:
@@ -283,9 +284,10 @@ class _Member:
             if error and error != said:
                 self._say(error)
             said = error
-            if (agreed := found.get("agreed")) and agreed != told:
-                self._tell(agreed)
-                told = agreed
+            for fact in ("agreed", "lengths"):
+                if found.get(fact) and found[fact] != told.get(fact):
+                    self._tell(found[fact])
+                    told[fact] = found[fact]
 
     async def _watch_door(self) -> None:
         """End when the coordinator no longer lets us in; wait when it is away."""

@@ -225,12 +225,7 @@ class Trainer:
             self._ready()
             files.write(self._state / "introduction.json", met.model_dump_json().encode())
         client = self._ready()
-        return Hello(
-            client=self._post.name,
-            n_train=len(client.train_rows),
-            n_test=len(client.test_rows),
-            version=molehill.__version__,
-        )
+        return client.hello()
 
     def _ready(self) -> Client:
         if self._client is None:
@@ -294,9 +289,13 @@ class Trainer:
             "n_train": len(train),
             "n_test": len(test),
         }
-        self._note(str(self._status["doing"]), **facts, device=str(model.flat.device))
         rows = (task.encode(train), task.encode(test))
-        return Client(bench, self._post.name, *rows, store, signer=Signer(self._identity), consent=consent)
+        client = Client(bench, self._post.name, *rows, store, signer=Signer(self._identity), consent=consent)
+        lengths = client.lengths
+        told = ". ".join(filter(None, (lengths.loss, f"Tokens of the {len(lengths.tokens)} rows: {lengths.quantiles}")))
+        _log.info("%s", told)
+        self._note(str(self._status["doing"]), **facts, lengths=told, device=str(model.flat.device))
+        return client
 
     def _record(self, agreed: Mapping[str, Any]) -> None:
         """Note an agreement down for the owner, in the log and in ``agreed.jsonl``."""

@@ -1,0 +1,76 @@
+"""What a run says of its rows: before it begins, and in what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import tiny_world
+from rich.console import Console
+
+from molehill.errors import DataError
+from molehill_simulation.describe import describe
+from molehill_simulation.report import render
+from molehill_simulation.simulate import simulate
+from molehill_simulation.ui import RunView, show_summary
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_world.save_base(tmp_path_factory.mktemp("llama") / "base", "llama")
+
+
+def config(base, source, **task):
+    return tiny_world.config(
+        base, source, task={"kind": "causal-lm"} | task, molora={"targets": ["q_proj"]}, run={"rounds": 1},
+        train={"steps": 1},
+    )  # fmt: skip
+
+
+def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
+    rows = tiny_world.rows(60, "llama")
+    rows[0]["instruction"] = " ".join([rows[0]["instruction"]] * 8)
+    run = config(base, tiny_world.write_rows(tmp_path / "rows.jsonl", rows), max_length=12)
+    facts = dict(describe(run))
+    assert re.fullmatch(
+        r"of a row: half have up to \d+ tokens, 90% up to \d+, 99% up to \d+, the longest \d+", facts["tokens"]
+    )
+    cut, lost = map(
+        int, re.search(r"^(\d+) of 60 rows are longer than task.max_length = 12 .*of (\d+) the", facts["cut"]).groups()
+    )
+    assert 60 > cut > lost >= 1
+
+    said = []
+    summary = simulate(run, tmp_path / "run", observer=said.append)
+    assert said[0] == {"event": "rows", "classes": {}, "lengths": facts["tokens"][10:], "cut": facts["cut"]}
+    assert (sum(c.cut for c in summary.clients), sum(c.lost for c in summary.clients)) == (cut, lost)
+    assert sum(client.n_train + client.n_test for client in summary.clients) == 60 - lost
+    stored = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [client["cut"] for client in stored["clients"]] == [client.cut for client in summary.clients]
+    page = render(tmp_path / "run")
+    sentence = f"{cut} of 60 rows are longer than task.max_length and lose their end; of {lost} the whole answer"
+    assert sentence in page
+    assert '<th scope="col" rowspan="1">left out</th>' in page
+
+    console = Console(width=200)
+    with RunView(console) as view:
+        view(said[0])
+    show_summary(summary, console)
+    shown = capsys.readouterr().out
+    assert f"tokens of a row: {facts['tokens'][10:]}" in shown
+    assert facts["cut"] in shown
+    assert sentence in shown
+
+
+def test_a_bad_row_is_a_mistake_in_the_file_and_not_of_a_node(base, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]} for _ in range(60)]
+    for number, row in enumerate(rows):
+        row["messages"][0]["content"] += f" {number}"
+    rows[40]["messages"][0]["name"] = "ann"
+    source = tiny_world.write_rows(tmp_path / "rows.jsonl", rows)
+    for act in (lambda run: simulate(run, tmp_path / "run"), describe):
+        with pytest.raises(DataError, match="does not show 'name' of message 1") as caught:
+            act(config(base, source, max_length=32))
+        assert caught.value.where == f"{source}:41"
+    assert not (tmp_path / "run").exists()
