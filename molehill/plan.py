@@ -28,7 +28,7 @@ class Hello(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    client: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}$")
+    client: str = Field(pattern=r"^[^\W_][\w.@-]{0,127}$")  # letters of any script; it names a folder
     n_train: int = Field(ge=0)
     n_test: int = Field(ge=0)
     version: str

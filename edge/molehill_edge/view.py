@@ -113,6 +113,9 @@ class View:
         inside = f"gates/{gate}.safetensors"
         if any(file.path == inside for file in engine.manifest.files):
             return engine.folder / inside
+        named = [path for name, path in self._named() if gate in {name, f"client:{name}"}]
+        if len(named) == 1:
+            return named[0]
         if isinstance(gate, str) and not Path(gate).exists():
             known = ", ".join([DEFAULT, *self.gates()])
             mend = f"Give a gate file or one of: {known}."
@@ -121,8 +124,13 @@ class View:
 
     def gates(self) -> list[str]:
         """Names of the gates that came with the bundle beside its default."""
+        return [name for name, _ in self._named()]
+
+    def _named(self) -> list[tuple[str, Path]]:
+        """Gates of the bundle by the names that they have in them: a file's own may lack letters."""
         paths = [Path(file.path) for file in self._engine.manifest.files]
-        return [path.stem for path in paths if path.parent == Path("gates")]
+        found = [self._engine.folder / path for path in paths if path.parent == Path("gates")]
+        return [(gates.load(path, "gate")[1].get("name", path.stem), path) for path in found]
 
     def _resolve(self, gate: Gate | Path | str) -> Gate:
         return gate if isinstance(gate, Gate) else self.read_gate(gate)

@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge import gates, tensors
 from molehill_edge import manifest as manifests
 from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
+from molehill_edge.view import DEFAULT
 from molehill_export import parity as parity_of
 from molehill_export.base import classifier, decoder, has_shared_buffer, window
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import Inserted, choose_slots, effective, expert_axes, gate_values, insert
-from molehill_export.source import GLOBAL, Source, finished
+from molehill_export.source import CLIENT, GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
 from molehill_simulation.data import deal
 
@@ -137,9 +139,6 @@ def _check(source: Source, out: Path, options: Options) -> None:
         )  # fmt: skip
     if len(set(options.gates)) != len(options.gates):
         raise ConfigError("a gate is named twice", where="--gate")
-    for name in options.gates:
-        if not manifests.valid_id(name):
-            raise ConfigError(f"{name!r} cannot name a file", where="--gate")
     if options.id and not manifests.valid_id(options.id):
         mend = "Use letters, digits, dot, dash and underscore."
         raise ConfigError(f"{options.id!r} cannot name a bundle", where="--id", mend=mend)
@@ -178,7 +177,9 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
         (folder / "gates").mkdir(exist_ok=True)
         with source.gate(gate) as model:
             tensors.write(
-                folder / "gates" / f"{gate}.safetensors", gate_values(model, inserted), gates.metadata(gate, manifest)
+                folder / "gates" / f"{gate_file(gate)}.safetensors",
+                gate_values(model, inserted),
+                gates.metadata(gate, manifest),
             )
     _companions(source, manifest, folder)
     progress("Comparing with the original")
@@ -330,6 +331,19 @@ def _genai(task: pb.Task, source: Source) -> Mapping[str, Any]:
     return found
 
 
+def gate_file(gate: str) -> str:
+    """Name of the file of a gate in a bundle; a gate with letters that other systems may lack gets a digest.
+
+    A device finds such a gate by its own name all the same, which the file has in it.
+    """
+    name = gate.removeprefix(CLIENT)
+    if gate == GLOBAL or (manifests.valid_id(name) and name not in {GLOBAL, DEFAULT}):
+        return name
+    letters = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    plain = _plain_name(letters, "gate").strip("-")[:40]
+    return f"{plain}-{hashlib.sha256(gate.encode()).hexdigest()[:8]}"
+
+
 def _labelled(source: Source, options: Options) -> list[Example]:
     """Labelled rows of the run, to measure on; none when it has none here."""
     if options.rows is not None:
@@ -344,7 +358,7 @@ def _labelled(source: Source, options: Options) -> list[Example]:
         return []
     owners = deal(source.run.data, rows, source.run.run.seed)
     gate = options.gates[0]
-    chosen = [owner for owner in owners if gate in {GLOBAL, owner.name}]
+    chosen = [owner for owner in owners if source.client(gate) in {None, owner.name}]
     task = make_task(source.task, source.tokenizer)
     each = max(1, _ROWS // len(chosen))
     return [example for owner in chosen for example in task.encode(owner.test)[:each]]
@@ -406,9 +420,9 @@ def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
     return values
 
 
-def _plain_name(name: str) -> str:
+def _plain_name(name: str, otherwise: str = "bundle") -> str:
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lstrip("._-")
-    return plain if manifests.valid_id(plain) else "bundle"
+    return plain if manifests.valid_id(plain) else otherwise
 
 
 def _json(path: Path, document: Mapping[str, Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
+import unicodedata
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +29,10 @@ from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_export.graph import Graph
 
+_log = logging.getLogger(__name__)
+
 GLOBAL = "global"
+CLIENT = "client:"
 _LONGEST = 512  # tokens of a labelled row, where no run says
 
 
@@ -76,6 +81,25 @@ class Source:
         """The base once more, without experts."""
         return load_base(self.settings, self.task).model
 
+    def client(self, gate: str) -> str | None:
+        """Whose gate a name means; None for the one that all share.
+
+        Args:
+            gate: ``global``, a client, who it is in the data, or ``client:`` before either, for one called ``global``.
+        """
+        if gate == GLOBAL:
+            if GLOBAL in self.clients():
+                _log.warning("--gate global is what all share; the client of that name is %s%s", CLIENT, GLOBAL)
+            return None
+        name = unicodedata.normalize("NFC", gate.removeprefix(CLIENT))
+        known = self.clients()
+        path = None if self.out is None else self.out / "owners.json"
+        if name not in known and path is not None and path.is_file():
+            told: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+            found = [ours for ours, theirs in told.items() if unicodedata.normalize("NFC", theirs) == name]
+            name = found[0] if len(found) == 1 else name
+        return name
+
     def clients(self) -> list[str]:
         """Those whose personal gates can be exported."""
         if self.state is not None:
@@ -91,7 +115,7 @@ class Source:
         """The model with somebody's gate (and head).
 
         Args:
-            name: A client, or ``global`` for what all share.
+            name: As for `client`.
 
         Raises:
             ConfigError: There is no such client, or nothing that all share.
@@ -100,10 +124,11 @@ class Source:
         model = self.model
         before = model.flat.detach().clone()
         try:
-            if name == GLOBAL:
+            client = self.client(name)
+            if client is None:
                 self._share()
             else:
-                model.load(self._personal(name))
+                model.load(self._personal(client))
                 model.use_personal(gate=True, head=True)
             yield model
         finally:

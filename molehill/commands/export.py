@@ -35,7 +35,11 @@ def export(
     ],
     gate: Annotated[
         list[str] | None,
-        typer.Option(metavar="CLIENT|global", help="Whose gate; the first is the default one.", show_default="global"),
+        typer.Option(
+            metavar="CLIENT|global",
+            help="Whose gate; the first is the default one. A client called global: client:global.",
+            show_default="global",
+        ),
     ] = None,
     quantize: Annotated[Literal["fp32", "int8", "int4"], typer.Option(help="Bits of base and experts.")] = "int8",
     experts: Annotated[str | None, typer.Option(metavar="A,B,...", help="Experts to take.", show_default="all")] = None,

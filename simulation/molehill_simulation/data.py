@@ -26,11 +26,23 @@ class ClientRows:
         name: Name of the client.
         train: Rows it trains on.
         test: Held-out rows; no client trains on them, nor on rows of the same group or content.
+        owner: Who it is, as the data say; empty where they do not.
     """
 
     name: str
     train: Rows
     test: Rows
+    owner: str = ""
+
+    @property
+    def renamed(self) -> bool:
+        """Whether its name had to be another than the data say."""
+        return bool(self.owner) and self.name not in {self.owner, f"{self.owner}-{self.name.rpartition('-')[2]}"}
+
+
+def names_of(owners: Sequence[ClientRows]) -> dict[str, str]:
+    """Who the clients are whose names had to be others than the data say: theirs by ours."""
+    return {owner.name: owner.owner for owner in owners if owner.renamed}
 
 
 def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
@@ -79,7 +91,7 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
                 mend="Lower data.clients, change data.test_fraction or give more rows.",
             )
         train, test = _sample(train, labels, data.rows, rng), _sample(test, labels, data.test_rows, rng)
-        result.append(ClientRows(shard.name, rows.take(train), rows.take(test)))
+        result.append(ClientRows(shard.name, rows.take(train), rows.take(test), shard.owner))
     return result
 
 

@@ -19,7 +19,7 @@ from molehill.tasks.task import Task, make_task
 from molehill_server.planning.planner import select
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
-from molehill_simulation.data import ClientRows, deal
+from molehill_simulation.data import ClientRows, deal, names_of
 from molehill_simulation.text import clean, counted, megabytes
 
 
@@ -48,6 +48,8 @@ def describe(config: Config) -> list[tuple[str, str]]:
         owners = deal(data, rows_read, config.run.seed)
         config = config.model_copy(update={"task": task})
         about = _about(rows_read, config)
+        names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(owners).items()]
+        about += [("names", "; ".join(names))] if names else []
     model = None
     if config.base.model.startswith("sample:") or Path(config.base.model).expanduser().is_dir():
         loaded = load_base(config.base, config.task)

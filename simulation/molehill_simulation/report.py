@@ -6,6 +6,7 @@ content policy allows neither scripts nor anything from elsewhere.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tomllib
@@ -29,6 +30,7 @@ from molehill_simulation.summary import (
 from molehill_simulation.text import clean, duration, figure, megabytes, natural
 
 _LINE_COLOURS = 10
+_MEAN = "mean of all"  # no client is called so: names have no spaces
 
 T = TypeVar("T")
 
@@ -79,6 +81,7 @@ def render(folder: Path) -> str:
     summary_file, config_file = folder / "summary.json", folder / "config.toml"
     summary = read_summary(summary_file) if summary_file.exists() else None
     config, values = _read_config(config_file) if config_file.exists() else ("", {})
+    owners = _owners(folder / "owners.json")
     environment = Environment(
         loader=PackageLoader("molehill_simulation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -87,7 +90,7 @@ def render(folder: Path) -> str:
     try:
         told = _STAGES.get(_task(values), "")
         content = _content(events, summary, values)
-        return page.render(stages=STAGES, told=told, config=config, summary=summary, **content)
+        return page.render(stages=STAGES, told=told, config=config, owners=owners, summary=summary, **content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"an event or a section of the configuration is not as Molehill writes it ({error!r})",
@@ -105,6 +108,17 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise DataError(f"cannot read the run's configuration: {error}", where=str(path)) from None
 
 
+def _owners(path: Path) -> dict[str, str]:
+    """Who clients are that had to be renamed; a deployment has no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read who the clients are: {error}", where=str(path)) from None
+    if not isinstance(found, dict):
+        raise DataError("not what Molehill writes", where=str(path), mend="Was the file edited?")
+    return {str(name): str(owner) for name, owner in found.items()}
+
+
 def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[str, Any]) -> dict[str, Any]:
     rounds = rounds_of(events)
     start: Event = next((event for event in events if event["event"] == "start"), {})
@@ -117,7 +131,7 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
     return {
         "name": start.get("run", "run"),
         "facts": _facts(start, rounds, summary, config),
-        "loss": line_plot(numbers, {**curves, "mean": mean}, {**styles, "mean": "line-mean"}),
+        "loss": line_plot(numbers, {**curves, _MEAN: mean}, {**styles, _MEAN: "line-mean"}),
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "heat": _heat(events),
         "refused": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e["quarantined"])],

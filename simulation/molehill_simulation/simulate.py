@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from molehill import files
 from molehill.config import Config, Engine
 from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
@@ -19,6 +20,7 @@ from molehill_server.app import app as server_app
 from molehill_server.check import require
 from molehill_server.folder import write_config
 from molehill_simulation.conclude import conclude
+from molehill_simulation.data import names_of
 from molehill_simulation.engine import Observer, cores, run_local, run_ray
 from molehill_simulation.summary import Summary
 from molehill_simulation.world import World, app, world_of
@@ -61,6 +63,9 @@ def simulate(
     if observer is not None:
         observer({"event": "rows", **_about_rows(world)})
     write_config(config, out)  # only now, so that a mistake leaves no run folder behind
+    names = names_of(world.owners)
+    if names:
+        files.write(out / "owners.json", json.dumps(names, ensure_ascii=False, indent=2).encode())
     _initial(world, out)
     if engine == "local":
         run_local(_with_engine(config, world), out, app, server_app, observer, IMPORTABLE)
@@ -76,7 +81,8 @@ def _about_rows(world: World) -> dict[str, Any]:
         for rows in (owner.train, owner.test):
             counts.update(class_counts(rows, world.config.task))
     lengths = together([part.lengths for parts in world.examples for part in parts])
-    return {"classes": dict(counts), "lengths": lengths.quantiles, "cut": lengths.loss}
+    names = names_of(world.owners)
+    return {"classes": dict(counts), "names": names, "lengths": lengths.quantiles, "cut": lengths.loss}
 
 
 def _with_engine(config: Config, world: World) -> Config:

@@ -87,6 +87,12 @@ class RunView:
                 self._lost(number, event)
             case "stage":
                 self._stage(event)
+            case _:
+                self._told(event)
+
+    def _told(self, event: Event) -> None:
+        """What goes wrong with a client, beside the rounds."""
+        match event["event"]:
             case "failed":
                 name = _NAMES.get(event["stage"], clean(event["stage"], 10))
                 self._line(f"{name}: no scores of {clean(event['client'], 40)}: {clean(event['reason'])}", "yellow")
@@ -100,6 +106,8 @@ class RunView:
         if event["classes"]:
             classes = ", ".join(f"{clean(name, 40)} {count}" for name, count in event["classes"].items())
             self._line(f"classes: {classes}")
+        for name, owner in event["names"].items():
+            self._line(f"{clean(name, 60)} is {clean(owner, 60)!r}")
         self._line(f"tokens of a row: {event['lengths']}")
         if event["cut"]:
             self._line(event["cut"], "yellow")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import re
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from molehill.tasks.schema import content_keys
 
 Unit = list[int]  # row indices
 
+_RESERVED = ("state.key",)  # lies among the folders of clients
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -24,10 +27,12 @@ class Shard:
     Attributes:
         name: Name of the client; safe as a file name.
         indices: Row indices.
+        owner: Who the rows are of, as the data say; empty where they do not.
     """
 
     name: str
     indices: list[int]
+    owner: str = ""
 
 
 def units(rows: Rows) -> list[Unit]:
@@ -115,5 +120,38 @@ def numbered(dealt: Sequence[Unit]) -> list[Shard]:
 
 
 def file_safe(value: object) -> str:
-    """A value of a column as part of a client's name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", str(value)).strip("-.")[:40] or "none"
+    """A value of a column as part of a client's name: letters and digits of any script stay, all else is a dash.
+
+    A value of symbols alone is written by their Unicode names; ``none`` is one of nothing.
+    """
+    text = unicodedata.normalize("NFC", str(value))
+    name = re.sub("-{2,}", "-", "".join(char if _in_a_name(char) else "-" for char in text).strip("-._"))
+    while name and not name[0].isalnum():
+        name = name[1:]
+    if not name:
+        symbols = " ".join(unicodedata.name(char, f"u{ord(char):x}").lower() for char in text if not char.isspace())
+        name = re.sub("[^a-z0-9]+", "-", symbols).strip("-")
+    return name[:40].rstrip("-.") or "none"
+
+
+def distinct(shards: Sequence[Shard]) -> list[Shard]:
+    """Number names that two values share, also for file systems that ignore case or the form of characters."""
+    seen: dict[str, int] = dict.fromkeys(_RESERVED, 1)
+    taken = {_folded(shard.name) for shard in shards}
+    result = []
+    for shard in shards:
+        name, key = shard.name, _folded(shard.name)
+        seen[key] = seen.get(key, 0) + 1
+        while seen[key] > 1 and _folded(name := f"{shard.name}_{seen[key]}") in taken:
+            seen[key] += 1
+        taken.add(_folded(name))
+        result.append(replace(shard, name=name))
+    return result
+
+
+def _in_a_name(char: str) -> bool:
+    return char.isalnum() or char in "_.-" or unicodedata.category(char)[0] == "M"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())

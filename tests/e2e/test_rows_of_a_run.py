@@ -10,6 +10,10 @@ import tiny_world
 from rich.console import Console
 
 from molehill.errors import DataError
+from molehill_edge.bundle import Bundle
+from molehill_edge.trust import InsecureLocal
+from molehill_export.export import Options, export
+from molehill_export.source import open_source
 from molehill_simulation.describe import describe
 from molehill_simulation.report import render
 from molehill_simulation.simulate import simulate
@@ -43,7 +47,13 @@ def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
 
     said = []
     summary = simulate(run, tmp_path / "run", observer=said.append)
-    assert said[0] == {"event": "rows", "classes": {}, "lengths": facts["tokens"][10:], "cut": facts["cut"]}
+    assert said[0] == {
+        "event": "rows",
+        "classes": {},
+        "names": {},
+        "lengths": facts["tokens"][10:],
+        "cut": facts["cut"],
+    }
     assert (sum(c.cut for c in summary.clients), sum(c.lost for c in summary.clients)) == (cut, lost)
     assert sum(client.n_train + client.n_test for client in summary.clients) == 60 - lost
     stored = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -74,3 +84,44 @@ def test_a_bad_row_is_a_mistake_in_the_file_and_not_of_a_node(base, tmp_path):
             act(config(base, source, max_length=32))
         assert caught.value.where == f"{source}:41"
     assert not (tmp_path / "run").exists()
+
+
+def test_owners_keep_their_names(tmp_path, caplog):
+    """In folders, tables, options of the exporter and on the device; those called `global` or `mean` too."""
+    owners = ["Klinik S\u00fcd", "\u75c5\u9662", "global", "mean", "default"]
+    rows = [{**row, "owner": owners[i % 5]} for i, row in enumerate(tiny_world.rows(100))]
+    base = tiny_world.save_base(tmp_path / "bert", "bert")
+    run = tiny_world.config(
+        base, tiny_world.write_rows(tmp_path / "rows.jsonl", rows), run={"rounds": 1},
+        data={"clients": 5, "partition": {"name": "by_column", "column": "owner"}},
+    )  # fmt: skip
+    ours = {"Klinik-S\u00fcd", *owners[1:]}
+    out = tmp_path / "run"
+    assert dict(describe(run))["names"] == "Klinik-S\u00fcd is 'Klinik S\u00fcd'"
+    summary = simulate(run, out)
+    assert (
+        {client.id for client in summary.clients}
+        == {path.name for path in (out / "clients").iterdir() if path.is_dir()}
+        == ours
+    )
+    page = render(out)
+    assert '<tr><th scope="row">Klinik-S\u00fcd</th><td>Klinik S\u00fcd</td></tr>' in page
+    assert '<li class="line-mean">mean of all</li>' in page
+    assert page.count("<title>mean</title>") == 1  # the curve of that client
+
+    source = open_source(out)
+    gates = ("global", "Klinik S\u00fcd", "\u75c5\u9662", "client:global", "default", "mean")
+    export(source, tmp_path / "bundle", Options(scheme="fp32", gates=gates, force=True))
+    assert "the client of that name is client:global" in caplog.text
+    files = sorted(path.name for path in (tmp_path / "bundle" / "gates").iterdir())
+    assert [re.sub("-[0-9a-f]{8}", "-#", name).removesuffix(".safetensors") for name in files] == [
+        "Klinik-Sud-#", "default-#", "gate-#", "global-#", "mean",
+    ]  # fmt: skip
+    with Bundle.open(tmp_path / "bundle", trust=InsecureLocal(lambda _: None)) as bundle:
+        assert set(bundle.gates()) == set(gates[1:])
+        for gate in gates[1:]:
+            wanted = source.client(gate)
+            name = gate if gate != "default" else "client:default"
+            bundle.swap_gate(name)
+            assert bundle.gate.name == gate
+            assert wanted in ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from molehill import config, registry
 from molehill.errors import ConfigError, DataError
+from molehill.plan import Hello
 from molehill.tasks.rows import GROUP, Rows
-from molehill_simulation.data import deal
-from molehill_simulation.units import units
+from molehill_simulation.data import deal, names_of
+from molehill_simulation.units import file_safe, units
 
 EASY = {
     "iid": {},
@@ -149,6 +151,55 @@ def test_by_column_with_clients_to_spare_and_to_want():
     dealt = shards("by_column", rows, 2)
     assert [shard.name for shard in dealt] == ["client-1", "client-2"]
     assert sorted(sorted({rows["domain"][i] for i in shard.indices}) for shard in dealt) == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("Klinik S\u00fcd", "Klinik-S\u00fcd"),
+        ("Klinik Su\u0308d", "Klinik-S\u00fcd"),
+        ("\u75c5\u9662", "\u75c5\u9662"),
+        (
+            "\u0905\u0938\u094d\u092a\u0924\u093e\u0932",
+            "\u0905\u0938\u094d\u092a\u0924\u093e\u0932",
+        ),  # marks between letters
+        ("\U0001f3e5", "hospital"),
+        ("!?", "exclamation-mark-question-mark"),
+        ("../a\x1b[2J/b", "a-2J-b"),
+        ("_x", "x"),
+        ("none", "none"),
+        ("", "none"),
+        ("x" * 60, "x" * 40),
+    ],
+)
+def test_names_of_owners_in_any_script(value, name):
+    assert file_safe(value) == name
+    hello = Hello(client=name, n_train=1, n_test=1, version="1")
+    assert hello.client == name
+
+
+def test_no_two_owners_share_a_folder():
+    domains = (
+        "Ward",
+        "ward",
+        "WARD",
+        "\u00fc",
+        "u\u0308",
+        "\uff41",
+        "a",
+        "Stra\u00dfe",
+        "STRASSE",
+        "\U0001f3e5",
+        "hospital",
+    )
+    dealt = deal(data(len(domains), "by_column"), table(220, domains=domains), 0)
+    folded = {unicodedata.normalize("NFKC", client.name).casefold() for client in dealt}
+    assert len(folded) == len(domains)
+    assert {client.owner for client in dealt} == set(domains)
+    told = names_of(dealt)
+    assert set(told.values()) < set(domains)
+    assert all(client.name in told or client.name == client.owner for client in dealt)
+    assert names_of(deal(data(4, "by_column"), table(100), 0)) == {}  # a-1, a-2, b-1, b-2 are plain enough
 
 
 def test_iid_sizes():

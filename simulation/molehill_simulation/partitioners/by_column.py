@@ -13,7 +13,7 @@ import numpy as np
 from molehill.errors import DataError
 from molehill.registry import register
 from molehill.tasks.rows import Rows
-from molehill_simulation.units import Shard, Unit, file_safe, numbered, spread, units, values_of
+from molehill_simulation.units import Shard, Unit, distinct, file_safe, numbered, spread, units, values_of
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,5 @@ def by_column(params: ByColumnParams, *, rows: Rows, clients: int, seed: int) ->
         count = each + (value in largest)
         names = [file_safe(value)] if count == 1 else [f"{file_safe(value)}-{n}" for n in range(1, count + 1)]
         dealt = spread(values[value], count, rng)
-        shards += [Shard(name, indices) for name, indices in zip(names, dealt, strict=True)]
-    return _distinct(shards)
-
-
-def _distinct(shards: list[Shard]) -> list[Shard]:
-    """Number names that two values share once unsafe characters are gone (also where file systems ignore case)."""
-    seen: dict[str, int] = {}
-    taken = {shard.name.casefold() for shard in shards}
-    result = []
-    for shard in shards:
-        name, key = shard.name, shard.name.casefold()
-        seen[key] = seen.get(key, 0) + 1
-        while seen[key] > 1 and (name := f"{shard.name}_{seen[key]}").casefold() in taken:
-            seen[key] += 1
-        taken.add(name.casefold())
-        result.append(Shard(name, shard.indices))
-    return result
+        shards += [Shard(name, indices, value) for name, indices in zip(names, dealt, strict=True)]
+    return distinct(shards)
