@@ -22,6 +22,8 @@ MolehillError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class MolehillError(Exception):
     """What went wrong, where, and how to mend it, in one paragraph.
@@ -44,6 +46,16 @@ class MolehillError(Exception):
         head = f"{self.where}: {self.what}" if self.where else self.what
         head = head if head.endswith((".", "!", "?")) else f"{head}."
         return f"{head} {self.mend}".strip()
+
+    def as_dict(self) -> dict[str, str]:
+        """What `from_dict` in another process makes the same error of."""
+        return {"kind": type(self).__name__, "what": self.what, "where": self.where, "mend": self.mend}
+
+
+def from_dict(said: Mapping[str, str]) -> MolehillError:
+    """Undo `MolehillError.as_dict`; a kind that is not known here becomes a plain `MolehillError`."""
+    kinds = {kind.__name__: kind for kind in MolehillError.__subclasses__()}
+    return kinds.get(said["kind"], MolehillError)(said["what"], where=said["where"], mend=said["mend"])
 
 
 class ConfigError(MolehillError):

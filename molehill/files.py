@@ -1,20 +1,33 @@
-"""Files that are there whole or not at all, and files for the eyes of their owner only."""
+"""Files that are there whole or not at all, files for the eyes of their owner only, and disks that are full."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
 import secrets
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from molehill.errors import DeployError
 
 PRIVATE = 0o600
+_OTHERS = 0o077
+
+_umask = threading.RLock()
+_private = 0  # contexts of `private` that are open
+_before = 0  # the umask outside all of them
 
 
-def write(path: Path, data: bytes, *, mode: int = 0o644, replace: bool = True) -> None:
+def write(path: Path, data: bytes | Iterable[bytes | memoryview], *, mode: int = 0o644, replace: bool = True) -> None:
     """Write a file at once or, when interrupted, not at all.
 
     Args:
         path: The file; its folder must exist.
-        data: What it is to hold.
+        data: What it is to hold, whole or in parts.
         mode: Its permissions, less those that the umask takes away; they hold from the first byte on.
         replace: Whether a file that is there may be replaced.
 
@@ -24,7 +37,7 @@ def write(path: Path, data: bytes, *, mode: int = 0o644, replace: bool = True) -
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         if replace:
@@ -32,8 +45,17 @@ def write(path: Path, data: bytes, *, mode: int = 0o644, replace: bool = True) -
         else:
             path.hardlink_to(part)  # fails where a rename would replace
         sync(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # a disk that is full does not say where
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write` left half done, in a folder where nobody writes, because its process was killed."""
+    for path in folder.rglob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -47,4 +69,57 @@ def sync(path: Path) -> None:
 
 def is_private(path: Path) -> bool:
     """Whether nobody but the owner may read or write a file."""
-    return not path.stat().st_mode & 0o077
+    return not path.stat().st_mode & _OTHERS
+
+
+@contextlib.contextmanager
+def private() -> Iterator[None]:
+    """Whatever this process and its children create meanwhile is for its owner alone, by whichever library."""
+    global _private, _before  # noqa: PLW0603 - as is the umask itself
+    with _umask:
+        if not _private:
+            _before = os.umask(_OTHERS)
+        _private += 1
+    try:
+        yield
+    finally:
+        with _umask:
+            _private -= 1
+            if not _private:
+                os.umask(_before)
+
+
+@contextlib.contextmanager
+def told(who: str, folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into words: a full disk is nobody's traceback.
+
+    Args:
+        who: Who cannot go on.
+        folder: Where, if the system does not say it.
+
+    Raises:
+        DeployError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        mend = "Make room there, then resume." if is_full(error) else "Mend it, then resume."
+        where = str(error.filename or folder)
+        raise DeployError(f"{who} cannot go on: {error.strerror or error}", where=where, mend=mend) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room left, on the disk or of what this user may have of it."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON that may have been damaged, or made to do harm.
+
+    Raises:
+        ValueError: It is no JSON, or nested deeper than anything that is written here.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -56,6 +56,8 @@ class ClientPlan(BaseModel):
         seed: Seed of batches and dropout in this round.
         codec: How the delta is encoded.
         clip: Largest L2 norm of the delta; a larger one is scaled down before it is encoded. None for no limit.
+        accepted: The last round in which the server could use a delta of this client; 0 for none. What error feedback
+            was left of a later one is to be sent again.
         company: Whose masks to add under secure aggregation; only of a ``train`` message.
     """
 
@@ -74,6 +76,7 @@ class ClientPlan(BaseModel):
     seed: int = Field(ge=0)
     codec: MethodRef
     clip: float | None = Field(default=None, gt=0)
+    accepted: int = Field(ge=0)
     company: Company | None = None
 
     def scope(self, key: Key) -> Scope:
@@ -99,6 +102,7 @@ class ClientReply(BaseModel):
         metrics: Mean of every routing loss over the round, unweighted, by name; empty under secure aggregation.
         unusable: Why the model that the client was sent cannot be trained, which is no fault of the client's; there is
             no delta then. Empty when it was trained.
+        started: The round after which the personal state was left that the client started from; 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,6 +117,7 @@ class ClientReply(BaseModel):
     seconds: float = Field(ge=0)
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
     unusable: str = Field(default="", max_length=1000)
+    started: int | None = Field(default=None, ge=0)
 
 
 class Scores(BaseModel):
@@ -144,6 +149,7 @@ class EvaluationReply(BaseModel):
         tokens: Tokens of the held-out rows by expert id, summed over sites; from the personalised model. Empty under
             secure aggregation.
         seconds: Wall time of the local work.
+        started: As in `ClientReply`; None where no personal state was used.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -154,3 +160,4 @@ class EvaluationReply(BaseModel):
     stages: dict[str, Scores]
     tokens: dict[str, float] = Field(default_factory=dict)
     seconds: float = Field(ge=0)
+    started: int | None = Field(default=None, ge=0)

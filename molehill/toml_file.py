@@ -36,7 +36,7 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"cannot read the {what}: {reason}", where=origin) from None
     try:
         return tomllib.loads(text), Lines(text, origin)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"not valid TOML: {error}", where=origin) from None
 
 

@@ -156,6 +156,7 @@ class Client:
         if self._masked and not after:
             self.masker.ready(plan.round, plan.company)
         state = self.store.before(plan.round + after)
+        state.settle(plan.accepted)
         bytes_down = self._receive(plan, state)
         self.bench.model.load({key: value for key, value in state.tree.items() if not key.residual})
         return Session(plan, state, bytes_down, self._shared(plan))
@@ -206,10 +207,12 @@ class Client:
             change = clip(change, plan.clip)
         memory: dict[Key, Array] = {key: np.array(value) for key, value in state.memory.items()}
         blob = self._mask(plan, change, result) if self._masked else self._encode(plan, change, result, memory)
-        digest = self.bench.exchange.put(blob, Place(plan.run, plan.round))
+        before, started = state.memory, state.round
+        state.owed = Tree.of({key: value + before.get(key, 0) for key, value in change.items() if key in memory})
         state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal" and not key.residual)
         state.memory = Tree.of(memory)
-        self.store.save(plan.round, state)
+        self.store.save(plan.round, state)  # first: what then does not arrive is added back
+        digest = self.bench.exchange.put(blob, Place(plan.run, plan.round))
         return ClientReply(
             client=self.name,
             round=plan.round,
@@ -220,6 +223,7 @@ class Client:
             loss=None if self._masked else result.loss,
             seconds=seconds,
             metrics={} if self._masked else result.routing,
+            started=started,
         )
 
     def unusable(self, plan: ClientPlan, reason: str, seconds: float) -> ClientReply:
@@ -385,8 +389,10 @@ class Client:
             total.add(forward.logits, forward.labels)
         return total.scores()
 
-    def evaluation(self, stages: Mapping[str, Scores], tokens: dict[str, float], seconds: float) -> EvaluationReply:
-        """A reply with what was measured."""
+    def evaluation(
+        self, stages: Mapping[str, Scores], tokens: dict[str, float], seconds: float, started: int | None = None
+    ) -> EvaluationReply:
+        """A reply with what was measured, and the round of the personal state it was measured with."""
         return EvaluationReply(
             client=self.name,
             n_train=len(self.train_rows),
@@ -394,6 +400,7 @@ class Client:
             stages=dict(stages),
             tokens={} if self._masked else tokens,
             seconds=seconds,
+            started=started,
         )
 
     @property

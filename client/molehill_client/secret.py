@@ -160,15 +160,10 @@ def unseal(sealed: bytes, label: Mapping[str, str], key: bytes, where: str) -> b
     Raises:
         ResumeError: It is damaged, from a newer version, of another run, client or place, or for another key.
     """
-    damaged = ResumeError(
-        "the personal state is damaged",
-        where=where,
-        mend="Remove this round's folder to go on from the one before.",
-    )
     try:
         magic, version, length = _HEAD.unpack_from(sealed)
         if magic != _MAGIC:
-            raise damaged
+            raise damaged(where)
         if version > VERSION:
             raise ResumeError(
                 f"the personal state has format {version}, this version of Molehill reads up to {VERSION}",
@@ -180,7 +175,7 @@ def unseal(sealed: bytes, label: Mapping[str, str], key: bytes, where: str) -> b
         differ = [name for name, wanted in label.items() if found[name] != wanted]
         maker = found["key"]
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
-        raise damaged from None
+        raise damaged(where) from None
     if differ:
         name = differ[0]
         raise ResumeError(
@@ -198,7 +193,13 @@ def unseal(sealed: bytes, label: Mapping[str, str], key: bytes, where: str) -> b
     try:
         return AESGCM(key).decrypt(nonce, rest, sealed[:start])
     except (InvalidTag, ValueError):
-        raise damaged from None
+        raise damaged(where) from None
+
+
+def damaged(where: str) -> ResumeError:
+    """What is said of a file whose bytes are not those that were written."""
+    mend = "Bring it back, or remove it to go on from the round before; the run's report will say so."
+    return ResumeError("the personal state is damaged", where=where, mend=mend)
 
 
 def _new_key() -> bytes:

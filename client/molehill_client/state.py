@@ -1,25 +1,25 @@
 """What a client keeps for itself, encrypted on its own disk.
 
-One folder per client. Every round writes new files and keeps a few old ones, so that a round that has to be repeated
-after a crash starts from what the client had before it.
+One file after every round, replaced at once, and a few old ones, so that a round that has to be repeated after a crash
+starts from what the client had before it.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from molehill import files
-from molehill.errors import ResumeError
+from molehill.errors import AdapterError, ResumeError
 from molehill.wire.store import pack_tree, unpack_tree
 from molehill.wire.tree import Layout, Tree
-from molehill_client.secret import KeyFile, KeySource, seal, unseal
+from molehill_client.secret import KeyFile, KeySource, damaged, seal, unseal
 
 _KEEP = 3  # rounds
-_TREE, _MEMORY, _HELD = "personal.sealed", "memory.sealed", "held.sealed"
-_MASKING = "masking.sealed"
+_STATE, _MASKING = "state", "masking.sealed"
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass
@@ -30,11 +30,25 @@ class PersonalState:
         tree: Personal tensors.
         memory: Error feedback of the codec, by wire key; empty for codecs without.
         held: Digests of the blobs this client has, by group.
+        owed: What the error feedback would be had nothing of the round's delta arrived; empty for codecs without.
+        round: The round after which it is; 0 for a client that never trained.
     """
 
     tree: Tree
     memory: Tree
     held: dict[str, str] = field(default_factory=dict)
+    owed: Tree = field(default_factory=lambda: Tree(Layout({})))
+    round: int = 0
+
+    def settle(self, accepted: int) -> None:
+        """Add back what the server could not use of the last delta.
+
+        Args:
+            accepted: The last round in which it used one of this client.
+        """
+        if self.round > accepted:
+            self.memory = Tree.of({**self.memory, **self.owed})
+        self.owed = Tree(Layout({}))
 
     @classmethod
     def empty(cls) -> PersonalState:
@@ -71,13 +85,21 @@ class StateStore:
         key = self._key.load()
         if key is None:
             raise _no_key(self._key, self.folder)
-        number = max(rounds)
-        tree, memory, held = (self._open(number, name, key) for name in (_TREE, _MEMORY, _HELD))
-        where = str(self._at(number))
-        return PersonalState(unpack_tree(tree, where), unpack_tree(memory, where), json.loads(held))
+        path = self._at(max(rounds))
+        try:
+            sealed = path.read_bytes()
+        except OSError as error:
+            raise ResumeError(f"cannot read the personal state: {error.strerror}", where=str(path)) from None
+        data = unseal(sealed, self._label_of(max(rounds)), key, str(path))
+        try:
+            *trees, held = _parts(data, 4)
+            tree, memory, owed = (unpack_tree(part, str(path)) for part in trees)
+            return PersonalState(tree, memory, files.parse_json(held), owed, max(rounds))
+        except (AdapterError, ValueError, struct.error):  # whole, but of another form than is written today
+            raise damaged(str(path)) from None
 
     def save(self, round_: int, state: PersonalState) -> None:
-        """Write the state after ``round_``, all files at once, and drop old rounds.
+        """Write the state after ``round_``, all at once, and drop old rounds.
 
         Raises:
             ResumeError: There are older states, and their key is not here; or it cannot be used.
@@ -87,24 +109,14 @@ class StateStore:
             if self.rounds():
                 raise _no_key(self._key, self.folder)
             key = self._key.create()
-        final = self._at(round_)
-        draft = self.folder / f".{final.name}.{os.getpid()}"
-        _remove(draft)
-        draft.mkdir(parents=True)
-        parts = {
-            _TREE: pack_tree(state.tree),
-            _MEMORY: pack_tree(state.memory),
-            _HELD: json.dumps(state.held).encode(),
-        }
-        for name, data in parts.items():
-            files.write(draft / name, seal(data, self._label_of(round_, name), key), mode=files.PRIVATE)
-        _remove(final)
-        draft.rename(final)
-        files.sync(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        parts = [*map(pack_tree, (state.tree, state.memory, state.owed)), json.dumps(state.held).encode()]
+        data = b"".join(_LENGTH.pack(len(part)) + part for part in parts)
+        files.write(self._at(round_), seal(data, self._label_of(round_), key), mode=files.PRIVATE)
         rounds = [number for number in self.rounds() if number <= round_]
         later = [number for number in self.rounds() if number > round_]  # of an older run of this name
         for number in [*rounds[:-_KEEP], *later]:
-            _remove(self._at(number))
+            self._at(number).unlink(missing_ok=True)
 
     def load_secret(self) -> bytes | None:
         """The secrets of secure aggregation that were kept last, of whatever round.
@@ -129,25 +141,32 @@ class StateStore:
 
     def rounds(self) -> list[int]:
         """Rounds after which a state was kept, in their order."""
-        return sorted(int(path.name.removeprefix("round-")) for path in self.folder.glob("round-*"))
-
-    def _open(self, number: int, name: str, key: bytes) -> bytes:
-        path = self._at(number) / name
-        try:
-            sealed = path.read_bytes()
-        except OSError as error:
-            raise ResumeError(
-                f"cannot read the personal state: {error.strerror}",
-                where=str(path),
-                mend="Remove this round's folder to go on from the one before.",
-            ) from None
-        return unseal(sealed, self._label_of(number, name), key, str(path))
+        names = (path.name for path in self.folder.glob("round-*.sealed"))
+        numbers = (name.removeprefix("round-").removesuffix(".sealed") for name in names)
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _at(self, number: int) -> Path:
-        return self.folder / f"round-{number:06d}"
+        return self.folder / f"round-{number:06d}.sealed"
 
-    def _label_of(self, number: int, name: str) -> dict[str, str]:
-        return {**self._label, "round": str(number), "file": name}
+    def _label_of(self, number: int) -> dict[str, str]:
+        return {**self._label, "round": str(number), "file": _STATE}
+
+
+def _parts(data: bytes, count: int) -> list[bytes]:
+    """Undo writing parts one after another, each with its length before it.
+
+    Raises:
+        ValueError: There are more or fewer.
+        struct.error: The data end too early.
+    """
+    parts, at = [], 0
+    while at < len(data):
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size + length
+        parts.append(data[at - length : at])
+    if len(parts) != count or at != len(data):
+        raise ValueError(f"{len(parts)} parts")
+    return parts
 
 
 def _no_key(key: KeySource, folder: Path) -> ResumeError:
@@ -156,10 +175,3 @@ def _no_key(key: KeySource, folder: Path) -> ResumeError:
         where=str(folder),
         mend="Bring it back, or remove this folder to start the personal state anew.",
     )
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()

@@ -104,7 +104,8 @@ def evaluate_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) ->
         if steps:
             client.keep(own, state)
         tokens = client.personally(stage)
-        replies.append(client.evaluation(stage, tokens, (time.monotonic() - started) / len(clients)))
+        seconds = (time.monotonic() - started) / len(clients)
+        replies.append(client.evaluation(stage, tokens, seconds, state.round))
     return replies
 
 

@@ -206,7 +206,7 @@ class Bundle(View):
         engine = self._engine
         where = str(folder)
         try:
-            state = json.loads(_read(folder / _STATE))
+            state = files.parse_json(_read(folder / _STATE))
             names = [str(name) for name in state["slots"]]
             rows = [int(slot) for slot in state["rows"]]
             came = str(state["experts"])

@@ -140,7 +140,7 @@ class Store:
         try:
             if not manifests.valid_id(bundle):
                 return None
-            made = Current(**json.loads(path.read_bytes()))
+            made = Current(**files.parse_json(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -16,8 +15,8 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molehill import config
-from molehill.errors import AdapterError, ConfigError, ModelError
+from molehill import config, files
+from molehill.errors import AdapterError, ConfigError, DataError, ModelError
 from molehill.molora.adapter import Manifest, describe_peft, load_adapter, load_peft, read_manifest
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
@@ -28,6 +27,7 @@ from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_export.graph import Graph
+from molehill_server.events import read
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,9 @@ class Source:
 
         Args:
             gate: ``global``, a client, who it is in the data, or ``client:`` before either, for one called ``global``.
+
+        Raises:
+            DataError: The table of names is damaged.
         """
         if gate == GLOBAL:
             if GLOBAL in self.clients():
@@ -95,8 +98,11 @@ class Source:
         known = self.clients()
         path = None if self.out is None else self.out / "owners.json"
         if name not in known and path is not None and path.is_file():
-            told: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-            found = [ours for ours, theirs in told.items() if unicodedata.normalize("NFC", theirs) == name]
+            try:
+                told = files.parse_json(path.read_bytes())
+                found = [ours for ours, theirs in told.items() if unicodedata.normalize("NFC", theirs) == name]
+            except (ValueError, TypeError, AttributeError):
+                raise DataError("not a table of names", where=str(path), mend="Was the file edited?") from None
             name = found[0] if len(found) == 1 else name
         return name
 
@@ -236,8 +242,7 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
 def finished(out: Path) -> tuple[int, int, float]:
     """When a run ended (seconds since 1970), its rounds, and the privacy it spent; zeros for what it does not say."""
     ended, rounds, epsilon = 0, 0, 0.0
-    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
+    for event in read(out / "metrics.jsonl"):
         if event["event"] == "round":
             rounds = max(rounds, int(event["round"]))
             epsilon = max(epsilon, float(event["report"].get("epsilon", 0.0)))

@@ -19,6 +19,7 @@ from rich.text import Text
 from molehill import logs
 from molehill.characters import harmless
 from molehill.errors import ConfigError, IdentityError, MolehillError, ResumeError
+from molehill.locks import LOCK
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def interrupted(folder: Path | None, command: Sequence[str], options: Sequence[s
 def claim(folder: Path, resume: bool) -> None:
     """Refuse a run folder that holds something else, or nothing to resume, or that cannot be written."""
     try:
-        used = folder.exists() and any(folder.iterdir())
+        used = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
         _try_to_write(folder)
     except OSError as error:
         raise ConfigError(

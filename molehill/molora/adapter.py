@@ -22,16 +22,16 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import save_file
 from transformers.pytorch_utils import Conv1D
 
-from molehill import registry
+from molehill import files, registry
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import AdapterError, MessageError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import CONFIG, PREFIX, Factors, plain_lora, read_config, read_peft, read_tensors
+from molehill.tensors import write as write_tensors
 from molehill.wire.keys import Key
 from molehill.wire.tree import Array
 
@@ -66,14 +66,12 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: st
     """Write an adapter folder.
 
     Args:
-        folder: Created when missing; files in it are replaced, and experts of an adapter that was there removed.
+        folder: Created when missing; every file is replaced at once, and then experts that this adapter has not go.
         model: The model.
         manifest: What to record; its ``ranks`` are filled in here.
         place: Where other libraries find the base: its folder; empty for a hub id, which the manifest has.
     """
     ranks: dict[str, dict[str, int]] = {}
-    if (folder / "experts").exists():
-        shutil.rmtree(folder / "experts")  # the adapter before may have had more of them
     for expert in model.experts:
         where = {n: s for n, s in model.sites.items() if expert in model.expert_ids(s)}
         out = folder / "experts" / expert
@@ -82,9 +80,12 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: st
             ranks.setdefault(expert, {})[name] = site.bank.ranks[model.expert_ids(site).index(expert)]
         _save_expert(out, model, expert, where, manifest, place)
     for name, kind in _parts(model):
-        save_file(_by_name(model, kind), folder / name)
+        write_tensors(folder / name, _by_name(model, kind), {})
     text = manifest.model_copy(update={"ranks": ranks}).model_dump_json(indent=2)
-    (folder / "molora.json").write_text(text + "\n", encoding="utf-8")
+    files.write(folder / "molora.json", f"{text}\n".encode())
+    for path in (folder / "experts").iterdir():
+        if path.name not in model.experts:
+            shutil.rmtree(path)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -215,7 +216,7 @@ def _save_expert(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(B)
         ranks[name] = A.shape[0]
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(out / "adapter_model.safetensors", tensors, {"format": "pt"})
     conv = any(isinstance(site.base, Conv1D) for site in where.values())
     common: dict[str, Any] = {
         "base_model_name_or_path": place or manifest.base["id"],
@@ -231,7 +232,7 @@ def _save_expert(
                    "alpha_pattern": pattern, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": conv}  # fmt: skip
     else:
         common |= {"peft_type": "IA3", "feedforward_modules": [], "fan_in_fan_out": conv}
-    (out / "adapter_config.json").write_text(json.dumps(common, indent=2) + "\n", encoding="utf-8")
+    files.write(out / "adapter_config.json", (json.dumps(common, indent=2) + "\n").encode())
 
 
 def _take(

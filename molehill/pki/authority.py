@@ -159,7 +159,7 @@ class Authority:
         """
         path = self.folder / "issued.json"
         try:
-            rows = json.loads(keys.read(path))
+            rows = files.parse_json(keys.read(path))
             return [Issued(**{**row, "hosts": tuple(row["hosts"])}) for row in rows]
         except (ValueError, TypeError, KeyError):
             raise IdentityError("not a list of certificates", where=str(path), mend="Restore it from a copy.") from None
@@ -299,7 +299,7 @@ class Revoked:
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if seen != self._seen:
             try:
-                found = json.loads(keys.read(self._path))
+                found = files.parse_json(keys.read(self._path))
                 self._serials = frozenset(f"{int(serial, 16):x}" for serial in found)
             except (ValueError, TypeError):
                 raise IdentityError("not a list of serial numbers", where=str(self._path)) from None

@@ -192,7 +192,7 @@ def _weight_files(folder: Path, origin: str) -> list[Path]:
         try:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             names = {Path(name).name for name in index["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError(f"{_INDEX} is damaged", where=origin, mend="Save or download the model anew.") from None
     lacking = sorted(name for name in names if not (folder / name).is_file())
     if not lacking:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-from molehill import files, locks
+from molehill import files
 from molehill.config import load
-from molehill.errors import DeployError, MolehillError
+from molehill.errors import MolehillError
 from molehill.wire.exchange import connect
 from molehill_server.coordinator import Coordinator
 from molehill_server.exchange.grants import Grants
 from molehill_server.flower import Context, Grid, GridTransport, ServerApp
+from molehill_server.folder import take
 
 app = ServerApp()
 
@@ -31,11 +30,10 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     grace = given.get("grace")
     out = Path(str(given["out"]))
-    lock = None  # of a deployment, held until this process ends, however it ends
-    if "introduction" in given:
-        lock = locks.hold(out, "another process works in this run folder", mend="Let it end.")
+    # Of a deployment, held until this process ends, however it ends; who simulates has it already.
+    lock = take(out) if "introduction" in given else None
     try:
-        with _told():
+        with files.private(), files.told("the server", out):
             Coordinator(
                 load(str(given["config"])),
                 out,
@@ -48,24 +46,10 @@ def main(grid: Grid, context: Context) -> None:
             ).run()
     except MolehillError as error:
         # Whoever started a deployment is another process, and Flower tells it only that something failed.
-        said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
         if lock is not None:
             with contextlib.suppress(OSError):  # on a full disk
-                files.write(out / "error.json", json.dumps(said).encode())
+                files.write(out / "error.json", json.dumps(error.as_dict()).encode(), mode=files.PRIVATE)
         raise
     finally:
         if lock is not None:
             lock.close()
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turn what the operating system refuses into words: a full disk is nobody's traceback."""
-    try:
-        yield
-    except OSError as error:
-        where = str(error.filename or "")
-        mend = (
-            "Make room there, then resume." if error.errno in {errno.ENOSPC, errno.EDQUOT} else "Mend it, then resume."
-        )
-        raise DeployError(f"the server cannot go on: {error.strerror or error}", where=where, mend=mend) from error

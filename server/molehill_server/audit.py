@@ -21,7 +21,7 @@ from typing import Any
 
 from molehill import logs
 from molehill.errors import DataError, ResumeError
-from molehill.files import sync
+from molehill.files import parse_json, sync
 
 START = "0" * 64  # what the first entry follows
 
@@ -32,6 +32,7 @@ _KEPT = {
     "start": ("run", "rounds", "clients", "config_digest"),
     "resume": ("run", "round", "clients", "config_digest"),
     "joined": ("client",),
+    "anew": ("client", "round", "kept", "accepted"),
     "refused": ("client", "reason"),
     "round": ("round", "selected", "accepted", "deltas", "missing", "quarantined", "unusable"),
     "retry": ("round", "attempt", "missing", "quarantined", "unusable"),
@@ -61,21 +62,25 @@ class AuditLog:
 
     Args:
         path: The file; made with the first entry.
+        head: Hash of an entry that it must have; empty for none. When the whole file is gone, the new one begins with
+            an entry ``lost`` that says so.
 
     Raises:
         ResumeError: The file was changed, so nothing is appended to it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, head: str = "") -> None:
         self._path = path
         self._lock = threading.Lock()
         self._last = Verdict(0, START)
         self._torn: int | None = None  # bytes of the file that are good, when a failure left more there
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            if head:
+                self.append("lost", head=head)
             return
         try:
-            self._last, torn = _check(path)
+            self._last, torn = _check(path, head if head and not _says_lost(path, head) else None)
         except DataError as error:
             raise ResumeError(
                 f"the audit log was changed: {error.what}",
@@ -186,13 +191,23 @@ def _check(path: Path, head: str | None = None) -> tuple[Verdict, int]:
     return last, torn
 
 
+def _says_lost(path: Path, head: str) -> bool:
+    """Whether a log begins with the words that the one with this entry is gone."""
+    with path.open("rb") as file:
+        try:
+            first = parse_json(file.readline())
+        except ValueError:
+            return False
+    return isinstance(first, dict) and first.get("event") == "lost" and first.get("fields") == {"head": head}
+
+
 def _hash_of(line: bytes, last: Verdict, where: str) -> str:
     """The hash of a line that is, to the byte, an entry that follows the last one."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         found = entry.pop("hash")
         again, digest = _line(entry)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError("not an entry of an audit log", where=where) from None
     if digest != found or again != line:
         raise DataError("the entry was changed: it does not fit its hash", where=where)

@@ -1,12 +1,14 @@
 """Atomic checkpoints: after every round, everything that is needed to go on as if nothing had happened.
 
 ``checkpoints/round-00003/`` holds ``tree.safetensors``, ``patches.safetensors``, ``state.<name>.safetensors`` per
-tree of the server optimiser, ``blobs/<digest>`` (what clients hold, byte for byte) and ``meta.json``. A folder is
-written under another name, synced and renamed, so a folder named ``round-*`` is whole. The last two are kept.
+tree of the server optimiser, ``blobs/<digest>`` (what clients hold, byte for byte) and ``meta.json``, with the digests
+of all files, itself included. A folder is written under another name, synced and renamed, so a folder named ``round-*``
+is whole when it is made; what became of it since is found when it is read. The last two are kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,18 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from molehill.errors import AdapterError, MessageError, ResumeError
-from molehill.files import sync
+from molehill.files import parse_json, sync, write
 from molehill.wire.message import decode_tree, digest
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
 from molehill_server.broadcast import Blob, patch_tree, tree_patches
+from molehill_server.events import EMPTY, Mark
 from molehill_server.norms import Medians
 from molehill_server.privacy.accountant import Ledger
 from molehill_server.privacy.draw import Round
 from molehill_server.records import Global
 
-_FORMAT = 1
+_FORMAT = 2
 _KEEP = 2
 _META = "meta.json"
 
@@ -57,6 +62,9 @@ class Checkpoint:
         privacy: What was spent; None without privacy.
         rows: Training rows that every client named when it first joined.
         norms: Medians of the norms of accepted deltas; see `molehill_server.norms`.
+        accepted: The last round in which a delta of a client was used, by client.
+        log: How far the run's events were written.
+        audit: Hash of the last entry of the audit log; empty when there is none.
     """
 
     identity: Identity
@@ -68,6 +76,40 @@ class Checkpoint:
     privacy: Ledger | None = None
     rows: Mapping[str, int] = field(default_factory=dict)
     norms: Medians = field(default_factory=dict)
+    accepted: Mapping[str, int] = field(default_factory=dict)
+    log: Mark = EMPTY
+    audit: str = ""
+
+
+class _Privacy(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    secret: int
+    rounds: tuple[Round, ...]
+
+
+class _Meta(BaseModel):
+    """Contents of ``meta.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    round: int
+    config: str
+    base: str
+    state: dict[str, float]
+    trees: tuple[str, ...]
+    blobs: dict[str, str]
+    clients: tuple[str, ...]
+    bytes_up: int
+    bytes_down: int
+    rows: dict[str, int]
+    norms: dict[str, tuple[float, ...]]
+    privacy: _Privacy | None
+    accepted: dict[str, int]
+    log: Mark
+    audit: str
+    files: dict[str, str]
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -83,7 +125,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     glob = checkpoint.glob
     final = folder / f"round-{glob.round:05d}"
     scratch = folder / f".{final.name}"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+    for old in folder.glob(".round-*"):  # of a run that was killed here
+        shutil.rmtree(old)
     (scratch / "blobs").mkdir(parents=True)
     save_tree(scratch / "tree.safetensors", glob.tree, {})
     save_tree(scratch / "patches.safetensors", patch_tree(glob.patches), {})
@@ -94,7 +137,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         else:
             numbers[name] = float(value)
     for blob in checkpoint.blobs.values():
-        (scratch / "blobs" / blob.digest).write_bytes(blob.data)
+        write(scratch / "blobs" / blob.digest, blob.data)
     meta = {
         "format": _FORMAT,
         "round": glob.round,
@@ -109,14 +152,16 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "rows": dict(checkpoint.rows),
         "norms": {kind: list(medians) for kind, medians in checkpoint.norms.items()},
         "privacy": checkpoint.privacy and {"secret": checkpoint.privacy.secret, "rounds": checkpoint.privacy.rounds},
+        "accepted": dict(checkpoint.accepted),
+        "log": checkpoint.log._asdict(),
+        "audit": checkpoint.audit,
+        "files": {path.name: _file_digest(path) for path in scratch.glob("*.safetensors")},
     }
-    (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    for path in (*(scratch / "blobs").iterdir(), scratch / "blobs", scratch / _META, scratch):
-        sync(path)  # trees are synced as they are written
+    write(scratch / _META, json.dumps({**meta, "sha256": _meta_digest(meta)}, indent=1).encode())
     scratch.rename(final)
     sync(folder)
     for old in _committed(folder)[:-_KEEP]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(folder / f".{old.name}"))  # never a part of one under its own name
     return final
 
 
@@ -139,31 +184,64 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
         return None
     path = found[-1]
     try:
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        if meta["format"] != _FORMAT:
-            raise ResumeError(
-                f"the checkpoint has format {meta['format']}, this version reads {_FORMAT}", where=str(path)
-            )
-        _refuse_other(path, Identity(meta["config"], meta["base"]), identity)
-        state: dict[str, Tree | float] = dict(meta["state"])
-        for name in meta["trees"]:
+        meta = _read_meta(path / _META)
+        _refuse_other(path, Identity(meta.config, meta.base), identity)
+        for name, known in meta.files.items():
+            _require_digest(path / name, known)
+        state: dict[str, Tree | float] = dict(meta.state)
+        for name in meta.trees:
             state[name], _ = load_tree(path / f"state.{name}.safetensors")
         tree, _ = load_tree(path / "tree.safetensors")
         patches, _ = load_tree(path / "patches.safetensors")
-        blobs = {name: _blob(path / "blobs" / sha, max_bytes) for name, sha in meta["blobs"].items()}
-        glob = Global(tree, tree_patches(patches), state, meta["round"])
-        bytes_up, bytes_down = int(meta["bytes_up"]), int(meta["bytes_down"])
-        clients = tuple(meta["clients"])
-        rows = {str(client): int(count) for client, count in meta.get("rows", {}).items()}
-        norms = {str(kind): tuple(map(float, medians)) for kind, medians in meta.get("norms", {}).items()}
-        privacy = _ledger(meta.get("privacy"))
-        return Checkpoint(identity, glob, blobs, clients, bytes_up, bytes_down, privacy, rows, norms)
+        return Checkpoint(
+            identity,
+            Global(tree, tree_patches(patches), state, meta.round),
+            {name: _blob(path / "blobs" / sha, max_bytes) for name, sha in meta.blobs.items()},
+            meta.clients,
+            meta.bytes_up,
+            meta.bytes_down,
+            None if meta.privacy is None else Ledger(meta.privacy.secret, meta.privacy.rounds),
+            meta.rows,
+            meta.norms,
+            meta.accepted,
+            meta.log,
+            meta.audit,
+        )
     except (OSError, KeyError, ValueError, AdapterError, MessageError) as error:
         raise ResumeError(
             f"the checkpoint cannot be read ({error})",
             where=str(path),
             mend="Delete this folder to use the one before.",
         ) from None
+
+
+def _read_meta(path: Path) -> _Meta:
+    raw = parse_json(path.read_bytes())
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path.name} is not what was written")  # noqa: TRY004 - what is damaged is no wrong type
+    if raw.get("format") != _FORMAT:
+        raise ResumeError(
+            f"the checkpoint has format {raw.get('format')!r}, this version reads {_FORMAT}",
+            where=str(path),
+            mend="Use the version of Molehill that wrote it.",
+        )
+    if raw.pop("sha256", None) != _meta_digest(raw):
+        raise ValueError(f"{path.name} is damaged: it does not fit its digest")
+    return _Meta.model_validate(raw)
+
+
+def _meta_digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_digest(path: Path, known: str) -> None:
+    if _file_digest(path) != known:
+        raise ValueError(f"{path.name} is damaged: it does not have the digest that was noted down")
 
 
 def _refuse_other(path: Path, saved: Identity, wanted: Identity) -> None:
@@ -175,12 +253,6 @@ def _refuse_other(path: Path, saved: Identity, wanted: Identity) -> None:
                 where=str(path),
                 mend=f"Resume with the {what} it was started with, or start a new run in another folder.",
             )
-
-
-def _ledger(saved: dict[str, Any] | None) -> Ledger | None:
-    if saved is None:
-        return None
-    return Ledger(int(saved["secret"]), tuple(Round(*spent) for spent in saved["rounds"]))
 
 
 def _committed(folder: Path) -> list[Path]:

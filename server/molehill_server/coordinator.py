@@ -177,11 +177,11 @@ class Coordinator:
         self._broadcast = Broadcast(exchange, wire.down, wire.max_bytes, dict(self._saved.blobs))
         self._late: set[str] = set()
         self._capped: dict[str, Count] = {}  # as it was last told
-        self._audit = AuditLog(out / "audit.jsonl")
+        self._audit = AuditLog(out / "audit.jsonl", self._saved.audit)
         if loaded is None:
             (out / "metrics.jsonl").unlink(missing_ok=True)
         else:
-            events.rewind(out / "metrics.jsonl", loaded.glob.round)
+            events.rewind(out / "metrics.jsonl", loaded.log)
         self._log = events.EventLog(out / "metrics.jsonl", self._audit.record)
         self._journal = Journal(out / "masked-sum")
         self._roster = Roster(transport, self._log, introduction, clients)
@@ -237,8 +237,8 @@ class Coordinator:
             self._note_version()  # again: a kill may have come between the commit and its note
 
     def _commit(self, state: checkpoint.Checkpoint) -> None:
-        self._saved = state
-        checkpoint.save(self._out / "checkpoints", state)
+        self._saved = replace(state, log=self._log.commit(), audit=self._audit.head)
+        checkpoint.save(self._out / "checkpoints", self._saved)
         self._note_version()
 
     def _note_version(self) -> None:
@@ -317,6 +317,7 @@ class Coordinator:
                 bytes_down=self._saved.bytes_down + notes.bytes_down,
                 privacy=ledger,
                 norms=later(self._saved.norms, notes.norms.kind, notes.norms.median(notes.accepted)),
+                accepted={**self._saved.accepted, **dict.fromkeys(notes.accepted, number)},
             )
         )
         self._journal.drop()
@@ -398,8 +399,11 @@ class Coordinator:
     def _plans(self, clients: Iterable[str], number: int, glob: Global) -> dict[str, ClientPlan]:
         """A plan per client, whose turn is its place among all clients in the order in which they came."""
         turns = {client: turn for turn, client in enumerate(self._saved.clients)}
-        layout, digests = glob.tree.layout, self._broadcast.digests()
-        return {client: self._planner.plan(client, number, layout, digests, turns[client]) for client in clients}
+        layout, digests, accepted = glob.tree.layout, self._broadcast.digests(), self._saved.accepted
+        return {
+            client: self._planner.plan(client, number, layout, digests, turns[client], accepted.get(client, 0))
+            for client in clients
+        }
 
     def _any_plan(self, number: int, glob: Global) -> ClientPlan:
         """What all plans of a round have in common where clients have one rank; nobody need be here for it."""
@@ -702,9 +706,16 @@ class Coordinator:
         finally:
             if not held:
                 self._discard(reply.delta)
+        self._note_start(plan, reply)
         notes.accepted.append(plan.client)
         notes.deltas[plan.client] = reply.delta
         return found
+
+    def _note_start(self, plan: ClientPlan, reply: ClientReply | EvaluationReply) -> None:
+        """Say so when a client does not go on from where it was: what it kept for itself is gone."""
+        if reply.started is not None and reply.started < plan.accepted:
+            facts = {"client": plan.client, "round": plan.round, "kept": reply.started, "accepted": plan.accepted}
+            self._log.emit("anew", **facts)
 
     def _grant(self, plans: Mapping[str, ClientPlan], attempt: int, most: int) -> None:
         """Let these clients, and no others, send their deltas of this attempt, of ``most`` bytes."""
@@ -822,6 +833,7 @@ class Coordinator:
             except ValidationError as error:
                 failed[client] = reply.error or f"malformed answer ({error.errors()[0]['msg']})"
             else:
+                self._note_start(plans[client], answer)
                 replies[client].append(answer)
                 collection.accept()
             self._log.emit("progress", stage=stage, done=done, total=len(plans), client=client)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from molehill.errors import DataError
+from molehill.errors import DataError, ResumeError
+from molehill.files import parse_json, sync
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -26,6 +29,21 @@ def listening(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
+class Mark(NamedTuple):
+    """How far an event file was written.
+
+    Attributes:
+        size: Bytes.
+        sha256: Their digest (hex).
+    """
+
+    size: int
+    sha256: str
+
+
+EMPTY = Mark(0, hashlib.sha256().hexdigest())
+
+
 class EventLog:
     """Appends events to a file.
 
@@ -38,14 +56,26 @@ class EventLog:
         self._path = path
         self._own = listeners
         path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.read_bytes() if path.exists() else b""
+        self._size, self._hash = len(known), hashlib.sha256(known)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Write one event with the time of day and pass it on."""
         record = {"event": event, "time": time.time(), **fields}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        line = (json.dumps(record) + "\n").encode()
+        with self._path.open("ab") as file:
+            file.write(line)
+        self._size += len(line)
+        self._hash.update(line)
         for listener in (*self._own, *_listeners):
             listener(record)
+
+    def commit(self) -> Mark:
+        """Have all that was written survive a crash, and say how far it goes."""
+        if self._size:
+            sync(self._path)
+            sync(self._path.parent)
+        return Mark(self._size, self._hash.hexdigest())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -68,8 +98,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
+            event = parse_json(line)
+        except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 break
             event = None
@@ -79,19 +109,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def rewind(path: Path, round_number: int) -> None:
-    """Drop what was written after round ``round_number`` ended (after the start for 0), atomically.
+def rewind(path: Path, mark: Mark) -> None:
+    """Cut off what was written after a mark. A resumed run writes those events again.
 
-    A resumed run writes those events again.
+    Raises:
+        ResumeError: What was written before it is not there any more.
     """
-    if not path.exists():
-        return
-    kept = []
-    last = ("round", round_number) if round_number else ("start", None)
-    for event in read(path):
-        kept.append(event)
-        if (event["event"], event.get("round")) == last:
-            break
-    scratch = path.with_name(f"{path.name}.new")
-    scratch.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-    scratch.replace(path)
+    try:
+        known = path.read_bytes()[: mark.size]
+    except FileNotFoundError:
+        known = b""
+    if (len(known), hashlib.sha256(known).hexdigest()) != mark:
+        raise ResumeError(
+            f"the run's events were damaged since the last checkpoint ({len(known)} of {mark.size} bytes are there"
+            f"{', changed' if len(known) == mark.size else ''}), and its summary and report would not be right",
+            where=str(path),
+            mend="Bring the file back, or start a new run in another folder.",
+        )
+    if mark.size:
+        os.truncate(path, mark.size)

@@ -1,12 +1,57 @@
-"""The run folder, before a run begins."""
+"""The run folder: for one process at a time, and for one configuration."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from molehill import files, locks
 from molehill.config import Config, load
-from molehill.errors import ResumeError
+from molehill.errors import DeployError, ResumeError
+
+
+def take(out: Path, patience: float | None = None) -> TextIO:
+    """Take the run folder for this process, until the file that is returned is closed or the process ends.
+
+    Args:
+        out: The folder.
+        patience: Seconds to wait for whoever has it; None for those in which somebody only looks.
+
+    Raises:
+        DeployError: Another process has it.
+    """
+    error = elsewhere(out)
+    return locks.hold(out, error.what, error.mend, patience=patience)
+
+
+def elsewhere(out: Path) -> DeployError:
+    """What is said to the second process in a run folder."""
+    mend = "Let it end, or choose another --out."
+    return DeployError("another process works in this run folder", where=str(out), mend=mend)
+
+
+@contextlib.contextmanager
+def working(out: Path) -> Iterator[None]:
+    """Have the run folder for this process alone; one that nothing was put into is gone afterwards.
+
+    Raises:
+        DeployError: Another process has it.
+    """
+    new = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = take(out, patience=0)
+    try:
+        files.sweep(out)
+        yield
+    finally:
+        if [path.name for path in out.iterdir()] == [locks.LOCK]:
+            (out / locks.LOCK).unlink()
+        lock.close()
+        for path in new:
+            with contextlib.suppress(OSError):  # there is something in it
+                path.rmdir()
 
 
 def write_config(config: Config, out: Path) -> Path:
@@ -28,9 +73,8 @@ def write_config(config: Config, out: Path) -> Path:
                 mend="Resume with the configuration it was started with, or start a new run in another folder.",
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(".config.toml.new")
-    scratch.write_text(config.to_toml(), encoding="utf-8")
-    return scratch.replace(path)
+    files.write(path, config.to_toml().encode())
+    return path
 
 
 def _differences(before: Any, now: Any, at: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from molehill import files
 from molehill.config import Config
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.model import MoLoRAModel
@@ -25,6 +26,11 @@ def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> S
         out: Run folder with ``final.safetensors`` and ``metrics.jsonl``; receives ``adapter/``, ``summary.json`` and
             ``report.html``.
     """
+    with files.private(), files.told("the run", out):
+        return _conclude(config, model, base, out)
+
+
+def _conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> Summary:
     final, _ = load_tree(out / "final.safetensors")
     patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
     model.load(final.select(lambda key: not key.role.startswith("patch.")))
@@ -43,6 +49,6 @@ def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> S
     save_adapter(out / "adapter", model, manifest, place(config.base))
     info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest)
     summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind)
-    (out / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    files.write(out / "summary.json", summary.to_json().encode())
     write_report(out)
     return summary

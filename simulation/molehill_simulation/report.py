@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from molehill import files
 from molehill.errors import DataError, ResumeError
 from molehill_server import events as events_file
 from molehill_simulation.charts import Plot, bar_plot, line_plot
@@ -59,9 +59,8 @@ def write_report(folder: Path) -> Path:
     if not (folder / "metrics.jsonl").is_file():
         raise ResumeError("not a run folder", where=str(folder), mend="Give the folder that --out named.")
     target = folder / "report.html"
-    part = folder / "report.html.part"
-    part.write_text(render(folder), encoding="utf-8")
-    os.replace(part, target)  # noqa: PTH105 - the one call that replaces atomically on every system
+    with files.told("the report", folder):
+        files.write(target, render(folder).encode(), mode=files.PRIVATE)
     return target
 
 
@@ -104,7 +103,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the run's configuration: {error}", where=str(path)) from None
 
 

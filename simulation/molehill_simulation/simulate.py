@@ -18,7 +18,7 @@ from molehill.tasks.schema import class_counts, load_rows
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.app import app as server_app
 from molehill_server.check import require
-from molehill_server.folder import write_config
+from molehill_server.folder import working, write_config
 from molehill_simulation.conclude import conclude
 from molehill_simulation.data import names_of
 from molehill_simulation.engine import Observer, cores, run_local, run_ray
@@ -48,12 +48,17 @@ def simulate(
         What the run came to; also in ``summary.json``.
 
     Raises:
-        MolehillError: Bad input, or a federation that cannot go on; the folder can be resumed.
+        MolehillError: Bad input, a federation that cannot go on, or another process in the folder; it can be resumed.
     """
     if engine == "ray":
         with needs("ray"):
             import_module("ray")
     require(config)
+    with files.private(), files.told("the run", out), working(out):
+        return _simulate(config, out, engine, observer)
+
+
+def _simulate(config: Config, out: Path, engine: Literal["local", "ray"], observer: Observer | None) -> Summary:
     _, task = load_rows(config.data, config.task)
     config = config.model_copy(update={"task": task})
     if (out / "config.toml").exists():

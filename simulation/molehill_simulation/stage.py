@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from molehill import files
 from molehill.errors import MolehillError
 from molehill_simulation import pulse
 from molehill_simulation.flower import Context, Message, RunConfig, context_of, error_reply, isolated
@@ -65,7 +67,8 @@ def call(
 class Stage:
     """Calls a ClientApp for messages.
 
-    An exception becomes an error reply, as on Flower's grids; KeyboardInterrupt passes through.
+    An exception becomes an error reply, as on Flower's grids; KeyboardInterrupt passes through, and so does a full
+    disk, which is this machine's failure: to go on without its clients would change what the run measures.
 
     Args:
         client_app: The ClientApp, or any function of its form.
@@ -93,6 +96,9 @@ class Stage:
 
         Returns:
             The answer to every message.
+
+        Raises:
+            DeployError: The disk is full.
         """
         pulse.begin()
         contexts = [self._context(message) for message in messages]
@@ -110,6 +116,9 @@ class Stage:
             return Answer(None, 0.0)
         if isinstance(outcome, MolehillError):
             return Answer(error_reply(str(outcome), message), self._delay)
+        if isinstance(outcome, OSError) and files.is_full(outcome):
+            with files.told("the run", Path()):
+                raise outcome
         if isinstance(outcome, Exception):
             _log.debug("client %d failed", message.metadata.dst_node_id, exc_info=outcome)
             return Answer(error_reply(f"{type(outcome).__name__}: {outcome}", message), self._delay)

@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
 from molehill.tasks.lengths import cut_in_words
-from molehill_simulation.text import natural
+from molehill_simulation.text import clean, natural
 
 Event: TypeAlias = Mapping[str, Any]
+
+_NAMED = 5  # clients that are named in a sentence
 
 STAGES = ("base", "local", "global", "personalised")
 
@@ -114,6 +116,8 @@ class Summary(BaseModel):
         bytes_down: Blobs fetched, all clients and rounds.
         base_model: The base.
         config_digest: SHA-256 (hex) of the resolved configuration.
+        unscored: The clients of the run that ``mean`` and ``worst`` are not over, with the reason.
+        anew: The clients whose personal state was gone in the course of the run, so that they started anew.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -129,6 +133,23 @@ class Summary(BaseModel):
     bytes_down: int
     base_model: BaseModelInfo
     config_digest: str
+    unscored: dict[str, str] = Field(default_factory=dict)
+    anew: tuple[str, ...] = ()
+
+    @property
+    def caveats(self) -> list[str]:
+        """What must be said beside the figures, one sentence each."""
+        said = []
+        if self.unscored:
+            done = len(self.complete)
+            why = [f"{clean(client, 40)}: {clean(reason)}" for client, reason in self.unscored.items()]
+            more = [f"and {len(why) - _NAMED} more"] if len(why) > _NAMED else []
+            counts = f"mean and worst are over the {done} of {done + len(why)} clients that have all figures"
+            said.append(f"{counts}; {'; '.join([*why[:_NAMED], *more])}")
+        if self.anew:
+            names = ", ".join(clean(client, 40) for client in self.anew)
+            said.append(f"personal state was lost and begun anew, so the figures are not what they would be: {names}")
+        return said
 
     @property
     def measure(self) -> str:
@@ -202,6 +223,9 @@ def summarise(
     )
     complete = _complete(clients)
     f1 = [client.macro_f1 for client in complete if client.macro_f1 is not None]
+    reasons = {event["client"]: event["reason"] for event in events if event["event"] == "failed"}
+    scored = {client.id for client in complete}
+    expected = sorted({client.id for client in clients} | _joined(events), key=natural)
     ends = [event["seconds"] for event in events if event["event"] == "end"]
     return Summary(
         task=task,
@@ -215,7 +239,16 @@ def summarise(
         bytes_down=sum(event["bytes_down"] for event in rounds),
         base_model=base_model,
         config_digest=config_digest,
+        unscored={c: reasons.get(c, "it has not all figures") for c in expected if c not in scored},
+        anew=tuple(sorted({event["client"] for event in events if event["event"] == "anew"}, key=natural)),
     )
+
+
+def _joined(events: Iterable[Event]) -> set[str]:
+    """Every client that ever took part."""
+    events = list(events)
+    began = {client for event in events if event["event"] in {"start", "resume"} for client in event["clients"]}
+    return began | {event["client"] for event in events if event["event"] == "joined"}
 
 
 def read_summary(path: Path) -> Summary:

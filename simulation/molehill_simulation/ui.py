@@ -92,15 +92,18 @@ class RunView:
 
     def _told(self, event: Event) -> None:
         """What goes wrong with a client, beside the rounds."""
+        client = clean(event.get("client") or "a node", 40)
         match event["event"]:
             case "failed":
                 name = _NAMES.get(event["stage"], clean(event["stage"], 10))
-                self._line(f"{name}: no scores of {clean(event['client'], 40)}: {clean(event['reason'])}", "yellow")
+                self._line(f"{name}: no scores of {client}: {clean(event['reason'])}", "yellow")
             case "capped":
                 counts = f"{event['counts']:,} of its {event['rows']:,} rows"
-                self._line(f"{clean(event['client'], 40)} counts for {counts}: {clean(event['reason'])}", "yellow")
+                self._line(f"{client} counts for {counts}: {clean(event['reason'])}", "yellow")
+            case "anew":
+                self._line(f"{client}: its personal state is gone, it started anew", "yellow")
             case "refused":
-                self._line(f"refused {clean(event['client'] or 'a node', 40)}: {clean(event['reason'])}", "yellow")
+                self._line(f"refused {client}: {clean(event['reason'])}", "yellow")
 
     def _rows(self, event: Event) -> None:
         if event["classes"]:
@@ -248,8 +251,6 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(Text("rows: to train on + held out", style="dim"))
     if summary.told_cut:
         console.print(Text(summary.told_cut, style="yellow"), soft_wrap=True)
-    complete, clients = len(summary.complete), len(summary.clients)
-    if complete < clients:
-        text = f"mean and worst are over the {complete} of {clients} clients that have all figures"
-        console.print(Text(text, style="yellow"), soft_wrap=True)
+    for caveat in summary.caveats:
+        console.print(Text(caveat, style="yellow"), soft_wrap=True)
     console.print(Text(f"{counted(summary.rounds, 'round')} in {duration(summary.seconds)}; {traffic}"), soft_wrap=True)

@@ -2,8 +2,9 @@
 
 Input and output are frames: the number of parts, then each with its length before it, all numbers 4 bytes, little
 endian. The first frame says what to load. Every further one is a group of messages in Flower's own encoding; it is
-answered by the delays of the replies (JSON) and the replies, empty where there is none; before that come frames of one
-part, which say how far the clients are (JSON). The end of the input ends the process.
+answered by the delays of the replies (JSON) and the replies, empty where there is none, or, when this machine fails, by
+the error (JSON) and an empty part; before that come frames of one part, which say how far the clients are (JSON). The
+end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 from molehill.config import load
+from molehill.errors import MolehillError
 from molehill_simulation import pulse
 from molehill_simulation.flower import RunConfig, pack, set_identity, unpack
 from molehill_simulation.scenario import ScenarioApp
@@ -89,9 +91,16 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     stage.client_app = ScenarioApp(app, load(str(job.run_config["config"])), stage.late)
     with pulse.listening(lambda done: write_frame(replies, [json.dumps(done).encode()])):
         while (parts := read_frame(requests)) is not None:
-            answers = stage.perform([unpack(part) for part in parts])
-            delays = json.dumps([answer.delay for answer in answers]).encode()
-            write_frame(replies, [delays, *(b"" if reply is None else pack(reply) for reply, _ in answers)])
+            write_frame(replies, _answer(stage, parts))
+
+
+def _answer(stage: Stage, parts: Sequence[bytes]) -> list[bytes]:
+    try:
+        answers = stage.perform([unpack(part) for part in parts])
+    except MolehillError as error:
+        return [json.dumps(error.as_dict()).encode(), b""]
+    delays = json.dumps([answer.delay for answer in answers]).encode()
+    return [delays, *(b"" if reply is None else pack(reply) for reply, _ in answers)]
 
 
 def main() -> None:

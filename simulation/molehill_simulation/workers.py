@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import IO, Self
 
-from molehill.errors import FederationError
+from molehill.errors import FederationError, from_dict
 from molehill_simulation.flower import Message, pack, unpack
 from molehill_simulation.pulse import Listener
 from molehill_simulation.stage import Answer
@@ -132,17 +132,17 @@ class Workers:
     def submit(self, messages: Sequence[Message]) -> Callable[[], list[Answer]]:
         """Have a group of messages executed; the result waits for the answers and returns them.
 
-        The result raises `FederationError` when the process that has the group dies.
+        The result raises `FederationError` when the process that has the group dies, and what ended its work.
         """
         return self._threads.submit(self._execute, [pack(message) for message in messages]).result
 
     def _execute(self, parts: Sequence[bytes]) -> list[Answer]:
         worker = self._idle.get()
         try:
-            delays, *replies = worker.ask(parts, self._working)
+            said, *replies = worker.ask(parts, self._working)
         finally:
             self._idle.put(worker)
-        return [
-            Answer(unpack(reply) if reply else None, delay)
-            for reply, delay in zip(replies, json.loads(delays), strict=True)
-        ]
+        delays = json.loads(said)
+        if isinstance(delays, dict):
+            raise from_dict(delays)
+        return [Answer(unpack(reply) if reply else None, delay) for reply, delay in zip(replies, delays, strict=True)]

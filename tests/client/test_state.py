@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import sys
+import warnings
+from pathlib import Path
 
 import keyring
 import numpy as np
@@ -15,7 +19,7 @@ from keyring.backend import KeyringBackend
 from molehill.errors import ConfigError, ResumeError
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
-from molehill_client.secret import KeyFile, Keyring, unseal
+from molehill_client.secret import KeyFile, Keyring, seal, unseal
 from molehill_client.state import PersonalState, StateStore
 
 
@@ -60,9 +64,9 @@ def test_old_rounds_are_dropped_but_enough_stay_to_repeat_one(store, tmp_path):
     for number in range(1, 12):
         store().save(number, state(number))
     assert sorted(path.name for path in (tmp_path / "client-1").iterdir()) == [
-        "round-000009",
-        "round-000010",
-        "round-000011",
+        "round-000009.sealed",
+        "round-000010.sealed",
+        "round-000011.sealed",
     ]
 
 
@@ -86,33 +90,67 @@ def test_a_crash_while_writing_leaves_the_state_before(store, monkeypatch, tmp_p
     assert store().before(3).held == {"gate": "1"}
     store().save(2, state(2))
     assert store().before(3).held == {"gate": "2"}
-    assert sorted(path.name for path in (tmp_path / "client-1").iterdir()) == ["round-000001", "round-000002"]
+    assert sorted(path.name for path in (tmp_path / "client-1").iterdir()) == [
+        "round-000001.sealed",
+        "round-000002.sealed",
+    ]
 
 
-FILES = ("personal.sealed", "memory.sealed", "held.sealed")
+@pytest.mark.parametrize("call", range(12))
+def test_a_kill_at_any_change_of_the_folder_leaves_a_whole_state(store, tmp_path, call):
+    """The process dies right before or after it changes the folder for the n-th time, while it repeats a round."""
+    store().save(1, state(1))
+    store().save(2, state(2))
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of forks beside threads
+        process = os.fork()
+    if not process:
+        left = call
+
+        def counted(work):
+            def change(*args, **kwargs):
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                done = work(*args, **kwargs)
+                left -= 1
+                if left == -1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return done
+
+            return change
+
+        for owner, name in ((os, "open"), (Path, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "rmdir")):
+            setattr(owner, name, counted(getattr(owner, name)))
+        store().save(2, state(7))
+        os._exit(0)
+    os.waitpid(process, 0)
+    assert store().before(3).held in ({"gate": "2"}, {"gate": "7"})
+    store().save(2, state(7))
+    assert store().before(3).held == {"gate": "7"}
+    assert store().before(2).held == {"gate": "1"}
 
 
 def test_nothing_is_in_the_clear(store, tmp_path):
     store().save(1, state(0.123))
-    written = b"".join((tmp_path / "client-1" / "round-000001" / name).read_bytes() for name in FILES)
+    path = tmp_path / "client-1" / "round-000001.sealed"
+    written = path.read_bytes()
     for secret in (np.float32(0.123).tobytes(), np.float32(-0.123).tobytes(), b"0.123", b"gate", b"site"):
         assert secret not in written
-    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "client-1" / "round-000001").iterdir()]
-    assert modes == [0o600] * 3
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_same_state_is_never_written_alike(store, tmp_path):
-    path = tmp_path / "client-1" / "round-000001" / "personal.sealed"
+    path = tmp_path / "client-1" / "round-000001.sealed"
     store().save(1, state(1))
     before = path.read_bytes()
     store().save(1, state(1))
     assert path.read_bytes() != before
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_any_changed_or_missing_byte_is_refused(store, tmp_path, name):
+def test_any_changed_or_missing_byte_is_refused(store, tmp_path):
     store().save(1, state(1))
-    path = tmp_path / "client-1" / "round-000001" / name
+    path = tmp_path / "client-1" / "round-000001.sealed"
     whole = path.read_bytes()
     head = 11 + int.from_bytes(whole[7:11], "big")
     spots = [*range(head), *range(head, len(whole), 7), len(whole) - 1]
@@ -122,26 +160,35 @@ def test_any_changed_or_missing_byte_is_refused(store, tmp_path, name):
             store().before(2)
     for length in (0, 5, 11, head, head + 12, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ResumeError, match=r"damaged\. Remove this round's folder to go on from the one before"):
+        with pytest.raises(ResumeError, match=r"damaged\. Bring it back, or remove it to go on from the round before"):
             store().before(2)
     path.unlink()
-    with pytest.raises(ResumeError, match="cannot read the personal state: No such file"):
+    path.mkdir()
+    with pytest.raises(ResumeError, match="cannot read the personal state: Is a directory"):
+        store().before(2)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 8, b"\xff" * 64, (9).to_bytes(8, "little") + b"[" * 9], ids=repr)
+def test_whole_bytes_of_another_form_are_refused(store, tmp_path, data):
+    store().save(1, state(1))
+    key = KeyFile(tmp_path / "state.key").load()
+    label = {"run": "run", "base": "b" * 64, "client": "client-1", "round": "1", "file": "state"}
+    (tmp_path / "client-1" / "round-000001.sealed").write_bytes(seal(data, label, key))
+    with pytest.raises(ResumeError, match="the personal state is damaged"):
         store().before(2)
 
 
 def test_files_cannot_change_places(store, tmp_path):
     store().save(1, state(1))
     store().save(2, state(2))
-    first, second = (tmp_path / "client-1" / f"round-00000{n}" for n in (1, 2))
-    for name in FILES:
-        before = (second / name).read_bytes()
-        (second / name).write_bytes((first / name).read_bytes())
-        with pytest.raises(ResumeError, match=r"another round \('1', not '2'\)"):
-            store().before(3)
-        (second / name).write_bytes(before)
-    (second / "personal.sealed").write_bytes((second / "memory.sealed").read_bytes())
-    with pytest.raises(ResumeError, match="another file"):
+    store().save_secret(b"secret")
+    first, second, secret = (tmp_path / "client-1" / f"{n}.sealed" for n in ("round-000001", "round-000002", "masking"))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ResumeError, match=r"another round \('1', not '2'\)"):
         store().before(3)
+    secret.write_bytes(first.read_bytes())
+    with pytest.raises(ResumeError, match="another file"):
+        store().load_secret()
 
 
 def test_the_state_of_another_client_is_refused(store, tmp_path):
@@ -153,7 +200,7 @@ def test_the_state_of_another_client_is_refused(store, tmp_path):
 
 def test_a_newer_format_says_so(store, tmp_path):
     store().save(1, state(1))
-    path = tmp_path / "client-1" / "round-000001" / "personal.sealed"
+    path = tmp_path / "client-1" / "round-000001.sealed"
     whole = path.read_bytes()
     path.write_bytes(whole[:6] + b"\x02" + whole[7:])
     with pytest.raises(ResumeError, match="has format 2, this version of Molehill reads up to 1"):

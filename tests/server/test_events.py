@@ -5,23 +5,56 @@ from __future__ import annotations
 import pytest
 from toy_federation import config
 
-from molehill_server.events import EventLog, read, rewind
+from molehill.errors import DataError, ResumeError
+from molehill_server.events import EMPTY, EventLog, read, rewind
 
 
-@pytest.mark.parametrize(("round_number", "count"), [(0, 2), (1, 5), (2, 8)])
-def test_rewinding_keeps_all_up_to_the_end_of_a_round(tmp_path, round_number, count):
+@pytest.fixture
+def log(tmp_path):
+    """A log, what it held when it was committed, and what it said of that."""
+    events = EventLog(tmp_path / "metrics.jsonl")
+    assert events.commit() == EMPTY
+    events.emit("refused", client="", reason="node 7: no hello")  # nodes are asked before the run starts
+    events.emit("start", rounds=2)
+    return events, read(tmp_path / "metrics.jsonl"), events.commit()
+
+
+def test_rewinding_keeps_all_up_to_the_mark(tmp_path, log):
+    events, whole, mark = log
+    events.emit("round", round=1)
     path = tmp_path / "metrics.jsonl"
-    log = EventLog(path)
-    log.emit("refused", client="", reason="node 7: no hello")  # nodes are asked before the run starts
-    log.emit("start", rounds=2)
-    for number in (1, 2):
-        log.emit("retry", round=number)
-        log.emit("progress")
-        log.emit("round", round=number)
-    log.emit("resume", round=2)
-    whole = read(path)
-    rewind(path, round_number)
-    assert read(path) == whole[:count]
+    assert len(read(path)) == 3
+    rewind(path, mark)
+    assert read(path) == whole
+    assert EventLog(path).commit() == mark
+    rewind(path, mark)
+    assert read(path) == whole
+
+
+DAMAGES = {
+    "lost": lambda path, data: path.unlink(),
+    "empty": lambda path, data: path.write_bytes(b""),
+    "halved": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "zeroed": lambda path, data: path.write_bytes(bytes(len(data))),
+    "a bit": lambda path, data: path.write_bytes(data[:30] + bytes([data[30] ^ 1]) + data[31:]),
+    "a line less": lambda path, data: path.write_bytes(data.split(b"\n", 1)[1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_events_that_were_damaged_since_are_refused(tmp_path, log, damage):
+    _, _, mark = log
+    path = tmp_path / "metrics.jsonl"
+    DAMAGES[damage](path, path.read_bytes())
+    with pytest.raises(ResumeError, match=rf"metrics\.jsonl: .* damaged .*\(\d+ of {mark.size} bytes"):
+        rewind(path, mark)
+
+
+def test_an_event_that_is_nested_without_end_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: not an event"):
+        read(path)
 
 
 def test_a_run_killed_in_its_first_round_keeps_its_start(toy):

@@ -121,7 +121,7 @@ def test_summary_has_the_promised_shape_and_figures():
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
         "task", "clients", "mean", "worst", "macro_f1", "rounds", "seconds", "bytes_up", "bytes_down", "base_model",
-        "config_digest",
+        "config_digest", "unscored", "anew",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
         "id", "n_train", "n_test", "cut", "lost", "base", "local", "global", "personalised", "macro_f1",
@@ -168,7 +168,8 @@ def test_mean_and_worst_are_over_clients_that_have_every_figure():
     assert whole.complete == whole.clients
     console = Console(file=StringIO(), width=100)
     show_summary(part, console)
-    assert "mean and worst are over the 6 of 8 clients that have all figures" in console.file.getvalue()
+    text = " ".join(console.file.getvalue().split())
+    assert f"mean and worst are over the 6 of 8 clients that have all figures; {CLIENTS[0]}: " in text
     none = summarise([{**e, "stages": {}} for e in make_events(CLIENTS) if e["event"] == "evaluation"], BASE, "cd")
     assert (len(none.clients), none.complete, none.mean.base) == (8, (), None)
 
@@ -236,7 +237,26 @@ def test_report_tells_all_that_went_wrong(tmp_path):
     assert f"2, attempt 1{CLIENTS[2]}cut short" in seen
     assert f"Round 2, attempt 1: {CLIENTS[3]}; Round 4: tweets-1." in seen
     assert f"These clients could not be scored. stageclientreason evaluate{CLIENTS[1]}the loss is NaN" in seen
-    assert "Mean and worst are over the 7 of 8 clients that have all figures." in seen
+    assert f"mean and worst are over the 7 of 8 clients that have all figures; {CLIENTS[1]}: the loss is NaN" in seen
+
+
+def test_who_is_not_in_the_mean_and_who_lost_its_state_is_said_everywhere(tmp_path):
+    """Of eight clients one was not connected at the end, and one had lost what it kept."""
+    gone, anew = CLIENTS[0], CLIENTS[1]
+    events = [e for e in make_events(CLIENTS) if not (e["event"] == "evaluation" and e["client"] == gone)]
+    events.append({"event": "failed", "time": 0.0, "stage": "evaluate", "client": gone, "reason": "it is away"})
+    events.append({"event": "anew", "time": 0.0, "client": anew, "round": 6, "kept": 0, "accepted": 5})
+    summary = summarise(events, BASE, "cd")
+    assert (summary.unscored, summary.anew) == ({gone: "it is away"}, (anew,))
+    console = Console(file=StringIO(), width=400)
+    show_summary(summary, console)
+    page = " ".join(Page(write_report(make_run(tmp_path, events)).read_text(encoding="utf-8")).text.split())
+    for said in (
+        f"over the 7 of 8 clients that have all figures; {gone}: it is away",
+        f"state was lost and begun anew, so the figures are not what they would be: {anew}",
+    ):
+        assert said in console.file.getvalue()
+        assert said in page
 
 
 @pytest.mark.parametrize(("clients", "rounds"), [(1, 1), (40, 30)])

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import toy_app
 from toy_federation import config, write_initial
 
-from molehill.errors import FederationError
+from molehill.errors import DeployError, FederationError
 from molehill.wire.store import load_tree
 from molehill_server import app as server
 from molehill_simulation.engine import run_local
@@ -32,11 +33,11 @@ def no_fsync(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
-def run(settings, out, observer=None, app="toy_app:app"):
+def run(settings, out, observer=None, app="toy_app:app", client_app=toy_app.app):
     out.mkdir(exist_ok=True)
     if not (out / "initial.safetensors").exists():
         write_initial(out)
-    run_local(settings, out, toy_app.app, server.app, observer, app)
+    run_local(settings, out, client_app, server.app, observer, app)
     return load_tree(out / "final.safetensors")[0]
 
 
@@ -62,6 +63,24 @@ def test_two_workers_do_what_one_process_does(tmp_path):
     assert rounds(tmp_path / "shared") == rounds(tmp_path / "alone")
     assert not (tmp_path / "shared" / "exchange").exists()
     assert children() == before
+
+
+def test_a_full_disk_in_a_worker_ends_the_run_in_words(tmp_path):
+    """It is no reply of a client: without the clients of that worker the run would measure something else."""
+    app = "import errno\nimport os\nimport toy_app\n\n\ndef app(message, context):\n"
+    app += "    if message.metadata.message_type == 'train':\n"
+    app += "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'round-000001.sealed')\n"
+    app += "    return toy_app.app(message, context)\n"
+    (tmp_path / "full_disk.py").write_text(app)
+    settings = config(round={"quorum": 0.25})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        for name, each in (("alone", settings), ("shared", workers_of(settings))):
+            with pytest.raises(
+                DeployError, match=r"round-000001\.sealed: the run cannot go on: No space left"
+            ) as caught:
+                run(each, tmp_path / name, app="full_disk:app", client_app=import_module("full_disk").app)
+            assert caught.value.exit_code == 11
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_clear_error_and_it_can_be_resumed(tmp_path):

@@ -53,6 +53,7 @@ class House:
             "scopes": ANCHORED,
             "steps": self.config.train.steps,
             "seed": 5,
+            "accepted": max(round_ - 1, 0),
             "codec": self.config.wire.up,
         }
         plan = ClientPlan.model_validate({**given, **values})

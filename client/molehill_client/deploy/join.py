@@ -213,7 +213,7 @@ def _runtime(state: Path) -> Iterator[Path]:
 
 def _noted(state: Path) -> Joined | None:
     try:
-        return Joined(**json.loads((state / "joined.json").read_text(encoding="utf-8")))
+        return Joined(**files.parse_json((state / "joined.json").read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 

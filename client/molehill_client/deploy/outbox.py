@@ -76,10 +76,10 @@ class Outbox:
 
     def _read(self) -> dict[str, str]:
         try:
-            note: dict[str, str] = json.loads(self._note.read_text(encoding="utf-8"))
+            note = files.parse_json(self._note.read_bytes())
         except (OSError, ValueError):
             return {}
-        return note
+        return note if isinstance(note, dict) else {}
 
 
 def _hash(text: str) -> str:

@@ -96,6 +96,8 @@ class Trainer:
     def __init__(self, post: Post) -> None:
         self._post = post
         self._state = Path(post.state)
+        for folder in ("runs", "outbox"):  # a trainer that was killed wrote there
+            files.sweep(self._state / folder)
         passphrase = read_passphrase(Path(post.passphrase_file) if post.passphrase_file else None)
         self._identity = Identity.load(Path(post.identity), passphrase=passphrase)
         self._met: Introduction | None = None
@@ -127,7 +129,8 @@ class Trainer:
         """
         began = time.monotonic()
         try:
-            answer = self._answer(request)
+            with files.told("the trainer", self._state):
+                answer = self._answer(request)
         except MolehillError as error:
             self._note(f"failed: {request.kind}", error=str(error))
             raise error if request.kind == "score" else self._told(error) from None
@@ -393,6 +396,7 @@ def main(text: str) -> None:
         text: A `Post` as JSON.
     """
     logs.begin()
+    os.umask(0o077)  # whatever is written here is the owner's own
     post = Post(**json.loads(text))
     for number in range(torch.cuda.device_count()):  # whichever is used
         torch.cuda.set_per_process_memory_fraction(post.gpu_memory, number)
@@ -403,7 +407,6 @@ def main(text: str) -> None:
     except MolehillError as error:
         sys.exit(f"error: {error}")
     with socket.socket(socket.AF_UNIX) as listener:
-        os.umask(0o077)
         listener.bind(str(path))
         listener.listen()
         serve(listener, trainer.answer, trainer.status)

@@ -45,11 +45,20 @@ class Office:
         self._state = state
 
     def job(self) -> Job | None:
-        """The run that was started last."""
+        """The run that was started last.
+
+        Raises:
+            DeployError: The note of it is damaged.
+        """
         try:
-            return Job(**json.loads((self._state / "run.json").read_text(encoding="utf-8")))
+            return Job(**files.parse_json((self._state / "run.json").read_bytes()))
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError):
+            mend = "Remove it, and go on with: molehill server run --resume"
+            raise DeployError(
+                "the note of the run is damaged", where=str(self._state / "run.json"), mend=mend
+            ) from None
 
     def note(self, job: Job) -> None:
         """Write down what is worked on."""

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from molehill import __version__, errors, locks
+from molehill import __version__, errors, files, locks
 from molehill.config import Config
-from molehill.errors import ConfigError, DeployError, MolehillError, ResumeError
+from molehill.errors import ConfigError, DeployError, ResumeError
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.check import require
 from molehill_server.deploy.control import RunStatus
 from molehill_server.deploy.office import Office
 from molehill_server.deploy.up import Running, exchange_folder, require_running
-from molehill_server.folder import write_config
+from molehill_server.folder import elsewhere, write_config
 
 _DETECTION = 120.0  # seconds of a round in which a machine that died is noticed and the round still goes on
 _POLL = 1.0  # seconds between two looks at the events
@@ -59,7 +59,8 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         _log.warning(text, config.round.deadline, _DETECTION)
     up, office = require_running(state), Office(state)
     mend = "Wait for it, or stop it: molehill server stop --run"
-    with locks.hold(state, "another `server run` is at work", mend, "run.lock"):
+    lock = locks.hold(state, "another `server run` is at work", mend, "run.lock")
+    with lock, files.private(), files.told("the run", out):
         _require_idle(office, out)
         if (out / "config.toml").exists():
             write_config(config, out)  # refuses another configuration before anything is loaded
@@ -77,6 +78,8 @@ def _require_idle(office: Office, out: Path) -> None:
         if status is not None and status.unfinished:
             mend = "Wait for it, or stop it: molehill server stop --run"
             raise DeployError("the coordinator works on another run", where=job.out, mend=mend)
+    if (job is None or job.out != str(out.resolve())) and locks.held(out):
+        raise elsewhere(out)  # a simulation, or the run of another coordinator
     office.stop_others(_AWAY)
 
 
@@ -114,7 +117,7 @@ def _follow(office: Office, given: dict[str, str | int], out: Path, observe: Obs
         for event in next(events):
             observe(event)
         if error.exists():
-            raise _said(json.loads(error.read_text(encoding="utf-8")))
+            raise _said(error)
         if status is not None and status.outcome == "completed":
             return
         noted = office.job()
@@ -126,10 +129,12 @@ def _follow(office: Office, given: dict[str, str | int], out: Path, observe: Obs
     )
 
 
-def _said(error: Mapping[str, str]) -> MolehillError:
+def _said(path: Path) -> errors.MolehillError:
     """The error with which the server process ended."""
-    kind = getattr(errors, error["kind"], MolehillError)
-    return kind(error["what"], where=error["where"], mend=error["mend"])
+    try:
+        return errors.from_dict(files.parse_json(path.read_bytes()))
+    except (ValueError, KeyError, TypeError):
+        return DeployError("the server process ended, and what it said is damaged", where=str(path))
 
 
 def _wait(

@@ -89,7 +89,7 @@ def running(state: Path) -> Running | None:
     """The coordinator of a folder; None when none is up."""
     if locks.held(state):
         with contextlib.suppress(FileNotFoundError):
-            return Running(**json.loads((state / "up.json").read_text(encoding="utf-8")))
+            return Running(**files.parse_json((state / "up.json").read_bytes()))
     return None
 
 

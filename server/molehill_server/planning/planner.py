@@ -90,7 +90,9 @@ class Planner:
         self._base = base
         self._last: tuple[int, tuple[Scopes, tuple[int, ...]]] = (-1, ((), ()))
 
-    def plan(self, client: str, round_number: int, layout: Layout, blobs: Mapping[str, str], turn: int) -> ClientPlan:
+    def plan(
+        self, client: str, round_number: int, layout: Layout, blobs: Mapping[str, str], turn: int, accepted: int = 0
+    ) -> ClientPlan:
         """Write the plan of one client.
 
         Args:
@@ -99,6 +101,7 @@ class Planner:
             layout: Layout of the shared model.
             blobs: Digests to fetch by group.
             turn: Number of the client in the run, for what is dealt to clients in turn.
+            accepted: Last round in which a delta of this client was used.
 
         Returns:
             The plan.
@@ -118,6 +121,7 @@ class Planner:
             seed=seed(config, round_number, client),
             codec=config.wire.up,
             clip=config.privacy.clip,
+            accepted=accepted,
         )
 
     def _decided(self, round_number: int) -> tuple[Scopes, tuple[int, ...]]:

@@ -5,6 +5,7 @@ A client helps with one sum per round only. So a server that dies in between mus
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ class Journal:
     """At most one masked sum.
 
     Args:
-        path: The file: a line of JSON for each of progress and facts, then the numbers.
+        path: The file: a line of JSON for each of progress and facts, a line with the SHA-256 of all the rest, then the
+            numbers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,8 +74,9 @@ class Journal:
 
     def keep(self, entry: Entry) -> None:
         """Write the sum, in place of an earlier one."""
-        lines = (entry.progress.model_dump_json(), entry.facts.model_dump_json(), "")
-        write(self._path, "\n".join(lines).encode() + entry.total.astype("<u8", copy=False).tobytes())
+        progress, facts = entry.progress.model_dump_json().encode(), entry.facts.model_dump_json().encode()
+        numbers = entry.total.astype("<u8", copy=False).tobytes()
+        write(self._path, b"\n".join((progress, facts, _digest(progress, facts, numbers), numbers)))
 
     def load(self, run: str, round_: int) -> Entry | None:
         """The sum of this round, if it was kept.
@@ -82,7 +85,7 @@ class Journal:
             ResumeError: The file is damaged.
         """
         try:
-            progress, facts, numbers = self._path.read_bytes().split(b"\n", 2)
+            progress, facts, numbers = _whole(self._path.read_bytes())
             entry = Entry(
                 Progress.model_validate_json(progress),
                 Facts.model_validate_json(facts),
@@ -102,3 +105,17 @@ class Journal:
     def drop(self) -> None:
         """Forget the sum: its round is committed."""
         self._path.unlink(missing_ok=True)
+
+
+def _whole(data: bytes) -> tuple[bytes, bytes, bytes]:
+    progress, facts, known, numbers = data.split(b"\n", 3)
+    if known != _digest(progress, facts, numbers):
+        raise ValueError("it does not fit its digest")
+    return progress, facts, numbers
+
+
+def _digest(*parts: bytes) -> bytes:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little") + part)
+    return total.hexdigest().encode()
