@@ -158,14 +158,41 @@ def test_the_image_is_made_of_what_is_there():
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert all((ROOT / name).exists() for name in sent)
     packages = {name.partition("/")[0] for name in _wheel()["packages"]}
-    assert {*packages, "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == sent
-    stub = " ".join(lines)
-    assert all(package in stub for package in _wheel()["packages"])
+    assert {*packages, "pyproject.toml", "constraints.txt", "requirements", "README.md", "LICENSE"} == sent
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     users = [line for line in lines if line.startswith("USER")]
     assert users
     assert "root" not in users[-1]
-    assert all("--no-cache-dir" in line for line in lines if re.search(r"\bpip (install|wheel)\b", line))
-    assert "-c /opt/constraints.txt" in stub
+    installs = [line for line in text.splitlines() if re.search(r"\bpip (install|wheel)\b", line)]
+    assert all("--no-cache-dir" in line and "--no-deps" in line for line in installs)
+    for line in installs:  # by hash, but for our own wheel and for torch, of which every index has builds of its own
+        assert "--require-hashes" in line or "/wheels" in line or "TORCH_INDEX" in line, line
+    (extras,) = re.findall(r"^ARG EXTRAS=(.*)$", text, re.MULTILINE)
+    assert (ROOT / "requirements" / f"{extras.replace(',', '-')}.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("base", "right"),
+    [
+        (f"python@sha256:{'0' * 64}", True),
+        (f"docker.io/library/python:3.11-slim@sha256:{'a1' * 32}", True),
+        ("python:3.11-slim", False),
+        ("python@sha256:12", False),
+        (f"python@sha256:{'0' * 64}0", False),
+        ("", False),
+    ],
+)
+def test_the_image_is_built_on_a_digest_only(base, right):
+    """The very check of the Dockerfile, since a build would need Docker and a registry."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"${BASE}"}
+    (check,) = re.findall(r"^RUN (echo \"\$\{BASE\}\" .*)$", text, re.MULTILINE)
+    done = subprocess.run(
+        ["sh", "-c", check], env={**os.environ, "BASE": base}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) is right
+    assert right or "no digest: give --build-arg BASE=" in done.stderr
+    assert COMPOSE["x-machine"]["build"]["args"]["BASE"] == "${MOLEHILL_IMAGE_BASE:-python:3.11-slim}"
 
 
 def _wheel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -34,6 +36,40 @@ def test_every_dependency_is_pinned_within_its_range(line):
     (pin,) = (pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(requirement.name))
     (version,) = (spec.version for spec in pin.specifier)
     assert requirement.specifier.contains(version)
+
+
+def entries(path):
+    """Requirement and hashes of every entry of a hashed file."""
+    text = "".join(line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[0] != "#")
+    for entry in text.replace("\\\n", " ").splitlines():
+        requirement, *hashes = entry.split(" --hash=")
+        yield Requirement(requirement.strip()), [each.strip() for each in hashes]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda path: path.stem)
+def test_every_hashed_requirement_is_the_pinned_one_and_has_hashes(path):
+    pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in PINS}
+    for requirement, hashes in entries(path):
+        assert str(requirement.specifier).startswith("==")
+        assert pins.get(canonicalize_name(requirement.name), str(requirement.specifier)) == str(requirement.specifier)
+        assert hashes
+        assert all(re.fullmatch("sha256:[0-9a-f]{64}", each) for each in hashes)
+
+
+@pytest.mark.parametrize("extras", ["client", "simulation", "edge", "demo,privacy"])
+def test_a_hashed_file_has_all_that_its_extra_needs(extras):
+    spec = importlib.util.spec_from_file_location("pins", ROOT / "scripts/pins.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert extras in script.EXTRAS
+    needed: dict[str, frozenset[str]] = {}
+    script.needed("molehill", frozenset(extras.split(",")), needed)
+    files = [ROOT / "requirements" / f"{name}.txt" for name in (extras.replace(",", "-"), "torch")]
+    named = {canonicalize_name(each.name) for path in files for each, _ in entries(path)}
+    assert set(needed) - named == {"molehill"}
+    builds = {canonicalize_name(each.name) for each, _ in entries(ROOT / "requirements/build.txt")}
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert {canonicalize_name(Requirement(line).name) for line in wanted} <= builds
 
 
 def test_the_demo_can_be_made_again(tmp_path):
