@@ -14,10 +14,10 @@ from molehill.config import Config
 
 Moment = Literal["run", "evaluate", "train.baseline"]
 
-# What a reply needs to be matched with its question; of it, lengths in bytes follow from the delta.
+# What a reply needs to be matched with its question, or why there is none; lengths in bytes follow from the delta.
 ADDRESS = {
     "Hello": {"client", "version"},
-    "ClientReply": {"client", "round", "delta", "bytes_up", "bytes_down"},
+    "ClientReply": {"client", "round", "delta", "bytes_up", "bytes_down", "unusable"},
     "EvaluationReply": {"client"},
     "Delta": {"run", "round", "client", "base", "tree", "codec"},
 }
