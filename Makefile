@@ -22,7 +22,7 @@ test: .venv/dev.stamp  ## The whole gate: what CI runs
 check: .venv/dev.stamp  ## The gate without the tests: seconds
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check static
 
-nightly: .venv/dev.stamp  ## Twenty kills of processes at random moments, with the table of what became of them: half an hour
+nightly: .venv/dev.stamp  ## Twenty-nine kills of processes at random moments, with the table of what became of them: half an hour
 	PATH="$(CURDIR)/$(BIN):$$PATH" MOLEHILL_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s tests/deploy/test_faults.py
 
 docs: .venv/dev.stamp  ## Write the generated pages of docs/reference
