@@ -17,8 +17,8 @@ Moment = Literal["run", "evaluate", "train.baseline"]
 # What a reply needs to be matched with its question, or why there is none; lengths in bytes follow from the delta.
 ADDRESS = {
     "Hello": {"client", "version"},
-    "ClientReply": {"client", "round", "delta", "bytes_up", "bytes_down", "unusable"},
-    "EvaluationReply": {"client"},
+    "ClientReply": {"client", "round", "delta", "bytes_up", "bytes_down", "unusable", "started"},
+    "EvaluationReply": {"client", "started"},
     "Delta": {"run", "round", "client", "base", "tree", "codec"},
 }
 
