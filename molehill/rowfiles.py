@@ -71,12 +71,16 @@ def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
     data = sys.stdin.buffer.read() if where == STDIN else _bytes(path)
     text = _text(path, data)
     reader = _READERS.get(suffix(path)) or _READERS.get(_guess(text), _plain)
+    place = ""
     for place, row in reader(text, where):
         if column not in row:
             mend = f"Columns there: {', '.join(row)}. Name the text so."
             raise DataError(f"the row has no {column!r}", where=place, mend=mend)
         text_of(row[column], column, place)
         yield place, row
+    if not place:
+        what = f"there are no rows; a CSV or TSV file begins with the names of its columns, one of them {column!r}"
+        raise DataError(what, where=where, mend="Give a file with at least one row.")
 
 
 def require_text(value: Any, column: str, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 
 import pytest
@@ -242,6 +243,7 @@ def test_a_machine_reads_its_policy_again_for_every_run_and_notes_what_it_agreed
     status = json.loads(machine.trainer.status(Request("status")))
     assert status["agreed"].startswith("agreed to run 'tiny': at most 2 rounds of 2 steps")
     assert first["digest"][:12] in status["agreed"]
+    assert re.search(r"Tokens of the \d+ rows: half have up to \d+ tokens", status["lengths"])
     word("[limits]\nrounds = 2\n")
     with pytest.raises(MolehillError) as caught:  # in the words that go to the coordinator
         machine(run={"name": "tiny", "rounds": 3})
