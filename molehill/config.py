@@ -486,14 +486,15 @@ def _without_none(value: Any) -> Any:
 
 
 def method_refs(config: Config) -> Iterator[tuple[str, str, MethodRef]]:
-    """Yield ``(dotted key, axis, reference)`` for every method a configuration names."""
+    """Yield ``(dotted key, axis, reference)`` for every method a configuration names, not for what is left out."""
     for section_name in type(config).model_fields:
         section = getattr(config, section_name)
         for name, info in type(section).model_fields.items():
             value = getattr(section, name)
             for axis in _axes_of(info):
                 for ref in value if isinstance(value, tuple) else (value,):
-                    yield f"{section_name}.{name}", axis, ref
+                    if ref is not None:
+                        yield f"{section_name}.{name}", axis, ref
 
 
 def _axes_of(info: Any) -> Iterator[str]:

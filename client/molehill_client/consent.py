@@ -73,7 +73,7 @@ def _named(ref: Any) -> str:
 
 def _keeper(key: Key, config: Config, decided: Any) -> str:
     """The configuration key that keeps a tensor from being shared; empty when none does."""
-    scope = getattr(decided, key.kind)
+    scope = getattr(decided, key.kind, "frozen")  # of a kind that the policy does not know, nothing was agreed
     if scope is not None:
         return "" if scope == "shared" else "federation.policy"
     if key.kind == "head":

@@ -135,10 +135,11 @@ def train(
         where: Client and round, for error messages.
 
     Returns:
-        Mean losses and the gate mass of every expert over all steps, for every client.
+        Mean losses and the gate mass of every expert over all steps, for every client. A step without a prediction
+        counts for no mean and gives no gradient.
 
     Raises:
-        TrainingError: A loss or a gradient is not finite, or nothing is trained.
+        TrainingError: A loss or a gradient is not finite, nothing is trained, or a client has nothing to predict.
         UntrainableError: That is so before the first step was taken, or the first loss was absurd already.
     """
     ranges = _trained(model, settings, scope)
@@ -147,7 +148,7 @@ def train(
     pull = settings.regulariser
     received = model.values.clone() if pull else model.values
     optimiser = _optimiser(model, ranges, settings.decay)
-    total = torch.zeros(1 + len(losses), len(streams))
+    total, learnt = torch.zeros(1 + len(losses), len(streams)), torch.zeros(len(streams))
     sound = False  # the loss before the first step
     with _training(model, records=bool(losses)):
         for step in range(steps):
@@ -157,7 +158,7 @@ def train(
             for group, part in zip(optimiser.param_groups, ranges, strict=True):
                 group["lr"] = part.rate * factor
             model.grads.zero_()
-            found = _accumulate(model, streams, objective, losses, settings.accumulation)
+            found, predictions = _accumulate(model, streams, objective, losses, settings.accumulation)
             sound = sound or (step == 0 and float(found[0].max()) < _ABSURD)
             _require_finite(found[0].tolist(), settings, where, step, sound=sound and step > 0)
             if pull:
@@ -168,10 +169,14 @@ def train(
                 _clip(grad, ranges, settings, where, step, sound=sound and step > 0)
             optimiser.step()
             total += found
+            learnt += predictions > 0
             if observe is not None:
                 observe(step + 1, steps)
+    if not learnt.all():
+        mend = "Raise task.max_length, or see that every row has an answer."
+        raise TrainingError(f"no batch of {steps} steps holds anything to predict", where=where, mend=mend)
     results = []
-    for client, (loss, *extra) in enumerate((total / steps).t().tolist()):
+    for client, (loss, *extra) in enumerate((total / learnt).t().tolist()):
         model.select(client)
         results.append(
             Result(loss, {loss[0]: value for loss, value in zip(losses, extra, strict=True)}, model.tokens())
@@ -202,20 +207,22 @@ def _accumulate(
     objective: Objective,
     losses: Sequence[tuple[str, float, RoutingLoss]],
     accumulation: int,
-) -> Tensor:
-    """Gradients of one optimiser step; micro-batches count by their number of predictions.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one optimiser step; micro-batches count by their number of predictions, without any they count 0.
 
     Returns:
-        By client, the objective and then every routing loss, ``[1 + losses, C]``.
+        By client, the objective and then every routing loss, ``[1 + losses, C]``; and the predictions, ``[C]``.
     """
     micro = [[next(stream) for stream in streams] for _ in range(accumulation)]
     sizes = torch.tensor([[_predictions(batch.labels) for batch in batches] for batches in micro], dtype=torch.float32)
     found = torch.zeros(1 + len(losses), len(streams))
-    for batches, shares in zip(micro, sizes / sizes.sum(0), strict=True):
+    predictions = sizes.sum(0)
+    for batches, shares in zip(micro, sizes / predictions.clamp(min=1), strict=True):
         batch = join(batches) if len(batches) > 1 else batches[0]
         forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
         parts = forward.by_client(len(batches), len(batches[0]))
-        values = [torch.stack([objective(part) for part in parts])]
+        # The mean over no predictions is not a number, and neither is anything of its gradient.
+        values = [torch.stack([objective(part) if len(part.labels) else part.scores.sum() for part in parts])]
         values += [torch.stack([function(part.records) for part in parts]) for _, _, function in losses]
         del forward, parts  # the logits are the largest tensor of a pass, and the backward needs them no more
         weights = shares.to(model.flat.device)
@@ -223,9 +230,9 @@ def _accumulate(
         with warnings.catch_warnings():
             # The gradients of stacked clients are not contiguous, which autograd mentions once.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-            (loss * weights if accumulation > 1 else loss).sum().backward()
+            (loss * weights).sum().backward()
         found += torch.stack(values).detach().cpu() * shares
-    return found
+    return found, predictions
 
 
 def _predictions(labels: Tensor) -> int:

@@ -260,3 +260,50 @@ def test_schedules_fall_from_one(kind, end):
     assert factors[0] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(end)
     assert factors == sorted(factors, reverse=True)
+
+
+def silent(architecture="llama"):
+    """A batch of which no token is to be predicted."""
+    one = Batch(**batch(architecture, rows=3))
+    one.labels[:] = -100
+    return one
+
+
+def test_a_micro_batch_without_predictions_counts_for_nothing():
+    data = batches("llama", count=2)
+    alone, beside = model_of("llama"), model_of("llama")
+    one = fit(alone, data[:1], steps=2)
+    two = fit(beside, [data[0], silent()], steps=2, accumulation=2)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    torch.testing.assert_close(beside.flat, alone.flat, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_without_predictions_gives_no_gradient_and_no_loss():
+    data = batches("llama", count=1)
+    alone, between = model_of("llama"), model_of("llama")
+    one = fit(alone, data, steps=1)
+    two = fit(between, [data[0], silent()], steps=2)
+    assert math.isfinite(two.loss)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    assert between.grad.abs().max() == 0
+    assert torch.isfinite(between.flat).all()
+
+
+def test_beside_a_client_without_predictions_another_one_trains_as_alone():
+    data = batches("llama", count=1)
+    alone = model_of("llama")
+    want = fit(alone, data, steps=1)
+    both = model_of("llama")
+    both.stack(2)
+    both.values[:] = both.values[0].clone()
+    with pytest.raises(TrainingError, match="anything to predict"):
+        train(both, [itertools.cycle(data), itertools.cycle([silent()])], SFT(), (), Settings(rates=RATES),
+              lambda _: "shared", steps=1)  # fmt: skip
+    torch.testing.assert_close(both.values[0], alone.flat, rtol=1e-4, atol=1e-6)
+    assert torch.isfinite(both.values[1]).all()
+    assert math.isfinite(want.loss)
+
+
+def test_a_client_that_has_nothing_to_predict_is_told_what_to_do():
+    with pytest.raises(TrainingError, match=r"no batch of 2 steps holds anything to predict\. Raise task\.max_length"):
+        fit(model_of("llama"), [silent()], steps=2)

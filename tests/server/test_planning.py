@@ -7,8 +7,9 @@ import pytest
 from toy_federation import BASE, GATE, HEAD, RANK, SITE, config, initial
 
 from molehill import registry
-from molehill.errors import ConfigError
+from molehill.errors import ConfigError, ModelError
 from molehill.wire.keys import Key
+from molehill.wire.tree import Layout
 from molehill_server.planning.planner import Planner, expected, scopes, seed, select
 
 A, B = Key(SITE, "e0", "A"), Key(SITE, "e0", "B")
@@ -152,3 +153,13 @@ def test_every_policy_gives_scopes():
     for method in registry.methods("policy"):
         patterns = scopes(config(federation={"policy": method.name}), 1)
         assert {scope for _, scope in patterns} <= {"shared", "personal", "frozen"}
+
+
+def test_a_tensor_of_a_kind_that_no_policy_decides_on_is_refused_and_not_left_untrained():
+    layout = Layout({**initial().layout, Key(SITE, "e0", "scale"): (3,)})
+    with pytest.raises(
+        ModelError, match=rf"{SITE}/e0/scale: no policy decides on tensors of kind 'scale'.*dense\.scale"
+    ):
+        Planner(config(), BASE).plan("c00", 1, layout, {}, 0)
+    known = Layout({**initial().layout, Key(SITE, "e0", "dense.scale"): (3,)})
+    assert Planner(config(), BASE).plan("c00", 1, known, {}, 0).scope(Key(SITE, "e0", "dense.scale")) == "shared"

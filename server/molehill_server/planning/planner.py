@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from molehill import registry
 from molehill.config import Config
+from molehill.errors import ModelError
 from molehill.plan import ClientPlan, Scope
 from molehill.wire.keys import Key
 from molehill.wire.tree import Layout
-from molehill_server.planning.shares import Shares
+from molehill_server.planning.shares import KINDS, Shares
 
 Scopes = tuple[tuple[str, Scope], ...]
 
@@ -105,8 +106,18 @@ class Planner:
 
         Returns:
             The plan.
+
+        Raises:
+            ModelError: The model has a tensor of a kind that no policy decides on: it would never be trained.
         """
         config = self._config
+        strange = next((key for key in layout if key.kind not in KINDS), None)
+        if strange is not None:
+            raise ModelError(
+                f"no policy decides on tensors of kind {strange.kind!r}",
+                where=strange.name,
+                mend=f"Have its method name it as one of {', '.join(sorted(KINDS))}, for example dense.{strange.kind}.",
+            )
         patterns, ranks = self._decided(round_number)
         return ClientPlan(
             run=config.run.name,
