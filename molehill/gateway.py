@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from molehill.logs import Seldom
 from molehill.loopback import LOOPBACK, Pair
 
 Scope = MutableMapping[str, Any]
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 # Says why a call, of which it is given path and body, is not forwarded: status and reason; None lets it pass.
 Refuse = Callable[[str, bytes], tuple[int, str] | None]
+# Told about every call that was answered: path and status.
+Heard = Callable[[str, int], None]
 
 
 class Gateway:
@@ -46,11 +49,19 @@ class Gateway:
         target: Where calls go on to, ``https://HOST:PORT``.
         context: TLS to there.
         refuse: Looks at every call that is to be forwarded.
+        heard: Hears of every call that was answered.
     """
 
-    def __init__(self, target: str, context: ssl.SSLContext, refuse: Refuse = lambda *_: None) -> None:
+    def __init__(
+        self,
+        target: str,
+        context: ssl.SSLContext,
+        refuse: Refuse = lambda *_: None,
+        heard: Heard = lambda *_: None,
+    ) -> None:
         self._target = target
-        self._refuse = refuse
+        self._refuse, self._heard = refuse, heard
+        self._seldom = Seldom()
         self._client = httpx.AsyncClient(verify=context, timeout=60.0, trust_env=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +82,8 @@ class Gateway:
         refused = self._refuse(path, bytes(body))
         if refused is not None:
             status, reason = refused
-            _log.warning("refused %s with %d: %s", path, status, reason)
+            if (more := self._seldom((path, reason))) is not None:
+                _log.warning("refused %s with %d: %s%s", path, status, reason, more)
             await _answer(send, status)
             return
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _HOP]
@@ -80,6 +92,7 @@ class Gateway:
         except httpx.HTTPError:
             await _answer(send, 503)  # it is being restarted; nodes try again
             return
+        self._heard(path, reply.status_code)
         kept = [(name, value) for name, value in reply.headers.raw if name.lower() not in _HOP | {b"content-encoding"}]
         await _answer(send, reply.status_code, kept, reply.content)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
+import time
 import traceback
+from collections.abc import Hashable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +17,7 @@ from molehill.characters import harmless, survive
 
 VARIABLE = "MOLEHILL_LOG_JSON"
 _FIELDS = "molehill_fields"
+_KEPT = 1024  # things of which it is known when they were last said
 _OURS = (
     "molehill", "molehill_server", "molehill_client", "molehill_simulation", "molehill_edge", "molehill_export",
 )  # fmt: skip
@@ -87,6 +91,30 @@ def begin() -> None:
 def structured() -> bool:
     """Whether `use_json` was called."""
     return any(isinstance(handler, _Handler) for handler in logging.getLogger().handlers)
+
+
+class Seldom:
+    """Keeps what happens again and again, say a machine that is refused and tries once a second, out of logs.
+
+    Args:
+        every: Seconds after which the same thing is worth another line.
+    """
+
+    def __init__(self, every: float = 600.0) -> None:
+        self._every = every
+        self._seen: dict[object, tuple[float, int]] = {}
+
+    def __call__(self, what: Hashable) -> str | None:
+        """What to add to a line about this, to wit how often it was held back; None to hold it back."""
+        now = time.monotonic()
+        said, held = self._seen.pop(what, (-math.inf, 0))
+        if now - said < self._every:
+            self._seen[what] = said, held + 1
+            return None
+        self._seen[what] = now, 0
+        if len(self._seen) > _KEPT:
+            self._seen.pop(next(iter(self._seen)))
+        return f" ({held} times more since it was last said)" if held else ""
 
 
 def fields(**values: Any) -> dict[str, Any]:

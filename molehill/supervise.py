@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molehill import surroundings
 from molehill.errors import DeployError
 
 _MARK = "MOLEHILL_STATE"  # in the environment of every child: the folder it works in
@@ -24,14 +26,15 @@ _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
-def environment(state: Path) -> dict[str, str]:
+def environment(state: Path, *, outside: bool = True) -> dict[str, str]:
     """What children of a deployment get: no telemetry, no downloads, and Flower's files in our folder.
 
     Args:
         state: The folder that they work in.
+        outside: See `surroundings.variables`.
     """
     return {
-        **os.environ,
+        **surroundings.variables(outside=outside),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -43,12 +46,44 @@ def environment(state: Path) -> dict[str, str]:
 
 def reap(state: Path) -> None:
     """Kill what was left behind in a folder by a supervisor that was killed; only Linux can tell."""
+    for number in _working(state):
+        _log.warning("process %d was left behind and is killed", number)
+        with contextlib.suppress(OSError):
+            os.kill(number, signal.SIGKILL)
+
+
+def works(state: Path, command: str) -> bool | None:
+    """Whether a process of a folder runs a command; None where the system cannot tell."""
+    if not Path("/proc/self/environ").exists():
+        return None
+    return any(command in _words(number) for number in _working(state))
+
+
+def complaint(state: Path, command: str) -> str:
+    """What a command of a folder that ends at once says last; asked for its help only, since its output is lost."""
+    try:
+        done = subprocess.run(  # noqa: S603 - a command of ours, without a shell
+            [command, "--help"], env=environment(state), capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return _last(done.stderr or done.stdout) if done.returncode else "it said nothing"
+
+
+def _working(state: Path) -> Iterator[int]:
     mark = f"{_MARK}={state}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if mark in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                _log.warning("process %s was left behind and is killed", folder.name)
-                os.kill(int(folder.name), signal.SIGKILL)
+                yield int(folder.name)
+
+
+def _words(number: int) -> set[str]:
+    """File names of what a process was called with."""
+    with contextlib.suppress(OSError):
+        said = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
+        return {Path(word).name for word in said.split("\0")}
+    return set()
 
 
 def _die_with_parent() -> None:
@@ -68,18 +103,25 @@ class Limit:
     """When starting a child again does not help.
 
     Attributes:
-        ends: So many ends are too many,
-        within: in so many seconds.
+        ends: So many ends in a row are too many,
+        young: when each came within so many seconds of the start.
+        pause: Seconds before it is started again.
         said: Only ends count before which the child said this.
-        what: What it means, and
+        meanwhile: What it means, and
+        what: what it means when there were too many, and
         mend: what to do; empty for what the child said last.
     """
 
-    ends: int = 5
-    within: float = 60.0
+    ends: int = 3
+    young: float = 60.0
+    pause: float = 1.0
     said: str = ""
+    meanwhile: str = ""
     what: str = ""
     mend: str = ""
+
+
+_NEVER = Limit(ends=sys.maxsize)
 
 
 @contextlib.asynccontextmanager
@@ -88,9 +130,7 @@ async def child(
     command: Sequence[str],
     logs: Path,
     variables: Mapping[str, str],
-    *,
-    pause: float = 1.0,
-    limit: Limit | None = None,
+    limits: Sequence[Limit] = (Limit(),),
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Run a child, and start it again when it ends.
 
@@ -99,13 +139,12 @@ async def child(
         command: What to run.
         logs: Folder of the log.
         variables: Its environment, see `environment`.
-        pause: Seconds before it is started again.
-        limit: When to give up.
+        limits: When to give up; of several the first that fits what was said.
 
     Yields:
         A task that ends only when starting again does not help, with `DeployError`.
     """
-    task = asyncio.create_task(_keep(name, command, logs / f"{name}.log", variables, pause, limit or Limit()))
+    task = asyncio.create_task(_keep(name, command, logs / f"{name}.log", variables, limits))
     try:
         yield task
     finally:
@@ -115,11 +154,39 @@ async def child(
 
 
 async def _keep(
-    name: str, command: Sequence[str], log: Path, variables: Mapping[str, str], pause: float, limit: Limit
+    name: str, command: Sequence[str], log: Path, variables: Mapping[str, str], limits: Sequence[Limit]
 ) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    ends: list[float] = []
+    ends: Counter[Limit] = Counter()
     while True:
+        began = time.monotonic()
+        process, before = await _start(name, command, log, variables)
+        try:
+            code = await process.wait()
+        finally:
+            await _end(process)
+        said = _since(log, before)
+        last = _last(said)
+        limit = next(limit for limit in (*limits, _NEVER) if limit.said in said)
+        # One that lived longer, or ended for another reason, was well meanwhile.
+        ends = Counter({limit: ends[limit] + 1 if time.monotonic() - began < limit.young else 1})
+        if ends[limit] >= limit.ends:
+            what = limit.what or f"{name} ended {limit.ends} times, last with code {code}: {last}"
+            raise DeployError(what, where=str(log), mend=limit.mend)
+        what = limit.meanwhile or f"{name} ended with code {code} ({last}) and is started again; see {log}"
+        _log.warning("%s", what)
+        await asyncio.sleep(limit.pause)
+
+
+async def _start(
+    name: str, command: Sequence[str], log: Path, variables: Mapping[str, str]
+) -> tuple[asyncio.subprocess.Process, int]:
+    """Start a child; also how long its log was.
+
+    Raises:
+        DeployError: The system refuses it.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             before = out.tell()
             # A group of its own: Ctrl-C in the terminal is for us, and what the child starts ends with it.
@@ -132,20 +199,13 @@ async def _keep(
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
-        try:
-            code = await process.wait()
-        finally:
-            await _end(process)
-        said = _since(log, before)
-        last = next((line.strip() for line in reversed(said.split("\n")) if line.strip()), "it said nothing")
-        if limit.said in said:
-            now = time.monotonic()
-            ends = [at for at in ends if now - at < limit.within] + [now]
-            if len(ends) >= limit.ends:
-                what = limit.what or f"{name} ended {len(ends)} times, last with code {code}: {last}"
-                raise DeployError(what, where=str(log), mend=limit.mend)
-        _log.warning("%s ended with code %d and is started again; see %s", name, code, log)
-        await asyncio.sleep(pause)
+            return process, before
+    except OSError as error:
+        raise DeployError(
+            f"{name} cannot be started: {error.strerror}",
+            where=str(error.filename or command[0]),
+            mend="Mend it, then start again.",
+        ) from None
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
@@ -159,8 +219,15 @@ async def _end(process: asyncio.subprocess.Process) -> None:
                 return
 
 
+def _last(said: str) -> str:
+    return next((line.strip() for line in reversed(said.split("\n")) if line.strip()), "it said nothing")
+
+
 def _since(log: Path, offset: int) -> str:
-    """What was written to a log from an offset on; the end of it, if that is long."""
-    with log.open("rb") as file:
-        file.seek(max(offset, file.seek(0, os.SEEK_END) - 2**16))
-        return file.read().decode(errors="replace")
+    """What was written to a log from an offset on; the end of it, if that is long, and nothing, if it is gone."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(offset, file.seek(0, os.SEEK_END) - 2**16))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from molehill import logs
-from molehill.commands.common import Json, explained, print_json, say
-from molehill.errors import ConfigError
+from molehill import address, logs
+from molehill.commands.common import Json, on_machine, print_json, say
 from molehill.extras import needs
 
 app = typer.Typer(help="A machine with private rows that takes part in a federation.", no_args_is_help=True)
@@ -71,15 +70,15 @@ def join(
     ] = None,
 ) -> None:
     """Take part in a federation until Ctrl-C: train on the rows of this machine, which do not leave it."""
-    with explained():
+    with on_machine():
         with needs("client"):
             from molehill_client.deploy.join import Membership
             from molehill_client.deploy.join import join as run
 
         logs.begin()
-        host, port = _address(server)
+        host, port = address.parse(server)
         if exchange is not None:
-            _address(exchange)
+            exchange = address.join(*address.parse(exchange))
         member = Membership(
             host=host,
             port=port,
@@ -99,17 +98,10 @@ def join(
         run(
             member,
             ready=lambda own: say(Text(f"{own} has joined {server}; it trains when the coordinator asks")),
-            say=lambda text: say(Text.assemble(("warning: ", "bold yellow"), text)),
-            tell=lambda text: say(Text(text)),
+            tell=lambda text, **facts: say(Text(text), **facts),
+            warn=lambda text: say(Text.assemble(("warning: ", "bold yellow"), text)),
         )
         say(Text("left the federation"))
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{text!r} is no address", mend="Give HOST:PORT, as in lab.example.org:9440.")
-    return host.strip("[]"), int(port)
 
 
 @app.command()
@@ -119,7 +111,7 @@ def policy(
     as_json: Json = False,
 ) -> None:
     """Check what a run may ask of this machine, or write a careful policy."""
-    with explained(as_json):
+    with on_machine(as_json):
         with needs("client"):
             from molehill_client import policy as policies
 
@@ -145,7 +137,7 @@ def policy(
 @app.command()
 def status(state: State = _STATE, as_json: Json = False) -> None:
     """Show what this machine is doing, and what went wrong last."""
-    with explained(as_json):
+    with on_machine(as_json):
         with needs("client"):
             from molehill_client.deploy.join import status as ask
 
@@ -156,7 +148,7 @@ def status(state: State = _STATE, as_json: Json = False) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="dim")
         since = time.time() - found.pop("since")
-        for hidden in ("pid", "limit"):
+        for hidden in ("pid", "limit", "lines"):
             found.pop(hidden, None)
         for key, value in {**found, "for": f"{since:.0f} s"}.items():
             if value is not None:
@@ -173,7 +165,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score the last run's final model on this machine, shared and personalised; `client join` must be running."""
-    with explained(as_json):
+    with on_machine(as_json):
         with needs("client"):
             from molehill_client.deploy.join import require_joined
             from molehill_client.deploy.join import status as state_of
@@ -205,7 +197,7 @@ def forget(
     run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="all of them")] = None,
 ) -> None:
     """Remove this machine's personal gates, heads and last delta."""
-    with explained():
+    with on_machine():
         with needs("client"):
             from molehill_client.deploy.join import forget as remove
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from molehill import logs
 from molehill.characters import harmless
-from molehill.errors import ConfigError, IdentityError, MolehillError, ResumeError
+from molehill.errors import ConfigError, DeployError, IdentityError, MolehillError, ResumeError
 from molehill.locks import LOCK
 
 _log = logging.getLogger(__name__)
@@ -56,10 +56,26 @@ def on_disk(as_json: bool = False) -> Iterator[None]:
             raise IdentityError(f"cannot read or write there: {error.strerror}", where=where) from None
 
 
-def say(text: Text) -> None:
-    """Print one paragraph on standard error, wrapped on a terminal and on one line elsewhere."""
+@contextlib.contextmanager
+def on_machine(as_json: bool = False) -> Iterator[None]:
+    """As `explained`, for the processes of a deployment: what the system refuses them is told in one sentence."""
+    with explained(as_json):
+        try:
+            yield
+        except OSError as error:
+            what = f"the system refuses it: {error.strerror or error}"
+            raise DeployError(what, where=str(error.filename or ""), mend="Mend that, then try again.") from None
+
+
+def say(text: Text, **facts: Any) -> None:
+    """Print one paragraph on standard error, wrapped on a terminal and on one line elsewhere.
+
+    Args:
+        text: The paragraph.
+        facts: What it says, by name, for programs that read logs.
+    """
     if logs.structured():
-        _log.info("%s", text.plain)
+        _log.info("%s", text.plain, extra=logs.fields(**facts))
         return
     console = Console(stderr=True)
     console.print(text, soft_wrap=not console.is_terminal)

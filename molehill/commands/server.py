@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from molehill import logs
-from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json, say
+from molehill import address, logs
+from molehill.commands.common import INTERRUPTED, Json, claim, interrupted, on_machine, print_json, say
 from molehill.errors import DeployError
 from molehill.extras import needs
 
@@ -32,8 +32,8 @@ def up(
     identity: Annotated[Path, typer.Option(help="Identity folder of this server (molehill pki).")],
     state: State = _STATE,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where nodes come in.")] = 9440,
-    exchange_port: Annotated[int, typer.Option(help="Where nodes fetch and send adapters.")] = 9441,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where nodes come in.")] = 9440,
+    exchange_port: Annotated[int, typer.Option(min=1, max=65535, help="Where nodes fetch and send adapters.")] = 9441,
     passphrase_file: Annotated[
         Path | None, typer.Option(help="Its first line opens the key.", show_default=False)
     ] = None,
@@ -46,7 +46,7 @@ def up(
     ] = None,
 ) -> None:
     """Start the coordinator, and keep its processes running until Ctrl-C or `server stop`."""
-    with explained():
+    with on_machine():
         with needs("server"):
             from molehill_server.deploy.up import House, Running
             from molehill_server.deploy.up import up as run
@@ -54,10 +54,14 @@ def up(
         logs.begin()
 
         def ready(found: Running) -> None:
-            say(Text(f"nodes come in at {found.host}:{found.port}, adapters at {found.host}:{found.exchange_port}"))
+            nodes, adapters = (address.join(found.host, port) for port in (found.port, found.exchange_port))
+            say(Text(f"nodes come in at {nodes}, adapters at {adapters}"))
             say(Text(f"start a run with: molehill server run CONFIG --state {state}"))
 
-        run(House(identity, state, host, port, exchange_port, passphrase_file, revoked, blobs), ready)
+        run(
+            House(identity, state, address.require_host(host), port, exchange_port, passphrase_file, revoked, blobs),
+            ready,
+        )
         say(Text("the coordinator has ended"))
 
 
@@ -79,7 +83,7 @@ def run(
     Ctrl-C stops the run; with --resume and no CONFIG it goes on with the configuration in the run folder.
     """
     folder = None
-    with explained(as_json):
+    with on_machine(as_json):
         try:
             from molehill.config import load
             from molehill.errors import ConfigError
@@ -119,7 +123,7 @@ def run(
 @app.command()
 def status(state: State = _STATE, as_json: Json = False) -> None:
     """Show the coordinator, its nodes, and the run it works on."""
-    with explained(as_json):
+    with on_machine(as_json):
         with needs("server"):
             from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running
@@ -139,7 +143,9 @@ def status(state: State = _STATE, as_json: Json = False) -> None:
             print_json(document)
             return
         console = Console()
-        console.print(f"up as process {found.pid}, nodes at {found.host}:{found.port}", highlight=False)
+        console.print(
+            f"up as process {found.pid}, nodes at {address.join(found.host, found.port)}", markup=False, highlight=False
+        )
         table = Table(box=SIMPLE_HEAD)
         table.add_column("node")
         table.add_column("status")
@@ -158,7 +164,7 @@ def stop(
     only_run: Annotated[bool, typer.Option("--run", help="Stop the run only; it can be resumed.")] = False,
 ) -> None:
     """Stop the coordinator, and with it the run it works on."""
-    with explained():
+    with on_machine():
         with needs("server"):
             from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running

@@ -25,7 +25,7 @@ from molehill.pki.certificate import Certificate, alternative_names, parse_all, 
 
 Usage = Literal["client", "server"]
 
-LOOPBACK = ("localhost", "127.0.0.1")  # names that every server has
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # names that every server has
 
 _KEY, _NEW_KEY, _REQUEST, _CERT, _CA = "key.pem", "key.new.pem", "request.csr", "cert.pem", "ca.pem"
 

@@ -175,9 +175,15 @@ def _locate(base: config.Base) -> tuple[Path, str, str | None]:
         )
     except HFValidationError:
         raise ModelError("no such folder", where=base.model, mend="Give a folder or a hub id in base.model.") from None
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        httpx.HTTPError,
+        httpx.InvalidURL,
+    ) as error:  # the last of proxy variables
         raise ModelError(
-            f"no such folder, and the hub does not give it: {str(error).splitlines()[0]}",
+            f"no such folder, and the hub does not give it: {(str(error).splitlines() or [type(error).__name__])[0]}",
             where=base.model,
             mend="Check base.model, base.revision and the network, or give a local folder.",
         ) from None

@@ -149,7 +149,11 @@ def _hub(name: str, split: str) -> Rows:
     datasets.disable_progress_bars()
     try:
         return _dataset(datasets.load_dataset(name, split=split), name)
-    except (OSError, ValueError, KeyError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(OSError, ValueError, KeyError, ImportError),
+        *(httpx.HTTPError, httpx.InvalidURL),  # the second of proxy variables, as an error of import is
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise DataError(
             f"cannot load it from the hub, and there is no such file: {_first_line(error)}",
             where=name,

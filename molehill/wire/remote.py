@@ -94,6 +94,7 @@ class GrpcExchange:
     ) -> None:
         credentials = grpc.ssl_channel_credentials(identity.authority.pem, identity.key_pem(), identity.certificate.pem)
         options = {
+            "grpc.enable_http_proxy": 0,  # a proxy would not carry our certificates
             "grpc.max_receive_message_length": MAX_MESSAGE,
             "grpc.initial_reconnect_backoff_ms": 200,
             "grpc.max_reconnect_backoff_ms": 5_000,

@@ -118,7 +118,8 @@ class AuditLog:
             line, head = _line(entry)
             self._write(line, new=not last.entries)
             self._last = Verdict(last.entries + 1, head)
-        _log.info("%s", event, extra=logs.fields(event=event, **fields))
+        facts = "".join(f", {key} {value}" for key, value in fields.items() if isinstance(value, str | int | float))
+        _log.info("%s%s", event, facts, extra=logs.fields(event=event, **fields))
 
     def _write(self, line: bytes, *, new: bool) -> None:
         """Bring a line to the disk, or leave the file as it was: the next entry must not begin in a half one."""

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 # Flower and Ray read these once, when they are imported: a simulation talks to nobody.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -22,6 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from molehill import surroundings
 from molehill.errors import FederationError
 
 __all__ = [
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 RunConfig = dict[str, bool | float | int | str]
+
+_RAY = "ray/session_2026-01-01_00-00-00_123456_1234567/sockets/plasma_store"  # Ray's longest path of a socket
 
 SERVER_NODE = 1  # the node id that Flower gives to whoever runs the ServerApp
 
@@ -151,15 +155,26 @@ def ray_engine(
         server_app(_Stoppable(grid, stop), context)
 
     try:
-        with _without_deprecation():
+        with _without_deprecation(), _place() as place:
             run_simulation(
                 outer,
                 _Configured(client_app, client_config),
                 nodes,
-                backend_config={"client_resources": dict(resources)},
+                backend_config={"client_resources": dict(resources), "init_args": place},
             )
     finally:
         stop.set()
+
+
+@contextmanager
+def _place() -> Iterator[dict[str, Any]]:
+    """Another place for Ray's sockets, where the one that it would take has too long a path for them."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", "")
+    if surroundings.is_short(folder, _RAY) or os.environ.get("RAY_ADDRESS"):
+        yield {}
+        return
+    with surroundings.short_folder(_RAY) as short:
+        yield {"_temp_dir": str(short)}
 
 
 class _Stoppable(Grid):

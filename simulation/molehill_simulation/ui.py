@@ -100,6 +100,11 @@ class RunView:
             case "capped":
                 counts = f"{event['counts']:,} of its {event['rows']:,} rows"
                 self._line(f"{client} counts for {counts}: {clean(event['reason'])}", "yellow")
+            case "away":
+                patience = duration(event["patience"])
+                self._line(f"{clean(event['reason'])}: waiting up to {patience} for it (molehill server up)", "yellow")
+            case "back":
+                self._line("the coordinator is back")
             case "anew":
                 self._line(f"{client}: its personal state is gone, it started anew", "yellow")
             case "refused":

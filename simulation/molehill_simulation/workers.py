@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import IO, Self
 
+from molehill import surroundings
 from molehill.errors import FederationError, from_dict
 from molehill_simulation.flower import Message, pack, unpack
 from molehill_simulation.pulse import Listener
@@ -40,7 +40,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, **MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            env={**surroundings.variables(), **MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
         self._job: Job | None = job
 

@@ -153,23 +153,41 @@ def keep(code, tmp_path, seconds=10.0, **options):
     async def run():
         words = [sys.executable, "-c", code]
         variables = supervise.environment(tmp_path)
-        async with supervise.child("it", words, tmp_path, variables, pause=0.0, **options) as task:
+        async with supervise.child("it", words, tmp_path, variables, **options) as task:
             await asyncio.wait_for(task, seconds)
 
     asyncio.run(run())
 
 
 def test_a_child_that_ends_again_and_again_is_given_up_with_its_last_words(tmp_path):
+    limits = (supervise.Limit(ends=5, pause=0.0),)
     with pytest.raises(DeployError, match=r"it\.log: it ended 5 times, last with code 3: no luck"):
-        keep("print('no luck'); raise SystemExit(3)", tmp_path)
+        keep("print('no luck'); raise SystemExit(3)", tmp_path, limits=limits)
 
 
 def test_ends_for_another_reason_do_not_count(tmp_path):
-    limit = supervise.Limit(ends=2, said="twin", what="there are two", mend="Make it one.")
+    limits = (supervise.Limit(ends=2, pause=0.0, said="twin", what="there are two", mend="Make it one."),)
     with pytest.raises(TimeoutError):
-        keep("print('away')", tmp_path, 1.0, limit=limit)
+        keep("print('away')", tmp_path, 1.0, limits=limits)
     with pytest.raises(DeployError, match=r"there are two\. Make it one"):
-        keep("print('twin')", tmp_path, limit=limit)
+        keep("print('twin')", tmp_path, limits=limits)
+
+
+def test_a_child_that_lived_is_started_again_however_often_it_ends(tmp_path):
+    with pytest.raises(TimeoutError):
+        keep("print('well')", tmp_path, 1.0, limits=(supervise.Limit(ends=2, young=0.0, pause=0.0),))
+
+
+def test_a_child_that_the_system_refuses_is_no_traceback(tmp_path):
+    async def start(command, logs):
+        async with supervise.child("it", [command], logs, supervise.environment(tmp_path)) as task:
+            await task
+
+    with pytest.raises(DeployError, match=r"no-such-command: it cannot be started: No such file or directory"):
+        asyncio.run(start("no-such-command", tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(DeployError, match=r"file.*: it cannot be started: "):
+        asyncio.run(start("true", tmp_path / "file"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent died")
@@ -197,6 +215,20 @@ def test_what_was_left_behind_is_killed(tmp_path):
         assert left.wait(5) == -signal.SIGKILL
         assert other.poll() is None
         other.kill()
+
+
+def test_it_is_known_what_works_in_a_folder_and_what_a_command_complains_of(tmp_path):
+    with subprocess.Popen(["sleep", "60"], env=supervise.environment(tmp_path)) as child:
+        until(lambda: supervise.works(tmp_path, "sleep"))
+        assert not supervise.works(tmp_path, "leep")
+        assert not supervise.works(tmp_path / "other", "sleep")
+        child.kill()
+    assert "No such file" in supervise.complaint(tmp_path, "no-such-command")
+    assert supervise.complaint(tmp_path, "true") == "it said nothing"
+    bad = tmp_path / "bad"
+    bad.write_text("#!/bin/sh\necho one; echo two >&2; exit 3\n")
+    bad.chmod(0o755)
+    assert supervise.complaint(tmp_path, str(bad)) == "two"
 
 
 def marked(folder):
@@ -276,6 +308,27 @@ def test_a_connection_is_cut_when_its_owner_is_revoked(people, tmp_path, monkeyp
         await asyncio.sleep(0.2)  # the far ends close too
 
     asyncio.run(run())
+
+
+def test_a_machine_that_is_refused_once_a_second_is_one_line(people, tmp_path, caplog):
+    async def run():
+        opened = await door.open_door(
+            ("127.0.0.1", 0), tmp_path / "s", people.server.tls(server=True), lambda _: "it was revoked"
+        )
+        address = opened.sockets[0].getsockname()
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection(
+                *address, ssl=people.client.tls(), server_hostname="localhost"
+            )
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+            await writer.wait_closed()
+        opened.close()
+        await opened.wait_closed()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+    assert caplog.messages == ["refused a machine at 127.0.0.1: it was revoked"]
 
 
 def test_a_door_that_cannot_judge_lets_nobody_in_and_closes(people, tmp_path):

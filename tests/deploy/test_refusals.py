@@ -201,7 +201,7 @@ def test_rows_and_models_that_cannot_be_used_are_told_on_both_sides(config, tmp_
         lab.join("client-1", data=lab.folder / "bad.jsonl")
         lab.join("client-2", base=lab.folder / "nowhere")
         run = lab.run("--set", "data.clients=2")
-        assert run.wait(120) == 9, lab.story()
+        assert run.wait(240) == 9, lab.story()
         heard = lab.said("run") + (lab.out / "metrics.jsonl").read_text() + (lab.out / "audit.jsonl").read_text()
         assert "client-1: its rows cannot be used. There, `molehill client status` says why" in lab.said("run")
         assert "secret" not in heard

@@ -140,6 +140,14 @@ def test_containers_can_do_no_more_than_they_need():
         assert all(name in str(mount) for mount in SERVICES[name]["volumes"])
 
 
+def test_the_compose_file_has_nothing_that_docker_compose_1_refuses():
+    """Its schema is closed: `apt install docker-compose` still brings 1.29.2."""
+    assert all(key in {"services", "volumes"} or key.startswith("x-") for key in COMPOSE)
+    mounts = [mount for service in SERVICES.values() for mount in service["volumes"] if isinstance(mount, dict)]
+    assert mounts
+    assert all(set(mount) <= {"type", "source", "target", "read_only"} for mount in mounts)
+
+
 @pytest.mark.skipif(
     subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode != 0
     if shutil.which("docker")

@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+
+from molehill import logs
 
 SCRIPT = """
 import logging, warnings
@@ -71,3 +74,13 @@ def test_a_mistake_is_a_record_as_well(tmp_path, how):
 def test_without_it_text_is_for_people(tmp_path):
     done = run(tmp_path, "pki", "show", "nowhere")
     assert done.stderr.startswith("error: nowhere: neither")
+
+
+def test_what_happens_again_and_again_is_said_seldom():
+    seldom = logs.Seldom(every=0.2)
+    assert [seldom("a"), seldom("a"), seldom("b"), seldom("a")] == ["", None, "", None]
+    time.sleep(0.25)
+    assert [seldom("a"), seldom("a")] == [" (2 times more since it was last said)", None]
+    for number in range(5000):
+        seldom(number)
+    assert len(seldom._seen) <= 1024

@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 from molehill import pki
 from molehill.errors import IdentityError
 
-HOSTS = ("localhost", "127.0.0.1")
+HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class Lab:

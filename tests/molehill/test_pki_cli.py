@@ -43,6 +43,7 @@ def test_from_nothing_to_two_identities_and_one_revoked(molehill, tmp_path):
         "localhost",
         "10.0.0.7",
         "127.0.0.1",
+        "::1",
     )
 
     listed = json.loads(done(molehill("pki show ca --json")))

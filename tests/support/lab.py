@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tiny_world
 
-from molehill import pki
+from molehill import address, pki
 from molehill.config import Config
 from molehill_simulation.world import open_world
 
@@ -32,6 +32,7 @@ class Lab:
     """
 
     def __init__(self, folder: Path, config: Config, names: tuple[str, ...], passphrase: bytes | None = None) -> None:
+        self.host, self.variables = "127.0.0.1", None  # the environment of commands; that of the tests when None
         self.folder, self.config, self.names = folder, config, names
         self.passphrase, self.taps = passphrase, {}
         if passphrase is not None:
@@ -68,19 +69,21 @@ class Lab:
 
     # ---- processes -------------------------------------------------------------------------------------------
 
+    def environment(self) -> dict[str, str]:
+        return self.variables or {**os.environ, "OMP_NUM_THREADS": "1"}
+
     def start(self, name: str, *words: object) -> subprocess.Popen:
         """A command of Molehill; what it says is in ``NAME.log``."""
-        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [str(MOLEHILL), *map(str, words)], stdout=log, stderr=log, cwd=self.folder, env=variables
+                [str(MOLEHILL), *map(str, words)], stdout=log, stderr=log, cwd=self.folder, env=self.environment()
             )
         self.processes[name] = process
         return process
 
     def up(self, **options: object) -> subprocess.Popen:
         words = {"identity": self.folder / "identities" / "coordinator", "state": self.state}
-        words |= {"port": self.port, "exchange-port": self.exchange_port} | self.options | options
+        words |= {"port": self.port, "exchange-port": self.exchange_port, "host": self.host} | self.options | options
         before = self.said("coordinator").count("nodes come in at")
         process = self.start("coordinator", "server", "up", *flags(words))
         self.until(lambda: self.said("coordinator").count("nodes come in at") > before, process, 60)
@@ -88,7 +91,7 @@ class Lab:
 
     def join(self, name: str, *, wait: bool = True, **options: object) -> subprocess.Popen:
         port = self.taps["door"].port if self.taps else self.port
-        words: dict[str, object] = {"server": f"127.0.0.1:{port}", "state": self.folder / f"{name}.state"}
+        words: dict[str, object] = {"server": address.join(self.host, port), "state": self.folder / f"{name}.state"}
         words |= {"identity": self.folder / "identities" / name}
         words |= {"data": self.folder / f"{name}.train.jsonl", "test": self.folder / f"{name}.test.jsonl"}
         words["base"] = self.config.base.model  # a folder, which a machine takes from nobody else
@@ -98,7 +101,8 @@ class Lab:
         before = self.said(name).count("has joined")
         process = self.start(name, "client", "join", *flags(words))
         if wait:
-            self.until(lambda: self.said(name).count("has joined") > before, process, 60)
+            # Flower keeps the place of a node that was killed for up to a minute.
+            self.until(lambda: self.said(name).count("has joined") > before, process, 150)
         return process
 
     def run(self, *words: object, out: str = "run") -> subprocess.Popen:
@@ -108,8 +112,9 @@ class Lab:
         return self.start("run", "server", "run", *target, "--state", self.state, "--out", self.out, *words)
 
     def ask(self, *words: object) -> subprocess.CompletedProcess[str]:
+        command = [str(MOLEHILL), *map(str, words)]
         return subprocess.run(
-            [str(MOLEHILL), *map(str, words)], capture_output=True, text=True, cwd=self.folder, check=False
+            command, capture_output=True, text=True, cwd=self.folder, env=self.environment(), check=False
         )
 
     def said(self, name: str) -> str:

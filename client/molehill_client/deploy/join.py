@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import http.client
 import json
 import logging
@@ -12,7 +13,6 @@ import shutil
 import signal
 import ssl
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,12 +21,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from molehill import files, locks, loopback
+from molehill import address, files, locks, loopback
 from molehill.errors import DataError, DeployError, IdentityError, MolehillError
 from molehill.gateway import Gateway, listen, serving
 from molehill.loopback import LOOPBACK
 from molehill.pki import Identity, read_passphrase, require_lasting
 from molehill.supervise import Limit, child, environment, free_port, reap
+from molehill.surroundings import require_commands, short_folder
 from molehill_client import policy
 from molehill_client.deploy.line import Request, ask
 from molehill_client.deploy.post import Post
@@ -35,6 +36,8 @@ _LEASE = 15.0  # seconds between two tries: a node that died keeps its lease for
 _LOOK = 5.0  # seconds between two looks at the trainer
 _KNOCK = 30.0  # seconds between two looks at whether we are still let in
 _OPEN = 10.0  # seconds for a connection to come about
+_SLOW = 45.0  # seconds after which we say that Flower's node is not in yet
+_ASKS = "/v1/fleet/pull-messages"  # what a node calls again and again once it has been let in
 
 _SKEW = 120.0  # seconds that clocks may be apart
 
@@ -157,15 +160,15 @@ def forget(state: Path, run: str | None) -> list[str]:
 
 
 def join(
-    member: Membership, ready: Callable[[str], None], say: Callable[[str], None], tell: Callable[[str], None]
+    member: Membership, ready: Callable[[str], None], tell: Callable[..., None], warn: Callable[[str], None]
 ) -> None:
     """Take part until stopped by SIGTERM or SIGINT.
 
     Args:
         member: Who joins what.
         ready: Called with our name once the coordinator has let us in.
-        say: Told what goes wrong while we take part.
-        tell: Told what was agreed to.
+        tell: Told what happens while we take part, with facts by name, and
+        warn: what goes wrong.
 
     Raises:
         DataError: There is no such file.
@@ -186,14 +189,15 @@ def join(
             where=str(member.identity),
             mend="Leave --name out, or use the identity of that name.",
         )
+    require_commands("flower-superexec", "flwr-clientapp")
     member.state.mkdir(parents=True, exist_ok=True)
     member.state.chmod(0o700)
     mend = "End it first, or give another folder with --state."
     with locks.hold(member.state, "`molehill client join` runs already", mend), _runtime(member.state) as runtime:
         reap(member.state.resolve())
-        note = Joined(os.getpid(), identity.name, f"{member.host}:{member.port}", str(runtime))
+        note = Joined(os.getpid(), identity.name, address.join(member.host, member.port), str(runtime))
         files.write(member.state / "joined.json", json.dumps(asdict(note)).encode())
-        asyncio.run(_Member(member, identity, note, say, tell).run(ready))
+        asyncio.run(_Member(member, identity, note, tell, warn).run(ready))
 
 
 @contextlib.contextmanager
@@ -202,12 +206,10 @@ def _runtime(state: Path) -> Iterator[Path]:
     before = _noted(state)
     if before is not None:
         shutil.rmtree(before.runtime, ignore_errors=True)  # of one that was killed
-    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder there that only we may enter
-    folder = Path(tempfile.mkdtemp(prefix="molehill-", dir=memory if os.access(memory, os.W_OK) else None))
     try:
-        yield folder
+        with short_folder() as folder:
+            yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         (state / "joined.json").unlink(missing_ok=True)
 
 
@@ -228,13 +230,14 @@ class _Member:
         member: Membership,
         identity: Identity,
         note: Joined,
-        say: Callable[[str], None],
-        tell: Callable[[str], None],
+        tell: Callable[..., None],
+        warn: Callable[[str], None],
     ) -> None:
-        self._member, self._identity, self._note, self._say, self._tell = member, identity, note, say, tell
+        self._member, self._identity, self._note, self._tell, self._warn = member, identity, note, tell, warn
         self._tls = identity.tls()
         self._loopback = loopback.renew(Path(note.runtime))
         self._state = member.state.resolve()
+        self._inside = asyncio.Event()  # set once Flower's node has been let in, and asks for work
 
     async def run(self, ready: Callable[[str], None]) -> None:
         stop = asyncio.Event()
@@ -245,30 +248,44 @@ class _Member:
         async with contextlib.AsyncExitStack() as stack:
             listener = stack.enter_context(listen())
             port = listener.getsockname()[1]
-            host = f"[{self._member.host}]" if ":" in self._member.host else self._member.host
-            gateway = Gateway(f"https://{host}:{self._member.port}", self._tls)
+            gateway = Gateway(f"https://{self._note.server}", self._tls, heard=self._heard)
             await stack.enter_async_context(serving(gateway, listener, self._loopback))
-            logs, variables = self._state / "logs", environment(self._state)
+            logs = self._state / "logs"
             trainer, node = self._trainer(), self._supernode(port)
-            watched: list[asyncio.Task[Any]] = [
-                await stack.enter_async_context(child("trainer", trainer, logs, variables)),
-                await stack.enter_async_context(
-                    child("supernode", node, logs, variables, pause=_LEASE, limit=self._twin())
-                ),
-                asyncio.create_task(self._watch_trainer()),
-                asyncio.create_task(self._watch_door()),
+            alone = environment(self._state, outside=False)
+            children = [
+                child("trainer", trainer, logs, environment(self._state)),
+                child("supernode", node, logs, alone, (self._twin(), Limit())),
             ]
-            ready(self._identity.name)
+            watched = [await stack.enter_async_context(each) for each in children]
+            for watch in (self._watch_trainer(), self._watch_door()):
+                watched.append(asyncio.create_task(watch))
+                stack.callback(watched[-1].cancel)
             waiting = asyncio.create_task(stop.wait())
+            stack.callback(waiting.cancel)
+            entered = asyncio.create_task(self._enter(ready))
+            stack.callback(entered.cancel)
             done, _ = await asyncio.wait([waiting, *watched], return_when=asyncio.FIRST_COMPLETED)
-            for task in watched[2:]:
-                task.cancel()
             for task in done:
                 task.result()
 
+    def _heard(self, path: str, status: int) -> None:
+        if path == _ASKS and status == http.HTTPStatus.OK:
+            self._inside.set()
+
+    async def _enter(self, ready: Callable[[str], None]) -> None:
+        """Say when we take part, and that it takes long."""
+        try:
+            async with asyncio.timeout(_SLOW):
+                await self._inside.wait()
+        except TimeoutError:
+            self._tell(f"Flower's node is not in yet; see {self._state / 'logs' / 'supernode.log'}")
+            await self._inside.wait()
+        ready(self._identity.name)
+
     async def _watch_trainer(self) -> None:
-        """Say what the trainer agreed to, how long rows are, and what it cannot do: nobody looks into its log."""
-        said = None
+        """Say what the trainer agreed to, how long rows are, what it does and cannot do: nobody looks into its log."""
+        said, seen = None, set[str]()
         told: dict[str, str | None] = {}
         while True:
             await asyncio.sleep(_LOOK)
@@ -277,12 +294,16 @@ class _Member:
             except MolehillError:
                 continue  # it is being started
             error, limit = found.get("error"), found.get("limit")
+            lines = {line["id"]: line for line in found.get("lines", ())}
+            for line in (lines[each] for each in lines if each not in seen):
+                self._tell(line["text"], **line["facts"])
+            seen = set(lines)
             if limit is not None and time.time() - found["since"] > limit:
-                self._say(f"{found['doing']} has taken more than {limit:.0f} s; the trainer is started again")
+                self._warn(f"{found['doing']} has taken more than {limit:.0f} s; the trainer is started again")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(found["pid"], signal.SIGKILL)
             if error and error != said:
-                self._say(error)
+                self._warn(error)
             said = error
             for fact in ("agreed", "lengths"):
                 if found.get(fact) and found[fact] != told.get(fact):
@@ -300,11 +321,11 @@ class _Member:
                 raise
             except DeployError as error:
                 if not away:
-                    self._say(f"{error} Waiting for it.")
+                    self._warn(f"{error} Waiting for it.")
                 away = True
             else:
                 if away:
-                    self._say("the coordinator is back")
+                    self._tell("the coordinator is back")
                 away = False
 
     def _knock(self) -> None:
@@ -318,7 +339,7 @@ class _Member:
         line = http.client.HTTPSConnection(self._member.host, self._member.port, timeout=_OPEN, context=self._tls)
         try:
             line.connect()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise DeployError(
                 f"the coordinator cannot be reached: {_reason(error)}",
                 where=where,
@@ -344,8 +365,10 @@ class _Member:
         """Flower lets a key in once; one that died within the last minute counts."""
         return Limit(
             ends=6,
-            within=10 * _LEASE,
+            pause=_LEASE,
             said="Failed to activate SuperNode",
+            meanwhile=f"the coordinator still holds the place of an earlier process of {self._note.name}; it gives it "
+            "back after up to a minute, and until then this one tries again",
             what=f"another machine takes part as {self._note.name}",
             mend="Every machine needs an identity of its own: molehill pki request",
         )
@@ -378,13 +401,13 @@ class _Member:
         return [str(word) for word in words]
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | UnicodeError) -> str:
     """What a failed connection means, in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not good: {error.verify_message}"
     if isinstance(error, TimeoutError):
         return "no answer"
-    return error.strerror or str(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
 def require_clock(there: str, here: datetime) -> None:

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import tomllib
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import molehill
-from molehill import files, logs
+from molehill import address, files, logs
 from molehill.config import Config, parse
 from molehill.errors import (
     ConfigError,
@@ -39,7 +40,7 @@ from molehill.errors import (
 )
 from molehill.evidence import Moment
 from molehill.pki import Identity, Signer, read_passphrase
-from molehill.plan import ClientPlan, Hello
+from molehill.plan import ClientPlan, ClientReply, Hello
 from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
 from molehill.tasks.adapted import open_model
 from molehill.tasks.rows import GROUP, Rows
@@ -59,6 +60,8 @@ from molehill_client.workbench import Workbench
 
 _log = logging.getLogger("molehill_client.trainer")  # whatever the module is called when it is run
 
+
+_LINES = 64  # kept for whoever watches; more than rounds between two looks
 
 _UNUSABLE = {
     DataError: "its rows cannot be used",
@@ -111,6 +114,7 @@ class Trainer:
             "doing": "waiting for a run",
             "since": time.time(),
         }
+        self._lines: deque[dict[str, Any]] = deque(maxlen=_LINES)
         memory = self._state / "introduction.json"
         if memory.exists():  # we were restarted in the middle of a run
             with contextlib.suppress(ValidationError):  # of another version: the coordinator says hello again
@@ -189,12 +193,14 @@ class Trainer:
         question = f"{text}\n{self._rows_digest}\n{self._met.model_dump_json()}"
         done = outbox.recall(question)
         if done is not None:
-            _log.info("round %d of %s was trained before: the same delta again", plan.round, plan.run)
+            text = f"{plan.run}: round {plan.round} was trained before, and the same delta was sent again"
+            self._tell(text, run=plan.run, round=plan.round)
             return done
         reply = client.train(plan)
         answer = reply.model_dump_json()
         if reply.delta:
             outbox.remember(question, Place(plan.run, plan.round), reply.delta, answer)
+        self._tell(_trained(plan, reply), run=plan.run, round=plan.round, loss=reply.loss, bytes_up=reply.bytes_up)
         return answer
 
     def _score(self, file: str) -> str:
@@ -276,8 +282,8 @@ class Trainer:
             consent.require_model(config, base.digest, initial.layout)
         if self._remote is not None:
             self._remote.close()
-        address = self._post.exchange or f"{self._post.server}:{met.exchange_port}"
-        self._remote = GrpcExchange(address, self._identity, self._state / "cache")
+        there = self._post.exchange or address.join(self._post.server, met.exchange_port)
+        self._remote = GrpcExchange(there, self._identity, self._state / "cache")
         run = config.run.name
         exchange = Outbox(self._remote, self._state / "outbox")
         bench = Workbench(config, model, task, base.digest, initial, exchange)
@@ -336,8 +342,25 @@ class Trainer:
             )
         return _first(train, config.data.rows), _first(test, config.data.test_rows)
 
+    def _tell(self, text: str, **facts: Any) -> None:
+        """Keep a line for whoever watches this machine, and log it."""
+        _log.info("%s", text, extra=logs.fields(**facts))
+        self._lines.append({"id": f"{os.getpid()}-{time.monotonic_ns()}", "text": text, "facts": facts})
+        self._status = {**self._status, "lines": list(self._lines)}
+
     def _note(self, doing: str, **facts: Any) -> None:
         self._status = {**self._status, **facts, "doing": doing, "since": time.time()}
+
+
+def _trained(plan: ClientPlan, reply: ClientReply) -> str:
+    """One line about a round."""
+    if reply.unusable:
+        return f"{plan.run}: round {plan.round} was not trained, and no delta sent: {reply.unusable}"
+    loss = "loss in the sum only" if reply.loss is None else f"loss {reply.loss:.4f}"
+    traffic = f"sent {reply.bytes_up / 1e3:,.1f} kB, received {reply.bytes_down / 1e3:,.1f} kB"
+    steps = "1 step" if plan.steps == 1 else f"{plan.steps} steps"
+    work = f"{steps} on {reply.examples} rows in {reply.seconds:.1f} s"
+    return f"{plan.run}: round {plan.round} trained, {work}, {loss}, {traffic}"
 
 
 def run_folder(state: Path, run: str) -> Path:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import ssl
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
 
+import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.cli.build import build_fab_from_disk
@@ -69,6 +71,15 @@ class RunStatus:
         return self.status != "finished"
 
 
+class _Direct(ControlHttpClient):
+    """Flower's client, which asks no proxy; the names it sets are those of the pinned version."""
+
+    def __init__(self, base_url: str, *, verify: ssl.SSLContext, timeout: float = 30.0, **_: Any) -> None:
+        self._base_url = base_url
+        self._interceptors, self._retry_invoker = (), None
+        self._client = httpx.Client(verify=verify, timeout=timeout, trust_env=False)
+
+
 class Control:
     """Talks to the SuperLink.
 
@@ -78,7 +89,7 @@ class Control:
     """
 
     def __init__(self, address: str, ca: Path) -> None:
-        self._client = ControlHttpClient.from_server_address(
+        self._client = _Direct.from_server_address(
             address, insecure=False, root_certificates=ca.read_bytes(), interceptors=()
         )
 

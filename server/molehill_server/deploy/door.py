@@ -10,6 +10,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from molehill.logs import Seldom
+
 Admit = Callable[[bytes], str]
 
 _CHUNK = 64 * 1024  # bytes read at a time
@@ -32,17 +34,18 @@ async def open_door(address: tuple[str, int], target: Path, context: ssl.SSLCont
     Raises:
         OSError: The address is in use.
     """
+    seldom = Seldom()
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def admitted() -> bool:
             shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
             try:
                 refused = await asyncio.to_thread(admit, shown)
-            except Exception:  # noqa: BLE001 - whoever cannot be judged, say since the disk is full, is not let in
-                _log.exception("refused %s", writer.get_extra_info("peername"))
-                return False
-            if refused:
-                _log.warning("refused %s: %s", writer.get_extra_info("peername"), refused)
+            except Exception as error:  # noqa: BLE001 - whoever cannot be judged, say since the disk is full, stays out
+                refused = f"it cannot be judged ({error})"
+            host = writer.get_extra_info("peername")[0]
+            if refused and (more := seldom((host, refused))) is not None:
+                _log.warning("refused a machine at %s: %s%s", host, refused, more)
             return not refused
 
         async def while_admitted() -> None:

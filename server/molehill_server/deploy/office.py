@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from molehill import files, loopback
 from molehill.errors import DeployError
 from molehill_server.deploy.control import Control, RunStatus
 from molehill_server.deploy.up import running
+
+START = "Start it: molehill server up"
 
 _POLL = 1.0  # seconds between two tries
 
@@ -39,10 +41,12 @@ class Office:
 
     Args:
         state: Its folder.
+        observe: Called with an event when a coordinator is waited for that is away, and when it is back.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, observe: Callable[[Mapping[str, Any]], None] = lambda _: None) -> None:
         self._state = state
+        self._observe = observe
 
     def job(self) -> Job | None:
         """The run that was started last.
@@ -75,17 +79,24 @@ class Office:
             DeployError: It does not answer.
         """
         end = time.monotonic() + patience
+        away = False
         while True:
             up = running(self._state)
             try:
                 if up is not None:
                     with Control(f"{loopback.LOOPBACK}:{up.superlink}", loopback.pair(self._state).cert) as control:
-                        return what(control)
+                        answer = what(control)
+                    if away:
+                        self._observe({"event": "back"})
+                    return answer
                 reason = "no coordinator is up"
             except Exception as error:  # noqa: BLE001 - Flower's client has no error class of its own for this
                 reason = f"Flower does not answer ({error})"
             if time.monotonic() >= end:
-                raise DeployError(reason, where=str(self._state), mend="Start it: molehill server up")
+                raise DeployError(reason, where=str(self._state), mend=START)
+            if not away:
+                away = True
+                self._observe({"event": "away", "reason": reason, "state": str(self._state), "patience": patience})
             time.sleep(_POLL)
 
     def start(self, given: dict[str, str | int], out: Path, patience: float) -> Job:

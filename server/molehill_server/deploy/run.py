@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -13,19 +14,24 @@ from typing import Any
 from molehill import __version__, errors, files, locks
 from molehill.config import Config
 from molehill.errors import ConfigError, DeployError, ResumeError
+from molehill.supervise import complaint, works
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.check import require
 from molehill_server.deploy.control import RunStatus
-from molehill_server.deploy.office import Office
+from molehill_server.deploy.office import START, Office
 from molehill_server.deploy.up import Running, exchange_folder, require_running
 from molehill_server.folder import elsewhere, write_config
 
 _DETECTION = 120.0  # seconds of a round in which a machine that died is noticed and the round still goes on
 _POLL = 1.0  # seconds between two looks at the events
 _CRASHES = 20  # times a server process that was killed is started again
+_VAIN = 3  # times in a row, when nothing happens in between
 _START = 180.0  # seconds for a server process to begin
-_GONE = 3  # looks without a server process that make it a dead one
+_GONE = 3  # looks without a server process that make it a dead one,
+_NONE = 15  # and that make it one that ended before it had begun
+_PROCESS = "flwr-serverapp"
+_MEND = "Mend it, then go on with: molehill server run --resume"
 _AWAY = 300.0  # seconds to wait for a coordinator that is started again
 
 _log = logging.getLogger(__name__)
@@ -57,7 +63,7 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
     if config.round.deadline < _DETECTION:
         text = "round.deadline is %g s: Flower takes up to 70 s to notice that a machine is gone, so give %g or more"
         _log.warning(text, config.round.deadline, _DETECTION)
-    up, office = require_running(state), Office(state)
+    up, office = require_running(state), Office(state, observe)
     mend = "Wait for it, or stop it: molehill server stop --run"
     lock = locks.hold(state, "another `server run` is at work", mend, "run.lock")
     with lock, files.private(), files.told("the run", out):
@@ -67,8 +73,21 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         adapted = open_model(config)
         write_config(config, out)
         instance = _initial(adapted, out)
-        _follow(office, _given(config, up, state, out, instance), out, observe)
+        with _resumable(out):
+            _follow(office, _given(config, up, state, out, instance), state, out, observe)
     return adapted
+
+
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Say of a coordinator that does not come back how the run goes on once it does."""
+    try:
+        yield
+    except DeployError as error:
+        if error.mend != START:
+            raise
+        mend = f"{START}; then go on: molehill server run --resume --out {out}"
+        raise DeployError(f"{error.what} for {_AWAY:.0f} s", where=error.where, mend=mend) from None
 
 
 def _require_idle(office: Office, out: Path) -> None:
@@ -98,35 +117,53 @@ def _given(config: Config, up: Running, state: Path, out: Path, instance: str) -
     }
 
 
-def _follow(office: Office, given: dict[str, str | int], out: Path, observe: Observer) -> None:
+def _follow(office: Office, given: dict[str, str | int], state: Path, out: Path, observe: Observer) -> None:
     """Start the server process, start it again when it was killed, and pass its events on."""
     error = out / "error.json"
     events = _tail(out / "metrics.jsonl")
     status: RunStatus | None = None
-    for _ in range(_CRASHES):
+    last = 0  # of the server processes the last with which anything happened
+    for count in range(1, _CRASHES + 1):
+
+        def seen(event: Mapping[str, Any], count: int = count) -> None:
+            nonlocal last
+            last = count
+            observe(event)
+
         job = office.job()
         under_way = job is not None and not job.stopped and office.status(job.number, _AWAY)
         if job is None or not under_way or not under_way.unfinished or job.out != given["out"]:
             error.unlink(missing_ok=True)
             job = office.start(given, out, _AWAY)
         try:
-            status = _wait(office, job.number, out, events, observe)
+            status = _wait(office, job.number, state, out, events, seen)
         except KeyboardInterrupt:
             office.stop()
             raise
         for event in next(events):
-            observe(event)
+            seen(event)
         if error.exists():
             raise _said(error)
         if status is not None and status.outcome == "completed":
             return
-        noted = office.job()
-        if noted is not None and noted.stopped:
-            raise DeployError("the run was stopped", where=str(out), mend="Go on with: molehill server run --resume")
-    raise DeployError(
-        f"the server process ended {_CRASHES} times, last: {status.details if status else 'unknown'}",
-        mend="See logs/superexec.log of the coordinator.",
-    )
+        _require_wanted(office, out)
+        if count - last == _VAIN:
+            raise _unable(state)
+    details = status.details if status and status.details else "Flower does not know why"
+    what = f"the server process ended {_CRASHES} times, last: {details}"
+    raise DeployError(what, where=str(state / "logs" / "superexec.log"), mend=_MEND)
+
+
+def _require_wanted(office: Office, out: Path) -> None:
+    noted = office.job()
+    if noted is not None and noted.stopped:
+        raise DeployError("the run was stopped", where=str(out), mend="Go on with: molehill server run --resume")
+
+
+def _unable(state: Path) -> DeployError:
+    last = complaint(state.resolve(), _PROCESS)
+    what = f"{_PROCESS} ended {_VAIN} times before anything had begun: {last}"
+    return DeployError(what, where=str(state / "logs" / "superexec.log"), mend=_MEND)
 
 
 def _said(path: Path) -> errors.MolehillError:
@@ -138,11 +175,12 @@ def _said(path: Path) -> errors.MolehillError:
 
 
 def _wait(
-    office: Office, number: int, out: Path, events: Iterator[list[dict[str, Any]]], observe: Observer
+    office: Office, number: int, state: Path, out: Path, events: Iterator[list[dict[str, Any]]], observe: Observer
 ) -> RunStatus | None:
     """Pass events on until the run has ended.
 
-    Flower notices only after a minute that a server process was killed; its lock on the folder tells at once.
+    Flower notices only after a minute that a server process was killed; its lock on the folder tells at once, and
+    before there is one the list of processes.
     """
     seen = gone = 0  # looks at which the server process was there, and in a row at which it was not
     late = time.monotonic() + _START
@@ -153,17 +191,20 @@ def _wait(
         if status is None or not status.unfinished:
             return status
         there = locks.held(out)
-        seen, gone = seen + there, 0 if there else gone + 1
+        seen += there
+        gone = 0 if there or (not seen and _begins(state.resolve())) else gone + 1
         if not seen and time.monotonic() > late:
             office.call(lambda control: control.stop(number), _AWAY)
-            raise DeployError(
-                f"no server process has started within {_START:.0f} s",
-                mend="See logs/superexec.log of the coordinator.",
-            )
-        if seen and gone > _GONE:
+            raise DeployError(f"no server process has started within {_START:.0f} s", where=str(state), mend=_MEND)
+        if gone > (_GONE if seen else _NONE):
             office.call(lambda control: control.stop(number), _AWAY)
             return office.status(number, _AWAY)
         time.sleep(_POLL)
+
+
+def _begins(state: Path) -> bool:
+    """Whether a server process may be there, or may come yet."""
+    return works(state, _PROCESS) is not False or not works(state, "flower-superexec")
 
 
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -11,21 +11,21 @@ import signal
 import socket
 import ssl
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cryptography import x509
 
-from molehill import __version__, files, locks, loopback
+from molehill import __version__, address, files, locks, loopback
 from molehill.errors import DeployError, IdentityError, MolehillError
 from molehill.gateway import Gateway, serving
 from molehill.loopback import LOOPBACK
 from molehill.pki import Certificate, Door, Identity, read_passphrase, require_lasting
 from molehill.supervise import child, environment, free_port, reap
+from molehill.surroundings import require_commands, short_folder
 from molehill_server.audit import AuditLog
 from molehill_server.deploy.control import Control
 from molehill_server.deploy.door import open_door
@@ -87,10 +87,16 @@ class House:
 
 def running(state: Path) -> Running | None:
     """The coordinator of a folder; None when none is up."""
-    if locks.held(state):
-        with contextlib.suppress(FileNotFoundError):
-            return Running(**files.parse_json((state / "up.json").read_bytes()))
-    return None
+    if not locks.held(state):
+        return None
+    path = state / "up.json"
+    try:
+        return Running(**files.parse_json(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        what, mend = "the note about the coordinator is damaged", "Start the coordinator again."
+        raise DeployError(what, where=str(path), mend=mend) from None
 
 
 def require_running(state: Path) -> Running:
@@ -145,6 +151,10 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
     with locks.hold(state, "another coordinator uses this folder", mend="Stop it first: molehill server stop"):
         (state / "up.json").unlink(missing_ok=True)
         reap(state)
+        require_commands("flower-superlink", "flower-superexec", "flwr-serverapp")
+        if house.port == house.exchange_port:
+            what = f"nodes and adapters cannot both come in at port {house.port}"
+            raise DeployError(what, mend="Give another --port or --exchange-port.")
         for each in (house.port, house.exchange_port):
             _require_free(house.host, each)
         asyncio.run(_Supervisor(house, identity, state, ready).run())
@@ -152,21 +162,21 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
 
 def _require_free(host: str, port: int) -> None:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family[0]) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(family[4])
+        for family, *_, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(where)
     except OSError as error:
         mend = "Choose another address or port, or end what uses it."
-        raise DeployError(f"cannot listen on {host}:{port}: {error.strerror}", mend=mend) from None
+        raise DeployError(f"cannot listen on {address.join(host, port)}: {error.strerror}", mend=mend) from None
 
 
 class _Supervisor:
     def __init__(self, house: House, identity: Identity, state: Path, ready: Callable[[Running], None]) -> None:
         self._house, self._identity, self._state, self._ready = house, identity, state, ready
         blobs = f"folder:{exchange_folder(state) / 'blobs'}" if house.blobs is None else f"fsspec:{house.blobs}"
-        address = house.host, house.port, house.exchange_port
-        self._up = Running(os.getpid(), __version__, *address, free_port(), blobs)
+        ports = house.port, house.exchange_port, free_port()
+        self._up = Running(os.getpid(), __version__, house.host, *ports, blobs)
         self._revoked = (house.revoked or house.identity / "revoked.json").resolve()
         self._door = Door(self._revoked)
         self._asked = threading.Lock()
@@ -179,14 +189,13 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        variables = environment(self._state)
         if not self._revoked.exists():
             _log.info("no certificate is revoked: there is no %s", self._revoked)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback((self._state / "up.json").unlink, missing_ok=True)
             watched = [
                 await stack.enter_async_context(child(name, command, self._state / "logs", variables))
-                for name, command in self._children()
+                for name, command, variables in self._children()
             ]
             waiting = asyncio.create_task(stop.wait())
             await self._first(waiting, *watched, asyncio.create_task(self._listening()))
@@ -209,16 +218,16 @@ class _Supervisor:
         for task in done:
             task.result()
 
-    def _children(self) -> list[tuple[str, list[str]]]:
-        tools = Path(sys.executable).parent
+    def _children(self) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+        """Names, commands and environments."""
         cert, key = self._loopback
-        superlink: list[object] = [tools / "flower-superlink", "--ssl-ca-certfile", cert, "--ssl-certfile", cert]
+        superlink: list[object] = ["flower-superlink", "--ssl-ca-certfile", cert, "--ssl-certfile", cert]
         superlink += ["--ssl-keyfile", key, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
         superlink += ["--database", self._state / "flower.db", "--isolation", "process"]
         superlink += ["--host", LOOPBACK, "--port", self._up.superlink]
-        address = f"{LOOPBACK}:{self._up.superlink}"
-        superexec = [tools / "flower-superexec", "--runtime-api-address", address, "--root-certificates", cert]
-        listen = f"{self._up.host}:{self._up.exchange_port}"
+        superexec: list[object] = ["flower-superexec", "--root-certificates", cert]
+        superexec += ["--runtime-api-address", f"{LOOPBACK}:{self._up.superlink}"]
+        listen = address.join(self._up.host, self._up.exchange_port)
         exchange: list[object] = [sys.executable, "-m", "molehill_server.exchange", "--listen", listen]
         exchange += ["--identity", self._house.identity.resolve(), "--folder", exchange_folder(self._state)]
         exchange += ["--revoked", self._revoked]
@@ -226,15 +235,20 @@ class _Supervisor:
             exchange += ["--blobs", self._house.blobs]
         if self._house.passphrase_file is not None:
             exchange += ["--passphrase-file", self._house.passphrase_file.resolve()]
-        commands = {"superlink": superlink, "superexec": superexec, "exchange": exchange}
-        return [(name, [str(word) for word in command]) for name, command in commands.items()]
+        stored = self._house.blobs is not None  # elsewhere; the server process, a child of superexec, goes there too
+        for name, command, outside in (
+            ("superlink", superlink, False),
+            ("superexec", superexec, stored),
+            ("exchange", exchange, stored),
+        ):
+            yield name, [str(word) for word in command], environment(self._state, outside=outside)
 
     @contextlib.asynccontextmanager
     async def _gateway(self) -> AsyncIterator[Path]:
         """The gateway, on a Unix socket that only we can reach."""
         verify = ssl.create_default_context(cafile=str(self._loopback.cert))
-        with tempfile.TemporaryDirectory(prefix="molehill-") as folder, socket.socket(socket.AF_UNIX) as listener:
-            path = Path(folder) / "gateway.sock"  # its path must be short
+        with short_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+            path = folder / "gateway.sock"
             listener.bind(str(path))
             gateway = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify, refuse)
             async with serving(gateway, listener):
@@ -259,7 +273,6 @@ class _Supervisor:
                     self._audit.append("refused", **who, reason=refused)
                 else:
                     self._audit.append("admitted", **who)
-                    _log.info("%s is let in with certificate %s", who["client"], certificate.serial)
                 self._known[certificate.fingerprint] = refused  # only once it is in the audit log
         return refused
 
@@ -286,7 +299,8 @@ class _Supervisor:
                 except OSError as error:
                     if time.monotonic() > end:
                         mend = f"See {self._state / 'logs'}."
-                        raise DeployError(f"nothing listens on {host}:{port} ({error})", mend=mend) from None
+                        what = f"nothing listens on {address.join(host, port)} ({error})"
+                        raise DeployError(what, mend=mend) from None
                     await asyncio.sleep(0.2)
                     continue
                 writer.close()

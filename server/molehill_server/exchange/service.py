@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from molehill.errors import ConfigError, FederationError, IdentityError, MessageError
+from molehill.logs import Seldom
 from molehill.pki import Certificate, Door
 from molehill.wire.exchange import require_digest
 from molehill.wire.frames import pack, unpack
@@ -116,6 +117,7 @@ class Service:
         self._nodes: defaultdict[str, _Node] = defaultdict(_Node)
         self._slots = asyncio.Semaphore(self._limits.streams)
         self._waiting = 0
+        self._seldom = Seldom()
 
     def handlers(self) -> dict[str, Any]:
         """The methods, as gRPC takes them."""
@@ -202,7 +204,8 @@ class Service:
             code, text = grpc.StatusCode.UNAVAILABLE, "the server's object store fails"
         else:
             return
-        log.warning("refused %s of %s (%s): %s", what, name, code.name, text)
+        if (more := self._seldom((name, what, text))) is not None:
+            log.warning("refused %s of %s (%s): %s%s", what, name, code.name, text, more)
         await context.abort(code, text)
 
     async def collect(self) -> None:

@@ -30,6 +30,14 @@ def test_what_a_node_puts_the_coordinator_gets_and_the_other_way_round(serving, 
     assert node.get(name, size) == blob
 
 
+def test_no_proxy_stands_between_a_node_and_the_exchange(serving, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert serving.node().put(b"delta", NOW) == digest(b"delta")
+
+
 def test_a_cached_blob_is_not_fetched_again_and_a_damaged_one_is(serving, wire, tmp_path):
     blob = noise(2**20)
     name = serving.blobs.put(blob)
