@@ -107,7 +107,7 @@ def test_owners_keep_their_names(tmp_path, caplog):
     page = render(out)
     assert '<tr><th scope="row">Klinik-S\u00fcd</th><td>Klinik S\u00fcd</td></tr>' in page
     assert '<li class="line-mean">mean of all</li>' in page
-    assert page.count("<title>mean</title>") == 1  # the curve of that client
+    assert "<title>mean</title>" in page  # the curve of that client
 
     source = open_source(out)
     gates = ("global", "Klinik S\u00fcd", "\u75c5\u9662", "client:global", "default", "mean")
