@@ -84,6 +84,12 @@ class Certificate:
         return keys.require_p384(self.x509.public_key(), self.where)
 
     @property
+    def public_pem(self) -> bytes:
+        """The same in PEM form, to the byte as Flower's nodes show theirs."""
+        form = serialization.PublicFormat.SubjectPublicKeyInfo
+        return self.public_key.public_bytes(serialization.Encoding.PEM, form)
+
+    @property
     def hosts(self) -> tuple[str, ...]:
         """Names and addresses of a server."""
         return hosts_of(self.x509.extensions)

@@ -36,7 +36,7 @@ class Door:
             IdentityError: It is revoked, not valid now, or its common name cannot be a node's.
             ConfigError: The list of revoked certificates is gone or damaged, so nobody is let in.
         """
-        if self._holds(certificate):
+        if self.revoked(certificate):
             raise IdentityError("this certificate was revoked")
         now = datetime.now(certificate.begins.tzinfo)
         if not certificate.begins <= now <= certificate.ends:
@@ -46,12 +46,17 @@ class Door:
         except IdentityError as error:
             raise IdentityError(f"the common name of this certificate: {error}") from None
 
-    def _holds(self, certificate: Certificate) -> bool:
+    def revoked(self, certificate: Certificate) -> bool:
+        """Whether a certificate is revoked.
+
+        Raises:
+            ConfigError: The list of revoked certificates is gone or damaged.
+        """
         if self._revoked is None and not self._path.exists():
             return False
         try:
-            revoked = self._revoked = Revoked(self._path) if self._revoked is None else self._revoked
-            held = certificate in revoked
+            listed = self._revoked = Revoked(self._path) if self._revoked is None else self._revoked
+            held = certificate in listed
         except IdentityError as error:
             _log.error("nobody is let in: %s", error)
             mend = "Copy the authority's list again."

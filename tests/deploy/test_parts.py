@@ -24,10 +24,9 @@ import flwr
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
-from flwr.proto import fleet_pb2, message_pb2, node_pb2
 from flwr.supernode import start_client_internal
 
-from molehill import gateway, loopback, supervise
+from molehill import loopback, supervise
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
 from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
@@ -40,7 +39,6 @@ from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.trainer import held_out
 from molehill_server import app as server_app
 from molehill_server.deploy import door
-from molehill_server.deploy.replies import refuse
 from molehill_server.deploy.up import _Supervisor
 
 # ---- the line ----------------------------------------------------------------------------------------------------
@@ -382,66 +380,6 @@ def test_a_node_hears_503_while_the_coordinator_is_away(people, tmp_path):
                 await asyncio.sleep(0.2)
 
     asyncio.run(run())
-
-
-def pushed(**changes):
-    """What a node says when it pushes a reply, as Flower writes it."""
-    said = {
-        "src_node_id": 7,
-        "dst_node_id": 1,
-        "reply_to_message_id": "abc",
-        "run_id": 3,
-        "message_id": "def",
-    } | changes
-    return fleet_pb2.PushMessagesRequest(
-        node=node_pb2.Node(node_id=7), messages_list=[message_pb2.Message(metadata=message_pb2.Metadata(**said))]
-    )
-
-
-OTHER_NODE = fleet_pb2.PushMessagesRequest(node=node_pb2.Node(node_id=8)).SerializeToString()
-
-
-def twice(asked):
-    asked.messages_list.append(pushed(src_node_id=1).messages_list[0])
-    return asked
-
-
-@pytest.mark.parametrize(
-    ("call", "body", "status"),
-    [
-        ("push-messages", pushed().SerializeToString(), 200),
-        ("push-messages", pushed(src_node_id=1).SerializeToString(), 403),
-        ("push-messages", pushed(src_node_id=1, dst_node_id=8, reply_to_message_id="").SerializeToString(), 403),
-        ("push-messages", pushed(reply_to_message_id="").SerializeToString(), 403),
-        ("push-messages", twice(pushed()).SerializeToString(), 400),
-        ("push-messages", pushed().SerializeToString() + OTHER_NODE, 403),  # protobuf takes the last of two values
-        ("push-messages", b"", 400),
-        ("push-messages", b"nonsense", 400),
-        ("pull-messages", b"whatever it is", 200),
-    ],
-)
-def test_of_messages_only_replies_of_the_node_itself_reach_flower(people, tmp_path, call, body, status):
-    got = []
-
-    async def flower(scope, receive, send):
-        got.append((await receive())["body"])
-        await gateway._answer(send, 200)
-
-    flower.close = lambda: asyncio.sleep(0)
-
-    async def run():
-        pair = loopback.renew(tmp_path)
-        trust = ssl.create_default_context(cafile=str(pair.cert))
-        with listen() as behind, listen() as listener:
-            there = f"https://127.0.0.1:{behind.getsockname()[1]}"
-            async with serving(flower, behind, pair), serving(Gateway(there, trust, refuse), listener, pair):
-                async with httpx.AsyncClient(verify=trust) as node:
-                    at = f"https://127.0.0.1:{listener.getsockname()[1]}/v1/fleet/{call}"
-                    assert (await node.post(at, content=body)).status_code == status
-                await asyncio.sleep(0.2)
-
-    asyncio.run(run())
-    assert got == ([body] if status == 200 else [])
 
 
 @pytest.mark.parametrize("seconds", [-3000, -130, 130, 3000])

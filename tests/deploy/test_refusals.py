@@ -7,10 +7,13 @@ import re
 import shutil
 import socket
 import ssl
+from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from fleet import Member
+from flwr.proto import fleet_pb2, node_pb2
 from lab import flags, free_ports, left_over, open_lab
 
 from molehill import pki
@@ -183,14 +186,77 @@ def test_a_machine_is_told_what_is_wrong_with_its_own_things(lab, tmp_path):
 def test_a_revoked_machine_is_put_out_and_stays_out(lab):
     lab.identify("gone")
     process = lab.join("gone", data=lab.folder / "client-1.train.jsonl", test=lab.folder / "client-1.test.jsonl")
-    lab.authority.revoke("gone")
-    own = lab.folder / "identities" / "coordinator"
-    shutil.copy(lab.folder / "ca" / "revoked.json", own / "revoked.json")
+    revoke(lab, "gone")
     assert process.wait(90) == 11, lab.story()
     assert "the coordinator refuses this machine. Its certificate may be revoked" in lab.said("gone")
     assert "this certificate was revoked" in lab.said("coordinator")
     again = lab.join("gone", wait=False, data=lab.file, test=lab.file)
     assert again.wait(60) == 11
+
+
+def status_of(lab):
+    """What `server status` says of every machine, by name; one that is there twice has two words."""
+    said = lab.ask("server", "status", "--state", lab.state, "--json")
+    found = defaultdict(list)
+    for node in json.loads(said.stdout)["nodes"]:
+        found[node["name"]].append(node["status"])
+    return found
+
+
+def revoke(lab, name):
+    lab.authority.revoke(name)
+    publish(lab)
+
+
+def publish(lab):
+    shutil.copy(lab.folder / "ca" / "revoked.json", lab.folder / "identities" / "coordinator" / "revoked.json")
+
+
+def test_a_revoked_machine_is_struck_off_and_an_accomplice_does_not_help(lab):
+    """Its key is Flower's no more, nor is it taken through the connection of one that is let in."""
+    spare, accomplice = lab.identify("spare"), lab.identify("accomplice")
+    with Member(spare, lab.port) as own, Member(spare, lab.port, tls=accomplice) as borrowed:
+        assert borrowed.activate() == 401
+        assert own.activate() == 200
+        assert status_of(lab)["spare"] == ["online"]
+        revoke(lab, "spare")
+        lab.until(lambda: "spare" not in status_of(lab), seconds=15)
+        node = fleet_pb2.PullMessagesRequest(node=node_pb2.Node(node_id=own.number))
+        assert own.post("pull-messages", node).status_code in {403, 444}
+        assert borrowed.activate() == 401
+        assert borrowed.post("pull-messages", node).status_code == 401
+    assert "spare" not in status_of(lab)
+    struck = [entry["fields"]["client"] for entry in audit(lab) if entry["event"] == "struck"]
+    assert struck.count("CN=spare") == 1
+
+
+def audit(lab):
+    return [json.loads(line) for line in (lab.state / "audit.jsonl").read_text().splitlines()]
+
+
+def test_a_machine_whose_certificate_was_renewed_is_shown_once(lab):
+    before = lab.identify("renewed")
+    with Member(before, lab.port) as member:
+        assert member.activate() == 200
+    after = lab.identify("renewed", folder="again", replace_living=True)
+    publish(lab)
+    with Member(after, lab.port) as member:
+        assert member.activate() == 200
+        assert status_of(lab)["renewed"] == ["online"]
+
+
+def test_flower_does_not_store_what_a_member_heaps_up(lab):
+    """Replies with many objects, large ones and many bytes are refused at the door; the database stays as it is."""
+    hoarder = lab.identify("hoarder")
+    database = lab.state / "flower.db"
+    before = database.stat().st_size
+    with Member(hoarder, lab.port) as member:
+        assert member.activate() == 200
+        assert member.push(objects=30).status_code == 413
+        assert member.push_object(bytes(10 * 2**20)).status_code in {413, 444}
+        content = bytes(2**22 - 1000)
+        assert 429 in [member.push_object(content + bytes([number])).status_code for number in range(6)]
+    assert database.stat().st_size < before + 2**20
 
 
 def test_rows_and_models_that_cannot_be_used_are_told_on_both_sides(config, tmp_path):

@@ -133,6 +133,8 @@ def test_containers_can_do_no_more_than_they_need():
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["user"] != "root"
         assert service["restart"] == "unless-stopped"
+        assert service["mem_limit"]
+        assert service["pids_limit"]
         assert int(service["stop_grace_period"].removesuffix("s")) > 30  # what a coordinator may take to end
     assert SERVICES["coordinator"]["ports"] == ["9440:9440", "9441:9441"]
     assert not any("ports" in SERVICES[name] for name in LABS)
@@ -216,6 +218,13 @@ def unit(name):
     """Settings of a unit by key; the last one counts."""
     lines = (UNITS / name).read_text(encoding="utf-8").splitlines()
     return dict(line.split("=", 1) for line in lines if re.match(r"[A-Z]\w+=", line))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in UNITS.glob("*.service")))
+def test_a_unit_cannot_take_all_of_its_machine(name):
+    settings = unit(name)
+    assert 0 < int(settings["MemoryMax"].removesuffix("%")) < 100
+    assert int(settings["TasksMax"]) > 0
 
 
 def variables_of(path):

@@ -14,8 +14,6 @@ from typing import Any, Self
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
 
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.serde import user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -30,6 +28,10 @@ from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.control import ControlHttpClient
 
 from molehill import bundle
+from molehill.errors import DeployError
+from molehill.pki import Certificate
+
+_STRUCK = "unregistered"
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,38 @@ class Control:
 
     def nodes(self) -> list[Node]:
         """All registered nodes."""
+        return [node for node in self._all() if node.status != _STRUCK]
+
+    def _all(self) -> list[Node]:
+        """Also those that were struck off, whose keys Flower never takes again."""
         found = self._client.ListNodes(ListNodesRequest()).nodes_info
         return [Node(node.node_id, node.name, node.status, bytes(node.public_key)) for node in found]
 
-    def register(self, name: str, certificate: x509.Certificate) -> None:
+    def register(self, certificate: Certificate) -> None:
         """Let the owner of a certificate in as a node; nothing happens when its key is known.
 
         A key that had the same name before (the certificate was renewed) is struck off.
+
+        Raises:
+            DeployError: The key was struck off, or is another name's.
         """
-        key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        known = self.nodes()
-        if any(node.public_key == key for node in known):
-            return
+        key, known = certificate.public_pem, self._all()
         for node in known:
-            if node.name == name:
+            if node.public_key == key:
+                if node.status != _STRUCK and node.name == certificate.name:
+                    return
+                what = f"the key of {certificate.name} is that of {node.name} ({node.status})"
+                raise DeployError(what, mend="Make a new one on that machine: molehill pki request --renew")
+        for node in known:
+            if node.name == certificate.name and node.status != _STRUCK:
                 self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.number))
-        self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+        self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=certificate.name))
+
+    def strike(self, certificate: Certificate) -> None:
+        """Strike off whoever is registered with the key of a certificate; Flower never takes this key again."""
+        for node in self.nodes():
+            if node.public_key == certificate.public_pem:
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.number))
 
     def start(self, given: dict[str, str | int]) -> int:
         """Start a run of what every node has installed; only names travel, no code.

@@ -22,6 +22,7 @@ from cryptography import x509
 from molehill import __version__, address, files, locks, loopback
 from molehill.errors import DeployError, IdentityError, MolehillError
 from molehill.gateway import Gateway, serving
+from molehill.logs import Seldom
 from molehill.loopback import LOOPBACK
 from molehill.pki import Certificate, Door, Identity, read_passphrase, require_lasting
 from molehill.supervise import child, environment, free_port, reap
@@ -29,10 +30,12 @@ from molehill.surroundings import require_commands, short_folder
 from molehill_server.audit import AuditLog
 from molehill_server.deploy.control import Control
 from molehill_server.deploy.door import open_door
-from molehill_server.deploy.replies import refuse
+from molehill_server.deploy.guard import Guard
+from molehill_server.deploy.members import Members
 
 _START = 90.0  # seconds for a child to listen
 _STOP = 30.0  # seconds for everything to end
+_STRIKE = 2.0  # seconds between two looks at the list of revoked certificates
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +182,10 @@ class _Supervisor:
         self._up = Running(os.getpid(), __version__, house.host, *ports, blobs)
         self._revoked = (house.revoked or house.identity / "revoked.json").resolve()
         self._door = Door(self._revoked)
+        self._members = Members(state / "members")
+        self._guests: dict[str, bytes] = {}  # certificates of those who are inside, by their sockets' names
         self._asked = threading.Lock()
+        self._seldom = Seldom()
         self._loopback = loopback.renew(state)
         self._known: dict[str, str] = {}  # by fingerprint, why it was refused last; nothing when it was let in
         self._audit = AuditLog(state / "audit.jsonl")
@@ -204,12 +210,15 @@ class _Supervisor:
             await asyncio.to_thread(self._end_runs)
             inner = await stack.enter_async_context(self._gateway())
             tls = self._identity.tls(server=True)
-            door = await open_door((self._up.host, self._up.port), inner, tls, self._admit)
+            where = self._up.host, self._up.port
+            door = await open_door(where, inner, tls, self._admit, guests=self._guests)
             stack.callback(door.close)
+            striking = asyncio.create_task(self._strike())
+            stack.callback(striking.cancel)
             text = json.dumps(asdict(self._up)) + "\n"
             files.write(self._state / "up.json", text.encode())
             self._ready(self._up)
-            await self._first(waiting, *watched)
+            await self._first(waiting, striking, *watched)
 
     @staticmethod
     async def _first(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
@@ -250,16 +259,40 @@ class _Supervisor:
         with short_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
             path = folder / "gateway.sock"
             listener.bind(str(path))
-            gateway = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify, refuse)
+            gateway = Gateway(f"https://{LOOPBACK}:{self._up.superlink}", verify, Guard(self._guests, self._door.admit))
             async with serving(gateway, listener):
                 yield path
 
     def _end_runs(self) -> None:
         """Tell Flower that server processes of the last start are gone; it would take it a minute to notice."""
-        with Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert) as control:
+        with self._control() as control:
             for run in control.runs().values():
                 if run.status != "finished":
                     control.stop(run.number)
+
+    def _control(self) -> Control:
+        return Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert)
+
+    async def _strike(self) -> None:
+        """Strike off nodes whose certificates are revoked, also those that are not here."""
+        while True:
+            await asyncio.sleep(_STRIKE)
+            try:
+                await asyncio.to_thread(self._strike_revoked)
+            except Exception as error:  # noqa: BLE001 - whatever Flower or the disk says, it is tried again
+                if (more := self._seldom(str(error))) is not None:
+                    _log.warning("cannot strike off a node whose certificate is revoked: %s%s", error, more)
+
+    def _strike_revoked(self) -> None:
+        for certificate in self._members:
+            if self._door.revoked(certificate):
+                with self._asked:
+                    with self._control() as control:
+                        control.strike(certificate)
+                    self._audit.append(
+                        "struck", client=certificate.x509.subject.rfc4514_string(), serial=certificate.serial
+                    )
+                    self._members.forget(certificate)
 
     def _admit(self, shown: bytes) -> str:
         """Why a node is refused; one that is not becomes known to Flower."""
@@ -283,8 +316,9 @@ class _Supervisor:
             return str(error)
         if not known:
             try:
-                with Control(f"{LOOPBACK}:{self._up.superlink}", self._loopback.cert) as control:
-                    control.register(name, certificate.x509)
+                with self._control() as control:
+                    control.register(certificate)
+                self._members.note(certificate)
             except Exception as error:  # noqa: BLE001 - whatever Flower says, the node must try again
                 return f"Flower does not take {name}: {error}"
         return ""

@@ -57,7 +57,8 @@ async def serve(
         "grpc.http2.lookahead_bytes": WINDOW,
         "grpc.max_concurrent_streams": 2 * limits.streams_per_node,  # of one connection
         "grpc.max_connection_idle_ms": 600_000,
-        "grpc.server_handshake_timeout_ms": 20_000,
+        "grpc.server_handshake_timeout_ms": 10_000,
+        "grpc.max_allowed_incoming_connections": limits.connections,
         "grpc.keepalive_time_ms": 30_000,
         "grpc.keepalive_timeout_ms": 10_000,
         "grpc.http2.min_ping_interval_without_data_ms": 10_000,

@@ -29,6 +29,7 @@ from molehill_server.exchange.writer import Writer, in_thread
 log = logging.getLogger("molehill.exchange")
 
 _BURST = 0.05  # seconds that a node may be ahead of its rate: shorter pauses take longer than they should
+_CALLS = 4  # calls at a time of one node, for each of its transfers
 _LOOK = 5.0  # seconds between two looks at whether a transfer may go on
 _AHEAD = 2**19  # bytes of a blob that are read at a time, while those before them are sent
 
@@ -44,6 +45,7 @@ class Limits:
 
     Attributes:
         max_bytes: Largest delta, whatever a grant says.
+        connections: Open at a time, those that have shown no certificate yet included; more are closed at once.
         streams: Transfers at a time; more wait for their turn.
         waiting: Transfers that wait; more are told to come again.
         streams_per_node: Transfers of one node, waiting ones included; more are told to come again.
@@ -55,6 +57,7 @@ class Limits:
     """
 
     max_bytes: int = 2**30
+    connections: int = 1024
     streams: int = 32
     waiting: int = 1024
     streams_per_node: int = 4
@@ -86,6 +89,7 @@ class _Node:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # over its part and receipt
     writer: Writer | None = None  # of the one stream that may write; a newer one takes its place
     streams: int = 0
+    calls: int = 0  # streams included
     free_at: float = 0.0  # when it has used up its rate
 
 
@@ -194,7 +198,8 @@ class Service:
         name = "?"
         try:
             name = self._identify(context)
-            yield name
+            with self._counted(name):
+                yield name
         except Refusal as refusal:
             code, text = refusal.code, refusal.text
         except DiskFullError:
@@ -429,6 +434,18 @@ class Service:
             text = f"{name} may deliver {may}, not for round {number} of {run[:64]}"
             raise Refusal(grpc.StatusCode.PERMISSION_DENIED, text)
         return grant
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        """Count a call of a node: one that says nothing holds what has come of its first message."""
+        node, most = self._nodes[name], _CALLS * self._limits.streams_per_node
+        if node.calls >= most:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"{name} has {most} calls under way; try again")
+        node.calls += 1
+        try:
+            yield
+        finally:
+            node.calls -= 1
 
     @asynccontextmanager
     async def _slot(self, name: str) -> AsyncIterator[None]:
