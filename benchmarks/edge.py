@@ -38,6 +38,7 @@ from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.targets import find_sites
 from molehill.tasks.base_model import load_base
+from molehill.tasks.weights import look_up
 from molehill_edge import tensors
 from molehill_export.base import classifier, decoder
 from molehill_export.base_quantise import quantise_base
@@ -74,7 +75,7 @@ def decoders(options: argparse.Namespace, work: Path) -> None:
     _tokenizer().save_pretrained(work / "base")
     (work / "built").mkdir()
     names = [site.name for site in find_sites(base, "all-linear")]
-    plain = decoder(base, work / "base", names, work / "built")
+    plain = decoder(base, look_up(work / "base", "base"), names, work / "built")
     size16 = sum(p.numel() for p in base.parameters()) * 2
     cases: dict[str, Any] = {}
     for scheme in options.schemes:

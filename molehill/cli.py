@@ -139,10 +139,15 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
         conflicts = find_conflicts(resolved)
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="dim")
-        for label, text in describe(resolved):
-            table.add_row(label, Text(text))
+        plan = describe(resolved)
+        for label, text in plan:
+            if label != "warning":
+                table.add_row(label, Text(text))
         console = Console()
         console.print(table)
+        for label, text in plan:
+            if label == "warning":
+                console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
         refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
         for conflict in conflicts:
             if conflict not in refused:

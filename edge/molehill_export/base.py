@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from molehill.errors import ModelError
 from molehill.molora.head import Head
+from molehill.tasks.weights import Stored
 from molehill_export.graph import Graph, Place
 from molehill_export.trace import DYNAMIC, export, quiet
 
@@ -47,12 +48,12 @@ def classifier(base: nn.Module, head: Head, sites: Sequence[str]) -> Graph:
     return _without_marks(Graph.read(model))
 
 
-def decoder(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Path) -> Graph:
+def decoder(base: PreTrainedModel, stored: Stored, sites: Sequence[str], work: Path) -> Graph:
     """A causal LM with its cache of keys and values, for prefill and decoding alike.
 
     Args:
         base: Without experts.
-        folder: Where it was loaded from.
+        stored: The files it was loaded from.
         sites: Names of the linears to mark.
         work: Receives what the builder writes, ``genai_config.json`` among it; must stay while the graph is used.
 
@@ -63,12 +64,14 @@ def decoder(base: PreTrainedModel, folder: Path, sites: Sequence[str], work: Pat
     Raises:
         ModelError: A linear has no counterpart in the graph, or the model cannot be exported.
     """
-    if window(base.config) is not None and base.config.model_type != "mistral":
-        raise ModelError("models whose attention slides over a window cannot be exported", where=str(folder))
-    size = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
-    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    settings: Any = base.config.get_text_config()
+    if window(settings) is not None and settings.model_type != "mistral":
+        raise ModelError("models whose attention slides over a window cannot be exported", where=stored.origin)
+    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
     if base.config.model_type in _BUILDER and size % _HEAD == 0 and rope in _ROPES:
-        return _built(folder, sites, work)
+        with stored.alone() as folder:
+            return _built(folder, stored.origin, sites, work)
     return _traced_decoder(base, sites)
 
 
@@ -163,7 +166,7 @@ def _without_marks(graph: Graph) -> Graph:
 
 
 def _traced_decoder(base: PreTrainedModel, sites: Sequence[str]) -> Graph:
-    config = base.config
+    config: Any = base.config.get_text_config()
     layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
     heads = int(getattr(config, "num_key_value_heads", None) or heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -181,7 +184,7 @@ def _traced_decoder(base: PreTrainedModel, sites: Sequence[str]) -> Graph:
     return _without_marks(Graph.read(model))
 
 
-def _built(folder: Path, sites: Sequence[str], work: Path) -> Graph:
+def _built(folder: Path, origin: str, sites: Sequence[str], work: Path) -> Graph:
     """Let onnxruntime-genai build the graph: grouped-query attention, fused norms, no tracing."""
     import onnx  # noqa: PLC0415
     from onnxruntime_genai.models import builder  # noqa: PLC0415
@@ -195,7 +198,7 @@ def _built(folder: Path, sites: Sequence[str], work: Path) -> Graph:
                 parsed = builder.parse_extra_options(*where, options)
                 builder.create_model(*where, **parsed)
             except NotImplementedError as error:
-                raise ModelError(f"this model cannot be exported: {error}", where=str(folder)) from None
+                raise ModelError(f"this model cannot be exported: {error}", where=origin) from None
         graph = Graph.read(onnx.load(work / "model.onnx", load_external_data=False), work)
     nodes = {node.name: node for node in graph.nodes}
     consumers = graph.consumers()
@@ -205,7 +208,7 @@ def _built(folder: Path, sites: Sequence[str], work: Path) -> Graph:
         )
         found = nodes.get(f"{wanted}/MatMul")
         if found is None:
-            raise ModelError(f"{name} has no counterpart in the exported graph", where=str(folder))
+            raise ModelError(f"{name} has no counterpart in the exported graph", where=origin)
         y = found.output[0]
         readers = consumers[y]
         if len(readers) == 1 and readers[0].op_type == "Add" and any(i in graph.tensors for i in readers[0].input):

@@ -214,14 +214,14 @@ def _base_graph(source: Source, work: Path) -> Graph:
     base = source.plain()
     names = [site.name for site in find_sites(base, source.adapter.molora.targets, source.adapter.molora.layers)]
     if source.task.kind == "causal-lm":
-        return decoder(base, source.folder, names, work)
+        return decoder(base, source.stored, names, work)
     assert source.model.head is not None
     return classifier(base, source.model.head, names)
 
 
 def _task(source: Source, graph: Graph) -> pb.Task:
-    settings: Any = source.model.base.config
-    limit = min(source.tokenizer.model_max_length, getattr(settings, "max_position_embeddings", None) or 1 << 30)
+    settings = source.text
+    limit = source.limit
     if source.task.kind == "causal-lm":
         limit = min(limit, window(settings) or limit)  # within its window, attention reaches all
     task = pb.Task(kind=source.task.kind, max_length=limit)
@@ -237,7 +237,7 @@ def _task(source: Source, graph: Graph) -> pb.Task:
     try:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     except ValueError as error:  # several templates, and none of them the default
-        raise ModelError(f"which chat template to use is not clear: {error}", where=str(source.folder)) from None
+        raise ModelError(f"which chat template to use is not clear: {error}", where=str(source.stored.folder)) from None
     task.generation.CopyFrom(
         pb.Generation(
             eos=answer_ends(source), pad=tokenizer.pad_token_id or 0,
@@ -300,7 +300,7 @@ def _genai(task: pb.Task, source: Source) -> Mapping[str, Any]:
     """Configuration of onnxruntime-genai: the builder's, or one like it for a traced graph."""
     built = source.work / GENAI
     generation = task.generation
-    settings: Any = source.model.base.config
+    settings = source.text
     if built.is_file():
         found: dict[str, Any] = json.loads(built.read_text(encoding="utf-8"))
     else:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +22,9 @@ from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import is_peft
+from molehill.molora.probe import probe
 from molehill.tasks.base_model import BaseInfo, load_base
+from molehill.tasks.weights import Stored
 from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
@@ -44,7 +46,8 @@ class Source:
         name: Of the run or folder.
         adapter: Description of the adapter.
         base: Which base.
-        folder: Where the base's files are.
+        stored: The base's files.
+        limit: The longest input the base takes, in tokens.
         settings: What the base is loaded by.
         task: What the adapter does.
         model: Base and adapter.
@@ -58,7 +61,8 @@ class Source:
     name: str
     adapter: Manifest
     base: BaseInfo
-    folder: Path
+    stored: Stored
+    limit: int
     settings: config.Base
     task: config.Task
     model: MoLoRAModel
@@ -76,6 +80,12 @@ class Source:
     def work(self) -> Path:
         """A folder for what tracing writes; the graph's weights may be mapped from there."""
         return self._work
+
+    @property
+    def text(self) -> Any:
+        """Configuration of the base, or of the language model in it."""
+        base: Any = self.model.base
+        return base.config.get_text_config()
 
     def plain(self) -> PreTrainedModel:
         """The base once more, without experts."""
@@ -220,11 +230,10 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
     if task.kind == "classification":
         pooling: Literal["mean", "cls", "last"] = adapter.pooling  # type: ignore[assignment]  # as it was saved
         anchored = run is not None and run.personal.head == "anchored"
-        head = Head(int(loaded.model.config.hidden_size), len(adapter.labels), pooling, anchored=anchored)
+        head = Head(probe(loaded.model).width, len(adapter.labels), pooling, anchored=anchored)
     gate = run.personal.gate if run is not None else "global"
     if run is None:
-        limits = (loaded.tokenizer.model_max_length, getattr(loaded.model.config, "max_position_embeddings", _LONGEST))
-        task = task.model_copy(update={"max_length": min(*limits, _LONGEST)})
+        task = task.model_copy(update={"max_length": min(loaded.limit, _LONGEST)})
     try:
         model = wrap(loaded.model, adapter.molora, gate=gate, head=head).eval()
     except ModelError as error:
@@ -236,7 +245,10 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
     else:
         load_adapter(folder, model, base_digest=loaded.info.digest)
     name = run.run.name if run is not None else path.resolve().name
-    return Source(name, adapter, loaded.info, loaded.folder, settings, task, model, loaded.tokenizer, run, out, state)
+    return Source(
+        name, adapter, loaded.info, loaded.stored, loaded.limit, settings, task, model, loaded.tokenizer, run, out,
+        state,
+    )  # fmt: skip
 
 
 def finished(out: Path) -> tuple[int, int, float]:

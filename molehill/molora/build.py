@@ -20,7 +20,7 @@ from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, Mo
 from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.molora.recompute import keep_less
 from molehill.molora.router import Router
-from molehill.molora.targets import find_sites
+from molehill.molora.targets import choose
 
 _FFN = re.compile(r"(^|\.)(mlp|ffn|feed_forward|intermediate)(\.|$)|(?<!attention)\.output\.dense$")
 
@@ -50,7 +50,8 @@ def wrap(
         ConfigError: The parts do not fit each other.
     """
     base.requires_grad_(requires_grad=False)
-    sites = find_sites(base, config.targets, config.layers)
+    choice = choose(base, config.targets, config.layers)
+    sites = choice.sites
     keep_less(base)
     topology = _build("topology", config.topology)
     roles: dict[str, str] = {}
@@ -102,7 +103,7 @@ def wrap(
         head.to(device)
     for part in [*adapted.values(), *groups.values()]:
         part.to(device)
-    model = MoLoRAModel(base, adapted, {g.site.name: g for g in groups.values()}, experts, head, state)
+    model = MoLoRAModel(base, adapted, {g.site.name: g for g in groups.values()}, experts, head, state, choice.remarks)
     _initialise(model, config.init, seed)
     return model
 

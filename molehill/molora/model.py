@@ -15,6 +15,7 @@ from molehill.molora.experts.lora import LoRABank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
 from molehill.molora.layer import ForwardState, MoLoRALinear, RouteGroup
+from molehill.molora.probe import keeps_logits
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Array, Layout, Tree
 
@@ -55,6 +56,7 @@ class MoLoRAModel(nn.Module):
         experts: Ids of all experts, shared ones first, in the order of the banks.
         head: The classification head, or None for a causal LM.
         state: State the sites share.
+        remarks: Sentences about what the targets name and the adapter leaves out.
 
     Several clients can be in the model at once, see `stack`; C is their number, 1 at first.
 
@@ -76,15 +78,18 @@ class MoLoRAModel(nn.Module):
         experts: tuple[str, ...],
         head: Head | None,
         state: ForwardState,
+        remarks: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.base = base
+        self.remarks = remarks
         self.sites = dict(sites)
         self.groups = nn.ModuleDict({name.replace(".", "__"): group for name, group in groups.items()})
         self.routers = dict(groups)
         self.experts = experts
         self.head = head
         self.state = state
+        self._keeps = keeps_logits(base)
         base.register_forward_pre_hook(state.begin, with_kwargs=True)
         self.slots: dict[Key, Slot] = {}
         self.places: list[tuple[nn.Parameter, int, int]] = []
@@ -246,6 +251,11 @@ class MoLoRAModel(nn.Module):
         return self.flat.numel()
 
     @property
+    def shared_parameters(self) -> int:
+        """Trainable numbers that the federation shares: all but personal residuals."""
+        return self.layout.where(lambda key: not key.residual).size
+
+    @property
     def base_parameters(self) -> int:
         """Frozen numbers."""
         return sum(p.numel() for p in self.base.parameters()) - self.n_parameters
@@ -331,9 +341,9 @@ class MoLoRAModel(nn.Module):
         self.state.announce(mask, task_ids)
         wanted = labels[:, 1:] != -100
         positions = wanted.any(0).nonzero().squeeze(1)  # the head runs only where some row has an answer token
-        out = self.base(
-            input_ids=input_ids, attention_mask=mask.long(), logits_to_keep=positions, use_cache=False
-        ).logits
+        kept = {"logits_to_keep": positions} if self._keeps else {}
+        out = self.base(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **kept).logits
+        out = out if self._keeps else out[:, positions]
         keep = wanted[:, positions]
         if bool(keep.all()):  # a selection would copy the logits, the largest tensor of the pass, and their gradient
             rows = torch.arange(len(labels), device=labels.device).repeat_interleave(len(positions))

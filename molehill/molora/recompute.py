@@ -162,7 +162,9 @@ def keep_less(base: nn.Module) -> None:
             continue
         norm = type(module).__name__.endswith(_NORMS)
         # in float32 the operations of a norm keep its input and no copy of it
-        if isinstance(module, _ONE) or (norm and getattr(module.weight, "dtype", None) == torch.float32):
+        if isinstance(module, _ONE) or (
+            norm and getattr(getattr(module, "weight", None), "dtype", None) == torch.float32
+        ):
             module.forward = partial(_note, module.forward)
         elif norm or isinstance(module, _SEVERAL):
             module.forward = partial(_again, module.forward)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from molehill.config import Config
+from molehill.errors import ModelError
 from molehill.molora.attention import use_fast_attention
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
+from molehill.molora.probe import plain_tokens, probe
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.tasks.task import Task, make_task
 
@@ -27,19 +31,49 @@ class Adapted(NamedTuple):
     task: Task
 
 
-def open_model(config: Config) -> Adapted:
-    """Load the base and wrap it; the task's labels must be known.
+def open_model(config: Config, *, offline: bool = False) -> Adapted:
+    """Load the base and wrap it.
+
+    Args:
+        config: The run. Without labels, which may not be known yet, a head has none either.
+        offline: Take a hub model as it is on this machine.
 
     Raises:
-        ModelError: The base cannot be loaded, or the targets do not fit it.
+        ModelError: The base cannot be loaded, the targets do not fit it, or it cannot be trained with them.
         ConfigError: Parts of the adapter do not fit each other.
     """
-    loaded = load_base(config.base, config.task)
+    loaded = load_base(config.base, config.task, offline=offline)
+    width = probe(loaded.model).width
     use_fast_attention(loaded.model, config.task.max_length)
     head = None
     if config.task.kind == "classification":
-        width = int(loaded.model.config.hidden_size)
         classes = len(config.task.labels)
         head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
     model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
+    _try(model, config.base.model)
     return Adapted(model, loaded.info, make_task(config.task, loaded.tokenizer))
+
+
+def _try(model: MoLoRAModel, origin: str) -> None:
+    """Train on two short rows, without changing anything: what fails here would fail on every client."""
+    tokens = plain_tokens(model.base, 3)
+    ids = torch.tensor([tokens, tokens], device=model.flat.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[-1, -1] = False
+    labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if model.head is not None else ids
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model(ids, mask, labels).scores.float().sum().backward()
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001  (the code of some hundred architectures: it raises what it likes)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the model cannot be trained with adapters: {reason}",
+            where=origin,
+            mend="Choose other molora.targets, or give another base.",
+        ) from None
+    finally:
+        model.grads.zero_()
+        for group in model.routers.values():
+            group.forget()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +15,15 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molehill import config
 from molehill.errors import ConfigError, ModelError
+from molehill.molora.probe import probe, takes
+from molehill.tasks.weights import Stored, cannot_load, end_tokens, is_whole, look_up
 
 _SAMPLE = "sample:minilm"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ENDLESS = 1 << 30  # tokens, of a model that says nothing and has no table of positions
 # What a model and its tokenizer need, from the top folder only: no pickle, no ONNX, no code.
 _WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 
@@ -38,8 +35,9 @@ class BaseInfo:
     Attributes:
         id: Hub id, ``sample:minilm``, or ``local:NAME`` for a folder of that name.
         revision: Commit of a hub model, version of the sample's package; None for a folder.
-        digest: SHA-256 (hex) over the stored tensors (names, types, shapes, bytes): the same wherever the folder
-            lies, however it is cut into files and in whatever precision it runs.
+        digest: SHA-256 (hex) over what config.json says of the model's function and over the stored tensors (names,
+            types, shapes, bytes): the same wherever the folder lies, whatever lies beside them, however the weights
+            are cut into files and in whatever precision they run.
     """
 
     id: str
@@ -56,22 +54,35 @@ class LoadedBase:
         tokenizer: With a padding token.
         info: Which weights these are.
         pooling: How token states become one vector (classification).
-        folder: Where its files are on this machine.
+        stored: Its files on this machine.
+        limit: The longest input it takes, in tokens.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     info: BaseInfo
     pooling: Literal["mean", "cls", "last"]
-    folder: Path
+    stored: Stored
+    limit: int
 
 
-def load_base(base: config.Base, task: config.Task) -> LoadedBase:
+def is_here(base: config.Base) -> bool:
+    """Whether a base can be loaded without a network."""
+    if _is_folder(base):
+        return True
+    try:
+        return is_whole(_locate(base, offline=True)[0])
+    except ModelError:
+        return False
+
+
+def load_base(base: config.Base, task: config.Task, *, offline: bool = False) -> LoadedBase:
     """Load the base model of a run.
 
     Args:
         base: Which model, in which precision, on which device.
         task: Classification loads the backbone alone, causal LM the head as well.
+        offline: Take a hub model as it is on this machine.
 
     Returns:
         The frozen model with its tokenizer.
@@ -82,25 +93,28 @@ def load_base(base: config.Base, task: config.Task) -> LoadedBase:
         ConfigError: There is no such device.
     """
     device = _device(base.device)
-    folder, name, revision = _locate(base)
-    files = _weight_files(folder, base.model)
+    folder, name, revision = _locate(base, offline=offline)
+    stored = look_up(folder, base.model)
     with _quiet():
-        settings = _configuration(folder, task, base.model)
+        settings = _configuration(stored, task)
         tokenizer = _tokenizer(folder, base.model)
-        model = _model(folder, settings, task, _dtype(base.precision, device), base.model)
-    _check_fit(model, tokenizer, task, base.model)
-    model.config.use_cache = False  # the cache of keys and values only serves generation
-    model.config.pad_token_id = tokenizer.pad_token_id
+        model = _model(stored, settings, task, _dtype(base.precision, device))
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False  # the cache of keys and values only serves generation
+        part.pad_token_id = tokenizer.pad_token_id
+    ends = end_tokens(folder, base.model)
+    if ends and model.can_generate():
+        model.generation_config.eos_token_id = ends
     model.train(mode=False).requires_grad_(requires_grad=False)
+    limit = _check_fit(model, tokenizer, task, base.model)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps the method and hides its signature
-    return LoadedBase(model, tokenizer, BaseInfo(name, revision, digest(files)), _pooling(task, settings), folder)
+    info = BaseInfo(name, revision, stored.digest())
+    return LoadedBase(model, tokenizer, info, _pooling(task, settings), stored, limit)
 
 
 def place(base: config.Base) -> str:
     """Where other libraries find a base that was loaded: its folder on this machine; empty for a hub id."""
-    if base.model == _SAMPLE or Path(base.model).expanduser().is_dir():
-        return str(_locate(base)[0].resolve())
-    return ""
+    return str(_locate(base, offline=True)[0].resolve()) if _is_folder(base) else ""
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -111,34 +125,6 @@ def fast_bf16(device: torch.device) -> bool:
         able = torch.cpu.get_capabilities()
         return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return False
-
-
-def digest(files: list[Path]) -> str:
-    """SHA-256 (hex) over the tensors of safetensors files, in the order of their names.
-
-    Args:
-        files: Intact files, as written by the safetensors library.
-    """
-    where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for path in files:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        where.update({name: (path, 8 + length, entry) for name, entry in header.items()})
-    total = hashlib.sha256()
-    for name in sorted(where):
-        path, start, entry = where[name]
-        begin, end = entry["data_offsets"]
-        total.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        with path.open("rb") as stream:
-            stream.seek(start + begin)
-            left = end - begin
-            while left:
-                chunk = stream.read(min(left, 1 << 20))
-                total.update(chunk)
-                left -= len(chunk)
-    return total.hexdigest()
 
 
 def _device(name: str) -> torch.device:
@@ -156,7 +142,11 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted else torch.float32
 
 
-def _locate(base: config.Base) -> tuple[Path, str, str | None]:
+def _is_folder(base: config.Base) -> bool:
+    return base.model == _SAMPLE or Path(base.model).expanduser().is_dir()
+
+
+def _locate(base: config.Base, *, offline: bool) -> tuple[Path, str, str | None]:
     """Folder on this machine, id, revision."""
     if base.model == _SAMPLE:
         try:
@@ -171,7 +161,11 @@ def _locate(base: config.Base) -> tuple[Path, str, str | None]:
         return folder, f"local:{folder.resolve().name}", None
     try:
         snapshot = snapshot_download(
-            base.model, revision=base.revision, allow_patterns=_WANTED, ignore_patterns=["*/*"]
+            base.model,
+            revision=base.revision,
+            allow_patterns=_WANTED,
+            ignore_patterns=["*/*"],
+            local_files_only=offline,
         )
     except HFValidationError:
         raise ModelError("no such folder", where=base.model, mend="Give a folder or a hub id in base.model.") from None
@@ -190,50 +184,36 @@ def _locate(base: config.Base) -> tuple[Path, str, str | None]:
     return Path(snapshot), base.model, Path(snapshot).name
 
 
-def _weight_files(folder: Path, origin: str) -> list[Path]:
-    if not (folder / "config.json").is_file():
-        raise ModelError("the folder has no config.json", where=origin, mend="Give the folder of a saved model.")
-    names = {_WEIGHTS}
-    if not (folder / _WEIGHTS).is_file() and (folder / _INDEX).is_file():
-        try:
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            names = {Path(name).name for name in index["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ModelError(f"{_INDEX} is damaged", where=origin, mend="Save or download the model anew.") from None
-    lacking = sorted(name for name in names if not (folder / name).is_file())
-    if not lacking:
-        return [folder / name for name in sorted(names)]
-    if lacking == [_WEIGHTS] and any(any(folder.glob(pattern)) for pattern in _PICKLES):
-        raise ModelError(
-            "the weights are pickles, which can run code when they are opened",
-            where=origin,
-            mend="Convert them: load the model where you trust it and call save_pretrained.",
-        )
-    raise ModelError(f"{lacking[0]} is missing", where=origin, mend="Save or download the model anew.")
-
-
-def _configuration(folder: Path, task: config.Task, origin: str) -> transformers.PretrainedConfig:
+def _configuration(stored: Stored, task: config.Task) -> transformers.PretrainedConfig:
     try:
         settings: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=False
+            stored.folder, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _cannot_load("configuration", error, origin) from None
+    except Exception as error:  # noqa: BLE001  (every architecture checks its settings in its own way)
+        raise cannot_load("configuration", error, stored.origin) from None
     if settings.is_encoder_decoder:
         raise ModelError(
-            f"{settings.model_type} is an encoder-decoder", where=origin, mend="Give an encoder or a decoder."
+            f"{settings.model_type} is an encoder-decoder", where=stored.origin, mend="Give an encoder or a decoder."
         )
     if task.kind == "causal-lm" and _is_encoder(settings):
         raise ModelError(
-            f"{settings.model_type} is an encoder and cannot write", where=origin, mend="Give a decoder for causal-lm."
+            f"{settings.model_type} is an encoder and cannot write",
+            where=stored.origin,
+            mend="Give a decoder for causal-lm.",
         )
     return settings
 
 
+def _writer(settings: transformers.PretrainedConfig) -> Any:
+    """The classes of models with an LM head by kind of configuration, or None when it has none."""
+    # models of images and text write as well; text is all they get here
+    families = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    return next((family for family in families if type(settings) in family), None)
+
+
 def _is_encoder(settings: transformers.PretrainedConfig) -> bool:
     masked = type(settings) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    writes = type(settings) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return (masked and not getattr(settings, "is_decoder", False)) or not writes
+    return (masked and not getattr(settings, "is_decoder", False)) or _writer(settings) is None
 
 
 def _pooling(task: config.Task, settings: transformers.PretrainedConfig) -> Literal["mean", "cls", "last"]:
@@ -246,7 +226,7 @@ def _tokenizer(folder: Path, origin: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _cannot_load("tokenizer", error, origin) from None
+        raise cannot_load("tokenizer", error, origin) from None
     # Without its vocabulary transformers makes an empty tokenizer, which reads every word as unknown.
     if not any((folder / name).is_file() for name in {"tokenizer.json", *tokenizer.vocab_files_names.values()}):
         raise ModelError("the folder has no tokenizer", where=origin, mend="Save the tokenizer beside the model.")
@@ -262,37 +242,47 @@ def _tokenizer(folder: Path, origin: str) -> PreTrainedTokenizerBase:
 
 
 def _model(
-    folder: Path, settings: transformers.PretrainedConfig, task: config.Task, dtype: torch.dtype, origin: str
+    stored: Stored, settings: transformers.PretrainedConfig, task: config.Task, dtype: torch.dtype
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {
-        "config": settings,
-        "dtype": dtype,
-        "use_safetensors": True,
-        "trust_remote_code": False,
-        "output_loading_info": True,
-    }
-    auto: Any = transformers.AutoModelForCausalLM
-    if task.kind == "classification":
-        auto = transformers.AutoModel
-        kind: Any = transformers.MODEL_MAPPING.get(type(settings), None)
-        if kind is not None and "add_pooling_layer" in inspect.signature(kind).parameters:
-            options["add_pooling_layer"] = False
+    # Without a folder transformers cannot look for adapters, other weights or generation settings beside these.
+    family = transformers.MODEL_MAPPING if task.kind == "classification" else _writer(settings)
+    if type(settings) not in family:
+        raise ModelError(
+            f"{settings.model_type} is no model for {task.kind}", where=stored.origin, mend="Give another base."
+        )
+    text = settings.sub_configs.get("text_config")
     try:
-        model, found = auto.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise _cannot_load("model", error, origin) from None
+        kind = _class(family[type(settings)], settings)
+        options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+        model, found = kind.from_pretrained(
+            None,
+            config=settings.get_text_config() if kind.config_class is text else settings,
+            state_dict=stored.tensors(),
+            dtype=dtype,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # noqa: BLE001  (every architecture fails in its own way)
+        raise cannot_load("model", error, stored.origin) from None
     if found["missing_keys"]:
         # transformers would fill them with random numbers, different ones on every client.
         raise ModelError(
             f"the weights lack {min(found['missing_keys'])} and {len(found['missing_keys']) - 1} more",
-            where=origin,
+            where=stored.origin,
             mend=f"Give a model saved for {task.kind}.",
         )
     assert isinstance(model, PreTrainedModel)
     return model
 
 
-def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: config.Task, origin: str) -> None:
+def _class(found: Any, settings: transformers.PretrainedConfig) -> Any:
+    """The class of a model, where a kind of configuration has several."""
+    several = found if isinstance(found, tuple) else (found,)
+    return next((one for one in several if one.__name__ in (settings.architectures or ())), several[0])
+
+
+def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: config.Task, origin: str) -> int:
+    """Compare model, tokenizer and task; returns how many tokens the model takes."""
     embeddings: Any = model.get_input_embeddings().weight
     vocabulary = embeddings.shape[0]
     if len(tokenizer) > vocabulary:
@@ -301,20 +291,45 @@ def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
             where=origin,
             mend="Give the tokenizer the model was trained with.",
         )
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or task.max_length)
+    with _named(origin):
+        found = probe(model)
+    if task.kind == "classification" and not found.states:
+        raise ModelError(
+            f"{model.config.model_type} gives no token states to classify by", where=origin, mend="Give another base."
+        )
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(
+        size
+        for size in (_ENDLESS, tokenizer.model_max_length, stated, found.positions)
+        if size is not None and size > 0
+    )
+    if limit >= task.max_length and not takes(model, task.max_length):
+        limit = _longest(model, task.max_length)
     if task.max_length > limit:
         raise ModelError(
             f"task.max_length is {task.max_length}, but the model takes {limit} tokens",
             where=origin,
             mend=f"Set task.max_length to at most {limit}.",
         )
+    return limit
 
 
-def _cannot_load(part: str, error: Exception, origin: str) -> ModelError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ModelError(
-        f"the {part} cannot be loaded: {reason}", where=origin, mend="Check that the model is complete and supported."
-    )
+def _longest(model: PreTrainedModel, tokens: int) -> int:
+    """The longest input that the model takes, when it does not take one of ``tokens``."""
+    low = 1
+    while tokens - low > 1:
+        middle = (low + tokens) // 2
+        low, tokens = (middle, tokens) if takes(model, middle) else (low, middle)
+    return low
+
+
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
+    """Say which base an error is about, as its user called it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{error.where}: {error.what}", where=origin, mend=error.mend) from None
 
 
 _logging: Any = transformers.utils.logging  # untyped functions

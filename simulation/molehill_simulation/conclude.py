@@ -47,7 +47,7 @@ def _conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> 
         personal={"gate": config.personal.gate, "head": config.personal.head},
     )
     save_adapter(out / "adapter", model, manifest, place(config.base))
-    info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest)
+    info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest, remarks=model.remarks)
     summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind)
     files.write(out / "summary.json", summary.to_json().encode())
     write_report(out)

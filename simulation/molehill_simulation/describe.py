@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 
 from molehill.config import Config, MethodRef, MoLoRA
-from molehill.molora.build import wrap
 from molehill.molora.model import MoLoRAModel
 from molehill.secure.company import needed
-from molehill.tasks.base_model import load_base
+from molehill.tasks.adapted import open_model
+from molehill.tasks.base_model import is_here
 from molehill.tasks.lengths import together
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.schema import COLUMNS, class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
-from molehill.tasks.task import Task, make_task
+from molehill.tasks.task import Task
 from molehill_server.planning.planner import select
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
@@ -33,7 +32,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
         config: A configuration.
 
     Returns:
-        ``(label, text)`` rows.
+        ``(label, text)`` rows; what the user should know of is labelled ``warning``.
 
     Raises:
         DataError: The rows cannot be read or dealt.
@@ -51,11 +50,10 @@ def describe(config: Config) -> list[tuple[str, str]]:
         names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(owners).items()]
         about += [("names", "; ".join(names))] if names else []
     model = None
-    if config.base.model.startswith("sample:") or Path(config.base.model).expanduser().is_dir():
-        loaded = load_base(config.base, config.task)
-        model = wrap(loaded.model, molora, gate=config.personal.gate, seed=config.run.seed)
+    if is_here(config.base):
+        model, _, encode = open_model(config, offline=True)
         if owners is not None:
-            about += _lengths(owners, make_task(config.task, loaded.tokenizer))
+            about += _lengths(owners, encode)
     plain = molora.experts == 1 and not molora.shared if model is None else not model.routers
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
     rows = [
@@ -80,10 +78,14 @@ def describe(config: Config) -> list[tuple[str, str]]:
     if privacy.secure_aggregation:
         rows.append(("masked", f"the server sees sums only, of {needed(config)} clients or more"))
     if model is not None:
-        count = model.n_parameters
-        rows.insert(
-            5 + len(about), ("parameters", f"{count:,} trained per client ({megabytes(4 * count)} as fp32), head apart")
-        )
+        shared, own = model.shared_parameters, model.n_parameters - model.shared_parameters
+        personal = f", and {own:,} that stay with each" if own else ""
+        head = ", head apart" if config.task.kind == "classification" and not config.task.labels else ""
+        count = f"{shared:,} trained per client ({megabytes(4 * shared)} as fp32){personal}{head}"
+        rows.insert(5 + len(about), ("parameters", count))
+        rows += [("warning", f"molora.targets: {remark}") for remark in model.remarks]
+    else:
+        rows.append(("warning", f"base.model: {config.base.model} is not on this machine; nothing of it was checked"))
     return rows
 
 

@@ -187,6 +187,7 @@ def _facts(
         base = summary.base_model
         revision = f" at {base.revision[:12]}" if base.revision else ""
         facts.append(("Base model", f"{base.id}{revision} ({base.digest[:12]})"))
+        facts += [("Not adapted", remark) for remark in base.remarks]
     spent = [event["report"] for event in rounds if "epsilon" in event.get("report", {})]
     if spent:
         delta = config.get("privacy", {}).get("delta", 0.0)

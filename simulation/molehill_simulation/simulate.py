@@ -72,6 +72,9 @@ def _simulate(config: Config, out: Path, engine: Literal["local", "ray"], observ
     if names:
         files.write(out / "owners.json", json.dumps(names, ensure_ascii=False, indent=2).encode())
     _initial(world, out)
+    if observer is not None:
+        for remark in world.model.remarks:
+            observer({"event": "remark", "text": remark})
     if engine == "local":
         run_local(_with_engine(config, world), out, app, server_app, observer, IMPORTABLE)
     else:

@@ -91,7 +91,8 @@ class BaseModelInfo(BaseModel):
     Attributes:
         id: Hub id, ``sample:`` name or the name of a local folder.
         revision: Commit of a hub model; None for others.
-        digest: SHA-256 (hex) of the weights.
+        digest: SHA-256 (hex) of its configuration and weights.
+        remarks: What of its layers is not adapted though the targets name it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,6 +100,7 @@ class BaseModelInfo(BaseModel):
     id: str
     revision: str | None = None
     digest: str
+    remarks: tuple[str, ...] = ()
 
 
 class Summary(BaseModel):

@@ -74,6 +74,8 @@ class RunView:
                 self._rows(event)
             case "start" | "resume":
                 self._start(event)
+            case "remark":
+                self._line(f"warning: {clean(event['text'], 1000)}", "yellow")
             case "progress":
                 self._progress(event)
             case "working":

@@ -334,3 +334,57 @@ def test_report_of_another_folder(tmp_path):
     result = run("report", tmp_path)
     assert result.exit_code == 7
     assert "not a run folder" in result.stderr
+
+
+def test_check_and_the_start_of_a_run_count_the_same(tmp_path):
+    source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60, "bert"))
+    base = tiny_world.save_base(tmp_path / "base", "bert")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[run]\nrounds = 1\n[base]\nmodel = "{base}"\nprecision = "fp32"\n[task]\nmax_length = 16\n'
+        f'[data]\nsource = "{source}"\npartition = "iid"\nclients = 2\n[molora]\nexperts = 2\nrank = 2\n'
+        "[train]\nsteps = 1\n[personal]\nsteps = 1\n[evaluate]\nbaselines = false\n[engine]\nworkers = 1\n"
+    )
+    said = " ".join(run("check", path).output.split())
+    trained, own = re.search(r"([\d,]+) trained per client \(.*\), and ([\d,]+) that stay with each", said).groups()
+    started = run("simulate", path, "--out", tmp_path / "run")
+    assert started.exit_code == 0, started.output
+    assert f"{trained} trained parameters" in started.output
+    assert int(own.replace(",", "")) > 0
+
+
+def test_check_says_that_it_has_not_seen_a_base_elsewhere(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[base]\nmodel = "someone/some-model"\n')
+    assert "warning: base.model: someone/some-model is not on this machine" in run("check", path).output
+
+
+def test_what_is_not_adapted_is_said_at_check_at_the_start_and_in_the_report(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    base = tiny_world.save_base(tmp_path / "base", "llama")
+    sizes = {**tiny_world.SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(base)
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60, "llama"))
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[run]\nrounds = 1\n[base]\nmodel = "{base}"\nprecision = "fp32"\n'
+        '[task]\nkind = "causal-lm"\nmax_length = 32\n'
+        f'[data]\nsource = "{rows}"\npartition = "iid"\nclients = 2\n[molora]\nexperts = 2\nrank = 2\n'
+        "[train]\nsteps = 1\n[personal]\nsteps = 1\n[evaluate]\nbaselines = false\n[engine]\nworkers = 1\n"
+    )
+    remark = "are not adapted, since they lie in no linear module: model.layers.#.mlp.experts.down_proj"
+    checked = run("check", path)
+    assert checked.exit_code == 0
+    assert re.search(
+        rf"warning: molora.targets: [\d,]+ of the [\d,]+ weights in the layers \(\d+%\) {remark}", checked.output
+    )
+    started = run("simulate", path, "--out", tmp_path / "run")
+    assert started.exit_code == 0, started.output
+    assert re.search(rf"warning: .*{remark}", started.output)
+    assert remark in json.loads((tmp_path / "run" / "summary.json").read_text())["base_model"]["remarks"][0]
+    assert remark in (tmp_path / "run" / "report.html").read_text()
+    path.write_text(path.read_text().replace("experts = 2", 'experts = 2\ntargets = ["gate_up_proj"]'))
+    refused = run("check", path)
+    assert refused.exit_code == 4
+    assert "for all experts of the base, not a linear module" in refused.stderr

@@ -128,7 +128,7 @@ def test_summary_has_the_promised_shape_and_figures():
     }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2
-    assert summary["base_model"] == {"id": "sample:minilm", "revision": None, "digest": "3f" * 32}
+    assert summary["base_model"] == {"id": "sample:minilm", "revision": None, "digest": "3f" * 32, "remarks": []}
     assert summary["bytes_up"] == sum(event["bytes_up"] for event in events if event["event"] == "round")
     for stage in ("base", "local", "global", "personalised"):
         values = [client[stage] for client in summary["clients"]]

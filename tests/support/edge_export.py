@@ -22,6 +22,7 @@ from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
 from molehill.tasks.base_model import load_base
+from molehill.tasks.weights import look_up
 from molehill_export.base import classifier, decoder
 from molehill_export.base_quantise import quantise_base
 from molehill_export.graph import External, Graph, write_weights
@@ -92,7 +93,7 @@ def traced(architecture: str) -> Graph:
         return classifier(model, top, names)
     work = _kept / f"{architecture}-built"
     work.mkdir()
-    return decoder(model, folder(architecture), names, work)
+    return decoder(model, look_up(folder(architecture), architecture), names, work)
 
 
 def adapted(architecture: str, **keys: Any) -> tuple[MoLoRAModel, config.MoLoRA]:

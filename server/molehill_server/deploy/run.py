@@ -73,6 +73,8 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         adapted = open_model(config)
         write_config(config, out)
         instance = _initial(adapted, out)
+        for remark in adapted.model.remarks:
+            observe({"event": "remark", "text": remark})
         with _resumable(out):
             _follow(office, _given(config, up, state, out, instance), state, out, observe)
     return adapted

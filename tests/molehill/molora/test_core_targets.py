@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tiny_models import FFN, WIDTH, adapted, base, batch
 
 from molehill.errors import ModelError
-from molehill.molora.targets import find_sites
+from molehill.molora.probe import probe
+from molehill.molora.targets import choose, find_sites
 
 LAST = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -100,3 +102,76 @@ def test_even_the_first_layer_needs_no_gradient_of_its_input():
     assert sorted(name for name, wanted in inputs.items() if not wanted) == [
         f"encoder.layer.0.attention.self.{name}" for name in ("key", "query", "value")
     ]
+
+
+class Mixture(torch.nn.Module):
+    """Two linear experts, of which a token meets one, and a router with a forward pass of its own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        width = layer.gate_proj.in_features
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(2))
+        self.idle = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.experts[1](x)
+
+
+def test_an_expert_that_no_token_met_is_adapted_like_its_siblings():
+    model = base("llama")
+    for layer in model.model.layers:
+        layer.mlp = Mixture(layer.mlp)
+    choice = choose(model, "all-linear")
+    names = {site.name.partition("layers.1.")[2] for site in choice.sites}
+    assert {"mlp.experts.0", "mlp.experts.1"} <= names
+    assert "mlp.idle" not in names
+    assert choice.remarks == ("weights that text never reaches are not adapted: 2 of model.layers.#.mlp.idle",)
+    with pytest.raises(ModelError, match=r"matches only modules that text never reaches, such as .*mlp.idle"):
+        choose(model, ("idle",))
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("gate_up_proj", r"experts.gate_up_proj, which is one parameter of 4 x 96 x 32 for all experts"),
+        (r"mlp\.experts", r"is one parameter of 4 x"),
+        ("gate", r"mlp.gate.weight, which is a parameter of 4 x 32, not a linear module"),
+        ("lm_head", r"lm_head.weight, which lies outside the transformer layers"),
+        ("nothing", r"matches no linear module of the base model"),
+    ],
+)
+def test_why_a_target_is_no_linear_of_the_layers(target, why):
+    model = mixtral()
+    with pytest.raises(ModelError, match=rf"{why}.*Linear modules in its layers: k_proj, o_proj, q_proj, v_proj"):
+        choose(model, (target,))
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+            intermediate_size=48, vocab_size=40, max_position_embeddings=64, num_experts_per_tok=2,
+        )
+    ).eval()  # fmt: skip
+
+
+def test_only_what_the_targets_name_is_told_of():
+    assert choose(mixtral(), ("q_proj",)).remarks == ()
+    (remark,) = choose(mixtral(), "all-linear", layers=[1]).remarks
+    assert remark.startswith("18,560 of the 21,632 weights in the layers (86%) are not adapted")
+
+
+def test_a_probe_tells_how_often_and_with_what_a_linear_is_called():
+    found = probe(base("bert"))
+    assert set(found.calls.values()) == {((2, 3),)}
+    assert found.learning == found.calls.keys()
+    assert (found.width, found.states, found.positions) == (WIDTH, True, 64)
+    albert = transformers.AlbertModel(
+        transformers.AlbertConfig(
+            hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4, intermediate_size=FFN, vocab_size=40,
+            embedding_size=8, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    assert set(probe(albert).calls.values()) == {((2, 3),) * 3}
+    assert not any(parameter.grad is not None for parameter in albert.parameters())
+    assert not any(module._forward_hooks for module in albert.modules())
