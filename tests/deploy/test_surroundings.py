@@ -58,6 +58,8 @@ def test_a_run_ends_well_whatever_the_machine_is_like_and_tells_what_it_waits_fo
             r"tiny: round (\d) trained, 1 step on \d+ rows in .* s, loss \d.*, sent .* kB", strange.said(name)
         )
         assert set(lines) == set("123")
+        assert re.search(r"round 1 trained.* last accepted: none yet", strange.said(name))
+        assert re.search(r"round 3 trained.* last accepted: round 2", strange.said(name))
         status = strange.ask("client", "status", "--state", strange.folder / f"{name}.state")
         assert (status.returncode, "lines" in status.stdout) == (0, False)
     story = strange.story()

@@ -360,7 +360,8 @@ def _trained(plan: ClientPlan, reply: ClientReply) -> str:
     traffic = f"sent {reply.bytes_up / 1e3:,.1f} kB, received {reply.bytes_down / 1e3:,.1f} kB"
     steps = "1 step" if plan.steps == 1 else f"{plan.steps} steps"
     work = f"{steps} on {reply.examples} rows in {reply.seconds:.1f} s"
-    return f"{plan.run}: round {plan.round} trained, {work}, {loss}, {traffic}"
+    known = f"round {plan.accepted}" if plan.accepted else "none yet"
+    return f"{plan.run}: round {plan.round} trained, {work}, {loss}, {traffic}; last accepted: {known}"
 
 
 def run_folder(state: Path, run: str) -> Path:
