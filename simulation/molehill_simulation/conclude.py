@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from molehill import files
@@ -16,7 +17,13 @@ from molehill_simulation.report import write_report
 from molehill_simulation.summary import BaseModelInfo, Summary, summarise
 
 
-def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> Summary:
+def conclude(
+    config: Config,
+    model: MoLoRAModel,
+    base: BaseInfo,
+    out: Path,
+    classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
+) -> Summary:
     """Write what a run that has ended came to.
 
     Args:
@@ -25,12 +32,19 @@ def conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> S
         base: Which base.
         out: Run folder with ``final.safetensors`` and ``metrics.jsonl``; receives ``adapter/``, ``summary.json`` and
             ``report.html``.
+        classes: Rows of every class to train on and held out, by client, where the rows are on this machine.
     """
     with files.private(), files.told("the run", out):
-        return _conclude(config, model, base, out)
+        return _conclude(config, model, base, out, classes or {})
 
 
-def _conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> Summary:
+def _conclude(
+    config: Config,
+    model: MoLoRAModel,
+    base: BaseInfo,
+    out: Path,
+    classes: Mapping[str, Mapping[str, tuple[int, int]]],
+) -> Summary:
     final, _ = load_tree(out / "final.safetensors")
     patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
     model.load(final.select(lambda key: not key.role.startswith("patch.")))
@@ -48,7 +62,7 @@ def _conclude(config: Config, model: MoLoRAModel, base: BaseInfo, out: Path) -> 
     )
     save_adapter(out / "adapter", model, manifest, place(config.base))
     info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest, remarks=model.remarks)
-    summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind)
+    summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind, classes)
     files.write(out / "summary.json", summary.to_json().encode())
     write_report(out)
     return summary

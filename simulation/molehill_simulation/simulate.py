@@ -79,7 +79,7 @@ def _simulate(config: Config, out: Path, engine: Literal["local", "ray"], observ
         run_local(_with_engine(config, world), out, app, server_app, observer, IMPORTABLE)
     else:
         run_ray(config, out, app, server_app, observer)
-    return conclude(config, world.model, world.base, out)
+    return conclude(config, world.model, world.base, out, _classes(world))
 
 
 def _about_rows(world: World) -> dict[str, Any]:
@@ -91,6 +91,16 @@ def _about_rows(world: World) -> dict[str, Any]:
     lengths = together([part.lengths for parts in world.examples for part in parts])
     names = names_of(world.owners)
     return {"classes": dict(counts), "names": names, "lengths": lengths.quantiles, "cut": lengths.loss}
+
+
+def _classes(world: World) -> dict[str, dict[str, tuple[int, int]]]:
+    """Rows of every class that each client trains on and holds out; empty for causal LM."""
+    counts = {o.name: [class_counts(rows, world.config.task) for rows in (o.train, o.test)] for o in world.owners}
+    return {
+        name: {label: (count, test[label]) for label, count in train.items()}
+        for name, (train, test) in counts.items()
+        if train
+    }
 
 
 def _with_engine(config: Config, world: World) -> Config:

@@ -112,6 +112,8 @@ class Summary(BaseModel):
         mean: Unweighted mean over the clients that have a figure for every stage that was run, so that stages compare.
         worst: Lowest of these clients, stage by stage.
         macro_f1: The same two of macro-F1; None for a causal LM.
+        classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
+            deployment, or have no classes.
         rounds: Rounds completed.
         seconds: Wall time of the run; of a resumed run at least that of all its rounds.
         bytes_up: Encoded deltas, all clients and rounds.
@@ -129,6 +131,7 @@ class Summary(BaseModel):
     mean: Figures
     worst: Figures
     macro_f1: Spread | None = None
+    classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
     rounds: int
     seconds: float
     bytes_up: int
@@ -197,6 +200,7 @@ def summarise(
     base_model: BaseModelInfo,
     config_digest: str,
     task: Literal["classification", "causal-lm"] = "classification",
+    classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
 ) -> Summary:
     """Build the summary of a run.
 
@@ -205,6 +209,7 @@ def summarise(
         base_model: The base.
         config_digest: Digest of the resolved configuration.
         task: What is learnt.
+        classes: Rows of every class to train on and held out, by client, where they are known.
 
     Returns:
         The summary.
@@ -235,6 +240,7 @@ def summarise(
         mean=_over(complete, _mean),
         worst=_over(complete, min),
         macro_f1=Spread(mean=_over(f1, _mean), worst=_over(f1, min)) if f1 else None,
+        classes={client: dict(counts) for client, counts in (classes or {}).items()},
         rounds=len(rounds),
         seconds=max([*ends, sum(event["seconds"] for event in rounds)]),
         bytes_up=sum(event["bytes_up"] for event in rounds),

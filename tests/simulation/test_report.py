@@ -120,8 +120,8 @@ def test_summary_has_the_promised_shape_and_figures():
     events = make_events(CLIENTS)
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
-        "task", "clients", "mean", "worst", "macro_f1", "rounds", "seconds", "bytes_up", "bytes_down", "base_model",
-        "config_digest", "unscored", "anew",
+        "task", "clients", "mean", "worst", "macro_f1", "classes", "rounds", "seconds", "bytes_up", "bytes_down",
+        "base_model", "config_digest", "unscored", "anew",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
         "id", "n_train", "n_test", "cut", "lost", "base", "local", "global", "personalised", "macro_f1",
@@ -364,6 +364,20 @@ def test_final_table_is_aligned_and_marks_the_best():
     assert len({row.index(" .") for row in rows if row.strip().startswith(("amazon", "tweets", "mean", "worst"))}) == 1
     assert rows[-1] == "6 rounds in 2 min 41 s; up 37.37 MB, down 127.41 MB"
     assert "\x1b[1;32m" in console.export_text(styles=True)
+
+
+def test_class_counts_stand_in_the_report(tmp_path):
+    folder = make_run(tmp_path, make_events(CLIENTS[:2]), finished=False)
+    classes = {CLIENTS[0]: {"good": (7, 2), "<b>bad": (3, 1)}, CLIENTS[1]: {"good": (10, 0), "<b>bad": (0, 4)}}
+    summary = summarise(make_events(CLIENTS[:2]), BASE, "ab" * 32, classes=classes)
+    (folder / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    assert read_summary(folder / "summary.json") == summary
+    text = write_report(folder).read_text(encoding="utf-8")
+    seen = " ".join(Page(text).text.split())
+    assert (
+        f"Rows of every class: to train on + held out. clientgood<b>bad {CLIENTS[0]}7+23+1 {CLIENTS[1]}10+00+4" in seen
+    )
+    assert "<b>bad" not in text
 
 
 def causal(events: list[dict]) -> list[dict]:
