@@ -251,7 +251,7 @@ def _task(source: Source, graph: Graph) -> pb.Task:
 
 def answer_ends(source: Source) -> list[int]:
     """Ids of the tokens that end an answer of a causal LM: what was trained to, and what the base knows."""
-    settings: Any = source.model.base.config
+    settings = source.text
     tokenizer = source.tokenizer
     eos = {tokenizer.eos_token_id, CausalLM(tokenizer, source.task.max_length).end}
     configured = getattr(getattr(source.model.base, "generation_config", None), "eos_token_id", None)
