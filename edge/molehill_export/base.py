@@ -17,8 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from molehill.errors import ModelError
 from molehill.molora.head import Head
+from molehill.tasks.devices import slides
 from molehill.tasks.weights import Stored
 from molehill_export.graph import Graph, Place
+from molehill_export.mixtures import every_expert
 from molehill_export.trace import DYNAMIC, export, quiet
 
 _DOMAIN = "molehill"
@@ -65,7 +67,7 @@ def decoder(base: PreTrainedModel, stored: Stored, sites: Sequence[str], work: P
         ModelError: A linear has no counterpart in the graph, or the model cannot be exported.
     """
     settings: Any = base.config.get_text_config()
-    if window(settings) is not None and settings.model_type != "mistral":
+    if slides(settings):
         raise ModelError("models whose attention slides over a window cannot be exported", where=stored.origin)
     size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -75,12 +77,26 @@ def decoder(base: PreTrainedModel, stored: Stored, sites: Sequence[str], work: P
     return _traced_decoder(base, sites)
 
 
-def window(settings: Any) -> int | None:
-    """How many tokens back attention reaches; None when it reaches all."""
-    size = getattr(settings, "sliding_window", None)
-    layers = getattr(settings, "layer_types", None)
-    slides = getattr(settings, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
-    return int(size) if size and slides and size < settings.max_position_embeddings else None
+@torch.no_grad()
+def cache_shape(base: PreTrainedModel) -> tuple[int, int, int]:
+    """Layers, heads and features a head of the cache of keys and values, as the model fills it.
+
+    Raises:
+        ModelError: It keeps something else, or not the same in every layer.
+    """
+    cache = DynamicCache(config=base.config)
+    base(input_ids=torch.ones(1, 2, dtype=torch.long, device=base.device), past_key_values=cache, use_cache=True)
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    shapes = {tuple(t.shape) if isinstance(t, Tensor) else () for pair in kept for t in pair}
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != 4 or shape[2] != 2:
+        raise ModelError(
+            f"{base.config.model_type} keeps more than keys and values of one shape while it writes, which a bundle "
+            "cannot hold",
+            where="base.model",
+            mend="Train a base without state-space layers and of one kind of attention for devices.",
+        )
+    return len(kept), shape[1], shape[3]
 
 
 def has_shared_buffer(graph: Graph) -> bool:
@@ -127,7 +143,12 @@ class _Marked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         mark: Tensor = torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::Site", (x, y), {"site": self.name}, dtype=y.dtype, shape=y.shape, version=1
+            f"{_DOMAIN}::Site",
+            (x, y),
+            {"site": self.name, "flat": int(x.dim() == 2)},
+            dtype=y.dtype,
+            shape=y.shape,
+            version=1,
         )
         return mark
 
@@ -138,7 +159,8 @@ def _marked(base: nn.Module, sites: Sequence[str]) -> Iterator[None]:
     try:
         for name, module in before.items():
             _replace(base, name, _Marked(module, name))
-        yield
+        with every_expert(base):
+            yield
     finally:
         for name, module in before.items():
             _replace(base, name, module)
@@ -154,22 +176,20 @@ def _without_marks(graph: Graph) -> Graph:
     marks = {id(node): node for node in graph.nodes if node.domain == _DOMAIN}
     graph.nodes = [node for node in graph.nodes if id(node) not in marks]
     consumers = graph.consumers()
-    for node in marks.values():
-        name = next(helper.get_attribute_value(a).decode() for a in node.attribute if a.name == "site")
-        graph.places[name] = Place(node.input[0], node.input[1])
-        graph.rewire(node.output[0], node.input[1], consumers[node.output[0]])
     # a mark's input may be the output of another mark
     outputs = {node.output[0]: node.input[1] for node in marks.values()}
-    graph.places = {n: Place(outputs.get(p.x, p.x), outputs.get(p.y, p.y)) for n, p in graph.places.items()}
+    for node in marks.values():  # in the order in which they ran
+        marks_of = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        name, (x, y) = marks_of["site"].decode(), (outputs.get(each, each) for each in node.input)
+        place = Place(x, y, bool(marks_of["flat"]))
+        graph.places[name] = (*graph.places.get(name, ()), place)
+        graph.rewire(node.output[0], node.input[1], consumers[node.output[0]])
     graph.opsets.pop(_DOMAIN, None)
     return graph
 
 
 def _traced_decoder(base: PreTrainedModel, sites: Sequence[str]) -> Graph:
-    config: Any = base.config.get_text_config()
-    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    layers, heads, size = cache_shape(base)
     ids, mask = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
     past = [(torch.zeros(2, heads, 3, size), torch.zeros(2, heads, 3, size)) for _ in range(layers)]
     axes = {0: DYNAMIC, 1: DYNAMIC}
@@ -213,5 +233,5 @@ def _built(folder: Path, origin: str, sites: Sequence[str], work: Path) -> Graph
         readers = consumers[y]
         if len(readers) == 1 and readers[0].op_type == "Add" and any(i in graph.tensors for i in readers[0].input):
             y = readers[0].output[0]  # the bias
-        graph.places[name] = Place(found.input[0], y)
+        graph.places[name] = (Place(found.input[0], y),)
     return graph

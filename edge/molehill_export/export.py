@@ -27,6 +27,7 @@ from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
 from molehill.tasks.batches import Example
 from molehill.tasks.causal_lm import CausalLM
+from molehill.tasks.devices import window
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
 from molehill.wire.keys import NO_EXPERT, Key
@@ -35,7 +36,7 @@ from molehill_edge import manifest as manifests
 from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
 from molehill_edge.view import DEFAULT
 from molehill_export import parity as parity_of
-from molehill_export.base import classifier, decoder, has_shared_buffer, window
+from molehill_export.base import classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import Inserted, choose_slots, effective, expert_axes, gate_values, insert

@@ -25,10 +25,12 @@ class Place(NamedTuple):
     Attributes:
         x: Name of its input tensor.
         y: Name of its output tensor, bias included.
+        flat: Whether its tokens come one after another, ``[B * T, d]``, and not in rows.
     """
 
     x: str
     y: str
+    flat: bool = False
 
 
 class External(NamedTuple):
@@ -54,7 +56,7 @@ class Graph:
         tensors: Its weights by name.
         inputs: Its inputs; one that is among the weights as well has them as default.
         outputs: Its outputs.
-        places: Its linears that can be adapted, by the name of the module.
+        places: Its linears that can be adapted, by the name of the module; one place for every time that it runs.
         opsets: Version of every operator domain.
     """
 
@@ -63,7 +65,7 @@ class Graph:
     inputs: list[onnx.ValueInfoProto]
     outputs: list[onnx.ValueInfoProto]
     opsets: dict[str, int]
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, tuple[Place, ...]] = field(default_factory=dict)
     _names: int = 0
 
     @classmethod

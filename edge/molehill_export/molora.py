@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molehill import registry
 from molehill.config import MethodRef
-from molehill.errors import AdapterError, ConfigError
+from molehill.errors import AdapterError, ConfigError, ModelError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.interfaces import RouteContext
 from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear, RouteGroup
@@ -28,7 +28,7 @@ from molehill.molora.router import Router
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge.quantise import block_of, output_scale, pack4, quantise
 from molehill_export.base_quantise import Activations, Scheme
-from molehill_export.graph import MICROSOFT, Graph
+from molehill_export.graph import MICROSOFT, Graph, Place
 from molehill_export.pieces import Contract, Delta, Expand, Mix, Route, fingerprint
 from molehill_export.trace import DYNAMIC, piece
 from molehill_protos.v1 import bundle_pb2 as pb
@@ -77,10 +77,11 @@ class Factors(NamedTuple):
 
 @dataclass
 class _Gate:
-    """A router in the graph: its weights, and what was already made of them."""
+    """A router in the graph: its weights ``[B, T, E]`` (``[1, B * T, E]`` when flat), and what was made of them."""
 
     weights: str
     slots: list[int]
+    flat: bool
     spread: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
 
@@ -118,11 +119,12 @@ def insert(graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[
         scheme: Of the experts.
 
     Raises:
-        AdapterError: A linear of the adapter is not marked in the graph.
+        AdapterError: A linear of the adapter is not marked in the graph, or does not run there as often as in training.
     """
-    missing = [name for name in model.sites if name not in graph.places]
-    if missing:
-        raise AdapterError(f"the graph has no linear {missing[0]}")
+    for name, site in model.sites.items():
+        runs = len(graph.places.get(name, ()))
+        if runs != len(site.calls):
+            raise AdapterError(f"{name} runs {len(site.calls)} times in the model and {runs} times in the graph")
     work = _Work(graph, model, scorer, list(slots), scheme)
     return work.run()
 
@@ -197,7 +199,7 @@ class _Work:
         self.graph, self.model, self.scorer, self.scheme = graph, model, scorer, scheme
         self.out = Inserted(slots=slots, gate=head_tensors(graph))
         self.quantised = Activations(graph)
-        self.gates: dict[int, _Gate] = {}
+        self.gates: dict[tuple[int, int], _Gate] = {}  # by router and number of the call
         self.limits: list[str] = []
 
     def run(self) -> Inserted:
@@ -206,12 +208,13 @@ class _Work:
         routed = [self._slots_of(self._first(group), routed=True) for group in groups]
         self._overrides([len(slots) for slots in routed])
         for index, (group, slots) in enumerate(zip(groups, routed, strict=True)):
-            self.gates[id(group)] = self._route(index, group, slots)
+            self._route(index, group, slots)
         consumers = self.graph.consumers()
         together: dict[tuple[Any, ...], list[str]] = {}
         for name, site in sites.items():
             if self._plain(site):
-                together.setdefault((self.graph.places[name].x, id(site.group)), []).append(name)
+                read = tuple(place.x for place in self.graph.places[name])
+                together.setdefault((read, id(site.group)), []).append(name)
         for names in together.values():
             self._products(names)
         for name, site in sites.items():
@@ -288,7 +291,8 @@ class _Work:
         else:
             self.limits = graph.split("Split", [allowed, graph.const(list(sizes), np.int64)], len(sizes), axis=0)
 
-    def _route(self, index: int, group: RouteGroup, slots: list[int]) -> _Gate:
+    def _route(self, index: int, group: RouteGroup, slots: list[int]) -> None:
+        """A router, once for every call of its site; its output is the mean of those that route tokens."""
         router = group.router
         axes = expert_axes(group, self.scorer)
         inputs, examples = [], []
@@ -309,13 +313,18 @@ class _Work:
         args = (x, torch.zeros(len(slots)), examples)
         dynamic = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
         traced = piece(module.key([tuple(t.shape) for t in (x, args[1], *examples)]), module, args, dynamic)
-        place = self.graph.places[group.site.name]
-        (weights,) = traced.insert(self.graph, [place.x, self.limits[index], *inputs])
+        shown = []
+        for call, place in enumerate(self.graph.places[group.site.name]):
+            x_name = self._in_rows(place.x) if place.flat else place.x
+            (weights,) = traced.insert(self.graph, [x_name, self.limits[index], *inputs])
+            self.gates[id(group), call] = _Gate(weights, slots, place.flat)
+            if group.calls[call]:
+                shown.append(weights)
         route = f"route.{index}"
-        self.graph.node("Identity", [weights], out=route)
+        shown = shown or [self.gates[id(group), 0].weights]
+        self.graph.node("Identity" if len(shown) == 1 else "Mean", shown, out=route)
         self.graph.outputs.append(_float_output(route))
         self.out.routers.append(pb.Router(name=group.site.name, slots=slots))
-        return _Gate(weights, slots)
 
     def _spread(self, gate: _Gate, layouts: Sequence[tuple[list[int], list[int]]]) -> str:
         """The weight of every rank ``[..., Q]`` of some sites, from the weights of a router."""
@@ -337,29 +346,52 @@ class _Work:
             gate.spread[key] = name
         return gate.spread[key]
 
+    def _in_rows(self, x: str) -> str:
+        """``[N, d]`` as ``[1, N, d]``."""
+        return self.graph.node("Unsqueeze", [x, self.graph.const([0], np.int64)])
+
+    def _for_rows(self, weights: str, width: int, gate: _Gate, place: Place, name: str) -> str:
+        """Weights ``[B, T, width]`` of a router for a linear whose tokens come in rows or one after another.
+
+        Raises:
+            ModelError: They are not one for every token, or the linear has rows and the router has none.
+        """
+        if not place.flat and not gate.flat:
+            return weights
+        site = self.model.sites[name]
+        assert site.group is not None
+        shape = self._sample_weights(site, 1)[0].shape
+        if (gate.flat and not place.flat) or len(shape) != 3 or (shape[0] > 1 and shape[1] == 1):
+            raise ModelError(
+                f"{name} runs on tokens one after another, which its router cannot serve in a graph",
+                mend='Train with molora.scope = "site", or leave it out of molora.targets.',
+            )
+        return self.graph.node("Reshape", [weights, self.graph.const([-1, width], np.int64)])
+
     # ---- experts beside a linear: products ---------------------------------------------------------------------
 
     def _products(self, names: list[str]) -> None:
-        """Sites that read one tensor: one product with all A, one with each B."""
+        """Sites that read one tensor, call by call: one product with all A, one with each B."""
         graph, form = self.graph, _FORMS[self.scheme]
         factors = [self._factors(name, self.model.sites[name]) for name in names]
-        x = graph.places[names[0]].x
         a_name = f"{names[0]}/A"
         b_scales = [output_scale(f.b) for f in factors]
-        h = self._first_product(x, a_name, [(f.a.T, f.b, s) for f, s in zip(factors, b_scales, strict=True)])
-        group = self.model.sites[names[0]].group
-        if group is not None:
-            gates = self._spread(self.gates[id(group)], [(f.slots, f.ranks) for f in factors])
-            h = graph.node("Mul", [h, gates])
         sizes = [sum(f.ranks) for f in factors]
-        parts = [h] if len(names) == 1 else graph.split(
-            "Split", [h, graph.const(sizes, np.int64)], len(names), axis=-1
-        )  # fmt: skip
+        group = self.model.sites[names[0]].group
+        for call, place in enumerate(graph.places[names[0]]):
+            h = self._first_product(place.x, a_name, [(f.a.T, f.b, s) for f, s in zip(factors, b_scales, strict=True)])
+            if group is not None:
+                gate = self.gates[id(group), call]
+                gates = self._spread(gate, [(f.slots, f.ranks) for f in factors])
+                h = graph.node("Mul", [h, self._for_rows(gates, sum(sizes), gate, place, names[0])])
+            parts = [h] if len(names) == 1 else graph.split(
+                "Split", [h, graph.const(sizes, np.int64)], len(names), axis=-1
+            )  # fmt: skip
+            for name, f, scale, part in zip(names, factors, b_scales, parts, strict=True):
+                self._add(graph.places[name][call], self._second_product(part, f"{name}/B", f, scale))
         start = 0
-        for name, f, scale, part, size in zip(names, factors, b_scales, parts, sizes, strict=True):
+        for name, f, size in zip(names, factors, sizes, strict=True):
             b_block = block_of(size, BLOCK_B) if self.scheme == "int4" else 0
-            delta = self._second_product(part, f"{name}/B", f, scale)
-            self._add(name, delta)
             site = self.model.sites[name].site
             self.out.sites.append(
                 pb.Site(
@@ -413,10 +445,9 @@ class _Work:
         self.out.experts[name] = value
         return self.graph.weight(name, value)
 
-    def _add(self, name: str, delta: str) -> None:
-        y = self.graph.places[name].y
-        frozen = self.graph.move(y)
-        self.graph.node("Add", [frozen, delta], out=y)
+    def _add(self, place: Place, delta: str) -> None:
+        frozen = self.graph.move(place.y)
+        self.graph.node("Add", [frozen, delta], out=place.y)
 
     # ---- experts beside a linear: all else -----------------------------------------------------------------------
 
@@ -425,8 +456,6 @@ class _Work:
         lora = isinstance(site.bank, LoRABank)
         inputs = self._rows(name, f, lora)
         ranks = tuple(f.ranks)
-        weights = self._all_weights(site, f)
-        place = graph.places[name]
         info = site.site._replace(layer=0, name="", n_layers=1)
         A, Bt = torch.zeros(sum(ranks), site.site.d_in), torch.zeros(sum(ranks), site.site.d_out)
         factors = (A, Bt) if lora else (Bt,)
@@ -442,24 +471,39 @@ class _Work:
             fingerprint(site.mixer),
         )
         x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
-        if isinstance(site, ContractLinear):
-            blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
-            mixed = piece((*key, "mix"), Mix(), (blocks, sample), [tokens, moving])
-            delta = piece((*key, "delta"), Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
-            (middle,) = mixed.insert(graph, [place.x, weights])
-            graph.rewire(place.x, middle, consumers[place.x])
-            self._add(name, delta.insert(graph, [place.x, weights, *inputs])[0])
-        elif isinstance(site, ExpandLinear):
-            both = piece(key, Expand(len(ranks)), (x, y, *factors), [tokens, tokens, *flat])
-            frozen = graph.move(place.y)
-            (out,) = both.insert(graph, [place.x, frozen, *inputs])
-            graph.node("Identity", [out], out=place.y)
-        else:
-            module = Delta(site.mixer, type(site.bank)(site=info, ranks=ranks, alpha=float(ranks[0])), lora)
-            delta = piece(key, module, (x, y, sample, list(factors)), [tokens, tokens, moving, flat])
-            frozen = graph.move(place.y)
-            (d,) = delta.insert(graph, [place.x, frozen, weights, *inputs])
-            graph.node("Add", [frozen, d], out=place.y)
+        for call, place in enumerate(graph.places[name]):
+            weights = self._all_weights(site, f, call)
+            if place.flat and (isinstance(site, ContractLinear | ExpandLinear)):
+                raise ModelError(
+                    f"{name} runs on tokens one after another, and a block of experts wants them in rows",
+                    mend="Leave it out of molora.targets, or use topology 'parallel'.",
+                )
+            if isinstance(site, ContractLinear):
+                blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
+                mixed = piece((*key, "mix"), Mix(), (blocks, sample), [tokens, moving])
+                delta = piece((*key, "delta"), Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
+                (middle,) = mixed.insert(graph, [place.x, weights])
+                graph.rewire(place.x, middle, consumers[place.x])
+                self._add(place, delta.insert(graph, [place.x, weights, *inputs])[0])
+            elif isinstance(site, ExpandLinear):
+                both = piece(key, Expand(len(ranks)), (x, y, *factors), [tokens, tokens, *flat])
+                frozen = graph.move(place.y)
+                (out,) = both.insert(graph, [place.x, frozen, *inputs])
+                graph.node("Identity", [out], out=place.y)
+            else:
+                module = Delta(site.mixer, type(site.bank)(site=info, ranks=ranks, alpha=float(ranks[0])), lora)
+                delta = piece(key, module, (x, y, sample, list(factors)), [tokens, tokens, moving, flat])
+                frozen = graph.move(place.y)
+                if place.flat:
+                    if site.group is not None:
+                        gate = self.gates[id(site.group), call]
+                        weights = self._in_rows(self._for_rows(weights, len(f.slots), gate, place, name))
+                    rows = self._in_rows(place.x), self._in_rows(frozen)
+                    (d,) = delta.insert(graph, [*rows, weights, *inputs])
+                    d = graph.node("Squeeze", [d, graph.const([0], np.int64)])
+                else:
+                    (d,) = delta.insert(graph, [place.x, frozen, weights, *inputs])
+                graph.node("Add", [frozen, d], out=place.y)
         form = pb.VECTORS if not lora else pb.ROWS_FP32 if self.scheme == "fp32" else pb.ROWS_INT8
         self.out.sites.append(
             pb.Site(
@@ -480,12 +524,12 @@ class _Work:
             out.append(self.graph.node("DequantizeLinear", [q, self._keep(f"{name}/{suffix}.scale", scale)], axis=0))
         return out
 
-    def _all_weights(self, site: MoLoRALinear, f: Factors) -> str:
-        """The weights of all experts of a site, shared ones first."""
+    def _all_weights(self, site: MoLoRALinear, f: Factors, call: int) -> str:
+        """The weights of all experts of a site in one of its calls, shared ones first."""
         graph, n = self.graph, len(f.slots)
         if site.group is None:
             return graph.const(np.ones((1, 1, n), np.float32))
-        gate = self.gates[id(site.group)]
+        gate = self.gates[id(site.group), call]
         assert f.slots[site.shared :] == gate.slots
         if not site.shared:
             return gate.weights

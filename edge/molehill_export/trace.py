@@ -104,8 +104,13 @@ def export(
                 custom_translation_table={torch.ops.aten.sort.stable: _sort},
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise ModelError(f"{type(module).__name__.lstrip('_').lower()} cannot be traced: {reason}") from error
+        said = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        reason = " ".join(said[: 2 if said and said[0].endswith(":") else 1])
+        raise ModelError(
+            f"this kind of model cannot be written as a graph for devices; the tracer says of the "
+            f"{type(module).__name__.lstrip('_').lower()}: {reason}",
+            mend="`molehill check` says beforehand which bases are known to go to devices.",
+        ) from error
     assert program is not None
     return program.model_proto
 

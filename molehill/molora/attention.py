@@ -8,14 +8,18 @@ short inputs only (`MAX_TOKENS`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+
+from molehill.errors import ModelError
+from molehill.molora.probe import plain_tokens
 
 NAME = "molehill_bmm"
 MAX_TOKENS = 512
@@ -79,10 +83,21 @@ def _bmm_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,  # noqa: ARG001 - frozen bases run in eval mode, where it is 0
+    dropout: float = 0.0,
     is_causal: bool | None = None,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[Tensor, None]:
+    asked = _beyond(dropout, extras)
+    if asked and _watched:
+        _watched[-1].update(asked)
+    elif asked:
+        raise ModelError(
+            f"the base's attention wants {', '.join(sorted(asked))}, which ours does not do",
+            where=type(module).__name__,
+            mend='Set base.precision = "fp32".',
+        )
+    elif _watched:
+        _watched[-1].add("")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     bias = attention_mask
@@ -96,8 +111,25 @@ def _bmm_attention(
         bias = bias.triu(1 + size[1] - size[0])
     if bias is not None:
         bias = bias[..., : key.shape[2]]
-    out = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]  # untyped torch
+    if bias is not None and bias.requires_grad:  # `_Attention` has no gradient for it
+        grouped = key.shape[1] != query.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=grouped)
+    else:
+        out = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]  # untyped torch
     return out.transpose(1, 2).contiguous(), None
+
+
+# Arguments that change nothing here: what they say of order and windows is in the mask, the others ask for more output.
+_IN_THE_MASK = {"sliding_window", "position_ids", "cache_position"}
+_OUTPUT = {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+
+_watched: list[set[str]] = []  # what models ask for, while somebody watches; "" for a call that asks for nothing more
+
+
+def _beyond(dropout: float, extras: Mapping[str, Any]) -> set[str]:
+    """Names of the arguments that this attention does not implement."""
+    asked = {name for name, value in extras.items() if value is not None} - _IN_THE_MASK - _OUTPUT
+    return asked | {"dropout"} if dropout else asked
 
 
 def register() -> None:
@@ -109,11 +141,34 @@ def register() -> None:
 def use_fast_attention(base: nn.Module, max_length: int) -> None:
     """Switch a bf16 CPU model with short inputs to this attention; other models keep theirs.
 
+    So does a model whose attention gets what this one does not implement (sinks, soft caps, biases of heads, dropout),
+    which one short pass shows.
+
     Args:
-        base: A Hugging Face model.
+        base: A Hugging Face model in eval mode.
         max_length: Longest input in tokens.
     """
     first = next(base.parameters())
-    if first.device.type == "cpu" and first.dtype == torch.bfloat16 and max_length <= MAX_TOKENS:
-        register()
-        base.set_attn_implementation(NAME)  # type: ignore[operator]  # modules hide their attributes' types
+    if first.device.type != "cpu" or first.dtype != torch.bfloat16 or max_length > MAX_TOKENS:
+        return
+    part: Any = base
+    own = part.config._attn_implementation  # noqa: SLF001  (there is no public name for it)
+    register()
+    part.set_attn_implementation(NAME)
+    if _asked(part) != {""}:
+        part.set_attn_implementation(own)
+
+
+@torch.no_grad()
+def _asked(base: Any) -> set[str]:
+    """What the attention of a model asks for in a short pass with padding; empty when it never came here."""
+    ids = torch.tensor(plain_tokens(base, 6)).view(2, 3)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    _watched.append(set())
+    try:
+        base(input_ids=ids, attention_mask=mask)
+    except Exception:  # noqa: BLE001  (whatever it was, its own attention will do better)
+        return {"another attention"}
+    finally:
+        asked = _watched.pop()
+    return asked

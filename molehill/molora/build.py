@@ -12,12 +12,13 @@ from torch import nn
 from molehill import registry
 from molehill.config import MethodRef
 from molehill.config import MoLoRA as MoLoRAConfig
-from molehill.errors import ConfigError
+from molehill.errors import ConfigError, ModelError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.head import Head
 from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan
 from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
 from molehill.molora.model import MoLoRAModel, seed_for
+from molehill.molora.probe import Probe, probe
 from molehill.molora.recompute import keep_less
 from molehill.molora.router import Router
 from molehill.molora.targets import choose
@@ -52,6 +53,7 @@ def wrap(
     base.requires_grad_(requires_grad=False)
     choice = choose(base, config.targets, config.layers)
     sites = choice.sites
+    found = probe(base)
     keep_less(base)
     topology = _build("topology", config.topology)
     roles: dict[str, str] = {}
@@ -62,7 +64,7 @@ def wrap(
              for s in sites}  # fmt: skip
     device = next(base.parameters()).device
     state = ForwardState()
-    groups = _groups(sites, plans, config, topology.scope or config.scope, gate, seed, state)
+    groups = _groups(sites, plans, config, topology.scope or config.scope, gate, seed, state, found)
     mixer = _build("mixer", config.mixer)
     kinds: Mapping[str, type[MoLoRALinear]] = {
         "plain": MoLoRALinear,
@@ -87,7 +89,7 @@ def wrap(
         module = kinds[role](
             base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
             mixer=_build("mixer", MethodRef(name="output")) if group is None else mixer, dropout=config.dropout,
-            state=state,
+            state=state, tokens=found.on_tokens(site.name),
         )  # fmt: skip
         parent, _, name = site.name.rpartition(".")
         setattr(base.get_submodule(parent), name, module)
@@ -146,9 +148,11 @@ def _groups(
     gate: str,
     seed: int,
     state: ForwardState,
+    found: Probe,
 ) -> dict[str, RouteGroup]:
     groups: dict[str, RouteGroup] = {}
-    for site in sites:
+    order = {name: at for at, name in enumerate(found.calls)}  # of the pass, which is not always that of the modules
+    for site in sorted(sites, key=lambda site: order.get(site.name, len(order))):
         plan, key = plans[site.name], _group_of(site, scope)
         if not plan.ranks:
             continue
@@ -159,6 +163,7 @@ def _groups(
                     where="molora.allocation",
                     mend="Use scope 'site', or an allocation that gives them the same number.",
                 )
+            _require_same_rows(groups[key].site.name, site.name, scope, found)
             continue
         experts = len(plan.ranks)
         with torch.random.fork_rng(devices=[]):
@@ -181,8 +186,24 @@ def _groups(
             scorer, [_build("transform", ref) for ref in config.transforms], built, anchored=gate == "anchored"
         )
         ranks = torch.tensor(plan.ranks, dtype=torch.float32)
-        groups[key] = RouteGroup(router, site, state, ranks / ranks.mean())
+        groups[key] = RouteGroup(router, site, state, ranks / ranks.mean(), found.on_tokens(site.name))
     return groups
+
+
+def _require_same_rows(first: str, other: str, scope: str, found: Probe) -> None:
+    """Refuse one route for linears that run on different things.
+
+    Raises:
+        ModelError: A call of the other site is of other rows than that of the first.
+    """
+    routed, reads = found.rows(first), found.rows(other)
+    if reads != routed[: len(reads)]:
+        raise ModelError(
+            f"{other} does not run on the same rows as {first}, from which the route of both would come "
+            f"(scope {scope!r})",
+            where="molora.scope",
+            mend='Set molora.scope = "site", or leave one of them out of molora.targets.',
+        )
 
 
 def _always_one(selector: Selector, site: Site) -> bool:

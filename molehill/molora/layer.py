@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,24 +63,36 @@ class ForwardState:
         self.records = []
         self.version += 1
 
+    def mask_of(self, lead: torch.Size) -> Tensor | None:
+        """The mask for tokens in rows ``[B, T]`` or one after another ``[1, B * T]``; None when it is of others."""
+        if self.mask is None or self.mask.shape == lead:
+            return self.mask
+        return self.mask.reshape(lead) if tuple(lead) == (1, self.mask.numel()) else None
+
 
 class RouteGroup(nn.Module):
     """The sites that share one route (one site, a block, a layer or the whole model).
 
-    The first site of a forward pass computes the route from its own input; the others reuse it.
+    The first site of a forward pass computes the route from its own input; the others reuse it. Where a base runs its
+    linears several times in a pass (layers that share weights, a projection that positions go through as well), every
+    call has a route of its own: the n-th call of a site takes that of the n-th calls.
 
     Args:
         router: The router.
         site: The first site of the group; gives the router's input width.
         state: Shared state of the pass.
         costs: Relative size of every routed expert, ``[E]``.
+        tokens: For every call of the site in a pass, whether its input are the tokens of the batch. What is none is
+            neither counted nor recorded.
     """
 
     costs: Tensor
     mass: Tensor
     tokens: Tensor
 
-    def __init__(self, router: Router, site: Site, state: ForwardState, costs: Tensor) -> None:
+    def __init__(
+        self, router: Router, site: Site, state: ForwardState, costs: Tensor, tokens: Sequence[bool] = (True,)
+    ) -> None:
         super().__init__()
         self.router = router
         self.site = site
@@ -89,38 +102,43 @@ class RouteGroup(nn.Module):
         # By client: gate mass and number of real tokens.
         self.register_buffer("mass", torch.zeros(1, len(costs)), persistent=False)
         self.register_buffer("tokens", torch.zeros(1), persistent=False)
-        self._cached: tuple[int, Route] | None = None
+        self.calls = tuple(tokens)
+        self._version = -1  # of the pass that the routes are of
+        self._routes: dict[int, Route] = {}  # by number of the call
 
-    def gate_rows(self, x: Tensor) -> Tensor | None:
-        """Router rows to multiply together with A, when this pass has no route yet.
+    def gate_rows(self, x: Tensor, call: int) -> Tensor | None:
+        """Router rows to multiply together with A, when this call has no route yet.
 
         Args:
             x: Input of the calling site, ``[B, T, d]``.
+            call: Number of the site's call in this pass.
 
         Raises:
             ModelError: The calling site comes first but has another width than the router.
         """
-        if self._current() is not None:
+        if self._current(call) is not None:
             return None
         self._require_width(x)
         return self.router.gate_rows()
 
-    def route(self, x: Tensor, logits: Tensor | None) -> Route:
-        """The route of this pass.
+    def route(self, x: Tensor, logits: Tensor | None, call: int) -> Route:
+        """The route of a call.
 
         Args:
             x: Input of the calling site, ``[B, T, d]``.
             logits: Scores ``[B, T, E]`` when the caller has them.
+            call: Number of the site's call in this pass.
 
         Raises:
             ModelError: The calling site comes first but has another width than the router.
         """
-        route = self._current()
+        route = self._current(call)
         if route is not None:
             return route
         self._require_width(x)
         state = self.state
-        mask = state.mask if state.mask is not None and state.mask.shape == x.shape[:2] else None
+        tokens = self.calls[min(call, len(self.calls) - 1)]
+        mask = state.mask_of(x.shape[:2]) if tokens else None
         ctx = RouteContext(
             x=x,
             site=self.site,
@@ -131,10 +149,10 @@ class RouteGroup(nn.Module):
             overrides=self.overrides,
         )
         route = self.router.route(ctx, logits)
-        self._cached = (state.version, route)
-        if state.collect:
+        self._routes[call] = route
+        if state.collect and tokens:
             state.records.append(RouteRecord(self.site, route, mask, self.costs, state.task_ids))
-        if state.count:
+        if state.count and tokens:
             self._count(route, mask, x.shape[:2])
         return route
 
@@ -146,10 +164,11 @@ class RouteGroup(nn.Module):
                 mend="Use scope 'site'.",
             )
 
-    def _current(self) -> Route | None:
-        if self._cached is not None and self._cached[0] == self.state.version:
-            return self._cached[1]
-        return None
+    def _current(self, call: int) -> Route | None:
+        if self._version != self.state.version:
+            self.forget()
+            self._version = self.state.version
+        return self._routes.get(call)
 
     @torch.no_grad()
     def _count(self, route: Route, mask: Tensor | None, shape: torch.Size) -> None:
@@ -159,13 +178,13 @@ class RouteGroup(nn.Module):
         clients = self.state.clients
         flat = weights.expand(*shape, -1).reshape(clients, -1, weights.shape[-1])
         real = torch.ones(shape, device=flat.device) if mask is None else mask.to(flat.dtype)
-        real = real.reshape(clients, 1, -1)
+        real = real.reshape(clients, 1, -1) / sum(self.calls)  # a token counts once, however often it comes by
         self.mass += (real @ flat).squeeze(1)
         self.tokens += real.sum((1, 2))
 
     def forget(self) -> None:
-        """Let go of the last route, whose graph remembers the shape of the router's rows."""
-        self._cached = None
+        """Let go of the last routes, whose graph remembers the shape of the router's rows."""
+        self._routes = {}
 
     def reset_counts(self) -> None:
         """Forget the counted gate mass."""
@@ -185,6 +204,7 @@ class MoLoRALinear(nn.Module):
         mixer: How weights meet experts.
         dropout: Dropout on the experts' input.
         state: Shared state of the pass.
+        tokens: For every call in a pass, whether the input are the tokens of the batch.
     """
 
     def __init__(
@@ -198,8 +218,11 @@ class MoLoRALinear(nn.Module):
         mixer: Mixer,
         dropout: float,
         state: ForwardState,
+        tokens: Sequence[bool] = (True,),
     ) -> None:
         super().__init__()
+        self.calls = tuple(tokens)
+        self._pass = (-1, 0)  # version of the pass, calls in it
         self.base = base
         self.site = site
         self.bank = bank
@@ -227,45 +250,56 @@ class MoLoRALinear(nn.Module):
         if not self.state.enabled:
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
         x3 = x if x.dim() == 3 else x.unsqueeze(0)
-        y = self._adapted(x3)
+        y = self._adapted(x3, self._next_call())
         return y if x.dim() == 3 else y.squeeze(0)
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def _next_call(self) -> int:
+        """Number of this call in the pass, from 0."""
+        version, calls = self._pass
+        call = calls if version == self.state.version else 0
+        self._pass = self.state.version, call + 1
+        return call
+
+    def _adapted(self, x: Tensor, call: int) -> Tensor:
         seen = self.dropout(x)
         if isinstance(self.bank, LoRABank) and getattr(self.mixer, "fused", False):
-            return self._fused(x, seen)
+            return self._fused(x, seen, call)
         y0 = F.linear(x, self.weight, self.bias)
-        return y0 + self.mixer(self.bank, seen, y0, self.weights(x, None)).to(y0.dtype)
+        return y0 + self.mixer(self.bank, seen, y0, self.weights(x, None, call)).to(y0.dtype)
 
-    def _fused(self, x: Tensor, seen: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, seen: Tensor, call: int) -> Tensor:
         assert isinstance(self.bank, LoRABank)
         lead = x.shape[:2]
         flat, seen2 = x.reshape(-1, x.shape[-1]), seen.reshape(-1, x.shape[-1])
         same = seen is x
-        gate = self.group.gate_rows(x) if self.group is not None and same else None
+        gate = self.group.gate_rows(x, call) if self.group is not None and same else None
         if not self.bank.fused:
-            weights = self.flat_weights(x, None)
+            weights = self.flat_weights(x, None, call)
             y = self.bank.plain(flat, seen2, self.weight, self.bias, weights)
             return y.view(*lead, -1)
         projection = self.bank.project(seen2, gate, source_of(x) if same else None)
         logits = projection.logits.view(*lead, -1) if gate is not None else None
-        weights = self.flat_weights(x, logits)
+        weights = self.flat_weights(x, logits, call)
         y = self.bank.combine(flat, self.weight, self.bias, projection, weights, same_input=same)
         return y.view(*lead, -1)
 
-    def weights(self, x: Tensor, logits: Tensor | None) -> Tensor:
-        """Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``."""
+    def weights(self, x: Tensor, logits: Tensor | None, call: int) -> Tensor:
+        """Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``.
+
+        Raises:
+            ModelError: The route is of other rows than the input.
+        """
         ones = torch.ones(1, device=x.device)
         if self.group is None:
             return ones.expand(1, 1, self.bank.n_experts)
-        routed = self.group.route(x, logits).weights
+        routed = _for_rows(self.group.route(x, logits, call).weights, x.shape[:2], self.site.name)
         if not self.shared:
             return routed
         return torch.cat([ones.expand(*routed.shape[:-1], self.shared), routed], -1)
 
-    def flat_weights(self, x: Tensor, logits: Tensor | None) -> Tensor:
+    def flat_weights(self, x: Tensor, logits: Tensor | None, call: int) -> Tensor:
         """`weights` for every token: ``[B * T, E]``."""
-        weights = self.weights(x, logits)
+        weights = self.weights(x, logits, call)
         return weights.expand(*x.shape[:2], -1).reshape(-1, weights.shape[-1])
 
     def tokens(self, client: int) -> dict[int, float]:
@@ -278,7 +312,10 @@ class MoLoRALinear(nn.Module):
 
     @property
     def stackable(self) -> bool:
-        """Whether the weights of this site may have a client axis; dropout would draw other numbers than alone."""
+        """Whether the weights of this site may have a client axis.
+
+        Dropout would draw other numbers than alone, and what is no token of a batch has no client.
+        """
         bank = self.bank
         routed = self.group is None or self.group.router.stackable
         fused = (
@@ -287,16 +324,35 @@ class MoLoRALinear(nn.Module):
             and bank.fused
             and getattr(self.mixer, "fused", False)
         )
-        return routed and fused and self.dropout.p == 0
+        return routed and fused and self.dropout.p == 0 and all(self.calls)
+
+
+def _for_rows(weights: Tensor, lead: torch.Size, name: str) -> Tensor:
+    """Weights ``[B|1, T|1, ...]`` for tokens in rows, or for the same tokens one after another, ``lead = [1, B * T]``.
+
+    Raises:
+        ModelError: They are neither.
+    """
+    rows, tokens = weights.shape[:2]
+    if rows in {1, lead[0]} and tokens in {1, lead[1]}:
+        return weights
+    if lead[0] == 1 and lead[1] % rows == 0 and tokens in {1, lead[1] // rows}:
+        return weights.expand(rows, lead[1] // rows, *weights.shape[2:]).flatten(0, 1).unsqueeze(0)
+    if rows == 1 and tokens == lead[0] * lead[1]:
+        return weights.reshape(*lead, *weights.shape[2:])
+    raise ModelError(
+        f"{name} runs on {lead[0]} rows of {lead[1]}, its route is for {rows} rows of {tokens}",
+        mend='Set molora.scope = "site", or leave it out of molora.targets.',
+    )
 
 
 class ExpandLinear(MoLoRALinear):
     """First linear of a routed block: keeps the frozen output and one output per expert, ``[B, T, 1 + E, d_out]``."""
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def _adapted(self, x: Tensor, call: int) -> Tensor:
         assert isinstance(self.bank, LoRABank)
         assert self.group is not None
-        self.group.route(x, None)
+        self.group.route(x, None, call)
         experts = self.bank.n_experts
         Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype)
         delta = expand(self.dropout(x), self.bank.A.to(x.dtype), Bt, experts)
@@ -322,7 +378,7 @@ class ContractLinear(MoLoRALinear):
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
         assert isinstance(self.bank, LoRABank)
         h0, h = x[:, :, 0], x[:, :, 1:]
-        w = self.weights(h0, None).to(x.dtype)
+        w = self.weights(h0, None, self._next_call()).to(x.dtype)
         delta = contract(self.dropout(h), w * self.bank.scales[0], self.bank.A.to(x.dtype), self.bank.Bt.to(x.dtype))
         y = F.linear(mix(h0, h, w), self.weight, self.bias) + delta
         owner = self.bank.patch_expert

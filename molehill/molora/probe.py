@@ -21,6 +21,7 @@ from molehill.errors import ModelError
 
 _NUMBERED = re.compile(r"\.(\d+)\.")
 _ROWS, _TOKENS = 2, 3  # the last row is padded by one token
+_WHOLE = {(_ROWS, _TOKENS), (_ROWS * _TOKENS,)}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Probe:
     calls: Mapping[str, tuple[tuple[int, ...], ...]]
     learning: frozenset[str]
     positions: int | None
+
+    def on_tokens(self, name: str) -> tuple[bool, ...]:
+        """For every call of a linear, whether its input are the tokens of the batch, in rows or one after another."""
+        return tuple(lead == () for lead in self.rows(name))
+
+    def rows(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """What a linear runs on, call by call: empty for the tokens of the batch, else the leading shape."""
+        calls = self.calls.get(name, ((0,),))  # not called: an expert of a mixture, which gets some of the tokens
+        return tuple(() if lead in _WHOLE else lead for lead in calls)
 
 
 def linears(base: nn.Module) -> dict[str, nn.Module]:

@@ -123,16 +123,18 @@ def _versions(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(tensor._version for tensor in tensors)  # noqa: SLF001  (torch tells in-place changes nowhere else)
 
 
-def _note(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def _note(function: Callable[..., Tensor], *inputs: Tensor, **extras: Any) -> Tensor:
     """``function(*inputs)``, remembering how it was made."""
-    y = function(*inputs)
-    if y.requires_grad:
+    y = function(*inputs, **extras)
+    if not extras and _tensors(y, *inputs) and y.requires_grad:
         _remember(y, Recipe(function, graph=False), inputs)
     return y
 
 
-def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def _again(function: Callable[..., Tensor], *inputs: Tensor, **extras: Any) -> Tensor:
     """``function(*inputs)``, keeping the inputs alone."""
+    if extras or not _tensors(*inputs):  # a gate or a residual beside the input: not one of ours
+        return function(*inputs, **extras)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return function(*inputs)
     recipe = Recipe(function, graph=True)
@@ -141,8 +143,14 @@ def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return y
 
 
-def _gated(block: nn.Module, x: Tensor) -> Tensor:
+def _tensors(*values: Any) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _gated(block: nn.Module, x: Tensor, *rest: Any, **extras: Any) -> Tensor:
     """The forward pass of a feed-forward block with a gate."""
+    if rest or extras:
+        return type(block).forward(block, x, *rest, **extras)  # type: ignore[no-any-return]  # its callee is untyped
     part: Any = block
     return part.down_proj(_again(partial(_gate, part.act_fn), part.gate_proj(x), part.up_proj(x)))  # type: ignore[no-any-return]  # its callee is untyped
 

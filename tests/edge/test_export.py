@@ -220,7 +220,8 @@ def test_what_clients_keep_is_not_shipped_as_global(opened, tmp_path):
 def test_a_window_limits_the_context(tmp_path):
     from transformers import MistralConfig, Qwen2Config
 
-    from molehill_export.base import decoder, window
+    from molehill.tasks.devices import window
+    from molehill_export.base import decoder
 
     settings = MistralConfig(**tiny_world.SIZES | edge_export.SIZES, sliding_window=24)
     assert window(settings) == 24

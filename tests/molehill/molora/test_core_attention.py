@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tiny_models import ARCHITECTURES, adapted, base, batch, shake
 
+from molehill.errors import ModelError
 from molehill.molora import attention
 
 
@@ -78,3 +80,63 @@ def test_an_adapted_bf16_model_trains_with_it(architecture):
         torch.nn.functional.cross_entropy(forward.logits, forward.labels).backward()
         grads.append(model.grad.clone())
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.99
+
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 40,
+    "max_position_embeddings": 64, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+MORE_THAN_WE_DO = {
+    "sinks": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=16)
+    ),
+    "soft cap": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SMALL, sliding_window=16, attn_logit_softcapping=5.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_THAN_WE_DO)
+def test_a_model_whose_attention_does_more_keeps_its_own(kind):
+    model = MORE_THAN_WE_DO[kind]().to(torch.bfloat16).eval()
+    own = model.config._attn_implementation
+    ids = torch.arange(1, 31).view(1, 30)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        attention.use_fast_attention(model, 40)
+        assert model.config._attn_implementation == own
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_windows_and_grouped_heads_are_ours():
+    model = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SMALL, sliding_window=4, attn_logit_softcapping=None)
+    )
+    model = model.to(torch.bfloat16).eval()
+    ids = torch.arange(1, 31).view(1, 30)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.float()
+        attention.use_fast_attention(model, 40)
+        assert model.config._attn_implementation == attention.NAME
+        after = model(input_ids=ids).logits.float()
+    assert float((after - before).square().mean() / before.var()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "extra", [{"softcap": 5.0}, {"s_aux": torch.zeros(2)}, {"anything": 1}, {"dropout": 0.1}], ids=str
+)
+def test_what_it_does_not_implement_it_refuses(extra):
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ModelError, match=next(iter(extra))):
+        attention._bmm_attention(torch.nn.Module(), q, q, q, None, **extra)
+    attention._bmm_attention(torch.nn.Module(), q, q, q, None, softcap=None, sliding_window=16, dropout=0.0)
+
+
+def test_a_learned_bias_gets_its_gradient():
+    q, k, v = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    bias = torch.randn(1, 2, 3, 3, requires_grad=True)
+    out, _ = attention._bmm_attention(torch.nn.Module(), q, k, v, bias)
+    (mine,) = torch.autograd.grad(out.square().sum(), bias)
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + bias
+    (other,) = torch.autograd.grad((scores.softmax(-1) @ v).square().sum(), bias)
+    torch.testing.assert_close(mine, other)

@@ -91,3 +91,24 @@ def test_without_gradients_nothing_is_remembered():
     assert recompute.source_of(norm(torch.randn(2, 4))) is None
     with torch.no_grad():
         assert recompute.source_of(norm(torch.randn(2, 4, requires_grad=True))) is None
+
+
+class GatedLayerNorm(nn.LayerNorm):
+    """A norm that gets a gate beside its input, as those of state-space models do."""
+
+    def forward(self, x, gate=None, *, shift=0.0):
+        y = super().forward(x) + shift
+        return y if gate is None else y * gate
+
+
+def test_a_norm_that_gets_more_than_its_input_is_left_alone():
+    torch.manual_seed(0)
+    plain = GatedLayerNorm(4)
+    ours = GatedLayerNorm(4)
+    recompute.keep_less(nn.ModuleList([ours]))
+    x, gate = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    for args, extras in (((x,), {}), ((x, None), {}), ((x, gate), {}), ((x,), {"shift": 2.0}), ((x,), {"gate": gate})):
+        found, wanted = ours(*args, **extras), plain(*args, **extras)
+        assert torch.equal(found, wanted)
+        for mine, other in zip(*(torch.autograd.grad(y.square().sum(), x) for y in (found, wanted)), strict=True):
+            torch.testing.assert_close(mine, other)
