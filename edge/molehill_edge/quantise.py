@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 Float: TypeAlias = NDArray[np.float32]
 _TINY = np.float32(1e-20)
-_LEVELS = {8: 127, 4: 7}
+# Processors without VNNI add two products in 16 bits, so 255 * LEVELS8 * 2 has to stay below 2**15: full 8 bits
+# would be cut off there in silence, with errors of several percent.
+LEVELS8 = 64
+_LEVELS = {8: LEVELS8, 4: 7}
 
 
 class Quantised(NamedTuple):

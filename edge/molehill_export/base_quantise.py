@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from molehill_edge.quantise import block_of, pack4
+from molehill_edge.quantise import LEVELS8, block_of, pack4
 from molehill_export.graph import MICROSOFT, Graph
 
 Scheme = Literal["fp32", "int8", "int4"]
@@ -88,7 +88,7 @@ class Activations:
 
 def int8_columns(weight: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """A weight ``[K, N]`` in int8 and its scales ``[N]``."""
-    scale = np.maximum(np.abs(weight).max(0), 1e-20).astype(np.float32) / 127
+    scale = np.maximum(np.abs(weight).max(0), 1e-20).astype(np.float32) / LEVELS8
     return np.rint(weight / scale).astype(np.int8), scale
 
 

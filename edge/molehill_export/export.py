@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from molehill import __version__, config
 from molehill.errors import ConfigError, DataError, ModelError
@@ -36,7 +37,7 @@ from molehill_edge import manifest as manifests
 from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
 from molehill_edge.view import DEFAULT
 from molehill_export import parity as parity_of
-from molehill_export.base import classifier, decoder, has_shared_buffer
+from molehill_export.base import cache_shape, classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import Inserted, choose_slots, effective, expert_axes, gate_values, insert
@@ -233,8 +234,7 @@ def _task(source: Source, graph: Graph) -> pb.Task:
         return task
     tokenizer = source.tokenizer
     keys = [value for value in graph.inputs if value.name.endswith(".key")]
-    heads = int(getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
-    size = int(getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads)
+    _, heads, size = cache_shape(cast("PreTrainedModel", source.model.base))
     try:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     except ValueError as error:  # several templates, and none of them the default

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 from molehill.config import Config, MethodRef, MoLoRA
 from molehill.molora.model import MoLoRAModel
 from molehill.secure.company import needed
 from molehill.tasks.adapted import open_model
 from molehill.tasks.base_model import is_here
+from molehill.tasks.devices import remark as remark_of
 from molehill.tasks.lengths import together
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.schema import COLUMNS, class_counts, columns_of, load_rows
@@ -84,6 +86,9 @@ def describe(config: Config) -> list[tuple[str, str]]:
         count = f"{shared:,} trained per client ({megabytes(4 * shared)} as fp32){personal}{head}"
         rows.insert(5 + len(about), ("parameters", count))
         rows += [("warning", f"molora.targets: {remark}") for remark in model.remarks]
+        settings: Any = model.base.config
+        known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")
+        rows += [("warning", f"base.model: {known}")] if known else []
     else:
         rows.append(("warning", f"base.model: {config.base.model} is not on this machine; nothing of it was checked"))
     return rows

@@ -208,7 +208,7 @@ def test_rows_that_are_gone_cost_the_accuracy_only(run, opened, tmp_path, caplog
 
 
 def test_what_clients_keep_is_not_shipped_as_global(opened, tmp_path):
-    source = open_source(opened.out / "adapter", str(opened.folder))
+    source = open_source(opened.out / "adapter", str(opened.stored.folder))
     assert source.adapter.personal == {"gate": "anchored", "head": "anchored"}
     for part in ("gate", "head"):
         personal = {**source.adapter.personal, part: "personal"}
@@ -250,7 +250,7 @@ def test_what_cannot_be_exported(run, writer, tmp_path):
         (Options(), tmp_path / "full", "something already"),
         (Options(experts=("e9",)), tmp_path / "a", "no expert 'e9'"),
         (Options(experts=()), tmp_path / "a", "no routed expert"),
-        (Options(gates=("../x",)), tmp_path / "a", "cannot name a file"),
+        (Options(gates=("../x",)), tmp_path / "a", "no personal gate of"),
         (Options(gates=("client-1", "client-1")), tmp_path / "a", "twice"),
         (Options(id="a b"), tmp_path / "a", "cannot name a bundle"),
         (Options(expires=1), tmp_path / "a", "expired already"),

@@ -314,7 +314,7 @@ def test_alpaca_is_as_in_training():
     prompts = Prompts(Generation(), "bundle")
     for context in ("", "some text"):
         row = {"instruction": "Say it. ", "input": context, "output": ""}
-        text, ((begin, _),) = _alpaca(row)
+        text, ((begin, _),) = _alpaca(row, "")
         assert prompts.single("Say it. ", context) == text[:begin]
     messages = [
         {"role": "system", "content": "Be kind."},
@@ -322,7 +322,7 @@ def test_alpaca_is_as_in_training():
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "and?"},
     ]
-    text, spans = _alpaca({"messages": [*messages, {"role": "assistant", "content": "no"}]})
+    text, spans = _alpaca({"messages": [*messages, {"role": "assistant", "content": "no"}]}, "")
     assert prompts.before_answer(messages) == text[: spans[-1][0]]
     with pytest.raises(BundleError, match="unknown role 'cat'"):
         prompts.before_answer([{"role": "cat", "content": "x"}])

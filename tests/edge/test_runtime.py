@@ -254,5 +254,5 @@ def test_a_tokenizer_that_fails_later(bundle):
     ):
         with pytest.raises(BundleError, match=r"the tokenizer of the bundle fails: called `Option::unwrap\(\)`"):
             use()
-    with pytest.raises(BundleError, match="the tokenizer of the bundle fails"):
-        bundle.classify(["\ud800"])  # half a character
+    with pytest.raises(BundleError, match="half a character"):
+        bundle.classify(["\ud800"])
