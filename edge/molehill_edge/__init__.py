@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from molehill_edge.added import Added
     from molehill_edge.bundle import Bundle
     from molehill_edge.classify import Prediction
     from molehill_edge.gates import Gate
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from molehill_edge.view import Chat, View
 
 __all__ = [
-    "Admitted", "Answer", "Bundle", "Chat", "Gate", "InsecureLocal", "Outcome", "Prediction", "RouterReport", "Store",
-    "Trust", "View",
+    "Added", "Admitted", "Answer", "Bundle", "Chat", "Gate", "InsecureLocal", "Outcome", "Prediction", "RouterReport",
+    "Store", "Trust", "View",
 ]  # fmt: skip
 
 # Importing the package takes no time; onnxruntime and tuf wait until they are needed.
 _HOMES = {
+    "Added": "added",
     "Admitted": "trust",
     "Answer": "generate",
     "Bundle": "bundle",

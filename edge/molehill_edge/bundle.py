@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from molehill import files
-from molehill.errors import BundleError
+from molehill.errors import BundleError, TrustError
 from molehill_edge import experts, gates, routes, tokens
 from molehill_edge import manifest as manifests
 from molehill_edge.engine import Binding, Engine, Numbers, check_mask, find_expert
+from molehill_edge.experts import Expert
 from molehill_edge.gates import Gate
 from molehill_edge.prompts import Prompts
 from molehill_edge.session import Session
@@ -23,10 +25,12 @@ from molehill_edge.view import View
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 if TYPE_CHECKING:
+    from molehill_edge.added import Added
     from molehill_edge.trust import Trust
 
 Array = np.ndarray[Any, Any]
 
+_STRICT = "this device takes signed experts only"
 _STATE, _OWN_GATE = "state.json", "gate.safetensors"
 
 
@@ -64,10 +68,29 @@ class Bundle(View):
             tokenizer = tokens.load(folder / manifests.TOKENIZER)
             session = Session(folder, manifest, threads=threads, memory_mb=memory_mb)
             _check_graph(session, manifest)
-            return cls(Engine(admitted, _copy(manifest), session, tokenizer, prompts), default)
+            opened = cls(Engine(admitted, _copy(manifest), session, tokenizer, prompts), default)
         except BaseException:
             admitted.close()
             raise
+        try:
+            opened._take_up()
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def _take_up(self) -> None:
+        """Put the experts that this device adds into their slots."""
+        engine = self._engine
+        given, engine.admitted.experts = engine.admitted.experts, ()  # their bytes are not needed any longer
+        try:
+            self._put([(experts.parse(data, engine.manifest, added.id), added.id) for added, data in given])
+        except BundleError as error:
+            name = engine.manifest.id
+            where = f"expert {error.where}, which this device adds to bundle {name}"
+            mend = f"Run: molehill edge update --id {name}, or: molehill edge remove {name} {error.where}"
+            raise BundleError(error.what, where=where, mend=mend) from None
+        engine.kept = tuple(added for added, _ in given)
 
     def __enter__(self) -> Self:
         return self
@@ -119,18 +142,42 @@ class Bundle(View):
 
         Raises:
             BundleError: It does not fit the bundle, or there is no empty slot; the bundle stays as it was.
+            TrustError: This device takes signed experts only.
         """
         engine = self._engine
+        if engine.admitted.signed_experts_only:
+            raise TrustError(f"{_STRICT}, and a file is not signed", where=str(path), mend=_mend(engine.manifest.id))
         expert = experts.read(path, engine.manifest)
-        slot = experts.find_slot(expert, engine.manifest, str(path))
-        data = experts.place(expert, slot, engine.manifest, _read(engine.session.folder / manifests.EXPERTS))
-        changed = _copy(engine.manifest)
-        changed.slots[slot].id = expert.id
-        rows = engine.rows | {(tensor, slot): row for tensor, row in expert.rows.items()}
-        # One that was left out may have had the slot before.
-        gate = replace(self.gate, mask=self.gate.mask | (np.array(gates.slots(changed)) == slot))
-        self._change(changed, rows, data, gate)
+        self._put([(expert, str(path))])
         return expert.id
+
+    def _put(self, found: Sequence[tuple[Expert, str]]) -> None:
+        """Put experts into empty slots, all or none.
+
+        Args:
+            found: The experts, each with its file, for errors.
+
+        Raises:
+            BundleError: One does not fit, or there is no empty slot.
+        """
+        if not found:
+            return
+        engine = self._engine
+        changed, rows, mask = _copy(engine.manifest), dict(engine.rows), self.gate.mask
+        data = _read(engine.session.folder / manifests.EXPERTS)
+        for expert, where in found:
+            slot = experts.find_slot(expert, changed, where)
+            data = experts.place(expert, slot, changed, data)
+            changed.slots[slot].id = expert.id
+            rows |= {(tensor, slot): row for tensor, row in expert.rows.items()}
+            # One that was left out may have had the slot before.
+            mask = mask | (np.array(gates.slots(changed)) == slot)
+        self._change(changed, rows, data, replace(self.gate, mask=mask))
+
+    @property
+    def added(self) -> tuple[Added, ...]:
+        """The experts that the store adds at every opening; `add_expert` adds for this one only, unsigned."""
+        return self._engine.kept
 
     def _change(self, manifest: Manifest, rows: dict[tuple[str, int], Array], data: bytes | None, gate: Gate) -> None:
         """Go on with other experts, at once or not at all; no call that runs sees a part of it.
@@ -181,7 +228,7 @@ class Bundle(View):
             "layout": engine.manifest.layout.hex(),
             "slots": [slot.id for slot in engine.manifest.slots],
             "rows": sorted({slot for _, slot in engine.rows}),
-            "experts": _experts_of(engine.manifest),
+            "experts": _experts_of(engine),
         }
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -202,28 +249,22 @@ class Bundle(View):
 
         Raises:
             BundleError: It is damaged or of another bundle.
+            TrustError: It holds experts that are not signed, and this device takes signed ones only.
         """
-        engine = self._engine
-        where = str(folder)
-        try:
-            state = files.parse_json(_read(folder / _STATE))
-            names = [str(name) for name in state["slots"]]
-            rows = [int(slot) for slot in state["rows"]]
-            came = str(state["experts"])
-            fits = (state["base"], state["layout"]) == (engine.manifest.base.digest, engine.manifest.layout.hex())
-        except (ValueError, KeyError, TypeError):
-            raise BundleError("damaged", where=str(folder / _STATE)) from None
-        if not fits or len(names) != len(engine.manifest.slots) or not set(rows) <= set(range(len(names))):
-            raise BundleError("the state of another bundle", where=where)
-        if came != _experts_of(engine.manifest):
-            mend = "Add this device's experts again, and save the state anew."
-            raise BundleError("the bundle has other experts than when the state was saved", where=where, mend=mend)
-        if not all(name == "" or manifests.valid_id(name) for name in names):
-            raise BundleError("damaged", where=str(folder / _STATE))
+        engine, where = self._engine, str(folder)
+        names, rows = self._read_state(folder)
         changed = _copy(engine.manifest)
         for slot, name in zip(changed.slots, names, strict=True):
             slot.id = name
         gate = gates.read(folder / _OWN_GATE, changed)
+        if engine.admitted.signed_experts_only:
+            # Its numbers are nobody's: those of the signed files stay, and it says only which of them are left out.
+            for now, then in zip(changed.slots, engine.manifest.slots, strict=True):
+                if now.id not in {"", then.id}:
+                    what = f"{_STRICT}, and expert {now.id} of this state is not signed"
+                    raise TrustError(what, where=where, mend=_mend(engine.manifest.id))
+            self._change(changed, {key: row for key, row in engine.rows.items() if names[key[1]]}, None, gate)
+            return
         data = None
         if (folder / manifests.EXPERTS).is_file():
             data, old = _read(folder / manifests.EXPERTS), _read(engine.folder / manifests.EXPERTS)
@@ -239,10 +280,36 @@ class Bundle(View):
         }
         self._change(changed, kept, data, gate)
 
+    def _read_state(self, folder: Path) -> tuple[list[str], list[int]]:
+        """Who sits in the slots of a state, and which slots have rows of their own."""
+        engine = self._engine
+        where = str(folder)
+        try:
+            state = files.parse_json(_read(folder / _STATE))
+            names = [str(name) for name in state["slots"]]
+            rows = [int(slot) for slot in state["rows"]]
+            came = str(state["experts"])
+            fits = (state["base"], state["layout"]) == (engine.manifest.base.digest, engine.manifest.layout.hex())
+        except (ValueError, KeyError, TypeError):
+            raise BundleError("damaged", where=str(folder / _STATE)) from None
+        if not fits or len(names) != len(engine.manifest.slots) or not set(rows) <= set(range(len(names))):
+            raise BundleError("the state of another bundle", where=where)
+        if came != _experts_of(engine):
+            mend = "Add this device's experts again, and save the state anew."
+            raise BundleError("the bundle has other experts than when the state was saved", where=where, mend=mend)
+        if not all(name == "" or manifests.valid_id(name) for name in names):
+            raise BundleError("damaged", where=str(folder / _STATE))
+        return names, rows
 
-def _experts_of(manifest: Manifest) -> str:
-    """SHA-256 (hex) of the experts that a bundle came with."""
-    return next((file.sha256.hex() for file in manifest.files if file.path == manifests.EXPERTS), "")
+
+def _experts_of(engine: Engine) -> str:
+    """SHA-256 (hex) of the experts that a bundle came with, and of those that the store adds to it."""
+    came = next((file.sha256.hex() for file in engine.manifest.files if file.path == manifests.EXPERTS), "")
+    return "+".join([came, *(f"{added.id}:{added.sha256}" for added in engine.kept)])
+
+
+def _mend(bundle: str) -> str:
+    return f"Add it from the repository: molehill edge add {bundle} EXPERT, or: molehill edge policy --experts any"
 
 
 def _check_graph(session: Session, manifest: Manifest) -> None:

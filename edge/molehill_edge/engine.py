@@ -19,6 +19,7 @@ from molehill_edge.session import Session, value
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 if TYPE_CHECKING:
+    from molehill_edge.added import Added
     from molehill_edge.trust import Admitted
 
 Array = np.ndarray[Any, Any]
@@ -57,6 +58,7 @@ class Engine:
     rows: dict[tuple[str, int], Array] = field(default_factory=dict)  # of added experts, by gate tensor and slot
     changes: int = 0  # of the experts
     run: experts.RunFolder | None = None
+    kept: tuple[Added, ...] = ()  # experts that the store adds at every opening
     numbers: Numbers = field(init=False)
 
     def __post_init__(self) -> None:

@@ -52,14 +52,44 @@ def read(path: Path, manifest: Manifest) -> Expert:
     Raises:
         BundleError: It cannot be read, has no valid id, is for another base, or lacks sites or has additional ones.
     """
+    return parse(read_bytes(path), manifest, str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file that may be an expert.
+
+    Args:
+        path: The file.
+
+    Raises:
+        BundleError: It cannot be read, is larger than any expert, or is a PEFT folder.
+    """
     if any((each / "adapter_config.json").is_file() for each in (path, path.parent)):
         raise BundleError(
             "this is a PEFT folder, and a device takes files of experts",
             where=str(path),
             mend="Where it was trained: molehill export FOLDER --out BUNDLE --expert-files DIR",
         )
-    tensors, metadata = gates.load(path, "expert")
-    where = str(path)
+    try:
+        if path.stat().st_size > gates.LARGEST:
+            raise BundleError("larger than any expert file", where=str(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read it: {error.strerror}", where=str(path)) from None
+
+
+def parse(data: bytes, manifest: Manifest, where: str) -> Expert:
+    """What `read` returns, from the bytes of an expert file.
+
+    Args:
+        data: All of it.
+        manifest: Of the bundle.
+        where: What it is, for errors.
+
+    Raises:
+        BundleError: As `read`.
+    """
+    tensors, metadata = gates.parse(data, "expert", where)
     if metadata.get("base") != manifest.base.digest:
         raise BundleError("the expert is for another base model", where=where, mend="Use an expert of the same base.")
     if not metadata.get("id"):
@@ -102,6 +132,23 @@ def find_slot(expert: Expert, manifest: Manifest, where: str) -> int:
         if why is None:
             return slot
     raise BundleError(str(refused[0]), where=where, mend="Export the expert for this bundle's layout.")
+
+
+def check_layout(expert: Expert, manifest: Manifest, where: str) -> None:
+    """Refuse an expert that fits no slot of a bundle, whoever sits there.
+
+    Args:
+        expert: The expert.
+        manifest: Of the bundle.
+        where: Its file, for errors.
+
+    Raises:
+        BundleError: It fits none.
+    """
+    refused = [_misfit(expert, manifest, i) for i, slot in enumerate(manifest.slots) if not slot.shared]
+    if None not in refused:
+        why = refused[0] if refused else "the bundle has no slots for experts"
+        raise BundleError(str(why), where=where, mend="Export the expert for this bundle's layout.")
 
 
 def place(expert: Expert, slot: int, manifest: Manifest, data: bytes) -> bytes:

@@ -163,7 +163,27 @@ def load(path: Path, kind: str) -> tuple[dict[str, Array], dict[str, str]]:
             raise BundleError(f"larger than any {kind} file", where=where)
     except OSError as error:
         raise BundleError(f"cannot read it: {error.strerror}", where=where) from None
-    found, said = tensors.read(path)
+    return _of_kind(tensors.read(path), kind, where)
+
+
+def parse(data: bytes, kind: str, where: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """What `load` returns, from the bytes of a file.
+
+    Args:
+        data: All of it.
+        kind: What its metadata must call it: gate or expert.
+        where: What it is, for errors.
+
+    Raises:
+        BundleError: It is no safetensors file, or is of another kind or format.
+    """
+    return _of_kind(tensors.parse(data, where), kind, where)
+
+
+def _of_kind(
+    read: tuple[dict[str, Array], dict[str, str]], kind: str, where: str
+) -> tuple[dict[str, Array], dict[str, str]]:
+    found, said = read
     if said.get("kind") != kind:
         raise BundleError(f"not {_a(kind)} file", where=where, mend=f"Give {_a(kind)} file.")
     if said.get("format") != FORMAT:

@@ -7,6 +7,7 @@
     bundles/<id>/current.json                                               which version is in use
     bundles/<id>/<version>-<random>/files/                                  its files, hard links to blobs
     bundles/<id>/<version>-<random>/<n>.targets.json                        the signed list that named its manifest
+    experts/, settings.json                                                 see `molehill_edge.added`
 
 A new version is assembled beside the old one, and ``current.json``, replaced by a rename, is the switch. The signed
 list is kept with the version, since the repository's moves on when it is asked about another bundle.
@@ -32,6 +33,9 @@ from google.protobuf.message import DecodeError
 from molehill import files
 from molehill.errors import BundleError, TrustError
 from molehill_edge import manifest as manifests
+from molehill_edge import signatures
+from molehill_edge.added import Added, Shelf
+from molehill_edge.signatures import Known
 from molehill_edge.trust import Admitted
 from molehill_protos.v1.bundle_pb2 import File, Manifest
 
@@ -69,39 +73,6 @@ class Current:
     listed: int
 
 
-@dataclass(frozen=True)
-class Known:
-    """A repository that this device has seen.
-
-    Args:
-        name: The digest of its pinned root.
-        folder: What is kept of it.
-    """
-
-    name: str
-    folder: Path
-
-    @property
-    def metadata(self) -> Path:
-        """What it has shown so far, as the client of The Update Framework keeps it."""
-        return self.folder / "metadata"
-
-    @property
-    def pinned(self) -> Path:
-        """The root metadata that this device was given, from which all trust comes."""
-        return self.folder / "pinned.json"
-
-    @property
-    def url(self) -> str:
-        """Where it was last; empty when that is lost."""
-        path = self.folder / "url"
-        return path.read_text(errors="replace").strip() if path.is_file() else ""
-
-    def root_path(self, version: int) -> Path:
-        """Where a version of its root metadata lies."""
-        return self.metadata / "root_history" / f"{version}.root.json"
-
-
 class Store:
     """The bundles of a device; opens only what somebody trusted has signed.
 
@@ -114,21 +85,85 @@ class Store:
         self._blobs = self.folder / "blobs" / "sha256"
         self._bundles = self.folder / "bundles"
         self._repositories = self.folder / "repositories"
+        self._shelf = Shelf(
+            self.folder, lambda sha256: self._blobs / sha256, lambda name: Known(name, self._repositories / name)
+        )
 
     def admit(self, name: str | Path) -> Admitted:
-        """The bundle of this id, every signature and every file of it checked, without a network.
+        """The bundle of this id with what was added to it, every signature and every file checked, without a network.
 
         Raises:
             BundleError: There is none, it has expired or a file of it is damaged.
-            TrustError: The signatures do not hold.
+            TrustError: The signatures do not hold, or an added expert has none and this device asks for them.
         """
         current, handle = self._hold(str(name))
         try:
             folder, manifest = self._version(current) / "files", self._checked(current)
+            experts = self._shelf.checked(current.id)
+            strict = self._shelf.signed_only
         except BaseException:
             os.close(handle)
             raise
-        return Admitted(folder, manifest, lambda: os.close(handle))
+        return Admitted(folder, manifest, lambda: os.close(handle), experts, strict)
+
+    @property
+    def signed_experts_only(self) -> bool:
+        """Whether this device refuses experts that did not come as signed targets of a repository.
+
+        Raises:
+            BundleError: The settings of the store cannot be read.
+        """
+        return self._shelf.signed_only
+
+    def require_signed_experts(self, *, required: bool = True) -> None:
+        """Refuse, from now on and in every program that opens this store, experts that nobody trusted has signed.
+
+        Args:
+            required: False to take files from anywhere again.
+
+        Raises:
+            BundleError: Another process changes the store.
+        """
+        with self.locked():
+            self._shelf.require_signed(required=required)
+
+    def added(self, bundle: str) -> list[Added]:
+        """The experts that were added to a bundle on this device, as written down; they are checked by `admit`.
+
+        Raises:
+            BundleError: The store is damaged.
+        """
+        return self._shelf.of(bundle)
+
+    def keep_expert(self, added: Added, listed: bytes | None) -> None:
+        """Add an expert whose file is a blob to a bundle; while the store is locked.
+
+        Args:
+            added: The expert.
+            listed: The signed list that names it; None for a file that nobody has signed.
+        """
+        self._shelf.keep(added, listed)
+
+    def remove_expert(self, bundle: str, expert: str) -> None:
+        """Take an expert that was added on this device out of a bundle again.
+
+        Args:
+            bundle: Its id.
+            expert: Id of the expert.
+
+        Raises:
+            BundleError: None of this name was added, or another process changes the store.
+        """
+        with self.locked():
+            if not self._shelf.forget(bundle, expert):
+                names = ", ".join(added.id for added in self.added(bundle)) or "none"
+                what = f"no expert {expert!r} was added to bundle {bundle} on this device"
+                raise BundleError(what, where=str(self.folder), mend=f"Added were: {names}.")
+            self.collect()
+
+    def forget_expert(self, bundle: str, expert: str) -> None:
+        """Take an added expert out of a bundle; while the store is locked, and `collect` comes after."""
+        self._shelf.forget(bundle, expert)
 
     def current(self, bundle: str) -> Current | None:
         """Which version of a bundle is in use; None when there is none.
@@ -248,7 +283,7 @@ class Store:
             path.unlink(missing_ok=True)
 
     def install(self, manifest: Manifest, data: bytes, listed: bytes, now: Current) -> None:
-        """Assemble a version from its blobs and switch to it, at once or not at all.
+        """Assemble a version from its blobs and switch to it, at once or not at all; `collect` comes after.
 
         Args:
             manifest: Of the bundle.
@@ -273,7 +308,6 @@ class Store:
             files.write(folder / "files" / manifests.NAME, data, mode=0o444)
             files.sync(folder / "files")
             self._switch(folder, listed, Current(**{**asdict(now), "folder": name}))
-        self._collect()
 
     def confirm(self, listed: bytes, now: Current) -> None:
         """Keep a newer signed list for the version in use: it may be signed by newer keys."""
@@ -318,30 +352,17 @@ class Store:
         """The manifest of a version of which all was checked."""
         folder = self._version(current) / "files"
         manifest, data = manifests.load(folder)
-        self._check_signatures(current, data)
+        known = Known(current.repository, self._repositories / current.repository)
+        listed = self._version(current) / f"{current.listed}.targets.json"
+        what = f"bundle {current.id}"
+        signatures.check(known, current.root, listed, target(current.id), data, what=what, mend=_UPDATE)
         if (manifest.id, manifest.version) != (current.id, current.version):
             raise TrustError("the manifest is of another bundle or version", where=str(folder), mend=_UPDATE)
         manifests.check_files(folder, manifest)
         return manifest
 
-    def _check_signatures(self, current: Current, manifest: bytes) -> None:
-        """Follow the signatures from the pinned root over the signed list to the manifest.
-
-        That metadata have expired meanwhile does not count here: expiry tells an update that it is shown an old state,
-        and a device that has no network must go on with what it has. The bundle's own expiry counts always.
-        """
-        from tuf.api.exceptions import RepositoryError  # noqa: PLC0415  # 0.1 s that a local bundle does not need
-
-        try:
-            known = Known(current.repository, self._repositories / current.repository)
-            _verify(known, current, self._version(current) / f"{current.listed}.targets.json", manifest)
-        except (OSError, RepositoryError, AttributeError, ValueError) as error:
-            said = (str(error).splitlines() or [""])[0][:200]
-            what = f"the signatures of bundle {current.id} do not hold: {said}"
-            raise TrustError(what, where=str(self._version(current)), mend=_UPDATE) from None
-
-    def _collect(self) -> None:
-        """Remove versions that are not in use and that nobody has open, files that no bundle has, and cut downloads."""
+    def collect(self) -> None:
+        """Remove versions that are not in use and that nobody has open, files that nothing has, and cut downloads."""
         for path in (self.folder / "partial").glob("*"):
             path.unlink()
         needed: set[str] = set()
@@ -349,7 +370,8 @@ class Store:
             used = self.bundles()
             for current in used:
                 needed |= {file.sha256.hex() for file in self.manifest(current).files}
-        except BundleError:  # of another bundle, which its own update will mend
+            needed |= {added.sha256 for added in self._shelf.all()}
+        except BundleError:  # of another bundle or expert; its own mend comes first
             return
         for current in used:
             for folder in (self._bundles / current.id).iterdir():
@@ -368,31 +390,6 @@ def target(bundle: str) -> str:
 def blob_target(file: File) -> str:
     """What a file of a bundle is called in a repository."""
     return f"blobs/{file.sha256.hex()}"
-
-
-def _verify(known: Known, current: Current, path: Path, manifest: bytes) -> None:
-    """Check the signatures of the roots from the pinned one on, of the list in a file, and what it says of a manifest.
-
-    Raises:
-        ValueError: One of them does not hold; or RepositoryError, OSError, AttributeError for the same reason.
-    """
-    from tuf.api.metadata import Metadata, Root, Targets  # noqa: PLC0415
-
-    root = Metadata[Root].from_bytes(known.pinned.read_bytes())
-    root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)
-    while root.signed.version < current.root:
-        after = Metadata[Root].from_bytes(known.root_path(root.signed.version + 1).read_bytes())
-        for signer in (root.signed, after.signed):
-            signer.verify_delegate(Root.type, after.signed_bytes, after.signatures)
-        if after.signed.version != root.signed.version + 1:
-            raise ValueError("a root is of another version")
-        root = after
-    listed = Metadata[Targets].from_bytes(path.read_bytes())
-    root.signed.verify_delegate(Targets.type, listed.signed_bytes, listed.signatures)
-    entry = listed.signed.targets.get(target(current.id))
-    if entry is None:
-        raise ValueError("the signed list does not name it")
-    entry.verify_length_and_hashes(manifest)
 
 
 def _names(current: Current) -> tuple[str, ...]:

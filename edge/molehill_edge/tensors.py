@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from molehill import files
 from molehill.errors import BundleError
 from molehill.tensors import Array, pack, write
 
-__all__ = ["pack", "read", "write"]
+__all__ = ["pack", "parse", "read", "write"]
 
 
 def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -25,3 +27,21 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         raise BundleError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     except (SafetensorError, TypeError, ValueError) as error:
         raise BundleError(f"not a valid safetensors file: {error}", where=str(path)) from None
+
+
+def parse(data: bytes, where: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """Tensors and metadata of the bytes of a file.
+
+    Args:
+        data: All of it.
+        where: What it is, for errors.
+
+    Raises:
+        BundleError: It is damaged.
+    """
+    try:
+        found = safetensors.numpy.load(data)  # checks the header
+        header = files.parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return found, header.get("__metadata__") or {}
+    except (SafetensorError, TypeError, ValueError, KeyError) as error:
+        raise BundleError(f"not a valid safetensors file: {error}", where=where) from None

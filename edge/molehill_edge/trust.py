@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Protocol, Self
 from molehill.errors import BundleError
 from molehill_edge import archive
 from molehill_edge import manifest as manifests
+from molehill_edge.added import Added
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 _log = logging.getLogger(__name__)
@@ -28,11 +29,15 @@ class Admitted:
         folder: Its files. They stay until `close`, whatever is updated or removed meanwhile.
         manifest: What they are.
         release: Called once by `close`, or when the object is gone.
+        experts: Those that this device adds, checked too, each with the bytes of its file.
+        signed_experts_only: Whether experts of any other origin are refused.
     """
 
     folder: Path
     manifest: Manifest
     release: Callable[[], None] = lambda: None
+    experts: Sequence[tuple[Added, bytes]] = ()
+    signed_experts_only: bool = False
 
     def __post_init__(self) -> None:
         self._release = weakref.finalize(self, self.release)

@@ -1,9 +1,10 @@
 """A repository of bundles: static files after The Update Framework, which any web server can serve.
 
-``metadata/`` is what is signed, ``targets/`` what it speaks of: ``bundles/<id>/manifest.pb`` for every bundle, and
-``blobs/<sha256>`` for every file of one, so that two bundles that share their base share the file. Both are stored
-under names that begin with their SHA-256, and metadata but the timestamp under names that begin with their version
-(consistent snapshots): a device that reads while somebody publishes sees the old state or the new one, whole.
+``metadata/`` is what is signed, ``targets/`` what it speaks of: ``bundles/<id>/manifest.pb`` for every bundle,
+``blobs/<sha256>`` for every file of one, so that two bundles that share their base share the file, and
+``experts/<bundle>/<id>.expert.safetensors`` for every expert that devices may add. All are stored under names that
+begin with their SHA-256, and metadata but the timestamp under names that begin with their version (consistent
+snapshots): a device that reads while somebody publishes sees the old state or the new one, whole.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import hashlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -35,16 +36,18 @@ from tuf.api.metadata import (
 
 from molehill import files, locks
 from molehill.errors import BundleError, TrustError
-from molehill_edge import archive
+from molehill_edge import archive, offers
 from molehill_edge import manifest as manifests
+from molehill_edge.offers import Offer
 from molehill_edge.store import blob_target, target
+from molehill_export import expert_targets
 from molehill_export.keys import Keys
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 # Blobs are listed in 16 bins by the hash of their name. A bundle has about eight files, so a publication signs, and a
 # device downloads, at most eight of them; 10,000 blobs make bins of 140 kB, and a snapshot of 16 bins is 3 kB, which
-# every update downloads. Manifests are listed in the targets role itself: one entry a bundle, so a device sees what
-# there is, and needs no bin to check the bundle that it has.
+# every update downloads. Manifests and experts are listed in the targets role itself: one entry each, so a device
+# sees what there is, and needs no bin to check what it has.
 BITS = 4
 PREFIX = "blobs"
 _CHUNK = 1 << 20
@@ -72,6 +75,8 @@ class Published:
         new_bytes: Their length, in bytes.
         versions: Of the metadata: root, targets, snapshot, timestamp.
         ends: When each of them expires.
+        experts: What is signed about each expert, and whether that is new.
+        left: Ids of experts for this bundle that were published for another layout of it.
     """
 
     id: str
@@ -81,6 +86,8 @@ class Published:
     new_bytes: int
     versions: dict[str, int]
     ends: dict[str, datetime]
+    experts: tuple[tuple[Offer, bool], ...] = ()
+    left: tuple[str, ...] = ()
 
 
 @dataclass
@@ -115,16 +122,20 @@ class Repository:
         self._metadata = folder / "metadata"
         self._targets = folder / "targets"
 
-    def publish(self, bundle: Path | None) -> Published:
-        """Add a bundle, or a new version of one, and sign what is due.
+    def publish(self, bundle: Path | None, experts: Sequence[Path] = (), fits: str | None = None) -> Published:
+        """Add a bundle, or a new version of one, and experts for a bundle, and sign what is due.
 
         A crash leaves the state before: what devices read first, the timestamp, is written last.
 
         Args:
-            bundle: Its folder or archive; None to sign all anew, so that it lasts longer.
+            bundle: Its folder or archive; None to publish experts only, or, without any, to sign all anew, so that it
+                lasts longer.
+            experts: Expert files that devices may add to a bundle.
+            fits: Id of that bundle; when None the one that is published, or the only one with the experts' base.
 
         Raises:
-            BundleError: The bundle is damaged or expired, or not newer than the one that is published.
+            BundleError: The bundle is damaged or expired, or not newer than the one that is published; or an expert is
+                damaged or does not fit.
             TrustError: The repository is damaged, or other keys have signed it.
             IdentityError: A key is missing or cannot be read.
         """
@@ -132,21 +143,29 @@ class Repository:
         for role in (Targets.type, Snapshot.type, Timestamp.type):
             self._keys.signers(role, root)  # before anything else: also where there is nothing to sign
         self._metadata.mkdir(parents=True, exist_ok=True)
-        with locks.hold(self.folder, "somebody else is publishing", "Try again later.", name=".lock"):
+        with (
+            locks.hold(self.folder, "somebody else is publishing", "Try again later.", name=".lock"),
+            contextlib.ExitStack() as opened,
+        ):
             state = self._load()
-            made, count, size = None, 0, 0
-            if bundle is None:
+            made, count, size, changed = None, 0, 0, False
+            if bundle is not None:
+                folder = opened.enter_context(self._opened(bundle))
+                made, data = manifests.load(folder, now=self._now.timestamp())
+                changed = self._is_newer(state, made, data)
+            elif not experts:
                 state.resign |= {Targets.type, *state.bins}
-            else:
-                with self._opened(bundle) as folder:
-                    made, data = manifests.load(folder, now=self._now.timestamp())
-                    changed = self._is_newer(state, made, data)
-                    if changed:
-                        count, size = self._add(state, folder, made, data)
-                if not changed:
-                    return self._published(state, made, changed=False)
+            offered = self._offered(state, made, experts, fits)  # all is checked before anything is written
+            if changed:
+                assert made is not None
+                count, size = self._add(state, folder, made, data)
+            added = tuple(self._add_expert(state, path, entry) for path, entry in offered)
+            anew = any(new for _, new in added)
+            if not changed and not anew and (bundle is not None or experts):
+                return self._published(state, made, changed=False, experts=added)
             self._sign(state)
-            return self._published(state, made, changed=made is not None, new_files=count, new_bytes=size)
+            done = self._published(state, made, changed=changed, new_files=count, new_bytes=size, experts=added)
+            return replace(done, left=_left(state, made))
 
     def refresh(self) -> Published:
         """Sign snapshot and timestamp anew, with the keys that are kept online, so that devices see it is up to date.
@@ -189,6 +208,14 @@ class Repository:
             return True
         if entry.hashes["sha256"] == hashlib.sha256(data).hexdigest():
             return False
+        published = self._manifest(entry)
+        if made.version <= published.version:
+            what = f"version {made.version} of bundle {made.id} is not newer than the published {published.version}"
+            raise BundleError(what, where=str(self.folder), mend="Export it with a higher version.")
+        return True
+
+    def _manifest(self, entry: TargetFile) -> Manifest:
+        """A published manifest; its fields are not checked again, since it may have expired meanwhile."""
         path = self._stored(entry)
         try:
             known = path.read_bytes()
@@ -196,11 +223,37 @@ class Repository:
         except (OSError, RepositoryError):
             mend = "Put back a copy of the repository."
             raise TrustError("a published manifest is lost or damaged", where=str(path), mend=mend) from None
-        published = Manifest.FromString(known)  # read without checks: it may have expired since
-        if made.version <= published.version:
-            what = f"version {made.version} of bundle {made.id} is not newer than the published {published.version}"
-            raise BundleError(what, where=str(self.folder), mend="Export it with a higher version.")
-        return True
+        return Manifest.FromString(known)
+
+    def _offered(
+        self, state: _State, made: Manifest | None, experts: Sequence[Path], fits: str | None
+    ) -> list[tuple[Path, TargetFile]]:
+        """What is to be signed about expert files, each of them checked."""
+        if not experts:
+            return []
+        listed = state.targets.signed.targets
+        known = [self._manifest(listed[path]) for path in sorted(listed) if path.startswith("bundles/")]
+        bundles = {each.id: each for each in known} | ({} if made is None else {made.id: made})
+        if fits is None and made is not None:
+            fits = made.id
+        found: dict[str, tuple[Path, TargetFile]] = {}
+        for path in experts:
+            entry = expert_targets.entry(path, bundles, fits, listed, where=str(self.folder))
+            if entry.path in found:
+                raise BundleError(f"{found[entry.path][0]} is an expert of the same id", where=str(path))
+            found[entry.path] = path, entry
+        return list(found.values())
+
+    def _add_expert(self, state: _State, path: Path, entry: TargetFile) -> tuple[Offer, bool]:
+        """Store an expert file and list it; returns what is signed about it, and whether that is new."""
+        new = state.targets.signed.targets.get(entry.path) != entry
+        self._store(path, entry)
+        if new:
+            state.targets.signed.targets[entry.path] = entry
+            state.resign.add(Targets.type)
+        offer = offers.read(entry)
+        assert offer is not None
+        return offer, new
 
     def _add(self, state: _State, folder: Path, made: Manifest, data: bytes) -> tuple[int, int]:
         """Store the files of a bundle and list them; returns how many were new, and their bytes."""
@@ -383,7 +436,14 @@ class Repository:
         files.write(self._metadata / name, data)
 
     def _published(
-        self, state: _State, made: Manifest | None, *, changed: bool, new_files: int = 0, new_bytes: int = 0
+        self,
+        state: _State,
+        made: Manifest | None,
+        *,
+        changed: bool,
+        new_files: int = 0,
+        new_bytes: int = 0,
+        experts: tuple[tuple[Offer, bool], ...] = (),
     ) -> Published:
         parts: dict[str, Signed] = {
             "root": state.root,
@@ -395,4 +455,12 @@ class Repository:
         ends["targets"] = min(part.signed.expires for part in (state.targets, *state.bins.values()))
         versions = {name: part.version for name, part in parts.items()}
         name, version = ("", 0) if made is None else (made.id, made.version)
-        return Published(name, version, changed, new_files, new_bytes, versions, ends)
+        return Published(name, version, changed, new_files, new_bytes, versions, ends, experts)
+
+
+def _left(state: _State, made: Manifest | None) -> tuple[str, ...]:
+    """Experts for a bundle that do not fit the version that is published now."""
+    if made is None:
+        return ()
+    found = offers.listed(state.targets.signed.targets, made.id)
+    return tuple(offer.id for offer in found if offer.layout != made.layout.hex())

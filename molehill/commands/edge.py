@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill.characters import harmless, recovered
-from molehill.commands import edge_trust
+from molehill.commands import edge_experts, edge_trust
 from molehill.commands.common import INTERRUPTED, Json, explained, print_json, say
 from molehill.commands.edge_trust import StoreFolder
 from molehill.errors import BundleError, DataError
@@ -285,6 +285,9 @@ def info(
             if check:
                 from molehill_edge import golden
 
+                if bundle.added:  # they had no part in the golden outputs
+                    own = set(told["experts"]) - {each["id"] for each in told["added"]}
+                    bundle.choose_experts(sorted(own))
                 found = golden.check(bundle)
                 told["check"] = {**dataclasses.asdict(found), "passed": found.passed}
         if as_json:
@@ -319,6 +322,7 @@ def _tell(bundle: Bundle) -> dict[str, Any]:
         "quantisation": {key: getattr(quantisation, key) for key in ("base", "head", "experts", "block")},
         "experts": [slot.id for slot in manifest.slots if slot.id and not slot.shared],
         "shared": [slot.id for slot in manifest.slots if slot.shared],
+        "added": [edge_experts.told(added) for added in bundle.added],
         "empty_slots": sum(not slot.id for slot in manifest.slots),
         "sites": len(manifest.sites),
         "routers": len(manifest.routers),
@@ -358,6 +362,10 @@ def _show_told(told: dict[str, Any]) -> None:
         "weights": ", ".join(f"{key} {value}" for key, value in told["quantisation"].items() if value),
         "experts": ", ".join(told["experts"]) + (f" and {told['empty_slots']} empty" if told["empty_slots"] else ""),
         "shared": ", ".join(told["shared"]),
+        "added": ", ".join(
+            f"{each['id']} (signed, version {each['version']})" if each["signed"] else f"{each['id']} (NOT SIGNED)"
+            for each in told["added"]
+        ),
         "routers": f"{told['routers']} for {told['sites']} linears",
         "gate": told["gates"]["default"] or "default",
         "further gates": ", ".join(told["gates"]["further"]),
@@ -506,6 +514,7 @@ def _show_outcome(found: Outcome, out: Path) -> None:
 
 
 edge_trust.register(app)
+edge_experts.register(app)
 
 
 def _who(bundle: Bundle) -> dict[str, Any]:

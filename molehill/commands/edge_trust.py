@@ -60,8 +60,8 @@ def pull(
         from molehill_edge import fetch
 
         pinned = None if root is None else fetch.read_root(root)
-        with _quiet(), _bar(as_json) as bar:
-            done = fetch.pull(_store(store), url, bundle=bundle, root=pinned, progress=bar)
+        with quiet(), bar(as_json) as shown:
+            done = fetch.pull(opened_store(store), url, bundle=bundle, root=pinned, progress=shown)
         if as_json:
             print_json(_row(done))
         else:
@@ -73,13 +73,13 @@ def update(bundle: Id = None, store: StoreFolder = None, as_json: Json = False) 
     with explained(as_json), needs("edge"):
         from molehill_edge import fetch
 
-        held = _store(store)
+        held = opened_store(store)
         names = [bundle] if bundle is not None else [current.id for current in held.bundles()]
         rows, failed = [], []
         for name in names:
             try:
-                with _quiet(), _bar(as_json) as bar:
-                    done = fetch.update(held, name, progress=bar)
+                with quiet(), bar(as_json) as shown:
+                    done = fetch.update(held, name, progress=shown)
             except MolehillError as error:  # the others are updated all the same
                 failed.append(error)
                 rows.append({"id": name, "error": str(error)})
@@ -103,20 +103,20 @@ def update(bundle: Id = None, store: StoreFolder = None, as_json: Json = False) 
 def list_bundles(store: StoreFolder = None, as_json: Json = False) -> None:
     """List the bundles of this device."""
     with explained(as_json), needs("edge"):
-        held = _store(store)
+        held = opened_store(store)
         urls = {known.name: known.url for known in held.repositories()}
         rows = [_described(held, current, urls.get(current.repository, "")) for current in held.bundles()]
         if as_json:
             print_json(rows)
             return
         table = Table(box=SIMPLE_HEAD)
-        for column in ("id", "version", "MB", "task", "expires", "from"):
+        for column in ("id", "version", "MB", "task", "expires", "from", "added"):
             table.add_column(column, overflow="fold")
         for row in rows:
             size, ends = f"{row['bytes'] / 1e6:.1f}", (row["expires"] or "never")[:10]
-            table.add_row(
-                *(Text(str(part)) for part in (row["id"], row["version"], size, row["task"], ends, row["from"]))
-            )
+            added = ", ".join(f"{each['id']}{'' if each['signed'] else ' (NOT SIGNED)'}" for each in row["added"])
+            parts = (row["id"], row["version"], size, row["task"], ends, row["from"], added)
+            table.add_row(*(Text(str(part)) for part in parts))
         Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -127,7 +127,8 @@ def register(app: typer.Typer) -> None:
     app.command("list")(list_bundles)
 
 
-def _store(folder: Path | None) -> Store:
+def opened_store(folder: Path | None) -> Store:
+    """The store of the option, or the usual one."""
     from molehill_edge.store import Store
 
     return Store(folder)
@@ -140,16 +141,21 @@ def _row(done: Pulled) -> dict[str, Any]:
         "before": done.before,
         "downloaded_files": done.files,
         "downloaded_bytes": done.bytes,
+        "experts": [{"id": name, "version": version} for name, version in done.experts],
+        "experts_set_aside": [{"id": gone.id, "why": gone.why} for gone in done.set_aside],
     }
 
 
 def _told(done: Pulled) -> str:
     size = f"{done.files} files, {done.bytes / 1e6:.1f} MB downloaded"
+    came = "" if done.before is None else f", before: {done.before}"
+    first = f"version {done.version} is in use now{came}; {size}"
     if done.before == done.version:
         state = "is the newest" if not done.files else f"was mended: {size}"
-        return f"bundle {done.id}: version {done.version} {state}"
-    came = "" if done.before is None else f", before: {done.before}"
-    return f"bundle {done.id}: version {done.version} is in use now{came}; {size}"
+        first = f"version {done.version} {state}"
+    lines = [first, *(f"expert {name}: version {version} is in use now" for name, version in done.experts)]
+    lines += [f"expert {gone.id} IS NOT IN USE ANY MORE: {gone.why}" for gone in done.set_aside]
+    return "\n".join(f"bundle {done.id}: {line}" for line in lines)
 
 
 def _described(store: Store, current: Current, url: str) -> dict[str, Any]:
@@ -163,11 +169,12 @@ def _described(store: Store, current: Current, url: str) -> dict[str, Any]:
         "base": manifest.base.id,
         "expires": ends,
         "from": url,
+        "added": [{"id": added.id, "signed": added.signed} for added in store.added(current.id)],
     }
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what urllib3 logs about connections that it tries again: what comes of it is told in one sentence."""
     logger = logging.getLogger("urllib3")
     level = logger.level
@@ -190,7 +197,7 @@ class _Bar:
 
 
 @contextlib.contextmanager
-def _bar(as_json: bool) -> Iterator[_Bar]:
+def bar(as_json: bool) -> Iterator[_Bar]:
     """Progress on standard error, where somebody looks."""
     console = Console(stderr=True, quiet=as_json)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()

@@ -207,7 +207,7 @@ def test_the_readme_works_as_typed(desk):
 def test_the_page_works_as_typed(desk):
     said = desk.play(PAGE)
     labels = [text for line, text in said if "edge run demo" in line and "--json" not in line]
-    assert len(labels) == 6
+    assert len(labels) == 7
     assert all(text.split()[0] in tiny_world.LABELS for text in labels)
     (found,) = (json.loads(text) for line, text in said if "--json" in line)
     assert [row["text"] for row in found["predictions"]] == ["It does what it says."]
@@ -218,6 +218,10 @@ def test_the_page_works_as_typed(desk):
     assert "version 2 is the newest" in updates[1]
     assert "check" in next(text for line, text in said if "--check" in line)
     assert (desk.folder / "mine.gate.safetensors").stat().st_mode & 0o777 == 0o600
+    listed = [text for line, text in said if line.endswith(("edge experts demo", "edge info demo", "edge add demo e3"))]
+    assert "version 1" in listed[0]
+    assert "signed, is added" in listed[1]
+    assert "e3 (signed, version 1)" in listed[2]
     (experts,) = (text for line, text in said if "add_expert" in line)
     assert "['', 'e1', 'e2', 'e3']" in experts
     assert any("version 1 is in use now" in text for line, text in said if "--id chat" in line and " pull " in line)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from molehill.commands import edge_trust
 from molehill.errors import BundleError, TrustError
-from molehill_edge import fetch
+from molehill_edge import client, fetch
 from molehill_edge.store import Store, default_folder
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
@@ -287,7 +287,7 @@ def test_what_is_open_stays_until_it_is_closed(world):
 def test_an_interrupted_switch_leaves_the_old_version(world, monkeypatch):
     world.publish(2, NEW)
     before = world.version
-    for name in ("_switch", "_collect"):
+    for name in ("_switch", "collect"):
         with monkeypatch.context() as patch:
             patch.setattr(Store, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
@@ -448,7 +448,8 @@ def test_over_http(empty, web, molehill):
     assert empty.opened() == 1
     handler.cut = ""
     rows = json.loads(said(molehill("update --json")))
-    assert rows == [{"id": "reviews", "version": 2, "before": 1, "downloaded_files": 1, "downloaded_bytes": 5000}]
+    assert rows == [{"id": "reviews", "version": 2, "before": 1, "downloaded_files": 1, "downloaded_bytes": 5000,
+                    "experts": [], "experts_set_aside": []}]  # fmt: skip
     assert empty.opened() == 2
 
     shown = json.loads(said(molehill("list --json")))
@@ -535,7 +536,7 @@ def test_a_server_that_drips(empty, monkeypatch):
         def log_message(self, *_):
             pass
 
-    monkeypatch.setattr(fetch, "_GRACE", 0.2)
+    monkeypatch.setattr(client, "_GRACE", 0.2)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever).start()
         begin = time.monotonic()
