@@ -78,9 +78,12 @@ def alike(text: str) -> str:
     plain = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     plain = unicodedata.normalize("NFKC", " ".join(plain.split()).casefold())
     try:
-        sign, digits, exponent = Decimal(plain if any(c.isdecimal() for c in plain) else "none").as_tuple()
+        value = Decimal(plain if any(c.isdecimal() for c in plain) else "none")
     except ArithmeticError:
         return plain
+    if not value.is_finite():  # nan12 is a number to decimal
+        return plain
+    sign, digits, exponent = value.as_tuple()
     shown = "".join(map(str, digits)).lstrip("0")
     significant = shown.rstrip("0")
     return (

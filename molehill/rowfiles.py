@@ -7,6 +7,7 @@ needs the standard library only (docs/adr/0006). Every row comes with its place,
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -151,6 +152,11 @@ def _guess(text: str) -> str:
 
 
 def _plain(text: str, source: str) -> Iterator[Record]:
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, _TwiceError, RecursionError):
+            _DECODER.decode(text)
+            what, mend = "a JSON array where plain lines are read", 'Write objects such as {"text": "..."}, or lines.'
+            raise DataError(what, where=source, mend=mend)
     for number, raw in enumerate(text.split("\n"), start=1):
         line = raw.removesuffix("\r")
         if not line.strip():
@@ -299,15 +305,25 @@ def _csv(text: str, source: str) -> Iterator[Record]:
 
 
 def _tsv(text: str, source: str) -> Iterator[Record]:
-    """Tabs between cells; quotes enclose cells as in CSV if that makes sense, else they are characters like others."""
-    try:
-        yield from _table(text, source, "\t", quoted=True)
-    except _QuotingError:
+    """Tabs between cells; quotes enclose cells as in CSV, or are characters like others where every line is a row."""
+    if '"' not in text:
         yield from _table(text, source, "\t", quoted=False)
-
-
-class _QuotingError(DataError):
-    """Quotes that do not enclose cells."""
+        return
+    lines, enclosed, wrong = None, None, None
+    with contextlib.suppress(DataError):
+        lines = _table(text, source, "\t", quoted=False)
+    try:
+        enclosed = _table(text, source, "\t", quoted=True)
+    except DataError as error:
+        wrong = error
+    # Of one column every line is a row, so there the quotes tell.
+    several = "\t" in text.lstrip().partition("\n")[0]
+    if lines is not None and (enclosed is None or (several and len(enclosed) < len(lines))):
+        yield from lines
+    elif enclosed is not None:
+        yield from enclosed
+    elif wrong is not None:
+        raise wrong
 
 
 def _table(text: str, source: str, delimiter: str, *, quoted: bool) -> list[Record]:
@@ -336,7 +352,7 @@ def _table(text: str, source: str, delimiter: str, *, quoted: bool) -> list[Reco
             rows.append((where, row))
     except csv.Error as error:
         mend = "Mend the quoting, or use JSONL."
-        raise _QuotingError(f"not CSV: {error}", where=f"{source}:{line}", mend=mend) from None
+        raise DataError(f"not CSV: {error}", where=f"{source}:{line}", mend=mend) from None
     finally:
         csv.field_size_limit(limit)
     return rows

@@ -72,7 +72,7 @@ class Data(Section):
         columns: Names in the owner's file of the columns that may be read.
     """
 
-    columns: tuple[str, ...] = ("text", "label", "messages", "instruction", "input", "output")
+    columns: tuple[str, ...] = ("text", "label", "messages", "tools", "instruction", "input", "output")
 
 
 class Share(Section):

@@ -59,15 +59,17 @@ class CausalLM:
             DataError: A row does not fit the chat template, or no row has an answer within ``max_length``.
         """
         tasks = rows.columns.get(TASK, (None,) * len(rows))
-        examples, tokens = [], []
+        examples, tokens, unlearnt = [], [], 0
         for (where, row), task in zip(rows.records(), tasks, strict=True):
-            ids, labels = self._tokenise(*self._render(row, where))
+            text, spans, edited = self._render(row, where)
+            unlearnt += edited
+            ids, labels = self._tokenise(text, spans)
             tokens.append(len(ids))
             ids, labels = ids[: self.max_length], labels[: self.max_length]
             # The first token is never predicted, so a label there alone teaches nothing.
             if any(label != IGNORE for label in labels[1:]):
                 examples.append(Example(ids, labels, task))
-        lengths = Lengths(tuple(tokens), self.max_length, len(rows) - len(examples))
+        lengths = Lengths(tuple(tokens), self.max_length, len(rows) - len(examples), unlearnt)
         if lengths.lost and not examples:
             mend = f"Raise task.max_length above {self.max_length}: {lengths.quantiles}."
             raise DataError("no answer begins within task.max_length", where=rows.source, mend=mend)
@@ -77,11 +79,11 @@ class CausalLM:
         """Pad examples to one length; labels ``[B, T]`` with `IGNORE` on prompts and padding."""
         return pad(examples, self._tokenizer.pad_token_id, self.max_length)
 
-    def _render(self, row: dict[str, Any], where: str) -> tuple[str, list[Span]]:
-        """The whole text of a row, and where its answers are."""
+    def _render(self, row: dict[str, Any], where: str) -> tuple[str, list[Span], int]:
+        """The whole text of a row, where its answers are, and how many more there would be to learn."""
         if self._chat is not None:
             return self._chat.write(_as_messages(row), row.get("tools"), where)
-        return _alpaca(row, where)
+        return *_alpaca(row, where), 0
 
     def _tokenise(self, text: str, spans: list[Span]) -> tuple[list[int], list[int]]:
         """Ids and labels, cut after the last answer; one that no special token ends gets the end-of-sequence token."""
@@ -113,17 +115,17 @@ def _as_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _alpaca(row: dict[str, Any], where: str) -> tuple[str, list[Span]]:
+    messages = _as_messages(row)
+    extra = sorted({key for turn in messages for key in turn} - {"role", "content", "weight"})
+    if extra or row.get("tools") is not None:
+        what = f"the base has no chat template, so nothing shows {(extra or ['tools'])[0]!r}"
+        raise DataError(what, where=where, mend="Remove it, or give a base with a chat template.")
     if "messages" not in row:
         context = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
         intro = INTRO_INPUT if context else INTRO
         prompt = f"{intro}### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
         text = prompt + row["output"].strip()
         return text, [(len(prompt), len(text))]
-    messages = _as_messages(row)
-    extra = sorted({key for turn in messages for key in turn} - {"role", "content", "weight"})
-    if extra or row.get("tools") is not None:
-        what = f"the base has no chat template, so nothing shows {(extra or ['tools'])[0]!r}"
-        raise DataError(what, where=where, mend="Remove it, or give a base with a chat template.")
     text, spans = INTRO, []
     for message in messages:
         text += f"### {HEADINGS[message['role']]}:\n"

@@ -25,7 +25,9 @@ _MARKS = {("tool", "tool_call_id"), ("tool", "name")}
 # Templates leave out the thoughts before all answers but the last.
 _SOMEWHERE = {"reasoning_content", "thinking"}
 _MARK = "<the answer>"
-_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # of a template on what it gets
+_FAILURES = (  # of a template on what it gets
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
+)
 
 
 class Chat:
@@ -42,8 +44,8 @@ class Chat:
         self._frames: dict[tuple[str, ...], list[str]] = {}
         self._unseen: dict[str, str] = {}
 
-    def write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span]]:
-        """The text of a conversation, and its answers with what ends them.
+    def write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span], int]:
+        """The text of a conversation, its answers with what ends them, and how many answers are not among them.
 
         Args:
             messages: The last is an answer; ``weight`` 0 marks one that is not to be learnt.
@@ -71,25 +73,28 @@ class Chat:
         found = self._first(rest, 0) if mark else None
         return "" if found is None else found[1]
 
-    def _write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span]]:
+    def _write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span], int]:
         turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         if tools is None and all(set(turn) == _PLAIN for turn in turns):
             text = self._text(turns, None)
             spans = self._between(turns, text)
         else:
             turns = self._with_arguments(turns, tools)
-            text = self._text(turns, tools)
+            text, spans = self._text(turns, tools), {}
+        if not spans:
             self._require_shown(turns, tools, text, where)
             spans = self._one_by_one(turns, tools, text)
-        spans = spans or self._last(turns, tools, text)
+            if len(turns) - 1 not in spans or "tool_calls" not in turns[-1]:
+                spans |= self._last(turns, tools, text)
         if not spans:
             what = "the tokenizer's chat template does not show the answer as it is"
             raise DataError(what, where=where, mend="Remove the row, or give it as instruction and output.")
-        wanted = [span for at, span in spans.items() if messages[at].get("weight", 1)]
+        learnt = [at for at, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight", 1)]
+        wanted = [spans[at] for at in learnt if at in spans]
         if not wanted:
             what = "no answer that the chat template shows as it is has a weight above 0"
             raise DataError(what, where=where, mend="Remove the row, or give an answer the weight 1.")
-        return text, wanted
+        return text, wanted, len(learnt) - len(wanted)
 
     def _between(self, turns: Sequence[Message], text: str) -> dict[int, Span]:
         """Where the answers are, from what the template writes between messages; empty when it edits them."""
@@ -120,14 +125,23 @@ class Chat:
         return [*frame, rest]
 
     def _one_by_one(self, turns: Sequence[Message], tools: Any, text: str) -> dict[int, Span]:
-        """Where the answers are, calls of tools included: from the generation prompt to the end of the turn."""
+        """Where the answers are, calls of tools included: from the generation prompt to the end of the turn.
+
+        Those that the template edits once more turns follow are not among them.
+        """
         spans = {}
         for at, turn in enumerate(turns):
-            if turn["role"] == "assistant" and at:
-                before, after = self._text(turns[:at], tools, prompt=True), self._text(turns[: at + 1], tools).rstrip()
-                if not (text.startswith(after) and after.startswith(before)):
-                    return {}
-                spans[at] = (len(before), len(after))
+            if turn["role"] == "assistant":
+                try:
+                    before = self._text(turns[:at], tools, prompt=True)
+                    after = self._text(turns[: at + 1], tools).rstrip()
+                except _FAILURES:  # of a part of the conversation
+                    continue
+                if not text.startswith(after):  # Phi-3 ends a conversation with one more token, which no answer has
+                    token = next((token for token in self._special if token and after.endswith(token)), "")
+                    after = after.removesuffix(token).rstrip()
+                if text.startswith(after) and after.startswith(before):
+                    spans[at] = (len(before), len(after))
         return spans
 
     def _last(self, turns: Sequence[Message], tools: Any, text: str) -> dict[int, Span]:
@@ -179,16 +193,17 @@ class Chat:
         return turns if any(python in text for python in written if python != "{}") else parsed
 
     def _require_shown(self, turns: Sequence[Message], tools: Any, text: str, where: str) -> None:
-        """Refuse what the template leaves out; conversations of one shape are looked at once."""
-        shape = json.dumps([[turn["role"], sorted(turn)] for turn in turns] + [tools is not None])
+        """Refuse what the template leaves out; what follows from a conversation's shape is looked at once."""
+        shape = json.dumps([_shape(turn) for turn in turns] + [tools is not None])
         if shape not in self._unseen:
             self._unseen[shape] = next(self._left_out(turns, tools, text), "")
-        if self._unseen[shape]:
-            what = f"the tokenizer's chat template does not show {self._unseen[shape]}"
+        unseen = self._unseen[shape] or next(_cut_out(turns, text), "")
+        if unseen:
+            what = f"the tokenizer's chat template does not show {unseen}"
             raise DataError(what, where=where, mend="Remove it, or give a base whose template does.")
 
     def _left_out(self, turns: Sequence[Message], tools: Any, text: str) -> Iterator[str]:
-        if tools is not None and self._text(turns, None) == text:
+        if tools is not None and not self._differs(turns, None, text):
             yield "'tools'"
         for key in sorted({key for turn in turns for key in turn} - _PLAIN):
             places = [at for at, turn in enumerate(turns) if key in turn and (turn["role"], key) not in _MARKS]
@@ -197,8 +212,63 @@ class Chat:
                 without = [
                     {k: v for k, v in turn.items() if k != key or at not in group} for at, turn in enumerate(turns)
                 ]
-                if self._text(without, tools) == text:
+                if not self._differs(without, tools, text):
                     yield f"{key!r} of message {group[0] + 1}"
+        for at, turn in enumerate(turns):
+            for what, fewer in _fewer(turn.get("tool_calls", [])):
+                changed = [*turns[:at], {**turn, "tool_calls": fewer}, *turns[at + 1 :]]
+                if not self._differs(changed, tools, text):
+                    yield f"{what} of 'tool_calls' of message {at + 1}"
+        yield from self._unwritten(turns, tools)
+
+    def _unwritten(self, turns: Sequence[Message], tools: Any) -> Iterator[str]:
+        """Contents of which nothing is written."""
+        marks = {at: f"mark{at}of{len(turns)}x" for at, turn in enumerate(turns) if turn["content"].strip()}
+        try:
+            shown = self._text([{**turn, "content": marks.get(at, "")} for at, turn in enumerate(turns)], tools)
+        except _FAILURES:  # it reads the contents
+            return
+        for at, mark in marks.items():
+            if mark not in shown:
+                yield f"'content' of message {at + 1}"
+
+    def _differs(self, turns: Sequence[Message], tools: Any, text: str) -> bool:
+        """Whether a conversation is written otherwise; one that the template refuses is."""
+        try:
+            return self._text(turns, tools) != text
+        except _FAILURES:
+            return True
+
+
+def _shape(turn: Message) -> list[Any]:
+    """All of a message by which templates choose what they write of it."""
+    calls = [bool(_arguments(call)) for call in turn.get("tool_calls", [])]
+    return [turn["role"], sorted(turn), bool(turn["content"].strip()), calls]
+
+
+def _cut_out(turns: Sequence[Message], text: str) -> Iterator[str]:
+    """Contents that are not written as they are, white space aside, or as JSON.
+
+    Of answers only the last counts: templates may leave out the thoughts before the others.
+    """
+    shown = "".join(text.split())
+    for at, turn in enumerate(turns):
+        if turn["role"] != "assistant" or at == len(turns) - 1:
+            plain = "".join(turn["content"].split())
+            quoted = (json.dumps(turn["content"], ensure_ascii=plainly)[1:-1] for plainly in (False, True))
+            if plain not in shown and not any("".join(form.split()) in shown for form in quoted):
+                yield f"'content' of message {at + 1} as it is"
+
+
+def _fewer(calls: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Calls without one of several, or without the arguments of one; with the name of what is missing."""
+    for at, call in enumerate(calls):
+        if len(calls) > 1:
+            yield f"call {at + 1}", [*calls[:at], *calls[at + 1 :]]
+        arguments = _arguments(call)
+        if arguments and isinstance(arguments, dict | str):
+            nothing = {**call, "function": {**call["function"], "arguments": type(arguments)()}}
+            yield f"the arguments of call {at + 1}", [*calls[:at], nothing, *calls[at + 1 :]]
 
 
 def _arguments(call: Any) -> Any:

@@ -20,11 +20,13 @@ class Lengths:
         tokens: Of every row.
         limit: Most tokens that a model gets of a row.
         lost: Rows of which no token of an answer is left; they are left out.
+        unlearnt: Answers that are read and not learnt, since the chat template edits them once others follow.
     """
 
     tokens: tuple[int, ...]
     limit: int
     lost: int = 0
+    unlearnt: int = 0
 
     @property
     def cut(self) -> int:
@@ -42,8 +44,10 @@ class Lengths:
 
     @property
     def loss(self) -> str:
-        """What is cut, as a sentence; empty when nothing is."""
-        return cut_in_words(self.cut, self.lost, len(self.tokens), self.limit)
+        """What is cut or not learnt, in words; empty when nothing is."""
+        cut = cut_in_words(self.cut, self.lost, len(self.tokens), self.limit)
+        edited = "the chat template edits answers before the last, so they are read and not learnt"
+        return ". ".join(filter(None, (cut, f"{edited}: {self.unlearnt}" if self.unlearnt else "")))
 
 
 class Examples(list["Example"]):
@@ -65,7 +69,8 @@ def together(parts: Sequence[Lengths]) -> Lengths:
     Args:
         parts: At least one.
     """
-    return Lengths(tuple(n for part in parts for n in part.tokens), parts[0].limit, sum(part.lost for part in parts))
+    tokens = tuple(n for part in parts for n in part.tokens)
+    return Lengths(tokens, parts[0].limit, sum(part.lost for part in parts), sum(part.unlearnt for part in parts))
 
 
 def cut_in_words(cut: int, lost: int, rows: int, limit: int | None = None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +21,8 @@ from molehill.errors import DataError
 from molehill.rowfiles import label_of, text_of
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.sources import read_rows
+
+_log = logging.getLogger(__name__)
 
 # Columns of a task, by the names that Molehill uses.
 COLUMNS = {"classification": ("text", "label"), "causal-lm": ("messages", "tools", "instruction", "input", "output")}
@@ -47,6 +50,9 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
     """
     read = read_rows(data.source, split=data.split)
     if only is not None:
+        ours = {data.columns.get(name, name) for name in COLUMNS[task.kind]}
+        if withheld := [repr(name) for name in read.columns if name in ours and name not in only]:
+            _log.warning("%s: columns that may not be read are left out: %s", data.source, ", ".join(withheld))
         read = read.only(only)
     rows = read.renamed({ours: theirs for ours, theirs in data.columns.items() if ours not in ("group", "task")})
     if "group" in data.columns:
@@ -90,13 +96,12 @@ def conform(rows: Rows, task: config.Task) -> Rows:
             if label not in task.labels:
                 raise _unknown_label(label, task.labels, where)
         return rows.having(text=_strings(rows, "text"), label=labels)
+    if "functions" in rows.columns and any(rows["functions"]):
+        raise DataError("'functions' is not read", where=rows.source, mend="Describe them in a column 'tools'.")
+    if "tools" in rows.columns:
+        rows = rows.having(tools=[_tools(v, w) for v, w in zip(rows["tools"], rows.where, strict=True)])
     if "messages" in rows.columns:
-        rows = rows.having(messages=[_messages(v, w) for v, w in zip(rows["messages"], rows.where, strict=True)])
-        if "functions" in rows.columns and any(rows["functions"]):
-            raise DataError("'functions' is not read", where=rows.source, mend="Describe them in a column 'tools'.")
-        if "tools" in rows.columns:
-            rows = rows.having(tools=[_tools(v, w) for v, w in zip(rows["tools"], rows.where, strict=True)])
-        return rows
+        return rows.having(messages=[_messages(v, w) for v, w in zip(rows["messages"], rows.where, strict=True)])
     if "instruction" not in rows.columns and "output" not in rows.columns:
         raise DataError(
             "neither `messages` nor `instruction` and `output` are among the columns",
@@ -204,7 +209,11 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _message(message: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
     """A message with all that counts in it; a key without a value is as good as none (Parquet has all in every row)."""
-    given = {key: value for key, value in message.items() if value is not None}
+    given = {
+        key: value
+        for key, value in message.items()
+        if value is not None and (key in {"role", "content"} or value or not isinstance(value, str | list | dict))
+    }
     role = given.get("role")
     if role not in _ROLES:
         what = f"message {number} has the role {role!r:.40}"
@@ -216,8 +225,7 @@ def _message(message: Mapping[str, Any], number: int, where: str) -> dict[str, A
     found: dict[str, Any] = {"role": role, "content": _content(given, number, where)}
     for key in sorted(given.keys() & _KEYS):
         _KEYS_OF[key](given[key], role, f"{key!r} of message {number}", where)
-        if given[key] != []:
-            found[key] = int(given[key]) if key == "weight" else given[key]
+        found[key] = int(given[key]) if key == "weight" else given[key]
     return found
 
 
@@ -252,7 +260,7 @@ def _tools(value: Any, where: str) -> Any:
 
 
 def _is_weight(value: Any, role: str, name: str, where: str) -> None:
-    if isinstance(value, bool) or value not in {0, 1}:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in {0, 1}:
         raise DataError(f"{name} is {value!r:.40}", where=where, mend="Give 1 to learn an answer, or 0 not to.")
     if value and role != "assistant":
         what = f"{name} is 1, but only answers are learnt"

@@ -100,7 +100,8 @@ def _values(column: Any, name: str, where: Sequence[str]) -> tuple[Any, ...]:
         with contextlib.suppress(pa.ArrowException):
             column = column.cast(pa.large_string())
     try:
-        return tuple(column.to_pylist())
+        found = column.to_pylist()
+        return tuple(map(_without_nulls, found)) if pa.types.is_nested(column.type) else tuple(found)
     except UnicodeDecodeError:
         for place, cell in zip(where, column, strict=True):
             try:
@@ -113,6 +114,13 @@ def _values(column: Any, name: str, where: Sequence[str]) -> tuple[Any, ...]:
             return tuple(column.cast(pa.string()).to_pylist())
         except pa.ArrowException:
             return tuple(str(cell) for cell in column)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that Arrow fills in with null, since others of its column have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _folder(path: Path, split: str) -> Rows:

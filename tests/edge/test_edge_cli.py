@@ -254,6 +254,7 @@ def test_a_file_is_read_as_in_training(molehill, tmp_path, name, content, texts)
         ("rows", b"\xff\xfea\x00", "rows:1: not UTF-8 text but UTF-16"),
         ("rows", b"fine\n{not json}\n", "rows:2: the line begins like JSON"),
         ("rows", b'{"text": "x"}\n{not json}\n', "rows:2: not JSON"),
+        ("rows.txt", b'["fine",\n"bad"]\n', "rows.txt: a JSON array where plain lines are read"),
         ("rows.csv", b"good film,positive\n", "rows.csv: there are no rows; a CSV or TSV file begins with the names"),
         ("rows.jsonl", b'{"text": "x"}\n{"text": "a\\ud800b"}\n', "rows.jsonl:2: 'text' has half a character (U+D800"),
         ("rows.parquet", b"PAR1", "a Parquet file"),

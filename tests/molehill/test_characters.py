@@ -51,3 +51,8 @@ def test_texts_that_people_take_for_the_same(one, other):
 @pytest.mark.parametrize(("one", "other"), [("1", "10"), ("12345678901234567890", "12345678901234567891"), ("a", "b")])
 def test_texts_that_differ(one, other):
     assert alike(one) != alike(other)
+
+
+@pytest.mark.parametrize("name", ["nan1", "NaN12", "sNaN5", "-nan3"])
+def test_names_that_decimal_takes_for_no_number(name):
+    assert alike(name) == name.lower()

@@ -144,6 +144,12 @@ def test_by_column_names_and_sizes():
     assert [shard.name for shard in shards("by_column", rows, 4)] == ["a-b-c", "a-b-c_2", "nyt", "x"]
 
 
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_by_column_needs_an_owner_for_every_row(nothing):
+    with pytest.raises(DataError, match="the row has no 'domain'"):
+        shards("by_column", table(40, domains=("none", nothing)), 2)
+
+
 def test_by_column_with_clients_to_spare_and_to_want():
     rows = table(90, domains=("a", "b", "b"))
     assert [shard.name for shard in shards("by_column", rows, 3)] == ["a", "b-1", "b-2"]

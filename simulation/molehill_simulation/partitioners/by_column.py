@@ -50,7 +50,7 @@ def by_column(params: ByColumnParams, *, rows: Rows, clients: int, seed: int) ->
     for unit in units(rows):
         inside: dict[str, Unit] = {}
         for i in unit:  # a unit may span values; its parts then go to different clients
-            if column[i] is None:
+            if column[i] is None or not str(column[i]).strip():
                 raise DataError(f"the row has no {params.column!r}", where=rows.where[i], mend="Fill it in.")
             inside.setdefault(str(column[i]), []).append(i)
         for value, part in inside.items():

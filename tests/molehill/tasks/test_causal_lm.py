@@ -92,7 +92,9 @@ def test_template_that_edits_earlier_answers(make_tokenizer):
     )
     tokenizer = make_tokenizer(edits)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # keeps line breaks
-    (example,) = CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a b"), ("u", "two"), ("a", "c d"))))
+    examples = CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a b"), ("u", "two"), ("a", "c d"))))
+    (example,) = examples
+    assert examples.lengths.loss.endswith("so they are read and not learnt: 1")
     answers, words = learnt(tokenizer, example)
     assert answers == ["c", "d", "</s>"]
     assert words[5:7] == ["b", "</s>"]  # the earlier answer is read, as edited; after </s> comes a line break
@@ -104,7 +106,7 @@ def test_template_that_hides_answers(make_tokenizer):
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %} <|assistant|>{% endif %}"
     )
-    with pytest.raises(DataError, match="f:1: the tokenizer's chat template does not show the answer"):
+    with pytest.raises(DataError, match="f:1: the tokenizer's chat template does not show 'content' of message 2"):
         CausalLM(tokenizer, 64).encode(rows(talk(("u", "one"), ("a", "a"))))
 
 
@@ -222,6 +224,70 @@ def test_what_the_template_does_not_show_is_named(chat_tokenizer, tokenizer, cha
         CausalLM(chat_tokenizer, 64).encode(rows(conversation))
     with pytest.raises(DataError, match=f"f:1: the base has no chat template, so nothing shows {named.split()[0]}"):
         CausalLM(tokenizer, 64).encode(rows(conversation))
+
+
+LATER = {"type": "function", "function": {"name": "four", "arguments": "{}"}}
+FIRST_CALL = TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]").replace("ARGUMENTS", "| tojson")
+NAMES_ONLY = TOOLS.replace("{{ c.function.arguments ARGUMENTS }}", "")
+EITHER = TOOLS.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}").replace("ARGUMENTS", "| tojson")
+TWO_ROLES = TOOLS.replace("in messages %}", "in messages if m.role in ('user', 'assistant') %}").replace(
+    "ARGUMENTS", ""
+)
+SHORT = GEMMA.replace("m.content | trim", "(m.content | trim)[:9]")
+THOUGHTLESS = GEMMA.replace("m.content | trim", "m.content.split('@')[-1]")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "named"),
+    [
+        (EITHER, [CALLING[0], {**CALLING[1], "content": "a word"}, *CALLING[2:]], "'content' of message 2"),
+        (FIRST_CALL, [CALLING[0], {**CALLING[1], "tool_calls": [CALL, LATER]}, CALLING[3]], "call 2 of 'tool_calls'"),
+        (NAMES_ONLY, CALLING, "the arguments of call 1 of 'tool_calls' of message 2"),
+        (TWO_ROLES, [{"role": "system", "content": "one"}, CALLING[0], CALLING[3]], "'content' of message 1"),
+        (TWO_ROLES, [CALLING[0], {"role": "tool", "content": "a"}, CALLING[3]], "'content' of message 2"),
+        (SHORT, [{"role": "user", "content": "a long question"}, CALLING[3]], "'content' of message 1 as it is"),
+        (THOUGHTLESS, [CALLING[0], {"role": "assistant", "content": "why @ a"}], "'content' of message 2 as it is"),
+    ],
+)
+def test_no_part_of_a_conversation_vanishes(make_tokenizer, template, turns, named):
+    task = CausalLM(with_end(make_tokenizer, template), 64)
+    with pytest.raises(DataError, match=f"f:1: the tokenizer's chat template does not show {named}"):
+        task.encode(rows({"messages": turns}))
+
+
+def test_contents_may_be_written_as_json_or_with_other_white_space(make_tokenizer):
+    tokenizer = with_end(make_tokenizer, GEMMA.replace("m.content | trim", "m.content | tojson"))
+    (example,) = CausalLM(tokenizer, 64).encode(rows(talk(("u", 'one "two"\n\u00e9'), ("a", "a"))))
+    assert learnt(tokenizer, example)[0][-1] == "<end>"
+    tokenizer = with_end(make_tokenizer, GEMMA.replace("m.content | trim", "m.content.split() | join(' ')"))
+    conversation = talk(("u", "one"), ("a", "a \n b"), ("u", "two"), ("a", "c  d"))
+    examples = CausalLM(tokenizer, 64).encode(rows(conversation))
+    assert learnt(tokenizer, examples[0])[0] == ["a", "b", "<end>", "c", "d", "<end>"]
+    assert examples.lengths.unlearnt == 0
+
+
+def test_a_token_that_ends_conversations_costs_no_answer(make_tokenizer):
+    closes = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    task = CausalLM(with_end(make_tokenizer, TOOLS.replace("ARGUMENTS", "| tojson") + closes), 64)
+    text, spans, unlearnt = task._chat.write(CALLING, [{"name": "three"}], "f:1")
+    assert [text[begin:end].strip() for begin, end in spans] == ['call three {"of": "b"} <end>', "a <end>"]
+    assert unlearnt == 0
+
+
+@pytest.mark.parametrize("fails", ["{{ 1 // 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"])
+def test_template_that_fails(make_tokenizer, fails):
+    task = CausalLM(make_tokenizer(fails), 64)
+    with pytest.raises(DataError, match="f:1: the tokenizer's chat template refuses"):
+        task.encode(rows(talk(("u", "one"), ("a", "a"))))
+
+
+def test_tools_beside_an_instruction(make_tokenizer, tokenizer):
+    row = {"instruction": "one", "input": "", "output": "a", "tools": [{"name": "three"}]}
+    calling = with_end(make_tokenizer, TOOLS.replace("ARGUMENTS", ""))
+    (example,) = CausalLM(calling, 64).encode(rows(row))
+    assert learnt(calling, example)[1][:2] == ["<|system|>", "three"]
+    with pytest.raises(DataError, match="f:1: the base has no chat template, so nothing shows 'tools'"):
+        CausalLM(tokenizer, 64).encode(rows(row))
 
 
 def test_truncation_keeps_part_of_the_answer_or_drops_the_row(chat_tokenizer):

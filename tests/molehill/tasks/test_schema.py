@@ -158,7 +158,7 @@ def test_what_counts_in_a_message_is_kept(write):
         {**none, "role": "user", "content": [{"type": "text", "text": "q"}], "name": "ann"},
         {**none, "role": "assistant", "content": None, "tool_calls": [call], "weight": 0.0},
         {**none, "role": "tool", "content": "31", "tool_call_id": "1"},
-        {**none, **TURNS[1], "tool_calls": []},
+        {**none, **TURNS[1], "tool_calls": [], "reasoning_content": "", "name": "", "annotations": []},
     ]
     path = write("r.jsonl", [{"messages": told, "tools": '[{"name": "f"}]'}, {"messages": TURNS, "tools": ""}])
     rows, _ = load(path, WRITE)
@@ -183,6 +183,8 @@ def test_what_counts_in_a_message_is_kept(write):
         ({"messages": [TURNS[1]]}, "no message of the role 'assistant' answers another"),
         ({"messages": [TURNS[0], {**TURNS[1], "train": False}]}, "message 2 has 'train', which nothing reads"),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, "'weight' of message 2 is 0.5"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": [1]}]}, "'weight' of message 2 is [1]"),
+        ({"instruction": "i", "output": "o", "tools": "[{"}, "'tools' is no JSON"),
         ({"messages": [{**TURNS[0], "weight": 1}, TURNS[1]]}, "'weight' of message 1 is 1, but only answers"),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "every answer has the weight 0"),
         ({"messages": [TURNS[0], {**TURNS[1], "content": None}]}, "message 2 has neither content nor tool_calls"),
@@ -205,6 +207,19 @@ def test_bad_row_of_causal_lm(write, row, message):
         load(path, WRITE)
     assert caught.value.where in {path, f"{path}:1"}
     assert message in str(caught.value)
+
+
+def test_tools_beside_an_instruction(write):
+    row = {"instruction": "i", "output": "o"}
+    rows, _ = load(write("r.jsonl", [{**row, "tools": '[{"name": "f"}]'}, {**row, "tools": ""}]), WRITE)
+    assert rows["tools"] == ([{"name": "f"}], None)
+
+
+def test_columns_that_may_not_be_read_are_named(write, caplog):
+    path = write("r.jsonl", [{"messages": TURNS, "tools": [{"name": "f"}], "other": 1}])
+    rows, _ = load_rows(config.Data(source=path), WRITE, only=("messages",))
+    assert set(rows.columns) == {"messages"}
+    assert caplog.messages == [f"{path}: columns that may not be read are left out: 'tools'"]
 
 
 def test_content_keys_ignore_answers(write):

@@ -178,11 +178,25 @@ def test_rows_of_parquet_that_are_no_text(tmp_path):
         assert caught.value.where == f"{path}:2"
 
 
+def test_nulls_that_arrow_fills_in(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "calls.parquet"
+    calls = [[{"name": "f", "arguments": {"of": "b"}}, {"name": "g", "arguments": {"by": [1, None]}}]]
+    pq.write_table(pa.table({"calls": calls, "text": [None]}), path)
+    assert read_rows(str(path)).columns == {"calls": tuple(calls), "text": (None,)}
+
+
 def test_quotes_in_a_tab_separated_file(write):
     enclosing = write("a.tsv", 'text\tlabel\n"one\ttwo ""three"""\tx\n')
     assert read_rows(enclosing)["text"] == ('one\ttwo "three"',)
     characters = write("b.tsv", 'text\tlabel\n"Good" film\tx\nbad\ty\n')
     assert read_rows(characters)["text"] == ('"Good" film', "bad")
+    across = write("c.tsv", 'text\tlabel\n"Great film\tpos\nfine\tneg\nall of it"\tneg\nok\tpos\n')
+    assert read_rows(across)["text"] == ('"Great film', "fine", 'all of it"', "ok")
+    broken = write("d.tsv", 'text\tlabel\n"one\ntwo"\tx\n')
+    assert read_rows(broken)["text"] == ("one\ntwo",)
 
 
 def test_places_in_an_array(write):
