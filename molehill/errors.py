@@ -13,7 +13,7 @@ MolehillError
 ├── TrainingError     training itself failed (for example a NaN loss)
 ├── FederationError   the round cannot go on (for example below quorum)
 ├── IdentityError     a key, certificate or certificate authority
-├── DeployError       a process of a deployment cannot start or be reached
+├── DeployError       a process of a deployment cannot start or be reached, or the system refuses something
 ├── PrivacyError      the privacy budget is spent
 ├── BundleError       a bundle, gate or expert of a device
 ├── TrustError        a signature, a repository of bundles, or what it says
@@ -113,7 +113,7 @@ class IdentityError(MolehillError):
 
 
 class DeployError(MolehillError):
-    """A process of the deployment cannot start or be reached."""
+    """A process of the deployment cannot start or be reached, or the system refuses what a command needs."""
 
     exit_code = 11
 

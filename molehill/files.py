@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from molehill.errors import DeployError
+from molehill.errors import DeployError, MolehillError
 
 PRIVATE = 0o600
 _OTHERS = 0o077
@@ -20,6 +20,27 @@ _OTHERS = 0o077
 _umask = threading.RLock()
 _private = 0  # contexts of `private` that are open
 _before = 0  # the umask outside all of them
+
+
+def place_of(name: str, kind: type[MolehillError]) -> Path:
+    """The path that a user's words name, whether or not something is there; ``~`` is a home.
+
+    Args:
+        name: As the user wrote it.
+        kind: What to raise.
+
+    Raises:
+        MolehillError: Of that kind: the system cannot look there.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()  # lets through what is more than an absence
+    except (RuntimeError, ValueError) as error:  # no such user; a zero byte
+        raise kind(f"no such place: {error}", where=name, mend="Write the whole path.") from None
+    except OSError as error:
+        what = f"the system cannot look there: {error.strerror or error}"
+        raise kind(what, where=name, mend="Check the path and who may read it.") from None
+    return path
 
 
 def write(path: Path, data: bytes | Iterable[bytes | memoryview], *, mode: int = 0o644, replace: bool = True) -> None:

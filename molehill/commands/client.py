@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import address, logs
-from molehill.commands.common import Json, on_machine, print_json, say
+from molehill.commands.common import Json, explained, print_json, say
 from molehill.extras import needs
 
 app = typer.Typer(help="A machine with private rows that takes part in a federation.", no_args_is_help=True)
@@ -70,7 +70,7 @@ def join(
     ] = None,
 ) -> None:
     """Take part in a federation until Ctrl-C: train on the rows of this machine, which do not leave it."""
-    with on_machine():
+    with explained():
         with needs("client"):
             from molehill_client.deploy.join import Membership
             from molehill_client.deploy.join import join as run
@@ -111,7 +111,7 @@ def policy(
     as_json: Json = False,
 ) -> None:
     """Check what a run may ask of this machine, or write a careful policy."""
-    with on_machine(as_json):
+    with explained(as_json):
         with needs("client"):
             from molehill_client import policy as policies
 
@@ -137,7 +137,7 @@ def policy(
 @app.command()
 def status(state: State = _STATE, as_json: Json = False) -> None:
     """Show what this machine is doing, and what went wrong last."""
-    with on_machine(as_json):
+    with explained(as_json):
         with needs("client"):
             from molehill_client.deploy.join import status as ask
 
@@ -165,7 +165,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score the last run's final model on this machine, shared and personalised; `client join` must be running."""
-    with on_machine(as_json):
+    with explained(as_json):
         with needs("client"):
             from molehill_client.deploy.join import require_joined
             from molehill_client.deploy.join import status as state_of
@@ -197,7 +197,7 @@ def forget(
     run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="all of them")] = None,
 ) -> None:
     """Remove this machine's personal gates, heads and last delta."""
-    with on_machine():
+    with explained():
         with needs("client"):
             from molehill_client.deploy.join import forget as remove
 

@@ -30,19 +30,34 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 @contextlib.contextmanager
 def explained(as_json: bool = False) -> Iterator[None]:
-    """Turn a mistake of the user into one paragraph (or a JSON envelope) and its exit code."""
+    """Turn a mistake of the user, or what the system refuses, into one paragraph (or JSON) and its exit code."""
     try:
         yield
     except MolehillError as error:
-        details = {"what": error.what, "where": error.where, "mend": error.mend}
-        envelope = {"kind": type(error).__name__, "code": error.exit_code, **details}
-        if as_json:
-            print_json({"error": envelope})
-        elif logs.structured():
-            _log.error("%s", error, extra=logs.fields(**envelope))
-        else:
-            say(Text.assemble(("error: ", "bold red"), harmless(str(error), lines=True)))
+        _tell(error, as_json)
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise  # whoever read the output has gone: nobody to tell
+    except OSError as error:
+        refused = _refused(error)
+        _tell(refused, as_json)
+        raise typer.Exit(refused.exit_code) from None
+
+
+def _refused(error: OSError) -> DeployError:
+    what = f"the system refuses it: {error.strerror or error}"
+    return DeployError(what, where=str(error.filename or ""), mend="Mend that, then try again.")
+
+
+def _tell(error: MolehillError, as_json: bool) -> None:
+    envelope = {"kind": type(error).__name__, "code": error.exit_code, "what": error.what, "where": error.where}
+    envelope["mend"] = error.mend
+    if as_json:
+        print_json({"error": envelope})
+    elif logs.structured():
+        _log.error("%s", error, extra=logs.fields(**envelope))
+    else:
+        say(Text.assemble(("error: ", "bold red"), harmless(str(error), lines=True)))
 
 
 @contextlib.contextmanager
@@ -54,17 +69,6 @@ def on_disk(as_json: bool = False) -> Iterator[None]:
         except OSError as error:
             where = str(error.filename or "")
             raise IdentityError(f"cannot read or write there: {error.strerror}", where=where) from None
-
-
-@contextlib.contextmanager
-def on_machine(as_json: bool = False) -> Iterator[None]:
-    """As `explained`, for the processes of a deployment: what the system refuses them is told in one sentence."""
-    with explained(as_json):
-        try:
-            yield
-        except OSError as error:
-            what = f"the system refuses it: {error.strerror or error}"
-            raise DeployError(what, where=str(error.filename or ""), mend="Mend that, then try again.") from None
 
 
 def say(text: Text, **facts: Any) -> None:

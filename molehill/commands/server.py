@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import address, logs
-from molehill.commands.common import INTERRUPTED, Json, claim, interrupted, on_machine, print_json, say
+from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json, say
 from molehill.errors import DeployError
 from molehill.extras import needs
 
@@ -46,7 +46,7 @@ def up(
     ] = None,
 ) -> None:
     """Start the coordinator, and keep its processes running until Ctrl-C or `server stop`."""
-    with on_machine():
+    with explained():
         with needs("server"):
             from molehill_server.deploy.up import House, Running
             from molehill_server.deploy.up import up as run
@@ -83,7 +83,7 @@ def run(
     Ctrl-C stops the run; with --resume and no CONFIG it goes on with the configuration in the run folder.
     """
     folder = None
-    with on_machine(as_json):
+    with explained(as_json):
         try:
             from molehill.config import load
             from molehill.errors import ConfigError
@@ -123,7 +123,7 @@ def run(
 @app.command()
 def status(state: State = _STATE, as_json: Json = False) -> None:
     """Show the coordinator, its nodes, and the run it works on."""
-    with on_machine(as_json):
+    with explained(as_json):
         with needs("server"):
             from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running
@@ -164,7 +164,7 @@ def stop(
     only_run: Annotated[bool, typer.Option("--run", help="Stop the run only; it can be resumed.")] = False,
 ) -> None:
     """Stop the coordinator, and with it the run it works on."""
-    with on_machine():
+    with explained():
         with needs("server"):
             from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running

@@ -246,12 +246,12 @@ class MoLoRALinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]  # modules hide their attributes' types
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., d_out]`` for ``x [..., d_in]``; two or three dimensions."""
+        """Return ``[..., d_out]`` for ``x [..., d_in]``; two dimensions or more."""
         if not self.state.enabled:
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
-        x3 = x if x.dim() == 3 else x.unsqueeze(0)
+        x3 = x if x.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
         y = self._adapted(x3, self._next_call())
-        return y if x.dim() == 3 else y.squeeze(0)
+        return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
 
     def _next_call(self) -> int:
         """Number of this call in the pass, from 0."""

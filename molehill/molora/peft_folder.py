@@ -181,6 +181,13 @@ def read_tensors(path: Path) -> dict[str, Array]:
     Raises:
         AdapterError: It cannot be read.
     """
+    pickle = path.with_suffix(".bin")
+    if not path.exists() and pickle.is_file():
+        raise AdapterError(
+            f"{pickle.name} is a pickle, which can run code when it is opened",
+            where=str(path.parent),
+            mend="Load the adapter with peft where you trust it and call save_pretrained, which writes safetensors.",
+        )
     try:
         return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
     except OSError as error:

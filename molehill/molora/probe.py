@@ -77,6 +77,11 @@ def layer_of(name: str) -> int:
     return int(found[1])
 
 
+def stack_of(name: str) -> str:
+    """The path of the stack of layers that a module or parameter lies in."""
+    return f".{name}".partition(f".{layer_of(name)}.")[0].removeprefix(".")
+
+
 def keeps_logits(base: nn.Module) -> bool:
     """Whether the model can be asked for the logits of some tokens only."""
     return "logits_to_keep" in inspect.signature(base.forward).parameters

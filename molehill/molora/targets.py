@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molehill.errors import ModelError
 from molehill.molora.interfaces import Site
-from molehill.molora.probe import adaptable, is_numbered, layer_of, likeness, linears
+from molehill.molora.probe import adaptable, is_numbered, layer_of, likeness, linears, stack_of
 
 _MATRIX = 2  # dimensions
 
@@ -74,11 +74,31 @@ def choose(model: nn.Module, targets: Sequence[str] | str, layers: Sequence[int]
         for name in reached
         if name in chosen and (layers is None or layer_of(name) in layers)
     ]
+    _require_one_place(model, sites)
     if not sites:
         raise ModelError(
             f"layers {list(layers or ())} hold no target", where="molora.layers", mend=f"The model has {depth} layers."
         )
     return Choice(sites, _remarks(model, targets, layers, every.keys(), set(reached)))
+
+
+def _require_one_place(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Refuse a linear that is an attribute of two modules, or twice of one: at one of them it would stay as it is.
+
+    Raises:
+        ModelError: There is one.
+    """
+    names = {id(model.get_submodule(site.name)): site.name for site in sites}
+    for path, parent in model.named_modules():
+        for last, module in parent._modules.items():  # noqa: SLF001  (named_children leaves out what comes twice)
+            name = names.get(id(module))
+            place = f"{path}.{last}".removeprefix(".")
+            if name is not None and place != name:
+                raise ModelError(
+                    f"{name} and {place} are one module, which cannot be adapted at one of them alone",
+                    where="molora.targets",
+                    mend="Leave them out of molora.targets, or give another base.",
+                )
 
 
 def _no_hit(model: nn.Module, pattern: str, every: Iterable[str], reached: Iterable[str]) -> ModelError:
@@ -115,12 +135,12 @@ def _remarks(
     model: nn.Module, targets: Sequence[str], layers: Sequence[int] | None, every: Collection[str], reached: set[str]
 ) -> tuple[str, ...]:
     """What the targets name in the layers and nothing can adapt: weights of no linear, linears that text misses."""
-    alive = {_stack_of(name) for name in reached}
+    alive = {stack_of(name) for name in reached}
     total, bare, silent = 0, Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
         if parameter.dim() < _MATRIX or not is_numbered(name) or (layers and layer_of(name) not in layers):
             continue
-        module, stack = name.rpartition(".")[0], _stack_of(name)
+        module, stack = name.rpartition(".")[0], stack_of(name)
         total += parameter.numel() if stack in alive else 0
         if module in reached or not any(_matches(pattern, part) for pattern in targets for part in (module, name)):
             continue
@@ -141,11 +161,6 @@ def _remarks(
         parts = ", ".join(f"{count} of {name}" for name, count in sorted(silent.items()))
         remarks.append(f"weights that text never reaches are not adapted: {parts}")
     return tuple(remarks)
-
-
-def _stack_of(name: str) -> str:
-    """The path of the stack of layers that a module or parameter lies in."""
-    return f".{name}".partition(f".{layer_of(name)}.")[0].removeprefix(".")
 
 
 def _matches(pattern: str, name: str) -> bool:

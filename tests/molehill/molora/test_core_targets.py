@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import FFN, WIDTH, adapted, base, batch
+from tiny_models import FFN, WIDTH, adapted, base, batch, shake
 
 from molehill.errors import ModelError
 from molehill.molora.probe import probe
@@ -175,3 +175,25 @@ def test_a_probe_tells_how_often_and_with_what_a_linear_is_called():
     assert set(probe(albert).calls.values()) == {((2, 3),) * 3}
     assert not any(parameter.grad is not None for parameter in albert.parameters())
     assert not any(module._forward_hooks for module in albert.modules())
+
+
+def test_one_linear_in_two_places_is_refused():
+    model = base("llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj = first.q_proj
+    said = r"layers.0.self_attn.q_proj and model.layers.1.self_attn.q_proj are one module"
+    with pytest.raises(ModelError, match=said):
+        choose(model, "all-linear")
+    assert choose(model, ("v_proj",)).sites  # it is not among these
+    first.k_proj = first.v_proj
+    with pytest.raises(ModelError, match=r"self_attn.[kv]_proj and \S+self_attn.[kv]_proj are one module"):
+        choose(model, ("v_proj", "k_proj"))
+
+
+def test_rows_of_more_dimensions_are_those_of_one_after_another():
+    site = next(iter(shake(adapted("llama", scope="site")).sites.values()))
+    x = torch.randn(2, 3, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    site.state.version += 1
+    flat = site(x.flatten(0, 2))
+    site.state.version += 1
+    assert torch.equal(site(x), flat.view(2, 3, 4, -1))
