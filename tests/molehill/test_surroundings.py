@@ -196,7 +196,8 @@ def test_a_proxy_that_nothing_understands_is_no_traceback():
         "from molehill import config, errors\n"
         "from molehill.tasks import base_model, sources\n"
         "base = config.Base(model='nobody/nothing')\n"
-        "for load in (lambda: base_model._locate(base), lambda: sources._hub('nobody/nothing', 'train')):\n"
+        "hub = lambda: base_model._locate(base, offline=False)\n"
+        "for load in (hub, lambda: sources._hub('nobody/nothing', 'train')):\n"
         "    try:\n        load()\n"
         "    except (errors.ModelError, errors.DataError) as error:\n        print(error)\n"
     )
