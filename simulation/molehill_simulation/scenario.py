@@ -126,7 +126,7 @@ class ScenarioApp(ClientApp):
             if said.client in scenario.poison:
                 blob = poison(blob, scenario.poison[said.client], wire.up, wire.max_bytes)
             if said.client in scenario.garbage:
-                blob = spoil(blob, scenario.garbage[said.client], wire.max_bytes)
+                blob = spoil(blob, scenario.garbage[said.client], wire.up, wire.max_bytes)
             exchange.drop(said.delta)
             said = said.model_copy(update={"delta": exchange.put(blob), "bytes_up": len(blob)})
             reply = Message(RecordDict({"reply": ConfigRecord({"json": said.model_dump_json()})}), reply_to=message)
@@ -154,7 +154,7 @@ class Reported(ClientApp):
             return lost_reply(str(fate), message)
 
 
-def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:
+def spoil(blob: bytes, kind: str, codec: MethodRef, max_bytes: int) -> bytes:
     """Make garbage of an encoded delta.
 
     Args:
@@ -162,6 +162,7 @@ def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:
         kind: ``nan`` (values that are not numbers), ``shape`` (one row too many), ``huge`` (1e6 everywhere), ``keys``
             (a tensor nobody asked for; for a delta without values also in place of the former three) or ``bytes`` (cut
             short).
+        codec: How the delta is encoded; NaN comes as fp32, since no other codec can hold it.
         max_bytes: Largest delta.
 
     Returns:
@@ -182,7 +183,7 @@ def spoil(blob: bytes, kind: str, max_bytes: int) -> bytes:
         arrays[key] = np.concatenate([arrays[key], arrays[key][:1]])
     else:
         arrays[Key("foreign.site", "e0", "A")] = np.zeros((1, 1), np.float32)
-    return encode_delta(replace(delta, tree=Tree.of(arrays)), _EXACT)
+    return encode_delta(replace(delta, tree=Tree.of(arrays)), codec)
 
 
 def poison(blob: bytes, factor: float, codec: MethodRef, max_bytes: int) -> bytes:

@@ -26,7 +26,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.supernode import start_client_internal
 
-from molehill import loopback, supervise
+from molehill import files, loopback, supervise
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
 from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
@@ -37,7 +37,6 @@ from molehill_client.deploy.join import _Member, require_clock
 from molehill_client.deploy.line import Request, ask, serve
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.trainer import held_out
-from molehill_server import app as server_app
 from molehill_server.deploy import door
 from molehill_server.deploy.up import _Supervisor
 
@@ -405,7 +404,7 @@ def test_flower_still_says_what_tells_a_twin_from_an_outage():
 def test_a_full_disk_is_no_traceback(tmp_path):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "final.safetensors")
     words = r"final\.safetensors: the server cannot go on: No space left.*Make room"
-    with pytest.raises(DeployError, match=words), server_app._told():
+    with pytest.raises(DeployError, match=words), files.told("the server", tmp_path):
         raise full
 
 

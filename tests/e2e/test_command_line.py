@@ -148,7 +148,7 @@ def test_clients_of_whom_none_can_be_scored_are_no_success(toml, tmp_path):
 
 def test_clients_that_send_garbage_are_quarantined_with_the_reason_and_the_run_goes_on(toml, tmp_path):
     kinds = {client: kind for client, (kind, _) in GARBAGE.items()}
-    path = toml(data={"clients": 10}, scenario={"garbage": kinds})
+    path = toml(data={"clients": 10}, scenario={"garbage": kinds}, wire={"up": "fp32"})
     result = molehill("simulate", path, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "Traceback" not in result.output
@@ -222,10 +222,13 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     summary = json.loads(resumed.stdout)
     assert summary == json.loads((out / "summary.json").read_text())
     assert list(summary) == [
-        *("clients", "mean", "worst", "rounds", "seconds", "bytes_up", "bytes_down", "base_model", "config_digest"),
+        *("task", "clients", "mean", "worst", "macro_f1", "classes", "rounds", "seconds", "bytes_up", "bytes_down"),
+        *("base_model", "config_digest", "unscored", "anew"),
     ]
     assert summary["rounds"] == 8
     assert set(summary["mean"]) == set(summary["worst"]) == FIGURES
     assert set(summary["base_model"]) == {"id", "revision", "digest", "remarks"}
-    assert [set(client) for client in summary["clients"]] == [FIGURES | {"id", "n_train", "n_test"}] * 3
+    assert [set(client) for client in summary["clients"]] == [
+        FIGURES | {"id", "n_train", "n_test", "cut", "lost", "macro_f1"}
+    ] * 3
     assert (out / "adapter" / "molora.json").is_file()

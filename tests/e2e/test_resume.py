@@ -50,7 +50,7 @@ class Stop:
         self.seen = []
 
     def __call__(self, event):
-        if event["event"] == "working":  # now and then, as time goes by
+        if event["event"] in {"rows", "working"}:  # before the run begins, and now and then, as time goes by
             return
         self.seen.append(event["event"])
         self.left -= 1

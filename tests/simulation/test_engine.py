@@ -155,7 +155,7 @@ def test_another_configuration_is_refused_and_named(tmp_path):
 def test_spoiling_says_what_it_is_asked_to():
     blob = encode_delta(Delta("run", 1, "c", "b", initial(), 3, {}), config().wire.up)
     kinds = ("nan", "shape", "huge", "keys", "bytes")
-    assert len({spoil(blob, kind, 2**20) for kind in kinds}) == len(kinds)
+    assert len({spoil(blob, kind, config().wire.up, 2**20) for kind in kinds}) == len(kinds)
 
 
 @pytest.mark.parametrize("kind", ["nan", "shape", "huge"])
