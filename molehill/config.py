@@ -31,9 +31,9 @@ _MASKED_BOUND = 1e3  # with room for it, sums of many clients keep enough binary
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and unknown keys are errors."""
+    """A part of the configuration: immutable; unknown keys, and numbers that are not finite, are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MethodRef(BaseModel):
@@ -290,9 +290,10 @@ class Rounds(Section):
             to ``privacy.clip``. Under secure aggregation nobody sees a norm: every client keeps its own to this number,
             or to 1000 under ``auto``.
         max_rows: Most training rows that a client counts for, however many it says it has. ``auto`` is three times the
-            median of what all clients of the run say; under differential privacy it is left to
-            ``privacy.max_examples``. ``off`` believes every client. What a client said when it first joined a run is
-            never exceeded.
+            median of what all clients of the run say; under differential privacy, and where it is given,
+            it is left to ``privacy.max_examples``. ``off`` believes every client. What a client said when it first
+            joined a run is never exceeded, unless ``privacy.max_examples`` or ``privacy.clip`` goes with secure
+            aggregation: then every client keeps to the numbers of the configuration, and the server names it no other.
     """
 
     deadline: float = Field(default=3600.0, gt=0)
@@ -359,6 +360,11 @@ class Privacy(Section):
     max_examples: int | None = Field(default=None, ge=1)
     secure_aggregation: bool = False
     threshold: float = Field(default=0.67, le=1)
+
+    @property
+    def fixed_examples(self) -> int | None:
+        """Examples from which on a client counts fully, where the configuration says so; None where it does not."""
+        return self.max_examples or (None if self.clip is None else 1)  # under clipping all count alike
 
     @field_validator("threshold")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
@@ -12,6 +12,10 @@ from molehill.secure.messages import Company
 from molehill.wire.keys import Key
 
 Scope: TypeAlias = Literal["shared", "personal", "frozen"]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Amount: TypeAlias = Annotated[FiniteFloat, Field(ge=0)]
+HUGE = 1e39  # a loss: more than any of 32 bits, and a mean of several is finite, too
+Loss: TypeAlias = Annotated[float, Field(ge=0, le=HUGE)]
 
 
 class Hello(BaseModel):
@@ -114,7 +118,7 @@ class ClientReply(BaseModel):
     bytes_down: int = Field(ge=0)
     examples: int = Field(ge=1)
     loss: float | None
-    seconds: float = Field(ge=0)
+    seconds: Amount
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
     unusable: str = Field(default="", max_length=1000)
     started: int | None = Field(default=None, ge=0)
@@ -133,9 +137,9 @@ class Scores(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n: int = Field(ge=0)
-    accuracy: float
-    macro_f1: float | None = None
-    loss: float
+    accuracy: Fraction
+    macro_f1: Fraction | None = None
+    loss: Loss
 
 
 class EvaluationReply(BaseModel):
@@ -158,6 +162,6 @@ class EvaluationReply(BaseModel):
     n_train: int = Field(ge=0)
     n_test: int = Field(ge=0)
     stages: dict[str, Scores]
-    tokens: dict[str, float] = Field(default_factory=dict)
-    seconds: float = Field(ge=0)
+    tokens: dict[str, Amount] = Field(default_factory=dict)
+    seconds: Amount
     started: int | None = Field(default=None, ge=0)

@@ -21,7 +21,7 @@ from molehill.errors import DeployError
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _EXEMPT = ("no_proxy", "NO_PROXY", "no_grpc_proxy")  # gRPC looks at the last one only, where it is set
 _SOCKET = 103  # bytes that the path of a Unix socket may have on every system
-_GATEWAY = "gateway.sock"  # the longest name of ours
+_GATEWAY = "gateway.sock.4294967295"  # the longest name of ours: the door numbers its connections
 
 
 def variables(*, outside: bool = True) -> dict[str, str]:

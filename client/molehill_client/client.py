@@ -155,6 +155,8 @@ class Client:
         self._check(plan)
         if self._masked and not after:
             self.masker.ready(plan.round, plan.company)
+            assert plan.company is not None  # or it would not be ready
+            self.masker.weight(len(self.train_rows), plan.company)  # better refused before the work
         state = self.store.before(plan.round + after)
         state.settle(plan.accepted)
         bytes_down = self._receive(plan, state)

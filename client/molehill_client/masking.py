@@ -173,10 +173,16 @@ class Masker:
                 mend="Run the same configuration on server and clients.",
             )
         privacy = self._config.privacy
-        cap = privacy.max_examples or (None if privacy.clip is None else 1)  # under clipping all count alike
+        cap = privacy.fixed_examples
         if cap is not None and company.cap != cap:
             raise MessageError(
                 f"the plan has a client count for {company.cap} examples at most, by privacy it is {cap}",
+                mend="Run the same configuration on server and clients.",
+            )
+        if cap is not None and company.counts is not None:
+            raise MessageError(
+                f"the plan has a client count for {company.counts} examples, by privacy only its own rows and the "
+                f"most of {cap} decide that",
                 mend="Run the same configuration on server and clients.",
             )
         memory = self._at("shares", round_, company.attempt)
@@ -187,8 +193,15 @@ class Masker:
         self._require_enough(1 + len(company.inbox), memory)
 
     def weight(self, examples: int, company: Company) -> int:
-        """How much this client counts."""
-        return min(examples, company.cap, company.counts or examples)
+        """How much a client with so many examples counts.
+
+        Raises:
+            MessageError: The server has it count for more than it has.
+        """
+        if company.counts is not None and company.counts > examples:
+            raise MessageError(f"the plan has it count for {company.counts} examples, and it has {examples}")
+        most = self._config.round.max_rows
+        return min(examples, company.cap, company.counts or examples, most if isinstance(most, int) else examples)
 
     def mask(self, round_: int, company: Company, values: NDArray[np.float64]) -> Numbers:
         """Mask a vector; the secrets allow it once.
@@ -234,15 +247,18 @@ class Masker:
     def unmask(self, ask: AskUnmask) -> Unmask:
         """Give away one share of every client that takes part, of its seed or of its key.
 
-        Asked the same again it answers the same; asked anything else it refuses.
+        Asked the same again it answers the same; asked anything else it refuses. It need not have signed itself: what
+        enough others signed holds for it, too, as long as it has signed nothing else.
 
         Raises:
-            MessageError: It is not what this client and enough others signed, or other shares were given away before.
+            MessageError: It is not what enough of them signed, this client signed something else, or other shares were
+                given away before.
         """
         self._require_addressee(ask.client, ask.run)
-        memory = self._at(("agreed", "done"), ask.round, ask.attempt)
+        memory = self._at(("masked", "agreed", "done"), ask.round, ask.attempt)
         text = self._survivors(ask, memory)
-        if memory.agreed != text.hex():
+        # Who was away when the list was signed signs nothing else after this, so it has as good as signed it itself.
+        if memory.agreed != text.hex() and memory.stage != "masked":
             raise MessageError("it has signed another list of who is in the sum, and two of them would undo masks")
         if memory.stage == "done":
             return Unmask.model_validate_json(memory.answer)
@@ -260,7 +276,7 @@ class Masker:
                 done=ask.round,
                 adverts=memory.adverts,
                 held=dict.fromkeys(memory.held, ("", "")),
-                agreed=memory.agreed,
+                agreed=text.hex(),
                 answer=answer.model_dump_json(),
             )
         )

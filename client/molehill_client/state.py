@@ -18,7 +18,7 @@ from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile, KeySource, damaged, seal, unseal
 
 _KEEP = 3  # rounds
-_STATE, _MASKING = "state", "masking.sealed"
+_STATE, _MASKING, _INSTANCE = "state", "masking.sealed", "instance"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -66,12 +66,15 @@ class StateStore:
         run: Name of the run.
         base: Digest of the base weights.
         key: Where the key is; ``state.key`` beside the folder when omitted, one for all clients there.
+        instance: Tells the run from others of its name, whose states are not read, and gone with the first that is
+            written; empty takes whatever is there.
     """
 
-    def __init__(self, folder: Path, run: str, base: str, key: KeySource | None = None) -> None:
+    def __init__(self, folder: Path, run: str, base: str, key: KeySource | None = None, instance: str = "") -> None:
         self.folder = folder
         self._key = key or KeyFile(folder.parent / "state.key")
         self._label = {"run": run, "base": base, "client": folder.name}
+        self._instance = instance
 
     def before(self, round_: int) -> PersonalState:
         """The newest state from a round earlier than ``round_``; empty when there is none.
@@ -80,7 +83,7 @@ class StateStore:
             ResumeError: The state belongs to another run, base model or client, is damaged, or its key is not here.
         """
         rounds = [number for number in self.rounds() if number < round_]
-        if not rounds:
+        if not rounds or self._foreign():
             return PersonalState.empty()
         key = self._key.load()
         if key is None:
@@ -110,6 +113,11 @@ class StateStore:
                 raise _no_key(self._key, self.folder)
             key = self._key.create()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._foreign():
+            for number in self.rounds():
+                self._at(number).unlink(missing_ok=True)
+        if self._instance:
+            files.write(self.folder / _INSTANCE, self._instance.encode(), mode=files.PRIVATE)
         parts = [*map(pack_tree, (state.tree, state.memory, state.owed)), json.dumps(state.held).encode()]
         data = b"".join(_LENGTH.pack(len(part)) + part for part in parts)
         files.write(self._at(round_), seal(data, self._label_of(round_), key), mode=files.PRIVATE)
@@ -144,6 +152,11 @@ class StateStore:
         names = (path.name for path in self.folder.glob("round-*.sealed"))
         numbers = (name.removeprefix("round-").removesuffix(".sealed") for name in names)
         return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _foreign(self) -> bool:
+        """Whether the states that are there are of another run of this name."""
+        note = self.folder / _INSTANCE
+        return bool(self._instance) and note.exists() and note.read_bytes() != self._instance.encode()
 
     def _at(self, number: int) -> Path:
         return self.folder / f"round-{number:06d}.sealed"

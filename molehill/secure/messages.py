@@ -102,7 +102,8 @@ class Company(_Message):
     Attributes:
         attempt: Attempt at the round.
         cap: Most examples that a client counts for.
-        counts: Examples that this client counts for, if it has as many; None leaves it to the cap.
+        counts: Examples that this client counts for, at most its own; None leaves it to its own and the
+            cap, and must be where the configuration has the cap fixed.
         inbox: From every other client that has shared its secrets, the shares for this one.
     """
 

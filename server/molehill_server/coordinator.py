@@ -44,7 +44,7 @@ from molehill_server.privacy.secure import SecureRound, released
 from molehill_server.records import Global, Update
 from molehill_server.roster import Roster
 from molehill_server.transport import POLL, Collection, Incoming, Outgoing, Patience, Transport
-from molehill_server.validation import Limits, check_reply, open_delta, parse_reply, require_addressed
+from molehill_server.validation import Limits, check_reply, open_delta, parse_reply, parse_scores, require_addressed
 
 T = TypeVar("T")
 
@@ -829,9 +829,9 @@ class Coordinator:
         collection = self._send(kind, plans, nodes, group, self._patience(len(plans)))
         for done, (client, reply) in enumerate(collection, start=1):
             try:
-                answer = EvaluationReply.model_validate_json(reply.text or "")
-            except ValidationError as error:
-                failed[client] = reply.error or f"malformed answer ({error.errors()[0]['msg']})"
+                answer = parse_scores(_text(reply), client, kind)
+            except MessageError as error:
+                failed[client] = error.what
             else:
                 self._note_start(plans[client], answer)
                 replies[client].append(answer)

@@ -42,7 +42,7 @@ def cap_of(config: Config, first: Mapping[str, int]) -> int | None:
     limit = config.round.max_rows
     if isinstance(limit, int):
         return limit
-    if limit == "off" or config.privacy.clip is not None or not first:
+    if limit == "off" or config.privacy.fixed_examples is not None or not first:
         return None
     return max(1, TIMES * median_low(first.values()))
 
@@ -60,9 +60,11 @@ def counts_of(config: Config, first: Mapping[str, int], now: Mapping[str, int]) 
     """
     cap = cap_of(config, first)
     times = f"{TIMES} times the median" if config.round.max_rows == "auto" else "the most"
+    privacy = config.privacy
+    own = privacy.secure_aggregation and privacy.fixed_examples is not None  # clients take no number from us then
     out = {}
     for client, rows in now.items():
-        counts, why = min(rows, first[client]), ""
+        counts, why = rows if own else min(rows, first[client]), ""
         if counts < rows:
             why = f"it first joined with {counts:,}"
         if cap is not None and counts > cap:

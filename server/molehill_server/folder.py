@@ -73,6 +73,8 @@ def write_config(config: Config, out: Path) -> Path:
                 mend="Resume with the configuration it was started with, or start a new run in another folder.",
             )
     path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # somebody else's, who lets us write there
+        path.parent.chmod(0o700)
     files.write(path, config.to_toml().encode())
     return path
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from molehill.config import Config
 from molehill.errors import MessageError
-from molehill.plan import ClientPlan, ClientReply
+from molehill.plan import HUGE, ClientPlan, ClientReply, EvaluationReply
 from molehill.wire.clipping import norm
 from molehill.wire.message import Delta, decode_delta, digest, largest_delta
 from molehill.wire.tree import Layout
 from molehill_server.planning.planner import expected
 from molehill_server.privacy.mechanism import TOLERANCE
+
+_STAGES = {"train.baseline": {"base", "local"}, "evaluate": {"global", "personalised"}}
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,34 @@ def parse_reply(text: str) -> ClientReply:
     try:
         return ClientReply.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise MessageError(f"malformed reply, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise MessageError(f"malformed reply, {_first(error)}") from None
+
+
+def parse_scores(text: str, client: str, kind: str) -> EvaluationReply:
+    """Read what a client answers when it is to be scored.
+
+    Args:
+        text: JSON of the reply.
+        client: Who was asked.
+        kind: For what, ``train.baseline`` or ``evaluate``.
+
+    Raises:
+        MessageError: It is malformed, of another client, or of other stages than those that were asked for.
+    """
+    try:
+        reply = EvaluationReply.model_validate_json(text)
+    except ValidationError as error:
+        raise MessageError(f"malformed answer, {_first(error)}") from None
+    if reply.client != client:
+        raise MessageError(f"the answer is of client {reply.client!r}")
+    if reply.stages.keys() != _STAGES[kind]:
+        raise MessageError(f"its scores are of {sorted(reply.stages)}, not of {sorted(_STAGES[kind])}")
+    return reply
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def check_reply(reply: ClientReply, plan: ClientPlan, rows: int) -> None:
@@ -84,7 +111,7 @@ def check_reply(reply: ClientReply, plan: ClientPlan, rows: int) -> None:
     require_addressed(reply, plan)
     if plan.company is not None and (reply.loss is not None or reply.metrics):
         raise MessageError("it tells its losses, which under secure aggregation are part of the sum")
-    if plan.company is None and (reply.loss is None or not math.isfinite(reply.loss)):
+    if plan.company is None and (reply.loss is None or not abs(reply.loss) <= HUGE):
         raise MessageError(f"its training loss is {reply.loss}")
     if reply.examples != rows:
         raise MessageError(f"it trains on {reply.examples} rows, and joined with {rows}")

@@ -113,10 +113,26 @@ def test_no_share_is_given_away_before_enough_have_signed_the_same(masked):
             masked.ask("a", signatures={**signed, "c": wrong})
     with pytest.raises(MessageError, match="a signature of 'd', who is not in the sum"):
         masked.ask("a", signatures={**signed, "d": signed["b"]})
-    with pytest.raises(MessageError, match="are 'masked'"):  # nor what it has not signed itself
+    with pytest.raises(MessageError, match="a signature is not for this list"):  # nor by one that has signed nothing
         masked.ask("c", signatures={**signed, "c": signed["a"]})
     assert masked.vaults["a"].data == before
     assert masked.ask("a", signatures={**signed, "c": masked.agree("c")})
+
+
+def test_who_was_away_when_enough_signed_helps_with_their_list_and_no_other():
+    group = Group()
+    group.keys()
+    group.shares()
+    for name in NAMES:
+        group.mask(name)
+    signed = {name: group.agree(name, arrived=NAMES, lost=()) for name in "abc"}
+    answer = group.ask("d", arrived=NAMES, lost=(), signatures=signed)
+    assert answer.own.keys() == set(NAMES)
+    assert group.ask("d", arrived=NAMES, lost=(), signatures=signed) == answer
+    with pytest.raises(MessageError, match="are 'done'"):
+        group.agree("d", arrived=("a", "b", "d"), lost=("c",))
+    with pytest.raises(MessageError, match="it has signed another list"):
+        group.ask("d", arrived=("a", "b", "d"), lost=("c",), signatures=signed)
 
 
 def test_a_signature_is_for_one_attempt_and_one_set_of_keys(group):
@@ -205,8 +221,8 @@ def test_every_step_needs_the_one_before(group):
         group.shares()
     for name in NAMES:
         group.mask(name)
-    with pytest.raises(MessageError, match="are 'masked'"):
-        group.ask("a", signatures={})
+    with pytest.raises(MessageError, match="0 clients have signed"):
+        group.ask("a", arrived=NAMES, lost=(), signatures={})
 
 
 def test_a_plan_that_asks_for_a_delta_in_the_open_is_refused(group):
@@ -275,7 +291,19 @@ def test_another_weight_than_that_of_its_own_configuration_is_refused(privacy, c
     company = group.company("a")
     with pytest.raises(MessageError, match=f"count for 10 examples at most, by privacy it is {cap}"):
         group.masker("a").ready(3, company)
-    group.masker("a").ready(3, company.model_copy(update={"cap": cap}))
+    own = company.model_copy(update={"cap": cap})
+    group.masker("a").ready(3, own)
+    assert [group.masker("a").weight(rows, own) for rows in (1, 100)] == [1, cap]
+    with pytest.raises(MessageError, match=f"has a client count for 1 examples, by privacy only .* most of {cap}"):
+        group.masker("a").ready(3, own.model_copy(update={"counts": 1}))  # so that the sum is nearly another one's
+
+
+def test_a_client_counts_for_no_more_than_it_has_and_the_configuration_lets_it():
+    group = Group(config=config(privacy={"secure_aggregation": True, "max_examples": 20}, round={"max_rows": 12}))
+    company = Company(attempt=0, cap=20, inbox={})
+    assert [group.masker("a").weight(rows, company) for rows in (5, 15, 30)] == [5, 12, 12]
+    with pytest.raises(MessageError, match="count for 9 examples, and it has 8"):
+        group.masker("a").weight(8, company.model_copy(update={"counts": 9}))
 
 
 def test_changed_and_doubled_keys_are_refused(group):

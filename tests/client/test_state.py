@@ -198,6 +198,23 @@ def test_the_state_of_another_client_is_refused(store, tmp_path):
         StateStore(tmp_path / "client-2", "run", "b" * 64).before(2)
 
 
+def test_the_state_of_an_older_run_of_the_same_name_is_not_gone_on_from(store, tmp_path):
+    def run(instance):
+        return StateStore(tmp_path / "client-1", "run", "b" * 64, instance=instance)
+
+    for number in (1, 2):
+        run("old").save(number, state(number))
+    run("old").save_secret(b"which rounds were unmasked")
+    assert run("old").before(3).round == 2
+    assert run("new").before(3).round == 0
+    assert run("old").before(3).round == 2  # to look at the new run costs the old one nothing
+    run("new").save(3, state(7))
+    assert run("new").rounds() == [3]
+    assert run("new").before(4).held == {"gate": "7"}
+    assert store().before(4).held == {"gate": "7"}
+    assert run("new").load_secret() == b"which rounds were unmasked"
+
+
 def test_a_newer_format_says_so(store, tmp_path):
     store().save(1, state(1))
     path = tmp_path / "client-1" / "round-000001.sealed"

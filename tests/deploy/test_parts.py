@@ -26,6 +26,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.supernode import start_client_internal
 
+import molehill
 from molehill import files, loopback, supervise
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
 from molehill.gateway import Gateway, listen, serving
@@ -36,7 +37,8 @@ from molehill_client.deploy import node
 from molehill_client.deploy.join import _Member, require_clock
 from molehill_client.deploy.line import Request, ask, serve
 from molehill_client.deploy.outbox import Outbox
-from molehill_client.deploy.trainer import held_out
+from molehill_client.deploy.post import Post
+from molehill_client.deploy.trainer import Introduction, Trainer, held_out
 from molehill_server.deploy import door
 from molehill_server.deploy.up import _Supervisor
 
@@ -261,6 +263,15 @@ def people(tmp_path):
         return install(bundle, folder)
 
     return SimpleNamespace(authority=authority, server=identity("server", ("localhost",)), client=identity("client"))
+
+
+def test_a_trainer_begins_beside_a_damaged_introduction(people, tmp_path):
+    whole = Introduction(config="", exchange_port=1, version=molehill.__version__).model_dump_json().encode()
+    facts = {"server": "localhost", "data": "rows", "test": None, "passphrase_file": None, "socket": "s"}
+    post = Post(name="client", identity=str(tmp_path / "client"), state=str(tmp_path), **facts)
+    for kept, known in ((whole, True), (b"\xff" + whole[1:], False), (whole[:9], False)):
+        (tmp_path / "introduction.json").write_bytes(kept)
+        assert (Trainer(post)._met is not None) == known
 
 
 def test_the_door_knows_the_revoked_and_a_damaged_list_lets_nobody_in(people, tmp_path):

@@ -219,6 +219,7 @@ def test_a_mistake_leaves_no_folder_behind_and_none_changed(config, tmp_path):
 def test_nobody_else_can_read_a_run_and_equal_runs_are_equal_files(config, tmp_path):
     before = os.umask(0)
     try:
+        (tmp_path / "runs" / "b").mkdir(parents=True, mode=0o777)
         for name in ("a", "b"):
             simulate(config(federation={"preset": "fedex"}), tmp_path / "runs" / name)
             tiny_world.forget()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
-from molehill.config import Axis, Config, MethodRef, Section, method_refs
+import pytest
+
+from molehill.config import Axis, Config, MethodRef, Section, method_refs, parse
+from molehill.errors import ConfigError
 
 
 class Optional(Section):
@@ -32,3 +36,17 @@ def test_a_method_that_is_left_out_is_no_reference():
     assert [(key, axis, ref.name) for key, axis, ref in method_refs(named) if key.startswith("extra")] == [
         ("extra.one", "codec", "int8")
     ]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"round": {"norm_bound": math.inf}, "privacy": {"secure_aggregation": True}},
+        {"round": {"deadline": math.inf}},
+        {"train": {"lr": math.nan}},
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(sections):
+    key, value = next((f"{section}.{key}", value) for section, keys in sections.items() for key, value in keys.items())
+    with pytest.raises(ConfigError, match=rf"{key}: .* Given: {value}"):
+        parse(sections)

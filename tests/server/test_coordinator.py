@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -291,6 +292,43 @@ def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
     assert stages.pop("client-1") == {"base", "local"}
     assert set(map(frozenset, stages.values())) == {frozenset({"base", "local", "global", "personalised"})}
     assert run.events("end")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda said: said["stages"]["global"].update(accuracy=1e9), "stages.global.accuracy: Input should be less"),
+        (
+            lambda said: said["stages"]["global"].update(macro_f1=-0.1),
+            "stages.global.macro_f1: Input should be greater",
+        ),
+        (lambda said: said["stages"]["global"].update(loss=float("nan")), "stages.global.loss: Input should be"),
+        (lambda said: said["stages"]["global"].update(loss=1e300), "stages.global.loss: Input should be less"),
+        (lambda said: said.update(tokens={"e0": float("inf")}), "tokens.e0: Input should be a finite number"),
+        (lambda said: said.update(tokens={"e0": -1.0}), "tokens.e0: Input should be greater"),
+        (lambda said: said.update(client="client-2"), "the answer is of client 'client-2'"),
+        (lambda said: said["stages"].update(base=said["stages"]["global"]), "its scores are of ['base', 'global', "),
+        (lambda said: said["stages"].pop("global"), "its scores are of ['personalised'], not of ['global', "),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(toy, change, why):
+    run = toy(config(run={"rounds": 1}, evaluate={"baselines": True}))
+    coordinator = run.start()
+    liar = coordinator._transport.clients[11]
+    honest = liar.evaluate
+
+    def evaluate(plan):
+        said = honest(plan).model_dump()
+        change(said)
+        return SimpleNamespace(model_dump_json=lambda: json.dumps(said))
+
+    liar.evaluate = evaluate
+    coordinator.run()
+    (failed,) = run.events("failed")
+    assert (failed["stage"], failed["client"]) == ("evaluate", "client-1")
+    assert why in failed["reason"]
+    stages = {event["client"]: set(event["stages"]) for event in run.events("evaluation")}
+    assert stages["client-1"] == {"base", "local"}
 
 
 def test_a_run_whose_clients_cannot_be_scored_is_no_success(toy):

@@ -117,8 +117,8 @@ class Trainer:
         self._lines: deque[dict[str, Any]] = deque(maxlen=_LINES)
         memory = self._state / "introduction.json"
         if memory.exists():  # we were restarted in the middle of a run
-            with contextlib.suppress(ValidationError):  # of another version: the coordinator says hello again
-                met = Introduction.model_validate_json(memory.read_text(encoding="utf-8"))
+            with contextlib.suppress(ValidationError, OSError):  # damaged or of another version: there will be a hello
+                met = Introduction.model_validate_json(memory.read_bytes())
                 self._met = met if met.version == molehill.__version__ else None
 
     def status(self, _: Request) -> str:
@@ -287,7 +287,7 @@ class Trainer:
         run = config.run.name
         exchange = Outbox(self._remote, self._state / "outbox")
         bench = Workbench(config, model, task, base.digest, initial, exchange)
-        store = StateStore(self._folder(run) / self._post.name, run, base.digest, self._key())
+        store = StateStore(self._folder(run) / self._post.name, run, base.digest, self._key(), met.instance)
         read = columns_of(config.data, config.task, train.columns)
         agreed = agreement(config, base.digest, initial.layout, read, self._word)
         self._record(agreed)

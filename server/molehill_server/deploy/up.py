@@ -151,7 +151,9 @@ def up(house: House, ready: Callable[[Running], None]) -> None:
         raise IdentityError("there is no list of revoked certificates", where=str(house.revoked), mend=mend)
     state = house.state.resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with locks.hold(state, "another coordinator uses this folder", mend="Stop it first: molehill server stop"):
+    state.chmod(0o700)
+    mend = "Stop it first: molehill server stop"
+    with files.private(), locks.hold(state, "another coordinator uses this folder", mend=mend):
         (state / "up.json").unlink(missing_ok=True)
         reap(state)
         require_commands("flower-superlink", "flower-superexec", "flwr-serverapp")

@@ -99,9 +99,7 @@ class SecureRound:
         Raises:
             MessageError: The sum of so many clients with so many rows would be too coarse.
         """
-        privacy = config.privacy
-        most = 1 if privacy.clip is not None else max(examples.values(), default=1)  # under clipping all count alike
-        cap = privacy.max_examples or max(most, 1)
+        cap = config.privacy.fixed_examples or max([1, *examples.values()])
         FixedPoint.of(config, len(examples), cap)  # better refused here than by every client after its work
         progress = Progress(run=config.run.name, round=number, attempt=attempt, cap=cap, examples=dict(examples))
         return cls(config, layout, progress)
@@ -131,11 +129,12 @@ class SecureRound:
     def companies(self) -> dict[str, Company]:
         """What to add to the plans of those that shared their secrets."""
         self.progress.sharers = sorted(self._shares)
+        fixed = self._config.privacy.fixed_examples is not None
         return {
             client: Company(
                 attempt=self.progress.attempt,
                 cap=self.progress.cap,
-                counts=self.progress.examples[client],
+                counts=None if fixed else self.progress.examples[client],
                 inbox={owner: said.sealed[client] for owner, said in self._shares.items() if owner != client},
             )
             for client in self.progress.sharers
