@@ -9,7 +9,7 @@ import pytest
 
 from molehill import __version__
 from molehill.errors import FederationError
-from molehill_server.events import EventLog, listening, read, rewind
+from molehill_server.events import EventLog, listening, read
 from molehill_server.roster import Roster
 from molehill_server.transport import Collection, Incoming, Outgoing, Patience
 
@@ -206,18 +206,3 @@ def test_events_reach_the_file_and_who_listens(tmp_path):
     one.emit("round", round=1)
     assert [event["event"] for event in heard] == ["start"]
     assert [event["event"] for event in read(tmp_path / "metrics.jsonl")] == ["start", "round"]
-
-
-@pytest.mark.parametrize(("number", "kept"), [(0, 1), (1, 3), (2, 5)])
-def test_rewinding_drops_what_will_be_written_again(tmp_path, number, kept):
-    one = log(tmp_path)
-    one.emit("start")
-    for n in (1, 2):
-        one.emit("progress", stage="train")
-        one.emit("round", round=n)
-    one.emit("end")
-    path = tmp_path / "metrics.jsonl"
-    with path.open("a") as file:
-        file.write('{"event": "cut of')
-    rewind(path, number)
-    assert len(read(path)) == len(path.read_text().splitlines()) == kept

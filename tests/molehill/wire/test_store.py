@@ -7,7 +7,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from molehill.errors import AdapterError
-from molehill.wire import store
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Layout, Tree
 
@@ -32,10 +31,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, small: Tree, m
     path = tmp_path / "tree.safetensors"
     save_tree(path, small)
 
-    def fail(path: Path) -> None:
+    def fail(handle: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "sync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(KeyboardInterrupt):
         save_tree(path, Tree(small.layout))
     assert load_tree(path)[0].digest == small.digest
