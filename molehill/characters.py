@@ -12,6 +12,8 @@ from decimal import Decimal
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")
 _BREAKS = re.compile(r"[\t\n]")
+_BETWEEN = re.compile(r"(?<=[^\W_])[\s_\u2010-\u2015-]+(?=[^\W_])")  # of two words, unlike the dash of a grade A-
+_QUOTES = "\"'`\u2018\u2019\u201c\u201d\u00ab\u00bb"
 
 
 def flaw(text: str) -> str:
@@ -72,17 +74,18 @@ def survive() -> None:
 def alike(text: str) -> str:
     """A key that is equal for texts that people take for the same.
 
-    Case, white space around and between words, the Unicode form (also full-width and ligatures), characters without
-    any appearance, and the way a number is written make no difference.
+    Case, what stands between and around words (white space, dashes; quotes, a full stop), the Unicode form (also
+    full-width and ligatures), characters without any appearance, and the way a number is written make no difference.
     """
     plain = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     plain = unicodedata.normalize("NFKC", " ".join(plain.split()).casefold())
     try:
         value = Decimal(plain if any(c.isdecimal() for c in plain) else "none")
     except ArithmeticError:
-        return plain
+        value = Decimal("nan")
     if not value.is_finite():  # nan12 is a number to decimal
-        return plain
+        bare = plain.strip(_QUOTES).rstrip(".,;: ").strip(_QUOTES) or plain
+        return _BETWEEN.sub(" ", bare)
     sign, digits, exponent = value.as_tuple()
     shown = "".join(map(str, digits)).lstrip("0")
     significant = shown.rstrip("0")

@@ -54,10 +54,11 @@ def _in_the_open(config: Config) -> bool:
 KINDS = (
     Evidence(
         "rows",
-        "how many rows there are, to train on and held out, and how many are cut or left out for their length",
+        "how many rows there are, to train on and held out, and how many are cut, left out or not learnt",
         (
             *("Hello.n_train", "Hello.n_test", "ClientReply.examples", "Delta.examples"),
             *("EvaluationReply.n_train", "EvaluationReply.n_test", "Hello.cut", "Hello.lost"),
+            "Hello.unlearnt",
         ),
         _always,
     ),

@@ -28,6 +28,7 @@ class Hello(BaseModel):
         version: Version of Molehill it runs.
         cut: Rows, of both kinds, that are longer than ``task.max_length`` and lose their end.
         lost: Of these, rows without any token of an answer, which are left out of the other two counts.
+        unlearnt: Answers that are read and not learnt, since the chat template edits them once others follow.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +39,7 @@ class Hello(BaseModel):
     version: str
     cut: int = Field(default=0, ge=0)
     lost: int = Field(default=0, ge=0)
+    unlearnt: int = Field(default=0, ge=0)
 
 
 class ClientPlan(BaseModel):

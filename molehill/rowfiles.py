@@ -379,6 +379,8 @@ def _text(path: Path, data: bytes) -> str:
         _not_utf8(error, path)
     except (OSError, EOFError, zlib.error):
         raise DataError("the compressed file is damaged", where=str(path), mend="Compress it anew.") from None
+    if "\0" in text[:4]:
+        raise DataError("not UTF-8 text but UTF-16", where=f"{path}:1", mend="Save the file as UTF-8.")
     if not text.strip():
         raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
     return text

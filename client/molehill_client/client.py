@@ -98,6 +98,7 @@ class Client:
             version=__version__,
             cut=self.lengths.cut,
             lost=self.lengths.lost,
+            unlearnt=self.lengths.unlearnt,
         )
 
     def train(self, plan: ClientPlan) -> ClientReply:

@@ -45,9 +45,7 @@ class Lengths:
     @property
     def loss(self) -> str:
         """What is cut or not learnt, in words; empty when nothing is."""
-        cut = cut_in_words(self.cut, self.lost, len(self.tokens), self.limit)
-        edited = "the chat template edits answers before the last, so they are read and not learnt"
-        return ". ".join(filter(None, (cut, f"{edited}: {self.unlearnt}" if self.unlearnt else "")))
+        return loss_in_words(self.cut, self.lost, len(self.tokens), self.unlearnt, self.limit)
 
 
 class Examples(list["Example"]):
@@ -73,17 +71,18 @@ def together(parts: Sequence[Lengths]) -> Lengths:
     return Lengths(tokens, parts[0].limit, sum(part.lost for part in parts), sum(part.unlearnt for part in parts))
 
 
-def cut_in_words(cut: int, lost: int, rows: int, limit: int | None = None) -> str:
-    """What is cut, as a sentence; empty when nothing is.
+def loss_in_words(cut: int, lost: int, rows: int, unlearnt: int, limit: int | None = None) -> str:
+    """What is cut or not learnt, in sentences; empty when nothing is.
 
     Args:
         cut: Rows that lose their end.
         lost: Of them, those without any token of an answer.
         rows: All rows.
+        unlearnt: Answers that the chat template edits.
         limit: Most tokens of a row, where it is known.
     """
-    if not cut:
-        return ""
     most = "task.max_length" if limit is None else f"task.max_length = {limit}"
     gone = f"; of {lost} the whole answer is cut away, and they are left out" if lost else ""
-    return f"{cut} of {rows} rows are longer than {most} and lose their end{gone}"
+    long = f"{cut} of {rows} rows are longer than {most} and lose their end{gone}" if cut else ""
+    edited = f"the chat template edits answers before the last, so they are read and not learnt: {unlearnt}"
+    return ". ".join(filter(None, (long, edited if unlearnt else "")))

@@ -27,6 +27,12 @@ _log = logging.getLogger(__name__)
 # Columns of a task, by the names that Molehill uses.
 COLUMNS = {"classification": ("text", "label"), "causal-lm": ("messages", "tools", "instruction", "input", "output")}
 
+# Columns that other programs read beside ours, and where what they hold belongs here.
+_UNREAD = {
+    "functions": "Describe them in a column 'tools'.",
+    "history": "Write the whole conversation as 'messages'.",
+    "system": "Make it the first of 'messages', of the role 'system'.",
+}
 _ROLES = ("system", "user", "assistant", "tool")
 _NOTHING = {
     *("nan", "na", "n/a", "#n/a", "<na>", "nat", "nil", "none", "null", "undefined", "-", "--", "?", ".", "#value!"),
@@ -60,6 +66,9 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
     if "task" in data.columns:
         rows = rows.having(**{TASK: _task_ids(read, data.columns["task"])})
     if task.kind == "causal-lm":
+        named = {*data.columns.values(), *map(str, data.partition.params.values())}
+        for name in _UNREAD.keys() - named:
+            _require_nothing(rows, name)
         return conform(rows, task), task
     if not task.labels:
         task = task.model_copy(update={"labels": derive_labels(rows)})
@@ -96,8 +105,6 @@ def conform(rows: Rows, task: config.Task) -> Rows:
             if label not in task.labels:
                 raise _unknown_label(label, task.labels, where)
         return rows.having(text=_strings(rows, "text"), label=labels)
-    if "functions" in rows.columns and any(rows["functions"]):
-        raise DataError("'functions' is not read", where=rows.source, mend="Describe them in a column 'tools'.")
     if "tools" in rows.columns:
         rows = rows.having(tools=[_tools(v, w) for v, w in zip(rows["tools"], rows.where, strict=True)])
     if "messages" in rows.columns:
@@ -118,9 +125,13 @@ def derive_labels(rows: Rows) -> tuple[str, ...]:
     """Labels that occur, sorted: by value when all are whole numbers, else as text.
 
     Raises:
-        DataError: The column is missing, a label has the wrong type or is a word for nothing, two are nearly equal, or
-            there are fewer than two.
+        DataError: The column is missing, a label has the wrong type or is a word for nothing, two are nearly equal,
+            some are truth and others not, or there are fewer than two.
     """
+    truth = [isinstance(value, bool) for value in rows["label"]]
+    if any(truth) and not all(truth):
+        what = "this label is true or false and those of other rows are not"
+        raise DataError(what, where=rows.where[truth.index(True)], mend="Write all labels alike, or list task.labels.")
     found: dict[str, list[str]] = {}  # places, by label
     for value, where in zip(rows["label"], rows.where, strict=True):
         found.setdefault(label_of(value, where), []).append(where)
@@ -163,6 +174,14 @@ def _require_apart(found: Mapping[str, list[str]]) -> None:
 
 def _rows(places: Sequence[str]) -> str:
     return f"{len(places)} row{'s'[: len(places) != 1]}"
+
+
+def _require_nothing(rows: Rows, name: str) -> None:
+    """Refuse a column that means something in a conversation and that nothing reads."""
+    for value, where in zip(rows.columns.get(name, ()), rows.where, strict=False):
+        if value:
+            mend = f"{_UNREAD[name]} If it means something else, remove the column."
+            raise DataError(f"{name!r} is not read", where=where, mend=mend)
 
 
 def content_keys(rows: Rows) -> list[str]:

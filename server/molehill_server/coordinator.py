@@ -786,6 +786,7 @@ class Coordinator:
                 n_test=hello.n_test,
                 cut=hello.cut,
                 lost=hello.lost,
+                unlearnt=hello.unlearnt,
                 stages={stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()},
                 tokens=parts[-1].tokens if parts else {},
             )
@@ -829,7 +830,7 @@ class Coordinator:
         collection = self._send(kind, plans, nodes, group, self._patience(len(plans)))
         for done, (client, reply) in enumerate(collection, start=1):
             try:
-                answer = parse_scores(_text(reply), client, kind)
+                answer = parse_scores(_text(reply), client, kind, self._initial.layout)
             except MessageError as error:
                 failed[client] = error.what
             else:

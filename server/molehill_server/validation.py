@@ -69,16 +69,18 @@ def parse_reply(text: str) -> ClientReply:
         raise MessageError(f"malformed reply, {_first(error)}") from None
 
 
-def parse_scores(text: str, client: str, kind: str) -> EvaluationReply:
+def parse_scores(text: str, client: str, kind: str, model: Layout) -> EvaluationReply:
     """Read what a client answers when it is to be scored.
 
     Args:
         text: JSON of the reply.
         client: Who was asked.
         kind: For what, ``train.baseline`` or ``evaluate``.
+        model: Layout of the shared model.
 
     Raises:
-        MessageError: It is malformed, of another client, or of other stages than those that were asked for.
+        MessageError: It is malformed, of another client, of other stages than those that were asked for, or of experts
+            that the model does not have.
     """
     try:
         reply = EvaluationReply.model_validate_json(text)
@@ -88,6 +90,9 @@ def parse_scores(text: str, client: str, kind: str) -> EvaluationReply:
         raise MessageError(f"the answer is of client {reply.client!r}")
     if reply.stages.keys() != _STAGES[kind]:
         raise MessageError(f"its scores are of {sorted(reply.stages)}, not of {sorted(_STAGES[kind])}")
+    foreign = reply.tokens.keys() - {key.expert for key in model}
+    if foreign:
+        raise MessageError(f"it counts tokens for the foreign expert {min(foreign)!r:.80}")
     return reply
 
 

@@ -23,6 +23,7 @@ def conclude(
     base: BaseInfo,
     out: Path,
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
+    lengths: str = "",
 ) -> Summary:
     """Write what a run that has ended came to.
 
@@ -33,9 +34,10 @@ def conclude(
         out: Run folder with ``final.safetensors`` and ``metrics.jsonl``; receives ``adapter/``, ``summary.json`` and
             ``report.html``.
         classes: Rows of every class to train on and held out, by client, where the rows are on this machine.
+        lengths: How many tokens the rows have, where they are on this machine.
     """
     with files.private(), files.told("the run", out):
-        return _conclude(config, model, base, out, classes or {})
+        return _conclude(config, model, base, out, classes or {}, lengths)
 
 
 def _conclude(
@@ -44,6 +46,7 @@ def _conclude(
     base: BaseInfo,
     out: Path,
     classes: Mapping[str, Mapping[str, tuple[int, int]]],
+    lengths: str,
 ) -> Summary:
     final, _ = load_tree(out / "final.safetensors")
     patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
@@ -62,7 +65,7 @@ def _conclude(
     )
     save_adapter(out / "adapter", model, manifest, place(config.base))
     info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest, remarks=model.remarks)
-    summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind, classes)
+    summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind, classes, lengths)
     files.write(out / "summary.json", summary.to_json().encode())
     write_report(out)
     return summary

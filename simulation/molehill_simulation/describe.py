@@ -117,6 +117,8 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
         about.append(("classes", ", ".join(f"{clean(name, 60)} {count}" for name, count in counts.items())))
     read = {*columns_of(config.data, config.task, rows.columns), GROUP, TASK, *COLUMNS[config.task.kind]}
     read |= {str(value) for key, value in config.data.partition.params.items() if key == "column"}
+    if "messages" in rows.columns:
+        read -= {"instruction", "input", "output"}
     unread = [name for name in rows.columns if name not in read]
     if unread:
         about.append(("unread", f"{', '.join(clean(name, 40) for name in unread)} (columns that nothing reads)"))

@@ -13,7 +13,7 @@ from molehill import files
 from molehill.config import Config, Engine
 from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
-from molehill.tasks.lengths import together
+from molehill.tasks.lengths import Lengths, together
 from molehill.tasks.schema import class_counts, load_rows
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.app import app as server_app
@@ -79,7 +79,7 @@ def _simulate(config: Config, out: Path, engine: Literal["local", "ray"], observ
         run_local(_with_engine(config, world), out, app, server_app, observer, IMPORTABLE)
     else:
         run_ray(config, out, app, server_app, observer)
-    return conclude(config, world.model, world.base, out, _classes(world))
+    return conclude(config, world.model, world.base, out, _classes(world), _lengths(world).quantiles)
 
 
 def _about_rows(world: World) -> dict[str, Any]:
@@ -88,9 +88,13 @@ def _about_rows(world: World) -> dict[str, Any]:
     for owner in world.owners:
         for rows in (owner.train, owner.test):
             counts.update(class_counts(rows, world.config.task))
-    lengths = together([part.lengths for parts in world.examples for part in parts])
+    lengths = _lengths(world)
     names = names_of(world.owners)
     return {"classes": dict(counts), "names": names, "lengths": lengths.quantiles, "cut": lengths.loss}
+
+
+def _lengths(world: World) -> Lengths:
+    return together([part.lengths for parts in world.examples for part in parts])
 
 
 def _classes(world: World) -> dict[str, dict[str, tuple[int, int]]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
-from molehill.tasks.lengths import cut_in_words
+from molehill.tasks.lengths import loss_in_words
 from molehill_simulation.text import clean, natural
 
 Event: TypeAlias = Mapping[str, Any]
@@ -60,6 +60,7 @@ class ClientFigures(Figures):
         n_test: Its held-out rows.
         cut: Its rows, of both kinds, that are longer than ``task.max_length`` and lost their end.
         lost: Of these, rows that lost their whole answer and were left out.
+        unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
     """
 
@@ -68,6 +69,7 @@ class ClientFigures(Figures):
     n_test: int
     cut: int = 0
     lost: int = 0
+    unlearnt: int = 0
     macro_f1: Figures | None = None
 
 
@@ -114,6 +116,7 @@ class Summary(BaseModel):
         macro_f1: The same two of macro-F1; None for a causal LM.
         classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
             deployment, or have no classes.
+        lengths: How many tokens the rows have before they are cut, in words; empty where the rows are not here.
         rounds: Rounds completed.
         seconds: Wall time of the run; of a resumed run at least that of all its rounds.
         bytes_up: Encoded deltas, all clients and rounds.
@@ -132,6 +135,7 @@ class Summary(BaseModel):
     worst: Figures
     macro_f1: Spread | None = None
     classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
+    lengths: str = ""
     rounds: int
     seconds: float
     bytes_up: int
@@ -168,9 +172,10 @@ class Summary(BaseModel):
 
     @property
     def told_cut(self) -> str:
-        """What ``task.max_length`` cut off, as a sentence; empty when it was nothing."""
-        cut, lost = (sum(getattr(client, name) for client in self.clients) for name in ("cut", "lost"))
-        return cut_in_words(cut, lost, sum(client.n_train + client.n_test for client in self.clients) + lost)
+        """What of the rows was cut off or not learnt, in sentences; empty when it was nothing."""
+        cut, lost, unlearnt = (sum(getattr(c, name) for c in self.clients) for name in ("cut", "lost", "unlearnt"))
+        rows = sum(client.n_train + client.n_test for client in self.clients) + lost
+        return loss_in_words(cut, lost, rows, unlearnt)
 
     def to_json(self) -> str:
         """The summary as indented JSON with the names of the format."""
@@ -201,6 +206,7 @@ def summarise(
     config_digest: str,
     task: Literal["classification", "causal-lm"] = "classification",
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
+    lengths: str = "",
 ) -> Summary:
     """Build the summary of a run.
 
@@ -210,6 +216,7 @@ def summarise(
         config_digest: Digest of the resolved configuration.
         task: What is learnt.
         classes: Rows of every class to train on and held out, by client, where they are known.
+        lengths: How many tokens the rows have, where they are known.
 
     Returns:
         The summary.
@@ -223,6 +230,7 @@ def summarise(
             n_test=evaluation["n_test"],
             cut=evaluation.get("cut", 0),
             lost=evaluation.get("lost", 0),
+            unlearnt=evaluation.get("unlearnt", 0),
             macro_f1=_macro_f1(evaluation["stages"]),
             **{stage: scores["accuracy"] for stage, scores in evaluation["stages"].items()},
         )
@@ -241,6 +249,7 @@ def summarise(
         worst=_over(complete, min),
         macro_f1=Spread(mean=_over(f1, _mean), worst=_over(f1, min)) if f1 else None,
         classes={client: dict(counts) for client, counts in (classes or {}).items()},
+        lengths=lengths,
         rounds=len(rounds),
         seconds=max([*ends, sum(event["seconds"] for event in rounds)]),
         bytes_up=sum(event["bytes_up"] for event in rounds),

@@ -19,10 +19,16 @@ from molehill_simulation.report import render
 from molehill_simulation.simulate import simulate
 from molehill_simulation.ui import RunView, show_summary
 
+# Of an answer that others follow its thoughts are left out, all but its last word.
+EDITS = "if loop.last or m.role == 'user' else m.content.split(' ')[-1] }}"
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return tiny_world.save_base(tmp_path_factory.mktemp("llama") / "base", "llama")
+    folder = tiny_world.save_base(tmp_path_factory.mktemp("llama") / "base", "llama")
+    template = tiny_world.CHAT.replace("m.content }}", f"m.content {EDITS}")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
 
 
 def config(base, source, **task):
@@ -33,8 +39,13 @@ def config(base, source, **task):
 
 
 def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
-    rows = tiny_world.rows(60, "llama")
-    rows[0]["instruction"] = " ".join([rows[0]["instruction"]] * 8)
+    rows = [
+        {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]}
+        for row in tiny_world.rows(60, "llama")
+    ]
+    rows[0]["messages"][0]["content"] *= 8
+    rows[1]["messages"][1]["content"] = "so very good"
+    rows[1]["messages"] += rows[2]["messages"]
     run = config(base, tiny_world.write_rows(tmp_path / "rows.jsonl", rows), max_length=12)
     facts = dict(describe(run))
     assert re.fullmatch(
@@ -44,6 +55,8 @@ def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
         int, re.search(r"^(\d+) of 60 rows are longer than task.max_length = 12 .*of (\d+) the", facts["cut"]).groups()
     )
     assert 60 > cut > lost >= 1
+    edited = "the chat template edits answers before the last, so they are read and not learnt: 1"
+    assert facts["cut"].endswith(f". {edited}")
 
     said = []
     summary = simulate(run, tmp_path / "run", observer=said.append)
@@ -56,12 +69,15 @@ def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
     }
     assert (sum(c.cut for c in summary.clients), sum(c.lost for c in summary.clients)) == (cut, lost)
     assert sum(client.n_train + client.n_test for client in summary.clients) == 60 - lost
+    assert sum(client.unlearnt for client in summary.clients) == 1
     stored = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [client["cut"] for client in stored["clients"]] == [client.cut for client in summary.clients]
     page = render(tmp_path / "run")
     sentence = f"{cut} of 60 rows are longer than task.max_length and lose their end; of {lost} the whole answer"
     assert sentence in page
-    assert '<th scope="col" rowspan="1">left out</th>' in page
+    assert f"Tokens of a row: {facts['tokens'][10:]}." in page
+    assert edited in page
+    assert '<th scope="col" rowspan="1">left out</th><th scope="col" rowspan="1">not learnt</th>' in page
 
     console = Console(width=200)
     with RunView(console) as view:

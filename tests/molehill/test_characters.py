@@ -42,13 +42,26 @@ def test_logs_obey_nothing_either(capsys, monkeypatch):
     [
         ("positive", " Positive\u00a0"), ("tr\u00e8s", "tre\u0300s"), ("1", "1.0"), ("010", "10"), ("0", "-0.00"),
         ("a b", "a  b"), ("\uff21", "a"), ("stra\u00dfe", "STRASSE"), ("x", "x\u200b"), ("1e3", "1000"),
+        ("not-spam", "Not_Spam"), ("not spam", "not\u2013spam"), ("good", "'good'"), ("good", "Good."), ("n/a", "N/A."),
     ],
 )  # fmt: skip
 def test_texts_that_people_take_for_the_same(one, other):
     assert alike(one) == alike(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("1", "10"), ("12345678901234567890", "12345678901234567891"), ("a", "b")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1", "10"),
+        ("12345678901234567890", "12345678901234567891"),
+        ("a", "b"),
+        ("A-", "A"),
+        ("-1", "1"),
+        ("C", "C++"),
+        (".", ""),
+        ("notspam", "not spam"),
+    ],
+)
 def test_texts_that_differ(one, other):
     assert alike(one) != alike(other)
 

@@ -306,6 +306,7 @@ def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
         (lambda said: said["stages"]["global"].update(loss=1e300), "stages.global.loss: Input should be less"),
         (lambda said: said.update(tokens={"e0": float("inf")}), "tokens.e0: Input should be a finite number"),
         (lambda said: said.update(tokens={"e0": -1.0}), "tokens.e0: Input should be greater"),
+        (lambda said: said.update(tokens={"e9": 1.0}), "it counts tokens for the foreign expert 'e9'"),
         (lambda said: said.update(client="client-2"), "the answer is of client 'client-2'"),
         (lambda said: said["stages"].update(base=said["stages"]["global"]), "its scores are of ['base', 'global', "),
         (lambda said: said["stages"].pop("global"), "its scores are of ['personalised'], not of ['global', "),

@@ -120,11 +120,11 @@ def test_summary_has_the_promised_shape_and_figures():
     events = make_events(CLIENTS)
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
-        "task", "clients", "mean", "worst", "macro_f1", "classes", "rounds", "seconds", "bytes_up", "bytes_down",
-        "base_model", "config_digest", "unscored", "anew",
+        "task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "rounds", "seconds", "bytes_up",
+        "bytes_down", "base_model", "config_digest", "unscored", "anew",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
-        "id", "n_train", "n_test", "cut", "lost", "base", "local", "global", "personalised", "macro_f1",
+        "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised", "macro_f1",
     }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2

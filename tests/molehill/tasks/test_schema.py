@@ -35,7 +35,7 @@ def test_text_and_label(write):
         (["10", "-1", "2"], ("-1", "2", "10")),
         ([True, False, True], ("false", "true")),
         (["1", "x", "02"], ("02", "1", "x")),
-        (["z", "x-1", "x 1"], ("x 1", "x-1", "z")),
+        (["z", "x+1", "x 1"], ("x 1", "x+1", "z")),
     ],
 )
 def test_labels_are_derived_from_all_rows(write, labels, derived):
@@ -193,6 +193,8 @@ def test_what_counts_in_a_message_is_kept(write):
         ({"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": "f"}}]}, "has 'function_call'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "parts (image_url)"),
         ({"messages": TURNS, "functions": [{"name": "f"}]}, "'functions' is not read"),
+        ({"instruction": "i", "output": "o", "system": "Be brief."}, "'system' is not read"),
+        ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "'history' is not read"),
         ({"messages": TURNS, "tools": "[{"}, "'tools' is no JSON"),
         ({"messages": TURNS, "tools": {"name": "f"}}, "'tools' must be a list"),
         ({"instruction": "i", "output": ""}, "'output' is empty"),
@@ -207,6 +209,19 @@ def test_bad_row_of_causal_lm(write, row, message):
         load(path, WRITE)
     assert caught.value.where in {path, f"{path}:1"}
     assert message in str(caught.value)
+
+
+def test_a_column_that_means_something_else_may_have_any_name(write):
+    path = write("r.jsonl", [{"messages": TURNS, "system": "site-1", "history": ""}])
+    rows, _ = load_rows(config.Data(source=path, columns={"group": "system"}), WRITE)
+    assert rows[GROUP] == ("site-1",)
+
+
+def test_truth_is_no_number(write):
+    path = write("r.jsonl", [{"text": "x", "label": label} for label in (0, 1, True)])
+    with pytest.raises(DataError, match="this label is true or false and those of other rows are not") as caught:
+        load(path, config.Task())
+    assert caught.value.where == f"{path}:3"
 
 
 def test_tools_beside_an_instruction(write):

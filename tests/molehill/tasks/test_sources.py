@@ -124,6 +124,7 @@ def test_class_labels_of_a_folder_become_names(tmp_path):
         ("zero.csv", "text,label\nok,a\nno\0,b\n", 3, "'text' has a zero character"),
         ("zero.tsv", "text\tlabel\nok\ta\nno\0\tb\n", 3, "'text' has a zero character"),
         ("wide.csv", "text,label\nok,a\n".encode("utf-16"), 1, "UTF-16"),
+        ("blind.jsonl", ('{"text": "x", "label": "a"}\n' * 2).encode("utf-16-le"), 1, "UTF-16"),
         ("table.csv", b"PK\x03\x04", None, "a spreadsheet or zip file"),
         ("bad.csv.gz", "text,label\n", None, "the compressed file is damaged"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n', mtime=0)[:-9], None, "the compressed file is damaged"),
