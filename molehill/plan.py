@@ -64,6 +64,9 @@ class ClientPlan(BaseModel):
         clip: Largest L2 norm of the delta; a larger one is scaled down before it is encoded. None for no limit.
         accepted: The last round in which the server could use a delta of this client; 0 for none. What error feedback
             was left of a later one is to be sent again.
+        norm_bound: L2 norm up to which no delta of this client is refused for its size in this round; None where that
+            is not known before. Error feedback sends no more than this at once and owes the rest, or what has gathered
+            while deltas did not count would be refused for ever.
         company: Whose masks to add under secure aggregation; only of a ``train`` message.
     """
 
@@ -83,6 +86,7 @@ class ClientPlan(BaseModel):
     codec: MethodRef
     clip: float | None = Field(default=None, gt=0)
     accepted: int = Field(ge=0)
+    norm_bound: float | None = Field(default=None, ge=0)
     company: Company | None = None
 
     def scope(self, key: Key) -> Scope:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -248,6 +248,7 @@ class Client:
         return self.bench.config.privacy.secure_aggregation
 
     def _encode(self, plan: ClientPlan, change: Tree, result: Result, memory: dict[Key, Array]) -> bytes:
+        """A delta; with error feedback no longer than is let through, and what is left of it is owed."""
         delta = Delta(
             run=plan.run,
             round=plan.round,
@@ -257,7 +258,19 @@ class Client:
             examples=len(self.train_rows),
             tokens=result.tokens,
         )
-        return encode_delta(delta, plan.codec, memory)
+        before = dict(memory)
+        blob = encode_delta(delta, plan.codec, memory)
+        if plan.norm_bound is None or not memory:
+            return blob
+        wanted = Tree.of({key: value + before.get(key, 0) for key, value in change.items()})
+        sent = norm(Tree.of({key: wanted[key] - memory[key] for key in wanted}).flat)
+        if sent <= plan.norm_bound:
+            return blob
+        part = clip(wanted, norm(wanted.flat) * plan.norm_bound / sent)
+        left: dict[Key, Array] = {}
+        blob = encode_delta(replace(delta, tree=part), plan.codec, left)
+        memory |= {key: value + (wanted[key] - part[key]) for key, value in left.items()}
+        return blob
 
     def _mask(self, plan: ClientPlan, change: Tree, result: Result) -> bytes:
         """What the server may see of a change, its weights and its losses: nothing but their part of the sum."""

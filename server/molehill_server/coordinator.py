@@ -376,11 +376,11 @@ class Coordinator:
     def _attempt(
         self, glob: Global, number: int, attempt: int, nodes: Mapping[str, int], notes: _Round
     ) -> tuple[Global, Mapping[str, float]]:
-        plans = self._plans(notes.selected, number, glob)
+        notes.norms = self._norms(glob, number)
+        plans = self._bounded(self._plans(notes.selected, number, glob), glob, notes.norms)
         self._grant(plans, attempt, self._limits.delta(glob.tree.layout))
         quorum = len(plans) if self._draw.secret else self._quorum(len(plans))
         collection = self._send("train", plans, nodes, f"{number}.{attempt}", self._patience(quorum))
-        notes.norms = self._norms(glob, number)
         updates = self._updates(glob, plans, collection, notes)
         if not (plans or self._draw.secret):
             return replace(glob, round=number), {}  # nobody was drawn
@@ -404,6 +404,14 @@ class Coordinator:
             client: self._planner.plan(client, number, layout, digests, turns[client], accepted.get(client, 0))
             for client in clients
         }
+
+    def _bounded(self, plans: Mapping[str, ClientPlan], glob: Global, norms: RoundNorms) -> dict[str, ClientPlan]:
+        """Plans that say which norm is small enough for certain."""
+
+        def bound(plan: ClientPlan) -> float | None:
+            return norms.safe(scale_of(plan, glob.tree.layout)) if norms.follows else self._limits.norm_bound
+
+        return {client: plan.model_copy(update={"norm_bound": bound(plan)}) for client, plan in plans.items()}
 
     def _any_plan(self, number: int, glob: Global) -> ClientPlan:
         """What all plans of a round have in common where clients have one rank; nobody need be here for it."""

@@ -47,10 +47,15 @@ class RoundNorms:
     found: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
 
+    def safe(self, scale: float) -> float | None:
+        """The norm up to which a client's delta is taken whatever the others send; None when there is none yet."""
+        return TIMES * self.running / scale if self.follows and self.running is not None else None
+
     def held(self, client: str, size: float, scale: float) -> bool:
         """Note a norm; whether its delta must wait for the others."""
         self.found[client], self.scales[client] = size, scale
-        return self.follows and (self.running is None or size * scale > TIMES * self.running)
+        safe = self.safe(scale)
+        return self.follows and (safe is None or size > safe)
 
     @property
     def bound(self) -> float | None:

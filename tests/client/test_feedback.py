@@ -7,6 +7,7 @@ import pytest
 
 from molehill.config import MethodRef
 from molehill.errors import MessageError
+from molehill.wire.clipping import norm
 
 COMPEFT = MethodRef.model_validate({"name": "compeft", "density": 0.1})
 
@@ -73,6 +74,33 @@ def test_a_delta_that_could_not_be_put_is_sent_again(two):
     feedback.exchange.put = put
     sent, left = send(feedback, 2, accepted=0)
     np.testing.assert_allclose(sent + left, sum(changes), atol=1e-7)
+
+
+def test_what_has_gathered_is_sent_in_parts_that_are_let_through(two):
+    """A client whose deltas do not count for long owes more than a bound that follows the others lets through."""
+    plain, feedback = two
+    changes = [change_of(plain, 0, number) for number in range(1, 9)]
+    norms = [float(np.linalg.norm(send(feedback, number, accepted=0)[0])) for number in range(1, 7)]
+    bound = norms[0]
+    assert norms[-1] > 2 * bound  # so it would be refused, and the next one all the more
+    used = 0
+    for number, accepted in ((7, 0), (8, 7)):
+        plan = feedback.plan(0, number, codec=COMPEFT, accepted=accepted, norm_bound=bound)
+        sent = feedback.delta(feedback.client(0).train(plan)).tree.flat
+        assert 0.999 * bound < norm(sent) <= bound
+        used = used + sent
+        left = feedback.client(0).store.before(number + 1).memory.flat
+        np.testing.assert_allclose(used + left, sum(changes[:number]), atol=1e-6)
+
+
+@pytest.mark.parametrize("codec", [COMPEFT, MethodRef(name="fp32")])
+def test_a_bound_changes_nothing_below_it_and_nothing_without_feedback(two, codec):
+    blobs = []
+    for house, bound in zip(two, (None, 1e-3 if codec.name == "fp32" else 1e3), strict=True):
+        for number in (1, 2):
+            reply = house.client(0).train(house.plan(0, number, codec=codec, accepted=number - 1, norm_bound=bound))
+        blobs.append(house.delta(reply).tree.flat)
+    np.testing.assert_array_equal(*blobs)
 
 
 def test_evaluation_adds_back_once(two):

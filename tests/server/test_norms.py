@@ -11,6 +11,7 @@ from toy_federation import config
 
 from molehill.config import Config, MethodRef, parse
 from molehill.errors import FederationError
+from molehill.wire.clipping import norm
 from molehill.wire.message import decode_delta, encode_delta
 from molehill.wire.tree import Tree
 from molehill_server import checkpoint
@@ -62,6 +63,34 @@ def test_liars_below_half_do_not_move_the_bound(toy):
     for event in run.events("round"):
         assert set(event["quarantined"]) == {"client-0", "client-1", "client-2"}
         assert event["norm_bound"] <= 2 * most
+
+
+@pytest.mark.parametrize("bound", ["auto", 5.0])
+def test_a_plan_tells_a_norm_that_is_never_refused(toy, bound):
+    """Whoever owes more than is let through, say after rounds in which its deltas came too late, must not be stuck."""
+    sections = {"round": {"norm_bound": bound}, "federation": {"policy": {"name": "mixed_rank", "ranks": [1, 3, 3]}}}
+    run = toy(config(data={"clients": 6}, run={"rounds": 4}, **sections))
+    told = {}
+
+    def fault(client, plan, reply):
+        told.setdefault(plan.round, {})[client.name] = plan.norm_bound
+        if client.name != "client-0" or plan.norm_bound is None:
+            return reply.model_dump_json()
+        delta = decode_delta(run.exchange.get(reply.delta), 2**24)
+        return scaled(run, {client.name: (1 - 1e-6) * plan.norm_bound / norm(delta.tree.flat)})(client, plan, reply)
+
+    run.run(fault)
+    first = set(told[1].values())
+    assert first == ({None} if bound == "auto" else {5.0})  # before anything is known nothing is told
+    for event in run.events("round")[1:]:
+        assert event["quarantined"] == {}
+        assert told[event["round"]]["client-5"] <= event["norm_bound"]
+
+
+def test_a_norm_up_to_what_is_told_does_not_wait_for_the_others():
+    norms = RoundNorms(running=2.0)
+    assert norms.safe(1.5) == 4.0
+    assert [norms.held("a", size, 1.5) for size in (4.0, 4.1)] == [False, True]
 
 
 def test_when_all_send_more_than_before_none_is_refused(toy):
