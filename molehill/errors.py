@@ -58,6 +58,11 @@ def from_dict(said: Mapping[str, str]) -> MolehillError:
     return kinds.get(said["kind"], MolehillError)(said["what"], where=said["where"], mend=said["mend"])
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as a part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(MolehillError):
     """A key, value or combination in the configuration cannot be used."""
 

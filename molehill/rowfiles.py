@@ -52,7 +52,7 @@ def read(path: Path) -> Iterator[Record]:
         raise DataError(
             f"cannot read a {kind or 'nameless'} file", where=str(path), mend=f"Give a {', '.join(SUFFIXES)} file."
         )
-    yield from _READERS[kind](_text(path, _bytes(path)), str(path))
+    yield from _READERS[kind](_text(path, contents(path)), str(path))
 
 
 def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
@@ -69,7 +69,7 @@ def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
         DataError: The file cannot be read, or something in it is no row or has no text.
     """
     where = str(path)
-    data = sys.stdin.buffer.read() if where == STDIN else _bytes(path)
+    data = sys.stdin.buffer.read() if where == STDIN else contents(path)
     text = _text(path, data)
     reader = _READERS.get(suffix(path)) or _READERS.get(_guess(text), _plain)
     place = ""
@@ -179,7 +179,7 @@ def _json(text: str, source: str) -> Iterator[Record]:
             continue
         where = f"{source}:{number}"
         try:
-            value, end = _value(line, _BLANK.match(line).end(), where)  # type: ignore[union-attr]  # it matches nothing too
+            value, end = _value(line, _skip(line, 0), where)
         except DataError as error:
             raise _whole(text, source) or error from None
         if line[end:].strip():
@@ -394,7 +394,12 @@ def _not_utf8(error: UnicodeDecodeError, path: Path) -> NoReturn:
     raise DataError("not UTF-8 text", where=f"{path}:{line}", mend="Save the file as UTF-8.") from None
 
 
-def _bytes(path: Path) -> bytes:
+def contents(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:

@@ -171,11 +171,15 @@ def stop(
             from molehill_server.deploy.up import stop as end
 
         require_running(state)
-        with contextlib.suppress(DeployError):  # a SuperLink that does not answer shall not keep us from ending it
+        try:
             job = Office(state).stop()
-            if job is not None:
-                say(Text(f"stopped the run in {job.out}"))
-            elif only_run:
-                say(Text("there is no run to stop"))
+        except DeployError:
+            if only_run:
+                raise
+            job = None  # a SuperLink that does not answer shall not keep us from ending it
+        if job is not None:
+            say(Text(f"stopped the run in {job.out}"))
+        elif only_run:
+            say(Text("there is no run to stop"))
         if not only_run and end(state):
             say(Text("the coordinator has ended"))

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molehill import config
-from molehill.errors import ConfigError, ModelError
+from molehill.errors import ConfigError, ModelError, first_line
 from molehill.files import place_of
 from molehill.molora.probe import is_numbered, probe, stack_of, takes
 from molehill.tasks.weights import Stored, cannot_load, end_tokens, is_whole, look_up
@@ -136,8 +136,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device).item()  # some names stand for devices that hold no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"no device {name!r}: {reason}", where="base.device", mend="Use auto or cpu.") from None
+        what = f"no device {name!r}: {first_line(error)}"
+        raise ConfigError(what, where="base.device", mend="Use auto or cpu.") from None
     return device
 
 
@@ -181,7 +181,7 @@ def _locate(base: config.Base, *, offline: bool) -> tuple[Path, str, str | None]
         httpx.InvalidURL,
     ) as error:  # the last of proxy variables
         raise ModelError(
-            f"no such folder, and the hub does not give it: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"no such folder, and the hub does not give it: {first_line(error)}",
             where=base.model,
             mend="Check base.model, base.revision and the network, or give a local folder.",
         ) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molehill import rowfiles
-from molehill.errors import DataError
+from molehill.errors import DataError, first_line
 from molehill.files import place_of
 from molehill.rowfiles import require_text
 from molehill.tasks import samples
@@ -70,12 +70,13 @@ def _parquet(path: Path) -> Rows:
     import pyarrow as pa  # noqa: PLC0415  (heavy; only this format needs it)
     import pyarrow.parquet as pq  # noqa: PLC0415  (the same)
 
+    data = rowfiles.contents(path)
+    if not data:
+        raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
     try:
-        if not path.stat().st_size:
-            raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"not a Parquet file: {_first_line(error)}", where=str(path), mend="Write it anew.") from None
+        raise DataError(f"not a Parquet file: {first_line(error)}", where=str(path), mend="Write it anew.") from None
     return _checked({name: table.column(i) for i, name in enumerate(table.column_names)}, str(path))
 
 
@@ -145,9 +146,7 @@ def _folder(path: Path, split: str) -> Rows:
             found = found[split]
         return _dataset(found, str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"cannot read the folder: {_first_line(error)}", where=str(path), mend="Save it anew."
-        ) from None
+        raise DataError(f"cannot read the folder: {first_line(error)}", where=str(path), mend="Save it anew.") from None
 
 
 def _hub(name: str, split: str) -> Rows:
@@ -164,7 +163,7 @@ def _hub(name: str, split: str) -> Rows:
         datasets.exceptions.DatasetsError,
     ) as error:
         raise DataError(
-            f"cannot load it from the hub, and there is no such file: {_first_line(error)}",
+            f"cannot load it from the hub, and there is no such file: {first_line(error)}",
             where=name,
             mend="Check the name, data.split and the network, or give a local file.",
         ) from None
@@ -183,10 +182,6 @@ def _dataset(table: Any, source: str) -> Rows:
         if type(feature).__name__ == "ClassLabel"
     }
     return rows.having(**named)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _rows(path: Path) -> Rows:

@@ -1,11 +1,12 @@
 """What the terminal shows: progress while a run goes on, and the table at its end.
 
 On a terminal there is one bar per stage; elsewhere (a pipe, a log) one plain line per round and per stage that follows
-the rounds. Whatever goes wrong is a line of its own on both.
+the rounds. Whatever goes wrong is a line of its own on both, and a warning of the log where the console is quiet.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from types import TracebackType
@@ -20,6 +21,8 @@ from rich.text import Text
 from molehill_simulation.pace import Pace, Work, in_words
 from molehill_simulation.summary import STAGES, Event, Figures, Spread, Summary
 from molehill_simulation.text import clean, counted, duration, figure, megabytes, short_figure
+
+_log = logging.getLogger(__name__)
 
 _NAMES = {"baseline": "Baselines", "train": "Rounds", "evaluate": "Evaluation"}
 
@@ -203,7 +206,10 @@ class RunView:
         self._bars.update(self._tasks[stage], completed=done, total=total, count=count, note=note, left=left)
 
     def _line(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        if self._console.quiet:  # a program reads standard output: people are told beside it, through the log
+            _log.log(logging.WARNING if style else logging.INFO, "%s", text)
+        else:
+            self._console.print(Text(text, style=style), soft_wrap=True)
 
 
 def results_table(summary: Summary) -> Table:

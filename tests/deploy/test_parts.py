@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import inspect
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -25,9 +27,11 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from flwr.supernode import start_client_internal
+from typer.testing import CliRunner
 
 import molehill
-from molehill import files, loopback, supervise
+from molehill import files, locks, loopback, supervise
+from molehill.cli import app as cli
 from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
 from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
@@ -40,7 +44,30 @@ from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.post import Post
 from molehill_client.deploy.trainer import Introduction, Trainer, held_out
 from molehill_server.deploy import door
-from molehill_server.deploy.up import _Supervisor
+from molehill_server.deploy.office import Job, Office
+from molehill_server.deploy.up import Running, _Supervisor
+
+# ---- the office ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_cannot_be_stopped_is_told_and_a_coordinator_is_ended_all_the_same(tmp_path):
+    """Its SuperLink does not answer; ``stop --run`` has nothing else to do, so it must not end as if it had done it."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with contextlib.closing(locks.hold(tmp_path, "", "")) as lock:
+            loopback.renew(tmp_path)
+            up = Running(child.pid, molehill.__version__, "127.0.0.1", 1, 2, supervise.free_port(), "folder:here")
+            files.write(tmp_path / "up.json", json.dumps(asdict(up)).encode())
+            Office(tmp_path).note(Job(1, str(tmp_path / "out")))
+            stopped = CliRunner().invoke(cli, ["server", "stop", "--run", "--state", str(tmp_path)])
+            assert (stopped.exit_code, "Flower does not answer" in stopped.stderr) == (11, True)
+            assert child.poll() is None
+            threading.Thread(target=lambda: (child.wait(), lock.close())).start()  # as the coordinator would
+            ended = CliRunner().invoke(cli, ["server", "stop", "--state", str(tmp_path)])
+            assert (ended.exit_code, "the coordinator has ended" in ended.stderr) == (0, True)
+    finally:
+        child.kill()
+
 
 # ---- the line ----------------------------------------------------------------------------------------------------
 

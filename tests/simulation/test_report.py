@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from html.parser import HTMLParser
 from io import StringIO
@@ -454,6 +455,17 @@ def test_one_is_not_many():
     console = Console(file=StringIO(), width=100)
     show_summary(summarise(make_events(["a"], rounds=1), BASE, "cd"), console)
     assert "1 round in " in console.file.getvalue()
+
+
+def test_where_the_console_is_quiet_people_are_told_in_the_log(caplog):
+    """With --json standard output is for a program, and who waits for a coordinator must not think that it hangs."""
+    caplog.set_level(logging.INFO)
+    away = {"event": "away", "reason": "no coordinator is up", "state": "here", "patience": 300.0}
+    assert shown([make_events(CLIENTS)[0], away, {"event": "back"}, *TROUBLES], quiet=True) == ""
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("WARNING", "no coordinator is up: waiting up to 5 min 00 s for it (molehill server up)") in said
+    assert ("INFO", "the coordinator is back") in said
+    assert ("WARNING", f"round 2: no answer from {CLIENTS[3]}") in said
 
 
 def test_clients_at_work_move_the_bar_before_they_answer():

@@ -139,6 +139,7 @@ def test_class_labels_of_a_folder_become_names(tmp_path):
         ("rows.xlsx", "x", None, "cannot read a .xlsx file"),
         ("missing", None, None, "no such file"),
         ("missing.csv", None, None, "cannot read the file: No such file"),
+        ("missing.parquet", None, None, "cannot read the file: No such file"),
     ],
 )
 def test_bad_files(write, tmp_path, name, content, line, what):
