@@ -28,7 +28,7 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels 
 
 FROM ${BASE}
 # simulation is client and server, demo adds the sample base model; a coordinator needs simulation, for its report.
-# Others than these, client and simulation have no file in requirements/.
+# Others than these, client, edge and simulation have no file in requirements/.
 ARG EXTRAS=demo,privacy
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY constraints.txt requirements /opt/

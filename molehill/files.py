@@ -17,9 +17,8 @@ from molehill.errors import DeployError, MolehillError
 PRIVATE = 0o600
 _OTHERS = 0o077
 
-_umask = threading.RLock()
-_private = 0  # contexts of `private` that are open
-_before = 0  # the umask outside all of them
+_umask = threading.Lock()
+_before: list[int] = []  # the umask before each context of `private` that is open
 
 
 def place_of(name: str, kind: type[MolehillError]) -> Path:
@@ -96,18 +95,13 @@ def is_private(path: Path) -> bool:
 @contextlib.contextmanager
 def private() -> Iterator[None]:
     """Whatever this process and its children create meanwhile is for its owner alone, by whichever library."""
-    global _private, _before  # noqa: PLW0603 - as is the umask itself
     with _umask:
-        if not _private:
-            _before = os.umask(_OTHERS)
-        _private += 1
+        _before.append(os.umask(_OTHERS))
     try:
         yield
     finally:
-        with _umask:
-            _private -= 1
-            if not _private:
-                os.umask(_before)
+        with _umask:  # one of another thread may be open still: the last to be closed finds what was there at first
+            os.umask(_before.pop())
 
 
 @contextlib.contextmanager

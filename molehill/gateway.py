@@ -46,7 +46,7 @@ _CLOSE = (b"connection", b"close")
 _log = logging.getLogger(__name__)
 
 
-class Refused(Exception):  # noqa: N818 - not our error
+class RefusedError(Exception):
     """A call is not forwarded.
 
     Args:
@@ -75,7 +75,7 @@ class Call:
 
 
 class Visit:
-    """The time a call is here. This one bounds its body and nothing else; all methods raise `Refused`."""
+    """The time a call is here. This one bounds its body and nothing else; all methods raise `RefusedError`."""
 
     def __init__(self) -> None:
         self.size = 0  # bytes of the body so far
@@ -84,13 +84,13 @@ class Visit:
         """So many bytes more of the body have come."""
         self.size += size
         if self.size > _MAX_BODY:
-            raise Refused(413, f"a body of more than {_MAX_BODY} bytes")
+            raise RefusedError(413, f"a body of more than {_MAX_BODY} bytes")
 
     def whole(self, body: bytes) -> None:
         """This is the whole body."""
 
 
-# Judges a call, by raising `Refused`, and lets it be here meanwhile.
+# Judges a call, by raising `RefusedError`, and lets it be here meanwhile.
 Guard = Callable[[Call], AbstractContextManager[Visit]]
 # Told about every call that was answered: path and status.
 Heard = Callable[[str, int], None]
@@ -131,7 +131,7 @@ class Gateway:
         try:
             with self._guard(call) as visit:
                 await self._forward(call, visit, body, send)
-        except Refused as refused:
+        except RefusedError as refused:
             await body.drop()
             if (more := self._seldom((path, refused.reason))) is not None:
                 _log.warning("refused %s with %d: %s%s", path, refused.status, refused.reason, more)
@@ -145,7 +145,7 @@ class Gateway:
                     parts.append(await body.part())
                     visit.more(len(parts[-1]))
         except TimeoutError:
-            raise Refused(408, f"a body that has not come within {_WHOLE:.0f} s") from None
+            raise RefusedError(408, f"a body that has not come within {_WHOLE:.0f} s") from None
         if body.gone:
             return
         content = b"".join(parts)
@@ -233,7 +233,7 @@ class _Body:
 class _Named(H11Protocol):
     """HTTP that bounds the head of a call, and says by which Unix socket it came."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it as well
         super().connection_made(transport)
         peer = transport.get_extra_info("peername")
         if isinstance(peer, str) and peer:
@@ -251,12 +251,12 @@ class _Uvicorn(uvicorn.Server):
 async def _read(reply: httpx.Response) -> bytes:
     """The body of an answer, as it came: whoever answers may lie about what it takes."""
     if "content-encoding" in reply.headers:
-        raise Refused(502, "an answer that is compressed")
+        raise RefusedError(502, "an answer that is compressed")
     answer = bytearray()
     async for part in reply.aiter_raw():
         answer += part
         if len(answer) > _MAX_ANSWER:
-            raise Refused(502, f"an answer of more than {_MAX_ANSWER} bytes")
+            raise RefusedError(502, f"an answer of more than {_MAX_ANSWER} bytes")
     return bytes(answer)
 
 

@@ -159,8 +159,6 @@ class Consent:
             found.append(("limits.steps", f"it has {plan.steps} steps"))
         if plan.round > policy.limits.rounds:
             found.append(("limits.rounds", f"it is of round {plan.round}"))
-        if policy.protection.needs == "clip" and plan.clip is None:
-            found.append(("protection.needs", "changes are not to be clipped"))
         self._refuse("plan", found)
 
     def require_told(self, config: Config, moment: evidence.Moment) -> None:

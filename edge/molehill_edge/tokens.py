@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Encoding, Tokenizer
 
 from molehill.characters import flaw
-from molehill.errors import BundleError
+from molehill.errors import BundleError, first_line
 
 _TRIAL = "A trial: 1, 2 and \N{LATIN SMALL LETTER E WITH ACUTE}."
 
@@ -97,5 +97,6 @@ def _guarded(what: str = "the tokenizer of the bundle fails", where: str = "") -
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # noqa: BLE001  # the library panics, which is no Exception
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise BundleError(f"{what}: {said}", where=where, mend="Use another text or bundle.") from None
+        raise BundleError(
+            f"{what}: {first_line(error)[:200]}", where=where, mend="Use another text or bundle."
+        ) from None

@@ -419,7 +419,7 @@ class Chat:
             if answer.tokens:
                 self.messages += [turn, {"role": "assistant", "content": answer.text}]
 
-        bound = self._view._bound  # noqa: SLF001
+        bound = self._view._bound  # noqa: SLF001  # the same
         return Stream(self._cache, ids, bound.inputs, engine.tokenizer, engine.manifest.task, asked, done)
 
     def say(

@@ -229,7 +229,7 @@ def _lines(people: bool) -> Iterator[str]:
     """Lines of standard input that are not empty; people get a prompt, and may edit them."""
     if people:
         with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401
+            import readline  # noqa: F401 - it edits what is typed
     while True:
         try:
             line = recovered(input("> " if people else "").strip())

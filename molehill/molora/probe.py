@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from molehill.errors import ModelError
+from molehill.errors import ModelError, first_line
 
 _NUMBERED = re.compile(r"\.(\d+)\.")
 _ROWS, _TOKENS = 2, 3  # the last row is padded by one token
@@ -186,9 +186,10 @@ def _probe(base: nn.Module) -> Probe:
             reached = list(anchors.values()) if out.requires_grad else []
             grads = torch.autograd.grad(out.float().sum(), reached, allow_unused=True) if reached else ()
     except Exception as error:  # noqa: BLE001  (the code of some hundred architectures: it raises what it likes)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"the model cannot be run on rows of text: {reason}", where=_kind(base), mend="Give another base."
+            f"the model cannot be run on rows of text: {first_line(error)}",
+            where=_kind(base),
+            mend="Give another base.",
         ) from None
     if out.dim() != 3 or tuple(out.shape[:2]) != (_ROWS, _TOKENS):
         raise ModelError(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from molehill.config import Config
-from molehill.errors import ModelError
+from molehill.errors import ModelError, first_line
 from molehill.molora.attention import use_fast_attention
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
@@ -67,9 +67,8 @@ def _try(model: MoLoRAModel, origin: str) -> None:
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001  (the code of some hundred architectures: it raises what it likes)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"the model cannot be trained with adapters: {reason}",
+            f"the model cannot be trained with adapters: {first_line(error)}",
             where=origin,
             mend="Choose other molora.targets, or give another base.",
         ) from None

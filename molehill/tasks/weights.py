@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from molehill.errors import ModelError
+from molehill.errors import ModelError, first_line
 
 CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -146,9 +146,10 @@ def is_whole(folder: Path) -> bool:
 
 def cannot_load(part: str, error: Exception, origin: str) -> ModelError:
     """What to tell about an error of a library."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelError(
-        f"the {part} cannot be loaded: {reason}", where=origin, mend="Check that the model is complete and supported."
+        f"the {part} cannot be loaded: {first_line(error)}",
+        where=origin,
+        mend="Check that the model is complete and supported.",
     )
 
 

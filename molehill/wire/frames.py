@@ -32,7 +32,7 @@ def unpack(kind: type[Message]) -> Callable[[bytes], Message | memoryview]:
             if at + 1 + size == len(raw):
                 return memoryview(raw)[at + 1 :]
         message = kind.FromString(raw)
-        return memoryview(message.data) if message.WhichOneof("part") == "data" else message  # type: ignore[attr-defined]
+        return memoryview(message.data) if message.WhichOneof("part") == "data" else message  # type: ignore[attr-defined]  # both kinds have it
 
     return read
 

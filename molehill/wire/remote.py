@@ -236,7 +236,7 @@ class GrpcExchange:
                         "authority.",
                     ) from None
             # Many nodes that lost the same server should not come back in the same moment.
-            time.sleep(min(10.0, self._patience.pause * 2**tries) * random.uniform(0.5, 1.0))  # noqa: S311
+            time.sleep(min(10.0, self._patience.pause * 2**tries) * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
             tries += 1
 
     def _refusal(self, error: Any) -> MolehillError:

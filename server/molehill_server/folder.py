@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from molehill import files, locks
 from molehill.config import Config, load
 from molehill.errors import DeployError, ResumeError
+
+if TYPE_CHECKING:  # its module needs transformers, and the server does not
+    from molehill.tasks.base_model import BaseInfo
 
 
 def take(out: Path, patience: float | None = None) -> TextIO:
@@ -77,6 +80,26 @@ def write_config(config: Config, out: Path) -> Path:
         path.parent.chmod(0o700)
     files.write(path, config.to_toml().encode())
     return path
+
+
+def require_base(meta: Mapping[str, str], base: BaseInfo, out: Path) -> None:
+    """Refuse a run folder whose start values are of another base model.
+
+    Args:
+        meta: Of ``initial.safetensors``.
+        base: The base that was loaded.
+        out: The folder.
+
+    Raises:
+        ResumeError: They are.
+    """
+    if meta.get("base") != base.digest:
+        raise ResumeError(
+            f"the run was started on a base with weight digest {meta.get('base', '')[:12]}, "
+            f"{base.id} has {base.digest[:12]}",
+            where=str(out),
+            mend="Resume with the same base model, or start a new run in another folder.",
+        )
 
 
 def _differences(before: Any, now: Any, at: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from molehill.tasks.schema import class_counts, load_rows
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.app import app as server_app
 from molehill_server.check import require
-from molehill_server.folder import working, write_config
+from molehill_server.folder import require_base, working, write_config
 from molehill_simulation.conclude import conclude
 from molehill_simulation.data import names_of
 from molehill_simulation.engine import Observer, cores, run_local, run_ray
@@ -141,13 +141,7 @@ def _initial(world: World, out: Path) -> None:
         save_tree(path, world.initial, {"base": world.base.digest, "rows": rows})
         return
     _, meta = load_tree(path)
-    if meta.get("base") != world.base.digest:
-        raise ResumeError(
-            f"the run was started on a base with weight digest {meta.get('base', '')[:12]}, "
-            f"{world.base.id} has {world.base.digest[:12]}",
-            where=str(out),
-            mend="Resume with the same base model, or start a new run in another folder.",
-        )
+    require_base(meta, world.base, out)
     if meta.get("rows") != rows:
         raise ResumeError(
             f"the rows of {world.config.data.source} are not those the run was started with",

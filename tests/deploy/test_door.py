@@ -15,7 +15,7 @@ from fleet import Member, name_of, reply_of
 from flwr.proto import fleet_pb2, message_pb2, node_pb2
 
 from molehill import gateway, loopback
-from molehill.gateway import Gateway, Refused, listen, serving
+from molehill.gateway import Gateway, RefusedError, listen, serving
 from molehill.pki import Authority, Door, Identity, install, request
 from molehill_server.deploy import door, replies
 from molehill_server.deploy.guard import CALLS, Budget, Guard
@@ -340,6 +340,6 @@ def test_of_messages_only_small_replies_of_the_node_itself_reach_flower(call, bo
     if code is None:
         replies.judge(f"/v1/fleet/{call}", body)
         return
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusedError) as refused:
         replies.judge(f"/v1/fleet/{call}", body)
     assert refused.value.status == code

@@ -14,7 +14,7 @@ from functools import lru_cache
 from cryptography import x509
 
 from molehill.errors import MolehillError
-from molehill.gateway import Call, Refused, Visit
+from molehill.gateway import Call, RefusedError, Visit
 from molehill.pki import Certificate
 from molehill_server.deploy import replies
 
@@ -73,19 +73,19 @@ class Guard:
 
     @contextmanager
     def __call__(self, call: Call) -> Iterator[Visit]:
-        """Let a call be here; raises `Refused`."""
+        """Let a call be here; raises `RefusedError`."""
         if call.path.rpartition("/")[2] not in CALLS:
-            raise Refused(404, "no call of a node")
+            raise RefusedError(404, "no call of a node")
         shown = self._guests.get(call.peer)
         if shown is None:
-            raise Refused(403, "a call of nobody")
+            raise RefusedError(403, "a call of nobody")
         certificate = _certificate(shown)
         try:
             self._admit(certificate)
         except MolehillError as error:
-            raise Refused(403, f"{certificate.name}: {error}") from None
+            raise RefusedError(403, f"{certificate.name}: {error}") from None
         if _key(call) != certificate.public_pem:
-            raise Refused(401, f"a call of {certificate.name} with a key that is not its certificate's")
+            raise RefusedError(401, f"a call of {certificate.name} with a key that is not its certificate's")
         visit = _Visit(self, call, certificate.name)
         try:
             yield visit
@@ -98,9 +98,9 @@ class Guard:
         account.sent = max(0.0, account.sent - (now - account.at) * budget.rate) + size
         account.at = now
         if account.sent > budget.burst:
-            raise Refused(429, f"{name} sends more than {budget.rate:.0f} bytes a second")
+            raise RefusedError(429, f"{name} sends more than {budget.rate:.0f} bytes a second")
         if account.held > budget.held_by_node or self._held > budget.held:
-            raise Refused(503, f"too much at a time, {account.held} bytes of it of {name}")
+            raise RefusedError(503, f"too much at a time, {account.held} bytes of it of {name}")
 
     def hold(self, name: str, size: int) -> None:
         """Let a node have ``size`` bytes more in memory."""
@@ -121,8 +121,8 @@ class _Visit(Visit):
     def whole(self, body: bytes) -> None:
         try:
             replies.judge(self._call.path, body)
-        except Refused as refused:
-            raise Refused(refused.status, f"{self._name}: {refused.reason}") from None
+        except RefusedError as refused:
+            raise RefusedError(refused.status, f"{self._name}: {refused.reason}") from None
 
 
 def _key(call: Call) -> bytes | None:

@@ -16,7 +16,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from google.protobuf.message import DecodeError, Message
 
-from molehill.gateway import Refused
+from molehill.gateway import RefusedError
 
 _MAX_OBJECTS = 16  # of a message; replies of ours have three
 _MAX_MESSAGE = 256 * 2**10  # bytes of a message without its objects
@@ -33,34 +33,34 @@ def judge(path: str, body: bytes) -> None:
         body: Of the call.
 
     Raises:
-        Refused: The call must not reach Flower.
+        RefusedError: The call must not reach Flower.
     """
     if path == "/v1/fleet/push-messages":
         _judge_message(_parse(PushMessagesRequest, body), len(body))
     elif path == "/v1/fleet/push-object":
         asked = _parse(PushObjectRequest, body)
         if not _ID.fullmatch(asked.object_id):
-            raise Refused(400, "an object without a digest")
+            raise RefusedError(400, "an object without a digest")
         # Flower would store it first under a session that others may have begun.
         if not asked.session_id:
-            raise Refused(400, "an object of no message")
+            raise RefusedError(400, "an object of no message")
 
 
 def _judge_message(asked: PushMessagesRequest, size: int) -> None:
     if len(asked.messages_list) != 1:  # Flower reads the first and no other
-        raise Refused(400, f"{len(asked.messages_list)} messages in place of one")
+        raise RefusedError(400, f"{len(asked.messages_list)} messages in place of one")
     said = asked.messages_list[0].metadata
     if said.src_node_id != asked.node.node_id:
-        raise Refused(403, "a message in the name of another node")
+        raise RefusedError(403, "a message in the name of another node")
     if not said.reply_to_message_id:
-        raise Refused(403, "a message that is no reply")
+        raise RefusedError(403, "a message that is no reply")
     if size > _MAX_MESSAGE:
-        raise Refused(413, f"a message of more than {_MAX_MESSAGE} bytes")
+        raise RefusedError(413, f"a message of more than {_MAX_MESSAGE} bytes")
     if len(asked.message_object_trees) != 1 or len(asked.clientapp_runtime_list) > 1:
-        raise Refused(400, f"{len(asked.message_object_trees)} trees of objects in place of one")
+        raise RefusedError(400, f"{len(asked.message_object_trees)} trees of objects in place of one")
     (tree,) = asked.message_object_trees
     if tree.object_id != said.message_id:  # Flower takes the same message again and again, each time with a tree
-        raise Refused(403, "objects of another message")
+        raise RefusedError(403, "objects of another message")
     _require_few(tree)
 
 
@@ -71,13 +71,13 @@ def _require_few(tree: ObjectTree) -> None:
         seen += 1
         left.extend(each.children[:_MAX_OBJECTS])
         if seen + len(left) > _MAX_OBJECTS or len(each.children) > _MAX_OBJECTS:
-            raise Refused(413, f"a message of more than {_MAX_OBJECTS} objects")
+            raise RefusedError(413, f"a message of more than {_MAX_OBJECTS} objects")
         if not _ID.fullmatch(each.object_id):
-            raise Refused(400, "an object without a digest")
+            raise RefusedError(400, "an object without a digest")
 
 
 def _parse(kind: type[M], body: bytes) -> M:
     try:
         return kind.FromString(body)
     except DecodeError:
-        raise Refused(400, "the body is none of the call") from None
+        raise RefusedError(400, "the body is none of the call") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 from molehill import __version__, errors, files, locks
 from molehill.config import Config
-from molehill.errors import ConfigError, DeployError, ResumeError
+from molehill.errors import ConfigError, DeployError
 from molehill.supervise import complaint, works
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
@@ -21,7 +21,7 @@ from molehill_server.check import require
 from molehill_server.deploy.control import RunStatus
 from molehill_server.deploy.office import START, Office
 from molehill_server.deploy.up import Running, exchange_folder, require_running
-from molehill_server.folder import elsewhere, write_config
+from molehill_server.folder import elsewhere, require_base, write_config
 
 _DETECTION = 120.0  # seconds of a round in which a machine that died is noticed and the round still goes on
 _POLL = 1.0  # seconds between two looks at the events
@@ -240,11 +240,5 @@ def _initial(adapted: Adapted, out: Path) -> str:
         initial = adapted.model.tree(lambda key: not key.residual)
         save_tree(path, initial, {"base": adapted.base.digest, "instance": secrets.token_hex(8)})
     _, meta = load_tree(path)
-    if meta.get("base") != adapted.base.digest:
-        raise ResumeError(
-            f"the run was started on a base with weight digest {meta.get('base', '')[:12]}, "
-            f"{adapted.base.id} has {adapted.base.digest[:12]}",
-            where=str(out),
-            mend="Resume with the same base model, or start a new run in another folder.",
-        )
+    require_base(meta, adapted.base, out)
     return meta.get("instance", "")

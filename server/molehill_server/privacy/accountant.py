@@ -129,8 +129,8 @@ def _of_all(noise: float, delta: float, rounds: int) -> float:
 @cache  # a quarter of a second
 def _of_poisson(noise: float, delta: float, counts: tuple[tuple[float, int], ...]) -> float:
     """Epsilon where every client is drawn by itself, with so many rounds of every rate."""
-    import dp_accounting  # noqa: PLC0415
-    from dp_accounting import pld  # noqa: PLC0415
+    import dp_accounting  # noqa: PLC0415 - the same
+    from dp_accounting import pld  # noqa: PLC0415 - the same
 
     grid = 1e-4 if noise >= _COARSE else 1e-3
     accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, grid)
@@ -143,8 +143,8 @@ def _of_poisson(noise: float, delta: float, counts: tuple[tuple[float, int], ...
 @cache  # a quarter of a second for every kind of round
 def _of_fixed(noise: float, delta: float, counts: tuple[tuple[Round, int], ...]) -> float:
     """Epsilon where so many are drawn, for replacing one client by any other."""
-    import dp_accounting  # noqa: PLC0415
-    from dp_accounting import rdp  # noqa: PLC0415
+    import dp_accounting  # noqa: PLC0415 - the same
+    from dp_accounting import rdp  # noqa: PLC0415 - the same
 
     accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
     gaussian = dp_accounting.GaussianDpEvent(noise / 2)

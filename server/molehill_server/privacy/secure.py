@@ -305,5 +305,5 @@ def _read(kind: type[M], client: str, text: str) -> M:
         first = error.errors()[0]
         raise MessageError(f"malformed answer, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if said.client != client:  # type: ignore[attr-defined]  # every answer says whose it is
-        raise MessageError(f"the answer is of client {said.client!r}")  # type: ignore[attr-defined]
+        raise MessageError(f"the answer is of client {said.client!r}")  # type: ignore[attr-defined]  # the same
     return said
