@@ -50,7 +50,8 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"molehill {__version__}")
+        with explained():
+            typer.echo(f"molehill {__version__}")
         raise typer.Exit
 
 

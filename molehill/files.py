@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,6 +41,23 @@ def place_of(name: str, kind: type[MolehillError]) -> Path:
         what = f"the system cannot look there: {error.strerror or error}"
         raise kind(what, where=name, mend="Check the path and who may read it.") from None
     return path
+
+
+def require_name(name: str, kind: type[MolehillError]) -> None:
+    """Refuse a name that no file of this process can have, since its locale knows few characters.
+
+    Args:
+        name: Of a folder to be.
+        kind: What to raise.
+
+    Raises:
+        MolehillError: Of that kind.
+    """
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        what = f"no folder can be called {name!r} here, where the names of files are in {sys.getfilesystemencoding()}"
+        raise kind(what, mend="Set PYTHONUTF8=1 in the environment.") from None
 
 
 def write(path: Path, data: bytes | Iterable[bytes | memoryview], *, mode: int = 0o644, replace: bool = True) -> None:

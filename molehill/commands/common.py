@@ -52,9 +52,11 @@ def _refused(error: OSError) -> DeployError:
 def _tell(error: MolehillError, as_json: bool) -> None:
     envelope = {"kind": type(error).__name__, "code": error.exit_code, "what": error.what, "where": error.where}
     envelope["mend"] = error.mend
-    if as_json:
-        print_json({"error": envelope})
-    elif logs.structured():
+    with contextlib.suppress(OSError):  # standard output may be what the system refuses
+        if as_json:
+            print_json({"error": envelope})
+            return
+    if logs.structured():
         _log.error("%s", error, extra=logs.fields(**envelope))
     else:
         say(Text.assemble(("error: ", "bold red"), harmless(str(error), lines=True)))
@@ -88,6 +90,7 @@ def say(text: Text, **facts: Any) -> None:
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    sys.stdout.flush()
 
 
 def interrupted(folder: Path | None, command: Sequence[str], options: Sequence[str], as_json: bool) -> None:

@@ -186,11 +186,10 @@ def _probe(base: nn.Module) -> Probe:
             reached = list(anchors.values()) if out.requires_grad else []
             grads = torch.autograd.grad(out.float().sum(), reached, allow_unused=True) if reached else ()
     except Exception as error:  # noqa: BLE001  (the code of some hundred architectures: it raises what it likes)
-        raise ModelError(
-            f"the model cannot be run on rows of text: {first_line(error)}",
-            where=_kind(base),
-            mend="Give another base.",
-        ) from None
+        half = next(base.parameters()).dtype != torch.float32
+        mend = 'Set base.precision = "fp32", or give another base.' if half else "Give another base."
+        what = f"the model cannot be run on rows of text: {first_line(error)}"
+        raise ModelError(what, where=_kind(base), mend=mend) from None
     if out.dim() != 3 or tuple(out.shape[:2]) != (_ROWS, _TOKENS):
         raise ModelError(
             f"the model gives outputs {list(out.shape)} for {_ROWS} rows of {_TOKENS} tokens, not one per token",

@@ -60,7 +60,8 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
         One entry per client, in the partitioner's order.
 
     Raises:
-        DataError: There are fewer rows than clients, or a client is left without training or held-out rows.
+        DataError: There are fewer rows than clients, a client is left without training or held-out rows, or no folder
+            can have its name.
     """
     if len(rows) < data.clients:
         raise DataError(
@@ -76,6 +77,7 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
     held_out: dict[int, bool] = {}
     result = []
     for number, shard in enumerate(shards):
+        files.require_name(shard.name, DataError)
         rng = np.random.default_rng([seed, number])
         inside: dict[int, Unit] = {}
         for i in shard.indices:

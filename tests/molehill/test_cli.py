@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -391,6 +392,18 @@ def test_what_is_not_adapted_is_said_at_check_at_the_start_and_in_the_report(tmp
     refused = run("check", path)
     assert refused.exit_code == 4
     assert "for all experts of the base, not a linear module" in refused.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.parametrize("words", [["--version"], ["pki", "show", "nothing", "--json"]], ids=" ".join)
+def test_an_output_that_takes_nothing_is_no_traceback(words):
+    with Path("/dev/full").open("w") as full:
+        code = "from molehill.cli import main; main()"
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode > 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("as_json", [True, False])

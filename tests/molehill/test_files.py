@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +105,23 @@ def test_a_flipped_bit_is_noticed_in_tensors_names_and_strings(tmp_path):
         assert {"base", "round"} <= meta.keys()
         same += 1
     assert same < len("sha256") + 64
+
+
+def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_dealt():
+    code = (
+        "from molehill import config, errors\n"
+        "from molehill.tasks.rows import Rows\n"
+        "from molehill_simulation.data import deal\n"
+        "columns = {'text': tuple('abcd'), 'label': tuple('xyxy'), 'owner': ('\\u75c5',) * 2 + ('x',) * 2}\n"
+        "by = {'name': 'by_column', 'column': 'owner'}\n"
+        "data = config.Data(source='f', clients=2, partition=by, test_fraction=0.5)\n"
+        "try:\n    deal(data, Rows(columns, ('f:1', 'f:2', 'f:3', 'f:4'), 'f'), 0)\n"
+        "except errors.DataError as error:\n    print(ascii(str(error)))\n"
+    )
+    for utf8, said in (("0", "no folder can be called '\\u75c5' here"), ("1", "")):
+        variables = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+        assert (said in done.stdout) if said else not done.stdout, done.stdout
 
 
 def test_tensors_of_any_order_and_stride_are_written_alike(tmp_path):

@@ -189,6 +189,7 @@ def join(
             where=str(member.identity),
             mend="Leave --name out, or use the identity of that name.",
         )
+    files.require_name(identity.name, IdentityError)
     require_commands("flower-superexec", "flwr-clientapp")
     member.state.mkdir(parents=True, exist_ok=True)
     member.state.chmod(0o700)

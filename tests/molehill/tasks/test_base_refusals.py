@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    DebertaConfig,
+    DebertaModel,
     GPT2Config,
     GPT2LMHeadModel,
     LongformerConfig,
@@ -24,8 +26,8 @@ from molehill.tasks.sources import is_local, read_rows
 SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 
 
-def load(model, kind="causal-lm"):
-    base = config.Base.model_validate({"model": str(model), "precision": "fp32", "device": "cpu"})
+def load(model, kind="causal-lm", precision="fp32"):
+    base = config.Base.model_validate({"model": str(model), "precision": precision, "device": "cpu"})
     return load_base(base, config.Task(kind=kind, max_length=8))
 
 
@@ -89,6 +91,14 @@ def test_layers_that_run_on_other_rows(tmp_path, tokenizer):
         tokenizer.save_pretrained(tmp_path / name)
         with pytest.raises(ModelError, match=f"the layers of {name} do not run on the tokens of a batch"):
             load(tmp_path / name, "classification")
+
+
+def test_a_base_that_runs_in_one_precision_only(tmp_path, tokenizer):
+    DebertaModel(DebertaConfig(**SMALL, relative_attention=True, pos_att_type=["c2p"])).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load(tmp_path, "classification")
+    with pytest.raises(ModelError, match=r'deberta: the model cannot be run .* Set base.precision = "fp32", or'):
+        load(tmp_path, "classification", "bf16")
 
 
 def test_null_is_not_the_default(llama_folder):
