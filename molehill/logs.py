@@ -18,7 +18,7 @@ from molehill.characters import harmless, survive
 VARIABLE = "MOLEHILL_LOG_JSON"
 _FIELDS = "molehill_fields"
 _KEPT = 1024  # things of which it is known when they were last said
-_OURS = (
+OURS = (
     "molehill", "molehill_server", "molehill_client", "molehill_simulation", "molehill_edge", "molehill_export",
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ def use_json() -> None:
     handler = _Handler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(handlers=[handler], force=True)
-    for name in _OURS:
+    for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
     os.environ[VARIABLE] = "1"  # for processes that we start
@@ -84,7 +84,7 @@ def begin() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
-    for name in _OURS:
+    for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
 
 

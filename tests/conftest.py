@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+
+import pytest
+
+from molehill import logs
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every program they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_of_one_test(monkeypatch):
+    """What a command sets up for its process ends with its test: later ones would have their records captured."""
+    monkeypatch.delenv(logs.VARIABLE, raising=False)
+    root = logging.getLogger()
+    loggers = [logging.getLogger(name) for name in logs.OURS]
+    levels = [logger.level for logger in loggers]
+    yield
+    logging.captureWarnings(capture=False)
+    for handler in root.handlers[:]:
+        if not type(handler).__module__.startswith("_pytest"):
+            root.removeHandler(handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
