@@ -6,7 +6,6 @@ content policy allows neither scripts nor anything from elsewhere.
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -110,7 +109,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
 def _owners(path: Path) -> dict[str, str]:
     """Who clients are that had to be renamed; a deployment has no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = files.parse_json(path.read_bytes()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read who the clients are: {error}", where=str(path)) from None
     if not isinstance(found, dict):

@@ -45,6 +45,7 @@ from molehill_client.deploy.post import Post
 from molehill_client.deploy.trainer import Introduction, Trainer, held_out
 from molehill_server.deploy import door
 from molehill_server.deploy.office import Job, Office
+from molehill_server.deploy.run import _tail
 from molehill_server.deploy.up import Running, _Supervisor
 
 # ---- the office ---------------------------------------------------------------------------------------------------
@@ -67,6 +68,24 @@ def test_a_run_that_cannot_be_stopped_is_told_and_a_coordinator_is_ended_all_the
             assert (ended.exit_code, "the coordinator has ended" in ended.stderr) == (0, True)
     finally:
         child.kill()
+
+
+def test_the_log_of_a_run_is_followed_over_a_cut(tmp_path):
+    """A server process that goes on cuts off what came after the last commit, and writes other lines there."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"n": 1}\n')
+    new = _tail(path)
+    assert next(new) == []
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n"')
+    assert next(new) == [{"n": 2}]
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n": 3}\n')
+    assert next(new) == [{"n": 3}]
+    path.write_text('{"n": 1}\n{"other": 22}\n{"n": 4}\n')  # the end of what was read is in the middle of a line
+    assert next(new) == []
+    path.write_text('{"n": 1}\n{"n": 2, "long": 3333')
+    assert next(new) == []
+    path.write_text('{"n": 1}\n{"n": 2, "long": 33333}\n{"n": 5}\n')
+    assert next(new) == [{"n": 5}]
 
 
 # ---- the line ----------------------------------------------------------------------------------------------------

@@ -290,6 +290,14 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path, text):
         write_report(folder)
 
 
+@pytest.mark.parametrize("text", ["[" * 10_000, "{", "[]", b"\xff"], ids=["deep", "cut", "list", "bytes"])
+def test_a_table_of_owners_that_cannot_be_read_is_named(tmp_path, text):
+    folder = make_run(tmp_path, make_events(CLIENTS))
+    (folder / "owners.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=r"owners\.json"):
+        write_report(folder)
+
+
 @pytest.mark.parametrize("field", ["seconds", "bytes_up", "loss_by_client", "quarantined"])
 def test_an_event_without_its_fields_is_no_traceback(tmp_path, field):
     events = [{k: v for k, v in event.items() if k != field} for event in make_events(CLIENTS)]

@@ -217,7 +217,9 @@ def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
         if path.exists():
             at = min(at, path.stat().st_size)  # a resume cuts off what came after the last commit
             with path.open("rb") as file:
-                file.seek(at)
+                if at:
+                    file.seek(at - 1)
+                    at += len(file.readline()) - 1  # in the middle of a line, where others were written meanwhile
                 for line in file:
                     if not line.endswith(b"\n"):
                         break
