@@ -54,6 +54,8 @@ class RefusedError(Exception):
         reason: What the log is told.
     """
 
+    who = ""  # whose call it was, once that is known
+
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
@@ -133,8 +135,10 @@ class Gateway:
                 await self._forward(call, visit, body, send)
         except RefusedError as refused:
             await body.drop()
-            if (more := self._seldom((path, refused.reason))) is not None:
-                _log.warning("refused %s with %d: %s%s", path, refused.status, refused.reason, more)
+            # Not by what was said: whoever calls makes up paths and numbers as it likes.
+            if (more := self._seldom((refused.who, refused.status))) is not None:
+                said = f"{refused.who}: {refused.reason}" if refused.who else refused.reason
+                _log.warning("refused %s with %d: %s%s", path[:80], refused.status, said, more)
             await _answer(send, refused.status, [_CLOSE])
 
     async def _forward(self, call: Call, visit: Visit, body: _Body, send: Send) -> None:

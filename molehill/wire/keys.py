@@ -8,7 +8,7 @@ from typing import NamedTuple
 from molehill.errors import MessageError
 
 NO_EXPERT = "-"
-KINDS = ("A", "B", "dense", "gate", "head")
+KINDS = ("A", "B", "dense", "gate", "head")  # of tensors; policies of rounds and of owners name them
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*|-")
 _MAX_NAME = 512  # characters
 

@@ -142,6 +142,28 @@ def test_what_is_revoked_is_refused_from_the_next_call_on(house):
     assert len(here.heard) == 1
 
 
+def test_a_member_cannot_fill_the_log(house, caplog):
+    """Whatever it makes up, it is refused in one line, and what is refused of others in lines of theirs."""
+    here = house()
+    here.identity("one"), here.identity("other")
+
+    def work():
+        member, other = here.member("one"), here.member("other")
+        for number in range(2, 8):
+            assert member.post("x" * number, b"").status_code == 404
+            body = fleet_pb2.PushMessagesRequest(messages_list=[message_pb2.Message()] * number)
+            assert member.post("push-messages", body).status_code == 400
+        assert other.post("push-messages", b"\xff").status_code == 400
+
+    here.run(work)
+    said = sorted(record.getMessage() for record in caplog.records if record.name == "molehill.gateway")
+    assert [line.partition(": ")[2] for line in said] == [
+        "one: 2 messages in place of one",
+        "other: the body is none of the call",
+        "one: no call of a node",
+    ]
+
+
 def test_the_calls_that_may_pass_are_those_of_flowers_node():
     """The names are those of the pinned version."""
     source = Path(flwr.supernode.fleet_http_client.__file__).read_text(encoding="utf-8")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from toy_federation import BASE, GATE, HEAD, RANK, SITE, config, initial
 
 from molehill import registry
 from molehill.errors import ConfigError, ModelError
-from molehill.wire.keys import Key
+from molehill.wire.keys import KINDS, Key
 from molehill.wire.tree import Layout
 from molehill_server.planning.planner import Planner, expected, scopes, seed, select
+from molehill_server.planning.shares import Shares
 
 A, B = Key(SITE, "e0", "A"), Key(SITE, "e0", "B")
 RESIDUAL = Key(SITE, "-", "gate.residual")
@@ -153,6 +156,10 @@ def test_every_policy_gives_scopes():
     for method in registry.methods("policy"):
         patterns = scopes(config(federation={"policy": method.name}), 1)
         assert {scope for _, scope in patterns} <= {"shared", "personal", "frozen"}
+
+
+def test_policies_decide_on_all_kinds_of_tensors():
+    assert {field.name for field in fields(Shares)} == {*KINDS, "ranks"}
 
 
 def test_a_tensor_of_a_kind_that_no_policy_decides_on_is_refused_and_not_left_untrained():

@@ -74,23 +74,29 @@ class Guard:
     @contextmanager
     def __call__(self, call: Call) -> Iterator[Visit]:
         """Let a call be here; raises `RefusedError`."""
-        if call.path.rpartition("/")[2] not in CALLS:
-            raise RefusedError(404, "no call of a node")
         shown = self._guests.get(call.peer)
         if shown is None:
             raise RefusedError(403, "a call of nobody")
         certificate = _certificate(shown)
+        visit = _Visit(self, call, certificate.name)
+        try:
+            self._require_right(call, certificate)
+            yield visit
+        except RefusedError as refused:
+            refused.who = certificate.name
+            raise
+        finally:
+            self.hold(certificate.name, -visit.size)
+
+    def _require_right(self, call: Call, certificate: Certificate) -> None:
+        if call.path.rpartition("/")[2] not in CALLS:
+            raise RefusedError(404, "no call of a node")
         try:
             self._admit(certificate)
         except MolehillError as error:
-            raise RefusedError(403, f"{certificate.name}: {error}") from None
+            raise RefusedError(403, str(error)) from None
         if _key(call) != certificate.public_pem:
-            raise RefusedError(401, f"a call of {certificate.name} with a key that is not its certificate's")
-        visit = _Visit(self, call, certificate.name)
-        try:
-            yield visit
-        finally:
-            self.hold(certificate.name, -visit.size)
+            raise RefusedError(401, "a key that is not its certificate's")
 
     def spend(self, name: str, size: int) -> None:
         """Let a node have sent ``size`` bytes more."""
@@ -98,9 +104,9 @@ class Guard:
         account.sent = max(0.0, account.sent - (now - account.at) * budget.rate) + size
         account.at = now
         if account.sent > budget.burst:
-            raise RefusedError(429, f"{name} sends more than {budget.rate:.0f} bytes a second")
+            raise RefusedError(429, f"more than {budget.rate:.0f} bytes a second")
         if account.held > budget.held_by_node or self._held > budget.held:
-            raise RefusedError(503, f"too much at a time, {account.held} bytes of it of {name}")
+            raise RefusedError(503, f"too much at a time, {account.held} bytes of it of this node")
 
     def hold(self, name: str, size: int) -> None:
         """Let a node have ``size`` bytes more in memory."""
@@ -119,10 +125,7 @@ class _Visit(Visit):
         self._guard.spend(self._name, size)
 
     def whole(self, body: bytes) -> None:
-        try:
-            replies.judge(self._call.path, body)
-        except RefusedError as refused:
-            raise RefusedError(refused.status, f"{self._name}: {refused.reason}") from None
+        replies.judge(self._call.path, body)
 
 
 def _key(call: Call) -> bytes | None:

@@ -209,7 +209,8 @@ class Service:
             code, text = grpc.StatusCode.UNAVAILABLE, "the server's object store fails"
         else:
             return
-        if (more := self._seldom((name, what, text))) is not None:
+        # Of a node not by what was said: it makes up digests as it likes.
+        if (more := self._seldom((name, what, text if name == "?" else code))) is not None:
             log.warning("refused %s of %s (%s): %s%s", what, name, code.name, text, more)
         await context.abort(code, text)
 

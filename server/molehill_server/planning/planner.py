@@ -10,9 +10,9 @@ from molehill import registry
 from molehill.config import Config
 from molehill.errors import ModelError
 from molehill.plan import ClientPlan, Scope
-from molehill.wire.keys import Key
+from molehill.wire.keys import KINDS, Key
 from molehill.wire.tree import Layout
-from molehill_server.planning.shares import KINDS, Shares
+from molehill_server.planning.shares import Shares
 
 Scopes = tuple[tuple[str, Scope], ...]
 
@@ -116,7 +116,7 @@ class Planner:
             raise ModelError(
                 f"no policy decides on tensors of kind {strange.kind!r}",
                 where=strange.name,
-                mend=f"Have its method name it as one of {', '.join(sorted(KINDS))}, for example dense.{strange.kind}.",
+                mend=f"Have its method name it as one of {', '.join(KINDS)}, for example dense.{strange.kind}.",
             )
         patterns, ranks = self._decided(round_number)
         return ClientPlan(

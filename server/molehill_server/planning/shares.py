@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from molehill.plan import Scope
 
@@ -26,6 +26,3 @@ class Shares:
     gate: Scope | None = None
     head: Scope | None = None
     ranks: tuple[int, ...] = ()
-
-
-KINDS = frozenset(field.name for field in fields(Shares)) - {"ranks"}  # of tensors, see `Key.kind`

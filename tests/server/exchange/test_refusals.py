@@ -358,6 +358,13 @@ def test_a_newer_upload_takes_the_place_of_an_older_one(serving):
     assert serving.blobs.get(name) == blob
 
 
+def test_a_node_cannot_fill_the_log(serving, caplog):
+    for number in range(5):
+        assert refusal(serving.stub().Get, pb.GetRequest(digest=f"{number}" * 64))[0] == "PERMISSION_DENIED"
+    said = [record.getMessage() for record in caplog.records if record.name == "molehill.exchange"]
+    assert len([line for line in said if line.startswith("refused get of lab-1")]) == 1
+
+
 # ---- how much --------------------------------------------------------------------------------------------------
 
 
