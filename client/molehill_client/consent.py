@@ -14,6 +14,7 @@ from molehill.errors import ConsentError, MessageError
 from molehill.plan import ClientPlan
 from molehill.tasks.schema import columns_of
 from molehill.wire.keys import Key
+from molehill.words import counted
 from molehill_client.policy import Policy, Word
 
 _MEND = "Run the same configuration on server and clients."
@@ -245,8 +246,9 @@ def in_words(agreed: Mapping[str, Any]) -> str:
     guards = " and ".join(name for name in ("secure aggregation", "clip") if agreed[name])
     shares = ", ".join(agreed["shares"]) or "nothing"
     under = f"policy {agreed['policy'][:12]}" if agreed["policy"] else "no policy of its own"
+    work = f"{counted(agreed['rounds'], 'round')} of {counted(agreed['steps'], 'step')}"
     return (
-        f"agreed to run {agreed['run']!r}: at most {agreed['rounds']} rounds of {agreed['steps']} steps on "
+        f"agreed to run {agreed['run']!r}: at most {work} on "
         f"{agreed['base']} (weights {agreed['weights'][:12]}), rank {agreed['rank']}; it reads "
         f"{', '.join(agreed['columns'])}; it shares {shares} as {agreed['codec']} with "
         f"{guards or 'neither secure aggregation nor a clip'}; it tells {', '.join(agreed['tells'])}. "

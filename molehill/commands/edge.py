@@ -24,6 +24,7 @@ from molehill.commands.edge_trust import StoreFolder
 from molehill.errors import BundleError, DataError
 from molehill.extras import needs
 from molehill.rowfiles import label_of, read_texts, require_text
+from molehill.words import counted
 
 if TYPE_CHECKING:
     from molehill_edge.bundle import Bundle
@@ -378,7 +379,7 @@ def _show_told(told: dict[str, Any]) -> None:
         "from": ", ".join(
             part
             for part in (
-                came["run"], f"{came['rounds']} rounds" if came["rounds"] else "", came["federation"],
+                came["run"], counted(came["rounds"], "round") if came["rounds"] else "", came["federation"],
                 f"epsilon {came['epsilon']:g}" if came["epsilon"] else "", came["exporter"],
             )
             if part

@@ -307,16 +307,25 @@ def _require_floats(model: PreTrainedModel, left: Iterable[str], stored: Stored)
 
 
 def _require_used(model: PreTrainedModel, left: Iterable[str], origin: str) -> None:
-    """Refuse weights of the model's own layers that its configuration leaves out; heads and other towers may be.
+    """Refuse weights of the model's own parts that its configuration leaves out; heads and other towers may be.
 
     Raises:
         ModelError: There are some.
     """
     prefix = f"{model.base_model_prefix}."
-    stacks = {stack_of(name).removeprefix(prefix) for name, _ in model.named_parameters() if is_numbered(name)}
+    parts = {name.removeprefix(prefix) for name, _ in model.named_modules()} - {""}
     made = {name.removeprefix(prefix) for name, _ in model.named_buffers()}
-    inside = (name for name in left if is_numbered(name) and stack_of(name).removeprefix(prefix) in stacks)
-    lost = sorted(name for name in inside if name.removeprefix(prefix) not in made and not _MADE.search(name))
+
+    def is_inside(name: str) -> bool:
+        """Whether it would be part of a module that the model has, or lie beside one within another."""
+        if is_numbered(name):
+            return stack_of(name).removeprefix(prefix) in parts
+        module = name.removeprefix(prefix).rpartition(".")[0]
+        return module in parts or module.rpartition(".")[0] in parts
+
+    lost = sorted(
+        name for name in left if is_inside(name) and name.removeprefix(prefix) not in made and not _MADE.search(name)
+    )
     if lost:
         raise ModelError(
             f"the configuration leaves out {lost[0]} and {len(lost) - 1} more of the weights",

@@ -42,7 +42,7 @@ class CausalLM:
         self._eos: int = tokenizer.eos_token_id
         self._chat = Chat(tokenizer) if tokenizer.chat_template else None
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._ends = {*tokenizer.all_special_ids, *added}
+        self._ends = {*tokenizer.all_special_ids, *added, self.end}
 
     @property
     def end(self) -> int:

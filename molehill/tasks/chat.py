@@ -2,7 +2,8 @@
 
 A part of a message that the template does not write is refused by name: whoever put it there meant it to be learnt.
 What ends an answer belongs to it: all that the template writes right after every answer, up to and with the first
-special token, such as Gemma's ``<end_of_turn>`` or Phi-3's ``<|end|>``, which are no end-of-sequence tokens.
+special token, such as Gemma's ``<end_of_turn>`` or Phi-3's ``<|end|>``, which are no end-of-sequence tokens. Where none
+follows, a token that was added to the vocabulary does it: fine-tunes add ``<|im_end|>`` as a plain one.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        added = tokenizer.added_tokens_decoder.values()
+        special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        plain = {token.content for token in added if token.content.strip()} - special
+        self._special, self._plain = (sorted(tokens, key=len, reverse=True) for tokens in (special, plain))
         self._frames: dict[tuple[str, ...], list[str]] = {}
         self._unseen: dict[str, str] = {}
 
@@ -63,7 +66,7 @@ class Chat:
 
     @property
     def end(self) -> str:
-        """The special token with which an answer ends; empty where the template writes none, or takes no such chat."""
+        """The token with which an answer ends; empty where the template writes none, or takes no such chat."""
         turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _MARK}]
         try:
             text = self._text(turns, None)
@@ -157,14 +160,14 @@ class Chat:
         return {len(turns) - 1: (len(prompt), end)}
 
     def _first(self, text: str, start: int) -> tuple[int, str] | None:
-        """The end of the first special token from a place on, and the token."""
-        found = [(at, token) for token in self._special if token and (at := text.find(token, start)) >= 0]
-        if not found:
-            return None
-        at, token = min(
-            found, key=lambda pair: pair[0]
-        )  # of those that begin there the longest: they are in that order
-        return at + len(token), token
+        """The end of the first special token from a place on, or else of the first added one, and the token."""
+        for tokens in (self._special, self._plain):
+            found = [(at, token) for token in tokens if token and (at := text.find(token, start)) >= 0]
+            if found:
+                # of those that begin there the longest: they are in that order
+                at, token = min(found, key=lambda pair: pair[0])
+                return at + len(token), token
+        return None
 
     def _text(self, turns: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(

@@ -12,7 +12,7 @@ import json
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from molehill import config
@@ -21,6 +21,7 @@ from molehill.errors import DataError
 from molehill.rowfiles import label_of, text_of
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.sources import read_rows
+from molehill.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -159,21 +160,15 @@ def _require_apart(found: Mapping[str, list[str]]) -> None:
     for label in sorted(found, key=lambda label: (-len(found[label]), label)):
         first = found[label][0]
         if alike(label) in _NOTHING:
-            what = f"the label {label!r} of {_rows(found[label])} is a word for nothing"
+            what = f"the label {label!r} of {counted(len(found[label]), 'row')} is a word for nothing"
             raise DataError(what, where=first, mend="Remove these rows, or list it with all classes in task.labels.")
         known = same.setdefault(alike(label), label)
         if known != label:
             look = ascii if unicodedata.normalize("NFC", known) == unicodedata.normalize("NFC", label) else repr
-            what = (
-                f"the labels {look(known)} ({_rows(found[known])}) and {look(label)} ({_rows(found[label])}, the first "
-                "here) are nearly equal"
-            )
+            more, fewer = (counted(len(found[each]), "row") for each in (known, label))
+            what = f"the labels {look(known)} ({more}) and {look(label)} ({fewer}, the first here) are nearly equal"
             mend = "Write them alike, or list both with all classes in task.labels."
             raise DataError(what, where=first, mend=mend)
-
-
-def _rows(places: Sequence[str]) -> str:
-    return f"{len(places)} row{'s'[: len(places) != 1]}"
 
 
 def _require_nothing(rows: Rows, name: str) -> None:

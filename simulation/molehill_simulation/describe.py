@@ -17,11 +17,12 @@ from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.schema import COLUMNS, class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
 from molehill.tasks.task import Task
+from molehill.words import counted
 from molehill_server.planning.planner import select
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
 from molehill_simulation.data import ClientRows, deal, names_of
-from molehill_simulation.text import clean, counted, megabytes
+from molehill_simulation.text import clean, megabytes
 
 
 def describe(config: Config) -> list[tuple[str, str]]:
@@ -56,6 +57,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
         model, _, encode = open_model(config, offline=True)
         if owners is not None:
             about += _lengths(owners, encode)
+    batch = train.batch_size * train.accumulation
     plain = molora.experts == 1 and not molora.shared if model is None else not model.routers
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
     rows = [
@@ -66,7 +68,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ("experts", f"{_planned(molora) if model is None else _dealt(model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
         ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),
-        ("training", f"{train.steps} steps of {train.batch_size * train.accumulation} rows, lr {train.lr:g}"),
+        ("training", f"{counted(train.steps, 'step')} of {counted(batch, 'row')}, lr {train.lr:g}"),
         ("federation", f"{_show(federation.policy)}: {_merge(config)}"),
         ("wire", f"{_show(config.wire.up)} up, {_show(config.wire.down)} down"),
     ]
@@ -106,7 +108,8 @@ def _spent(config: Config) -> Iterator[tuple[str, str]]:
         how = f"each client is drawn with probability {each.rate:g}"
     elif each.sample < each.population:
         how = f"{each.sample} of {each.population} clients are drawn"
-    yield "spends", f"epsilon {accountant.epsilon([each] * config.run.rounds):.3g} in {config.run.rounds} rounds; {how}"
+    epsilon, rounds = accountant.epsilon([each] * config.run.rounds), counted(config.run.rounds, "round")
+    yield "spends", f"epsilon {epsilon:.3g} in {rounds}; {how}"
 
 
 def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:

@@ -26,11 +26,6 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part[:4000]), part) if at % 2 else (0, part) for at, part in enumerate(parts)]
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, for example ``1 round`` or ``2 rounds``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def megabytes(count: float) -> str:
     """Bytes in units of 10^6 bytes, for example ``1.24 MB``."""
     return f"{count / 1e6:.2f} MB"

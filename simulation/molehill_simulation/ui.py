@@ -18,9 +18,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from molehill.words import counted
 from molehill_simulation.pace import Pace, Work, in_words
 from molehill_simulation.summary import STAGES, Event, Figures, Spread, Summary
-from molehill_simulation.text import clean, counted, duration, figure, megabytes, short_figure
+from molehill_simulation.text import clean, duration, figure, megabytes, short_figure
 
 _log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ def test_a_run_that_asks_for_more_goes_on_without_the_lab_that_refuses(config, t
         lab.join("client-2")
         lab.finish(lab.run())
         assert sorted(lab.events("round")[0]["accepted"]) == ["client-1", "client-2"]
-        lab.until(lambda: "agreed to run 'tiny': at most 1 rounds of 2 steps" in lab.said("client-1"))
+        lab.until(lambda: "agreed to run 'tiny': at most 1 round of 2 steps" in lab.said("client-1"))
         lab.until(lambda: "Under no policy of its own; agreement" in lab.said("client-2"))
         (agreed,) = (tmp_path / "client-1.state/agreed.jsonl").read_text().splitlines()
         assert json.loads(agreed)["digest"][:12] in lab.said("client-1")

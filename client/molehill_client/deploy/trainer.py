@@ -47,6 +47,7 @@ from molehill.tasks.rows import GROUP, Rows
 from molehill.tasks.schema import columns_of, load_rows
 from molehill.wire.exchange import Place
 from molehill.wire.remote import GrpcExchange
+from molehill.words import counted
 from molehill_client import policy
 from molehill_client.client import Client
 from molehill_client.consent import Consent, agreement, digest_of, in_words
@@ -358,8 +359,7 @@ def _trained(plan: ClientPlan, reply: ClientReply) -> str:
         return f"{plan.run}: round {plan.round} was not trained, and no delta sent: {reply.unusable}"
     loss = "loss in the sum only" if reply.loss is None else f"loss {reply.loss:.4f}"
     traffic = f"sent {reply.bytes_up / 1e3:,.1f} kB, received {reply.bytes_down / 1e3:,.1f} kB"
-    steps = "1 step" if plan.steps == 1 else f"{plan.steps} steps"
-    work = f"{steps} on {reply.examples} rows in {reply.seconds:.1f} s"
+    work = f"{counted(plan.steps, 'step')} on {counted(reply.examples, 'row')} in {reply.seconds:.1f} s"
     known = f"round {plan.accepted}" if plan.accepted else "none yet"
     return f"{plan.run}: round {plan.round} trained, {work}, {loss}, {traffic}; last accepted: {known}"
 

@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LongformerConfig,
     LongformerModel,
+    OPTConfig,
+    OPTForCausalLM,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -51,6 +53,20 @@ def test_weights_that_the_configuration_leaves_out(llama_folder, kind):
     edit(llama_folder, lambda held: held.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}))
     with pytest.raises(ModelError, match=r"leaves out \S*layers\.0\.self_attn\.q_proj\.bias"):
         load(llama_folder, kind)
+    edit(llama_folder, lambda held: held.pop("model.layers.0.self_attn.q_proj.bias"))
+    edit(llama_folder, lambda held: held.update({"model.norm.bias": torch.ones(16)}))
+    with pytest.raises(ModelError, match=r"leaves out \S*norm\.bias and 0 more"):
+        load(llama_folder, kind)
+
+
+def test_weights_beside_the_layers_that_the_configuration_leaves_out(tmp_path, tokenizer):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=32)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load(tmp_path)
+    change(tmp_path, _remove_final_layer_norm=True)
+    with pytest.raises(ModelError, match=r"leaves out \S*decoder\.final_layer_norm\.bias and 1 more"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "classification"])

@@ -164,7 +164,16 @@ def test_every_answer_ends_as_the_template_ends_it(make_tokenizer, template):
     assert tokenizer.convert_ids_to_tokens(task.end) == "<end>"
 
 
-def test_an_end_that_is_no_special_token_is_the_end_of_the_text(make_tokenizer):
+def test_an_end_may_be_an_added_token_that_is_not_special(make_tokenizer):
+    tokenizer = make_tokenizer(GEMMA)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<end>"])
+    task = CausalLM(tokenizer, 64)
+    (example,) = task.encode(rows(talk(("u", "one"), ("a", "a"), ("u", "two"), ("a", "b c"))))
+    assert learnt(tokenizer, example)[0] == ["a", "<end>", "b", "c", "<end>"]
+    assert tokenizer.convert_ids_to_tokens(task.end) == "<end>"
+
+
+def test_an_end_that_is_no_token_is_the_end_of_the_text(make_tokenizer):
     tokenizer = make_tokenizer(GEMMA)
     task = CausalLM(tokenizer, 64)
     (example,) = task.encode(rows(talk(("u", "one"), ("a", "a"))))

@@ -1,0 +1,8 @@
+"""Words of sentences for people. Standard library only: devices import it (docs/adr/0006)."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, for example ``1 round`` or ``2 rounds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
