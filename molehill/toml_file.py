@@ -33,11 +33,12 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the {what}: {reason}", where=origin) from None
+        mend = "Check its name and its permissions." if isinstance(error, OSError) else "Save it as UTF-8."
+        raise ConfigError(f"cannot read the {what}: {reason}", where=origin, mend=mend) from None
     try:
         return tomllib.loads(text), Lines(text, origin)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"not valid TOML: {error}", where=origin) from None
+        raise ConfigError(f"not valid TOML: {error}", where=origin, mend="Mend it there.") from None
 
 
 def explain(error: ValidationError, root: type[BaseModel], values: Mapping[str, Any], lines: Lines) -> ConfigError:

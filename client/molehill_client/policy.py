@@ -179,4 +179,5 @@ def begin(path: Path) -> None:
     except FileExistsError:
         raise ConfigError("there is a file already", where=str(path), mend="Remove it, or name another.") from None
     except OSError as error:
-        raise ConfigError(f"cannot write the policy: {error.strerror}", where=str(path)) from None
+        what = f"cannot write the policy: {error.strerror}"
+        raise ConfigError(what, where=str(path), mend="Name another place.") from None

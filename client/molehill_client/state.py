@@ -92,7 +92,8 @@ class StateStore:
         try:
             sealed = path.read_bytes()
         except OSError as error:
-            raise ResumeError(f"cannot read the personal state: {error.strerror}", where=str(path)) from None
+            what = f"cannot read the personal state: {error.strerror}"
+            raise ResumeError(what, where=str(path), mend="Check its permissions, and the disk.") from None
         data = unseal(sealed, self._label_of(max(rounds)), key, str(path))
         try:
             *trees, held = _parts(data, 4)

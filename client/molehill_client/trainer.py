@@ -149,7 +149,7 @@ def train(
     received = model.values.clone() if pull else model.values
     optimiser = _optimiser(model, ranges, settings.decay)
     total, learnt = torch.zeros(1 + len(losses), len(streams)), torch.zeros(len(streams))
-    sound = False  # the loss before the first step
+    sound = False  # whether the first step was taken from a loss that a model in use may have
     with _training(model, records=bool(losses)):
         for step in range(steps):
             at = progress[0] + (progress[1] - progress[0]) * step / steps
@@ -159,15 +159,15 @@ def train(
                 group["lr"] = part.rate * factor
             model.grads.zero_()
             found, predictions = _accumulate(model, streams, objective, losses, settings.accumulation)
-            sound = sound or (step == 0 and float(found[0].max()) < _ABSURD)
-            _require_finite(found[0].tolist(), settings, where, step, sound=sound and step > 0)
+            _require_finite(found[0].tolist(), settings, where, step, sound=sound)
             if pull:
                 for part in ranges:
                     span = (slice(None), slice(part.start, part.stop))
                     pull(model.grads[span], model.values[span], received[span])
             for grad in model.grads:
-                _clip(grad, ranges, settings, where, step, sound=sound and step > 0)
+                _clip(grad, ranges, settings, where, step, sound=sound)
             optimiser.step()
+            sound = sound or (step == 0 and float(found[0].max()) < _ABSURD)
             total += found
             learnt += predictions > 0
             if observe is not None:

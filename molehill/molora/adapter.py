@@ -133,7 +133,9 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
             _take(values, patches, Key(name, expert, ""), site, factors.pop(name), manifest)
         if factors:
             raise AdapterError(
-                f"expert {expert} has tensors for {min(factors)}, which is no site of it", where=str(folder)
+                f"expert {expert} has tensors for {min(factors)}, which is no site of it",
+                where=str(folder),
+                mend="Save the adapter anew: a part of it is of another.",
             )
     for part, _ in _parts(model):
         try:
@@ -162,12 +164,13 @@ def describe_peft(folder: Path) -> Manifest:
             mend="Only those of causal language models stand alone; of a run, give the folder that has molora.json.",
         )
     if not all(isinstance(each, tuple) for each in factors.values()):
-        raise AdapterError("an (IA)3 adapter cannot stand alone, only a LoRA", where=where)
+        raise AdapterError("an (IA)3 adapter cannot stand alone", where=where, mend="Give a LoRA.")
     base = {"id": said.base_model_name_or_path or "", "revision": said.revision or "", "digest": ""}
     try:
         molora = MoLoRAConfig(**{**registry.build("preset", "lora"), **plain_lora(factors)})
     except ValidationError as error:
-        raise AdapterError(f"not an adapter: {error.errors()[0]['msg']}", where=where) from None
+        what = f"not an adapter: {error.errors()[0]['msg']}"
+        raise AdapterError(what, where=where, mend="Save it anew with peft.") from None
     return Manifest(base=base, task="causal-lm", molora=molora, ranks={})
 
 
@@ -181,7 +184,8 @@ def load_peft(folder: Path, model: MoLoRAModel) -> None:
     values: dict[Key, Array] = {}
     for site, factors in read_peft(folder).items():
         if site not in model.sites:
-            raise AdapterError(f"the base has no linear module {site} in its layers", where=str(folder))
+            what = f"the base has no linear module {site} in its layers"
+            raise AdapterError(what, where=str(folder), mend="Give the base that the adapter was made for.")
         values[Key(site, expert, "A")], values[Key(site, expert, "B")] = factors
     model.load(values)
 

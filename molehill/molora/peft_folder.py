@@ -19,6 +19,7 @@ Factors: TypeAlias = tuple[Array, Array]  # A [r, d_in], B [d_out, r]
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ANEW = "Save it anew with peft."
 _MEND = "Merge it into its base, or train it anew as a plain LoRA."
 
 # Keys with a value under which the folder is more, or something else, than factors of linear modules. What is neither
@@ -129,9 +130,11 @@ def read_config(folder: Path) -> PeftConfig:
     try:
         config = PeftConfig.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise AdapterError(f"no PEFT adapter here: {error.strerror}", where=str(path)) from None
+        what = f"no PEFT adapter here: {error.strerror}"
+        raise AdapterError(what, where=str(path), mend="Give the folder that peft has saved.") from None
     except ValidationError as error:
-        raise AdapterError(f"not a PEFT configuration: {error.errors()[0]['msg']}", where=str(path)) from None
+        what = f"not a PEFT configuration: {error.errors()[0]['msg']}"
+        raise AdapterError(what, where=str(path), mend=_ANEW) from None
     found = list(config.objections())
     if found:
         raise AdapterError(f"{', '.join(found)} cannot be an expert", where=str(path), mend=_MEND)
@@ -158,12 +161,12 @@ def read_peft(folder: Path) -> dict[str, Factors | Array]:
         other = f"{site}.lora_B.{rest}"
         B = tensors.get(other)
         if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise AdapterError(f"factors of {site} do not fit each other", where=str(folder))
+            raise AdapterError(f"factors of {site} do not fit each other", where=str(folder), mend=_ANEW)
         out[site] = (A, B * np.float32(config.scale(site, A.shape[0])))
         used |= {name, other}
     _require_known(folder, sorted(tensors.keys() - used))
     if not out:
-        raise AdapterError("there is no factor in it", where=str(folder / WEIGHTS))
+        raise AdapterError("there is no factor in it", where=str(folder / WEIGHTS), mend=_ANEW)
     return out
 
 
@@ -191,9 +194,10 @@ def read_tensors(path: Path) -> dict[str, Array]:
     try:
         return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
     except OSError as error:
-        raise AdapterError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+        what = f"cannot be read: {error.strerror or error}"
+        raise AdapterError(what, where=str(path), mend="Check that the folder is whole, and who may read it.") from None
     except SafetensorError as error:
-        raise AdapterError(f"not a valid safetensors file: {error}", where=str(path)) from None
+        raise AdapterError(f"not a valid safetensors file: {error}", where=str(path), mend="Save it anew.") from None
 
 
 def plain_lora(factors: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from molehill_server.validation import Limits, check_reply, open_delta, parse_re
 
 T = TypeVar("T")
 
+_BACK = "Mend what kept the others away, then resume."
 _ANSWER = 30.0  # seconds in which a node answers that has nothing to compute
 
 
@@ -354,7 +355,7 @@ class Coordinator:
                 f"{self._config.round.min_clients} are needed",
                 mend="Start the others, then resume.",
             )
-        raise FederationError(f"round {number}: {why}") if why else _below_quorum(number, notes, need)
+        raise FederationError(f"round {number}: {why}", mend=_BACK) if why else _below_quorum(number, notes, need)
 
     def _choose(self, pool: list[str], number: int, attempt: int) -> tuple[list[str], Ledger | None]:
         """The clients of a round, and what will have been spent after it.
@@ -871,7 +872,7 @@ def _below_quorum(number: int, notes: _Round, need: int) -> FederationError:
     parts.append(f"with a usable update, {need} are needed")
     parts += filter(None, [_why(notes)])
     if not notes.unusable:
-        return FederationError("; ".join(parts))
+        return FederationError("; ".join(parts), mend=_BACK)
     client, reason = next(iter(notes.unusable.items()))
     parts.append(f"{', '.join(notes.unusable)} cannot train the model they were sent ({client}: {reason.rstrip('.')})")
     mend = (

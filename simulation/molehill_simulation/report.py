@@ -111,7 +111,8 @@ def _owners(path: Path) -> dict[str, str]:
     try:
         found = files.parse_json(path.read_bytes()) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read who the clients are: {error}", where=str(path)) from None
+        what = f"cannot read who the clients are: {error}"
+        raise DataError(what, where=str(path), mend="Bring the file back, or remove it.") from None
     if not isinstance(found, dict):
         raise DataError("not what Molehill writes", where=str(path), mend="Was the file edited?")
     return {str(name): str(owner) for name, owner in found.items()}

@@ -173,7 +173,7 @@ def _said(path: Path) -> errors.MolehillError:
     try:
         return errors.from_dict(files.parse_json(path.read_bytes()))
     except (ValueError, KeyError, TypeError):
-        return DeployError("the server process ended, and what it said is damaged", where=str(path))
+        return DeployError("the server process ended, and what it said is damaged", where=str(path), mend=_MEND)
 
 
 def _wait(
