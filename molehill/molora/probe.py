@@ -56,13 +56,26 @@ class Probe:
 def linears(base: nn.Module) -> dict[str, nn.Module]:
     """The linear modules inside numbered layers by name, in the order of the model's modules.
 
-    A linear with a forward pass of its own, such as a mixture's router, is none.
+    A linear that gives something else, such as a mixture's router, is none.
     """
-    return {
-        name: module
-        for name, module in base.named_modules()
-        if type(module).forward in {nn.Linear.forward, Conv1D.forward} and is_numbered(name)
-    }
+    return {name: module for name, module in base.named_modules() if is_numbered(name) and _is_linear(module)}
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and adds its bias; where its forward pass is its own, a row tells."""
+    if type(module).forward in {nn.Linear.forward, Conv1D.forward}:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    x = torch.linspace(-1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype)[None]
+    wanted = F.linear(x, module.weight, module.bias)
+    try:
+        y = type(module).forward(module, x)
+    except Exception:  # noqa: BLE001  (it wants other arguments, or rows of another width)
+        return False
+    close = 1e-5 if x.dtype == torch.float32 else 1e-2
+    return isinstance(y, Tensor) and y.shape == wanted.shape and bool((y - wanted).norm() <= close * wanted.norm())
 
 
 def is_numbered(name: str) -> bool:
