@@ -47,7 +47,7 @@ class _Every(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum over experts for tokens ``[N, d]``, of which each has ``[N, k]`` experts and weights."""
         experts: Any = self.__dict__["experts"]
-        activate = experts._apply_gate if experts.has_gate else experts.act_fn  # noqa: SLF001  (the families differ in it)
+        activate = experts._apply_gate if experts.has_gate else experts.act_fn  # noqa: SLF001  (it has no public name)
         total = torch.zeros_like(hidden_states)
         for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             out = down(activate(up(hidden_states)))

@@ -152,10 +152,6 @@ class Identity:
         files.write(path, data, mode=files.PRIVATE)
         return path
 
-    def openssh_public_key(self) -> str:
-        """The public key as one line of OpenSSH, for ``flwr supernode register``."""
-        return keys.openssh(self.certificate.public_key)
-
 
 def request(
     folder: Path,
