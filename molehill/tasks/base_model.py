@@ -26,8 +26,8 @@ from molehill.tasks.weights import Stored, cannot_load, end_tokens, is_whole, lo
 
 _SAMPLE = "sample:minilm"
 _ENDLESS = 1 << 30  # tokens, of a model that says nothing and has no table of positions
-# Masks and angles that older versions of transformers stored in the layers; the model makes them itself.
-_MADE = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
+# Masks, angles and numbers of positions that older versions of transformers stored; the model makes them itself.
+_MADE = re.compile(r"(^|\.)(inv_freq|position_ids|token_type_ids|(attn|attention)\.(masked_)?bias)$")
 # What a model and its tokenizer need, from the top folder only: no pickle, no ONNX, no code.
 _WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 
