@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
 
 from molehill_server.transport import Incoming, Outgoing
 
@@ -19,6 +22,7 @@ __all__ = ["Context", "Grid", "GridTransport", "ServerApp"]
 
 # What Flower itself answers in place of a client that will not.
 _LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
+_TRIES = 10  # looks, a second apart, for the parts of a reply; a node sends them right after it has announced it
 
 
 @runtime_checkable
@@ -57,6 +61,9 @@ class GridTransport:
         self._grid = grid
         self._nodes: dict[int, tuple[str, str]] = {}  # name, and since when it is connected
         self._clock: Clock = grid if isinstance(grid, Clock) else WallClock()
+        module = vars(sys.modules[type(grid).__module__])
+        if "pull_objects" in module:  # the grid of a SuperLink, whose nodes may say what they like
+            module["pull_objects"] = _parts
 
     def nodes(self) -> list[int]:
         """The nodes that are connected now."""
@@ -91,6 +98,23 @@ class GridTransport:
     def wait(self, seconds: float) -> None:
         """Let time pass."""
         self._clock.wait(seconds)
+
+
+def _parts(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """The parts of a reply, the reply itself last, in place of Flower's `pull_objects`.
+
+    That one waits for minutes for a part that a node has announced and never sends, and what cannot be put together
+    afterwards ends the process. Here both mean that the reply is lost.
+
+    Raises:
+        ObjectPullError: One has not come, or they are no reply.
+    """
+    found = pull_objects(object_ids, pull_object_fn, max_tries_per_object=_TRIES, backoff_cap=1.0)
+    try:
+        _read(cast("Message", inflate_object_from_contents(object_ids[-1], dict(found))))
+    except Exception as error:  # the parsers below raise anything for what a node made up
+        raise ObjectPullError(object_ids[-1], "it is no reply") from error
+    return found
 
 
 def _read(reply: Message) -> tuple[str | None, str, bool]:

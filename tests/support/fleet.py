@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import ssl
+import time
 from base64 import b64encode
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -13,6 +15,7 @@ import httpx
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from flwr.app import ConfigRecord, RecordDict
 from flwr.proto import fleet_pb2, message_pb2, node_pb2
 
 from molehill.pki import Identity
@@ -68,16 +71,27 @@ class Member:
         """Push a reply with so many objects."""
         return self.post("push-messages", reply_of(self.number, objects, **said))
 
-    def push_object(self, content: bytes, session: str = "session") -> httpx.Response:
+    def pull(self) -> message_pb2.Metadata | None:
+        """What the node is asked next, without its content."""
+        asked = fleet_pb2.PullMessagesRequest(node=node_pb2.Node(node_id=self.number))
+        found = fleet_pb2.PullMessagesResponse.FromString(self.post("pull-messages", asked).content)
+        return found.messages_list[0].metadata if found.messages_list else None
+
+    def push_object(self, content: bytes, session: str = "session", run: int = 3) -> httpx.Response:
         """Push one object."""
-        node, name = node_pb2.Node(node_id=self.number), hashlib.sha256(content).hexdigest()
-        fields = {"run_id": 3, "session_id": session, "object_id": name, "object_content": content}
+        node, name = node_pb2.Node(node_id=self.number), digest(content)
+        fields = {"run_id": run, "session_id": session, "object_id": name, "object_content": content}
         return self.post("push-object", message_pb2.PushObjectRequest(node=node, **fields))
+
+
+def digest(content: bytes) -> str:
+    """What Flower calls an object."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def name_of(number: int) -> str:
     """The digest of some object."""
-    return hashlib.sha256(str(number).encode()).hexdigest()
+    return digest(str(number).encode())
 
 
 def reply_of(node: int, objects: int = 3, **changes: object) -> fleet_pb2.PushMessagesRequest:
@@ -95,3 +109,20 @@ def reply_of(node: int, objects: int = 3, **changes: object) -> fleet_pb2.PushMe
         messages_list=[message_pb2.Message(metadata=message_pb2.Metadata(**said))],
         message_object_trees=[message_pb2.ObjectTree(object_id=name_of(0), children=children)],
     )
+
+
+def written(node: int, texts: Sequence[str], **said: object) -> tuple[fleet_pb2.PushMessagesRequest, dict[str, bytes]]:
+    """A reply with a record of each text, and its objects by their digests; the reply itself is the last."""
+    records = {f"reply{number or ''}": ConfigRecord({"json": text}) for number, text in enumerate(texts)}
+    content = RecordDict(records).deflate()
+    pushed = reply_of(node, 1, **{"message_type": "train", "created_at": time.time(), "ttl": 60.0} | said)
+    (message,), (tree,) = pushed.messages_list, pushed.message_object_trees
+    message.content.SetInParent()
+    body = message.SerializeToString()
+    parts = [*(record.deflate() for record in records.values()), content]
+    parts.append(f"Message {digest(content)} {len(body)}\0".encode() + body)
+    found = {digest(part): part for part in parts}
+    *inner, middle, message.metadata.message_id = found
+    tree.CopyFrom(message_pb2.ObjectTree(object_id=message.metadata.message_id))
+    tree.children.add(object_id=middle).children.extend(message_pb2.ObjectTree(object_id=name) for name in inner)
+    return pushed, found
