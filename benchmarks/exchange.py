@@ -27,17 +27,16 @@ from typing import Any
 
 import grpc
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests" / "support"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
-from common import show  # noqa: E402
-from tiny_pki import Authority  # noqa: E402
+from common import show
+from tiny_pki import Authority
 
-from molehill.pki import Identity  # noqa: E402
-from molehill.wire.exchange import FolderExchange, Place  # noqa: E402
-from molehill.wire.message import digest  # noqa: E402
-from molehill.wire.remote import CHUNK, GrpcExchange, Patience  # noqa: E402
-from molehill_server.exchange.grants import Grant, Grants  # noqa: E402
+from molehill.pki import Identity
+from molehill.wire.exchange import FolderExchange, Place
+from molehill.wire.message import digest
+from molehill.wire.remote import CHUNK, GrpcExchange, Patience
+from molehill_server.exchange.grants import Grant, Grants
 
 NOW = Place("bench", 1)
 

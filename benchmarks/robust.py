@@ -22,7 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
+
 import numpy as np
+import tiny_world
 from rich.console import Console
 
 from molehill.config import MethodRef
@@ -32,12 +35,7 @@ from molehill_simulation import scenario
 from molehill_simulation.simulate import simulate
 from molehill_simulation.summary import read_summary
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests" / "support"))
-
-import tiny_world  # noqa: E402 - it is no package
-
-PAGE = ROOT / "docs" / "reference" / "results.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "results.md"
 OWNERS, ROWS, ROUNDS = 7, 90, 8
 TRIGGER, TARGET = "all", "positive"
 

@@ -81,7 +81,7 @@ def _follow(known: Known, version: int, path: Path, target: str, data: bytes) ->
     Raises:
         ValueError: One of them does not hold; or RepositoryError, OSError, AttributeError for the same reason.
     """
-    from tuf.api.metadata import Metadata, Root, Targets  # noqa: PLC0415
+    from tuf.api.metadata import Metadata, Root, Targets  # noqa: PLC0415  # as above
 
     root = Metadata[Root].from_bytes(known.pinned.read_bytes())
     root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)

@@ -15,8 +15,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import edge_attacks
 import pytest
 import typer
+from edge_attacks import NEW
 from edge_bundles import FILES, Memory, make_bundle
 from tuf.api.metadata import Metadata
 from typer.testing import CliRunner
@@ -28,26 +30,11 @@ from molehill_edge.store import Store, default_folder
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
 
-NEW = {"experts.safetensors": b"experts of the second version"}
 
-
-class World:
-    def __init__(self, folder) -> None:
-        self.folder = folder
-        self.keys = Keys(folder / "keys", b"secret")
-        self.root = self.keys.root_path(1).read_bytes()
-        self.repo = folder / "repo"
-        self.server = Memory(self.repo)
-        self.store = Store(folder / "store")
-
+class World(edge_attacks.World):
     def publish(self, version, files=None, now=None, **fields):
-        bundle = make_bundle(self.folder / f"{fields.get('id', 'reviews')}-{version}", files, version=version, **fields)
-        Repository(self.repo, self.keys, now=now).publish(bundle)
-        self.server.load(self.repo)
-        return bundle
-
-    def pull(self, **options):
-        return fetch.pull(self.store, self.server.address, fetcher=self.server, **options)
+        super().publish(version, files, now, **fields)
+        self.show()
 
     def opened(self, name="reviews"):
         with self.store.admit(name) as admitted:
@@ -175,7 +162,7 @@ def test_a_name_that_is_not_here(world):
 
 
 def test_a_local_bundle_is_not_opened_as_if_it_were_signed(world):
-    for name in (world.folder / "reviews-1", str(world.folder / "reviews-1")):
+    for name in (world.folder / "bundle-reviews-1", str(world.folder / "bundle-reviews-1")):
         with pytest.raises(BundleError, match="nobody has signed: --insecure-local"):
             world.store.admit(name)
 
