@@ -20,7 +20,7 @@ from molehill.molora.head import Head
 from molehill.tasks.devices import slides
 from molehill.tasks.weights import Stored
 from molehill_export.graph import Graph, Place
-from molehill_export.mixtures import every_expert
+from molehill_export.mixtures import every_expert, substitute
 from molehill_export.trace import DYNAMIC, export, quiet
 
 _DOMAIN = "molehill"
@@ -158,17 +158,12 @@ def _marked(base: nn.Module, sites: Sequence[str]) -> Iterator[None]:
     before = {name: base.get_submodule(name) for name in sites}
     try:
         for name, module in before.items():
-            _replace(base, name, _Marked(module, name))
+            substitute(base, name, _Marked(module, name))
         with every_expert(base):
             yield
     finally:
         for name, module in before.items():
-            _replace(base, name, module)
-
-
-def _replace(base: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(base.get_submodule(parent), last, module)
+            substitute(base, name, module)
 
 
 def _without_marks(graph: Graph) -> Graph:

@@ -22,11 +22,11 @@ def every_expert(base: nn.Module) -> Iterator[None]:
     found = [(name, module) for name, module in base.named_modules() if all(hasattr(module, mark) for mark in _MARKS)]
     try:
         for name, module in found:
-            _replace(base, name, _Every(module))
+            substitute(base, name, _Every(module))
         yield
     finally:
         for name, module in found:
-            _replace(base, name, module)
+            substitute(base, name, module)
 
 
 class _Every(nn.Module):
@@ -70,6 +70,7 @@ def _linears(experts: Any, name: str) -> nn.ModuleList:
     return nn.ModuleList(made)
 
 
-def _replace(base: nn.Module, name: str, module: nn.Module) -> None:
+def substitute(base: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place of one of a base."""
     parent, _, last = name.rpartition(".")
     setattr(base.get_submodule(parent), last, module)
