@@ -56,6 +56,9 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
         DataError: The source cannot be read, or a row does not fit; names file and line.
     """
     read = read_rows(data.source, split=data.split)
+    if task.kind == "causal-lm":
+        for name in _UNREAD.keys() - {*data.columns.values(), *map(str, data.partition.params.values())}:
+            _require_nothing(read, name)
     if only is not None:
         ours = {data.columns.get(name, name) for name in COLUMNS[task.kind]}
         if withheld := [repr(name) for name in read.columns if name in ours and name not in only]:
@@ -67,9 +70,6 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
     if "task" in data.columns:
         rows = rows.having(**{TASK: _task_ids(read, data.columns["task"])})
     if task.kind == "causal-lm":
-        named = {*data.columns.values(), *map(str, data.partition.params.values())}
-        for name in _UNREAD.keys() - named:
-            _require_nothing(rows, name)
         return conform(rows, task), task
     if not task.labels:
         task = task.model_copy(update={"labels": derive_labels(rows)})

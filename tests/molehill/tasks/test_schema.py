@@ -235,6 +235,9 @@ def test_columns_that_may_not_be_read_are_named(write, caplog):
     rows, _ = load_rows(config.Data(source=path), WRITE, only=("messages",))
     assert set(rows.columns) == {"messages"}
     assert caplog.messages == [f"{path}: columns that may not be read are left out: 'tools'"]
+    path = write("s.jsonl", [{"messages": TURNS, "system": "Be brief."}])
+    with pytest.raises(DataError, match="'system' is not read"):
+        load_rows(config.Data(source=path), WRITE, only=("messages",))
 
 
 def test_content_keys_ignore_answers(write):
