@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -94,6 +95,20 @@ def sweep(folder: Path) -> None:
     """Remove what `write` left half done, in a folder where nobody writes, because its process was killed."""
     for path in folder.rglob(".*.part"):
         path.unlink(missing_ok=True)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and what is missing above it, so that a crash does not lose the folder itself."""
+    new = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in new:
+        sync(each.parent)
 
 
 def sync(path: Path) -> None:

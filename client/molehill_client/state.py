@@ -113,7 +113,7 @@ class StateStore:
             if self.rounds():
                 raise _no_key(self._key, self.folder)
             key = self._key.create()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         if self._foreign():
             for number in self.rounds():
                 self._at(number).unlink(missing_ok=True)
@@ -144,7 +144,7 @@ class StateStore:
     def save_secret(self, data: bytes) -> None:
         """Keep the secrets of secure aggregation in place of the last ones."""
         key = self._key.load() or self._key.create()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         sealed = seal(data, {**self._label, "file": _MASKING}, key)
         files.write(self.folder / _MASKING, sealed, mode=files.PRIVATE)
 

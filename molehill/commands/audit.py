@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +32,6 @@ def verify(
 
         verdict = audit.verify(file, head)
         if as_json:
-            print_json(asdict(verdict))
+            print_json({"entries": verdict.entries, "head": verdict.head})
         else:
             typer.echo(f"{file}: {verdict.entries} entries, all whole; the last one has the hash {verdict.head}")

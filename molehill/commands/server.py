@@ -99,6 +99,7 @@ def run(
 
             with needs("simulation"):
                 from molehill_server.deploy.run import run as start
+                from molehill_server.folder import working
                 from molehill_simulation.conclude import conclude
                 from molehill_simulation.pace import Work
                 from molehill_simulation.ui import RunView, show_summary
@@ -109,7 +110,8 @@ def run(
                 contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
             ):
                 model, base, _ = start(resolved, state, folder, view)
-                summary = conclude(resolved, model, base, folder)
+                with working(folder, patience=None):  # the server process has let go of it
+                    summary = conclude(resolved, model, base, folder)
         except KeyboardInterrupt:
             interrupted(folder, ["molehill", "server", "run"], ["--state", str(state)], as_json)
             raise typer.Exit(INTERRUPTED) from None

@@ -1,7 +1,8 @@
 """Adapter folders: one loadable PEFT folder per expert, the router, the head and ``molora.json``.
 
     adapter/
-      molora.json                      format, base model (id, revision, weight digest), the MoLoRA section, sites
+      molora.json                      format, base model (id, revision, weight digest), the MoLoRA section, sites, and
+                                       the digest of every file, itself included
       experts/e0/adapter_config.json   a standard PEFT LoRA (or IA3) folder
       experts/e0/adapter_model.safetensors
       router.safetensors               routers, by wire name (if any)
@@ -13,10 +14,11 @@ along the rank axis: what plain peft loads is exactly what the expert computes a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +32,16 @@ from molehill.errors import AdapterError, MessageError
 from molehill.molora.experts.lora import LoRABank
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
-from molehill.molora.peft_folder import CONFIG, PREFIX, Factors, plain_lora, read_config, read_peft, read_tensors
+from molehill.molora.peft_folder import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Factors,
+    plain_lora,
+    read_config,
+    read_peft,
+    read_tensors,
+)
 from molehill.tensors import write as write_tensors
 from molehill.wire.keys import Key
 from molehill.wire.tree import Array
@@ -48,6 +59,8 @@ class Manifest(BaseModel):
         molora: The configuration the model was built from.
         ranks: Trained rank of every expert at every site; ranks beyond are frozen patches.
         personal: Policies of ``gate`` and ``head``: what clients keep is not in the folder, or not what it was.
+        files: SHA-256 (hex) of every file of the folder, by its path there; of ``molora.json`` without its own. Empty
+            in folders of older versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +73,10 @@ class Manifest(BaseModel):
     molora: MoLoRAConfig
     ranks: dict[str, dict[str, int]]
     personal: dict[str, str] = {}
+    files: dict[str, str] = {}
+
+
+_NAME = "molora.json"
 
 
 def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: str = "") -> None:
@@ -68,7 +85,7 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: st
     Args:
         folder: Created when missing; every file is replaced at once, and then experts that this adapter has not go.
         model: The model.
-        manifest: What to record; its ``ranks`` are filled in here.
+        manifest: What to record; its ``ranks`` and ``files`` are filled in here.
         place: Where other libraries find the base: its folder; empty for a hub id, which the manifest has.
     """
     ranks: dict[str, dict[str, int]] = {}
@@ -81,22 +98,48 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: st
         _save_expert(out, model, expert, where, manifest, place)
     for name, kind in _parts(model):
         write_tensors(folder / name, _by_name(model, kind), {})
-    text = manifest.model_copy(update={"ranks": ranks}).model_dump_json(indent=2)
-    files.write(folder / "molora.json", f"{text}\n".encode())
+    digests = {name: files.digest_of(folder / name) for name in _names(model)}
+    made = manifest.model_copy(update={"ranks": ranks, "files": digests})
+    digests[_NAME] = _own_digest(json.loads(made.model_dump_json()))
+    files.write(folder / _NAME, f"{made.model_dump_json(indent=2)}\n".encode())
     for path in (folder / "experts").iterdir():
         if path.name not in model.experts:
             shutil.rmtree(path)
+
+
+def _names(model: MoLoRAModel) -> list[str]:
+    """Paths in the folder of all files of an adapter beside its description."""
+    experts = [f"experts/{expert}/{name}" for expert in model.experts for name in (CONFIG, WEIGHTS)]
+    return [*experts, *(name for name, _ in _parts(model))]
+
+
+def _own_digest(said: dict[str, Any]) -> str:
+    """SHA-256 (hex) of ``molora.json`` without what it says of itself."""
+    others = {name: digest for name, digest in said["files"].items() if name != _NAME}
+    return hashlib.sha256(json.dumps({**said, "files": others}, sort_keys=True).encode()).hexdigest()
+
+
+def _require_whole(folder: Path, names: Iterable[str], digests: Mapping[str, str]) -> None:
+    for name in names:
+        if digests and files.digest_of(folder / name) != digests.get(name):
+            raise _damaged(folder / name)
+
+
+def _damaged(path: Path) -> AdapterError:
+    what = "the file was damaged: it does not have the digest that molora.json has of it"
+    return AdapterError(what, where=str(path), mend="Restore it, or go on with its run, which writes it again.")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read ``molora.json``.
 
     Raises:
-        AdapterError: It is missing or not what this version writes.
+        AdapterError: It is missing, damaged or not what this version writes.
     """
-    path = folder / "molora.json"
+    path = folder / _NAME
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        made = Manifest.model_validate_json(text)
     except OSError as error:
         raise AdapterError(f"no adapter here: {error.strerror}", where=str(path)) from None
     except (ValidationError, UnicodeDecodeError) as error:
@@ -105,6 +148,9 @@ def read_manifest(folder: Path) -> Manifest:
             what, mend = f"its format is {first['input']!r}, not 1", "Read it with the Molehill that wrote it."
             raise AdapterError(what, where=str(path), mend=mend) from None
         raise AdapterError(f"not a valid adapter description: {first['msg']}", where=str(path)) from None
+    if made.files and made.files.get(_NAME) != _own_digest(json.loads(text)):
+        raise _damaged(path)
+    return made
 
 
 def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
@@ -147,6 +193,7 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
         raise AdapterError(f"adapter lacks {missing[0]} and {len(missing) - 1} more tensors", where=str(folder))
     model.load(values)
     model.set_patches(patches)
+    _require_whole(folder, _names(model), manifest.files)  # last: what does not fit together says more than a digest
 
 
 def describe_peft(folder: Path) -> Manifest:
@@ -220,7 +267,7 @@ def _save_expert(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(B)
         ranks[name] = A.shape[0]
-    write_tensors(out / "adapter_model.safetensors", tensors, {"format": "pt"})
+    write_tensors(out / WEIGHTS, tensors, {"format": "pt"})
     conv = any(isinstance(site.base, Conv1D) for site in where.values())
     common: dict[str, Any] = {
         "base_model_name_or_path": place or manifest.base["id"],
@@ -236,7 +283,7 @@ def _save_expert(
                    "alpha_pattern": pattern, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": conv}  # fmt: skip
     else:
         common |= {"peft_type": "IA3", "feedforward_modules": [], "fan_in_fan_out": conv}
-    files.write(out / "adapter_config.json", (json.dumps(common, indent=2) + "\n").encode())
+    files.write(out / CONFIG, (json.dumps(common, indent=2) + "\n").encode())
 
 
 def _take(

@@ -49,10 +49,12 @@ class Verdict:
     Attributes:
         entries: Number of whole entries.
         head: Hash of the last one.
+        round: The last that was committed; 0 when none was.
     """
 
     entries: int
     head: str
+    round: int = 0
 
 
 class AuditLog:
@@ -96,6 +98,11 @@ class AuditLog:
         """Hash of the last entry."""
         return self._last.head
 
+    @property
+    def round(self) -> int:
+        """The last round of which it says that it was committed; 0 for none."""
+        return self._last.round
+
     def append(self, event: str, **fields: Any) -> None:
         """Write one entry, and the same to the log of this process.
 
@@ -117,7 +124,7 @@ class AuditLog:
             }
             line, head = _line(entry)
             self._write(line, new=not last.entries)
-            self._last = Verdict(last.entries + 1, head)
+            self._last = Verdict(last.entries + 1, head, _committed(entry, last))
         facts = "".join(f", {key} {value}" for key, value in fields.items() if isinstance(value, str | int | float))
         _log.info("%s%s", event, facts, extra=logs.fields(event=event, **fields))
 
@@ -181,7 +188,7 @@ def _check(path: Path, head: str | None = None) -> tuple[Verdict, int]:
                 if not line.endswith(b"\n"):
                     torn = len(line)
                     break
-                last = Verdict(number, _hash_of(line, last, f"{path}:{number}"))
+                last = _after(last, line, f"{path}:{number}")
                 seen = seen or last.head == head
     except OSError as error:
         raise DataError(f"cannot read the audit log: {error.strerror}", where=str(path)) from None
@@ -202,19 +209,26 @@ def _says_lost(path: Path, head: str) -> bool:
     return isinstance(first, dict) and first.get("event") == "lost" and first.get("fields") == {"head": head}
 
 
-def _hash_of(line: bytes, last: Verdict, where: str) -> str:
-    """The hash of a line that is, to the byte, an entry that follows the last one."""
+def _after(last: Verdict, line: bytes, where: str) -> Verdict:
+    """What a log comes to with a line that is, to the byte, an entry that follows the last one."""
     try:
         entry = parse_json(line)
         found = entry.pop("hash")
         again, digest = _line(entry)
+        committed = _committed(entry, last)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError("not an entry of an audit log", where=where) from None
     if digest != found or again != line:
         raise DataError("the entry was changed: it does not fit its hash", where=where)
     if entry.get("previous") != last.head or entry.get("sequence") != last.entries + 1:
         raise DataError("the entry does not follow the one before: lines were removed or reordered", where=where)
-    return digest
+    return Verdict(last.entries + 1, digest, committed)
+
+
+def _committed(entry: dict[str, Any], last: Verdict) -> int:
+    """The last round that was committed, with this entry."""
+    number = entry["fields"].get("round") if entry["event"] == "version" else None
+    return number if isinstance(number, int) else last.round
 
 
 def _line(entry: dict[str, Any]) -> tuple[bytes, str]:

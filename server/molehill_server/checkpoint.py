@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from molehill.errors import AdapterError, MessageError, ResumeError
-from molehill.files import parse_json, sync, write
+from molehill.files import digest_of, make_folder, parse_json, sync, write
 from molehill.wire.message import decode_tree, digest
 from molehill.wire.store import load_tree, save_tree
 from molehill.wire.tree import Tree
@@ -127,7 +127,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     scratch = folder / f".{final.name}"
     for old in folder.glob(".round-*"):  # of a run that was killed here
         shutil.rmtree(old)
-    (scratch / "blobs").mkdir(parents=True)
+    make_folder(scratch / "blobs")
     save_tree(scratch / "tree.safetensors", glob.tree, {})
     save_tree(scratch / "patches.safetensors", patch_tree(glob.patches), {})
     numbers = {}
@@ -155,7 +155,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "accepted": dict(checkpoint.accepted),
         "log": checkpoint.log._asdict(),
         "audit": checkpoint.audit,
-        "files": {path.name: _file_digest(path) for path in scratch.glob("*.safetensors")},
+        "files": {path.name: digest_of(path) for path in scratch.glob("*.safetensors")},
     }
     write(scratch / _META, json.dumps({**meta, "sha256": _meta_digest(meta)}, indent=1).encode())
     scratch.rename(final)
@@ -234,13 +234,8 @@ def _meta_digest(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _require_digest(path: Path, known: str) -> None:
-    if _file_digest(path) != known:
+    if digest_of(path) != known:
         raise ValueError(f"{path.name} is damaged: it does not have the digest that was noted down")
 
 

@@ -137,7 +137,8 @@ class Coordinator:
 
     Raises:
         ConfigError: The configuration combines things that do not go together.
-        ResumeError: The folder holds a run with another configuration or base model, or its audit log was changed.
+        ResumeError: The folder holds a run with another configuration or base model, its audit log was changed, or
+            its checkpoints are gone.
     """
 
     def __init__(
@@ -180,6 +181,12 @@ class Coordinator:
         self._capped: dict[str, Count] = {}  # as it was last told
         self._audit = AuditLog(out / "audit.jsonl", self._saved.audit)
         if loaded is None:
+            if committed := self._audit.round:
+                raise ResumeError(
+                    f"there is no checkpoint any more, and round {committed} was committed by the audit log",
+                    where=str(out / "checkpoints"),
+                    mend="Bring it back, or start a new run in another folder.",
+                )
             (out / "metrics.jsonl").unlink(missing_ok=True)
         else:
             events.rewind(out / "metrics.jsonl", loaded.log)

@@ -36,15 +36,19 @@ def elsewhere(out: Path) -> DeployError:
 
 
 @contextlib.contextmanager
-def working(out: Path) -> Iterator[None]:
+def working(out: Path, patience: float | None = 0) -> Iterator[None]:
     """Have the run folder for this process alone; one that nothing was put into is gone afterwards.
+
+    Args:
+        out: The folder.
+        patience: See `take`.
 
     Raises:
         DeployError: Another process has it.
     """
     new = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    lock = take(out, patience=0)
+    lock = take(out, patience)
     try:
         files.sweep(out)
         yield

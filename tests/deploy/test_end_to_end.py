@@ -132,6 +132,13 @@ def test_the_audit_logs_tell_who_took_part(finished):
     assert {entry["fields"]["client"] for entry in door if entry["event"] == "admitted"} == {f"CN={n}" for n in NAMES}
 
 
+def test_nobody_else_can_read_what_a_coordinator_and_machines_write(finished):
+    for folder in (finished.state, finished.out, *(finished.folder / f"{name}.state" for name in NAMES)):
+        for path in (folder, *folder.rglob("*")):
+            if path.is_dir() or path.is_file():
+                assert path.stat().st_mode & 0o077 == 0, path
+
+
 def test_what_people_ask_afterwards(finished):
     state = finished.folder / "client-1.state"
     found = finished.ask("server", "status", "--state", finished.state, "--json")

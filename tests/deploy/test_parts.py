@@ -70,22 +70,24 @@ def test_a_run_that_cannot_be_stopped_is_told_and_a_coordinator_is_ended_all_the
         child.kill()
 
 
-def test_the_log_of_a_run_is_followed_over_a_cut(tmp_path):
-    """A server process that goes on cuts off what came after the last commit, and writes other lines there."""
+# ---- the events of a run -----------------------------------------------------------------------------------------
+
+
+def test_events_are_told_once_and_whole_also_where_a_run_that_goes_on_has_cut_the_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"n": 1}\n')
-    new = _tail(path)
-    assert next(new) == []
-    path.write_text('{"n": 1}\n{"n": 2}\n{"n"')
-    assert next(new) == [{"n": 2}]
-    path.write_text('{"n": 1}\n{"n": 2}\n{"n": 3}\n')
-    assert next(new) == [{"n": 3}]
-    path.write_text('{"n": 1}\n{"other": 22}\n{"n": 4}\n')  # the end of what was read is in the middle of a line
-    assert next(new) == []
-    path.write_text('{"n": 1}\n{"n": 2, "long": 3333')
-    assert next(new) == []
-    path.write_text('{"n": 1}\n{"n": 2, "long": 33333}\n{"n": 5}\n')
-    assert next(new) == [{"n": 5}]
+    events = _tail(path)
+    assert next(events) == []  # there is no such file yet
+    old, new = ([json.dumps({"event": "progress", "time": t + n}) + "\n" for n in range(5)] for t in (0, 1000))
+    path.write_text(old[0] + old[1] + old[2][:9])
+    assert [event["time"] for event in next(events)] == [0, 1]
+    path.write_text("".join(old[:3]))
+    assert [event["time"] for event in next(events)] == [2]
+    path.write_text("".join([old[0], *new]))  # cut after the first one, and longer than before at the next look
+    assert [event["time"] for event in next(events)] == [1000, 1001, 1002, 1003, 1004]
+    path.write_text(old[0])
+    assert next(events) == []
+    path.write_text(old[0] + new[0])
+    assert [event["time"] for event in next(events)] == [1000]
 
 
 # ---- the line ----------------------------------------------------------------------------------------------------

@@ -109,6 +109,16 @@ def test_an_audit_log_whose_end_was_cut_off_is_refused_and_one_that_is_gone_is_t
     verify(path)
 
 
+def test_checkpoints_that_are_gone_are_no_new_run(stopped, tmp_path):
+    settings, folder = stopped
+    out = shutil.copytree(folder, tmp_path / "out")
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(ResumeError, match=r"checkpoints: there is no checkpoint any more, and round 1 was committed"):
+        simulate(settings, out)
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
 # What clients keep
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import secrets
@@ -123,6 +124,7 @@ def _follow(office: Office, given: dict[str, str | int], state: Path, out: Path,
     """Start the server process, start it again when it was killed, and pass its events on."""
     error = out / "error.json"
     events = _tail(out / "metrics.jsonl")
+    next(events)  # what is there was told before
     status: RunStatus | None = None
     last = 0  # of the server processes the last with which anything happened
     for count in range(1, _CRASHES + 1):
@@ -210,22 +212,25 @@ def _begins(state: Path) -> bool:
 
 
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield what was appended to an event file since the last time."""
-    at = path.stat().st_size if path.exists() else 0
+    """Yield the events that were written since the last time.
+
+    A run that goes on cuts off the end of the file, at a mark, and writes on from there; by the next look the file may
+    be longer than it was. So what is new is what follows the lines that are still those that were read.
+    """
+    known = _lines(path)
     while True:
-        found = []
-        if path.exists():
-            at = min(at, path.stat().st_size)  # a resume cuts off what came after the last commit
-            with path.open("rb") as file:
-                if at:
-                    file.seek(at - 1)
-                    at += len(file.readline()) - 1  # in the middle of a line, where others were written meanwhile
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    at += len(line)
-                    found.append(json.loads(line))
-        yield found
+        lines = _lines(path)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(known, lines, strict=False)))
+        known = lines
+        yield [files.parse_json(line) for line in lines[same:]]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """All whole lines of a file; none when it is not there."""
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
 
 
 def _initial(adapted: Adapted, out: Path) -> str:

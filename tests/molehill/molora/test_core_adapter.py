@@ -216,6 +216,26 @@ def test_a_damaged_folder_is_refused_with_the_reason(folder, damage):
         load(folder)
 
 
+def test_a_folder_with_one_other_bit_is_refused_by_name(folder):
+    """Also where it is as good an adapter as before: another weight, or another rank."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        at = whole.index(b"tiny") if path.suffix == ".json" else len(whole) - 5
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(AdapterError, match=rf"{path.name}: the file was damaged"):
+            load(folder)
+        path.write_bytes(whole)
+    load(folder)
+
+
+def test_a_folder_of_an_older_version_has_no_digests(folder):
+    path = folder / "molora.json"
+    said = json.loads(path.read_text())
+    assert len(said.pop("files")) == sum(each.is_file() for each in folder.rglob("*")) == 7
+    path.write_text(json.dumps(said))
+    load(folder)
+
+
 def test_another_base_is_refused(folder):
     with pytest.raises(AdapterError, match="weight digest dddddddddddd, this base has eeeeeeeeeeee"):
         load_adapter(folder, adapted("bert", experts=2, rank=2), base_digest="e" * 64)
