@@ -138,7 +138,7 @@ class Coordinator:
     Raises:
         ConfigError: The configuration combines things that do not go together.
         ResumeError: The folder holds a run with another configuration or base model, its audit log was changed, or
-            its checkpoints are gone.
+            its checkpoints are gone, or the last one under privacy.
     """
 
     def __init__(
@@ -180,19 +180,24 @@ class Coordinator:
         self._late: set[str] = set()
         self._capped: dict[str, Count] = {}  # as it was last told
         self._audit = AuditLog(out / "audit.jsonl", self._saved.audit)
+        self._require_newest(loaded)
         if loaded is None:
-            if committed := self._audit.round:
-                raise ResumeError(
-                    f"there is no checkpoint any more, and round {committed} was committed by the audit log",
-                    where=str(out / "checkpoints"),
-                    mend="Bring it back, or start a new run in another folder.",
-                )
             (out / "metrics.jsonl").unlink(missing_ok=True)
         else:
             events.rewind(out / "metrics.jsonl", loaded.log)
         self._log = events.EventLog(out / "metrics.jsonl", self._audit.record)
         self._journal = Journal(out / "masked-sum")
         self._roster = Roster(transport, self._log, introduction, clients)
+
+    def _require_newest(self, loaded: checkpoint.Checkpoint | None) -> None:
+        """Refuse to begin anew, or to forget what was spent, where the audit log knows of a later round."""
+        last, mend = self._audit.round, "Bring it back, or start a new run in another folder."
+        if loaded is None and last:
+            what = f"there is no checkpoint any more, and round {last} was committed by the audit log"
+            raise ResumeError(what, where=str(self._out / "checkpoints"), mend=mend)
+        if loaded is not None and self._accountant is not None and last > loaded.glob.round:
+            what = f"the checkpoint of round {last} is gone, and with it what that round spent of the privacy budget"
+            raise ResumeError(what, where=str(self._out / "checkpoints"), mend=mend)
 
     def run(self) -> Tree:
         """Do all rounds that are left, then measure.

@@ -51,7 +51,9 @@ def in_a_process(settings, out, kill_after=None):
             os._exit(code)
     if kill_after is not None:
         while time.monotonic() - began < kill_after:
-            if os.waitpid(process, os.WNOHANG)[0]:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                assert os.waitstatus_to_exitcode(status) == 0
                 return True, time.monotonic() - began
             time.sleep(0.002)
         os.kill(process, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from toy_federation import config, initial
 
 from molehill.config import MethodRef
-from molehill.errors import PrivacyError
+from molehill.errors import PrivacyError, ResumeError
 from molehill.plan import ClientPlan
 from molehill.wire.clipping import clip, norm
 from molehill.wire.message import decode_delta, encode_delta
@@ -154,6 +155,19 @@ def test_a_resume_restores_what_was_spent_and_the_secret_draw(toy):
     ledger = run.start()._saved.privacy
     assert ledger.secret == secret
     assert ledger.rounds == (Round(4, 2),) * 5
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_a_round_spent_is_not_forgotten_with_its_checkpoint(toy, private):
+    """Its noisy mean was released, and one more with other noise says more."""
+    run = toy(settings() if private else config())
+    final = run.run()
+    shutil.rmtree(run.out / "checkpoints" / "round-00003")
+    if private:
+        with pytest.raises(ResumeError, match=r"the checkpoint of round 3 is gone, .* spent of the privacy budget"):
+            run.start()
+        return
+    assert run.run().flat.tolist() == final.flat.tolist()
 
 
 def test_the_draw_does_not_follow_from_the_seed(toy):
