@@ -49,7 +49,7 @@ def test_a_claim_that_cannot_be_is_refused_and_named_and_the_run_goes_on(toy, se
     assert [len(event["accepted"]) for event in run.events("round")] == [4, 4]
 
 
-@pytest.mark.parametrize("name", ["n_test", "cut", "lost"])
+@pytest.mark.parametrize("name", ["n_test", "cut", "lost", "unlearnt"])
 def test_rows_of_other_kinds_are_believed_no_more(toy, name):
     run = toy(config(data={"clients": 5}, run={"rounds": 1}))
     coordinator = run.start()
@@ -59,7 +59,7 @@ def test_rows_of_other_kinds_are_believed_no_more(toy, name):
     coordinator.run()
     (event,) = run.events("refused")
     assert event["client"] == "client-4"
-    assert "more than 1,000,000,000 rows are held out, cut or lost" in event["reason"]
+    assert "more than 1,000,000,000 rows are held out, cut, lost or not learnt" in event["reason"]
 
 
 @pytest.mark.parametrize("sections", [{}, SECURE], ids=["open", "masked"])
