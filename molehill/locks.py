@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TextIO
 
 from molehill.errors import DeployError
-from molehill.files import PRIVATE
 
 LOCK = "lock"  # the file
 _PATIENCE = 5.0  # seconds: who asks whether a folder is held locks it for a moment
@@ -31,7 +30,7 @@ def hold(folder: Path, what: str, mend: str, name: str = LOCK, patience: float |
     """
     end = time.monotonic() + (_PATIENCE if patience is None else patience)
     while True:
-        file = os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT, PRIVATE), "w")
+        file = (folder / name).open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from molehill import files, locks, tensors
+from molehill import files, tensors
 from molehill.errors import AdapterError, DeployError
 from molehill.wire.keys import Key
 from molehill.wire.store import load_tree, save_tree
@@ -31,15 +31,6 @@ def test_what_is_made_in_private_is_private_whatever_the_umask(tmp_path, umask):
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert modes == {"folder": 0o700, "by hand": 0o600, "by us": 0o600}
-
-
-def test_a_lock_is_for_its_owner_alone(tmp_path):
-    before = os.umask(0)
-    try:
-        locks.hold(tmp_path, "somebody has it", "Wait.").close()
-    finally:
-        os.umask(before)
-    assert (tmp_path / locks.LOCK).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_folder_that_is_made_outlives_a_crash(tmp_path, monkeypatch):

@@ -194,8 +194,11 @@ def join(
     member.state.mkdir(parents=True, exist_ok=True)
     member.state.chmod(0o700)
     mend = "End it first, or give another folder with --state."
-    held = locks.hold(member.state, "`molehill client join` runs already", mend)
-    with files.private(), held, _runtime(member.state) as runtime:
+    with (
+        files.private(),
+        locks.hold(member.state, "`molehill client join` runs already", mend),
+        _runtime(member.state) as runtime,
+    ):
         reap(member.state.resolve())
         note = Joined(os.getpid(), identity.name, address.join(member.host, member.port), str(runtime))
         files.write(member.state / "joined.json", json.dumps(asdict(note)).encode())

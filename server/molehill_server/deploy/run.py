@@ -66,8 +66,11 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         _log.warning(text, config.round.deadline, _DETECTION)
     up, office = require_running(state), Office(state, observe)
     mend = "Wait for it, or stop it: molehill server stop --run"
-    lock = locks.hold(state, "another `server run` is at work", mend, "run.lock")
-    with lock, files.private(), files.told("the run", out):
+    with (
+        files.private(),
+        locks.hold(state, "another `server run` is at work", mend, "run.lock"),
+        files.told("the run", out),
+    ):
         _require_idle(office, out)
         if (out / "config.toml").exists():
             write_config(config, out)  # refuses another configuration before anything is loaded
