@@ -84,6 +84,8 @@ def test_events_are_told_once_and_whole_also_where_a_run_that_goes_on_has_cut_th
     assert [event["time"] for event in next(events)] == [2]
     path.write_text("".join([old[0], *new]))  # cut after the first one, and longer than before at the next look
     assert [event["time"] for event in next(events)] == [1000, 1001, 1002, 1003, 1004]
+    path.write_text(old[0] + "half of one and half of another\n" + old[1])
+    assert next(events) == []
     path.write_text(old[0])
     assert next(events) == []
     path.write_text(old[0] + new[0])

@@ -66,7 +66,7 @@ class Office:
 
     def note(self, job: Job) -> None:
         """Write down what is worked on."""
-        files.write(self._state / "run.json", json.dumps(asdict(job)).encode())
+        files.write(self._state / "run.json", json.dumps(asdict(job)).encode(), mode=files.PRIVATE)
 
     def call(self, what: Callable[[Control], T], patience: float = 0.0) -> T:
         """Ask the SuperLink.

@@ -224,8 +224,12 @@ def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
     while True:
         lines = _lines(path)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(known, lines, strict=False)))
-        known = lines
-        yield [files.parse_json(line) for line in lines[same:]]
+        found = []
+        with contextlib.suppress(ValueError):  # it is being cut this moment: the rest comes at the next look
+            for line in lines[same:]:
+                found.append(files.parse_json(line))  # noqa: PERF401 - those before a line that fails are kept
+        known = lines[: same + len(found)]
+        yield found
 
 
 def _lines(path: Path) -> list[bytes]:
