@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from molehill.config import MethodRef
+from molehill.errors import MessageError
 from molehill.wire.exchange import Exchange
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.message import decode_tree, digest, encode_tree
@@ -65,6 +66,7 @@ class Broadcast:
     codec: MethodRef
     max_bytes: int
     blobs: dict[str, Blob] = field(default_factory=dict)
+    _put: set[str] = field(default_factory=set, init=False)
 
     def publish(self, glob: Global) -> Global:
         """Put the groups that changed and drop those they replace.
@@ -86,9 +88,20 @@ class Broadcast:
             if blob.digest not in live:
                 self.exchange.drop(blob.digest)
         for blob in self.blobs.values():
-            if not self.exchange.has(blob.digest):
+            if not self._has(blob.digest):
                 self.exchange.put(blob.data)
+        self._put = live
         return replace(glob, tree=self._tree(glob.tree.layout), patches=self._patches())
+
+    def _has(self, name: str) -> bool:
+        """Whether the exchange has a blob; what an earlier process put there may have been damaged since."""
+        if name in self._put:
+            return self.exchange.has(name)
+        try:
+            self.exchange.get(name)
+        except MessageError:  # none, or one that does not fit its digest and so was removed
+            return False
+        return True
 
     def _tree(self, layout: Layout) -> Tree:
         tree = Tree(layout)

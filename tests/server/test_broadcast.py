@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy_federation import D_IN, D_OUT, SITE, initial
 
 from molehill.config import MethodRef
-from molehill.wire.exchange import MemoryExchange
+from molehill.wire.exchange import FolderExchange, MemoryExchange
 from molehill.wire.keys import Key
 from molehill.wire.message import decode_tree
 from molehill_server.aggregation.lowrank import concat
@@ -60,6 +60,18 @@ def test_only_changed_groups_are_sent_and_old_blobs_go():
     assert set(one.exchange._blobs) == set(one.digests().values())
     one.drop()
     assert not one.exchange._blobs
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100])
+def test_a_blob_that_was_damaged_while_nobody_served_is_put_again(tmp_path, damage):
+    one = Broadcast(FolderExchange(tmp_path), MethodRef(name="fp32"), 2**20)
+    glob = one.publish(Global(initial()))
+    for digest in one.digests().values():
+        (tmp_path / digest).write_bytes(damage)
+    other = Broadcast(FolderExchange(tmp_path), MethodRef(name="fp32"), 2**20, dict(one.blobs))
+    other.publish(glob)
+    plain, _ = held(other)
+    assert all(np.array_equal(plain[key], glob.tree[key]) for key in glob.tree)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.sampled_from(["fp32", "fp16"]))
