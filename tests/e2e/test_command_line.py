@@ -229,6 +229,6 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     assert set(summary["mean"]) == set(summary["worst"]) == FIGURES
     assert set(summary["base_model"]) == {"id", "revision", "digest", "remarks"}
     assert [set(client) for client in summary["clients"]] == [
-        FIGURES | {"id", "n_train", "n_test", "cut", "lost", "macro_f1"}
+        FIGURES | {"id", "n_train", "n_test", "cut", "lost", "unlearnt", "macro_f1"}
     ] * 3
     assert (out / "adapter" / "molora.json").is_file()
