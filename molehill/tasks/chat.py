@@ -232,7 +232,7 @@ class Chat:
         except _FAILURES:  # it reads the contents
             return
         for at, mark in marks.items():
-            if mark not in shown:
+            if mark not in shown.casefold():  # earlier answers may be edited
                 yield f"'content' of message {at + 1}"
 
     def _differs(self, turns: Sequence[Message], tools: Any, text: str) -> bool:

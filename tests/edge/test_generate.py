@@ -355,7 +355,7 @@ def test_prompts_are_what_training_tokenised_before_an_answer(template):
     ]
     for said in (turns, turns[1:], turns[1:2]):
         row = {"messages": [*said, {"role": "assistant", "content": "no, never"}]}
-        text, spans = task._render(row, "")
+        text, spans, _ = task._render(row, "")
         ids, labels = task._tokenise(text, spans)
         prompt = prompts.before_answer(said)
         assert prompt == text[: spans[-1][0]]
