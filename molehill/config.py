@@ -206,7 +206,8 @@ class Personal(Section):
         gate: ``anchored``: the router is averaged, and every client fits a residual of its own to the final model;
             ``personal``: the
             whole router stays (the global model mixes uniformly); ``global``: nothing of the router stays;
-            ``mixture``: sub-routers are averaged, the main router stays (needs ``scorer = "mixture"``).
+            ``split``: what the scorer calls its own stays (the main router of ``scorer = "mixture"``), all else is
+            averaged; ``mixture`` is an older name of it.
         head: The same choice for the classification head.
         decay: L2 pull of the residuals towards zero, per step and unit of learning rate.
         steps: Steps in which a client fits its residuals, after the rounds and on its own rows. No step moves a
@@ -215,12 +216,17 @@ class Personal(Section):
         head_lr: The same for the head's.
     """
 
-    gate: Literal["anchored", "personal", "global", "mixture"] = "anchored"
+    gate: Literal["anchored", "personal", "global", "split"] = "anchored"
     head: Literal["anchored", "personal", "global"] = "anchored"
     decay: float = Field(default=0.1, ge=0)
     steps: int = Field(default=16, ge=0)
     gate_lr: float = Field(default=3e-3, gt=0)
     head_lr: float = Field(default=1e-3, gt=0)
+
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        return "split" if value == "mixture" else value
 
 
 class Train(Section):

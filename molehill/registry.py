@@ -159,6 +159,16 @@ def get(axis: str, name: str) -> Method:
         ) from None
 
 
+def declared(method: Method, name: str) -> Any:
+    """What a method says of itself, where no parameter decides it: an attribute of its class.
+
+    Args:
+        method: The method.
+        name: The attribute; the interface has its default.
+    """
+    return getattr(method.target, name)
+
+
 def parse_params(axis: str, name: str, values: Mapping[str, Any]) -> Any:
     """Validate ``values`` and return the method's params dataclass.
 

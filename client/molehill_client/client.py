@@ -173,19 +173,18 @@ class Client:
         """Score what every client gets: no personal tensors.
 
         A head that nobody shares is the exception, since without one there is nothing to score; of a gate that nobody
-        shares, all experts (or sub-routers) weigh alike.
+        shares, all experts weigh alike, or what the parts that stay choose from.
         """
         self._check(plan)
-        config, model = self.bench.config, self.bench.model
+        model = self.bench.model
         state = self.store.before(plan.round + 1)
         self._receive(plan, state)
         keeps = {key.kind for key in self.bench.initial if plan.scope(key) == "personal"}
         model.load({key: value for key, value in state.tree.items() if key.kind == "head" and "head" in keeps})
         model.use_personal(gate=False, head=False)
-        model.use_uniform_gate("gate" in keeps and config.personal.gate != "mixture")
-        if config.personal.gate == "mixture":
-            main = self.bench.initial.select(lambda key: key.role.startswith("gate.main"))
-            model.load(Tree(main.layout))
+        kept = [key for key in self.bench.initial if key.kind == "gate" and plan.scope(key) == "personal"]
+        model.use_uniform_gate(not all(key.own for key in kept))
+        model.load({key: np.zeros_like(self.bench.initial[key]) for key in kept if key.own})
         return {"global": self.score()}
 
     def personally(self, stages: dict[str, Scores]) -> dict[str, float]:

@@ -74,13 +74,13 @@ def _named(ref: Any) -> str:
 
 def _keeper(key: Key, config: Config, decided: Any) -> str:
     """The configuration key that keeps a tensor from being shared; empty when none does."""
-    scope = getattr(decided, key.kind, "frozen")  # of a kind that the policy does not know, nothing was agreed
+    scope = decided.of(key.kind)
     if scope is not None:
         return "" if scope == "shared" else "federation.policy"
     if key.kind == "head":
         return "personal.head" if config.personal.head == "personal" else ""
-    main = config.personal.gate == "mixture" and not key.role.startswith("gate.sub")
-    return "personal.gate" if config.personal.gate == "personal" or main else ""
+    kept = config.personal.gate == "personal" or (config.personal.gate == "split" and key.own)
+    return "personal.gate" if kept else ""
 
 
 class Consent:

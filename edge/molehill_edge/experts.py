@@ -20,10 +20,11 @@ from molehill_edge import gates
 from molehill_edge import manifest as manifests
 from molehill_edge.quantise import pack4, quantise, unpack4
 from molehill_protos.v1 import bundle_pb2
-from molehill_protos.v1.bundle_pb2 import GateTensor, Manifest, Site
+from molehill_protos.v1.bundle_pb2 import GateTensor, Manifest, Site, SiteTensor
 
 Array = np.ndarray[Any, Any]
 
+_VECTOR, _OLD_VECTOR = "dense.v", "v"  # the role of a vector, and its name in files of 0.1
 _DTYPES = {"F32": np.float32, "I8": np.int8, "U8": np.uint8}
 
 
@@ -33,12 +34,12 @@ class Expert:
 
     Attributes:
         id: Its name in the bundle.
-        sites: A ``[r, d_in]`` and B ``[d_out, r]`` by site; for a vector the pair (None, ``[1, d_out]``).
+        sites: Its tensors by site and role: ``A [r, d_in]`` and ``B [d_out, r]``, or others.
         rows: Its row of each gate tensor that has one for every expert.
     """
 
     id: str
-    sites: Mapping[str, tuple[Array | None, Array]]
+    sites: Mapping[str, Mapping[str, Array]]
     rows: Mapping[str, Array]
 
 
@@ -97,13 +98,13 @@ def parse(data: bytes, manifest: Manifest, where: str) -> Expert:
     if not manifests.valid_id(metadata["id"]):
         raise BundleError(f"{metadata['id'][:80]!r} cannot be the id of an expert", where=where)
     rows = {tensor.name: tensors.pop(tensor.name) for tensor in _with_rows(manifest) if tensor.name in tensors}
-    sites: dict[str, tuple[Array | None, Array]] = {}
+    sites: dict[str, dict[str, Array]] = {}
     for site in manifest.sites:
-        if site.form == bundle_pb2.VECTORS:
-            if (vector := tensors.pop(f"{site.name}/v", None)) is not None:
-                sites[site.name] = (None, vector)
-        elif f"{site.name}/A" in tensors and f"{site.name}/B" in tensors:
-            sites[site.name] = (tensors.pop(f"{site.name}/A"), tensors.pop(f"{site.name}/B"))
+        if f"{site.name}/{_OLD_VECTOR}" in tensors:
+            tensors[f"{site.name}/{_VECTOR}"] = tensors.pop(f"{site.name}/{_OLD_VECTOR}")
+        names = {role: f"{site.name}/{role}" for role in _shapes(site, 1)}
+        if all(name in tensors for name in names.values()):
+            sites[site.name] = {role: tensors.pop(name) for role, name in names.items()}
     if tensors:
         raise BundleError(f"the expert has {min(tensors)}, which the bundle does not know", where=where)
     return Expert(metadata["id"], sites, rows)
@@ -167,10 +168,9 @@ def place(expert: Expert, slot: int, manifest: Manifest, data: bytes) -> bytes:
     tensors = views(changed)
     for site in manifest.sites:
         if slot in site.slots:
-            A, B = expert.sites[site.name]
             try:
                 with np.errstate(all="raise", under="ignore"):
-                    _write(site, list(site.slots).index(slot), A, B, tensors)
+                    _write(site, list(site.slots).index(slot), expert.sites[site.name], tensors)
             except FloatingPointError:
                 what = f"expert {expert.id} has numbers at {site.name} that are too large to be stored"
                 raise BundleError(what, where=manifest.id) from None
@@ -190,13 +190,14 @@ def clear(slot: int, manifest: Manifest, data: bytes) -> bytes:
     Raises:
         BundleError: The file is damaged.
     """
-    sites: dict[str, tuple[Array | None, Array]] = {}
-    for site in manifest.sites:
-        if slot in site.slots:
-            rank = site.ranks[list(site.slots).index(slot)]
-            vector = site.form == bundle_pb2.VECTORS
-            A = None if vector else np.zeros((rank, site.d_in), np.float32)
-            sites[site.name] = (A, np.zeros((1, site.d_out) if vector else (site.d_out, rank), np.float32))
+    sites = {
+        site.name: {
+            role: np.zeros(shape, np.float32)
+            for role, shape in _shapes(site, site.ranks[list(site.slots).index(slot)]).items()
+        }
+        for site in manifest.sites
+        if slot in site.slots
+    }
     return place(Expert("", sites, {}), slot, manifest, data)
 
 
@@ -295,19 +296,15 @@ def _misfit(expert: Expert, manifest: Manifest, slot: int) -> str | None:
         return f"the slot has no place at {min(extra)}"
     for name, site in wanted.items():
         rank = site.ranks[list(site.slots).index(slot)]
-        A, B = expert.sites[name]
-        if A is None:
-            shapes = [(B, (1, site.d_out), "vector")]
-        elif A.ndim == 2 and A.shape[0] != rank:
-            return f"the expert has rank {A.shape[0]} at {name}, the slot {rank}"
-        else:
-            shapes = [(A, (rank, site.d_in), "A"), (B, (site.d_out, rank), "B")]
-        if why := _wrong(shapes, name):
+        tensors = expert.sites[name]
+        if "A" in tensors and tensors["A"].ndim == 2 and len(tensors["A"]) != rank:
+            return f"the expert has rank {len(tensors['A'])} at {name}, the slot {rank}"
+        if why := _wrong([(tensors[role], shape, role) for role, shape in _shapes(site, rank).items()], name):
             return why
-    tensors = [tensor for tensor in _with_rows(manifest) if slot in manifest.routers[tensor.router].slots]
-    if missing := {tensor.name for tensor in tensors} - expert.rows.keys():
+    gate = [tensor for tensor in _with_rows(manifest) if slot in manifest.routers[tensor.router].slots]
+    if missing := {tensor.name for tensor in gate} - expert.rows.keys():
         return f"the expert lacks its row of {min(missing)}"
-    return next((why for t in tensors if (why := _wrong([(expert.rows[t.name], row_shape(t), "row")], t.name))), None)
+    return next((why for t in gate if (why := _wrong([(expert.rows[t.name], row_shape(t), "row")], t.name))), None)
 
 
 def _wrong(arrays: Sequence[tuple[Array, tuple[int, ...], str]], name: str) -> str | None:
@@ -319,17 +316,31 @@ def _wrong(arrays: Sequence[tuple[Array, tuple[int, ...], str]], name: str) -> s
     return None
 
 
-def _write(site: Site, position: int, A: Array | None, B: Array, tensors: Mapping[str, Array]) -> None:
+def _roles(site: Site) -> Sequence[SiteTensor]:
+    """What is stored of experts that are no low-rank pairs."""
+    if site.form == bundle_pb2.VECTORS:
+        return [SiteTensor(role=_VECTOR, name=site.b, by_rank=True, shape=[site.d_out])]
+    return site.tensors
+
+
+def _shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of an expert's tensors at a site, by role."""
+    roles = _roles(site)
+    if not roles:
+        return {"A": (rank, site.d_in), "B": (site.d_out, rank)}
+    return {each.role: (rank if each.by_rank else 1, *each.shape) for each in roles}
+
+
+def _write(site: Site, position: int, expert: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
     """Write an expert into its ranks of one site."""
     begin = sum(site.ranks[:position])
     end = begin + site.ranks[position]
     ranks, lead = slice(begin, end), slice(site.a_start + begin, site.a_start + end)
-    b = tensors[site.b]
-    if site.form == bundle_pb2.VECTORS:
-        b[ranks] = B
+    if roles := _roles(site):
+        for each in roles:
+            tensors[each.name][ranks if each.by_rank else slice(position, position + 1)] = expert[each.role]
         return
-    assert A is not None  # `_misfit` was asked before
-    a = tensors[site.a]
+    A, B, a, b = expert["A"], expert["B"], tensors[site.a], tensors[site.b]
     if site.form == bundle_pb2.GEMM_FP32:
         a[:, lead], b[ranks] = A.T, B.T
     elif site.form == bundle_pb2.GEMM_INT8:

@@ -303,10 +303,18 @@ def _check_site(site: Site, slots: int) -> None:
     _check_indices(site.slots, slots, owner)
     _must(len(site.ranks) == len(site.slots), f"{owner} has {len(site.slots)} slots and {len(site.ranks)} ranks")
     _must(all(1 <= rank <= MAX_ENTRIES for rank in site.ranks), f"{owner} has an impossible rank")
-    vectors = site.form == Form.VECTORS
+    vectors, tensors = site.form == Form.VECTORS, site.form == Form.TENSORS
     _must(site.form in Form.values() and site.form != Form.FORM_UNSPECIFIED, f"{owner} has no known form")
     _must(1 <= site.d_out <= MAX_SIZE and (vectors or site.d_in >= 1), f"{owner} has no size")
+    _must(tensors == bool(site.tensors), f"{owner} has not the tensors of its form")
+    _distinct((each.role for each in _at_most(MAX_ENTRIES, site.tensors, "roles")), f"{owner} has a role")
+    for each in site.tensors:
+        shape = _at_most(8, each.shape, f"axes in {owner}")
+        _must(bool(each.role) and bool(each.name), f"{owner} has a tensor without a name")
+        _must(all(1 <= size <= MAX_SIZE for size in shape), f"{owner} has an impossible shape")
     _must(site.d_in <= MAX_SIZE, f"{owner} is too large")
+    if tensors:
+        return
     _must(bool(site.b) and vectors != bool(site.a), f"{owner} has not the tensors of its form")
     _must(not vectors or set(site.ranks) == {1}, f"{owner} has vectors of a rank other than 1")
     _must(site.a_start <= MAX_SIZE, f"{owner} begins too late")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from molehill import __version__, config
 from molehill.errors import ConfigError, DataError, ModelError
-from molehill.molora.experts.lora import LoRABank
+from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
 from molehill.tasks.batches import Example
@@ -40,7 +40,7 @@ from molehill_export import parity as parity_of
 from molehill_export.base import cache_shape, classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
-from molehill_export.molora import Inserted, choose_slots, effective, expert_axes, gate_values, insert
+from molehill_export.molora import Inserted, choose_slots, effective, gate_values, insert
 from molehill_export.source import CLIENT, GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
 from molehill_simulation.data import deal
@@ -397,27 +397,24 @@ def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
     model = source.model
     tree = model.tree(lambda key: key.expert == expert)
     values: dict[str, NDArray[Any]] = {}
-    for name, site in model.sites.items():
-        ids, bank = model.expert_ids(site), site.bank
-        if expert not in ids:
-            continue
-        if not isinstance(bank, LoRABank):
-            values[f"{name}/v"] = np.ascontiguousarray(tree[Key(name, expert, "dense.v")])
-            continue
-        mine = (bank.patch_expert == ids.index(expert)).cpu()
-        A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
-        B = np.concatenate([tree[Key(name, expert, "B")], bank.patch_Bt.cpu()[mine].numpy().T], 1)
-        values[f"{name}/A"], values[f"{name}/B"] = np.ascontiguousarray(A), np.ascontiguousarray(B)
+    for key, value in tree.items():
+        values[f"{key.site}/{key.role}"] = np.ascontiguousarray(value)
+    for name, (bank, index) in model.banks_of(expert).items():
+        if isinstance(bank, PairBank):
+            A, B = (each.numpy() for each in bank.patches(index))
+            values[f"{name}/A"] = np.concatenate([values[f"{name}/A"], A])
+            values[f"{name}/B"] = np.concatenate([values[f"{name}/B"], B], 1)
     with source.gate(gate) as shared:
         for group in shared.routers.values():
             first = next(site for site in shared.sites.values() if site.group is group)
             ids = shared.expert_ids(first)[first.shared :]
             if expert not in ids:
                 continue
-            for part, axis in expert_axes(group, source.adapter.molora.scorer).items():
+            roles = group.router.roles()
+            for part, axis in group.router.scorer.axes().items():
                 if axis >= 0:
                     row = np.take(effective(group.router, part), ids.index(expert), axis)
-                    values[Key(group.site.name, NO_EXPERT, f"gate.{part}").name] = np.ascontiguousarray(row)
+                    values[Key(group.site.name, NO_EXPERT, roles[part]).name] = np.ascontiguousarray(row)
     return values
 
 

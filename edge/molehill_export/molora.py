@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from molehill import registry
 from molehill.config import MethodRef
 from molehill.errors import AdapterError, ConfigError, ModelError
-from molehill.molora.experts.lora import LoRABank
+from molehill.molora.banks import PairBank, Part
 from molehill.molora.interfaces import RouteContext
 from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear, RouteGroup
 from molehill.molora.model import MoLoRAModel
@@ -60,12 +61,12 @@ class Inserted:
 
 
 class Factors(NamedTuple):
-    """The experts of one site with their scale in ``b``, patches included.
+    """The low-rank experts of one site with their scale in ``b``, patches included.
 
     Attributes:
         slots: Index of every expert's slot.
         ranks: Rank of each.
-        a: ``[R, d_in]``; empty for vectors.
+        a: ``[R, d_in]``.
         b: ``[R, d_out]``.
     """
 
@@ -137,19 +138,6 @@ def effective(router: Router, part: str) -> Array:
     return value.detach().float().cpu().numpy()
 
 
-def expert_axes(group: RouteGroup, scorer: MethodRef) -> dict[str, int]:
-    """For every parameter of a router's scorer the axis of the experts, -1 for none."""
-    built = [
-        registry.build("scorer", scorer.name, scorer.params, d_in=group.site.d_in, n_experts=n, n_tasks=1)
-        for n in (group.router.n_experts, group.router.n_experts + 1)
-    ]
-    axes = {}
-    for (part, one), more in zip(built[0].named_parameters(), built[1].parameters(), strict=True):
-        differ = [axis for axis, (a, b) in enumerate(zip(one.shape, more.shape, strict=True)) if a != b]
-        axes[part] = differ[0] if differ else -1
-    return axes
-
-
 def gate_values(model: MoLoRAModel, inserted: Inserted) -> dict[str, Array]:
     """What a gate file holds: the routers for the bundle's slots (empty ones get zeros), and the head.
 
@@ -170,7 +158,8 @@ def gate_values(model: MoLoRAModel, inserted: Inserted) -> dict[str, Array]:
             values[tensor.name] = value.detach().float().numpy().copy()
             continue
         group, slots = groups[tensor.router], inserted.routers[tensor.router].slots
-        value = effective(group.router, key.role.removeprefix("gate."))
+        parts = {role: part for part, role in group.router.roles().items()}
+        value = effective(group.router, parts[key.role])
         if tensor.expert_axis >= 0:
             first = next(site for site in model.sites.values() if site.group is group)
             ids = model.expert_ids(first)[first.shared :]
@@ -218,7 +207,9 @@ class _Work:
         for names in together.values():
             self._products(names)
         for name, site in sites.items():
-            if not self._plain(site):
+            if not isinstance(site.bank, PairBank):
+                self._other(name, site)
+            elif not self._plain(site):
                 self._traced(name, site, consumers)
         order = {name: i for i, name in enumerate(sites)}
         self.out.sites.sort(key=lambda site: order[site.name])
@@ -237,32 +228,29 @@ class _Work:
         return [i for i, slot in enumerate(self.out.slots) if slot.id in ids or (not slot.id and empty)]
 
     def _plain(self, site: MoLoRALinear) -> bool:
-        return type(site) is MoLoRALinear and isinstance(site.bank, LoRABank) and getattr(site.mixer, "fused", False)
+        return type(site) is MoLoRALinear and isinstance(site.bank, PairBank) and site.mixer.fused
 
     def _factors(self, name: str, site: MoLoRALinear) -> Factors:
         ids, slots = self.model.expert_ids(site), self._slots_of(site, routed=False)
         bank = site.bank
+        assert isinstance(bank, PairBank)
         tree = self.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
         a, b, ranks = [], [], []
         for slot in slots:
             expert = self.out.slots[slot].id
-            if isinstance(bank, LoRABank):
-                A, B = np.zeros((0, site.site.d_in), np.float32), np.zeros((0, site.site.d_out), np.float32)
-                if expert:
-                    mine = (bank.patch_expert == ids.index(expert)).cpu()
-                    A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
-                    B = np.concatenate([tree[Key(name, expert, "B")].T, bank.patch_Bt.cpu()[mine].numpy()])
-            else:
-                A = np.zeros((0, site.site.d_in), np.float32)
-                B = tree[Key(name, expert, "dense.v")] if expert else np.zeros((1, site.site.d_out), np.float32)
+            A, B = np.zeros((0, site.site.d_in), np.float32), np.zeros((0, site.site.d_out), np.float32)
+            if expert:
+                patch_A, patch_B = (each.numpy() for each in bank.patches(ids.index(expert)))
+                A = np.concatenate([tree[Key(name, expert, "A")], patch_A])
+                B = np.concatenate([tree[Key(name, expert, "B")].T, patch_B.T])
             a.append(A)
             b.append(B)
             ranks.append(len(B))
         widest = max(ranks)
-        even = not self._plain(site) and isinstance(bank, LoRABank)  # traced arithmetic wants equal ranks
+        even = not self._plain(site)  # traced arithmetic wants equal ranks
         for i, slot in enumerate(slots):
             short = widest - ranks[i] if even or not self.out.slots[slot].id else 0
-            if short and isinstance(bank, LoRABank):
+            if short:
                 a[i] = np.pad(a[i], ((0, short), (0, 0)))
                 b[i] = np.pad(b[i], ((0, short), (0, 0)))
                 ranks[i] = widest
@@ -294,14 +282,14 @@ class _Work:
     def _route(self, index: int, group: RouteGroup, slots: list[int]) -> None:
         """A router, once for every call of its site; its output is the mean of those that route tokens."""
         router = group.router
-        axes = expert_axes(group, self.scorer)
+        axes, roles = router.scorer.axes(), router.roles()
         inputs, examples = [], []
         for part, axis in axes.items():
             value = effective(router, part)
             shape = list(value.shape)
             if axis >= 0:
                 shape[axis] = len(slots)
-            key = Key(group.site.name, NO_EXPERT, f"gate.{part}").name
+            key = Key(group.site.name, NO_EXPERT, roles[part]).name
             inputs.append(self.graph.default_input(key, np.zeros(shape, np.float32)))
             self.out.gate.append(pb.GateTensor(name=key, shape=shape, router=index, expert_axis=axis))
             examples.append(torch.zeros(shape))
@@ -452,33 +440,25 @@ class _Work:
     # ---- experts beside a linear: all else -----------------------------------------------------------------------
 
     def _traced(self, name: str, site: MoLoRALinear, consumers: Mapping[str, list[Any]]) -> None:
+        """Low-rank experts of a block, or mixed by parameters."""
         graph, f = self.graph, self._factors(name, site)
-        lora = isinstance(site.bank, LoRABank)
-        inputs = self._rows(name, f, lora)
+        inputs = self._rows(name, f)
         ranks = tuple(f.ranks)
         info = site.site._replace(layer=0, name="", n_layers=1)
-        A, Bt = torch.zeros(sum(ranks), site.site.d_in), torch.zeros(sum(ranks), site.site.d_out)
-        factors = (A, Bt) if lora else (Bt,)
+        factors = (torch.zeros(sum(ranks), site.site.d_in), torch.zeros(sum(ranks), site.site.d_out))
         flat: list[dict[int, Any]] = [{} for _ in factors]
         tokens = {0: DYNAMIC, 1: DYNAMIC}
         sample, moving = self._sample_weights(site, len(ranks))
-        key = (
-            type(site).__name__,
-            info,
-            ranks,
-            tuple(sample.shape),
-            type(site.bank).__name__,
-            fingerprint(site.mixer),
-        )
+        key = (type(site).__name__, info, ranks, tuple(sample.shape), fingerprint(site.mixer))
         x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
         for call, place in enumerate(graph.places[name]):
-            weights = self._all_weights(site, f, call)
             if place.flat and (isinstance(site, ContractLinear | ExpandLinear)):
                 raise ModelError(
                     f"{name} runs on tokens one after another, and a block of experts wants them in rows",
                     mend="Leave it out of molora.targets, or use topology 'parallel'.",
                 )
             if isinstance(site, ContractLinear):
+                weights = self._all_weights(site, f.slots, call)
                 blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
                 mixed = piece((*key, "mix"), Mix(), (blocks, sample), [tokens, moving])
                 delta = piece((*key, "delta"), Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
@@ -491,32 +471,70 @@ class _Work:
                 (out,) = both.insert(graph, [place.x, frozen, *inputs])
                 graph.node("Identity", [out], out=place.y)
             else:
-                module = Delta(site.mixer, type(site.bank)(site=info, ranks=ranks, alpha=float(ranks[0])), lora)
-                delta = piece(key, module, (x, y, sample, list(factors)), [tokens, tokens, moving, flat])
-                frozen = graph.move(place.y)
-                if place.flat:
-                    if site.group is not None:
-                        gate = self.gates[id(site.group), call]
-                        weights = self._in_rows(self._for_rows(weights, len(f.slots), gate, place, name))
-                    rows = self._in_rows(place.x), self._in_rows(frozen)
-                    (d,) = delta.insert(graph, [*rows, weights, *inputs])
-                    d = graph.node("Squeeze", [d, graph.const([0], np.int64)])
-                else:
-                    (d,) = delta.insert(graph, [place.x, frozen, weights, *inputs])
-                graph.node("Add", [frozen, d], out=place.y)
-        form = pb.VECTORS if not lora else pb.ROWS_FP32 if self.scheme == "fp32" else pb.ROWS_INT8
+                self._beside(name, site, call, f.slots, ranks, dict(zip(("A", "Bt"), inputs, strict=True)))
+        form = pb.ROWS_FP32 if self.scheme == "fp32" else pb.ROWS_INT8
         self.out.sites.append(
             pb.Site(
                 name=name, d_in=site.site.d_in, d_out=site.site.d_out, slots=f.slots, ranks=ranks, form=form,
-                a=f"{name}/A" if lora else "", b=f"{name}/B",
+                a=f"{name}/A", b=f"{name}/B",
             )
         )  # fmt: skip
 
-    def _rows(self, name: str, f: Factors, lora: bool) -> list[str]:
+    def _other(self, name: str, site: MoLoRALinear) -> None:
+        """Experts of any other kind: all tensors of their bank in float32, and its arithmetic as it was traced."""
+        bank, ids, slots = site.bank, self.model.expert_ids(site), self._slots_of(site, routed=False)
+        tree = self.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
+        placed = [self.out.slots[slot].id for slot in slots]
+        ranks = tuple(bank.ranks[ids.index(expert)] if expert else max(bank.ranks) for expert in placed)
+        inputs: dict[str, str] = {}
+        tensors = []
+        for parameter, parts in groupby(bank.parts(), lambda part: part.parameter):
+            of: dict[int, Part] = {part.expert: part for part in parts}
+            role, row = of[0].role, tuple(bank.get_parameter(parameter).shape[1:])
+            by_rank = all(part.rows.stop - part.rows.start == bank.ranks[e] for e, part in of.items())
+            values = [tree[Key(name, expert, role)] if expert else np.zeros((rank if by_rank else 1, *row), np.float32)
+                      for expert, rank in zip(placed, ranks, strict=True)]  # fmt: skip
+            inputs[parameter] = self._keep(f"{name}/{role}", np.concatenate(values))
+            tensors.append(pb.SiteTensor(role=role, name=f"{name}/{role}", by_rank=by_rank, shape=row))
+        for call in range(len(self.graph.places[name])):
+            self._beside(name, site, call, slots, ranks, inputs)
+        self.out.sites.append(
+            pb.Site(name=name, d_in=site.site.d_in, d_out=site.site.d_out, slots=slots, ranks=ranks, form=pb.TENSORS,
+                    tensors=tensors)
+        )  # fmt: skip
+
+    def _beside(
+        self, name: str, site: MoLoRALinear, call: int, slots: list[int], ranks: tuple[int, ...], inputs: dict[str, str]
+    ) -> None:
+        """Add what a bank says beside a linear, traced with its parameters as inputs."""
+        graph, place = self.graph, self.graph.places[name][call]
+        info = site.site._replace(layer=0, name="", n_layers=1)
+        bank = site.bank.like(info, ranks)
+        values = [torch.zeros(bank.get_parameter(parameter).shape) for parameter in inputs]
+        sample, moving = self._sample_weights(site, len(ranks))
+        tokens = {0: DYNAMIC, 1: DYNAMIC}
+        key = (info, ranks, tuple(sample.shape), fingerprint(bank), fingerprint(site.mixer))
+        x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
+        module = Delta(site.mixer, bank, list(inputs))
+        delta = piece(key, module, (x, y, sample, values), [tokens, tokens, moving, [{} for _ in values]])
+        weights, given = self._all_weights(site, slots, call), list(inputs.values())
+        frozen = graph.move(place.y)
+        if place.flat:
+            if site.group is not None:
+                gate = self.gates[id(site.group), call]
+                weights = self._in_rows(self._for_rows(weights, len(slots), gate, place, name))
+            rows = self._in_rows(place.x), self._in_rows(frozen)
+            (d,) = delta.insert(graph, [*rows, weights, *given])
+            d = graph.node("Squeeze", [d, graph.const([0], np.int64)])
+        else:
+            (d,) = delta.insert(graph, [place.x, frozen, weights, *given])
+        graph.node("Add", [frozen, d], out=place.y)
+
+    def _rows(self, name: str, f: Factors) -> list[str]:
         """A ``[R, d_in]`` and B ``[R, d_out]`` in the graph; rounded row by row when the bundle is quantised."""
         out = []
-        for suffix, value in (("A", f.a), ("B", f.b)) if lora else (("B", f.b),):
-            if self.scheme == "fp32" or not lora:
+        for suffix, value in (("A", f.a), ("B", f.b)):
+            if self.scheme == "fp32":
                 out.append(self._keep(f"{name}/{suffix}", value))
                 continue
             scale = np.maximum(np.abs(value).max(1), 1e-20).astype(np.float32) / 127
@@ -524,13 +542,13 @@ class _Work:
             out.append(self.graph.node("DequantizeLinear", [q, self._keep(f"{name}/{suffix}.scale", scale)], axis=0))
         return out
 
-    def _all_weights(self, site: MoLoRALinear, f: Factors, call: int) -> str:
+    def _all_weights(self, site: MoLoRALinear, slots: list[int], call: int) -> str:
         """The weights of all experts of a site in one of its calls, shared ones first."""
-        graph, n = self.graph, len(f.slots)
+        graph, n = self.graph, len(slots)
         if site.group is None:
             return graph.const(np.ones((1, 1, n), np.float32))
         gate = self.gates[id(site.group), call]
-        assert f.slots[site.shared :] == gate.slots
+        assert slots[site.shared :] == gate.slots
         if not site.shared:
             return gate.weights
         ones = graph.node("Shape", [gate.weights], end=-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from molehill.molora.banks import Bank
 from molehill.molora.block import contract, expand, mix
 from molehill.molora.interfaces import Mixer, RouteContext, Site
 from molehill.molora.router import Router
@@ -40,11 +41,11 @@ class Route(nn.Module):
 
 
 class Delta(nn.Module):
-    """What a bank adds to a frozen output, its parameters given."""
+    """What a bank adds to a frozen output, its parameters given in the order of their names."""
 
-    def __init__(self, mixer: Mixer, bank: nn.Module, lora: bool) -> None:
+    def __init__(self, mixer: Mixer, bank: Bank, names: Sequence[str]) -> None:
         super().__init__()
-        self.mixer, self.bank, self.names = mixer, bank, ("A", "Bt") if lora else ("v",)
+        self.mixer, self.bank, self.names = mixer, bank, tuple(names)
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor, factors: list[Tensor]) -> Tensor:
         """The delta ``[B, T, d_out]`` for input, frozen output and weights."""
@@ -56,12 +57,12 @@ class Delta(nn.Module):
 
 
 class _Mixed(nn.Module):
-    def __init__(self, mixer: Mixer, bank: nn.Module) -> None:
+    def __init__(self, mixer: Mixer, bank: Bank) -> None:
         super().__init__()
         self.mixer, self.bank = mixer, bank
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        return self.mixer(self.bank, x, y, weights)  # type: ignore[arg-type]  # banks are experts
+        return self.mixer(self.bank, x, y, weights)
 
 
 class Expand(nn.Module):

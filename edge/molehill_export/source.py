@@ -25,7 +25,7 @@ from molehill.molora.peft_folder import is_peft
 from molehill.molora.probe import probe
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.tasks.weights import Stored
-from molehill.wire.tree import Layout, Tree
+from molehill.wire.tree import Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_export.graph import Graph
@@ -164,11 +164,8 @@ class Source:
                 "this run has no gate that all share: every client keeps its router", where="--gate global",
                 mend=f"Give --gate {self._names()}.",
             )  # fmt: skip
-        if kept.get("gate") == "mixture":
-            main = Layout(
-                {key: slot.wire_shape for key, slot in model.slots.items() if key.role.startswith("gate.main")}
-            )
-            model.load(Tree(main))
+        if kept.get("gate") in {"split", "mixture"}:  # the older name is in adapters of format 1
+            model.load(Tree(model.layout.where(lambda key: key.own)))
 
     def _personal(self, name: str) -> Tree:
         names = self.clients()

@@ -5,6 +5,7 @@
                                        the digest of every file, itself included
       experts/e0/adapter_config.json   a standard PEFT LoRA (or IA3) folder
       experts/e0/adapter_model.safetensors
+      experts/e0/expert.safetensors    in place of both: an expert that peft does not have, by wire name
       router.safetensors               routers, by wire name (if any)
       head.safetensors                 classification head, by wire name (if any)
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,29 +29,30 @@ from transformers.pytorch_utils import Conv1D
 from molehill import files, registry
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import AdapterError, MessageError
-from molehill.molora.experts.lora import LoRABank
-from molehill.molora.layer import MoLoRALinear
+from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import (
     CONFIG,
-    PREFIX,
     WEIGHTS,
-    Factors,
     plain_lora,
     read_config,
     read_peft,
     read_tensors,
+    write_peft,
 )
 from molehill.tensors import write as write_tensors
 from molehill.wire.keys import Key
 from molehill.wire.tree import Array
+
+_OWN = "expert.safetensors"
+_OTHER = "Save the adapter anew: a part of it is of another."
 
 
 class Manifest(BaseModel):
     """Contents of ``molora.json``.
 
     Attributes:
-        format: Version of the folder's layout.
+        format: Version of the folder's layout; 1 had another name for the parts of a router that stay with a client.
         base: Base model: id, revision and weight digest.
         task: What the model does: ``classification`` or ``causal-lm``.
         labels: Class names; empty for a causal LM.
@@ -65,7 +66,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     base: dict[str, str]
     task: str
     labels: tuple[str, ...] = ()
@@ -90,12 +91,10 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: st
     """
     ranks: dict[str, dict[str, int]] = {}
     for expert in model.experts:
-        where = {n: s for n, s in model.sites.items() if expert in model.expert_ids(s)}
         out = folder / "experts" / expert
         out.mkdir(parents=True, exist_ok=True)
-        for name, site in where.items():
-            ranks.setdefault(expert, {})[name] = site.bank.ranks[model.expert_ids(site).index(expert)]
-        _save_expert(out, model, expert, where, manifest, place)
+        ranks[expert] = {name: bank.ranks[index] for name, (bank, index) in model.banks_of(expert).items()}
+        _save_expert(out, model, expert, manifest, place)
     for name, kind in _parts(model):
         write_tensors(folder / name, _by_name(model, kind), {})
     digests = {name: files.digest_of(folder / name) for name in _names(model)}
@@ -109,8 +108,18 @@ def save_adapter(folder: Path, model: MoLoRAModel, manifest: Manifest, place: st
 
 def _names(model: MoLoRAModel) -> list[str]:
     """Paths in the folder of all files of an adapter beside its description."""
-    experts = [f"experts/{expert}/{name}" for expert in model.experts for name in (CONFIG, WEIGHTS)]
+    experts = [
+        f"experts/{expert}/{name}"
+        for expert in model.experts
+        for name in ((_OWN,) if _method(model, expert) is None else (CONFIG, WEIGHTS))
+    ]
     return [*experts, *(name for name, _ in _parts(model))]
+
+
+def _method(model: MoLoRAModel, expert: str) -> Literal["LORA", "IA3"] | None:
+    """What peft calls an expert; None where it has no such thing."""
+    methods = {bank.peft for bank, _ in model.banks_of(expert).values()}
+    return methods.pop() if len(methods) == 1 else None
 
 
 def _own_digest(said: dict[str, Any]) -> str:
@@ -145,7 +154,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "not UTF-8 text"}
         if first["loc"] == ("format",):
-            what, mend = f"its format is {first['input']!r}, not 1", "Read it with the Molehill that wrote it."
+            what, mend = f"its format is {first['input']!r}, not 1 or 2", "Read it with the Molehill that wrote it."
             raise AdapterError(what, where=str(path), mend=mend) from None
         raise AdapterError(f"not a valid adapter description: {first['msg']}", where=str(path)) from None
     if made.files and made.files.get(_NAME) != _own_digest(json.loads(text)):
@@ -168,26 +177,18 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
             mend="Load the base model named in molora.json.",
         )
     values: dict[Key, Array] = {}
-    patches: dict[tuple[str, str], Factors] = {}
+    patches: dict[tuple[str, str], tuple[Array, Array]] = {}
     for expert in model.experts:
-        factors = read_peft(folder / "experts" / expert)
-        for name, site in model.sites.items():
-            if expert not in model.expert_ids(site):
-                continue
-            if name not in factors:
-                raise AdapterError(f"expert {expert} has no tensors for {name}", where=str(folder))
-            _take(values, patches, Key(name, expert, ""), site, factors.pop(name), manifest)
-        if factors:
-            raise AdapterError(
-                f"expert {expert} has tensors for {min(factors)}, which is no site of it",
-                where=str(folder),
-                mend="Save the adapter anew: a part of it is of another.",
-            )
+        for name, tensors in _of_model(folder, model, expert).items():
+            bank, _ = model.banks_of(expert)[name]
+            if isinstance(bank, PairBank):
+                rank = manifest.ranks.get(expert, {}).get(name, len(tensors["A"]))
+                if len(tensors["A"]) > rank:
+                    patches[name, expert] = (tensors["A"][rank:], tensors["B"][:, rank:])
+                tensors |= {"A": tensors["A"][:rank], "B": tensors["B"][:, :rank]}
+            values |= {Key(name, expert, role): value for role, value in tensors.items()}
     for part, _ in _parts(model):
-        try:
-            values |= {Key.parse(n): v for n, v in read_tensors(folder / part).items()}
-        except MessageError as error:
-            raise AdapterError(error.what, where=str(folder / part)) from None
+        values |= {_renamed(key, model): value for key, value in _by_key(folder / part).items()}
     missing = [k.name for k in model.layout if k not in values and not k.residual]
     if missing:
         raise AdapterError(f"adapter lacks {missing[0]} and {len(missing) - 1} more tensors", where=str(folder))
@@ -210,7 +211,7 @@ def describe_peft(folder: Path) -> Manifest:
             where=where,
             mend="Only those of causal language models stand alone; of a run, give the folder that has molora.json.",
         )
-    if not all(isinstance(each, tuple) for each in factors.values()):
+    if not all("A" in tensors for tensors in factors.values()):
         raise AdapterError("an (IA)3 adapter cannot stand alone", where=where, mend="Give a LoRA.")
     base = {"id": said.base_model_name_or_path or "", "revision": said.revision or "", "digest": ""}
     try:
@@ -229,11 +230,11 @@ def load_peft(folder: Path, model: MoLoRAModel) -> None:
     """
     (expert,) = model.experts
     values: dict[Key, Array] = {}
-    for site, factors in read_peft(folder).items():
+    for site, tensors in read_peft(folder).items():
         if site not in model.sites:
             what = f"the base has no linear module {site} in its layers"
             raise AdapterError(what, where=str(folder), mend="Give the base that the adapter was made for.")
-        values[Key(site, expert, "A")], values[Key(site, expert, "B")] = factors
+        values |= {Key(site, expert, role): value for role, value in tensors.items()}
     model.load(values)
 
 
@@ -249,62 +250,70 @@ def _by_name(model: MoLoRAModel, kind: str) -> dict[str, Array]:
     return {key.name: np.ascontiguousarray(value) for key, value in tree.items()}
 
 
-def _save_expert(
-    out: Path, model: MoLoRAModel, expert: str, where: Mapping[str, MoLoRALinear], manifest: Manifest, place: str
-) -> None:
+def _by_key(path: Path) -> dict[Key, Array]:
+    """The tensors of a file whose names are those of the wire."""
+    try:
+        return {Key.parse(name): value for name, value in read_tensors(path).items()}
+    except MessageError as error:
+        raise AdapterError(error.what, where=str(path), mend=_OTHER) from None
+
+
+def _renamed(key: Key, model: MoLoRAModel) -> Key:
+    """The name that a tensor of a folder of format 1 has now."""
+    own = key._replace(role=key.role.replace("gate.", "gate.own.", 1))
+    return own if key not in model.layout and own in model.layout else key
+
+
+def _read_expert(folder: Path) -> dict[str, dict[str, Array]]:
+    """An expert's tensors by site and role."""
+    if not (folder / _OWN).is_file():
+        return read_peft(folder)
+    found: dict[str, dict[str, Array]] = {}
+    for key, value in _by_key(folder / _OWN).items():
+        if key.expert != folder.name:
+            what = f"{key.name} is of another expert than {folder.name}"
+            raise AdapterError(what, where=str(folder / _OWN), mend=_OTHER)
+        found.setdefault(key.site, {})[key.role] = value
+    return found
+
+
+def _of_model(folder: Path, model: MoLoRAModel, expert: str) -> dict[str, dict[str, Array]]:
+    """An expert's tensors, which are those that the model wants of it."""
+    found = _read_expert(folder / "experts" / expert)
+    for name, (bank, index) in model.banks_of(expert).items():
+        if name not in found:
+            raise AdapterError(f"expert {expert} has no tensors for {name}", where=str(folder), mend=_OTHER)
+        wanted = {part.role for part in bank.parts() if part.expert == index}
+        if found[name].keys() != wanted:
+            has, needs = (", ".join(sorted(roles)) for roles in (found[name], wanted))
+            what = f"expert {expert} at {name} has {has}, its kind has {needs}"
+            raise AdapterError(what, where=str(folder), mend=_OTHER)
+    strange = found.keys() - model.banks_of(expert).keys()
+    if strange:
+        what = f"expert {expert} has tensors for {min(strange)}, which is no site of it"
+        raise AdapterError(what, where=str(folder), mend=_OTHER)
+    return found
+
+
+def _save_expert(out: Path, model: MoLoRAModel, expert: str, manifest: Manifest, place: str) -> None:
     tree = model.tree(lambda key: key.expert == expert)
-    tensors: dict[str, Array] = {}
-    ranks: dict[str, int] = {}
-    for name, site in where.items():
-        bank = site.bank
-        if not isinstance(bank, LoRABank):
-            tensors[f"{PREFIX}{name}.ia3_l"] = 1 + tree[Key(name, expert, "dense.v")].reshape(-1, 1)
-            continue
-        index = model.expert_ids(site).index(expert)
-        mine = (bank.patch_expert == index).cpu()
-        A = np.concatenate([tree[Key(name, expert, "A")], bank.patch_A.cpu()[mine].numpy()])
-        B = np.concatenate([tree[Key(name, expert, "B")], bank.patch_Bt.cpu()[mine].numpy().T], axis=1)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(B)
-        ranks[name] = A.shape[0]
-    write_tensors(out / WEIGHTS, tensors, {"format": "pt"})
-    conv = any(isinstance(site.base, Conv1D) for site in where.values())
-    common: dict[str, Any] = {
-        "base_model_name_or_path": place or manifest.base["id"],
-        "revision": None if place else manifest.base.get("revision") or None,
-        "task_type": "CAUSAL_LM" if manifest.task == "causal-lm" else "FEATURE_EXTRACTION",
-        "target_modules": sorted(where),
-        "inference_mode": True,
-    }
-    if ranks:
-        rank = max(ranks.values())
-        pattern = {re.escape(n): r for n, r in ranks.items() if r != rank}
-        common |= {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "rank_pattern": pattern,
-                   "alpha_pattern": pattern, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": conv}  # fmt: skip
+    found: dict[str, dict[str, Array]] = {}
+    where = model.banks_of(expert)
+    for key, value in tree.items():
+        found.setdefault(key.site, {})[key.role] = value
+    for name, (bank, index) in where.items():
+        if isinstance(bank, PairBank):
+            A, B = (each.numpy() for each in bank.patches(index))
+            tensors = found[name]
+            found[name] = {"A": np.concatenate([tensors["A"], A]), "B": np.concatenate([tensors["B"], B], axis=1)}
+    method = _method(model, expert)
+    if method is None:
+        own = {Key(site, expert, role).name: np.ascontiguousarray(value)
+               for site, tensors in found.items() for role, value in tensors.items()}  # fmt: skip
+        write_tensors(out / _OWN, own, {})
     else:
-        common |= {"peft_type": "IA3", "feedforward_modules": [], "fan_in_fan_out": conv}
-    files.write(out / CONFIG, (json.dumps(common, indent=2) + "\n").encode())
-
-
-def _take(
-    values: dict[Key, Array],
-    patches: dict[tuple[str, str], Factors],
-    key: Key,
-    site: MoLoRALinear,
-    factors: Factors | Array,
-    manifest: Manifest,
-) -> None:
-    """Sort one expert's tensors at one site into trained values and frozen patches."""
-    name, expert = key.site, key.expert
-    if isinstance(site.bank, LoRABank):
-        if not isinstance(factors, tuple):
-            raise AdapterError(f"expert {expert} at {name} is not a LoRA")
-        A, B = factors
-        rank = manifest.ranks.get(expert, {}).get(name, A.shape[0])
-        values[Key(name, expert, "A")], values[Key(name, expert, "B")] = A[:rank], B[:, :rank]
-        if A.shape[0] > rank:
-            patches[name, expert] = (A[rank:], B[:, rank:])
-    elif isinstance(factors, tuple):
-        raise AdapterError(f"expert {expert} at {name} is not an IA3 vector")
-    else:
-        values[Key(name, expert, "dense.v")] = factors.reshape(1, -1)
+        base = (place or manifest.base["id"], None if place else manifest.base.get("revision") or None)
+        write_peft(out, method, found, base, conv=any(isinstance(model.sites[name].base, Conv1D) for name in where),
+                   task="CAUSAL_LM" if manifest.task == "causal-lm" else "FEATURE_EXTRACTION")  # fmt: skip
+    for name in [CONFIG, WEIGHTS] if method is None else [_OWN]:
+        (out / name).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,9 @@ from molehill import registry
 from molehill.config import MethodRef
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError, ModelError
-from molehill.molora.experts.lora import LoRABank
+from molehill.molora.banks import Bank
 from molehill.molora.head import Head
-from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan
+from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan, Wish
 from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
 from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.molora.probe import Probe, probe
@@ -30,7 +30,7 @@ def wrap(
     base: nn.Module,
     config: MoLoRAConfig,
     *,
-    gate: Literal["anchored", "personal", "global", "mixture"] = "global",
+    gate: Literal["anchored", "personal", "global", "split"] = "global",
     head: Head | None = None,
     seed: int = 0,
 ) -> MoLoRAModel:
@@ -78,17 +78,14 @@ def wrap(
         bank = registry.build(
             "expert", config.expert.name, config.expert.params, site=site, ranks=ranks, alpha=config.alpha
         )
-        if role != "plain" and not (isinstance(bank, LoRABank) and len(set(ranks)) == 1 and not plan.shared_ranks):
-            raise ConfigError(
-                "topology 'block_ffn' needs routed LoRA experts of one rank and no shared experts",
-                where="molora.topology",
-            )
+        if role != "plain":
+            _require_wishes(topology.wants, bank, len(plan.shared_ranks), config.topology.name)
         group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
         if group is not None:
             _require_whole_blocks(site, group.router.heads)
         module = kinds[role](
             base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
-            mixer=_build("mixer", MethodRef(name="output")) if group is None else mixer, dropout=config.dropout,
+            mixer=_build("mixer", MoLoRAConfig().mixer) if group is None else mixer, dropout=config.dropout,
             state=state, tokens=found.on_tokens(site.name),
         )  # fmt: skip
         parent, _, name = site.name.rpartition(".")
@@ -112,6 +109,17 @@ def wrap(
 
 def _build(axis: str, ref: MethodRef, **context: Any) -> Any:
     return registry.build(axis, ref.name, ref.params, **context)
+
+
+def _require_wishes(wants: Collection[Wish], bank: Bank, shared: int, topology: str) -> None:
+    unmet = {
+        "pairs": ("low-rank pairs", bank.kind != "pairs"),
+        "equal_ranks": ("experts of one rank", len(set(bank.ranks)) > 1),
+        "no_shared": ("no shared experts", shared > 0),
+    }
+    missing = [words for wish, (words, broken) in unmet.items() if wish in wants and broken]
+    if missing:
+        raise ConfigError(f"topology {topology!r} needs {' and '.join(missing)}", where="molora.topology")
 
 
 def _require_whole_blocks(site: Site, heads: int) -> None:
@@ -170,7 +178,7 @@ def _groups(
             torch.manual_seed(seed_for(seed, "gate", site.name))
             scorer = _build("scorer", config.scorer, d_in=site.d_in, n_experts=experts, n_tasks=1)
         selector = config.selector
-        if plan.top_k and not hasattr(registry.parse_params("selector", selector.name, selector.params), "k"):
+        if plan.top_k and not registry.declared(registry.get("selector", selector.name), "takes_k"):
             raise ConfigError(
                 f"allocation {config.allocation.name!r} needs a selector with k, which {selector.name!r} does not have",
                 where="molora.selector",
@@ -216,15 +224,6 @@ def _always_one(selector: Selector, site: Site) -> bool:
 def _initialise(model: MoLoRAModel, ref: MethodRef, seed: int) -> None:
     init = _build("init", ref)
     for name, site in model.sites.items():
-        bank = site.bank
-        if not isinstance(bank, LoRABank):
-            continue
-        for index, expert in enumerate(model.expert_ids(site)):
-            generator = torch.Generator().manual_seed(seed_for(seed, name, expert))
-            rows = bank.rows(index)
-            A = torch.zeros(rows.stop - rows.start, bank.site.d_in)
-            B = torch.zeros(bank.site.d_out, rows.stop - rows.start)
-            init(A, B, generator)
-            with torch.no_grad():
-                bank.A[rows].copy_(A)
-                bank.Bt[rows].copy_(B.t())
+        for ids, bank in model.banks(site):
+            for index, expert in enumerate(ids):
+                bank.start(index, init, torch.Generator().manual_seed(seed_for(seed, name, expert)))

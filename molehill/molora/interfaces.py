@@ -1,5 +1,9 @@
 """The interfaces of a routed site.
 
+Each interface is a class with the defaults that most methods have; a method states only what differs. Shared code asks
+these attributes, never a method's name. What only some methods have is a protocol of its own. Experts have their
+interface in `molehill.molora.banks`.
+
 A site pipes ``Scorer -> LogitTransform* -> Selector`` into a bank of experts. Where to put a new method:
 *changes z?* Scorer or LogitTransform; *z -> w?* Selector; *what is computed?* Expert; *how outputs meet weights?*
 Mixer; *in what order?* Topology; *how many and where?* Allocation; *start values?* InitStrategy; *extra gradient?*
@@ -14,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from molehill.molora.distributions import softmax
+
+if TYPE_CHECKING:
+    from molehill.molora.banks import Bank
 
 
 class Site(NamedTuple):
@@ -124,84 +131,108 @@ class RouteRecord:
     types: Tensor | None = None
 
 
-@runtime_checkable
-class Scorer(Protocol):
-    """An ``nn.Module`` that produces logits.
+class Scorer(nn.Module):
+    """Produces logits; start values come from torch's global generator.
 
-    ``fusable`` says that the logits are ``x @ weight.T`` and nothing else, so that the product can be computed together
-    with the experts' first factors.
+    Attributes:
+        n_experts: Routed experts, E.
+        heads: Heads of a route; more than one have weights each for their own block of features.
+        fusable: The logits are ``x @ weight.T`` and nothing else, so that the product can be computed together with
+            the experts' first factors.
+        level: How often the logits may change: with every token, with every row, or never.
+        reads: What they depend on beside the input.
+        own: Parameters that stay with their client under ``personal.gate = "split"``.
     """
 
     n_experts: int
-    heads: int
-    fusable: bool
+    heads: int = 1
+    fusable: bool = False
+    level: Literal["token", "row", "static"] = "token"
+    reads: frozenset[Literal["task_ids"]] = frozenset()
+    own: frozenset[str] = frozenset()
 
-    def __call__(self, ctx: RouteContext) -> Tensor:
+    def axes(self) -> Mapping[str, int]:
+        """The axis of the experts in every parameter, -1 for none."""
+        raise NotImplementedError
+
+    def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B|1, T|1, (H,) E]``."""
-        ...
+        raise NotImplementedError
 
 
-class LogitTransform(Protocol):
-    """Edits logits, for example temperature or expert dropout."""
+class LogitTransform:
+    """Edits logits, for example temperature or expert dropout.
+
+    Attributes:
+        random: It draws numbers in training, so clients never share its batches.
+    """
+
+    random: bool = False
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Tensor:
         """Return logits of the same shape."""
-        ...
+        raise NotImplementedError
 
 
-class Selector(Protocol):
+class Selector:
     """Turns logits into weights (activation included).
 
-    ``causal`` is False when at inference a token's weights depend on later tokens or other rows; such selectors are
-    refused for generation. ``eval_form`` is the deterministic twin that is exported. A selector that in training lets
-    rows see each other says so with an attribute ``per_row = False``: clients then never share its batches.
+    Attributes:
+        causal: At inference a token's weights depend neither on later tokens nor on other rows; selectors of which
+            this is not true are refused for generation.
+        per_row: In training rows do not see each other; where they do, clients never share its batches.
+        random: It draws numbers in training; as ``per_row``.
+        takes_k: Its parameters have a ``k``, which an allocation may set.
+        bound: No weight is larger.
     """
 
-    causal: bool
+    causal: bool = True
+    per_row: bool = True
+    random: bool = False
+    takes_k: bool = False
+    bound: float = 1.0
 
     def eval_form(self) -> Selector:
-        """The selector as it acts at inference."""
-        ...
+        """The selector as it acts at inference: its deterministic twin, which is exported."""
+        return self
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
-        """Return the route for logits ``z``."""
-        ...
+        """Return the route for logits ``[B|1, T|1, (H,) E]``."""
+        raise NotImplementedError
 
 
-class Expert(Protocol):
-    """A bank of experts of one kind: their joint, weighted delta on the frozen output."""
-
-    low_rank: bool
-
-    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
-        """Return ``sum_e w_e delta_e(x, y0)``.
-
-        Args:
-            x: Input ``[B, T, d_in]``.
-            y0: Frozen output ``[B, T, d_out]``.
-            weights: Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``.
-
-        Returns:
-            The delta ``[B, T, d_out]``.
-        """
-        ...
+Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared"]  # what a part needs of the others at its site
 
 
-class Mixer(Protocol):
-    """How weights meet experts: mix outputs (default) or parameters."""
+class Mixer:
+    """How weights meet experts.
 
-    def __call__(self, bank: Expert, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
-        """Return the delta ``[B, T, d_out]``."""
-        ...
-
-
-class Topology(Protocol):
-    """Wires the frozen modules and the branches of one site or block.
-
-    ``scope`` is the route scope that the topology forces, or None when it leaves the choice to the configuration.
+    Attributes:
+        fused: It is the weighted sum of outputs, which banks of pairs compute with the frozen product.
+        mixes: What it adds up, weighted: the experts' outputs or their parameters.
+        wants: Experts that are low-rank ``pairs``, of ``equal_ranks``; routes that are one per row (``row_route``).
     """
 
-    scope: Literal["block"] | None
+    fused: bool = False
+    mixes: Literal["outputs", "parameters"] = "outputs"
+    wants: frozenset[Wish] = frozenset()
+
+    def __call__(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """Return the delta ``[B, T, d_out]``."""
+        raise NotImplementedError
+
+
+class Topology:
+    """Wires the frozen modules and the branches of one site or block.
+
+    Attributes:
+        scope: The route scope that it forces; None leaves the choice to the configuration. A forced scope means that
+            it mixes outputs itself, over the whole block.
+        wants: As of `Mixer`, of the sites that are not plain; ``no_shared``: no experts that are always on.
+    """
+
+    scope: Literal["block"] | None = None
+    wants: frozenset[Wish] = frozenset()
 
     def roles(self, site_names: Sequence[str]) -> Mapping[str, Literal["plain", "expand", "contract"]]:
         """Say which part each of a layer's sites plays.
@@ -209,7 +240,7 @@ class Topology(Protocol):
         ``plain`` sites add their experts' mixed delta to their own output. In a block, ``expand`` sites keep one
         output per expert and the ``contract`` site mixes them back into one.
         """
-        ...
+        return dict.fromkeys(site_names, "plain")
 
 
 @dataclass(frozen=True)
@@ -235,14 +266,18 @@ class Allocation(Protocol):
         ...
 
 
-class InitStrategy(Protocol):
-    """Start values of low-rank experts; the delta must be zero at the start."""
+class InitStrategy:
+    """Start values of low-rank experts; the delta must be zero at the start.
 
-    frozen: frozenset[Literal["A", "B"]]
+    Attributes:
+        frozen: Factors that keep their start values.
+    """
+
+    frozen: frozenset[Literal["A", "B"]] = frozenset()
 
     def __call__(self, A: Tensor, B: Tensor, generator: torch.Generator) -> None:
         """Fill ``A [r, d_in]`` and ``B [d_out, r]`` of one expert in place."""
-        ...
+        raise NotImplementedError
 
 
 class RoutingLoss(Protocol):

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molehill.errors import ModelError
+from molehill.molora.banks import Bank, PairBank
 from molehill.molora.block import contract, expand, mix
-from molehill.molora.experts.ia3 import IA3Bank
-from molehill.molora.experts.lora import LoRABank
 from molehill.molora.interfaces import Mixer, Overrides, Route, RouteContext, RouteRecord, Site
 from molehill.molora.recompute import source_of
 from molehill.molora.router import Router
-
-Bank = LoRABank | IA3Bank
 
 
 @dataclass
@@ -262,25 +259,24 @@ class MoLoRALinear(nn.Module):
 
     def _adapted(self, x: Tensor, call: int) -> Tensor:
         seen = self.dropout(x)
-        if isinstance(self.bank, LoRABank) and getattr(self.mixer, "fused", False):
-            return self._fused(x, seen, call)
+        if isinstance(self.bank, PairBank) and self.mixer.fused:
+            return self._fused(self.bank, x, seen, call)
         y0 = F.linear(x, self.weight, self.bias)
         return y0 + self.mixer(self.bank, seen, y0, self.weights(x, None, call)).to(y0.dtype)
 
-    def _fused(self, x: Tensor, seen: Tensor, call: int) -> Tensor:
-        assert isinstance(self.bank, LoRABank)
+    def _fused(self, bank: PairBank, x: Tensor, seen: Tensor, call: int) -> Tensor:
         lead = x.shape[:2]
         flat, seen2 = x.reshape(-1, x.shape[-1]), seen.reshape(-1, x.shape[-1])
         same = seen is x
         gate = self.group.gate_rows(x, call) if self.group is not None and same else None
-        if not self.bank.fused:
+        if not bank.fused:
             weights = self.flat_weights(x, None, call)
-            y = self.bank.plain(flat, seen2, self.weight, self.bias, weights)
+            y = bank.plain(flat, seen2, self.weight, self.bias, weights)
             return y.view(*lead, -1)
-        projection = self.bank.project(seen2, gate, source_of(x) if same else None)
+        projection = bank.project(seen2, gate, source_of(x) if same else None)
         logits = projection.logits.view(*lead, -1) if gate is not None else None
         weights = self.flat_weights(x, logits, call)
-        y = self.bank.combine(flat, self.weight, self.bias, projection, weights, same_input=same)
+        y = bank.combine(flat, self.weight, self.bias, projection, weights, same_input=same)
         return y.view(*lead, -1)
 
     def weights(self, x: Tensor, logits: Tensor | None, call: int) -> Tensor:
@@ -302,13 +298,15 @@ class MoLoRALinear(nn.Module):
         weights = self.weights(x, logits, call)
         return weights.expand(*x.shape[:2], -1).reshape(-1, weights.shape[-1])
 
-    def tokens(self, client: int) -> dict[int, float]:
-        """Counted gate mass of every expert by index; needs ``state.count`` during the passes."""
-        if self.group is None:
-            return {}
+    def tokens(self, client: int) -> list[tuple[Bank, list[float]]]:
+        """Counted gate mass of every expert, bank by bank; needs ``state.count`` during the passes.
+
+        Banks whose weights are always 1 are left out.
+        """
         group = self.group
-        mass = [float(group.tokens[client])] * self.shared + group.mass[client].tolist()
-        return dict(enumerate(mass))
+        if group is None:
+            return []
+        return [(self.bank, [float(group.tokens[client])] * self.shared + group.mass[client].tolist())]
 
     @property
     def stackable(self) -> bool:
@@ -318,12 +316,7 @@ class MoLoRALinear(nn.Module):
         """
         bank = self.bank
         routed = self.group is None or self.group.router.stackable
-        fused = (
-            type(self) is MoLoRALinear
-            and isinstance(bank, LoRABank)
-            and bank.fused
-            and getattr(self.mixer, "fused", False)
-        )
+        fused = type(self) is MoLoRALinear and isinstance(bank, PairBank) and bank.fused and self.mixer.fused
         return routed and fused and self.dropout.p == 0 and all(self.calls)
 
 
@@ -350,7 +343,7 @@ class ExpandLinear(MoLoRALinear):
     """First linear of a routed block: keeps the frozen output and one output per expert, ``[B, T, 1 + E, d_out]``."""
 
     def _adapted(self, x: Tensor, call: int) -> Tensor:
-        assert isinstance(self.bank, LoRABank)
+        assert isinstance(self.bank, PairBank)
         assert self.group is not None
         self.group.route(x, None, call)
         experts = self.bank.n_experts
@@ -376,7 +369,7 @@ class ContractLinear(MoLoRALinear):
         """
         if not self.state.enabled:
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
-        assert isinstance(self.bank, LoRABank)
+        assert isinstance(self.bank, PairBank)
         h0, h = x[:, :, 0], x[:, :, 1:]
         w = self.weights(h0, None, self._next_call()).to(x.dtype)
         delta = contract(self.dropout(h), w * self.bank.scales[0], self.bank.A.to(x.dtype), self.bank.Bt.to(x.dtype))

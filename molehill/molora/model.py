@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from molehill.errors import AdapterError, ModelError
-from molehill.molora.experts.lora import LoRABank
+from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
 from molehill.molora.layer import ForwardState, MoLoRALinear, RouteGroup
@@ -104,19 +105,35 @@ class MoLoRAModel(nn.Module):
         routed = [e for e in self.experts if not e.startswith("shared")]
         return (*shared, *routed[: site.bank.n_experts - site.shared])
 
+    def banks(self, site: MoLoRALinear) -> Iterator[tuple[tuple[str, ...], Bank]]:
+        """Every bank of a site with the ids of its experts."""
+        yield self.expert_ids(site), site.bank
+
+    def banks_of(self, expert: str) -> dict[str, tuple[Bank, int]]:
+        """Where an expert is: its bank and its index there, by site."""
+        return {
+            name: (bank, ids.index(expert))
+            for name, site in self.sites.items()
+            for ids, bank in self.banks(site)
+            if expert in ids
+        }
+
     def _tensors(self) -> Iterator[tuple[nn.Parameter, list[tuple[Key, slice | None, bool, float]]]]:
         """Every parameter with the wire tensors it holds: key, its rows (None for all), transposed, scale."""
         for name, site in self.sites.items():
-            ids, bank = self.expert_ids(site), site.bank
-            if isinstance(bank, LoRABank):
-                yield bank.A, [(Key(name, e, "A"), bank.rows(i), False, 1.0) for i, e in enumerate(ids)]
-                yield bank.Bt, [(Key(name, e, "B"), bank.rows(i), True, bank.scales[i]) for i, e in enumerate(ids)]
-            else:
-                yield bank.v, [(Key(name, e, "dense.v"), bank.rows(i), False, 1.0) for i, e in enumerate(ids)]
+            for ids, bank in self.banks(site):
+                for parameter, parts in groupby(bank.parts(), lambda part: part.parameter):
+                    yield (
+                        bank.get_parameter(parameter),
+                        [
+                            (Key(name, ids[each.expert], each.role), each.rows, each.transposed, each.scale)
+                            for each in parts
+                        ],
+                    )
         # residuals apart, so that what is trained alike lies together
         for name, group in self.routers.items():
-            for part, parameter in group.router.scorer.named_parameters():
-                yield parameter, [(Key(name, NO_EXPERT, f"gate.{part}"), None, False, 1.0)]
+            for part, role in group.router.roles().items():
+                yield group.router.scorer.get_parameter(part), [(Key(name, NO_EXPERT, role), None, False, 1.0)]
         for name, group in self.routers.items():
             for part, parameter in group.router.residual.items():
                 role = f"gate.residual.{part.replace('__', '.')}"
@@ -130,10 +147,10 @@ class MoLoRAModel(nn.Module):
         at = 0
         for parameter, parts in self._tensors():
             for key, rows, transposed, scale in parts:
-                width = parameter.shape[1] if parameter.dim() > 1 else 1
                 start, shape = at, tuple(parameter.shape)
                 if rows is not None:
-                    start, shape = at + rows.start * width, (rows.stop - rows.start, width)
+                    width = parameter[0].numel()
+                    start, shape = at + rows.start * width, (rows.stop - rows.start, *parameter.shape[1:])
                 self.slots[key] = Slot(start, shape, transposed, scale)
             self.places.append((parameter, at, at + parameter.numel()))
             at += parameter.numel()
@@ -231,18 +248,18 @@ class MoLoRAModel(nn.Module):
             patches: ``(A [p, d_in], B [d_out, p])`` by (site, expert id), scale absorbed.
 
         Raises:
-            AdapterError: A site or expert is unknown or has no LoRA experts.
+            AdapterError: A site or expert is unknown or has no low-rank experts.
         """
         by_site: dict[str, dict[int, tuple[Tensor, Tensor]]] = {name: {} for name in self.sites}
         for (name, expert), (A, B) in patches.items():
             site = self.sites.get(name)
-            if site is None or expert not in self.expert_ids(site) or not isinstance(site.bank, LoRABank):
+            if site is None or expert not in self.expert_ids(site) or not isinstance(site.bank, PairBank):
                 raise AdapterError(f"patch for {name}/{expert}, which this model does not have")
             index = self.expert_ids(site).index(expert)
             by_site[name][index] = (torch.from_numpy(np.array(A)), torch.from_numpy(np.array(B)))
         for name, by_expert in by_site.items():
             bank = self.sites[name].bank
-            if isinstance(bank, LoRABank):
+            if isinstance(bank, PairBank):
                 bank.set_patches(by_expert)
 
     @property
@@ -283,11 +300,12 @@ class MoLoRAModel(nn.Module):
 
     def tokens(self) -> dict[tuple[str, str], float]:
         """Counted gate mass over real tokens of the selected client by (site, expert id)."""
-        counts = {}
+        counts: dict[tuple[str, str], float] = {}
         for name, site in self.sites.items():
-            ids = self.expert_ids(site)
-            for index, mass in site.tokens(self._selected).items():
-                counts[name, ids[index]] = mass
+            found = site.tokens(self._selected)
+            for ids, bank in self.banks(site):
+                for _, mass in (each for each in found if each[0] is bank):
+                    counts |= {(name, expert): count for expert, count in zip(ids, mass, strict=True)}
         return counts
 
     # ---- forward ---------------------------------------------------------------------------------------------

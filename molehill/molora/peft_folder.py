@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from molehill import files
 from molehill.errors import AdapterError
+from molehill.tensors import write as write_tensors
 from molehill.wire.tree import Array
-
-Factors: TypeAlias = tuple[Array, Array]  # A [r, d_in], B [d_out, r]
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -141,8 +142,8 @@ def read_config(folder: Path) -> PeftConfig:
     return config
 
 
-def read_peft(folder: Path) -> dict[str, Factors | Array]:
-    """Read a PEFT LoRA folder (A and B, scale absorbed in B) or IA3 folder (vectors minus one) by module path.
+def read_peft(folder: Path) -> dict[str, dict[str, Array]]:
+    """Read a PEFT LoRA folder (A and B, scale absorbed in B) or IA3 folder (vectors minus one), by module and role.
 
     Raises:
         AdapterError: Not a PEFT folder, damaged, or of a variant that is not a plain LoRA or IA3.
@@ -151,8 +152,8 @@ def read_peft(folder: Path) -> dict[str, Factors | Array]:
     tensors = {n.removeprefix(PREFIX): t for n, t in read_tensors(folder / WEIGHTS).items()}
     if config.peft_type == "IA3":
         _require_known(folder, [name for name in tensors if not name.endswith(".ia3_l")])
-        return {n.removesuffix(".ia3_l"): t.reshape(-1) - 1 for n, t in tensors.items()}
-    out: dict[str, Factors | Array] = {}
+        return {n.removesuffix(".ia3_l"): {"dense.v": t.reshape(1, -1) - 1} for n, t in tensors.items()}
+    out: dict[str, dict[str, Array]] = {}
     used: set[str] = set()
     for name, A in tensors.items():
         site, _, rest = name.partition(".lora_A.")
@@ -162,12 +163,54 @@ def read_peft(folder: Path) -> dict[str, Factors | Array]:
         B = tensors.get(other)
         if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise AdapterError(f"factors of {site} do not fit each other", where=str(folder), mend=_ANEW)
-        out[site] = (A, B * np.float32(config.scale(site, A.shape[0])))
+        out[site] = {"A": A, "B": B * np.float32(config.scale(site, A.shape[0]))}
         used |= {name, other}
     _require_known(folder, sorted(tensors.keys() - used))
     if not out:
         raise AdapterError("there is no factor in it", where=str(folder / WEIGHTS), mend=_ANEW)
     return out
+
+
+def write_peft(
+    folder: Path,
+    method: Literal["LORA", "IA3"],
+    expert: Mapping[str, Mapping[str, Array]],
+    base: tuple[str, str | None],
+    *,
+    task: str,
+    conv: bool,
+) -> None:
+    """Write a folder that `read_peft` and other libraries read.
+
+    Args:
+        folder: Where; it exists.
+        method: What the expert is.
+        expert: Its tensors by module and role, scale absorbed in B.
+        base: Where the base is, and its revision.
+        task: The task in peft's words.
+        conv: Whether the modules store their weights transposed (GPT-2).
+    """
+    common: dict[str, Any] = {
+        "base_model_name_or_path": base[0],
+        "revision": base[1],
+        "task_type": task,
+        "target_modules": sorted(expert),
+        "inference_mode": True,
+    }
+    if method == "LORA":
+        ranks = {name: len(tensors["A"]) for name, tensors in expert.items()}
+        rank = max(ranks.values())
+        pattern = {re.escape(n): r for n, r in ranks.items() if r != rank}
+        common |= {"peft_type": method, "r": rank, "lora_alpha": rank, "rank_pattern": pattern,
+                   "alpha_pattern": pattern, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": conv}  # fmt: skip
+        values = {f"{PREFIX}{n}.lora_{role}.weight": t[role] for n, t in expert.items() for role in ("A", "B")}
+    else:
+        common |= {"peft_type": method, "feedforward_modules": [], "fan_in_fan_out": conv}
+        values = {f"{PREFIX}{name}.ia3_l": 1 + tensors["dense.v"].reshape(-1, 1) for name, tensors in expert.items()}
+    write_tensors(
+        folder / WEIGHTS, {name: np.ascontiguousarray(value) for name, value in values.items()}, {"format": "pt"}
+    )
+    files.write(folder / CONFIG, (json.dumps(common, indent=2) + "\n").encode())
 
 
 def _require_known(folder: Path, left: list[str]) -> None:
@@ -200,12 +243,12 @@ def read_tensors(path: Path) -> dict[str, Array]:
         raise AdapterError(f"not a valid safetensors file: {error}", where=str(path), mend="Save it anew.") from None
 
 
-def plain_lora(factors: dict[str, Any]) -> dict[str, Any]:
+def plain_lora(factors: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
     """The section ``molora`` of a model with one expert that holds these factors exactly.
 
     Args:
         factors: Of an adapter, by module path; lower ranks than the highest are filled up with zeros.
     """
-    rank = max(A.shape[0] for A, _ in factors.values())
+    rank = max(len(tensors["A"]) for tensors in factors.values())
     targets = tuple(re.escape(site) for site in sorted(factors))
     return {"preset": "lora", "targets": targets, "rank": rank, "alpha": float(rank)}

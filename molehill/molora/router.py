@@ -15,7 +15,7 @@ class Router(nn.Module):
     """Pipes ``Scorer -> LogitTransform* -> Selector``; arithmetic after the scores is float32.
 
     Args:
-        scorer: Produces logits; an ``nn.Module``.
+        scorer: Produces logits.
         transforms: Edit the logits, in order.
         selector: Turns logits into weights.
         anchored: Give every scorer parameter a residual of the same shape, zero at the start, that is added to it.
@@ -28,11 +28,10 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, scorer: nn.Module, transforms: Sequence[LogitTransform], selector: Selector, *, anchored: bool
+        self, scorer: Scorer, transforms: Sequence[LogitTransform], selector: Selector, *, anchored: bool
     ) -> None:
         super().__init__()
-        assert isinstance(scorer, Scorer)
-        self.scorer: nn.Module = scorer
+        self.scorer = scorer
         self.transforms = tuple(transforms)
         self.selector = selector
         self.residual = nn.ParameterDict()
@@ -45,21 +44,29 @@ class Router(nn.Module):
     @property
     def n_experts(self) -> int:
         """Routed experts."""
-        return int(self.scorer.n_experts)  # type: ignore[arg-type]  # modules hide their attributes' types
+        return self.scorer.n_experts
 
     @property
     def heads(self) -> int:
         """Heads of a route; more than one have weights each for their own block of features."""
-        return int(self.scorer.heads)  # type: ignore[arg-type]  # modules hide the types of their attributes
+        return self.scorer.heads
+
+    def roles(self) -> dict[str, str]:
+        """The role on the wire of every parameter of the scorer, by its name."""
+        return {
+            name: f"gate.own.{name}" if name in self.scorer.own else f"gate.{name}"
+            for name, _ in self.scorer.named_parameters()
+        }
 
     @property
     def stackable(self) -> bool:
-        """Whether the parameters may have a client axis: one product with x, and rows do not see each other."""
-        return bool(getattr(self.scorer, "fusable", False)) and getattr(self.selector, "per_row", True)
+        """Whether the parameters may have a client axis: one product with x, rows by themselves, and nothing drawn."""
+        drawn = self.selector.random or any(transform.random for transform in self.transforms)
+        return self.scorer.fusable and self.selector.per_row and not drawn
 
     def gate_rows(self) -> Tensor | None:
         """Rows ``[E, d]`` that may be multiplied together with A; None when the scores are not one product with x."""
-        if self.uniform or not getattr(self.scorer, "fusable", False):
+        if self.uniform or not self.scorer.fusable:
             return None
         weight: Tensor = self.scorer.weight  # type: ignore[assignment]  # modules hide their attributes' types
         return weight + self.residual["weight"] if self.residual and self.personal else weight

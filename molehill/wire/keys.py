@@ -38,6 +38,11 @@ class Key(NamedTuple):
         return self.role.partition(".")[2].startswith("residual")
 
     @property
+    def own(self) -> bool:
+        """Whether this is a part of a router that stays with its client when gates are split (``gate.own.main``)."""
+        return self.role.partition(".")[2].startswith("own.")
+
+    @property
     def name(self) -> str:
         """The wire name, ``site/expert/role``."""
         return "/".join(self)

@@ -121,10 +121,10 @@ def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
         yield keys, f"{names}: the lower reads the mean of products, which this space never forms; use space 'product'"
     if not (lower.needs_products or space.closed):
         yield keys, f"{names}: the mean of products would be dropped; use lower 'svd', 'residual' or 'merge_restart'"
-    yield from _robust(federation, space, rule)
+    yield from _robust(federation, space, rule, lower)
     keys = ("federation.server_opt", "federation.lower")
     names = f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}"
-    if lower.patches and federation.server_opt.name != "none":
+    if lower.patches and server_opt.moves:
         why = "a patch holds what the new factors lack, and the optimiser would then put other factors in their place"
         yield keys, f"{names}: {why}; use server_opt 'none'"
     elif server_opt.stateful and not lower.fixed_gauge:
@@ -132,7 +132,9 @@ def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
         yield keys, f"{names}: {why}; use server_opt 'none'"
 
 
-def _robust(federation: Federation, space: Space, rule: WeightRule) -> Iterator[tuple[tuple[str, ...], str]]:
+def _robust(
+    federation: Federation, space: Space, rule: WeightRule, lower: Lower
+) -> Iterator[tuple[tuple[str, ...], str]]:
     keys: tuple[str, ...] = ("federation.rule", "federation.space")
     names = f"rule {federation.rule.name!r} with space {federation.space.name!r}"
     if rule.needs_products and not space.products:
@@ -142,7 +144,7 @@ def _robust(federation: Federation, space: Space, rule: WeightRule) -> Iterator[
             "'common'"
         )
         yield keys, f"{names}: {why}"
-    elif isinstance(rule, CoordRule) and (federation.space.name, federation.lower.name) != ("product", "svd"):
+    elif isinstance(rule, CoordRule) and not (space.folds and lower.tails):
         why = (
             "merged number by number, products have full rank, which only space 'product' with lower 'svd' brings back "
             "to factors"

@@ -16,8 +16,9 @@ from molehill.errors import ConfigError, MessageError
 from molehill.molora.interfaces import Site
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.messages import LEAST
+from molehill.wire.keys import KINDS
 from molehill_server.aggregate import conflicts
-from molehill_server.planning.planner import select, shares
+from molehill_server.planning.planner import decisions, scopes, select, shares
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
 
@@ -66,6 +67,10 @@ def _build(axis: str, ref: MethodRef, **context: Any) -> Any:
     return registry.build(axis, ref.name, ref.params, **context)
 
 
+def _declared(axis: str, ref: MethodRef, name: str) -> Any:
+    return registry.declared(registry.get(axis, ref.name), name)
+
+
 def _asked(config: Config) -> int:
     """How many clients take part in a round; where that is left to chance, on average and rounded up."""
     pool = [str(number) for number in range(config.data.clients)]
@@ -75,6 +80,10 @@ def _asked(config: Config) -> int:
 def _both_shared(config: Config) -> bool:
     """Whether every client sends both factors in every round (methods that alternate do so with period 2)."""
     return all(decided.A == decided.B == "shared" for decided in (shares(config, 1), shares(config, 2)))
+
+
+def _sends_nothing(config: Config) -> bool:
+    return not any(scope == "shared" for number in (1, 2) for _, scope in scopes(config, number))
 
 
 def _aggregation(config: Config) -> Iterator[Conflict]:
@@ -96,15 +105,15 @@ def _products_need_factors(config: Config) -> Iterator[Conflict]:
 
 def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
     """A factor that is frozen comes from the server anew in every round; one that stays on the clients does not."""
-    policy, lower = config.federation.policy.name, config.federation.lower.name
+    federation, policy = config.federation, config.federation.policy.name
     scopes = {scope for decided in (shares(config, 1), shares(config, 2)) for scope in (decided.A, decided.B)}
-    common = config.federation.space.name == "common"
-    if lower != "none" and not scopes <= ({"shared", "frozen"} if common else {"shared"}):
+    fits = scopes <= ({"shared", "frozen"} if _build("space", federation.space).common else {"shared"})
+    if _build("lower", federation.lower).needs_products and not fits:
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.lower"),
-            f"lower {lower!r} makes both factors anew, but policy {policy!r} freezes one or keeps it on the "
-            "clients, so theirs would no longer belong to the server's",
+            f"lower {federation.lower.name!r} makes both factors anew, but policy {policy!r} freezes one or keeps it on "
+            "the clients, so theirs would no longer belong to the server's",
         )
 
 
@@ -122,19 +131,22 @@ def _enough_to_judge(config: Config) -> Iterator[Conflict]:
 
 
 def _norms_need_products(config: Config) -> Iterator[Conflict]:
-    if config.federation.rule.name == "norm_weights" and shares(config, 1).B == "personal":
+    rule, decided = config.federation.rule, shares(config, 1)
+    kept = [factor for factor in ("A", "B") if decided.of(factor) == "personal"]
+    if kept and _build("rule", rule).needs_pairs:
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.rule"),
-            "rule 'norm_weights' weighs by the norm of B A, but B never leaves the clients; use rule 'mean'",
+            f"rule {rule.name!r} weighs by the norm of B A, but {' and '.join(kept)} never leaves the clients; use "
+            "rule 'mean'",
         )
 
 
 def _common_factor(config: Config) -> Iterator[Conflict]:
     policy, space = config.federation.policy.name, config.federation.space
-    if space.name != "common":
+    fixed = _build("space", space).common
+    if not fixed:
         return
-    fixed = registry.parse_params("space", space.name, space.params).factor
     why = ""
     for decided in (shares(config, 1), shares(config, 2)):
         scopes = {"A": decided.A, "B": decided.B}
@@ -146,29 +158,31 @@ def _common_factor(config: Config) -> Iterator[Conflict]:
             why = f"policy {policy!r} lets every client have a factor of its own"
     if why:
         keys = ("federation.policy", "federation.space")
-        yield Conflict("refuse", keys, f"space 'common' needs one common factor, but {why}; use space 'factor'")
+        yield Conflict("refuse", keys, f"space {space.name!r} needs one common factor, but {why}; use space 'factor'")
 
 
-def _mixture_of_routers(config: Config) -> Iterator[Conflict]:
-    mixture = config.molora.scorer.name == "mixture"
-    keys = ("personal.gate", "molora.scorer")
-    if config.personal.gate == "mixture" and not mixture:
+def _split_gate(config: Config) -> Iterator[Conflict]:
+    scorer, keys = config.molora.scorer.name, ("personal.gate", "molora.scorer")
+    own = sorted(_declared("scorer", config.molora.scorer, "own"))
+    if config.personal.gate == "split" and not own:
+        able = [each.name for each in registry.methods("scorer") if registry.declared(each, "own")]
         yield Conflict(
             "refuse",
             keys,
-            "gate 'mixture' averages sub-routers and keeps the main one, which only scorer 'mixture' has",
+            f"gate 'split' keeps a part of the router on the client, and scorer {scorer!r} names none; of those that "
+            f"do there is {', '.join(map(repr, able))}",
         )
-    if mixture and config.personal.gate == "anchored":
+    if own and config.personal.gate == "anchored":
         yield Conflict(
             "warn",
             keys,
-            "scorer 'mixture' has a main router of its own to keep on the client; gate 'mixture' does that, while "
-            "'anchored' adds a residual to every sub-router as well",
+            f"scorer {scorer!r} has a part of its own to keep on the client ({', '.join(own)}); gate 'split' does "
+            "that, while 'anchored' adds a residual to all of it",
         )
 
 
 def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
-    if config.federation.lower.name == "merge_restart" and config.personal.gate != "global":
+    if _build("lower", config.federation.lower).restarts and config.personal.gate != "global":
         yield Conflict(
             "warn",
             ("federation.lower", "personal.gate"),
@@ -180,48 +194,47 @@ def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
 def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
     """A patch is added to what one expert says, which is no sum of parameters."""
     lower = config.federation.lower
-    if config.molora.mixer.name == "param" and _build("lower", lower).patches:
+    mixer = config.molora.mixer
+    if _declared("mixer", mixer, "mixes") == "parameters" and _build("lower", lower).patches:
         yield Conflict(
             "refuse",
             ("federation.lower", "molora.mixer"),
-            f"lower {lower.name!r} patches the products of single experts, but mixer 'param' mixes their factors "
-            "before it multiplies them; use mixer 'output', or a lower without patches",
+            f"lower {lower.name!r} patches the products of single experts, but mixer {mixer.name!r} mixes their "
+            "factors before it multiplies them; use mixer 'output', or a lower without patches",
         )
 
 
 def _mixed_parameters(config: Config) -> Iterator[Conflict]:
-    scorer = config.molora.scorer.name
-    if config.molora.mixer.name == "param" and scorer != "task_table":
+    scorer, mixer, topology = config.molora.scorer.name, config.molora.mixer.name, config.molora.topology
+    parameters = _declared("mixer", config.molora.mixer, "mixes") == "parameters"
+    by_token = _declared("scorer", config.molora.scorer, "level") == "token"
+    if by_token and "row_route" in _declared("mixer", config.molora.mixer, "wants"):
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),
-            f"mixer 'param' makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
+            f"mixer {mixer!r} makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
             "scorer 'task_table'",
         )
-    if config.molora.mixer.name == "param" and config.molora.topology.name == "block_ffn":
+    if parameters and _declared("topology", topology, "scope") is not None:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.topology"),
-            "topology 'block_ffn' mixes the outputs of whole blocks, so mixer 'param' would do nothing; use mixer "
-            "'output', or topology 'parallel'",
+            f"topology {topology.name!r} mixes the outputs of whole blocks, so mixer {mixer!r} would do nothing; use "
+            "mixer 'output', or topology 'parallel'",
         )
-    if (
-        config.molora.mixer.name != "param"
-        and _build("scorer", config.molora.scorer, d_in=1, n_experts=1, n_tasks=1).heads > 1
-    ):
+    if not parameters and _build("scorer", config.molora.scorer, d_in=1, n_experts=1, n_tasks=1).heads > 1:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),
-            f"every head of scorer {scorer!r} has weights for its own block of A's and B's features, which only mixer "
-            "'param' mixes; use mixer 'param', or one head",
+            f"every head of scorer {scorer!r} has weights for its own block of A's and B's features, which only a "
+            "mixer of parameters mixes; use mixer 'param', or one head",
         )
 
 
 def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
     """Parts that stack the experts of a site need LoRAs of one rank; an allocation may also decide how many count."""
     molora = config.molora
-    parts = {"molora.mixer": molora.mixer.name, "molora.topology": molora.topology.name}
-    needy = [key for key, name in parts.items() if name in ("param", "block_ffn")]
+    parts = {"molora.mixer": ("mixer", molora.mixer), "molora.topology": ("topology", molora.topology)}
     site = Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1)
     try:
         plan = _build("allocation", molora.allocation).plan([site], molora.experts, molora.shared, molora.rank)["any"]
@@ -229,36 +242,39 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", ("molora.allocation", "molora.experts"), error.what)
         return
     selector = molora.selector
-    if plan.top_k and not hasattr(registry.parse_params("selector", selector.name, selector.params), "k"):
+    if plan.top_k and not _declared("selector", selector, "takes_k"):
         why = f"allocation {molora.allocation.name!r} needs a selector with k, which {selector.name!r} does not have"
         yield Conflict("refuse", ("molora.allocation", "molora.selector"), f"{why}; use selector 'top_k'")
-    for key in needy:
-        name = parts[key]
-        if molora.expert.name != "lora":
-            why = f"{name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
+    for key, (axis, part) in parts.items():
+        wants = _declared(axis, part, "wants")
+        if "pairs" in wants and _declared("expert", molora.expert, "kind") != "pairs":
+            why = f"{part.name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
             yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert 'lora'")
-        if len({*plan.ranks, *plan.shared_ranks}) > 1:
-            why = f"{name!r} stacks the experts of a site, and allocation {molora.allocation.name!r} gives them "
+        if "equal_ranks" in wants and len({*plan.ranks, *plan.shared_ranks}) > 1:
+            why = f"{part.name!r} stacks the experts of a site, and allocation {molora.allocation.name!r} gives them "
             yield Conflict("refuse", (key, "molora.allocation"), f"{why}different ranks; use allocation 'uniform'")
-        if name == "block_ffn" and molora.shared:
-            why = "'block_ffn' has one block per routed expert and none for experts that are always on"
+        if "no_shared" in wants and molora.shared:
+            why = f"{part.name!r} has one block per routed expert and none for experts that are always on"
             yield Conflict("refuse", (key, "molora.shared"), f"{why}; set molora.shared to 0")
 
 
 def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
-    policy = config.federation.policy
-    if policy.name == "fedpeft" and policy.params.get("group") == "head" and config.task.kind == "causal-lm":
+    policy = config.federation.policy.name
+    wanted, left = ([look(config, number) for number in (1, 2)] for look in (decisions, shares))
+    trained = {kind for decided in left for kind in KINDS if decided.of(kind) != "frozen"}
+    if trained == {"head"} and config.task.kind == "causal-lm":
         yield Conflict("refuse", ("federation.policy", "task.kind"), "a causal language model has no head to train")
-    for number in (1, 2):
-        decided = shares(config, number)
-        if policy.name != "fedpeft" and decided.A == decided.B == "frozen":
-            yield Conflict(
-                "refuse",
-                ("federation.policy", "molora.init"),
-                f"init {config.molora.init.name!r} freezes the factor that policy {policy.name!r} trains"
-                + (" in every other round" if policy.name == "rolora" else ""),
-            )
-            return
+    idle = [
+        (after.A == after.B == "frozen") and not (before.A == before.B == "frozen")
+        for before, after in zip(wanted, left, strict=True)
+    ]
+    if any(idle):
+        yield Conflict(
+            "refuse",
+            ("federation.policy", "molora.init"),
+            f"init {config.molora.init.name!r} freezes the factor that policy {policy!r} trains"
+            + ("" if all(idle) else " in every other round"),
+        )
 
 
 def _sends_changes(config: Config) -> Iterator[Conflict]:
@@ -281,7 +297,7 @@ def _privacy(config: Config) -> Iterator[Conflict]:
     def refuse(key: str, why: str) -> Conflict:
         return Conflict("refuse", ("privacy", key), why)
 
-    if federation.rule.name != "mean":
+    if not _build("rule", federation.rule).sums:
         yield refuse(
             "federation.rule",
             f"rule {federation.rule.name!r} looks at single updates to weigh them, so one client can change what all "
@@ -306,9 +322,9 @@ def _privacy(config: Config) -> Iterator[Conflict]:
             f"policy {policy!r} fills up the values of clients of lower rank with zeros, which is no sum of clipped "
             "changes; give all clients one rank",
         )
-    if policy == "local":
-        yield refuse("federation.policy", "policy 'local' sends nothing, so there is nothing to protect")
-    if federation.space.name == "factor" and _both_shared(config):
+    if _sends_nothing(config):
+        yield refuse("federation.policy", f"policy {policy!r} sends nothing, so there is nothing to protect")
+    if not _build("space", federation.space).products and _both_shared(config):
         yield Conflict(
             "warn",
             ("privacy", "federation.policy"),
@@ -326,7 +342,7 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
     def refuse(key: str, why: str) -> Conflict:
         return Conflict("refuse", ("privacy.secure_aggregation", key), why)
 
-    if federation.rule.name != "mean":
+    if not _build("rule", federation.rule).sums:
         yield refuse(
             "federation.rule",
             f"rule {federation.rule.name!r} looks at single updates to weigh them, and the server sees their sum only; "
@@ -344,10 +360,9 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
             f"policy {policy!r} has clients send tensors of different shapes, which cannot be added up; give all "
             "clients one rank",
         )
-    if policy == "local":
-        yield refuse("federation.policy", "policy 'local' sends nothing, so there is nothing to hide")
-    codec = _build("codec", config.wire.up)
-    if codec.feedback or config.wire.up.name != "fp32":
+    if _sends_nothing(config):
+        yield refuse("federation.policy", f"policy {policy!r} sends nothing, so there is nothing to hide")
+    if not _build("codec", config.wire.up).exact:
         yield refuse(
             "wire.up",
             f"codec {config.wire.up.name!r} leaves something out of every number or leaves numbers out, and masked "
@@ -451,7 +466,7 @@ RULES: tuple[Rule, ...] = (
     _enough_to_judge,
     _norms_need_products,
     _common_factor,
-    _mixture_of_routers,
+    _split_gate,
     _restart_and_personal_gate,
     _one_expert_at_a_time,
     _mixed_parameters,

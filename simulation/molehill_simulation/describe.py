@@ -148,7 +148,7 @@ def _planned(molora: MoLoRA) -> str:
     """The experts before an allocation has seen the sites."""
     shared = f" and {molora.shared} always-on" if molora.shared else ""
     experts = "one LoRA" if molora.experts == 1 and not shared else f"{molora.experts} routed{shared}"
-    dealt = "" if molora.allocation.name == "uniform" else f" before {_show(molora.allocation)},"
+    dealt = "" if molora.allocation == type(molora)().allocation else f" before {_show(molora.allocation)},"
     return f"{experts} of rank {molora.rank}{dealt}"
 
 
@@ -163,9 +163,9 @@ def _dealt(model: MoLoRAModel) -> str:
     ):
         present = [ranks for ranks in groups if ranks]
         if present:
-            number = "one LoRA" if lone else f"{_range(map(len, present))} {kind}"
-            low_rank = all(site.bank.low_rank for site in sites)
-            parts.append(f"{number} of rank {_range(chain(*present))}" if low_rank else f"{number} vectors")
+            bank = next(iter(sites)).bank
+            number = f"one {bank.noun}" if lone else f"{_range(map(len, present))} {kind} {bank.noun}s"
+            parts.append(f"{number} of {bank.size} {_range(chain(*present))}" if bank.size else number)
     return " and ".join(parts)
 
 
@@ -175,10 +175,10 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _merge(config: Config) -> str:
-    federation = config.federation
+    federation, usual = config.federation, type(config.federation)()
     parts = [("space", federation.space), ("rule", federation.rule)]
-    parts += [("lower", federation.lower)] if federation.lower.name != "none" else []
-    parts += [("server optimiser", federation.server_opt)] if federation.server_opt.name != "none" else []
+    parts += [("lower", federation.lower)] if federation.lower != usual.lower else []
+    parts += [("server optimiser", federation.server_opt)] if federation.server_opt != usual.server_opt else []
     return ", ".join(f"{label} {_show(ref)}" for label, ref in parts)
 
 

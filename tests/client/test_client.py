@@ -251,7 +251,7 @@ WHOLE_HEAD = (*EXPERTS, ("*/head.residual*", "personal"), ("*/head*", "shared"))
         (
             {"personal": {"gate": "mixture"}, "molora": {"scorer": {"name": "mixture", "m": 2}}},
             WHOLE_GATE,
-            r"/gate\.main.*, which personal\.gate does not share",
+            r"/gate\.own\.main.*, which personal\.gate does not share",
         ),
         ({"federation": {"preset": "fedsa"}}, EXPERTS, r"/B, which federation\.policy does not share"),
         ({"federation": {"preset": "ffa"}}, EXPERTS, r"/A, which federation\.policy does not share"),
@@ -312,14 +312,14 @@ def test_more_than_its_own_configuration_says_is_refused(house, more, why):
 GATES = {
     "anchored": ANCHORED,
     "personal": (*EXPERTS, ("*/gate*", "personal"), *HEAD),
-    "mixture": (*EXPERTS, ("*/gate.sub*", "shared"), ("*/gate*", "personal"), *HEAD),
+    "split": (*EXPERTS, ("*/gate.own.*", "personal"), ("*/gate*", "shared"), *HEAD),
     "own head": (*EXPERTS, ("*/gate*", "shared"), ("*/head*", "personal")),
 }
 
 
 def _sections(gate):
-    if gate == "mixture":
-        return {"personal": {"gate": "mixture"}, "molora": {"scorer": {"name": "mixture", "m": 2}}}
+    if gate == "split":
+        return {"personal": {"gate": "split"}, "molora": {"scorer": {"name": "mixture", "m": 2}}}
     return {"personal": {"gate": "global", "head": "personal"} if gate == "own head" else {"gate": gate}}
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from molehill.cli import app
 from molehill.errors import AdapterError, BundleError, ConfigError, ModelError
 from molehill.tasks.weights import Stored
+from molehill.wire.store import load_tree
 from molehill_edge import Bundle, InsecureLocal
 from molehill_edge import manifest as manifests
 from molehill_edge.tensors import read
@@ -159,6 +160,49 @@ def test_an_expert_that_is_added_later_is_the_expert_exported_at_once(opened, tm
     # the scale per output was chosen without the new expert, so rounding differs a little
     assert np.abs(found - wanted).max() < {"fp32": 1e-5, "int8": 0.05, "int4": 0.5}[scheme] * np.abs(wanted).max()
     assert np.abs(found - wanted).max() < np.abs(before - wanted).max() or scheme == "int4"
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """A federation of bottlenecks of two widths under a router, whose changes travel as int4."""
+    folder = tmp_path_factory.mktemp("bottlenecks")
+    base = tiny_world.save_base(folder / "base", "bert", hidden_size=32, initializer_range=0.2)
+    source = tiny_world.write_rows(folder / "rows.jsonl", tiny_world.rows(90))
+    molora = {"preset": "houlsby", "experts": 3, "rank": 3, "selector": {"name": "dense"}, "scope": "layer",
+              "allocation": {"name": "hetero_rank", "kind": "explicit", "ranks": [2, 3, 4]}}  # fmt: skip
+    config = tiny_world.config(
+        base, source, molora=molora, wire={"up": "int4"}, train={"steps": 20, "lr": 2e-2, "batch_size": 8}
+    )
+    simulate(config, folder / "run")
+    return folder / "run"
+
+
+def test_experts_of_another_kind_go_all_the_way(others, tmp_path):
+    """Trained, sent as int4, merged, saved, read again, exported, and added on a device."""
+    before, after = (load_tree(others / f"{moment}.safetensors")[0] for moment in ("initial", "final"))
+    moved = {key.role for key in after if key.kind == "dense" and np.abs(after[key] - before[key]).max() > 1e-3}
+    assert moved == {"dense.down", "dense.bias", "dense.up", "dense.shift"}
+    assert not any(key.kind in "AB" for key in after)
+    source = open_source(others)
+    for key, value in source.model.tree(lambda key: key.kind == "dense").items():
+        np.testing.assert_array_equal(value, after[key])
+    export(source, tmp_path / "whole", Options(scheme="int8", force=True))
+    export(source, tmp_path / "part", Options(scheme="int8", experts=("e0", "e2"), spare=1, force=True))
+    export_experts(source, tmp_path / "experts")
+    with source.gate("global") as model:
+        original = _logits(model, source.tokenizer, TEXTS[:1])
+    with Bundle.open(tmp_path / "whole", trust=TRUST, threads=1) as bundle:
+        wanted = bundle.logits(bundle.encode_all(TEXTS[:1]))
+    assert np.abs(wanted - original).max() < 0.05 * np.abs(original).max()
+    with Bundle.open(tmp_path / "part", trust=TRUST, threads=1) as bundle:
+        ids = bundle.encode_all(TEXTS[:1])
+        alone = bundle.logits(ids)
+        with pytest.raises(BundleError, match=r"dense\.\w+ of .* has shape"):  # its width is 3, the slot's 4
+            bundle.add_expert(tmp_path / "experts" / "e1.expert.safetensors")
+        bundle.remove_expert("e2")
+        assert np.abs(bundle.logits(ids) - alone).max() > 1e-3
+        bundle.add_expert(tmp_path / "experts" / "e2.expert.safetensors")
+        assert np.array_equal(bundle.logits(ids), alone)
 
 
 def test_accuracy_and_command_line(run, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from toy_federation import BASE, GATE, HEAD, RANK, SITE, config, initial
 
 from molehill import registry
-from molehill.errors import ConfigError, ModelError
+from molehill.errors import ConfigError
 from molehill.wire.keys import KINDS, Key
 from molehill.wire.tree import Layout
 from molehill_server.planning.planner import Planner, expected, scopes, seed, select
@@ -51,12 +51,13 @@ def test_policies_share_what_their_paper_says(policy, number, a, b, gate, head):
         ("anchored", "shared", "personal", "shared", "shared"),
         ("personal", "personal", "personal", "personal", "personal"),
         ("global", "shared", "frozen", "shared", "shared"),
-        ("mixture", "personal", "personal", "shared", "personal"),
+        ("split", "shared", "frozen", "shared", "personal"),
+        ("mixture", "shared", "frozen", "shared", "personal"),
     ],
 )
 def test_gates_follow_the_personal_section(gate, weight, residual, sub, main):
     one = plan(config(personal={"gate": gate}, molora={"scorer": "mixture"}))
-    roles = ("gate.weight", "gate.residual.weight", "gate.sub", "gate.main")
+    roles = ("gate.weight", "gate.residual.weight", "gate.sub", "gate.own.main")
     assert [one.scope(Key(SITE, "-", role)) for role in roles] == [weight, residual, sub, main]
 
 
@@ -159,14 +160,19 @@ def test_every_policy_gives_scopes():
 
 
 def test_policies_decide_on_all_kinds_of_tensors():
-    assert {field.name for field in fields(Shares)} == {*KINDS, "ranks"}
+    assert {field.name for field in fields(Shares)} == {*KINDS, "other", "ranks"}
+    assert [Shares(A="frozen", other="personal").of(kind) for kind in ("A", "B", "coef")] == [
+        "frozen",
+        "shared",
+        "personal",
+    ]
 
 
-def test_a_tensor_of_a_kind_that_no_policy_decides_on_is_refused_and_not_left_untrained():
+@pytest.mark.parametrize(
+    ("policy", "scope"), [("fedit", "shared"), ("ffa", "shared"), ("local", "personal"), ("fedpeft", "shared")]
+)
+def test_a_tensor_of_a_kind_that_no_policy_knows_is_never_left_untrained(policy, scope):
     layout = Layout({**initial().layout, Key(SITE, "e0", "scale"): (3,)})
-    with pytest.raises(
-        ModelError, match=rf"{SITE}/e0/scale: no policy decides on tensors of kind 'scale'.*dense\.scale"
-    ):
-        Planner(config(), BASE).plan("c00", 1, layout, {}, 0)
-    known = Layout({**initial().layout, Key(SITE, "e0", "dense.scale"): (3,)})
-    assert Planner(config(), BASE).plan("c00", 1, known, {}, 0).scope(Key(SITE, "e0", "dense.scale")) == "shared"
+    made = Planner(config(federation={"policy": policy}), BASE).plan("c00", 1, layout, {}, 0)
+    assert made.scope(Key(SITE, "e0", "scale")) == scope
+    assert made.scope(Key(SITE, "e0", "patch.A")) == "frozen"

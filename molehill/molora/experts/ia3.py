@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from molehill.molora.banks import Bank, Part
 from molehill.molora.interfaces import Site
 from molehill.registry import register
 
@@ -16,7 +19,7 @@ from molehill.registry import register
     url="https://arxiv.org/abs/2309.05444",
     seeds=("S13",),
 )
-class IA3Bank(nn.Module):
+class IA3Bank(Bank):
     """All (IA)3 vectors of one site.
 
     MoV is ``y = (sum_e w_e s_e) * y0`` with s_e = 1 at the start; as a delta on the frozen output this is
@@ -31,22 +34,23 @@ class IA3Bank(nn.Module):
         v: ``[E, d_out]`` float32.
     """
 
-    low_rank = False
+    peft = "IA3"
+    noun, size = "vector", ""
+    needs_output = True
 
     def __init__(self, *, site: Site, ranks: tuple[int, ...], alpha: float) -> None:
-        super().__init__()
-        self.site = site
-        self.ranks = (1,) * len(ranks)
+        del alpha
+        super().__init__(site=site, ranks=(1,) * len(ranks))
         self.v = nn.Parameter(torch.zeros(len(ranks), site.d_out))
 
-    @property
-    def n_experts(self) -> int:
-        """Number of experts, shared ones included."""
-        return len(self.ranks)
+    def parts(self) -> Iterator[Part]:
+        """The vector ``[1, d_out]`` of every expert."""
+        for e in range(self.n_experts):
+            yield Part("v", "dense.v", e, self.rows(e))
 
-    def rows(self, expert: int) -> slice:
-        """The rows of `v` that belong to an expert."""
-        return slice(expert, expert + 1)
+    def like(self, site: Site, ranks: tuple[int, ...]) -> IA3Bank:
+        """See `Bank.like`."""
+        return IA3Bank(site=site, ranks=ranks, alpha=1.0)
 
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return ``(sum_e w_e v_e) * y0``, ``[B, T, d_out]``, for weights ``[B|1, T|1, E]``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from molehill.molora.interfaces import InitStrategy
 from molehill.registry import register
 
 
@@ -31,10 +32,8 @@ class GaussianParams:
     url="https://arxiv.org/abs/2309.05444",
     seeds=("S13",),
 )
-class GaussianInit:
+class GaussianInit(InitStrategy):
     """A drawn from N(0, std), B zero."""
-
-    frozen: frozenset[Literal["A", "B"]] = frozenset()
 
     def __init__(self, params: GaussianParams) -> None:
         self.std = params.std

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from molehill.molora.interfaces import InitStrategy
 from molehill.registry import register
 
 
@@ -17,10 +17,8 @@ from molehill.registry import register
     paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models",
     url="https://arxiv.org/abs/2106.09685",
 )
-class LoRAInit:
+class LoRAInit(InitStrategy):
     """A uniform in +-1/sqrt(d_in) (Kaiming with a = sqrt 5), B zero."""
-
-    frozen: frozenset[Literal["A", "B"]] = frozenset()
 
     @torch.no_grad()
     def __call__(self, A: Tensor, B: Tensor, generator: torch.Generator) -> None:

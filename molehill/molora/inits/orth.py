@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from molehill.molora.interfaces import InitStrategy
 from molehill.registry import register
 
 
@@ -17,7 +18,7 @@ from molehill.registry import register
     url="https://arxiv.org/abs/2402.16842",
     seeds=("S40",),
 )
-class OrthInit:
+class OrthInit(InitStrategy):
     """A random with orthonormal rows and frozen, B zero: only B learns.
 
     With one A everywhere the mean of the clients' B is exactly the mean of their updates, at half the bytes.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from molehill.molora.interfaces import Expert
+from molehill.molora.banks import Bank
+from molehill.molora.interfaces import Mixer
 from molehill.registry import register
 
 
@@ -14,11 +15,11 @@ from molehill.registry import register
     paper="Jacobs et al. 1991, Adaptive mixtures of local experts",
     url="https://doi.org/10.1162/neco.1991.3.1.79",
 )
-class OutputMixer:
+class OutputMixer(Mixer):
     """``sum_e w_e delta_e(x)``; low-rank banks take the fused path."""
 
     fused = True
 
-    def __call__(self, bank: Expert, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return the delta ``[B, T, d_out]`` for weights ``[B|1, T|1, E]``."""
         return bank.delta(x, y0, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -10,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from molehill.molora.interfaces import RouteContext
+from molehill.molora.interfaces import RouteContext, Scorer
 from molehill.registry import register
 
 
@@ -38,7 +39,7 @@ class LinearParams:
     url="https://arxiv.org/abs/1701.06538",
     seeds=("S2", "S20", "S113", "S171"),
 )
-class Linear(nn.Module):
+class Linear(Scorer):
     """``z = x W^T``, no bias.
 
     Jitter belongs here and not among the logit transforms: noise on the input reaches all logits through W, and noise
@@ -52,11 +53,14 @@ class Linear(nn.Module):
     def __init__(self, params: LinearParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
         super().__init__()
         self.n_experts = n_experts
-        self.heads = 1
         self.jitter = params.jitter
         self.fusable = params.jitter == 0
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         init_rows(self.weight, params.init, params.std)
+
+    def axes(self) -> Mapping[str, int]:
+        """Rows."""
+        return {"weight": 0}
 
     def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B, T, E]``."""

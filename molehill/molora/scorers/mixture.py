@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from molehill.molora.interfaces import RouteContext
+from molehill.molora.interfaces import RouteContext, Scorer
 from molehill.molora.scorers.linear import init_rows
 from molehill.registry import register
 
@@ -37,7 +38,7 @@ class MixtureParams:
     url="https://arxiv.org/abs/2503.23362",
     seeds=("S3", "Z5"),
 )
-class Mixture(nn.Module):
+class Mixture(Scorer):
     """``z = log sum_m a_m p_m`` with p_m = softmax(W_m x) of sub-router m and a = softmax(W_0 x) of the main router.
 
     The softmax of these logits is the mixed distribution itself. Sub-routers can be averaged over clients while each
@@ -48,16 +49,19 @@ class Mixture(nn.Module):
         main: Rows of the main router, ``[M, d]`` float32.
     """
 
-    fusable = False
+    own = frozenset({"main"})
 
     def __init__(self, params: MixtureParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
         super().__init__()
         self.n_experts = n_experts
-        self.heads = 1
         self.sub = nn.Parameter(torch.empty(params.m, n_experts, d_in))
         self.main = nn.Parameter(torch.empty(params.m, d_in))
         init_rows(self.sub, params.init, params.std)
         init_rows(self.main, params.init, params.std)
+
+    def axes(self) -> Mapping[str, int]:
+        """Only sub-routers have rows of experts."""
+        return {"sub": 1, "main": -1}
 
     def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B, T, E]``; their exponentials sum to 1."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from molehill.molora.interfaces import RouteContext
+from molehill.molora.interfaces import RouteContext, Scorer
 from molehill.registry import register
 
 
@@ -37,7 +38,7 @@ class TaskTableParams:
     url="https://arxiv.org/abs/2211.03831",
     seeds=("S118",),
 )
-class TaskTable(nn.Module):
+class TaskTable(Scorer):
     """One row of logits per task, for every head; the input itself does not matter.
 
     A task that is not in the table (or no task at all) gets the mean row.
@@ -46,7 +47,8 @@ class TaskTable(nn.Module):
         table: ``[tasks, splits, E]`` float32.
     """
 
-    fusable = False
+    level = "row"
+    reads: frozenset[Literal["task_ids"]] = frozenset({"task_ids"})
 
     def __init__(self, params: TaskTableParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
         super().__init__()
@@ -54,6 +56,10 @@ class TaskTable(nn.Module):
         self.heads = params.splits
         self.table = nn.Parameter(torch.empty(max(params.tasks, n_tasks), params.splits, n_experts))
         nn.init.uniform_(self.table, -params.scale, params.scale)
+
+    def axes(self) -> Mapping[str, int]:
+        """The last."""
+        return {"table": 2}
 
     def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B, 1, E]``, or ``[B, 1, H, E]`` with several heads; B is 1 when there are no task ids."""

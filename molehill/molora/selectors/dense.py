@@ -33,17 +33,11 @@ class DenseParams:
     url="https://arxiv.org/abs/2312.09979",
     seeds=("S13", "S20", "S118"),
 )
-class Dense:
+class Dense(Selector):
     """All experts, weighted by the activated logits."""
-
-    causal = True
 
     def __init__(self, params: DenseParams) -> None:
         self.activation = params.activation
-
-    def eval_form(self) -> Selector:
-        """The selector itself."""
-        return self
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""

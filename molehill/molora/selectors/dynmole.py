@@ -51,21 +51,15 @@ class DynMoLEParams:
     url="https://arxiv.org/abs/2504.00661",
     seeds=("Z1",),
 )
-class DynMoLE:
+class DynMoLE(Selector):
     """Tokens of high Tsallis entropy take all experts, the others top-p with a floor; weights keep their probability.
 
     A fresh router is unsure about nearly every token, so routing starts dense and sharpens. ``aux["entropy"]`` is the
     normalised entropy.
     """
 
-    causal = True
-
     def __init__(self, params: DynMoLEParams) -> None:
         self.params = params
-
-    def eval_form(self) -> Selector:
-        """The selector itself."""
-        return self
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""

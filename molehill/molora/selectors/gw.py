@@ -42,7 +42,7 @@ class GWParams:
     url="https://arxiv.org/abs/2406.12375",
     seeds=("S12", "Z2"),
 )
-class GW:
+class GW(Selector):
     """Top-k, but in training uncertain tokens go to all experts with their probabilities as weights.
 
     Inference is plain top-k. The released code broadcasts the hidden state itself and not the experts' outputs; this
@@ -50,7 +50,7 @@ class GW:
     entropy over ln E.
     """
 
-    causal = True
+    takes_k = True
 
     def __init__(self, params: GWParams) -> None:
         self.params = params

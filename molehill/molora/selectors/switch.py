@@ -33,15 +33,13 @@ class SwitchParams:
     url="https://arxiv.org/abs/2101.03961",
     seeds=("S171",),
 )
-class Switch:
+class Switch(Selector):
     """Top-1, weighted by its probability (not renormalised, so that the router learns).
 
     In training an expert takes at most ``capacity * tokens / E`` tokens of the batch, in order of arrival; the rest
     keep the frozen output. Padding neither takes nor needs a place. ``aux["selected"]`` is the choice before the
     limit, which the balance loss counts.
     """
-
-    causal = True
 
     def __init__(self, params: SwitchParams) -> None:
         self.capacity = params.capacity

@@ -35,20 +35,16 @@ class TopKParams:
     url="https://arxiv.org/abs/1701.06538",
     seeds=("S2", "S113", "S180"),
 )
-class TopK:
+class TopK(Selector):
     """The k largest logits, weighted by their softmax.
 
     Softmax over the chosen logits is the same as softmax over all, then division by the sum of the chosen.
     """
 
-    causal = True
+    takes_k = True
 
     def __init__(self, params: TopKParams) -> None:
         self.params = params
-
-    def eval_form(self) -> Selector:
-        """The selector itself."""
-        return self
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""

@@ -33,17 +33,11 @@ class TopPParams:
     url="https://arxiv.org/abs/2403.07652",
     seeds=("S8",),
 )
-class TopP:
+class TopP(Selector):
     """The smallest set of most probable experts whose mass reaches p, each with its own probability as weight."""
-
-    causal = True
 
     def __init__(self, params: TopPParams) -> None:
         self.p = params.p
-
-    def eval_form(self) -> Selector:
-        """The selector itself."""
-        return self
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from molehill.errors import ConfigError
+from molehill.molora.interfaces import Topology, Wish
 from molehill.registry import register
 
 _EXPAND = re.compile(r"(^|\.)(gate_proj|up_proj|c_fc|intermediate\.dense|fc1|lin1)$")
@@ -18,9 +19,9 @@ _CONTRACT = re.compile(r"(^|\.)(down_proj|mlp\.c_proj|(?<!attention\.)output\.de
     "block_ffn",
     paper="Li et al. 2024, MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts",
     url="https://arxiv.org/abs/2404.15159",
-    seeds=("S2", "S7", "Z7"),
+    seeds=("S2",),
 )
-class BlockFFN:
+class BlockFFN(Topology):
     """Expert e is the feed-forward block with LoRA_e on each of its linears; outputs of whole blocks are mixed.
 
     ``y = sum_e w_e FFN_e(x)``. The frozen products are computed once: the first linears keep one output per expert
@@ -29,7 +30,8 @@ class BlockFFN:
     mixing at every linear. Other adapted linears get one plain LoRA.
     """
 
-    scope: Literal["block"] | None = "block"
+    scope = "block"
+    wants: frozenset[Wish] = frozenset({"pairs", "equal_ranks", "no_shared"})
 
     def roles(self, site_names: Sequence[str]) -> Mapping[str, Literal["plain", "expand", "contract"]]:
         """First linears of the block expand, the last one contracts, everything else is plain.

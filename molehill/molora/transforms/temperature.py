@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from molehill.molora.interfaces import RouteContext
+from molehill.molora.interfaces import LogitTransform, RouteContext
 from molehill.registry import register
 
 
@@ -32,7 +32,7 @@ class TemperatureParams:
     paper="Nie et al. 2021, EvoMoE: Dense-to-Sparse Gate",
     url="https://arxiv.org/abs/2112.14397",
 )
-class Temperature:
+class Temperature(LogitTransform):
     """``z / tau``; tau goes geometrically from ``start`` to ``end`` as training goes on.
 
     Above 1 the gate is softer (more experts learn), below 1 sharper.

@@ -30,6 +30,7 @@ class Bf16:
 
     linear = False
     feedback = False
+    exact = False
 
     def __init__(self, params: Bf16Params) -> None:
         self.params = params

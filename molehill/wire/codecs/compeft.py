@@ -59,6 +59,7 @@ class Compeft:
 
     linear = False
     feedback = True
+    exact = False
 
     def __init__(self, params: CompeftParams) -> None:
         self.params = params

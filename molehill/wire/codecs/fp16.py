@@ -33,6 +33,7 @@ class Fp16:
 
     linear = False
     feedback = False
+    exact = False
 
     def __init__(self, params: Fp16Params) -> None:
         self.params = params

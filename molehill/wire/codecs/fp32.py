@@ -16,6 +16,7 @@ class Fp32:
 
     linear = True
     feedback = False
+    exact = True
 
     def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
         """Encode; see `Codec.encode`."""

@@ -39,6 +39,7 @@ class Int4:
 
     linear = False
     feedback = False
+    exact = False
 
     def __init__(self, params: Int4Params) -> None:
         self.params = params

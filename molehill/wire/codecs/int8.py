@@ -34,6 +34,7 @@ class Int8:
 
     linear = False
     feedback = False
+    exact = False
 
     def __init__(self, params: Int8Params) -> None:
         self.params = params

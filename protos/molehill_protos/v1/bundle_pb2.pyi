@@ -16,6 +16,7 @@ class Form(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROWS_FP32: _ClassVar[Form]
     ROWS_INT8: _ClassVar[Form]
     VECTORS: _ClassVar[Form]
+    TENSORS: _ClassVar[Form]
 FORM_UNSPECIFIED: Form
 GEMM_FP32: Form
 GEMM_INT8: Form
@@ -23,6 +24,7 @@ GEMM_INT4: Form
 ROWS_FP32: Form
 ROWS_INT8: Form
 VECTORS: Form
+TENSORS: Form
 
 class Manifest(_message.Message):
     __slots__ = ("format", "id", "version", "base", "task", "quantisation", "slots", "sites", "routers", "gate", "layout", "parity", "golden", "runtime", "provenance", "files", "created", "expires")
@@ -134,8 +136,20 @@ class Slot(_message.Message):
     shared: bool
     def __init__(self, id: _Optional[str] = ..., shared: _Optional[bool] = ...) -> None: ...
 
+class SiteTensor(_message.Message):
+    __slots__ = ("role", "name", "by_rank", "shape")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BY_RANK_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    name: str
+    by_rank: bool
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, role: _Optional[str] = ..., name: _Optional[str] = ..., by_rank: _Optional[bool] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Site(_message.Message):
-    __slots__ = ("name", "d_in", "d_out", "slots", "ranks", "form", "a", "a_start", "b", "a_block", "b_block")
+    __slots__ = ("name", "d_in", "d_out", "slots", "ranks", "form", "a", "a_start", "b", "a_block", "b_block", "tensors")
     NAME_FIELD_NUMBER: _ClassVar[int]
     D_IN_FIELD_NUMBER: _ClassVar[int]
     D_OUT_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +161,7 @@ class Site(_message.Message):
     B_FIELD_NUMBER: _ClassVar[int]
     A_BLOCK_FIELD_NUMBER: _ClassVar[int]
     B_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     name: str
     d_in: int
     d_out: int
@@ -158,7 +173,8 @@ class Site(_message.Message):
     b: str
     a_block: int
     b_block: int
-    def __init__(self, name: _Optional[str] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[int]] = ..., form: _Optional[_Union[Form, str]] = ..., a: _Optional[str] = ..., a_start: _Optional[int] = ..., b: _Optional[str] = ..., a_block: _Optional[int] = ..., b_block: _Optional[int] = ...) -> None: ...
+    tensors: _containers.RepeatedCompositeFieldContainer[SiteTensor]
+    def __init__(self, name: _Optional[str] = ..., d_in: _Optional[int] = ..., d_out: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., ranks: _Optional[_Iterable[int]] = ..., form: _Optional[_Union[Form, str]] = ..., a: _Optional[str] = ..., a_start: _Optional[int] = ..., b: _Optional[str] = ..., a_block: _Optional[int] = ..., b_block: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[SiteTensor, _Mapping]]] = ...) -> None: ...
 
 class Router(_message.Message):
     __slots__ = ("name", "slots")

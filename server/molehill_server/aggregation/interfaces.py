@@ -47,29 +47,38 @@ class Combined:
     tails: Mapping[Pair, float] = field(default_factory=dict)
 
 
-class WeightRule(Protocol):
+class WeightRule:
     """Gives every update one number per expert.
 
     Attributes:
         additive: An update's weight does not depend on the others, so updates can be taken one at a time.
+        sums: The result needs nothing of an update but its part in a sum whose weights its numbers do not change: so
+            it can be had of masked updates, and noise of a bounded size hides one client.
         needs_products: It judges products ``B A``, so the space must combine them.
-        least: Fewest updates it can judge; an expert that fewer clients used keeps its value.
+        needs_pairs: It weighs an expert by both of its factors, so both must be sent.
     """
 
-    additive: bool
-    needs_products: bool
+    additive: bool = True
+    sums: bool = False
+    needs_products: bool = False
+    needs_pairs: bool = False
 
     @property
-    def least(self) -> int: ...  # noqa: D102 - see the class
+    def least(self) -> int:
+        """Fewest updates that it can judge; an expert that fewer clients used keeps its value."""
+        return 1
 
     def weights(self, updates: Sequence[Update], glob: Global, /) -> Sequence[Weight]:
         """The weight of each of ``updates``: one update when additive, else all of the round."""
-        ...
+        raise NotImplementedError
 
 
 @runtime_checkable
-class CoordRule(WeightRule, Protocol):
+class CoordRule(Protocol):
     """A rule that works number by number; its weights only say who takes part."""
+
+    @property
+    def least(self) -> int: ...  # noqa: D102 - see `WeightRule`
 
     def merge(self, stack: Array, /) -> Array:
         """From ``[K, ...]`` of at least ``least`` clients to ``[...]``; the order of the clients does not matter."""
@@ -77,7 +86,7 @@ class CoordRule(WeightRule, Protocol):
 
 
 @runtime_checkable
-class CensusRule(WeightRule, Protocol):
+class CensusRule(Protocol):
     """A rule that judges every expert among all clients of the round, not only among those that used it.
 
     Attributes:
@@ -100,49 +109,59 @@ class Sum(Protocol):
         ...
 
 
-class Space(Protocol):
+class Space:
     """What is combined.
 
     Attributes:
         products: The combination includes the products ``B A``.
         closed: The combination is a pair of factors again, so nothing needs lowering.
+        folds: The rank of its products does not grow with the number of clients.
+        common: The factor that must be the same on all clients, or ``either`` of them; empty for none.
     """
 
-    products: bool
-    closed: bool
+    products: bool = False
+    closed: bool = False
+    folds: bool = False
+    common: Literal["A", "B", "either", ""] = ""
 
     def start(self, glob: Global, /) -> Sum:
         """An empty combination for this round."""
-        ...
+        raise NotImplementedError
 
 
-class Lower(Protocol):
+class Lower:
     """Brings combined products back to factors of the shared rank.
 
     Attributes:
-        needs_products: It reads ``Combined.products``.
+        needs_products: It reads ``Combined.products``, and makes both factors anew.
+        tails: It takes products of full rank, of which ``Combined.tails`` says what they lack.
         fixed_gauge: The new factors continue the old ones, so a server optimiser may compare them; False when they
             are factored anew, since (B G, G^-1 A) is the same product for every G.
         patches: What the new factors cannot hold goes into patches, which are right for these factors only.
+        restarts: The experts start anew in every round.
     """
 
-    needs_products: bool
-    fixed_gauge: bool
-    patches: bool
+    needs_products: bool = True
+    tails: bool = False
+    fixed_gauge: bool = False
+    patches: bool = False
+    restarts: bool = False
 
     def lower(self, combined: Combined, glob: Global, seed: int, /) -> AggOut:
         """New shared tensors, and patches for what they cannot hold. ``seed`` is the run's."""
-        ...
+        raise NotImplementedError
 
 
-class ServerOpt(Protocol):
+class ServerOpt:
     """Treats the change of the mean as a gradient.
 
     Attributes:
         stateful: It keeps tensors from round to round.
+        moves: The next model may be another than the mean.
     """
 
-    stateful: bool
+    stateful: bool = True
+    moves: bool = True
 
     def apply(self, old: Tree, new: Tree, touched: frozenset[Key], state: State, /) -> tuple[Tree, State]:
         """The next model and the next state; neither argument is changed.
@@ -150,4 +169,4 @@ class ServerOpt(Protocol):
         Keys outside ``touched`` keep their old value and state, so that momentum does not move an expert that no
         client trained.
         """
-        ...
+        raise NotImplementedError

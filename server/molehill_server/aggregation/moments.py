@@ -9,6 +9,7 @@ import numpy as np
 
 from molehill.wire.keys import Key
 from molehill.wire.tree import Array, Layout, Tree
+from molehill_server.aggregation.interfaces import ServerOpt
 from molehill_server.records import State
 
 
@@ -85,10 +86,8 @@ class AdaptiveParams:
         checked(lr=self.lr, beta=self.beta1, beta2=self.beta2, tau=self.tau)
 
 
-class Adaptive:
+class Adaptive(ServerOpt):
     """A server optimiser of this family; one differs from another in its second moment alone."""
-
-    stateful = True
 
     def __init__(self, params: AdaptiveParams) -> None:
         self._params = params

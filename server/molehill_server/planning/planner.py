@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from molehill import registry
 from molehill.config import Config
-from molehill.errors import ModelError
 from molehill.plan import ClientPlan, Scope
-from molehill.wire.keys import KINDS, Key
+from molehill.wire.keys import Key
 from molehill.wire.tree import Layout
 from molehill_server.planning.shares import Shares
 
@@ -20,7 +19,7 @@ _GATES: dict[str, Scopes] = {
     "anchored": (("*/gate.residual*", "personal"), ("*/gate*", "shared")),
     "personal": (("*/gate*", "personal"),),
     "global": (("*/gate.residual*", "frozen"), ("*/gate*", "shared")),
-    "mixture": (("*/gate.sub*", "shared"), ("*/gate*", "personal")),
+    "split": (("*/gate.own.*", "personal"), ("*/gate.residual*", "frozen"), ("*/gate*", "shared")),
 }
 _HEADS: dict[str, Scopes] = {
     "anchored": (("*/head.residual*", "personal"), ("*/head*", "shared")),
@@ -29,10 +28,16 @@ _HEADS: dict[str, Scopes] = {
 }
 
 
-def shares(config: Config, round_number: int) -> Shares:
-    """What the policy decides for this round, less what the start values keep frozen (an orthonormal A)."""
+def decisions(config: Config, round_number: int) -> Shares:
+    """What the policy decides for this round."""
     policy = config.federation.policy
     decided: Shares = registry.build("policy", policy.name, policy.params, round_number=round_number)
+    return decided
+
+
+def shares(config: Config, round_number: int) -> Shares:
+    """What the policy decides for this round, less what the start values keep frozen (an orthonormal A)."""
+    decided = decisions(config, round_number)
     init = config.molora.init
     frozen = registry.build("init", init.name, init.params).frozen
     return replace(decided, A="frozen" if "A" in frozen else decided.A, B="frozen" if "B" in frozen else decided.B)
@@ -42,12 +47,13 @@ def scopes(config: Config, round_number: int) -> Scopes:
     """Patterns over wire names with their scope in this round; the first that matches wins.
 
     The policy decides on the factors; routers and head follow the ``personal`` section unless the policy claims them.
-    Patches match nothing and are therefore frozen.
+    Patches are frozen, whatever the policy says of other kinds.
     """
     decided = shares(config, round_number)
     gate = _GATES[config.personal.gate] if decided.gate is None else _whole("gate", decided.gate)
     head = _HEADS[config.personal.head] if decided.head is None else _whole("head", decided.head)
-    return (("*/A", decided.A), ("*/B", decided.B), ("*/dense*", decided.dense), *gate, *head)
+    experts: Scopes = (("*/A", decided.A), ("*/B", decided.B), ("*/dense*", decided.dense))
+    return (*experts, *gate, *head, ("*/patch.*", "frozen"), ("*", decided.other))
 
 
 def _whole(kind: str, scope: Scope) -> Scopes:
@@ -106,18 +112,8 @@ class Planner:
 
         Returns:
             The plan.
-
-        Raises:
-            ModelError: The model has a tensor of a kind that no policy decides on: it would never be trained.
         """
         config = self._config
-        strange = next((key for key in layout if key.kind not in KINDS), None)
-        if strange is not None:
-            raise ModelError(
-                f"no policy decides on tensors of kind {strange.kind!r}",
-                where=strange.name,
-                mend=f"Have its method name it as one of {', '.join(KINDS)}, for example dense.{strange.kind}.",
-            )
         patterns, ranks = self._decided(round_number)
         return ClientPlan(
             run=config.run.name,

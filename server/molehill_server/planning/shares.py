@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from molehill.plan import Scope
+from molehill.wire.keys import KINDS
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Shares:
         dense: Tensors of experts that are not low-rank.
         gate: Routers; None leaves the choice to ``personal.gate``.
         head: Classification head; None leaves the choice to ``personal.head``.
+        other: Tensors of any other kind.
         ranks: Highest rank per expert of every client in turn; empty for the full rank everywhere.
     """
 
@@ -25,4 +27,10 @@ class Shares:
     dense: Scope = "shared"
     gate: Scope | None = None
     head: Scope | None = None
+    other: Scope = "shared"
     ranks: tuple[int, ...] = ()
+
+    def of(self, kind: str) -> Scope | None:
+        """The scope of a kind of tensor, see `molehill.wire.keys.Key.kind`; None leaves it to ``personal``."""
+        found: Scope | None = getattr(self, kind) if kind in KINDS else self.other
+        return found

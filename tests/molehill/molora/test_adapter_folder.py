@@ -24,10 +24,10 @@ def test_experts_of_the_adapter_before_do_not_stay(tmp_path):
     assert sorted(path.name for path in (tmp_path / "experts").iterdir()) == ["e0", "e1"]
 
 
-@pytest.mark.parametrize("version", [2, 0, "new"])
+@pytest.mark.parametrize("version", [3, 0, "new"])
 def test_a_folder_of_another_format_is_refused(tmp_path, version):
     save(tmp_path, 2)
     path = tmp_path / "molora.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
-    with pytest.raises(AdapterError, match=f"its format is {version!r}, not 1"):
+    with pytest.raises(AdapterError, match=f"its format is {version!r}, not 1 or 2"):
         read_manifest(tmp_path)

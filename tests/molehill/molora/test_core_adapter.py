@@ -118,7 +118,7 @@ def test_any_peft_lora_can_come_in(tmp_path, architecture, rslora):
     seen = set()
     for name, module in theirs.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
-            A, B = factors[name]
+            A, B = factors[name]["A"], factors[name]["B"]
             delta = module.get_delta_weight("default").detach()
             delta = delta.T if architecture == "gpt2" else delta
             torch.testing.assert_close(torch.from_numpy(B @ A), delta, rtol=1e-5, atol=1e-6)
@@ -134,8 +134,8 @@ def test_an_adapter_stored_in_bf16_can_come_in(tmp_path):
     text = '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": null}'
     (tmp_path / "adapter_config.json").write_text(text)
     read = read_peft(tmp_path)["layers.0.q_proj"]
-    np.testing.assert_array_equal(read[0], A.float())
-    np.testing.assert_array_equal(read[1], 2 * B.float())
+    np.testing.assert_array_equal(read["A"], A.float())
+    np.testing.assert_array_equal(read["B"], 2 * B.float())
 
 
 # ---- what is refused ----

@@ -63,12 +63,33 @@ def test_scorers(name, context):
     assert z.dtype == torch.float32
     if scorer.fusable:
         torch.testing.assert_close(z, x @ scorer.weight.T)
+    other = scorer(context(x=torch.randn(2, 3, 8), task_ids=tasks))
+    assert torch.equal(z, other) is (scorer.level != "token")
+    assert (scorer.level == "token") is (z.shape[1] == 3)
+    moved = scorer(context(x=x, task_ids=torch.tensor([2, 0])))
+    assert torch.equal(z, moved) is ("task_ids" not in scorer.reads)
+    assert scorer.own <= {part for part, _ in scorer.named_parameters()}
     assert torch.equal(z, scorer(context(x=x, task_ids=tasks)))  # nothing random at inference
     torch.manual_seed(1)
     again = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3).state_dict()
     torch.manual_seed(1)
     same = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3).state_dict()
     assert all(torch.equal(again[key], same[key]) for key in again)
+
+
+@pytest.mark.parametrize("name", _of("scorer"))
+def test_scorers_know_the_axis_of_the_experts(name, context):
+    """Experts in another order, along that axis of every parameter, are scored alike."""
+    scorer = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3)
+    order, ctx = torch.randperm(5), context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]))
+    before = scorer(ctx)
+    assert scorer.axes().keys() == {part for part, _ in scorer.named_parameters()}
+    with torch.no_grad():
+        for part, axis in scorer.axes().items():
+            if axis >= 0:
+                parameter = scorer.get_parameter(part)
+                parameter.copy_(parameter.index_select(axis, order))
+    torch.testing.assert_close(scorer(ctx), before[..., order])
 
 
 @pytest.mark.parametrize("name", _of("transform"))
@@ -89,9 +110,18 @@ def test_selectors(name, training, shape, context):
     assert route.weights.shape == route.probs.shape == route.selected.shape == shape
     assert route.selected.dtype == torch.bool
     assert bool((route.weights >= 0).all())
-    assert bool((route.weights <= 1 + 1e-6).all())
+    selector = registry.build("selector", name)
+    assert bool((route.weights <= selector.bound + 1e-6).all())
     if not training:
         assert bool((route.weights.sum(-1) > 0).all())
+    if not selector.random:
+        assert torch.equal(route.weights, selector(z, context(training=training, mask=mask)).weights)
+    if selector.per_row and shape[0] > 1:
+        alone = selector(z[:1], context(training=training, mask=mask[:1])).weights
+        torch.testing.assert_close(alone, route.weights[:1])
+    assert selector.takes_k is any(
+        field.name == "k" for field in dataclasses.fields(registry.get("selector", name).params)
+    )
 
 
 @pytest.mark.parametrize("name", _of("routing_loss"))

@@ -9,21 +9,20 @@ import numpy as np
 from molehill.registry import register
 from molehill.wire.keys import Key
 from molehill.wire.tree import Array
-from molehill_server.aggregation.interfaces import Combined
+from molehill_server.aggregation.interfaces import Combined, Lower
 from molehill_server.records import AggOut, Global
 
 
 @register("lower", "merge_restart", paper="Wang et al. 2024, FLoRA", url="https://arxiv.org/abs/2409.05976")
-class MergeRestart:
+class MergeRestart(Lower):
     """Adds the whole product to the expert's patch; the expert restarts with a random A and B = 0.
 
     Exact for any ranks. A is drawn as peft draws it, uniform within ``1/sqrt(d_in)`` (Kaiming with slope sqrt 5), from
     the run's seed, the round and the key, so a resumed run draws the same.
     """
 
-    needs_products = True
-    fixed_gauge = False
     patches = True
+    restarts = True
 
     def lower(self, combined: Combined, glob: Global, seed: int, /) -> AggOut:
         """Fresh factors and the product as a patch."""

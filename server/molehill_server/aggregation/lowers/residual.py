@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from molehill.registry import register
-from molehill_server.aggregation.interfaces import Combined
+from molehill_server.aggregation.interfaces import Combined, Lower
 from molehill_server.aggregation.lowrank import EPS, compress, concat, norm
 from molehill_server.aggregation.sums import factors
 from molehill_server.records import AggOut, Global
 
 
 @register("lower", "residual", paper="Singhal et al. 2025, FedEx-LoRA", url="https://arxiv.org/abs/2410.09432")
-class Residual:
+class Residual(Lower):
     """Sends the means of the factors and patches the expert with ``sum_k p_k B_k A_k - B A``.
 
     That residual is the covariance ``sum_k p_k (B_k - B)(A_k - A)``: its rank is at most (K - 1) r for K clients of
     rank r, and it is kept as factors of that rank. Exact.
     """
 
-    needs_products = True
     fixed_gauge = True
     patches = True
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from molehill.registry import register
 from molehill.wire.keys import Key
-from molehill_server.aggregation.interfaces import Combined
+from molehill_server.aggregation.interfaces import Combined, Lower
 from molehill_server.aggregation.lowrank import svd
 from molehill_server.records import AggOut, Global
 
@@ -30,7 +30,7 @@ class SvdParams:
 
 
 @register("lower", "svd", params=SvdParams, paper="Bai et al. 2024, FlexLoRA", url="https://arxiv.org/abs/2402.11505")
-class Svd:
+class Svd(Lower):
     """Replaces a product ``U diag(s) V`` by its best approximation of the shared rank.
 
     That is ``B = U_r diag(s_r)``, ``A = V_r``. The first columns are the best approximation of every lower rank too,
@@ -38,9 +38,7 @@ class Svd:
     and a nonzero A, so they can still learn.
     """
 
-    needs_products = True
-    fixed_gauge = False
-    patches = False
+    tails = True
 
     def __init__(self, params: SvdParams) -> None:
         self._tau = params.tau

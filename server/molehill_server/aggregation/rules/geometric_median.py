@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from molehill.registry import register
-from molehill_server.aggregation.interfaces import Weight
+from molehill_server.aggregation.interfaces import Weight, WeightRule
 from molehill_server.aggregation.lowrank import squared_distances
 from molehill_server.aggregation.robust import Matrix, chosen_weights
 from molehill_server.records import Global, Update
@@ -36,7 +36,7 @@ class GeometricMedianParams:
     paper="Pillutla et al. 2022, Robust Aggregation for Federated Learning (RFA)",
     url="https://arxiv.org/abs/1912.13445",
 )
-class GeometricMedian:
+class GeometricMedian(WeightRule):
     """Minimises the sum of distances to all updates.
 
     While f of the n clients of a round lie and f < n/2, the result is no further from any point than

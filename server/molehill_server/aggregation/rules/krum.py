@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from molehill.registry import register
-from molehill_server.aggregation.interfaces import Weight
+from molehill_server.aggregation.interfaces import Weight, WeightRule
 from molehill_server.aggregation.lowrank import squared_distances
 from molehill_server.aggregation.robust import Matrix, chosen_weights
 from molehill_server.records import Global, Update
@@ -34,7 +34,7 @@ class KrumParams:
     paper="Blanchard et al. 2017, Krum",
     url="https://papers.nips.cc/paper/6617-machine-learning-with-adversaries-byzantine-tolerant-gradient-descent",
 )
-class Krum:
+class Krum(WeightRule):
     """Takes the one update with the smallest sum of squared distances to its n - f - 2 nearest neighbours.
 
     The paper chooses once for a whole update; here it is done per expert and for router and head, since every expert

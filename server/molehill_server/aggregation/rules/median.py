@@ -9,7 +9,7 @@ import numpy as np
 
 from molehill.registry import register
 from molehill.wire.tree import Array
-from molehill_server.aggregation.interfaces import Weight
+from molehill_server.aggregation.interfaces import Weight, WeightRule
 from molehill_server.aggregation.robust import equal_weights
 from molehill_server.records import Global, Update
 
@@ -20,7 +20,7 @@ from molehill_server.records import Global, Update
     paper="Yin et al. 2018, Byzantine-Robust Distributed Learning",
     url="https://arxiv.org/abs/1803.01498",
 )
-class Median:
+class Median(WeightRule):
     """Takes the median of every number of the product.
 
     While fewer than half of the round's clients lie, each number of the merged product lies between those of honest

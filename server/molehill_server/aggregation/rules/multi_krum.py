@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from molehill.registry import register
-from molehill_server.aggregation.interfaces import Weight
+from molehill_server.aggregation.interfaces import Weight, WeightRule
 from molehill_server.aggregation.robust import Matrix, chosen_weights
 from molehill_server.aggregation.rules.krum import nearest
 from molehill_server.records import Global, Update
@@ -35,7 +35,7 @@ class MultiKrumParams:
     paper="Blanchard et al. 2017, multi-Krum",
     url="https://papers.nips.cc/paper/6617-machine-learning-with-adversaries-byzantine-tolerant-gradient-descent",
 )
-class MultiKrum:
+class MultiKrum(WeightRule):
     """Averages the m updates of lowest Krum score, per expert and for router and head; m = 1 is `Krum`.
 
     The bound m <= n - f - 2 is that of El Mhamdi et al. 2018 (https://arxiv.org/abs/1802.07927).

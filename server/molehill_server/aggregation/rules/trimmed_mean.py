@@ -11,7 +11,7 @@ from pydantic import Field
 
 from molehill.registry import register
 from molehill.wire.tree import Array
-from molehill_server.aggregation.interfaces import Weight
+from molehill_server.aggregation.interfaces import Weight, WeightRule
 from molehill_server.aggregation.robust import equal_weights
 from molehill_server.records import Global, Update
 
@@ -34,7 +34,7 @@ class TrimmedMeanParams:
     paper="Yin et al. 2018, Byzantine-Robust Distributed Learning",
     url="https://arxiv.org/abs/1803.01498",
 )
-class TrimmedMean:
+class TrimmedMean(WeightRule):
     """Drops the f largest and the f smallest values of every number of the product and averages the others.
 
     While no more than f clients lie, each number of the merged product lies between values of honest clients, at every
@@ -42,7 +42,6 @@ class TrimmedMean:
     their factors; the result is brought back to factors by lower ``svd``. Clients count alike.
     """
 
-    additive = True
     needs_products = True
 
     def __init__(self, params: TrimmedMeanParams) -> None:

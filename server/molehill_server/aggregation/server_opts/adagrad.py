@@ -9,6 +9,7 @@ import numpy as np
 from molehill.registry import register
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_server.aggregation.interfaces import ServerOpt
 from molehill_server.aggregation.moments import adapt, checked
 from molehill_server.records import State
 
@@ -38,10 +39,8 @@ class AdagradParams:
     paper="Reddi et al. 2021, FedAdagrad",
     url="https://arxiv.org/abs/2003.00295",
 )
-class Adagrad:
+class Adagrad(ServerOpt):
     """Steps divided by the size of all changes so far: ``v <- v + change^2``."""
-
-    stateful = True
 
     def __init__(self, params: AdagradParams) -> None:
         self._params = params

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from molehill.registry import register
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_server.aggregation.interfaces import ServerOpt
 from molehill_server.aggregation.moments import checked, moment
 from molehill_server.records import State
 
@@ -34,10 +35,8 @@ class MomentumParams:
     paper="Hsu et al. 2019, FedAvgM",
     url="https://arxiv.org/abs/1909.06335",
 )
-class Momentum:
+class Momentum(ServerOpt):
     """``m <- beta m + change``, ``theta <- theta + lr m``."""
-
-    stateful = True
 
     def __init__(self, params: MomentumParams) -> None:
         self._params = params

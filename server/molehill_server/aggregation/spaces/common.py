@@ -10,7 +10,7 @@ import numpy as np
 from molehill.errors import FederationError
 from molehill.registry import register
 from molehill.wire.keys import Key
-from molehill_server.aggregation.interfaces import Combined, Weight
+from molehill_server.aggregation.interfaces import Combined, Space, Weight
 from molehill_server.aggregation.sums import FactorSum, factors
 from molehill_server.records import Global, Pair, Update, pairs
 
@@ -35,7 +35,7 @@ class CommonParams:
     url="https://arxiv.org/abs/2403.12313",
     seeds=("S40",),
 )
-class Common:
+class Common(Space):
     """Averages one factor while the other is the same everywhere, so that the mean of products is exact.
 
     ``sum_k p_k B_k A = (sum_k p_k B_k) A``. Streams like factor space; an update that moved the common factor stops
@@ -46,11 +46,11 @@ class Common:
     closed = True
 
     def __init__(self, params: CommonParams) -> None:
-        self._factor = params.factor
+        self.common = params.factor
 
     def start(self, glob: Global, /) -> _CommonSum:
         """An empty mean."""
-        return _CommonSum(glob, self._factor)
+        return _CommonSum(glob, self.common)
 
 
 class _CommonSum:

@@ -35,4 +35,4 @@ def fedpeft(params: FedPEFTParams, round_number: int) -> Shares:
     scopes: dict[str, Scope] = dict.fromkeys(("experts", "gate", "head"), "frozen")
     scopes[params.group] = "shared"
     experts = scopes["experts"]
-    return Shares(A=experts, B=experts, dense=experts, gate=scopes["gate"], head=scopes["head"])
+    return Shares(A=experts, B=experts, dense=experts, gate=scopes["gate"], head=scopes["head"], other=experts)

@@ -1,0 +1,223 @@
+"""The interface of experts: a bank holds all experts of one kind at one site.
+
+Model, adapter folder, exporter and device know experts by what a bank says of its tensors, and by no kind.
+
+Shapes: B batch, T tokens, E experts of the bank (always-on ones first), R sum of ranks, P rows of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molehill.molora.fused import Projection, down, reference, up
+from molehill.molora.interfaces import InitStrategy, Site
+from molehill.molora.recompute import Source
+
+
+class Part(NamedTuple):
+    """One tensor of a bank as it travels.
+
+    Attributes:
+        parameter: Name of the bank's parameter that holds it.
+        role: Role on the wire: ``A`` and ``B`` of a low-rank pair, else ``dense.<name>``.
+        expert: Index of the expert that it belongs to.
+        rows: Its rows in the parameter.
+        transposed: Whether the wire holds the transpose.
+        scale: Factor from memory to wire.
+    """
+
+    parameter: str
+    role: str
+    expert: int
+    rows: slice
+    transposed: bool = False
+    scale: float = 1.0
+
+
+class Bank(nn.Module):
+    """All experts of one kind at one site.
+
+    Attributes:
+        kind: ``pairs``: low-rank pairs, see `PairBank`; ``other``: anything else.
+        needs_output: The delta depends on the frozen output.
+        peft: The peft method that an expert is, which other libraries load; None where peft has none.
+        noun: What an expert is called, in the singular.
+        size: What its rank is called; empty where it has none.
+        site: The adapted module.
+        ranks: Size of every expert.
+    """
+
+    kind: ClassVar[Literal["pairs", "other"]] = "other"
+    peft: ClassVar[Literal["LORA", "IA3"] | None] = None
+    noun: ClassVar[str] = "expert"
+    size: ClassVar[str] = "size"
+    needs_output: bool = False
+
+    def __init__(self, *, site: Site, ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.site, self.ranks = site, ranks
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts, always-on ones included."""
+        return len(self.ranks)
+
+    def rows(self, expert: int) -> slice:
+        """The part of the rank axis that belongs to an expert."""
+        start = sum(self.ranks[:expert])
+        return slice(start, start + self.ranks[expert])
+
+    def parts(self) -> Iterator[Part]:
+        """Every tensor; those of one parameter follow each other and cover it."""
+        raise NotImplementedError
+
+    def start(self, expert: int, init: InitStrategy, generator: torch.Generator) -> None:
+        """Give an expert its start values, with which its delta is zero; they are zeros unless this says otherwise."""
+
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """Return ``sum_e w_e delta_e(x, y0)``.
+
+        Args:
+            x: Input ``[B, T, d_in]``.
+            y0: Frozen output ``[B, T, d_out]``.
+            weights: Weights of all experts, always-on ones first, ``[B|1, T|1, E]``.
+
+        Returns:
+            The delta ``[B, T, d_out]``.
+        """
+        raise NotImplementedError
+
+    def like(self, site: Site, ranks: tuple[int, ...]) -> Bank:
+        """A new bank of this kind for other experts, whose scales are 1: they lie in its tensors."""
+        raise NotImplementedError
+
+    def outputs(self, x: Tensor, y0: Tensor) -> Tensor:
+        """What every expert adds at weight 1, ``[B, T, E, d_out]``; arguments as of `delta`."""
+        one = torch.eye(self.n_experts, device=x.device)
+        return torch.stack([self.delta(x, y0, row.view(1, 1, -1)) for row in one], 2)
+
+    def weight(self, expert: int) -> tuple[Tensor, Tensor | None] | None:
+        """The change of the frozen weight ``[d_out, d_in]`` and bias ``[d_out]`` that an expert is; None where none."""
+        del expert
+        return None
+
+
+class PairBank(Bank):
+    """Experts that are low-rank pairs ``delta_e(x) = s_e B_e A_e x``, concatenated along one rank axis.
+
+    They take the fused path, may have patches, and several clients' may be stacked. Rows of `A` and `Bt` that belong
+    to one expert are contiguous, always-on experts first.
+
+    Args:
+        site: The adapted module.
+        ranks: Rank of every expert.
+        scales: s of every expert.
+
+    Attributes:
+        A: ``[R, d_in]`` float32.
+        Bt: ``[R, d_out]`` float32, the transposes of all B.
+        patch_A: Frozen rows ``[P, d_in]`` that belong to experts (from exact aggregation); empty at first.
+        patch_Bt: Frozen rows ``[P, d_out]``, scale absorbed.
+        spread: Which ranks belong to which expert, with its scale: ``[E, R+P]`` float32; see `molehill.molora.fused`.
+        fused: Whether to take the fused path; plain autograd is for comparison.
+    """
+
+    kind = "pairs"
+    patch_A: Tensor  # noqa: N815  (A and B are the field's names)
+    patch_Bt: Tensor  # noqa: N815  (A and B are the field's names)
+    patch_expert: Tensor
+    spread: Tensor
+
+    def __init__(self, *, site: Site, ranks: tuple[int, ...], scales: tuple[float, ...]) -> None:
+        super().__init__(site=site, ranks=ranks)
+        self.scales = scales
+        total = sum(ranks)
+        self.A = nn.Parameter(torch.zeros(total, site.d_in))
+        self.Bt = nn.Parameter(torch.zeros(total, site.d_out))
+        self.register_buffer("patch_A", torch.zeros(0, site.d_in), persistent=False)
+        self.register_buffer("patch_Bt", torch.zeros(0, site.d_out), persistent=False)
+        self.register_buffer("patch_expert", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.register_buffer("spread", self._spread(), persistent=False)
+        self.fused = True
+
+    def parts(self) -> Iterator[Part]:
+        """``A [r, d_in]`` and ``B [d_out, r]`` of every expert, the scale absorbed in B."""
+        for e in range(self.n_experts):
+            yield Part("A", "A", e, self.rows(e))
+        for e, scale in enumerate(self.scales):
+            yield Part("Bt", "B", e, self.rows(e), transposed=True, scale=scale)
+
+    @torch.no_grad()
+    def start(self, expert: int, init: InitStrategy, generator: torch.Generator) -> None:
+        """As the strategy says."""
+        rows, rank = self.rows(expert), self.ranks[expert]
+        A, B = torch.zeros(rank, self.site.d_in), torch.zeros(self.site.d_out, rank)
+        init(A, B, generator)
+        self.A[rows].copy_(A)
+        self.Bt[rows].copy_(B.t())
+
+    def set_patches(self, patches: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Replace the frozen additions.
+
+        Args:
+            patches: ``(A [p, d_in], B [d_out, p])`` by expert index, scale absorbed in B.
+        """
+        experts = sorted(patches)
+        device = self.A.device
+        self.patch_A = torch.cat([self.patch_A[:0], *(patches[e][0].to(device) for e in experts)])
+        self.patch_Bt = torch.cat([self.patch_Bt[:0], *(patches[e][1].t().to(device) for e in experts)])
+        index = [e for e in experts for _ in range(patches[e][0].shape[0])]
+        self.patch_expert = torch.tensor(index, dtype=torch.long, device=device)
+        self.spread = self._spread().to(device)
+
+    def patches(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The frozen additions to an expert, on the CPU: ``A [p, d_in]`` and ``B [d_out, p]``, scale absorbed in B."""
+        mine = self.patch_expert == expert
+        return self.patch_A[mine].cpu(), self.patch_Bt[mine].t().cpu()
+
+    def _spread(self) -> Tensor:
+        """``[E, R+P]``: an expert's scale on its ranks, 1 on its patches (theirs is absorbed), 0 elsewhere."""
+        experts = [e for e, rank in enumerate(self.ranks) for _ in range(rank)] + self.patch_expert.tolist()
+        values = [scale for scale, rank in zip(self.scales, self.ranks, strict=True) for _ in range(rank)]
+        values += [1.0] * len(self.patch_expert)
+        return F.one_hot(torch.tensor(experts), self.n_experts).t() * torch.tensor(values)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A [R+P, d_in]`` and ``Bt [R+P, d_out]``, patches included."""
+        if not len(self.patch_expert):
+            return self.A, self.Bt
+        return torch.cat([self.A, self.patch_A]), torch.cat([self.Bt, self.patch_Bt])
+
+    def project(self, x: Tensor, gate: Tensor | None, source: Source | None) -> Projection:
+        """First GEMM: tokens ``[N, d_in]`` on all A rows and, when given, the router's rows; see `fused.down`."""
+        return down(x, self.factors()[0], gate, source)
+
+    def combine(
+        self, x: Tensor, W: Tensor, bias: Tensor | None, projection: Projection, weights: Tensor, *, same_input: bool
+    ) -> Tensor:
+        """Second GEMM: frozen output plus experts, ``[N, d_out]``; see `molehill.molora.fused.up`."""
+        return up(x, W, bias, projection, weights, self.factors()[1], self.spread, same_input=same_input)
+
+    def plain(self, x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
+        """The same output in plain autograd; ``seen`` is what the experts see of ``x`` (after dropout)."""
+        A, Bt = self.factors()
+        return reference(x, seen, W, bias, A, weights, Bt, self.spread)
+
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """See `Bank.delta`; the frozen output is not used."""
+        A, Bt = self.factors()
+        return (F.linear(x, A.to(x.dtype)) * (weights @ self.spread).to(x.dtype)) @ Bt.to(x.dtype)
+
+    def like(self, site: Site, ranks: tuple[int, ...]) -> PairBank:
+        """See `Bank.like`."""
+        return PairBank(site=site, ranks=ranks, scales=(1.0,) * len(ranks))
+
+    def weight(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """``s B A``, patches included."""
+        A, Bt = self.factors()
+        return (Bt * self.spread[expert].unsqueeze(-1)).t() @ A, None

@@ -1,0 +1,149 @@
+"""What every kind of expert must have and do, whoever adds it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molehill import registry
+from molehill.molora.banks import PairBank
+from molehill.molora.interfaces import Site
+from molehill.wire.keys import KINDS
+
+KINDS_OF_EXPERTS = [method.name for method in registry.methods("expert")]
+SITE = Site(0, "layers.0.up", 1, 6, 10)
+RANKS = (2, 3, 1)
+
+
+def bank_of(name, ranks=RANKS, *, shaken=True):
+    bank = registry.build("expert", name, site=SITE, ranks=ranks, alpha=4.0)
+    init = registry.build("init", "lora")
+    for expert in range(bank.n_experts):
+        bank.start(expert, init, torch.Generator().manual_seed(expert))
+    if shaken:
+        with torch.no_grad():
+            for parameter in bank.parameters():
+                parameter.add_(torch.randn_like(parameter) / 2)
+    return bank
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def inputs():
+    return torch.randn(2, 3, SITE.d_in), torch.randn(2, 3, SITE.d_out)
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_it_starts_as_the_base(name):
+    x, y0 = inputs()
+    delta = bank_of(name, shaken=False).delta(x, y0, torch.full((1, 1, 3), 1 / 3))
+    assert torch.equal(delta, torch.zeros(2, 3, SITE.d_out))
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_parts_are_all_there_is_and_each_is_of_one_expert(name):
+    """Zeros in all parts of an expert take away what it says, and nothing of the others."""
+    bank, (x, y0) = bank_of(name), inputs()
+    before, parts = bank.outputs(x, y0), list(bank.parts())
+    assert {part.role.partition(".")[0] for part in parts} <= {*KINDS}
+    assert len({(part.expert, part.role) for part in parts}) == len(parts)
+    counted = {parameter: torch.zeros(len(value)) for parameter, value in bank.named_parameters()}
+    for part in parts:
+        counted[part.parameter][part.rows] += 1
+    assert all(bool((rows == 1).all()) for rows in counted.values())
+    with torch.no_grad():
+        for part in parts:
+            if part.expert == 1:
+                bank.get_parameter(part.parameter)[part.rows] = 0
+    after = bank.outputs(x, y0)
+    assert torch.equal(after[:, :, 1], torch.zeros(2, 3, SITE.d_out))
+    torch.testing.assert_close(after[:, :, [0, 2]], before[:, :, [0, 2]])
+    assert float(before.detach()[:, :, 1].abs().max()) > 0
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_the_delta_is_the_weighted_sum_of_outputs(name):
+    bank, (x, y0) = bank_of(name), inputs()
+    outputs = bank.outputs(x, y0)
+    assert outputs.shape == (2, 3, bank.n_experts, SITE.d_out)
+    for shape in ((1, 1, 3), (2, 1, 3), (2, 3, 3)):
+        weights = torch.rand(shape)
+        torch.testing.assert_close(bank.delta(x, y0, weights), (outputs * weights.unsqueeze(-1)).sum(2))
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_it_reads_what_it_says_it_reads(name):
+    bank, (x, y0) = bank_of(name), inputs()
+    weights = torch.full((1, 1, 3), 1 / 3)
+    other = bank.delta(x, torch.randn_like(y0), weights)
+    assert torch.equal(other, bank.delta(x, y0, weights)) is not bank.needs_output
+    assert (bank.kind == "pairs") is isinstance(bank, PairBank)
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_a_weight_is_what_the_expert_adds_to_the_linear(name):
+    bank, (x, y0) = bank_of(name), inputs()
+    for expert in range(bank.n_experts):
+        found = bank.weight(expert)
+        if found is not None:
+            weight, bias = found
+            torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), bank.outputs(x, y0)[:, :, expert])
+    assert bank.kind != "pairs" or found is not None
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_another_bank_of_the_kind_takes_tensors_as_they_travel(name):
+    """What the exporter does: scales absorbed in the tensors, an expert more, whose rows are zeros."""
+    bank, (x, y0) = bank_of(name), inputs()
+    other = bank.like(SITE, (*bank.ranks, 2 if bank.size else 1))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        for part in bank.parts():
+            (same,) = [each for each in other.parts() if (each.expert, each.role) == (part.expert, part.role)]
+            assert same.scale == 1.0
+            wire = bank.get_parameter(part.parameter)[part.rows] * part.scale
+            other.get_parameter(same.parameter)[same.rows] = wire
+    weights = torch.rand(2, 3, 4)
+    torch.testing.assert_close(other.delta(x, y0, weights), bank.delta(x, y0, weights[..., :3]))
+
+
+def test_a_bottleneck_without_activation_is_a_lora_with_biases():
+    lora, (x, y0) = bank_of("lora"), inputs()
+    bank = registry.build(
+        "expert", "bottleneck", {"activation": "none", "source": "input"}, site=SITE, ranks=RANKS, alpha=4.0
+    )
+    with torch.no_grad():
+        bank.down.copy_(lora.A)
+        bank.up.copy_(lora.Bt * lora.spread.sum(0).unsqueeze(-1))
+    weights = torch.rand(2, 3, 3)
+    torch.testing.assert_close(bank.delta(x, y0, weights), lora.delta(x, y0, weights))
+    with torch.no_grad():
+        bank.bias.fill_(1)
+        bank.shift.fill_(2)
+    biased = bank.outputs(x, y0)
+    weight, bias = bank.weight(1)
+    torch.testing.assert_close(biased[:, :, 1], torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_a_bottleneck_is_no_linear_function_and_reads_the_frozen_output(activation):
+    bank = registry.build("expert", "bottleneck", {"activation": activation}, site=SITE, ranks=(3,), alpha=4.0)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.normal_()
+        bank.bias.zero_()
+        bank.shift.zero_()
+    (x, y0), one = inputs(), torch.ones(1, 1, 1)
+    assert bank.needs_output
+    assert bank.weight(0) is None
+    both = bank.delta(x, y0, one) + bank.delta(x, -y0, one)
+    assert float(both.detach().abs().max()) > 1e-2
+    halved = registry.build(
+        "expert", "bottleneck", {"activation": activation, "scale": 0.5}, site=SITE, ranks=(3,), alpha=4.0
+    )
+    halved.load_state_dict(bank.state_dict())
+    torch.testing.assert_close(halved.delta(x, y0, one), bank.delta(x, y0, one) / 2)
