@@ -112,8 +112,8 @@ def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.lower"),
-            f"lower {federation.lower.name!r} makes both factors anew, but policy {policy!r} freezes one or keeps it on "
-            "the clients, so theirs would no longer belong to the server's",
+            f"lower {federation.lower.name!r} makes both factors anew, but policy {policy!r} freezes one or keeps it "
+            "on the clients, so theirs would no longer belong to the server's",
         )
 
 
