@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from molehill import files
+from molehill.config import Federation
 from molehill.errors import DataError, ResumeError
 from molehill_server import events as events_file
 from molehill_simulation.charts import Plot, bar_plot, line_plot
@@ -222,7 +223,8 @@ def _federation(federation: Mapping[str, Any]) -> str:
     """How the server merges, in words."""
     text = f"rule {_name(federation['rule'])} over the {_name(federation['space'])} space"
     for key, what in (("lower", "lowered by"), ("server_opt", "server optimiser")):
-        text += "" if _name(federation[key]) == "none" else f", {what} {_name(federation[key])}"
+        usual = getattr(Federation(), key).name
+        text += "" if _name(federation[key]) == usual else f", {what} {_name(federation[key])}"
     return f"{federation['preset']}: {text}" if federation.get("preset") else text
 
 
