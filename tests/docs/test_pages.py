@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -36,6 +37,9 @@ BLOCKS = [
 ]
 
 
+METHODS = ("sparsemax", "bias", "alike")
+
+
 def blocks(info):
     return [pytest.param(block.text, id=f"{block.page}-{i}") for i, block in enumerate(BLOCKS) if block.info == info]
 
@@ -47,8 +51,7 @@ def test_every_block_is_of_a_kind_that_is_run():
     assert {block.info for block in BLOCKS} <= {
         "sh",
         "toml",
-        "python method",
-        "python test",
+        *(f"python {part} {method}" for method in METHODS for part in ("method", "test")),
         *run_in_test_lab,
         *run_in_test_edge,
     }
@@ -61,11 +64,14 @@ def test_configurations_in_pages_load(text, tmp_path):
     config.load(path)
 
 
-def test_the_method_of_the_contributing_page_passes_its_own_tests(tmp_path):
-    (method,) = (block.text for block in BLOCKS if block.info == "python method")
-    (tests,) = (block.text for block in BLOCKS if block.info == "python test")
-    (tmp_path / "sparsemax.py").write_text(method, encoding="utf-8")
-    (tmp_path / "test_sparsemax.py").write_text(f"import sparsemax\n{tests}", encoding="utf-8")
+def test_the_methods_of_the_contributing_page_pass_their_own_tests_and_the_contract(tmp_path):
+    for name in METHODS:
+        (method,) = (block.text for block in BLOCKS if block.info == f"python method {name}")
+        (tests,) = (block.text for block in BLOCKS if block.info == f"python test {name}")
+        (tmp_path / f"{name}.py").write_text(method, encoding="utf-8")
+        (tmp_path / f"test_{name}.py").write_text(f"import {name}\n{tests}", encoding="utf-8")
+    (tmp_path / "conftest.py").write_text("import bias\n", encoding="utf-8")
+    shutil.copy(ROOT / "tests/molehill/molora/test_experts_contract.py", tmp_path / "test_contract.py")
     command = [
         sys.executable,
         "-m",
@@ -76,11 +82,14 @@ def test_the_method_of_the_contributing_page_passes_its_own_tests(tmp_path):
         "--rootdir",
         str(tmp_path),
         str(tmp_path),
+        "-k",
+        "sparsemax or alike or bias",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
-    lint = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), "sparsemax.py"]
+    assert "11 passed" in done.stdout
+    files = [f"{name}.py" for name in METHODS]
+    lint = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), *files]
     # As in the folder it is for, where methods take what their interface gives.
     done = subprocess.run(
         [*lint, "--ignore", "INP001,ARG002"], cwd=tmp_path, capture_output=True, text=True, check=False
