@@ -150,7 +150,7 @@ def _common_factor(config: Config) -> Iterator[Conflict]:
     why = ""
     for decided in (shares(config, 1), shares(config, 2)):
         scopes = {"A": decided.A, "B": decided.B}
-        if decided.ranks:
+        if not decided.alike:
             why = "clients of different ranks have no factor in common"
         elif scopes.get(fixed) == "shared" or scopes["A"] == scopes["B"] == "shared":
             why = f"policy {policy!r} trains the factor that must be the same on all clients"
@@ -316,7 +316,7 @@ def _privacy(config: Config) -> Iterator[Conflict]:
             f"codec {config.wire.up.name!r} sends later what it left unsent (error feedback): what was clipped away "
             "in one round would come in another; use 'int4', 'int8' or a 16-bit codec",
         )
-    if decided.ranks:
+    if not decided.alike:
         yield refuse(
             "federation.policy",
             f"policy {policy!r} fills up the values of clients of lower rank with zeros, which is no sum of clipped "
@@ -354,7 +354,7 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
             f"space {federation.space.name!r} is made of every client's own factors, and the server sees the sum of "
             "what is sent only; use space 'factor', or 'common' with a policy that freezes one factor",
         )
-    if shares(config, 1).ranks:
+    if not shares(config, 1).alike:
         yield refuse(
             "federation.policy",
             f"policy {policy!r} has clients send tensors of different shapes, which cannot be added up; give all "

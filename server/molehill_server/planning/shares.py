@@ -30,6 +30,11 @@ class Shares:
     other: Scope = "shared"
     ranks: tuple[int, ...] = ()
 
+    @property
+    def alike(self) -> bool:
+        """Whether all clients send tensors of the same names and shapes."""
+        return not self.ranks
+
     def of(self, kind: str) -> Scope | None:
         """The scope of a kind of tensor, see `molehill.wire.keys.Key.kind`; None leaves it to ``personal``."""
         found: Scope | None = getattr(self, kind) if kind in KINDS else self.other

@@ -49,7 +49,8 @@ def test_a_folder_of_format_1_is_read(tmp_path):
     old = {name.replace("/gate.own.", "/gate."): value for name, value in tensors.items()}
     assert old.keys() != tensors.keys()
     save_file(old, router)
-    text.write_text(json.dumps(json.loads(text.read_text()) | {"format": 1, "files": {}, "personal": {"gate": "mixture"}}))
+    then = {"format": 1, "files": {}, "personal": {"gate": "mixture"}}
+    text.write_text(json.dumps(json.loads(text.read_text()) | then))
     read = adapted("bert", **MIXTURE)
     load_adapter(tmp_path, read, base_digest="d")
     assert read.tree().layout == written.tree().layout
