@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, E experts of the bank (always-on ones first), R sum o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple
 
@@ -39,7 +40,7 @@ class Part(NamedTuple):
     scale: float = 1.0
 
 
-class Bank(nn.Module):
+class Bank(nn.Module, ABC):
     """All experts of one kind at one site.
 
     Attributes:
@@ -72,13 +73,14 @@ class Bank(nn.Module):
         start = sum(self.ranks[:expert])
         return slice(start, start + self.ranks[expert])
 
+    @abstractmethod
     def parts(self) -> Iterator[Part]:
         """Every tensor; those of one parameter follow each other and cover it."""
-        raise NotImplementedError
 
     def start(self, expert: int, init: InitStrategy, generator: torch.Generator) -> None:
         """Give an expert its start values, with which its delta is zero; they are zeros unless this says otherwise."""
 
+    @abstractmethod
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return ``sum_e w_e delta_e(x, y0)``.
 
@@ -90,11 +92,10 @@ class Bank(nn.Module):
         Returns:
             The delta ``[B, T, d_out]``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def like(self, site: Site, ranks: tuple[int, ...]) -> Bank:
         """A new bank of this kind for other experts, whose scales are 1: they lie in its tensors."""
-        raise NotImplementedError
 
     def outputs(self, x: Tensor, y0: Tensor) -> Tensor:
         """What every expert adds at weight 1, ``[B, T, E, d_out]``; arguments as of `delta`."""

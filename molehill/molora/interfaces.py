@@ -15,6 +15,7 @@ Router arithmetic is float32.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -131,7 +132,7 @@ class RouteRecord:
     types: Tensor | None = None
 
 
-class Scorer(nn.Module):
+class Scorer(nn.Module, ABC):
     """Produces logits; start values come from torch's global generator.
 
     Attributes:
@@ -151,16 +152,16 @@ class Scorer(nn.Module):
     reads: frozenset[Literal["task_ids"]] = frozenset()
     own: frozenset[str] = frozenset()
 
+    @abstractmethod
     def axes(self) -> Mapping[str, int]:
         """The axis of the experts in every parameter, -1 for none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B|1, T|1, (H,) E]``."""
-        raise NotImplementedError
 
 
-class LogitTransform:
+class LogitTransform(ABC):
     """Edits logits, for example temperature or expert dropout.
 
     Attributes:
@@ -169,12 +170,12 @@ class LogitTransform:
 
     random: bool = False
 
+    @abstractmethod
     def __call__(self, z: Tensor, ctx: RouteContext) -> Tensor:
         """Return logits of the same shape."""
-        raise NotImplementedError
 
 
-class Selector:
+class Selector(ABC):
     """Turns logits into weights (activation included).
 
     Attributes:
@@ -196,15 +197,15 @@ class Selector:
         """The selector as it acts at inference: its deterministic twin, which is exported."""
         return self
 
+    @abstractmethod
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[B|1, T|1, (H,) E]``."""
-        raise NotImplementedError
 
 
 Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared"]  # what a part needs of the others at its site
 
 
-class Mixer:
+class Mixer(ABC):
     """How weights meet experts.
 
     Attributes:
@@ -217,9 +218,9 @@ class Mixer:
     mixes: Literal["outputs", "parameters"] = "outputs"
     wants: frozenset[Wish] = frozenset()
 
+    @abstractmethod
     def __call__(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return the delta ``[B, T, d_out]``."""
-        raise NotImplementedError
 
 
 class Topology:
@@ -266,7 +267,7 @@ class Allocation(Protocol):
         ...
 
 
-class InitStrategy:
+class InitStrategy(ABC):
     """Start values of low-rank experts; the delta must be zero at the start.
 
     Attributes:
@@ -275,9 +276,9 @@ class InitStrategy:
 
     frozen: frozenset[Literal["A", "B"]] = frozenset()
 
+    @abstractmethod
     def __call__(self, A: Tensor, B: Tensor, generator: torch.Generator) -> None:
         """Fill ``A [r, d_in]`` and ``B [d_out, r]`` of one expert in place."""
-        raise NotImplementedError
 
 
 class RoutingLoss(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -47,7 +48,7 @@ class Combined:
     tails: Mapping[Pair, float] = field(default_factory=dict)
 
 
-class WeightRule:
+class WeightRule(ABC):
     """Gives every update one number per expert.
 
     Attributes:
@@ -68,9 +69,9 @@ class WeightRule:
         """Fewest updates that it can judge; an expert that fewer clients used keeps its value."""
         return 1
 
+    @abstractmethod
     def weights(self, updates: Sequence[Update], glob: Global, /) -> Sequence[Weight]:
         """The weight of each of ``updates``: one update when additive, else all of the round."""
-        raise NotImplementedError
 
 
 @runtime_checkable
@@ -109,7 +110,7 @@ class Sum(Protocol):
         ...
 
 
-class Space:
+class Space(ABC):
     """What is combined.
 
     Attributes:
@@ -124,12 +125,12 @@ class Space:
     folds: bool = False
     common: Literal["A", "B", "either", ""] = ""
 
+    @abstractmethod
     def start(self, glob: Global, /) -> Sum:
         """An empty combination for this round."""
-        raise NotImplementedError
 
 
-class Lower:
+class Lower(ABC):
     """Brings combined products back to factors of the shared rank.
 
     Attributes:
@@ -147,12 +148,12 @@ class Lower:
     patches: bool = False
     restarts: bool = False
 
+    @abstractmethod
     def lower(self, combined: Combined, glob: Global, seed: int, /) -> AggOut:
         """New shared tensors, and patches for what they cannot hold. ``seed`` is the run's."""
-        raise NotImplementedError
 
 
-class ServerOpt:
+class ServerOpt(ABC):
     """Treats the change of the mean as a gradient.
 
     Attributes:
@@ -163,10 +164,10 @@ class ServerOpt:
     stateful: bool = True
     moves: bool = True
 
+    @abstractmethod
     def apply(self, old: Tree, new: Tree, touched: frozenset[Key], state: State, /) -> tuple[Tree, State]:
         """The next model and the next state; neither argument is changed.
 
         Keys outside ``touched`` keep their old value and state, so that momentum does not move an expert that no
         client trained.
         """
-        raise NotImplementedError
