@@ -164,7 +164,8 @@ def _dealt(model: MoLoRAModel) -> str:
         present = [ranks for ranks in groups if ranks]
         if present:
             bank = next(iter(sites)).bank
-            number = f"one {bank.noun}" if lone else f"{_range(map(len, present))} {kind} {bank.noun}s"
+            noun = "" if bank.kind == "pairs" else f" {bank.noun}s"
+            number = f"one {bank.noun}" if lone else f"{_range(map(len, present))} {kind}{noun}"
             parts.append(f"{number} of {bank.size} {_range(chain(*present))}" if bank.size else number)
     return " and ".join(parts)
 

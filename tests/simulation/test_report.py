@@ -444,7 +444,7 @@ def test_the_report_says_what_adapter_and_federation_are(tmp_path):
     values = {"molora": {"selector": {"name": "top_k", "k": 2}, "shared": 1}, "federation": {"preset": "fedit"}}
     (folder / "config.toml").write_text(parse(values).to_toml(), encoding="utf-8")
     seen = " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
-    assert "1 always-on" in seen
+    assert "routed and 1 always-on experts of rank" in seen
     assert "chosen by top_k" in seen
     assert "fedit: rule mean over the factor space" in seen
 
