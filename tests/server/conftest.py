@@ -89,13 +89,13 @@ class Toy:
     grants: Grants | None = None
     maskers: dict = field(default_factory=dict)
 
-    def start(self, fault=None, meddle=None) -> Coordinator:
+    def start(self, fault=None, meddle=None, around=lambda transport: transport) -> Coordinator:
         if not (self.out / "initial.safetensors").exists():
             write_initial(self.out)
         clients = {n + 10: ToyClient(n, self.config, self.out, self.exchange) for n in range(self.config.data.clients)}
         for client in clients.values():  # which outlive a server that is started again
             client.masker = self.maskers.setdefault(client.name, client.masker)
-        self.transport = ToyTransport(clients, fault, meddle)
+        self.transport = around(ToyTransport(clients, fault, meddle))
         return Coordinator(self.config, self.out, self.exchange, self.transport, grants=self.grants)
 
     def run(self, fault=None, meddle=None):

@@ -272,17 +272,17 @@ def test_replies_that_do_not_fit_are_quarantined(toy, change, reason):
     assert len(event["accepted"]) == 3
 
 
-def speechless(coordinator, numbers):
+def speechless(run, numbers):
     """Of these clients, what they answer when they are scored is nonsense."""
     for number in numbers:
-        client = coordinator._transport.clients[number + 10]
+        client = run.transport.clients[number + 10]
         client.evaluate = lambda plan: SimpleNamespace(model_dump_json=lambda: "nonsense")
 
 
 def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
     run = toy(config(evaluate={"baselines": True}))
     coordinator = run.start()
-    speechless(coordinator, [1])
+    speechless(run, [1])
     coordinator.run()
     (failed,) = run.events("failed")
     assert (failed["stage"], failed["client"]) == ("evaluate", "client-1")
@@ -315,7 +315,7 @@ def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
 def test_scores_that_cannot_be_are_refused(toy, change, why):
     run = toy(config(run={"rounds": 1}, evaluate={"baselines": True}))
     coordinator = run.start()
-    liar = coordinator._transport.clients[11]
+    liar = run.transport.clients[11]
     honest = liar.evaluate
 
     def evaluate(plan):
@@ -335,7 +335,7 @@ def test_scores_that_cannot_be_are_refused(toy, change, why):
 def test_a_run_whose_clients_cannot_be_scored_is_no_success(toy):
     run = toy(config(run={"rounds": 1}))
     coordinator = run.start()
-    speechless(coordinator, range(4))
+    speechless(run, range(4))
     with pytest.raises(FederationError, match=r"no client could be scored with the final model: client-0: malformed"):
         coordinator.run()
     assert [(event["n_train"], event["stages"]) for event in run.events("evaluation")] == [
@@ -424,7 +424,7 @@ def test_a_round_waits_for_its_minimum_of_clients(toy):
     coordinator = run.start()
     clients = run.transport.clients
     late = clients.pop(12)
-    coordinator._roster.gather(1, 1.0, 1)
+    coordinator._crew.roster.gather(1, 1.0, 1)
     run.transport.wait = lambda seconds: (
         setattr(run.transport, "time", run.transport.time + seconds),
         clients.setdefault(12, late) if run.transport.time > 20 else None,

@@ -53,7 +53,7 @@ def test_a_claim_that_cannot_be_is_refused_and_named_and_the_run_goes_on(toy, se
 def test_rows_of_other_kinds_are_believed_no_more(toy, name):
     run = toy(config(data={"clients": 5}, run={"rounds": 1}))
     coordinator = run.start()
-    liar = coordinator._transport.clients[14]
+    liar = run.transport.clients[14]
     said = liar.hello() | {name: 10**300}
     liar.hello = lambda: said
     coordinator.run()

@@ -55,10 +55,8 @@ class Late:
 def test_an_overdue_reply_may_name_anything(toy, tmp_path, delta):
     run = toy(config(run={"rounds": 2}, federation={"preset": "ffa"}))
     run.exchange = FolderExchange(tmp_path / "exchange")
-    coordinator = run.start()
-    coordinator._transport = coordinator._roster._transport = late = Late(run.transport, delta)
-    coordinator.run()
-    assert late.kept is None
+    run.start(around=lambda transport: Late(transport, delta)).run()
+    assert run.transport.kept is None
     one, two = run.events("round")
     assert one["missing"] == ["client-0"]
     assert len(two["accepted"]) == 4

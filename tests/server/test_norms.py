@@ -110,7 +110,7 @@ def test_rounds_that_send_other_tensors_have_a_median_of_their_own(toy):
     run = toy(config(federation={"preset": "rolora"}, run={"rounds": 4}))
     run.run(scaled(run, {"all": 3.0}, {1, 3}))
     assert [event["quarantined"] for event in run.events("round")] == [{}] * 4
-    assert len(run.start()._saved.norms) == 2
+    assert len(run.start()._record.saved.norms) == 2
 
 
 def test_clients_of_lower_rank_are_compared_as_if_of_full_rank():
@@ -149,9 +149,9 @@ def test_the_bound_survives_a_kill(toy, kill):
 def test_the_medians_of_the_last_five_rounds_are_kept(toy, tmp_path):
     run = toy(config(run={"rounds": 7}))
     run.run()
-    (medians,) = run.start()._saved.norms.values()
+    (medians,) = run.start()._record.saved.norms.values()
     assert len(medians) == 5
-    saved = run.start()._saved
+    saved = run.start()._record.saved
     checkpoint.save(tmp_path / "checkpoints", saved)
     assert checkpoint.load(tmp_path / "checkpoints", saved.identity, 2**24).norms == dict(saved.norms)
 

@@ -148,11 +148,11 @@ def test_a_resume_restores_what_was_spent_and_the_secret_draw(toy):
 
     with pytest.raises(KeyboardInterrupt):
         run.run(dies)
-    secret = run.start()._saved.privacy.secret
+    secret = run.start()._record.saved.privacy.secret
     run.run()
     accountant = Accountant(4.0, DELTA, 50.0)
     assert [r["epsilon"] for r in reports(run)] == [accountant.epsilon([Round(4, 2)] * n) for n in range(1, 6)]
-    ledger = run.start()._saved.privacy
+    ledger = run.start()._record.saved.privacy
     assert ledger.secret == secret
     assert ledger.rounds == (Round(4, 2),) * 5
 
@@ -209,7 +209,7 @@ def test_a_poisson_round_is_counted_and_divided_by_its_rate(toy):
         assert report["epsilon"] == accountant.epsilon([Round(8, 8, 0.4)] * number)
         assert report["epsilon"] < accountant.epsilon([Round(8, 8)] * number)
         assert report["noise"] == pytest.approx(0.3 * 4.0 / (0.4 * 8))
-    assert run.start()._saved.privacy.rounds == (Round(8, 8, 0.4),) * 4
+    assert run.start()._record.saved.privacy.rounds == (Round(8, 8, 0.4),) * 4
 
 
 def test_rounds_of_nobody_are_rounds_all_the_same(toy):
@@ -221,7 +221,7 @@ def test_rounds_of_nobody_are_rounds_all_the_same(toy):
         assert (event["selected"], event["accepted"], event["loss"], report["updates"]) == ([], [], None, 0)
         assert report["epsilon"] == 0  # below delta
     assert run.events("retry") == []
-    assert len(run.start()._saved.privacy.rounds) == 3
+    assert len(run.start()._record.saved.privacy.rounds) == 3
 
 
 @pytest.mark.parametrize("select", [{"name": "poisson", "rate": 0.5}, {"name": "random", "fraction": 0.5}])
@@ -265,7 +265,7 @@ def test_after_a_kill_the_same_clients_are_drawn_whoever_else_has_come(toy):
     again = {m.node for m in run.transport.pushed if m.kind == "train"}
     assert first == again - set(away)
     assert run.events("round")[0]["report"]["noise"] == pytest.approx(0.3 * 4.0 / 12)
-    assert run.start()._saved.privacy.rounds == (Round(16, 16, 0.75),)
+    assert run.start()._record.saved.privacy.rounds == (Round(16, 16, 0.75),)
 
 
 def test_without_privacy_a_round_of_nobody_changes_nothing(toy):
@@ -282,4 +282,4 @@ def test_nothing_is_noisy_when_it_is_off(toy):
     assert all({"epsilon", "noise", "signal_to_noise"}.isdisjoint(report) for report in reports(run))
     plans = [message.text for message in run.transport.pushed if message.kind == "train"]
     assert {ClientPlan.model_validate_json(text).clip for text in plans} == {None}
-    assert run.start()._saved.privacy is None
+    assert run.start()._record.saved.privacy is None

@@ -107,7 +107,7 @@ def test_below_the_threshold_before_the_sum_the_round_is_tried_again_and_then_fa
         run.run(mute("client-0", "client-1", "client-2"))
     assert [event["attempt"] for event in run.events("retry")] == [0, 1]
     assert not any(message.kind == "query.unmask" for message in run.transport.pushed)
-    assert np.array_equal(run.start()._saved.glob.tree.flat, initial().flat)
+    assert np.array_equal(run.start()._record.saved.glob.tree.flat, initial().flat)
 
 
 def test_a_second_attempt_has_keys_of_its_own(toy):
@@ -250,7 +250,7 @@ class WorseLiar(Liar):
 )
 @pytest.mark.parametrize("clients", [4, 10])
 def test_a_server_that_lies_about_who_is_in_the_sum_gets_none(toy, monkeypatch, server, why, clients):
-    monkeypatch.setattr("molehill_server.coordinator.SecureRound", server)
+    monkeypatch.setattr("molehill_server.rounds.masked.SecureRound", server)
     run = toy(settings(run={"rounds": 1}, data={"clients": clients}))
     with pytest.raises(FederationError, match=rf"0 of \d+ clients helped to unmask the sum.*({why})"):
         run.run()
@@ -465,7 +465,7 @@ def test_a_resumed_sum_is_paid_once(toy):
     with pytest.raises(FederationError):
         run.run(meddle=silent("client-0", "client-1", kind="query.unmask"))
     run.run()
-    assert run.start()._saved.privacy.rounds == (Round(4, 4),) * 2
+    assert run.start()._record.saved.privacy.rounds == (Round(4, 4),) * 2
 
 
 def test_what_is_cut_off_by_fixed_point_does_not_grow_the_sensitivity():
