@@ -37,7 +37,7 @@ REASONS = {
         "server/molehill_server/privacy/draw.py": "poisson",
     },
     "an older name of a gate policy": {
-        "molehill/config.py": "mixture",
+        "molehill/config/sections.py": "mixture",
         "edge/molehill_export/source.py": "mixture",
     },
 }

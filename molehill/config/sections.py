@@ -1,28 +1,12 @@
-"""The configuration of a run: one TOML file, validated before anything starts.
-
-A method is named by a string or, when it has parameters, by a table with ``name``::
-
-    selector = "dense"
-    selector = { name = "top_k", k = 2 }
-
-A preset fills in the keys of its section; keys given beside it win. Unknown keys are errors.
-"""
+"""The sections of a configuration."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
-from molehill import registry, toml_file
-from molehill.errors import ConfigError
-from molehill.toml_file import Lines
+from molehill.config.methods import Axis, LossRef, MethodRef, ref
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -34,43 +18,6 @@ class Section(BaseModel):
     """A part of the configuration: immutable; unknown keys, and numbers that are not finite, are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class MethodRef(BaseModel):
-    """A registered method by name, with its parameters."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):  # presets write tuples, TOML reads lists: equal references must compare equal
-            return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
-        return {"name": value} if isinstance(value, str) else value
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The parameters given beside the name."""
-        return dict(self.model_extra or {})
-
-
-class Axis:
-    """Marks a `MethodRef` field with the registry axis it names."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class LossRef(MethodRef):
-    """A routing loss with its coefficient."""
-
-    coef: float = Field(gt=0)
-
-
-def _ref(name: str, **params: Any) -> Any:
-    return MethodRef.model_validate({"name": name, **params})
 
 
 class Run(Section):
@@ -148,7 +95,7 @@ class Data(Section):
     split: str = "train"
     columns: dict[str, str] = Field(default_factory=dict)
     clients: int = Field(default=8, ge=1)
-    partition: Annotated[MethodRef, Axis("partitioner")] = _ref("by_column", column="domain")
+    partition: Annotated[MethodRef, Axis("partitioner")] = ref("by_column", column="domain")
     rows: int | None = Field(default=None, ge=1)
     test_rows: int | None = Field(default=None, ge=1)
     test_fraction: float = Field(default=0.25, gt=0, lt=1)
@@ -188,14 +135,14 @@ class MoLoRA(Section):
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     scope: Literal["site", "block", "layer", "model"] = "site"
-    expert: Annotated[MethodRef, Axis("expert")] = _ref("lora")
-    scorer: Annotated[MethodRef, Axis("scorer")] = _ref("linear")
+    expert: Annotated[MethodRef, Axis("expert")] = ref("lora")
+    scorer: Annotated[MethodRef, Axis("scorer")] = ref("linear")
     transforms: tuple[Annotated[MethodRef, Axis("transform")], ...] = ()
-    selector: Annotated[MethodRef, Axis("selector")] = _ref("top_k", k=2)
-    mixer: Annotated[MethodRef, Axis("mixer")] = _ref("output")
-    topology: Annotated[MethodRef, Axis("topology")] = _ref("parallel")
-    allocation: Annotated[MethodRef, Axis("allocation")] = _ref("uniform")
-    init: Annotated[MethodRef, Axis("init")] = _ref("lora")
+    selector: Annotated[MethodRef, Axis("selector")] = ref("top_k", k=2)
+    mixer: Annotated[MethodRef, Axis("mixer")] = ref("output")
+    topology: Annotated[MethodRef, Axis("topology")] = ref("parallel")
+    allocation: Annotated[MethodRef, Axis("allocation")] = ref("uniform")
+    init: Annotated[MethodRef, Axis("init")] = ref("lora")
     losses: tuple[Annotated[LossRef, Axis("routing_loss")], ...] = ()
 
 
@@ -255,7 +202,7 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
-    objective: Annotated[MethodRef, Axis("objective")] = _ref("sft")
+    objective: Annotated[MethodRef, Axis("objective")] = ref("sft")
     prox: float = Field(default=0.0, ge=0)
 
 
@@ -273,12 +220,12 @@ class Federation(Section):
     """
 
     preset: str | None = None
-    policy: Annotated[MethodRef, Axis("policy")] = _ref("fedit")
-    select: Annotated[MethodRef, Axis("client_selector")] = _ref("all")
-    space: Annotated[MethodRef, Axis("space")] = _ref("factor")
-    rule: Annotated[MethodRef, Axis("rule")] = _ref("mean")
-    lower: Annotated[MethodRef, Axis("lower")] = _ref("none")
-    server_opt: Annotated[MethodRef, Axis("server_opt")] = _ref("none")
+    policy: Annotated[MethodRef, Axis("policy")] = ref("fedit")
+    select: Annotated[MethodRef, Axis("client_selector")] = ref("all")
+    space: Annotated[MethodRef, Axis("space")] = ref("factor")
+    rule: Annotated[MethodRef, Axis("rule")] = ref("mean")
+    lower: Annotated[MethodRef, Axis("lower")] = ref("none")
+    server_opt: Annotated[MethodRef, Axis("server_opt")] = ref("none")
 
 
 class Rounds(Section):
@@ -335,8 +282,8 @@ class Wire(Section):
         max_bytes: Largest message accepted.
     """
 
-    up: Annotated[MethodRef, Axis("codec")] = _ref("int4")
-    down: Annotated[MethodRef, Axis("codec")] = _ref("fp16")
+    up: Annotated[MethodRef, Axis("codec")] = ref("int4")
+    down: Annotated[MethodRef, Axis("codec")] = ref("fp16")
     max_bytes: int = Field(default=256 * 2**20, ge=1024)
 
 
@@ -437,143 +384,3 @@ class Engine(Section):
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     together: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-
-
-class Config(Section):
-    """A whole run."""
-
-    run: Run = Run()
-    base: Base = Base()
-    task: Task = Task()
-    data: Data = Data()
-    molora: MoLoRA = MoLoRA()
-    personal: Personal = Personal()
-    train: Train = Train()
-    federation: Federation = Federation()
-    round: Rounds = Rounds()
-    wire: Wire = Wire()
-    privacy: Privacy = Privacy()
-    scenario: Scenario = Scenario()
-    evaluate: Evaluate = Evaluate()
-    engine: Engine = Engine()
-
-    @field_validator("molora", mode="before")
-    @classmethod
-    def _molora_preset(cls, value: Any) -> Any:
-        return _expand(value, "preset")
-
-    @field_validator("federation", mode="before")
-    @classmethod
-    def _federation_preset(cls, value: Any) -> Any:
-        return _expand(value, "federation")
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of the resolved configuration, less what does not change the run itself."""
-        return hashlib.sha256(json.dumps(self.substance, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def substance(self) -> dict[str, Any]:
-        """The resolved values on which results depend: all but ``engine``."""
-        return self.model_dump(mode="json", exclude={"engine"})
-
-    def to_toml(self) -> str:
-        """The resolved configuration as TOML; loading it gives an equal `Config`."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
-
-
-def _expand(value: Any, axis: str) -> Any:
-    """Fill the keys of a section from its preset."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("preset"), str):
-        return value
-    return {**registry.build(axis, value["preset"]), **value}
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
-
-
-def method_refs(config: Config) -> Iterator[tuple[str, str, MethodRef]]:
-    """Yield ``(dotted key, axis, reference)`` for every method a configuration names, not for what is left out."""
-    for section_name in type(config).model_fields:
-        section = getattr(config, section_name)
-        for name, info in type(section).model_fields.items():
-            value = getattr(section, name)
-            for axis in _axes_of(info):
-                for ref in value if isinstance(value, tuple) else (value,):
-                    if ref is not None:
-                        yield f"{section_name}.{name}", axis, ref
-
-
-def _axes_of(info: Any) -> Iterator[str]:
-    yield from (item.name for item in info.metadata if isinstance(item, Axis))
-    for argument in getattr(info.annotation, "__args__", ()):
-        for item in getattr(argument, "__metadata__", ()):
-            if isinstance(item, Axis):
-                yield item.name
-
-
-def load(source: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file and apply ``key=value`` overrides.
-
-    Args:
-        source: TOML file; None for the defaults.
-        overrides: Such as ``run.rounds=3`` or ``base.model=./model``; the value is TOML, or a plain string.
-
-    Returns:
-        The validated configuration.
-
-    Raises:
-        ConfigError: The file cannot be read or parsed, or a key, type or method is wrong.
-    """
-    values, lines = ({}, Lines("", "defaults")) if source is None else toml_file.read(Path(source), "configuration")
-    for override in overrides:
-        _override(values, override, lines)
-    return parse(values, lines)
-
-
-def parse(values: Mapping[str, Any], lines: Lines | None = None) -> Config:
-    """Validate nested values.
-
-    Raises:
-        ConfigError: A key, type or method is wrong; names the key, and file and line where they are known.
-    """
-    lines = lines or Lines("", "configuration")
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise toml_file.explain(error, Config, values, lines) from None
-    except ConfigError as error:
-        raise ConfigError(error.what, where=lines.find(error.where or "preset"), mend=error.mend) from None
-    for key, axis, ref in method_refs(config):
-        try:
-            registry.parse_params(axis, ref.name, ref.params)
-        except ConfigError as error:
-            where = lines.find(f"{key}.{error.where}" if error.where else key)
-            raise ConfigError(f"{key}: {error.what}", where=where, mend=error.mend) from None
-    return config
-
-
-def _override(values: dict[str, Any], override: str, lines: Lines) -> None:
-    key, equals, raw = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"cannot read override {override!r}", where="--set", mend="Write --set section.key=value.")
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    at = values
-    for part in parts[:-1]:
-        inner = at.setdefault(part, {})
-        if isinstance(inner, str):  # selector = "top_k" with --set molora.selector.k=1
-            inner = at[part] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{key!r}: {part!r} is not a section", where="--set")
-        at = inner
-    at[parts[-1]] = value
-    lines.overridden.add(key.strip())

@@ -1,0 +1,55 @@
+"""How a configuration names methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class MethodRef(BaseModel):
+    """A registered method by name, with its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):  # presets write tuples, TOML reads lists: equal references must compare equal
+            return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters given beside the name."""
+        return dict(self.model_extra or {})
+
+
+class Axis:
+    """Marks a `MethodRef` field with the registry axis it names."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class LossRef(MethodRef):
+    """A routing loss with its coefficient."""
+
+    coef: float = Field(gt=0)
+
+
+def ref(name: str, **params: Any) -> Any:
+    """A reference, as the default value of a key."""
+    return MethodRef.model_validate({"name": name, **params})
+
+
+def axes_of(info: Any) -> Iterator[str]:
+    """The registry axes that a field of a section names methods of."""
+    yield from (item.name for item in info.metadata if isinstance(item, Axis))
+    for argument in getattr(info.annotation, "__args__", ()):
+        for item in getattr(argument, "__metadata__", ()):
+            if isinstance(item, Axis):
+                yield item.name

@@ -1,0 +1,101 @@
+"""A whole run: all sections, what presets fill in, and which methods it names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tomli_w
+from pydantic import field_validator
+
+from molehill import registry
+from molehill.config.methods import MethodRef, axes_of
+from molehill.config.sections import (
+    Base,
+    Data,
+    Engine,
+    Evaluate,
+    Federation,
+    MoLoRA,
+    Personal,
+    Privacy,
+    Rounds,
+    Run,
+    Scenario,
+    Section,
+    Task,
+    Train,
+    Wire,
+)
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    base: Base = Base()
+    task: Task = Task()
+    data: Data = Data()
+    molora: MoLoRA = MoLoRA()
+    personal: Personal = Personal()
+    train: Train = Train()
+    federation: Federation = Federation()
+    round: Rounds = Rounds()
+    wire: Wire = Wire()
+    privacy: Privacy = Privacy()
+    scenario: Scenario = Scenario()
+    evaluate: Evaluate = Evaluate()
+    engine: Engine = Engine()
+
+    @field_validator("molora", mode="before")
+    @classmethod
+    def _molora_preset(cls, value: Any) -> Any:
+        return _expand(value, "preset")
+
+    @field_validator("federation", mode="before")
+    @classmethod
+    def _federation_preset(cls, value: Any) -> Any:
+        return _expand(value, "federation")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the resolved configuration, less what does not change the run itself."""
+        return hashlib.sha256(json.dumps(self.substance, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def substance(self) -> dict[str, Any]:
+        """The resolved values on which results depend: all but ``engine``."""
+        return self.model_dump(mode="json", exclude={"engine"})
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; loading it gives an equal `Config`."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _expand(value: Any, axis: str) -> Any:
+    """Fill the keys of a section from its preset."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("preset"), str):
+        return value
+    return {**registry.build(axis, value["preset"]), **value}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def method_refs(config: Config) -> Iterator[tuple[str, str, MethodRef]]:
+    """Yield ``(dotted key, axis, reference)`` for every method a configuration names, not for what is left out."""
+    for section_name in type(config).model_fields:
+        section = getattr(config, section_name)
+        for name, info in type(section).model_fields.items():
+            value = getattr(section, name)
+            for axis in axes_of(info):
+                for ref in value if isinstance(value, tuple) else (value,):
+                    if ref is not None:
+                        yield f"{section_name}.{name}", axis, ref
