@@ -33,7 +33,7 @@ REASONS = {
     "what `train.prox` is short for": {"client/molehill_client/workbench.py": "fedprox"},
     "what selectors declare that a draw is counted as": {
         "molehill/secure/company.py": "poisson",
-        "server/molehill_server/check.py": "poisson",
+        "server/molehill_server/check/draw.py": "poisson",
         "server/molehill_server/privacy/draw.py": "poisson",
     },
     "an older name of a gate policy": {

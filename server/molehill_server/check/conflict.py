@@ -1,0 +1,62 @@
+"""What a rule says, and what rules ask of a configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from molehill import registry
+from molehill.config import Config, MethodRef
+from molehill_server.planning.planner import scopes, select, shares
+from molehill_server.privacy.draw import Draw
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Things in a configuration that do not go together.
+
+    Attributes:
+        verdict: ``refuse`` stops the run, ``warn`` only says so.
+        keys: The configuration keys concerned.
+        why: The reason.
+    """
+
+    verdict: Literal["refuse", "warn"]
+    keys: tuple[str, ...]
+    why: str
+
+    @property
+    def mend(self) -> str:
+        """What to do."""
+        return "Change one of them." if len(self.keys) > 1 else "Change it."
+
+
+Rule = Callable[[Config], Iterator[Conflict]]
+
+
+def build(axis: str, ref: MethodRef, **context: Any) -> Any:
+    """The method that a reference names, of an axis."""
+    return registry.build(axis, ref.name, ref.params, **context)
+
+
+def declared(axis: str, ref: MethodRef, name: str) -> Any:
+    """An attribute of the method that a reference names, whatever its parameters."""
+    return registry.declared(registry.get(axis, ref.name), name)
+
+
+def asked(config: Config) -> int:
+    """How many clients take part in a round; where that is left to chance, on average and rounded up."""
+    pool = [str(number) for number in range(config.data.clients)]
+    return math.ceil(Draw.of(config).expected(len(pool), len(select(config, pool, 1, 0))))
+
+
+def both_shared(config: Config) -> bool:
+    """Whether every client sends both factors in every round (methods that alternate do so with period 2)."""
+    return all(decided.A == decided.B == "shared" for decided in (shares(config, 1), shares(config, 2)))
+
+
+def sends_nothing(config: Config) -> bool:
+    """Whether nothing ever leaves a client."""
+    return not any(scope == "shared" for number in (1, 2) for _, scope in scopes(config, number))

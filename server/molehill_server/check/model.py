@@ -1,0 +1,139 @@
+"""Rules about the adapter: router, experts, and what of them is trained and stays with a client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from molehill import registry
+from molehill.config import Config
+from molehill.errors import ConfigError
+from molehill.molora.interfaces import Site
+from molehill.wire.keys import KINDS
+from molehill_server.check.conflict import Conflict, Rule, build, declared
+from molehill_server.planning.planner import decisions, shares
+
+
+def _split_gate(config: Config) -> Iterator[Conflict]:
+    scorer, keys = config.molora.scorer.name, ("personal.gate", "molora.scorer")
+    own = sorted(declared("scorer", config.molora.scorer, "own"))
+    if config.personal.gate == "split" and not own:
+        able = [each.name for each in registry.methods("scorer") if registry.declared(each, "own")]
+        yield Conflict(
+            "refuse",
+            keys,
+            f"gate 'split' keeps a part of the router on the client, and scorer {scorer!r} names none; of those that "
+            f"do there is {', '.join(map(repr, able))}",
+        )
+    if own and config.personal.gate == "anchored":
+        yield Conflict(
+            "warn",
+            keys,
+            f"scorer {scorer!r} has a part of its own to keep on the client ({', '.join(own)}); gate 'split' does "
+            "that, while 'anchored' adds a residual to all of it",
+        )
+
+
+def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
+    if build("lower", config.federation.lower).restarts and config.personal.gate != "global":
+        yield Conflict(
+            "warn",
+            ("federation.lower", "personal.gate"),
+            "every round the experts move into their patches and start anew, so what a client's own gate has learnt "
+            "about them is about the patches",
+        )
+
+
+def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
+    """A patch is added to what one expert says, which is no sum of parameters."""
+    lower = config.federation.lower
+    mixer = config.molora.mixer
+    if declared("mixer", mixer, "mixes") == "parameters" and build("lower", lower).patches:
+        yield Conflict(
+            "refuse",
+            ("federation.lower", "molora.mixer"),
+            f"lower {lower.name!r} patches the products of single experts, but mixer {mixer.name!r} mixes their "
+            "factors before it multiplies them; use mixer 'output', or a lower without patches",
+        )
+
+
+def _mixed_parameters(config: Config) -> Iterator[Conflict]:
+    scorer, mixer, topology = config.molora.scorer.name, config.molora.mixer.name, config.molora.topology
+    parameters = declared("mixer", config.molora.mixer, "mixes") == "parameters"
+    by_token = declared("scorer", config.molora.scorer, "level") == "token"
+    if by_token and "row_route" in declared("mixer", config.molora.mixer, "wants"):
+        yield Conflict(
+            "refuse",
+            ("molora.mixer", "molora.scorer"),
+            f"mixer {mixer!r} makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
+            "scorer 'task_table'",
+        )
+    if parameters and declared("topology", topology, "scope") is not None:
+        yield Conflict(
+            "refuse",
+            ("molora.mixer", "molora.topology"),
+            f"topology {topology.name!r} mixes the outputs of whole blocks, so mixer {mixer!r} would do nothing; use "
+            "mixer 'output', or topology 'parallel'",
+        )
+    if not parameters and build("scorer", config.molora.scorer, d_in=1, n_experts=1, n_tasks=1).heads > 1:
+        yield Conflict(
+            "refuse",
+            ("molora.mixer", "molora.scorer"),
+            f"every head of scorer {scorer!r} has weights for its own block of A's and B's features, which only a "
+            "mixer of parameters mixes; use mixer 'param', or one head",
+        )
+
+
+def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
+    """Parts that stack the experts of a site need LoRAs of one rank; an allocation may also decide how many count."""
+    molora = config.molora
+    parts = {"molora.mixer": ("mixer", molora.mixer), "molora.topology": ("topology", molora.topology)}
+    site = Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1)
+    try:
+        plan = build("allocation", molora.allocation).plan([site], molora.experts, molora.shared, molora.rank)["any"]
+    except ConfigError as error:
+        yield Conflict("refuse", ("molora.allocation", "molora.experts"), error.what)
+        return
+    selector = molora.selector
+    if plan.top_k and not declared("selector", selector, "takes_k"):
+        why = f"allocation {molora.allocation.name!r} needs a selector with k, which {selector.name!r} does not have"
+        yield Conflict("refuse", ("molora.allocation", "molora.selector"), f"{why}; use selector 'top_k'")
+    for key, (axis, part) in parts.items():
+        wants = declared(axis, part, "wants")
+        if "pairs" in wants and declared("expert", molora.expert, "kind") != "pairs":
+            why = f"{part.name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
+            yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert 'lora'")
+        if "equal_ranks" in wants and len({*plan.ranks, *plan.shared_ranks}) > 1:
+            why = f"{part.name!r} stacks the experts of a site, and allocation {molora.allocation.name!r} gives them "
+            yield Conflict("refuse", (key, "molora.allocation"), f"{why}different ranks; use allocation 'uniform'")
+        if "no_shared" in wants and molora.shared:
+            why = f"{part.name!r} has one block per routed expert and none for experts that are always on"
+            yield Conflict("refuse", (key, "molora.shared"), f"{why}; set molora.shared to 0")
+
+
+def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
+    policy = config.federation.policy.name
+    wanted, left = ([look(config, number) for number in (1, 2)] for look in (decisions, shares))
+    trained = {kind for decided in left for kind in KINDS if decided.of(kind) != "frozen"}
+    if trained == {"head"} and config.task.kind == "causal-lm":
+        yield Conflict("refuse", ("federation.policy", "task.kind"), "a causal language model has no head to train")
+    idle = [
+        (after.A == after.B == "frozen") and not (before.A == before.B == "frozen")
+        for before, after in zip(wanted, left, strict=True)
+    ]
+    if any(idle):
+        yield Conflict(
+            "refuse",
+            ("federation.policy", "molora.init"),
+            f"init {config.molora.init.name!r} freezes the factor that policy {policy!r} trains"
+            + ("" if all(idle) else " in every other round"),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _split_gate,
+    _restart_and_personal_gate,
+    _one_expert_at_a_time,
+    _mixed_parameters,
+    _experts_of_one_shape,
+    _nothing_to_learn,
+)

@@ -1,0 +1,58 @@
+"""Rules about differential privacy: what may reach the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from molehill.config import Config
+from molehill_server.check.conflict import Conflict, Rule, both_shared, build, sends_nothing
+from molehill_server.planning.planner import shares
+
+
+def _privacy(config: Config) -> Iterator[Conflict]:
+    """The noise is that of a sum of clipped changes, so nothing else may reach the model."""
+    if config.privacy.clip is None:
+        return
+    federation, policy = config.federation, config.federation.policy.name
+    decided = shares(config, 1)
+
+    def refuse(key: str, why: str) -> Conflict:
+        return Conflict("refuse", ("privacy", key), why)
+
+    if not build("rule", federation.rule).sums:
+        yield refuse(
+            "federation.rule",
+            f"rule {federation.rule.name!r} looks at single updates to weigh them, so one client can change what all "
+            "others count for and no noise of a bounded size hides it; use rule 'mean', which under privacy counts "
+            "clients alike",
+        )
+    if not build("space", federation.space).closed:
+        yield refuse(
+            "federation.space",
+            f"space {federation.space.name!r} sums products B A, whose size the clip of a change of A and B does not "
+            "bound; use space 'common' with a policy that freezes one factor (preset 'ffa'), or space 'factor'",
+        )
+    if build("codec", config.wire.up).feedback:
+        yield refuse(
+            "wire.up",
+            f"codec {config.wire.up.name!r} sends later what it left unsent (error feedback): what was clipped away "
+            "in one round would come in another; use 'int4', 'int8' or a 16-bit codec",
+        )
+    if not decided.alike:
+        yield refuse(
+            "federation.policy",
+            f"policy {policy!r} fills up the values of clients of lower rank with zeros, which is no sum of clipped "
+            "changes; give all clients one rank",
+        )
+    if sends_nothing(config):
+        yield refuse("federation.policy", f"policy {policy!r} sends nothing, so there is nothing to protect")
+    if not build("space", federation.space).products and both_shared(config):
+        yield Conflict(
+            "warn",
+            ("privacy", "federation.policy"),
+            f"policy {policy!r} trains both factors, whose noises multiply in B A; presets 'ffa' and 'rolora' keep "
+            "one factor without noise",
+        )
+
+
+RULES: tuple[Rule, ...] = (_privacy,)
