@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from molehill.config import MethodRef, load
-from molehill.wire.exchange import MemoryExchange
 from molehill.wire.keys import Key
+from molehill.wire.local import MemoryExchange
 from molehill.wire.message import decode_delta, decode_tree, encode_tree
 from molehill.wire.store import load_tree
 from molehill.wire.tree import Tree

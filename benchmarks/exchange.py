@@ -33,7 +33,8 @@ from common import show
 from tiny_pki import Authority
 
 from molehill.pki import Identity
-from molehill.wire.exchange import FolderExchange, Place
+from molehill.wire.exchange import Place
+from molehill.wire.local import FolderExchange
 from molehill.wire.message import digest
 from molehill.wire.remote import CHUNK, GrpcExchange, Patience
 from molehill_server.exchange.grants import Grant, Grants

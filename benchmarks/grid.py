@@ -24,8 +24,8 @@ from flwr.clientapp import ClientApp
 
 from molehill.config import parse
 from molehill.plan import ClientPlan, ClientReply
-from molehill.wire.exchange import MemoryExchange
 from molehill.wire.keys import Key
+from molehill.wire.local import MemoryExchange
 from molehill.wire.message import Delta, decode_tree, encode_delta
 from molehill.wire.store import save_tree
 from molehill.wire.tree import Tree

@@ -23,8 +23,9 @@ import grpc
 
 from molehill.errors import ConfigError, FederationError, MessageError, MolehillError
 from molehill.pki import Identity
-from molehill.wire.exchange import FolderExchange, Place, require_digest, require_size, unknown
+from molehill.wire.exchange import Place, require_digest, require_size, unknown
 from molehill.wire.frames import pack, unpack
+from molehill.wire.local import FolderExchange
 from molehill.wire.message import digest
 from molehill_protos.v1 import exchange_pb2 as pb
 

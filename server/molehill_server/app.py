@@ -9,7 +9,7 @@ from pathlib import Path
 from molehill import files
 from molehill.config import load
 from molehill.errors import MolehillError
-from molehill.wire.exchange import connect
+from molehill.wire.connect import connect
 from molehill_server.coordinator import Coordinator
 from molehill_server.exchange.grants import Grants
 from molehill_server.flower import Context, Grid, GridTransport, ServerApp

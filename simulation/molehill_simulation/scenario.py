@@ -15,7 +15,7 @@ import numpy as np
 
 from molehill.config import Config, MethodRef
 from molehill.plan import ClientReply
-from molehill.wire.exchange import connect
+from molehill.wire.connect import connect
 from molehill.wire.keys import Key
 from molehill.wire.message import decode_delta, encode_delta
 from molehill.wire.tree import Tree

@@ -14,7 +14,7 @@ from molehill.tasks.base_model import BaseInfo
 from molehill.tasks.lengths import Examples
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import Task
-from molehill.wire.exchange import connect
+from molehill.wire.connect import connect
 from molehill.wire.store import load_tree
 from molehill.wire.tree import Tree
 from molehill_client.client import Client

@@ -36,7 +36,8 @@ from molehill.errors import ConfigError, DeployError, IdentityError, MessageErro
 from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
 from molehill.tasks.rows import GROUP, Rows
-from molehill.wire.exchange import MemoryExchange, Place
+from molehill.wire.exchange import Place
+from molehill.wire.local import MemoryExchange
 from molehill_client.deploy import node
 from molehill_client.deploy.join import _Member, require_clock
 from molehill_client.deploy.line import Request, ask, serve

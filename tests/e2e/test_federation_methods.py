@@ -9,7 +9,7 @@ import pytest
 from tiny_world import events
 
 from molehill import registry
-from molehill.wire.exchange import connect
+from molehill.wire.connect import connect
 from molehill.wire.keys import Key
 from molehill.wire.store import load_tree
 from molehill_server.broadcast import Broadcast

@@ -10,7 +10,7 @@ import tiny_world
 
 from molehill.errors import FederationError
 from molehill.plan import ClientPlan
-from molehill.wire import exchange
+from molehill.wire import connect, local
 from molehill.wire.message import decode_delta
 from molehill_client.client import Client
 from molehill_server.app import app as server_app
@@ -34,7 +34,7 @@ CASES["fedsa"] = {"molora": PLAIN, "federation": {"preset": "fedsa"}, "wire": EX
 CASES["local"] = {"molora": PLAIN, "federation": {"preset": "local"}, "wire": EXACT}
 
 
-class Witness(exchange.MemoryExchange):
+class Witness(local.MemoryExchange):
     """An exchange that remembers who put what."""
 
     def __init__(self):
@@ -53,7 +53,7 @@ class Watched:
     def __init__(self, config, out, monkeypatch):
         self.config, self.out = config, out
         self.plans, self.replies = [], []
-        self.exchange = exchange._memories[str(out.resolve())] = Witness()
+        self.exchange = connect._memories[str(out.resolve())] = Witness()
         monkeypatch.setattr(simulation, "run_local", self._engine)
         simulation.simulate(config, out)
 

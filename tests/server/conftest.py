@@ -11,7 +11,7 @@ from toy_federation import ToyClient, write_initial
 from molehill.config import Config
 from molehill.errors import MolehillError
 from molehill.plan import ClientPlan
-from molehill.wire.exchange import MemoryExchange
+from molehill.wire.local import MemoryExchange
 from molehill_server.coordinator import Coordinator
 from molehill_server.exchange.grants import Grants
 from molehill_server.transport import Incoming, Outgoing

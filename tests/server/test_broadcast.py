@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from toy_federation import D_IN, D_OUT, SITE, initial
 
 from molehill.config import MethodRef
-from molehill.wire.exchange import FolderExchange, MemoryExchange
 from molehill.wire.keys import Key
+from molehill.wire.local import FolderExchange, MemoryExchange
 from molehill.wire.message import decode_tree
 from molehill_server.aggregation.lowrank import concat
 from molehill_server.broadcast import Broadcast, groups, patch_tree, tree_patches

@@ -6,7 +6,7 @@ import pytest
 from toy_federation import config
 
 from molehill.plan import ClientPlan, ClientReply
-from molehill.wire.exchange import FolderExchange
+from molehill.wire.local import FolderExchange
 from molehill_server.transport import Incoming
 
 

@@ -12,8 +12,9 @@ from toy_federation import client_name, config, initial, write_initial
 
 from molehill.config import MethodRef
 from molehill.errors import FederationError, ResumeError
-from molehill.wire.exchange import MemoryExchange, connect
+from molehill.wire.connect import connect
 from molehill.wire.keys import Key
+from molehill.wire.local import MemoryExchange
 from molehill.wire.message import Delta, decode_delta, encode_delta
 from molehill.wire.store import load_tree
 from molehill.wire.tree import Tree

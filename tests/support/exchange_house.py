@@ -20,7 +20,8 @@ import grpc
 import numpy as np
 
 from molehill.pki import Identity
-from molehill.wire.exchange import Exchange, Place, connect
+from molehill.wire.connect import connect
+from molehill.wire.exchange import Exchange, Place
 from molehill.wire.objects import ObjectExchange
 from molehill.wire.remote import GrpcExchange, Patience
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub

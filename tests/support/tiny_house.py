@@ -6,7 +6,7 @@ import tiny_world
 
 from molehill.config import MethodRef
 from molehill.plan import ClientPlan
-from molehill.wire.exchange import MemoryExchange
+from molehill.wire.local import MemoryExchange
 from molehill.wire.message import decode_delta, encode_tree
 from molehill_client.client import Client
 from molehill_client.state import StateStore

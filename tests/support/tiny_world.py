@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from molehill.config import Config, parse
-from molehill.wire import exchange
+from molehill.wire import connect
 from molehill.wire.store import load_tree
 from molehill_client.state import PersonalState, StateStore
 from molehill_simulation import world
@@ -122,7 +122,7 @@ def forget() -> None:
     """Lose what lives in the memory of a process only, as a new process would."""
     world._clients.cache_clear()
     world.world_of.cache_clear()
-    exchange._memories.clear()
+    connect._memories.clear()
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:

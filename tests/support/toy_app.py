@@ -11,7 +11,7 @@ from toy_federation import ToyClient
 
 from molehill.config import load
 from molehill.plan import ClientPlan
-from molehill.wire.exchange import connect
+from molehill.wire.connect import connect
 
 app = ClientApp()
 _clients: dict[tuple, ToyClient] = {}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from molehill import files
 from molehill.errors import MessageError
-from molehill.wire.exchange import Exchange, FolderExchange, Place
+from molehill.wire.exchange import Exchange, Place
+from molehill.wire.local import FolderExchange
 from molehill.wire.message import digest
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from molehill.errors import ConfigError, FederationError, MessageError
-from molehill.wire.exchange import Exchange, connect
+from molehill.wire.connect import connect
+from molehill.wire.exchange import Exchange
 from molehill.wire.message import digest
 
 
@@ -32,7 +33,7 @@ def test_put_get_has_drop(exchange: Exchange) -> None:
 def test_what_is_too_large_is_not_read(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
     name = exchange.put(b"abc")
     assert exchange.get(name, 3) == b"abc"
-    monkeypatch.setattr("molehill.wire.exchange.digest", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr("molehill.wire.local.digest", lambda _: pytest.fail("it was read"))
     with pytest.raises(MessageError, match="a blob of 3 bytes, the limit is 2"):
         exchange.get(name, 2)
 
