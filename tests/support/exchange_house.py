@@ -27,7 +27,7 @@ from molehill.wire.remote import GrpcExchange, Patience
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.exchange.serve import serve
-from molehill_server.exchange.service import Limits
+from molehill_server.exchange.traffic import Limits
 
 NOW = Place("run", 3)
 QUICK = Patience(stalled=2.0, pause=0.02)

@@ -19,8 +19,9 @@ from molehill.errors import ConfigError, FederationError, MolehillError
 from molehill.pki import Identity, read_passphrase
 from molehill.wire.objects import ObjectExchange
 from molehill.wire.remote import MAX_MESSAGE, SERVICE
-from molehill_server.exchange.service import Limits, Service, log
+from molehill_server.exchange.service import Service, log
 from molehill_server.exchange.spool import Blobs
+from molehill_server.exchange.traffic import Limits
 
 _DEFAULTS = Limits()
 WINDOW = 2**20  # bytes an upload may be ahead of the server; at 50 ms there and back, 20 MB a second

@@ -26,7 +26,7 @@ from molehill.wire.exchange import Place
 from molehill.wire.message import digest
 from molehill.wire.remote import CHUNK, SERVICE, GrpcExchange, Patience
 from molehill_protos.v1 import exchange_pb2 as pb
-from molehill_server.exchange import service
+from molehill_server.exchange import traffic
 from molehill_server.exchange.spool import Part
 
 SECOND = Patience(stalled=0.5, pause=0.02)
@@ -296,7 +296,7 @@ def next_round(house):
 
 @pytest.mark.parametrize(("change", "code"), [(revoke, "UNAUTHENTICATED"), (next_round, "PERMISSION_DENIED")])
 def test_an_upload_that_may_go_on_no_longer_is_ended_though_nothing_comes(serving, monkeypatch, change, code):
-    monkeypatch.setattr(service, "_LOOK", 0.05)
+    monkeypatch.setattr(traffic, "_LOOK", 0.05)
     go_on = threading.Event()
     call = serving.stub().Put.future(slowly(noise(3000), go_on), timeout=20)
     wait_for(lambda: serving.files("parts"))
@@ -308,7 +308,7 @@ def test_an_upload_that_may_go_on_no_longer_is_ended_though_nothing_comes(servin
 
 @pytest.mark.parametrize(("change", "code"), [(revoke, "UNAUTHENTICATED"), (next_round, "PERMISSION_DENIED")])
 def test_a_download_that_may_go_on_no_longer_is_ended(house, monkeypatch, change, code):
-    monkeypatch.setattr(service, "_LOOK", 0.05)
+    monkeypatch.setattr(traffic, "_LOOK", 0.05)
     name = house.blobs.put(noise(16 * 10**6))
     house.give(read=[name])
     house.start(rate=4e6)
@@ -435,7 +435,7 @@ def test_a_node_that_falls_silent_loses_its_place(house):
 
 def test_a_trickle_loses_its_place(house, monkeypatch):
     """One byte now and then is not silence."""
-    monkeypatch.setattr(service, "_LOOK", 0.05)
+    monkeypatch.setattr(traffic, "_LOOK", 0.05)
     house.give()
     house.start(idle=0.5, slowest=1e4)
     blob = noise(3000)
@@ -454,14 +454,14 @@ def test_a_trickle_loses_its_place(house, monkeypatch):
 
 
 def test_time_that_the_server_takes_is_not_the_nodes(house, monkeypatch):
-    monkeypatch.setattr(service, "_LOOK", 0.05)
+    monkeypatch.setattr(traffic, "_LOOK", 0.05)
     house.give()
     house.start(idle=0.5, rate=1e6, slowest=1e8)
     house.node().put(noise(2 * 10**6), NOW)
 
 
 def test_four_nodes_leave_the_others_half_of_the_turns():
-    limits = service.Limits()
+    limits = traffic.Limits()
     assert 4 * limits.streams_per_node <= limits.streams / 2
 
 
