@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from molehill.errors import ConfigError, IdentityError
-from molehill.pki.authority import Revoked
 from molehill.pki.certificate import Certificate, require_name
+from molehill.pki.revoked import Revoked
 
 _log = logging.getLogger(__name__)
 
