@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from molehill.molora.banks import Bank
+from molehill.molora.banks import Bank, Mixer
 from molehill.molora.block import contract, expand, mix
-from molehill.molora.interfaces import Mixer, RouteContext, Site
+from molehill.molora.interfaces import RouteContext, Site
 from molehill.molora.router import Router
 
 

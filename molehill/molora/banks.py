@@ -1,4 +1,4 @@
-"""The interface of experts: a bank holds all experts of one kind at one site.
+"""The interface of experts, and of the mixers that weigh them: a bank holds all experts of one kind at one site.
 
 Model, adapter folder, exporter and device know experts by what a bank says of its tensors, and by no kind.
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehill.molora.fused import Projection, down, reference, up
-from molehill.molora.interfaces import InitStrategy, Site
+from molehill.molora.interfaces import InitStrategy, Site, Wish
 from molehill.molora.recompute import Source
 
 
@@ -106,6 +106,24 @@ class Bank(nn.Module, ABC):
         """The change of the frozen weight ``[d_out, d_in]`` and bias ``[d_out]`` that an expert is; None where none."""
         del expert
         return None
+
+
+class Mixer(ABC):
+    """How weights meet experts.
+
+    Attributes:
+        fused: It is the weighted sum of outputs, which banks of pairs compute with the frozen product.
+        mixes: What it adds up, weighted: the experts' outputs or their parameters.
+        wants: Experts that are low-rank ``pairs``, of ``equal_ranks``; routes that are one per row (``row_route``).
+    """
+
+    fused: bool = False
+    mixes: Literal["outputs", "parameters"] = "outputs"
+    wants: frozenset[Wish] = frozenset()
+
+    @abstractmethod
+    def __call__(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """Return the delta ``[B, T, d_out]``."""
 
 
 class PairBank(Bank):

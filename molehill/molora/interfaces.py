@@ -1,8 +1,8 @@
 """The interfaces of a routed site.
 
 Each interface is a class with the defaults that most methods have; a method states only what differs. Shared code asks
-these attributes, never a method's name. What only some methods have is a protocol of its own. Experts have their
-interface in `molehill.molora.banks`.
+these attributes, never a method's name. What only some methods have is a protocol of its own. Experts and mixers have
+their interfaces in `molehill.molora.banks`.
 
 A site pipes ``Scorer -> LogitTransform* -> Selector`` into a bank of experts. Where to put a new method:
 *changes z?* Scorer or LogitTransform; *z -> w?* Selector; *what is computed?* Expert; *how outputs meet weights?*
@@ -19,15 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from molehill.molora.distributions import softmax
-
-if TYPE_CHECKING:
-    from molehill.molora.banks import Bank
 
 
 class Site(NamedTuple):
@@ -205,31 +202,14 @@ class Selector(ABC):
 Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared"]  # what a part needs of the others at its site
 
 
-class Mixer(ABC):
-    """How weights meet experts.
-
-    Attributes:
-        fused: It is the weighted sum of outputs, which banks of pairs compute with the frozen product.
-        mixes: What it adds up, weighted: the experts' outputs or their parameters.
-        wants: Experts that are low-rank ``pairs``, of ``equal_ranks``; routes that are one per row (``row_route``).
-    """
-
-    fused: bool = False
-    mixes: Literal["outputs", "parameters"] = "outputs"
-    wants: frozenset[Wish] = frozenset()
-
-    @abstractmethod
-    def __call__(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
-        """Return the delta ``[B, T, d_out]``."""
-
-
 class Topology:
     """Wires the frozen modules and the branches of one site or block.
 
     Attributes:
         scope: The route scope that it forces; None leaves the choice to the configuration. A forced scope means that
             it mixes outputs itself, over the whole block.
-        wants: As of `Mixer`, of the sites that are not plain; ``no_shared``: no experts that are always on.
+        wants: As of `molehill.molora.banks.Mixer`, of the sites that are not plain; ``no_shared``: no experts that are
+            always on.
     """
 
     scope: Literal["block"] | None = None

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molehill.errors import ModelError
-from molehill.molora.banks import Bank, PairBank
+from molehill.molora.banks import Bank, Mixer, PairBank
 from molehill.molora.block import contract, expand, mix
-from molehill.molora.interfaces import Mixer, Overrides, Route, RouteContext, RouteRecord, Site
+from molehill.molora.interfaces import Overrides, Route, RouteContext, RouteRecord, Site
 from molehill.molora.recompute import source_of
 from molehill.molora.router import Router
 

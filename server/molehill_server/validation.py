@@ -13,8 +13,8 @@ from molehill.wire.clipping import norm
 from molehill.wire.message import Delta, decode_delta, digest, largest_delta
 from molehill.wire.tree import Layout
 from molehill_server.planning.planner import expected
-from molehill_server.privacy.mechanism import TOLERANCE
 
+_TOLERANCE = 2.0  # a codec may round a clipped delta up; beyond this times the clip, its client did not clip
 _STAGES = {"train.baseline": {"base", "local"}, "evaluate": {"global", "personalised"}}
 
 
@@ -42,7 +42,7 @@ class Limits:
         train = config.train
         rows = train.steps * train.accumulation * train.batch_size
         rounding = 1.01  # the mass is summed in float32
-        clipped = None if config.privacy.clip is None else TOLERANCE * config.privacy.clip
+        clipped = None if config.privacy.clip is None else _TOLERANCE * config.privacy.clip
         bounds = [bound for bound in (config.round.fixed_bound, clipped) if bound is not None]
         return cls(config.wire.max_bytes, min(bounds, default=None), rounding * rows * config.task.max_length)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from molehill.molora.banks import Bank
-from molehill.molora.interfaces import Mixer
+from molehill.molora.banks import Bank, Mixer
 from molehill.registry import register
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from molehill.errors import ConfigError
-from molehill.molora.banks import Bank, PairBank
-from molehill.molora.interfaces import Mixer, Wish
+from molehill.molora.banks import Bank, Mixer, PairBank
+from molehill.molora.interfaces import Wish
 from molehill.registry import register
 
 

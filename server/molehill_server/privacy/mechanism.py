@@ -17,7 +17,6 @@ from molehill_server.privacy.noise import Noise
 from molehill_server.records import Global, Update
 
 _CHUNK = 2**20  # numbers
-TOLERANCE = 2.0  # a codec may round a clipped delta up; beyond this times the clip, its client did not clip
 
 
 @dataclass(frozen=True)
