@@ -16,8 +16,10 @@ from flwr.clientapp import ClientApp
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan
 from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
+from molehill_client.baselines import baseline_together
 from molehill_client.client import Client
-from molehill_client.together import baseline_together, evaluate_together, share, train_together
+from molehill_client.scoring import evaluate_together
+from molehill_client.together import share, train_together
 
 __all__ = ["ClientApp", "Context", "make_app"]
 

@@ -11,25 +11,22 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
-from molehill import registry
-from molehill.molora.model import MoLoRAModel, seed_for
+from molehill.molora.model import MoLoRAModel
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
 from molehill.wire.keys import Key
+from molehill_client.participant import Participant
 from molehill_client.trainer import Result, UntrainableError, train
-
-if TYPE_CHECKING:
-    from molehill_client.client import Client
 
 Reply = TypeVar("Reply", ClientReply, EvaluationReply)
 
 _log = logging.getLogger(__name__)
 
 
-def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[ClientReply]:
+def train_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[ClientReply]:
     """Train one round of clients that share a workbench, in the same passes; see `may_share`.
 
     Args:
@@ -57,18 +54,18 @@ def train_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> li
         ]
 
 
-def _train_together(clients: Sequence[Client], plans: Sequence[ClientPlan], started: float) -> list[ClientReply]:
+def _train_together(clients: Sequence[Participant], plans: Sequence[ClientPlan], started: float) -> list[ClientReply]:
     bench, plan = clients[0].bench, plans[0]
     model, rounds = bench.model, bench.config.run.rounds
     span = ((plan.round - 1) / rounds, plan.round / rounds)
     where = f"client {', '.join(client.name for client in clients)}, round {plan.round}"
-    with _stacked(model, len(clients)):
+    with stacked(model, len(clients)):
         sessions = []
         for number, (client, own) in enumerate(zip(clients, plans, strict=True)):
             model.select(number)
             sessions.append(client.begin(own))
         model.use_personal(gate=False, head=False)
-        results = _fit(clients, [own.seed for own in plans], _in_rounds(plan), plan.steps, span, where)
+        results = fit(clients, [own.seed for own in plans], _in_rounds(plan), plan.steps, span, where)
         seconds = (time.monotonic() - started) / len(clients)
         replies = []
         for number, client in enumerate(clients):
@@ -77,72 +74,9 @@ def _train_together(clients: Sequence[Client], plans: Sequence[ClientPlan], star
     return replies
 
 
-def evaluate_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
-    """`Client.evaluate` of clients that share a workbench; they fit residuals in the same passes, see `may_share`.
-
-    Raises:
-        MessageError: A plan or its blobs do not fit its client.
-        TrainingError: A loss is not finite.
-    """
-    started = time.monotonic()
-    plan, model = plans[0], clients[0].bench.model
-    stages = [client.globally(own) for client, own in zip(clients, plans, strict=True)]
-    where = f"client {', '.join(client.name for client in clients)}, after round {plan.round}"
-    states = []
-    with _stacked(model, len(clients)):
-        for number, (client, own) in enumerate(zip(clients, plans, strict=True)):
-            model.select(number)
-            states.append(client.begin(own, after=True).state)
-        steps = _personal_steps(clients[0], plan)
-        if steps:
-            seeds = [seed_for(own.seed, "personal") for own in plans]
-            _fit(clients, seeds, _residuals(plan), steps, (0.0, 1.0), where, residuals=True)
-        trained = model.values.clone()
-    replies = []
-    for client, own, values, state, stage in zip(clients, plans, trained, states, stages, strict=True):
-        model.flat.copy_(values)
-        if steps:
-            client.keep(own, state)
-        tokens = client.personally(stage)
-        seconds = (time.monotonic() - started) / len(clients)
-        replies.append(client.evaluation(stage, tokens, seconds, state.round))
-    return replies
-
-
-def baseline_together(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
-    """`Client.baseline` of clients that share a workbench, in the same passes; see `may_share`.
-
-    Everything learns that the adapter itself allows to: only a factor that the start values freeze stays.
-
-    Raises:
-        MessageError: A plan does not fit its client.
-        TrainingError: A loss is not finite.
-    """
-    started = time.monotonic()
-    config, model = clients[0].bench.config, clients[0].bench.model
-    stages = [client.base(plan) for client, plan in zip(clients, plans, strict=True)]
-    clients[0].start_over()
-    steps = config.run.rounds * config.train.steps + _personal_steps(clients[0], plans[0])
-    where = f"client {', '.join(client.name for client in clients)}, local baseline"
-    fixed = registry.build("init", config.molora.init.name, config.molora.init.params).frozen
-
-    def scope(key: Key) -> Scope:
-        return "frozen" if key.residual or key.kind in fixed else "shared"
-
-    with _stacked(model, len(clients)):
-        _fit(clients, [plan.seed for plan in plans], scope, steps, (0.0, 1.0), where)
-        trained = model.values.clone()
-    replies = []
-    for client, values, stage in zip(clients, trained, stages, strict=True):
-        model.flat.copy_(values)
-        stage["local"] = client.score()
-        replies.append(client.evaluation(stage, {}, (time.monotonic() - started) / len(clients)))
-    return replies
-
-
 def share(
-    work: Callable[[Sequence[Client], Sequence[ClientPlan]], list[Reply]],
-    clients: Sequence[Client],
+    work: Callable[[Sequence[Participant], Sequence[ClientPlan]], list[Reply]],
+    clients: Sequence[Participant],
     plans: Sequence[ClientPlan],
 ) -> list[Reply | Exception]:
     """Work for clients in as few passes as possible: together where they may, else one after another.
@@ -175,7 +109,7 @@ def share(
     return [outcomes[i] for i in range(len(clients))]
 
 
-def may_share(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> bool:
+def may_share(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> bool:
     """Whether clients can train in the same passes: one workbench, one model that can be stacked, equal work."""
     bench, plan = clients[0].bench, plans[0]
     same = (plan.round, plan.scopes, plan.steps)
@@ -188,7 +122,8 @@ def may_share(clients: Sequence[Client], plans: Sequence[ClientPlan]) -> bool:
 
 
 @contextmanager
-def _stacked(model: MoLoRAModel, clients: int) -> Iterator[None]:
+def stacked(model: MoLoRAModel, clients: int) -> Iterator[None]:
+    """Hold the tensors of so many clients in the model."""
     model.stack(clients)
     try:
         yield
@@ -196,19 +131,29 @@ def _stacked(model: MoLoRAModel, clients: int) -> Iterator[None]:
         model.stack(1)
 
 
-def _fit(
-    clients: Sequence[Client],
+def fit(
+    clients: Sequence[Participant],
     seeds: Sequence[int],
     scope: Callable[[Key], Scope],
     steps: int,
     span: tuple[float, float],
     where: str,
     *,
-    residuals: bool = False,
+    personal: bool = False,
 ) -> list[Result]:
     """Train the clients that are in the model; what is random follows from their seeds.
 
-    Residuals are fitted to the objective alone, without the routing losses.
+    Args:
+        clients: The clients, in the model's order.
+        seeds: One for each.
+        scope: What happens to every tensor.
+        steps: Optimiser steps.
+        span: Part of the whole run that these steps cover, from 0 to 1.
+        where: Clients and round, for error messages.
+        personal: Fit residuals: to the objective alone, without the routing losses, at rates of their own.
+
+    Raises:
+        TrainingError: A loss is not finite.
     """
 
     def observe(step: int, steps: int) -> None:
@@ -223,8 +168,8 @@ def _fit(
             bench.model,
             [client.batches(seed) for client, seed in zip(clients, seeds, strict=True)],
             bench.objective(),
-            () if residuals else bench.losses(),
-            bench.residual_settings() if residuals else bench.settings(),
+            () if personal else bench.losses(),
+            bench.residual_settings() if personal else bench.settings(),
             scope,
             steps=steps,
             progress=span,
@@ -238,12 +183,12 @@ def _in_rounds(plan: ClientPlan) -> Callable[[Key], Scope]:
     return lambda key: "frozen" if key.residual else plan.scope(key)
 
 
-def _residuals(plan: ClientPlan) -> Callable[[Key], Scope]:
+def residuals(plan: ClientPlan) -> Callable[[Key], Scope]:
     """What learns when a client fits its residuals."""
     return lambda key: plan.scope(key) if key.residual else "frozen"
 
 
-def _personal_steps(client: Client, plan: ClientPlan) -> int:
+def personal_steps(client: Participant, plan: ClientPlan) -> int:
     """Steps in which residuals are fitted; none when the client has none."""
     config, layout = client.bench.config, client.bench.model.layout
-    return config.personal.steps if any(_residuals(plan)(key) == "personal" for key in layout) else 0
+    return config.personal.steps if any(residuals(plan)(key) == "personal" for key in layout) else 0

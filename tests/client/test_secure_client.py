@@ -141,7 +141,7 @@ def test_clipping_comes_before_the_mask(house):
             return super().fill(change, weight, tokens, figures)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("molehill_client.client.Form", Watched)
+        patch.setattr("molehill_client.participant.Form", Watched)
         clients[0].train(secret.plan(0, company=companies[clients[0].name], clip=0.01))
     assert np.linalg.norm(put["change"].flat) <= 0.01
     assert isinstance(put["change"], Tree)

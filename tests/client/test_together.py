@@ -10,7 +10,8 @@ from tiny_house import House
 
 from molehill.errors import MessageError, ModelError, TrainingError
 from molehill.tasks.batches import Example, join, pad
-from molehill_client.together import baseline_together, may_share, share, train_together
+from molehill_client.baselines import baseline_together
+from molehill_client.together import may_share, share, train_together
 
 LOSSES = [{"name": "switch_balance", "coef": 0.1}, {"name": "localized_balance", "coef": 0.1}]
 RANKS = {"name": "hetero_rank", "kind": "explicit", "ranks": [1, 2, 3]}

@@ -8,7 +8,7 @@ import tiny_world
 
 from molehill.wire.message import decode_delta, digest
 from molehill.wire.tree import Tree
-from molehill_client import client as client_module
+from molehill_client import participant
 from molehill_simulation.simulate import simulate
 
 UP = {"up": {"name": "compeft", "density": 0.1}}
@@ -21,7 +21,7 @@ TROUBLES = {
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_was_learnt_was_used_or_is_still_to_be_sent(config, tmp_path, monkeypatch, trouble):
-    learnt, blobs, real = {}, {}, client_module.encode_delta
+    learnt, blobs, real = {}, {}, participant.encode_delta
 
     def encode(delta, codec, memory=None):
         blob = real(delta, codec, memory)
@@ -29,7 +29,7 @@ def test_what_was_learnt_was_used_or_is_still_to_be_sent(config, tmp_path, monke
         blobs[digest(blob)] = blob
         return blob
 
-    monkeypatch.setattr(client_module, "encode_delta", encode)
+    monkeypatch.setattr(participant, "encode_delta", encode)
     settings = config(wire=UP, run={"rounds": 6}, **TROUBLES[trouble])
     simulate(settings, tmp_path)
     rounds = tiny_world.events(tmp_path, "round")

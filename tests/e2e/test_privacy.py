@@ -160,7 +160,7 @@ def test_a_client_that_sends_its_residuals_is_quarantined(watched, monkeypatch):
     monkeypatch.setattr(ClientPlan, "scope", lambda self, key: "shared" if key.expert == "-" else "frozen")
     with pytest.raises(FederationError, match="client-1: plan asks for what is personal: residuals never leave"):
         watched(wire=EXACT)
-    monkeypatch.setattr(Client, "_check", lambda self, plan: None)
+    monkeypatch.setattr(Client, "check", lambda self, plan: None)
     with pytest.raises(FederationError, match=r"client-1: .*gate\.residual\.weight: nobody asked for this tensor"):
         watched(wire=EXACT)
 

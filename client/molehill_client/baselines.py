@@ -1,0 +1,101 @@
+"""What an owner could do without the others: the frozen base with a head, and the same adapter trained alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molehill import registry
+from molehill.plan import ClientPlan, EvaluationReply, Scope, Scores
+from molehill.tasks.metrics import ScoreSum
+from molehill.tasks.task import Example
+from molehill.wire.keys import Key
+from molehill_client.participant import Participant
+from molehill_client.scoring import batches_of, score
+from molehill_client.together import fit, personal_steps, stacked
+from molehill_client.workbench import Workbench
+
+
+def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
+    """Train and score the baselines of clients that share a workbench, in the same passes; see `may_share`.
+
+    Everything learns that the adapter itself allows to: only a factor that the start values freeze stays.
+
+    Raises:
+        MessageError: A plan does not fit its client.
+        TrainingError: A loss is not finite.
+    """
+    started = time.monotonic()
+    config, model = clients[0].bench.config, clients[0].bench.model
+    stages = [{"base": _base(client, plan)} for client, plan in zip(clients, plans, strict=True)]
+    clients[0].start_over()
+    steps = config.run.rounds * config.train.steps + personal_steps(clients[0], plans[0])
+    where = f"client {', '.join(client.name for client in clients)}, local baseline"
+    fixed = registry.build("init", config.molora.init.name, config.molora.init.params).frozen
+
+    def scope(key: Key) -> Scope:
+        return "frozen" if key.residual or key.kind in fixed else "shared"
+
+    with stacked(model, len(clients)):
+        fit(clients, [plan.seed for plan in plans], scope, steps, (0.0, 1.0), where)
+        trained = model.values.clone()
+    replies = []
+    for client, values, stage in zip(clients, trained, stages, strict=True):
+        model.flat.copy_(values)
+        stage["local"] = score(client.bench, client.test_rows)
+        replies.append(client.evaluation(stage, {}, (time.monotonic() - started) / len(clients)))
+    return replies
+
+
+def _base(client: Participant, plan: ClientPlan) -> Scores:
+    """Score the frozen base with only a head."""
+    client.check(plan)
+    client.start_over()
+    model = client.bench.model
+    model.state.enabled = False
+    try:
+        return score(client.bench, client.test_rows) if model.head is None else _head_only(client)
+    finally:
+        model.state.enabled = True
+
+
+def _head_only(client: Participant) -> Scores:
+    """Train only the head on cached features of the frozen base; until the loss stops falling."""
+    model, head = client.bench.model, client.bench.model.head
+    assert head is not None
+    model.eval()
+    x, y = _features(client.bench, client.train_rows)
+    x_test, y_test = _features(client.bench, client.test_rows)
+    weight = torch.zeros_like(head.weight, requires_grad=True)
+    bias = torch.zeros_like(head.bias, requires_grad=True)
+    scale = x.std().clamp_min(1e-6)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(F.linear(x / scale, weight, bias), y) + 1e-3 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped torch
+        return float(loss.detach())
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]  # untyped torch
+    with torch.no_grad():
+        found = ScoreSum(classes=len(bias))
+        found.add(F.linear(x_test / scale, weight, bias), y_test)
+    return found.scores()
+
+
+@torch.no_grad()
+def _features(bench: Workbench, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Pooled features ``[rows, d]`` and labels ``[rows]``."""
+    model = bench.model
+    assert model.head is not None
+    features, labels = [], []
+    for batch in batches_of(bench, rows):
+        mask = batch.attention_mask.bool()
+        features.append(model.head.pool(model.hidden(batch.input_ids, mask), mask))
+        labels.append(batch.labels)
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,102 @@
+"""What the federated model is worth to an owner: scores of the global and of the personalised model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from molehill.molora.model import seed_for
+from molehill.plan import ClientPlan, EvaluationReply, Scores
+from molehill.tasks.batches import Batch, eval_batches
+from molehill.tasks.metrics import ScoreSum
+from molehill.tasks.task import Example
+from molehill_client.participant import Participant
+from molehill_client.together import fit, personal_steps, residuals, stacked
+from molehill_client.workbench import Workbench
+
+
+def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
+    """Fit the residuals of clients that share a workbench in the same passes, and score every client; see `may_share`.
+
+    Raises:
+        MessageError: A plan or its blobs do not fit its client.
+        TrainingError: A loss is not finite.
+    """
+    started = time.monotonic()
+    plan, model = plans[0], clients[0].bench.model
+    stages = [{"global": _globally(client, own)} for client, own in zip(clients, plans, strict=True)]
+    where = f"client {', '.join(client.name for client in clients)}, after round {plan.round}"
+    states = []
+    with stacked(model, len(clients)):
+        for number, (client, own) in enumerate(zip(clients, plans, strict=True)):
+            model.select(number)
+            states.append(client.begin(own, after=True).state)
+        steps = personal_steps(clients[0], plan)
+        if steps:
+            seeds = [seed_for(own.seed, "personal") for own in plans]
+            fit(clients, seeds, residuals(plan), steps, (0.0, 1.0), where, personal=True)
+        trained = model.values.clone()
+    replies = []
+    for client, own, values, state, stage in zip(clients, plans, trained, states, stages, strict=True):
+        model.flat.copy_(values)
+        if steps:
+            client.keep(own, state)
+        stage["personalised"], tokens = _personally(client)
+        seconds = (time.monotonic() - started) / len(clients)
+        replies.append(client.evaluation(stage, tokens, seconds, state.round))
+    return replies
+
+
+@torch.no_grad()
+def score(bench: Workbench, rows: Sequence[Example]) -> Scores:
+    """Score the model as it is on some rows."""
+    model = bench.model
+    model.eval()
+    total = ScoreSum(classes=len(model.head.bias) if model.head is not None else None)
+    for batch in batches_of(bench, rows):
+        forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
+        total.add(forward.logits, forward.labels)
+    return total.scores()
+
+
+def batches_of(bench: Workbench, rows: Sequence[Example]) -> Iterator[Batch]:
+    """All rows once, on the model's device."""
+    device = bench.model.flat.device
+    return (batch.to(device) for batch in eval_batches(rows, bench.config.evaluate.batch_size, bench.task))
+
+
+def _globally(client: Participant, plan: ClientPlan) -> Scores:
+    """Score what every client gets: no personal tensors.
+
+    A head that nobody shares is the exception, since without one there is nothing to score; of a gate that nobody
+    shares, all experts weigh alike, or what the parts that stay choose from.
+    """
+    client.check(plan)
+    bench = client.bench
+    model = bench.model
+    state = client.store.before(plan.round + 1)
+    client.receive(plan, state)
+    keeps = {key.kind for key in bench.initial if plan.scope(key) == "personal"}
+    model.load({key: value for key, value in state.tree.items() if key.kind == "head" and "head" in keeps})
+    model.use_personal(gate=False, head=False)
+    kept = [key for key in bench.initial if key.kind == "gate" and plan.scope(key) == "personal"]
+    model.use_uniform_gate(not all(key.own for key in kept))
+    model.load({key: np.zeros_like(bench.initial[key]) for key in kept if key.own})
+    return score(bench, client.test_rows)
+
+
+def _personally(client: Participant) -> tuple[Scores, dict[str, float]]:
+    """Score the model with the personal tensors that are in it; also returns the tokens that every expert got."""
+    model = client.bench.model
+    model.use_uniform_gate(uniform=False)
+    model.use_personal(gate=True, head=True)
+    model.count_tokens(on=True)
+    found = score(client.bench, client.test_rows)
+    model.count_tokens(on=False)
+    tokens: dict[str, float] = {}
+    for (_, expert), mass in model.tokens().items():
+        tokens[expert] = tokens.get(expert, 0.0) + mass
+    return found, tokens
