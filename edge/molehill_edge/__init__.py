@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from molehill_edge.added import Added
     from molehill_edge.bundle import Bundle
+    from molehill_edge.chat import Chat
     from molehill_edge.classify import Prediction
     from molehill_edge.gates import Gate
     from molehill_edge.generate import Answer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from molehill_edge.routes import RouterReport
     from molehill_edge.store import Store
     from molehill_edge.trust import Admitted, InsecureLocal, Trust
-    from molehill_edge.view import Chat, View
+    from molehill_edge.view import View
 
 __all__ = [
     "Added", "Admitted", "Answer", "Bundle", "Chat", "Gate", "InsecureLocal", "Outcome", "Prediction", "RouterReport",
@@ -33,7 +34,7 @@ _HOMES = {
     "Admitted": "trust",
     "Answer": "generate",
     "Bundle": "bundle",
-    "Chat": "view",
+    "Chat": "chat",
     "Gate": "gates",
     "InsecureLocal": "trust",
     "Outcome": "personalise",

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from molehill.errors import BundleError
 from molehill_edge import classify, gates
 from molehill_edge.gates import Gate
-
-if TYPE_CHECKING:
-    from molehill_edge.view import View
+from molehill_protos.v1.bundle_pb2 import Manifest
 
 Array = np.ndarray[Any, Any]
 
@@ -31,6 +29,36 @@ _STEP, _SMALLEST_STEP = 1.0, 0.2
 _GAIN = 1e-4  # of the loss; less is rounding
 # Without labels, surer answers are only a sign of better ones: gains of 3% lowered accuracy by 0.7 points on reviews.
 _PROXY_MARGIN = 0.1
+
+
+class Reader(Protocol):
+    """What reads texts with a gate; `View` does."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle is."""
+
+    @property
+    def gate(self) -> Gate:
+        """The gate in use."""
+
+    def gate_tensors(self) -> dict[str, Array]:
+        """The tensors of the gate in use, with the rows of experts that were added."""
+
+    def with_gate(self, gate: Gate) -> Reader:
+        """The same with another gate."""
+
+    def encode(self, text: str, *, raw: bool = False) -> list[int]:
+        """Ids of a text."""
+
+    def encode_all(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+        """Ids of texts to classify."""
+
+    def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
+        """Logits of texts of a classifier, ``[texts, classes]``."""
+
+    def forward(self, ids: Array, mask: Array, outputs: list[str]) -> list[Array]:
+        """Outputs of the graph for tokens ``[batch, sequence]`` that nothing comes before."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +102,7 @@ class Outcome:
 
 
 def personalise(
-    view: View, texts: Sequence[str], labels: Sequence[str] | None = None, *, seed: int = 0, budget: int = 80
+    view: Reader, texts: Sequence[str], labels: Sequence[str] | None = None, *, seed: int = 0, budget: int = 80
 ) -> Outcome:
     """Fit a gate's bias and mask to texts.
 
@@ -119,7 +147,7 @@ def personalise(
 class _Loss:
     """The loss of a gate on some texts."""
 
-    def __init__(self, view: View, texts: Sequence[str], labels: Sequence[str] | None) -> None:
+    def __init__(self, view: Reader, texts: Sequence[str], labels: Sequence[str] | None) -> None:
         self._view = view
         task = view.manifest.task
         self.texts = len(texts)
@@ -142,7 +170,7 @@ class _Loss:
             return Score(float(-np.log(right).mean()), float((probabilities.argmax(1) == self._labels).mean()))
         return Score(float(_entropy(probabilities).mean() - _entropy(probabilities.mean(0))), None)
 
-    def _likelihood(self, view: View) -> float:
+    def _likelihood(self, view: Reader) -> float:
         total, count = 0.0, 0
         for ids in self._encoded:
             row = np.array([ids], np.int64)
@@ -157,7 +185,7 @@ class _Loss:
 class _Search:
     """One search, from a gate to a better one."""
 
-    def __init__(self, view: View, start: Gate, loss: _Loss, rng: np.random.Generator, budget: int) -> None:
+    def __init__(self, view: Reader, start: Gate, loss: _Loss, rng: np.random.Generator, budget: int) -> None:
         self.best = start
         self.used = 0
         self._start, self._loss, self._rng, self._budget = start, loss, rng, budget

@@ -1,4 +1,4 @@
-"""A bundle as one owner sees it: classify, generate, hold conversations, with a gate of its own."""
+"""A bundle as one owner sees it: what it answers, with a gate of its own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import onnxruntime as ort
 from molehill.errors import BundleError
 from molehill_edge import classify, gates, generate, personalise, routes, tokens
 from molehill_edge import manifest as manifests
+from molehill_edge.chat import Chat
 from molehill_edge.classify import Prediction
 from molehill_edge.engine import Binding, Engine, find_expert
 from molehill_edge.gates import Gate
 from molehill_edge.generate import Answer, Asked, Cache, Stream
 from molehill_edge.personalise import Outcome
-from molehill_edge.prompts import Message
 from molehill_edge.routes import RouterReport
 from molehill_edge.sampling import Sampling, check_finite
 from molehill_edge.session import value
@@ -349,9 +349,8 @@ class View:
             BundleError: The bundle classifies, or an option makes no sense.
         """
         engine = self._causal()
-        return Chat(
-            self, Cache(engine.session, engine.manifest.task), system, Sampling(temperature, top_k, top_p, seed)
-        )
+        cache, sampling = Cache(engine.session, engine.manifest.task), Sampling(temperature, top_k, top_p, seed)
+        return Chat(engine, lambda: self._bound, cache, system, sampling)
 
     def route_report(self, text: str, *, per_token: bool = False, truncate: bool = False) -> list[RouterReport]:
         """Say which experts a text used, for every router.
@@ -384,61 +383,3 @@ class View:
         if self._engine.prompts is not None:
             raise BundleError("the bundle generates text; it does not classify", where=self._engine.manifest.id)
         return self._engine.manifest.task.labels
-
-
-class Chat:
-    """A conversation; what was read and said before is not computed again.
-
-    Args:
-        view: The bundle with a gate. Another gate or other experts take effect at once, at the cost of reading again.
-        cache: An empty one.
-        system: What the model is told first.
-        sampling: How tokens are drawn.
-    """
-
-    def __init__(self, view: View, cache: Cache, system: str, sampling: Sampling) -> None:
-        self._view = view
-        self._cache = cache
-        self._sampling = sampling
-        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-
-    def stream(self, text: str, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()) -> Stream:
-        """Answer piece by piece; the arguments are those of `say`.
-
-        Raises:
-            BundleError: As `say`.
-        """
-        engine = self._view._causal()  # noqa: SLF001  # halves of one thing
-        assert engine.prompts is not None
-        asked = Asked(max_new_tokens, self._sampling, tuple(stop))
-        turn = {"role": "user", "content": text}
-        prompt = engine.prompts.before_answer([*self.messages, turn])
-        ids = generate.encode(engine.tokenizer, prompt, special=engine.prompts.special)
-
-        def done(answer: Answer) -> None:
-            if answer.tokens:
-                self.messages += [turn, {"role": "assistant", "content": answer.text}]
-
-        bound = self._view._bound  # noqa: SLF001  # the same
-        return Stream(self._cache, ids, bound.inputs, engine.tokenizer, engine.manifest.task, asked, done)
-
-    def say(
-        self,
-        text: str,
-        *,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        on_text: Callable[[str], None] | None = None,
-    ) -> Answer:
-        """Say something and get the answer; both become part of the conversation, as far as it came.
-
-        Args:
-            text: What is said.
-            max_new_tokens: Longest answer; when None, up to 256 that fit.
-            stop: Strings that end the answer and are not shown.
-            on_text: Called with each piece of text as it comes.
-
-        Raises:
-            BundleError: The conversation is too long; it stays as it was.
-        """
-        return self.stream(text, max_new_tokens=max_new_tokens, stop=stop).rest(on_text)

@@ -1,0 +1,71 @@
+"""A conversation with a bundle: what was read and said before is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from molehill_edge.engine import Binding, Engine
+from molehill_edge.generate import Answer, Asked, Cache, Stream, encode
+from molehill_edge.prompts import Message
+from molehill_edge.sampling import Sampling
+
+
+class Chat:
+    """One conversation.
+
+    Args:
+        engine: Of a bundle that generates text.
+        bound: The gate in use. Another one or other experts take effect at once, at the cost of reading again.
+        cache: An empty one.
+        system: What the model is told first.
+        sampling: How tokens are drawn.
+    """
+
+    def __init__(
+        self, engine: Engine, bound: Callable[[], Binding], cache: Cache, system: str, sampling: Sampling
+    ) -> None:
+        self._engine = engine
+        self._bound = bound
+        self._cache = cache
+        self._sampling = sampling
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def stream(self, text: str, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()) -> Stream:
+        """Answer piece by piece; the arguments are those of `say`.
+
+        Raises:
+            BundleError: As `say`.
+        """
+        engine = self._engine
+        assert engine.prompts is not None
+        asked = Asked(max_new_tokens, self._sampling, tuple(stop))
+        turn = {"role": "user", "content": text}
+        prompt = engine.prompts.before_answer([*self.messages, turn])
+        ids = encode(engine.tokenizer, prompt, special=engine.prompts.special)
+
+        def done(answer: Answer) -> None:
+            if answer.tokens:
+                self.messages += [turn, {"role": "assistant", "content": answer.text}]
+
+        return Stream(self._cache, ids, self._bound().inputs, engine.tokenizer, engine.manifest.task, asked, done)
+
+    def say(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Say something and get the answer; both become part of the conversation, as far as it came.
+
+        Args:
+            text: What is said.
+            max_new_tokens: Longest answer; when None, up to 256 that fit.
+            stop: Strings that end the answer and are not shown.
+            on_text: Called with each piece of text as it comes.
+
+        Raises:
+            BundleError: The conversation is too long; it stays as it was.
+        """
+        return self.stream(text, max_new_tokens=max_new_tokens, stop=stop).rest(on_text)
