@@ -40,7 +40,9 @@ from molehill_export import parity as parity_of
 from molehill_export.base import cache_shape, classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
-from molehill_export.molora import Inserted, choose_slots, effective, gate_values, insert
+from molehill_export.insertion import Inserted
+from molehill_export.molora import choose_slots, gate_values, insert
+from molehill_export.routers import effective
 from molehill_export.source import CLIENT, GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
 from molehill_simulation.data import deal

@@ -1,0 +1,139 @@
+"""Experts in a graph by their own arithmetic, traced: blocks of experts, experts mixed by parameters, other kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from molehill.errors import ModelError
+from molehill.molora.banks import Part
+from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear
+from molehill.wire.keys import NO_EXPERT, Key
+from molehill_export.insertion import Work
+from molehill_export.pieces import Contract, Delta, Expand, Mix, fingerprint
+from molehill_export.products import Factors, factors_of
+from molehill_export.routers import Routers
+from molehill_export.trace import DYNAMIC, piece
+from molehill_protos.v1 import bundle_pb2 as pb
+
+
+class Beside:
+    """Puts such experts beside their linears.
+
+    Args:
+        work: The insertion.
+        routers: In the graph already.
+        consumers: Nodes that read each tensor of the base.
+    """
+
+    def __init__(self, work: Work, routers: Routers, consumers: Mapping[str, list[Any]]) -> None:
+        self._work, self._routers, self._consumers = work, routers, consumers
+
+    def low_rank(self, name: str, site: MoLoRALinear) -> None:
+        """Low-rank experts of a block, or mixed by parameters."""
+        graph, f = self._work.graph, factors_of(self._work, name, site)
+        inputs = self._rows(name, f)
+        ranks = tuple(f.ranks)
+        info = site.site._replace(layer=0, name="", n_layers=1)
+        factors = (torch.zeros(sum(ranks), site.site.d_in), torch.zeros(sum(ranks), site.site.d_out))
+        flat: list[dict[int, Any]] = [{} for _ in factors]
+        tokens = {0: DYNAMIC, 1: DYNAMIC}
+        sample, moving = self._routers.sample_weights(site, len(ranks))
+        key = (type(site).__name__, info, ranks, tuple(sample.shape), fingerprint(site.mixer))
+        x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
+        for call, place in enumerate(graph.places[name]):
+            if place.flat and (isinstance(site, ContractLinear | ExpandLinear)):
+                raise ModelError(
+                    f"{name} runs on tokens one after another, and a block of experts wants them in rows",
+                    mend="Leave it out of molora.targets, or use topology 'parallel'.",
+                )
+            if isinstance(site, ContractLinear):
+                weights = self._routers.all_weights(site, f.slots, call)
+                blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
+                mixed = piece((*key, "mix"), Mix(), (blocks, sample), [tokens, moving])
+                delta = piece((*key, "delta"), Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
+                (middle,) = mixed.insert(graph, [place.x, weights])
+                graph.rewire(place.x, middle, self._consumers[place.x])
+                self._work.add(place, delta.insert(graph, [place.x, weights, *inputs])[0])
+            elif isinstance(site, ExpandLinear):
+                both = piece(key, Expand(len(ranks)), (x, y, *factors), [tokens, tokens, *flat])
+                frozen = graph.move(place.y)
+                (out,) = both.insert(graph, [place.x, frozen, *inputs])
+                graph.node("Identity", [out], out=place.y)
+            else:
+                self._beside(name, site, call, f.slots, ranks, dict(zip(("A", "Bt"), inputs, strict=True)))
+        form = pb.ROWS_FP32 if self._work.scheme == "fp32" else pb.ROWS_INT8
+        self._work.out.sites.append(
+            pb.Site(
+                name=name, d_in=site.site.d_in, d_out=site.site.d_out, slots=f.slots, ranks=ranks, form=form,
+                a=f"{name}/A", b=f"{name}/B",
+            )
+        )  # fmt: skip
+
+    def other(self, name: str, site: MoLoRALinear) -> None:
+        """Experts of any other kind: all tensors of their bank in float32, and its arithmetic as it was traced."""
+        bank, ids, slots = site.bank, self._work.model.expert_ids(site), self._work.slots_of(site, routed=False)
+        tree = self._work.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
+        placed = [self._work.out.slots[slot].id for slot in slots]
+        ranks = tuple(bank.ranks[ids.index(expert)] if expert else max(bank.ranks) for expert in placed)
+        inputs: dict[str, str] = {}
+        tensors = []
+        for parameter, parts in groupby(bank.parts(), lambda part: part.parameter):
+            of: dict[int, Part] = {part.expert: part for part in parts}
+            role, row = of[0].role, tuple(bank.get_parameter(parameter).shape[1:])
+            by_rank = all(part.rows.stop - part.rows.start == bank.ranks[e] for e, part in of.items())
+            values = [tree[Key(name, expert, role)] if expert else np.zeros((rank if by_rank else 1, *row), np.float32)
+                      for expert, rank in zip(placed, ranks, strict=True)]  # fmt: skip
+            inputs[parameter] = self._work.keep(f"{name}/{role}", np.concatenate(values))
+            tensors.append(pb.SiteTensor(role=role, name=f"{name}/{role}", by_rank=by_rank, shape=row))
+        for call in range(len(self._work.graph.places[name])):
+            self._beside(name, site, call, slots, ranks, inputs)
+        self._work.out.sites.append(
+            pb.Site(name=name, d_in=site.site.d_in, d_out=site.site.d_out, slots=slots, ranks=ranks, form=pb.TENSORS,
+                    tensors=tensors)
+        )  # fmt: skip
+
+    def _beside(
+        self, name: str, site: MoLoRALinear, call: int, slots: list[int], ranks: tuple[int, ...], inputs: dict[str, str]
+    ) -> None:
+        """Add what a bank says beside a linear, traced with its parameters as inputs."""
+        graph, place = self._work.graph, self._work.graph.places[name][call]
+        info = site.site._replace(layer=0, name="", n_layers=1)
+        bank = site.bank.like(info, ranks)
+        values = [torch.zeros(bank.get_parameter(parameter).shape) for parameter in inputs]
+        sample, moving = self._routers.sample_weights(site, len(ranks))
+        tokens = {0: DYNAMIC, 1: DYNAMIC}
+        key = (info, ranks, tuple(sample.shape), fingerprint(bank), fingerprint(site.mixer))
+        x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
+        module = Delta(site.mixer, bank, list(inputs))
+        delta = piece(key, module, (x, y, sample, values), [tokens, tokens, moving, [{} for _ in values]])
+        weights, given = self._routers.all_weights(site, slots, call), list(inputs.values())
+        frozen = graph.move(place.y)
+        if place.flat:
+            if site.group is not None:
+                gate = self._routers.gate(site.group, call)
+                weights = self._work.in_rows(self._routers.for_rows(weights, len(slots), gate, place, name))
+            rows = self._work.in_rows(place.x), self._work.in_rows(frozen)
+            (d,) = delta.insert(graph, [*rows, weights, *given])
+            d = graph.node("Squeeze", [d, graph.const([0], np.int64)])
+        else:
+            (d,) = delta.insert(graph, [place.x, frozen, weights, *given])
+        graph.node("Add", [frozen, d], out=place.y)
+
+    def _rows(self, name: str, f: Factors) -> list[str]:
+        """A ``[R, d_in]`` and B ``[R, d_out]`` in the graph; rounded row by row when the bundle is quantised."""
+        out = []
+        for suffix, value in (("A", f.a), ("B", f.b)):
+            if self._work.scheme == "fp32":
+                out.append(self._work.keep(f"{name}/{suffix}", value))
+                continue
+            scale = np.maximum(np.abs(value).max(1), 1e-20).astype(np.float32) / 127
+            q = self._work.keep(f"{name}/{suffix}", np.rint(value / scale[:, None]).astype(np.int8))
+            out.append(
+                self._work.graph.node("DequantizeLinear", [q, self._work.keep(f"{name}/{suffix}.scale", scale)], axis=0)
+            )
+        return out

@@ -1,0 +1,152 @@
+"""Low-rank experts in a graph as products: one with all A that read a tensor, one with each B.
+
+The dense form: all of them are multiplied, and the weights of those not chosen are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from molehill.molora.banks import PairBank
+from molehill.molora.layer import MoLoRALinear
+from molehill.wire.keys import NO_EXPERT, Key
+from molehill_edge.quantise import block_of, output_scale, pack4, quantise
+from molehill_export.base_quantise import Activations
+from molehill_export.graph import MICROSOFT
+from molehill_export.insertion import Array, Work
+from molehill_export.routers import Routers
+from molehill_protos.v1 import bundle_pb2 as pb
+
+BLOCK_A, BLOCK_B = 128, 128  # of int4 experts
+_FORMS = {"fp32": pb.GEMM_FP32, "int8": pb.GEMM_INT8, "int4": pb.GEMM_INT4}
+
+
+class Factors(NamedTuple):
+    """The low-rank experts of one site with their scale in ``b``, patches included.
+
+    Attributes:
+        slots: Index of every expert's slot.
+        ranks: Rank of each.
+        a: ``[R, d_in]``.
+        b: ``[R, d_out]``.
+    """
+
+    slots: list[int]
+    ranks: list[int]
+    a: Array
+    b: Array
+
+
+def factors_of(work: Work, name: str, site: MoLoRALinear) -> Factors:
+    """The factors of a site's experts for the slots of the bundle; empty slots get zeros, of the widest rank."""
+    ids, slots = work.model.expert_ids(site), work.slots_of(site, routed=False)
+    bank = site.bank
+    assert isinstance(bank, PairBank)
+    tree = work.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
+    a, b, ranks = [], [], []
+    for slot in slots:
+        expert = work.out.slots[slot].id
+        A, B = np.zeros((0, site.site.d_in), np.float32), np.zeros((0, site.site.d_out), np.float32)
+        if expert:
+            patch_A, patch_B = (each.numpy() for each in bank.patches(ids.index(expert)))
+            A = np.concatenate([tree[Key(name, expert, "A")], patch_A])
+            B = np.concatenate([tree[Key(name, expert, "B")].T, patch_B.T])
+        a.append(A)
+        b.append(B)
+        ranks.append(len(B))
+    widest = max(ranks)
+    even = not work.plain(site)  # traced arithmetic wants equal ranks
+    for i, slot in enumerate(slots):
+        short = widest - ranks[i] if even or not work.out.slots[slot].id else 0
+        if short:
+            a[i] = np.pad(a[i], ((0, short), (0, 0)))
+            b[i] = np.pad(b[i], ((0, short), (0, 0)))
+            ranks[i] = widest
+    return Factors(slots, ranks, np.concatenate(a).astype(np.float32), np.concatenate(b).astype(np.float32))
+
+
+class Products:
+    """Puts such experts beside their linears.
+
+    Args:
+        work: The insertion.
+        routers: In the graph already.
+    """
+
+    def __init__(self, work: Work, routers: Routers) -> None:
+        self._work, self._routers = work, routers
+        self._quantised = Activations(work.graph)
+
+    def insert(self, names: list[str]) -> None:
+        """Sites that read one tensor, call by call: one product with all A, one with each B."""
+        graph, form = self._work.graph, _FORMS[self._work.scheme]
+        factors = [factors_of(self._work, name, self._work.model.sites[name]) for name in names]
+        a_name = f"{names[0]}/A"
+        b_scales = [output_scale(f.b) for f in factors]
+        sizes = [sum(f.ranks) for f in factors]
+        group = self._work.model.sites[names[0]].group
+        for call, place in enumerate(graph.places[names[0]]):
+            h = self._first_product(place.x, a_name, [(f.a.T, f.b, s) for f, s in zip(factors, b_scales, strict=True)])
+            if group is not None:
+                gate = self._routers.gate(group, call)
+                gates = self._routers.spread(gate, [(f.slots, f.ranks) for f in factors])
+                h = graph.node("Mul", [h, self._routers.for_rows(gates, sum(sizes), gate, place, names[0])])
+            parts = [h] if len(names) == 1 else graph.split(
+                "Split", [h, graph.const(sizes, np.int64)], len(names), axis=-1
+            )  # fmt: skip
+            for name, f, scale, part in zip(names, factors, b_scales, parts, strict=True):
+                self._work.add(graph.places[name][call], self._second_product(part, f"{name}/B", f, scale))
+        start = 0
+        for name, f, size in zip(names, factors, sizes, strict=True):
+            b_block = block_of(size, BLOCK_B) if self._work.scheme == "int4" else 0
+            site = self._work.model.sites[name].site
+            self._work.out.sites.append(
+                pb.Site(
+                    name=name, d_in=site.d_in, d_out=site.d_out, slots=f.slots, ranks=f.ranks, form=form, a=a_name,
+                    a_start=start, b=f"{name}/B", a_block=block_of(site.d_in, BLOCK_A) if b_block else 0,
+                    b_block=b_block,
+                )
+            )  # fmt: skip
+            start += size
+
+    def _first_product(self, x: str, name: str, parts: Sequence[tuple[Array, Array, Array]]) -> str:
+        graph = self._work.graph
+        if self._work.scheme == "fp32":
+            return graph.node("MatMul", [x, self._work.keep(name, np.concatenate([a for a, _, _ in parts], 1))])
+        if self._work.scheme == "int8":
+            q = [quantise(a, b, scale, 8) for a, b, scale in parts]
+            weight = self._work.keep(name, np.concatenate([each.a for each in q], 1))
+            return self._quantised.product(
+                x, weight, self._work.keep(f"{name}.scale", np.concatenate([e.a_scale for e in q]))
+            )
+        block = block_of(len(parts[0][0]), BLOCK_A)
+        q = [quantise(a, b, scale, 4, block) for a, b, scale in parts]
+        weight = self._work.keep(name, np.concatenate([pack4(each.a, block) for each in q]))
+        scales = self._work.keep(
+            f"{name}.scale", np.ascontiguousarray(np.concatenate([each.a_scale for each in q], 1).T)
+        )
+        return self._block_product(x, weight, scales, len(parts[0][0]), len(graph.tensors[weight]), block)
+
+    def _second_product(self, h: str, name: str, f: Factors, scale: Array) -> str:
+        graph = self._work.graph
+        if self._work.scheme == "fp32":
+            return graph.node("MatMul", [h, self._work.keep(name, f.b)])
+        if self._work.scheme == "int8":
+            weight = self._work.keep(name, quantise(f.a.T, f.b, scale, 8).b)
+            return graph.node(
+                "DynamicQuantizeMatMul", [h, weight, self._work.keep(f"{name}.scale", scale)], domain=MICROSOFT
+            )
+        R = len(f.b)
+        block = block_of(R, BLOCK_B)
+        weight = self._work.keep(name, pack4(quantise(f.a.T, f.b, scale, 4).b, block))
+        scales = np.repeat(scale[:, None], weight_blocks := -(-R // block), 1)
+        assert weight_blocks == graph.tensors[weight].shape[1]
+        return self._block_product(h, weight, self._work.keep(f"{name}.scale", scales), R, f.b.shape[1], block)
+
+    def _block_product(self, x: str, weight: str, scale: str, K: int, N: int, block: int) -> str:
+        return self._work.graph.node(
+            "MatMulNBits", [x, weight, scale], domain=MICROSOFT, K=K, N=N, bits=4, block_size=block, accuracy_level=4
+        )

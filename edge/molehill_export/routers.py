@@ -1,0 +1,196 @@
+"""Routers in a graph: traced from the modules that training ran, with a bias and a mask that a device may change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto, ValueInfoProto, helper
+from torch import Tensor
+
+from molehill import registry
+from molehill.config import MethodRef
+from molehill.errors import ModelError
+from molehill.molora.interfaces import RouteContext
+from molehill.molora.layer import MoLoRALinear, RouteGroup
+from molehill.molora.router import Router
+from molehill.wire.keys import NO_EXPERT, Key
+from molehill_export.graph import Place
+from molehill_export.insertion import Array, Work
+from molehill_export.pieces import Route
+from molehill_export.trace import DYNAMIC, piece
+from molehill_protos.v1 import bundle_pb2 as pb
+
+_SMALLEST = float(torch.finfo(torch.float32).min)
+
+
+@dataclass
+class Gate:
+    """A router in the graph.
+
+    Attributes:
+        weights: Its output ``[B, T, E]``, or ``[1, B * T, E]`` when flat.
+        slots: Slot of each of its E.
+        flat: Whether its tokens come one after another.
+        spread: What was made of the weights.
+    """
+
+    weights: str
+    slots: list[int]
+    flat: bool
+    spread: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+
+class Routers:
+    """All routers of a model, put into the graph.
+
+    Args:
+        work: The insertion.
+        scorer: What they were built from.
+    """
+
+    def __init__(self, work: Work, scorer: MethodRef) -> None:
+        self._work, self._scorer = work, scorer
+        self._gates: dict[tuple[int, int], Gate] = {}  # by router and number of the call
+        self._limits: list[str] = []
+        groups = list(work.model.routers.values())
+        routed = [work.slots_of(work.first(group), routed=True) for group in groups]
+        self._overrides([len(slots) for slots in routed])
+        for index, (group, slots) in enumerate(zip(groups, routed, strict=True)):
+            self._route(index, group, slots)
+
+    def gate(self, group: RouteGroup, call: int) -> Gate:
+        """The router of a group, in one of the calls of its site."""
+        return self._gates[id(group), call]
+
+    def spread(self, gate: Gate, layouts: Sequence[tuple[list[int], list[int]]]) -> str:
+        """The weight of every rank ``[..., Q]`` of some sites, from the weights of a router."""
+        key = tuple((tuple(slots), tuple(ranks)) for slots, ranks in layouts)
+        if key not in gate.spread:
+            slots = [
+                slot for part, ranks in layouts for slot, rank in zip(part, ranks, strict=True) for _ in range(rank)
+            ]
+            matrix = np.zeros((len(gate.slots), len(slots)), np.float32)
+            always = np.zeros(len(slots), np.float32)
+            for rank, slot in enumerate(slots):
+                if self._work.out.slots[slot].shared:
+                    always[rank] = 1
+                else:
+                    matrix[gate.slots.index(slot), rank] = 1
+            name = self._work.graph.node("MatMul", [gate.weights, self._work.graph.const(matrix)])
+            if always.any():
+                name = self._work.graph.node("Add", [name, self._work.graph.const(always)])
+            gate.spread[key] = name
+        return gate.spread[key]
+
+    def for_rows(self, weights: str, width: int, gate: Gate, place: Place, name: str) -> str:
+        """Weights ``[B, T, width]`` of a router for a linear whose tokens come in rows or one after another.
+
+        Raises:
+            ModelError: They are not one for every token, or the linear has rows and the router has none.
+        """
+        if not place.flat and not gate.flat:
+            return weights
+        site = self._work.model.sites[name]
+        assert site.group is not None
+        shape = self.sample_weights(site, 1)[0].shape
+        if (gate.flat and not place.flat) or len(shape) != 3 or (shape[0] > 1 and shape[1] == 1):
+            raise ModelError(
+                f"{name} runs on tokens one after another, which its router cannot serve in a graph",
+                mend='Train with molora.scope = "site", or leave it out of molora.targets.',
+            )
+        return self._work.graph.node("Reshape", [weights, self._work.graph.const([-1, width], np.int64)])
+
+    def all_weights(self, site: MoLoRALinear, slots: list[int], call: int) -> str:
+        """The weights of all experts of a site in one of its calls, shared ones first."""
+        graph, n = self._work.graph, len(slots)
+        if site.group is None:
+            return graph.const(np.ones((1, 1, n), np.float32))
+        gate = self.gate(site.group, call)
+        assert slots[site.shared :] == gate.slots
+        if not site.shared:
+            return gate.weights
+        ones = graph.node("Shape", [gate.weights], end=-1)
+        shape = graph.node("Concat", [ones, graph.const([site.shared], np.int64)], axis=0)
+        return graph.node("Concat", [graph.node("Expand", [graph.const(1, np.float32), shape]), gate.weights], axis=-1)
+
+    def sample_weights(self, site: MoLoRALinear, n: int) -> tuple[Tensor, dict[int, Any]]:
+        """Weights of the shape that the router gives, and the axes of them that vary."""
+        if site.group is None:
+            return torch.ones(1, 1, n), {}
+        router = site.group.router
+        ctx = RouteContext(x=torch.zeros(2, 3, site.group.site.d_in), site=site.group.site)
+        with torch.no_grad():
+            shape = router.route(ctx).weights.shape
+        return torch.ones(*shape[:-1], n), {axis: DYNAMIC for axis in (0, 1) if shape[axis] > 1}
+
+    def _overrides(self, sizes: Sequence[int]) -> None:
+        """The inputs ``router_bias`` and ``expert_mask``, cut into one sum per router."""
+        if not sizes:
+            return
+        graph, n = self._work.graph, sum(sizes)
+        bias = graph.default_input("router_bias", np.zeros(n, np.float32))
+        filled = [
+            bool(self._work.out.slots[i].id)
+            for g in self._work.model.routers.values()
+            for i in self._work.slots_of(self._work.first(g), routed=True)
+        ]
+        mask = graph.default_input("expert_mask", np.array(filled))
+        # 0 or the smallest float32, and three cheap nodes: Where with a mask is slower than all of them
+        open_ = graph.node("Cast", [mask], to=1)
+        shut = graph.node("Sub", [open_, graph.const(1, np.float32)])
+        allowed = graph.node("Add", [graph.node("Mul", [shut, graph.const(-_SMALLEST, np.float32)]), bias])
+        if len(sizes) == 1:
+            self._limits = [allowed]
+        else:
+            self._limits = graph.split("Split", [allowed, graph.const(list(sizes), np.int64)], len(sizes), axis=0)
+
+    def _route(self, index: int, group: RouteGroup, slots: list[int]) -> None:
+        """A router, once for every call of its site; its output is the mean of those that route tokens."""
+        router = group.router
+        axes, roles = router.scorer.axes(), router.roles()
+        inputs, examples = [], []
+        for part, axis in axes.items():
+            value = effective(router, part)
+            shape = list(value.shape)
+            if axis >= 0:
+                shape[axis] = len(slots)
+            key = Key(group.site.name, NO_EXPERT, roles[part]).name
+            inputs.append(self._work.graph.default_input(key, np.zeros(shape, np.float32)))
+            self._work.out.gate.append(pb.GateTensor(name=key, shape=shape, router=index, expert_axis=axis))
+            examples.append(torch.zeros(shape))
+        scorer = registry.build(
+            "scorer", self._scorer.name, self._scorer.params, d_in=group.site.d_in, n_experts=len(slots), n_tasks=1
+        )
+        module = Route(router, scorer, list(axes))
+        x = torch.zeros(2, 3, group.site.d_in)
+        args = (x, torch.zeros(len(slots)), examples)
+        dynamic = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
+        traced = piece(module.key([tuple(t.shape) for t in (x, args[1], *examples)]), module, args, dynamic)
+        shown = []
+        for call, place in enumerate(self._work.graph.places[group.site.name]):
+            x_name = self._work.in_rows(place.x) if place.flat else place.x
+            (weights,) = traced.insert(self._work.graph, [x_name, self._limits[index], *inputs])
+            self._gates[id(group), call] = Gate(weights, slots, place.flat)
+            if group.calls[call]:
+                shown.append(weights)
+        route = f"route.{index}"
+        shown = shown or [self._gates[id(group), 0].weights]
+        self._work.graph.node("Identity" if len(shown) == 1 else "Mean", shown, out=route)
+        self._work.graph.outputs.append(_float_output(route))
+        self._work.out.routers.append(pb.Router(name=group.site.name, slots=slots))
+
+
+def effective(router: Router, part: str) -> Array:
+    """A parameter of a router's scorer, with its residual where that counts."""
+    value = dict(router.scorer.named_parameters())[part]
+    if router.residual and router.personal:
+        value = value + router.residual[part.replace(".", "__")]
+    return value.detach().float().cpu().numpy()
+
+
+def _float_output(name: str) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
