@@ -303,8 +303,9 @@ def _deltas(form, data):
 def test_an_expert_goes_to_its_ranks_and_nowhere_else(form, error):
     rng = np.random.default_rng(0)
     manifest, data = _stored(form, rng)
+    shapes = {"A": (3, D_IN), "B": (D_OUT, 3)}
     sites = {
-        name: (rng.standard_normal((3, D_IN)).astype(np.float32), rng.standard_normal((D_OUT, 3)).astype(np.float32))
+        name: {role: rng.standard_normal(shape).astype(np.float32) for role, shape in shapes.items()}
         for name in ("one", "two")
     }
     expert = experts.Expert("owls", sites, {})
@@ -312,10 +313,10 @@ def test_an_expert_goes_to_its_ranks_and_nowhere_else(form, error):
     placed = experts.place(expert, 1, manifest, data)
     assert len(placed) == len(data)
     before, after = _deltas(form, data), _deltas(form, placed)
-    for name, (A, B) in sites.items():
+    for name, factors in sites.items():
         keep = [0, 1, 5, 6]
         assert np.array_equal(after[name][keep], before[name][keep])
-        wanted = np.einsum("rd,or->rdo", A, B)
+        wanted = np.einsum("rd,or->rdo", factors["A"], factors["B"])
         assert np.abs(after[name][2:5] - wanted).max() <= error * np.abs(wanted).max()
     cleared = _deltas(form, experts.clear(1, manifest, placed))
     assert all(
@@ -323,13 +324,22 @@ def test_an_expert_goes_to_its_ranks_and_nowhere_else(form, error):
     )
 
 
-def test_vectors():
+@pytest.mark.parametrize("form", [pb.VECTORS, pb.TENSORS])
+def test_vectors_of_older_bundles_and_of_newer_ones(form):
     manifest = pb.Manifest()
-    manifest.sites.add(name="v", d_in=4, d_out=3, slots=[0, 1], ranks=[1, 1], form=pb.VECTORS, b="v/b")
+    manifest.base.digest = "d"
+    site = manifest.sites.add(name="v", d_in=4, d_out=3, slots=[0, 1], ranks=[1, 1], form=form)
+    if form == pb.VECTORS:
+        site.b = "v/b"
+    else:
+        site.tensors.add(role="dense.v", name="v/b", by_rank=True, shape=[3])
     manifest.slots.add(id="a")
     manifest.slots.add()
     data = tensors.pack({"v/b": np.ones((2, 3), np.float32)}, {})[0]
-    expert = experts.Expert("owls", {"v": (None, np.full((1, 3), 5, np.float32))}, {})
+    about = {"format": "1", "kind": "expert", "id": "owls", "base": "d"}
+    for name in ("v/v", "v/dense.v"):  # as older versions named it, and as it is named now
+        file = tensors.pack({name: np.full((1, 3), 5, np.float32)}, about)[0]
+        expert = experts.parse(file, manifest, "")
     placed = experts.place(expert, experts.find_slot(expert, manifest, ""), manifest, data)
     assert experts.views(bytearray(placed))["v/b"].tolist() == [[1, 1, 1], [5, 5, 5]]
 
@@ -377,9 +387,8 @@ def test_ids_of_experts(bundle, tmp_path):
 def test_an_expert_too_large_to_be_rounded(form):
     rng = np.random.default_rng(0)
     manifest, data = _stored(form, rng)
-    sites = {
-        name: (np.full((3, D_IN), 3e38, np.float32), np.full((D_OUT, 3), 3e38, np.float32)) for name in ("one", "two")
-    }
+    huge = {"A": np.full((3, D_IN), 3e38, np.float32), "B": np.full((D_OUT, 3), 3e38, np.float32)}
+    sites = dict.fromkeys(("one", "two"), huge)
     with pytest.raises(BundleError, match=r"expert owls has numbers at one that are too large"):
         experts.place(experts.Expert("owls", sites, {}), 1, manifest, data)
 
