@@ -1,51 +1,145 @@
-"""The command line: ``molehill simulate | server | client | export | publish | keys | edge | ...``.
+"""The command line: ``molehill VERB``.
+
+Every part of the house declares the verbs that drive it as entry points (group ``molehill.commands``, name ``VERB`` or
+``GROUP.VERB``, value a function or a `typer.Typer`), and another distribution can add its own. A verb is imported when
+it is called, all of them for a list; what is heavy waits until the verb runs. The module of a verb may name the extra
+it needs as ``EXTRA``: an installation without it does not list the verb, and says what brings it when it is called.
 
 Text for people goes to the terminal; with ``--json`` standard output holds one JSON document and nothing else. A
 mistake of the user ends in one paragraph and an exit code (`docs/reference/errors.md`), never in a traceback.
-Heavy imports wait until a command needs them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Literal
+import importlib
+import logging
+import os
+from functools import cached_property
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typer.core import TyperGroup
 
-from molehill import __version__, logs
+from molehill import __version__, logs, plugins
 from molehill.characters import survive
-from molehill.commands import audit, client, edge, export, keys, pki, publish, server
-from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json
 from molehill.errors import ConfigError
-from molehill.extras import needs
+from molehill.extras import DISTRIBUTION, lacking
+from molehill.terminal import explained
 
-app = typer.Typer(
-    help="Fine-tune one language model for many private data owners with mixtures of LoRA experts.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.add_typer(server.app, name="server")
-app.add_typer(client.app, name="client")
-app.add_typer(pki.app, name="pki")
-app.add_typer(audit.app, name="audit")
-app.add_typer(keys.app, name="keys")
-app.add_typer(edge.app, name="edge")
-export.register(app)
-publish.register(app)
+if TYPE_CHECKING:
+    import click
+
+_GROUP = "molehill.commands"
 
 
 def main() -> None:
     """Run the command line."""
     survive()
+    if "_MOLEHILL_COMPLETE" in os.environ:  # a shell asks what can be typed: nobody reads warnings
+        logging.disable()
     app(prog_name="molehill")
+
+
+class Verbs(TyperGroup):
+    """The verbs that are declared, each imported when it is asked for."""
+
+    @cached_property
+    def _declared(self) -> dict[str, list[EntryPoint]]:
+        """By verb, its entry point and those of what is below it; a name that two declare is the first one's."""
+        found: dict[str, list[EntryPoint]] = {}
+        taken: dict[str, EntryPoint] = {}
+        for point in sorted(plugins.points(_GROUP), key=lambda point: point.name.count(".")):  # groups come first
+            verb, _, below = point.name.partition(".")
+            other = taken.setdefault(point.name, point)
+            if other is not point:
+                plugins.leave_out(plugins.broken(point, f"{plugins.owner(other)} has that command already"))
+            elif below and verb not in found:
+                plugins.leave_out(plugins.broken(point, f"there is no command {verb!r}"))
+            else:
+                found.setdefault(verb, []).append(point)
+        return found
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
+        """The names of all verbs that can be imported, sorted; of a plug-in that cannot, a warning says why."""
+        for verb, points in list(self._declared.items()):
+            if verb in self.commands:
+                continue
+            try:
+                self.commands[verb] = _built(points)
+            except ConfigError as error:
+                del self._declared[verb]
+                if not plugins.ours(points[0]):
+                    plugins.leave_out(error)
+        return sorted(self.commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb of a name, None when there is none; one that cannot be imported ends the program."""
+        if cmd_name not in self.commands and cmd_name in self._declared:
+            with explained():
+                self.commands[cmd_name] = _built(self._declared[cmd_name])
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb that is called; for one that there is not, those of a similar name."""
+        if args and args[0] not in self._declared:
+            self.list_commands(ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _built(points: list[EntryPoint]) -> click.Command:
+    """The command of a verb, with what plug-ins and other parts put below it."""
+    point, *below = points
+    command = _imported(point)
+    for each in below:
+        name = each.name.partition(".")[2]
+        try:
+            if not isinstance(command, TyperGroup):
+                raise plugins.broken(each, f"{point.name!r} has no commands below it")
+            if name in command.commands:
+                raise plugins.broken(each, f"{plugins.owner(point)} has that command already")
+            command.add_command(_imported(each), name)
+        except ConfigError as error:
+            if not plugins.ours(each):
+                plugins.leave_out(error)
+    return command
+
+
+def _imported(point: EntryPoint) -> click.Command:
+    """What an entry point says, as a command.
+
+    Raises:
+        ConfigError: It is of a plug-in and fails, or of a part that is not installed.
+    """
+    try:
+        command = _command(point.load())
+    except ModuleNotFoundError as error:
+        part = point.module.partition(".")[0]
+        if not plugins.ours(point):
+            raise plugins.broken(point, error) from None
+        if error.name != part:
+            raise
+        mend = f"Install all of {DISTRIBUTION}, with the extra for what you do."
+        raise ConfigError(f"this installation has no {part}", mend=mend) from None
+    except Exception as error:
+        if plugins.ours(point):
+            raise
+        raise plugins.broken(point, error) from None
+    command.name = point.name.rpartition(".")[2]
+    command.hidden = bool(lacking(getattr(importlib.import_module(point.module), "EXTRA", "")))
+    return command
+
+
+def _command(verb: object) -> click.Command:
+    if isinstance(verb, typer.Typer):
+        return typer.main.get_group(verb)
+    if not callable(verb):
+        raise TypeError("neither a function nor a typer.Typer")
+    alone = typer.Typer(add_completion=False)
+    alone.command()(verb)
+    return typer.main.get_command(alone)
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,6 +147,14 @@ def _print_version(wanted: bool) -> None:
         with explained():
             typer.echo(f"molehill {__version__}")
         raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Fine-tune one language model for many private data owners with mixtures of LoRA experts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback()
@@ -68,139 +170,3 @@ def _options(
     """Options before the command."""
     if log_json:
         logs.use_json()
-
-
-@app.command()
-def simulate(
-    config: Annotated[Path | None, typer.Argument(help="TOML file; the demo when omitted.", show_default=False)] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder.", show_default="runs/<name of the run>")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
-    ] = None,
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="One process, or Flower's Ray engine.")] = "local",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Run a federation on this machine, from private rows to personalised models.
-
-    With --resume and no CONFIG, the configuration in the run folder is used.
-    """
-    folder = out if resume else None  # of a run that there is something of
-    with explained(as_json):
-        try:
-            from molehill.config import load
-
-            if resume and config is None and out is not None and (out / "config.toml").is_file():
-                config = out / "config.toml"
-            resolved = load(config or _demo(), overrides or ())
-            claimed = out or Path("runs") / resolved.run.name
-            claim(claimed, resume)
-            folder = claimed
-
-            with needs("simulation"):
-                from molehill_simulation.pace import Work
-                from molehill_simulation.simulate import simulate as run
-                from molehill_simulation.ui import RunView, show_summary
-
-            console = Console(quiet=as_json)
-            # Libraries below print to standard output too; with --json that stream is promised to one document.
-            with (
-                RunView(console, Work.of(resolved)) as view,
-                contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
-            ):
-                summary = run(resolved, folder, engine=engine, observer=view)
-        except KeyboardInterrupt:
-            interrupted(folder, ["molehill", "simulate"], [] if engine == "local" else ["--engine", engine], as_json)
-            raise typer.Exit(INTERRUPTED) from None
-        if as_json:
-            print_json(summary.model_dump(mode="json", by_alias=True))
-        else:
-            show_summary(summary, console)
-            console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
-
-
-def _demo() -> Path:
-    """The configuration that runs when none is named."""
-    return Path(str(resources.files("molehill_simulation") / "demo.toml"))
-
-
-@app.command()
-def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
-    """Print what a configuration comes to, and refuse what cannot work."""
-    with explained():
-        from molehill.config import load
-
-        with needs("simulation"):
-            from molehill_server.check import check as find_conflicts
-            from molehill_simulation.describe import describe
-
-        resolved = load(config)
-        conflicts = find_conflicts(resolved)
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(style="dim")
-        plan = describe(resolved)
-        for label, text in plan:
-            if label != "warning":
-                table.add_row(label, Text(text))
-        console = Console()
-        console.print(table)
-        for label, text in plan:
-            if label == "warning":
-                console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
-        refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
-        for conflict in conflicts:
-            if conflict not in refused:
-                keys = " with ".join(conflict.keys)
-                console.print(Text.assemble(("warning: ", "bold yellow"), f"{keys}: {conflict.why}"))
-        if refused:
-            reasons = "; ".join(f"{' with '.join(conflict.keys)}: {conflict.why}" for conflict in refused)
-            mend = refused[0].mend if len(refused) == 1 else "Change one key of each."
-            raise ConfigError(reasons, where=str(config), mend=mend)
-
-
-@app.command()
-def deal(
-    config: Annotated[Path, typer.Argument(help="TOML file.")],
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="One for every owner.")],
-) -> None:
-    """Deal the rows of a configuration to folders, to try on one machine what is meant for several."""
-    with explained():
-        from molehill.config import load
-
-        with needs("simulation"):
-            from molehill_simulation.data import deal_to
-
-        for folder, owner in zip(folders, deal_to(load(config), folders), strict=True):
-            typer.echo(f"{folder}: {len(owner.train)} rows in train.jsonl, {len(owner.test)} in test.jsonl")
-
-
-@app.command()
-def methods(as_json: Json = False) -> None:
-    """List every method: name, axis, paper, and the code of the system it stands for."""
-    with explained(as_json):
-        from molehill import registry
-
-        found = list(registry.methods())
-        if as_json:
-            keys = ("name", "axis", "paper", "url", "seeds", "summary")
-            print_json([{key: getattr(method, key) for key in keys} for method in found])
-            return
-        table = Table(box=SIMPLE_HEAD)
-        for column in ("axis", "name", "paper", "seed"):
-            table.add_column(column, overflow="fold")
-        for method in found:
-            table.add_row(*(Text(text) for text in (method.axis, method.name, method.paper, " ".join(method.seeds))))
-        console = Console()
-        console.print(table, width=None if console.is_terminal else 160)
-
-
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]) -> None:
-    """Write report.html of a run again, finished or not."""
-    with explained():
-        with needs("simulation"):
-            from molehill_simulation.report import write_report
-
-        typer.echo(str(write_report(folder)))

@@ -2,7 +2,8 @@
 
 A method belongs to an *axis* (selector, codec, space, ...). The packages that hold an axis are declared as entry
 points (group ``molehill.methods``, name ``<axis>``, value ``<package>``), so another distribution can add methods
-without touching this one and the order of imports never matters: asking for an axis imports its packages.
+without touching this one and the order of imports never matters: asking for an axis imports its packages. What of ours
+cannot be imported is an error; a plug-in that fails is named and left out.
 
     @register("selector", "top_k", params=TopKParams, paper="Shazeer et al. 2017", url="https://arxiv.org/abs/1701.06538")
     class TopK(nn.Module): ...
@@ -20,12 +21,12 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import with_config as _with_config
 
+from molehill import plugins
 from molehill.errors import ConfigError
 from molehill.extras import needs
 
@@ -67,6 +68,7 @@ class Method:
 class _Registry:
     methods: dict[tuple[str, str], Method] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
+    left_out: dict[str, list[ConfigError]] = field(default_factory=dict)  # by axis
 
 
 _registry = _Registry()
@@ -114,23 +116,54 @@ def register(
 
 def axes() -> list[str]:
     """Return the names of all declared axes, sorted."""
-    return sorted({point.name for point in entry_points(group=_GROUP)})
+    return sorted({point.name for point in plugins.points(_GROUP)})
+
+
+def meaning(axis: str) -> str:
+    """What an axis is: the first line that its package says of itself."""
+    package = next(point.value for point in plugins.points(_GROUP) if point.name == axis)
+    return (importlib.import_module(package).__doc__ or "").strip().partition("\n")[0]
 
 
 def load(axis: str) -> None:
-    """Import every module of the packages that hold ``axis`` (once).
+    """Import every module of the packages that hold ``axis`` (once); a plug-in that fails is left out with a warning.
 
     Raises:
-        ConfigError: A third-party module they need is not installed; names the extra that brings it.
+        ConfigError: A third-party module that ours need is not installed; names it, and the extra that brings it.
     """
     if axis in _registry.loaded:
         return
-    for point in entry_points(group=_GROUP, name=axis):
-        with needs("simulation"):
-            package = importlib.import_module(point.value)
-            for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
-                importlib.import_module(module.name)
+    for point in plugins.points(_GROUP):
+        if point.name != axis:
+            continue
+        if plugins.ours(point):
+            with needs("simulation"):
+                _import(point.value)
+            continue
+        known = set(_registry.methods)
+        try:
+            _import(point.value)
+        except Exception as error:  # noqa: BLE001 - whatever the code of others does
+            _withdraw(point.value, known)
+            told = plugins.broken(point, error)
+            plugins.leave_out(told)
+            _registry.left_out.setdefault(axis, []).append(told)
     _registry.loaded.add(axis)
+
+
+def _import(name: str) -> None:
+    """Import a package and every module in it."""
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
+def _withdraw(package: str, known: set[tuple[str, str]]) -> None:
+    """Take back what a plug-in registered before it failed: half of it may not be what its author meant."""
+    top = package.partition(".")[0]
+    for key, method in list(_registry.methods.items()):
+        if key not in known and method.target.__module__.partition(".")[0] == top:
+            del _registry.methods[key]
 
 
 def methods(axis: str | None = None) -> Iterator[Method]:
@@ -154,9 +187,10 @@ def get(axis: str, name: str) -> Method:
     except KeyError:
         names = [m.name for m in methods(axis)]
         near = difflib.get_close_matches(name, names, n=3) or names
-        raise ConfigError(
-            f"unknown {axis} {name!r}", mend=f"Did you mean {', '.join(near)}? `molehill methods` lists all."
-        ) from None
+        mend = f"Did you mean {', '.join(near)}? `molehill methods {axis}` lists all."
+        for broken in _registry.left_out.get(axis, ()):
+            mend += f" It may be of a plug-in that was left out: {broken}"
+        raise ConfigError(f"unknown {axis} {name!r}", mend=mend) from None
 
 
 def declared(method: Method, name: str) -> Any:

@@ -7,10 +7,8 @@ python scripts/docs.py --check    exit 1 when a page is out of date, or a config
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,10 @@ def methods_page() -> str:
         "Named in a configuration as a string, or as a table of `name` and parameters; `molehill methods` lists them.",
         "`seed`: code of the system that the method stands for, in the project's list of systems to cover.\n",
     ]
-    packages = {point.name: point.value for point in entry_points(group="molehill.methods")}
     for axis in registry.axes():
-        summary = (importlib.import_module(packages[axis]).__doc__ or "").strip().partition("\n")[0]
         lines += [
             f"## {axis}\n",
-            f"{summary}\n",
+            f"{registry.meaning(axis)}\n",
             "| name | what it does | parameters | paper | seed |",
             "|---|---|---|---|---|",
         ]

@@ -1,1 +1,1 @@
-"""Commands of the command line that come in groups: one module each."""
+"""The verbs that need no part of the house: one module each."""

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from molehill.commands.common import Json, on_disk, print_json
 from molehill.errors import IdentityError
+from molehill.terminal import Json, on_disk, print_json
 
 app = typer.Typer(
     help="""Certificates for a federation: an offline authority, and one identity per machine.

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from molehill import cli, config
+from molehill import config
 from molehill.cli import app
+from molehill_simulation.commands import simulate
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
@@ -138,4 +139,4 @@ def test_every_shipped_configuration_loads_and_survives_being_written(path, tmp_
 
 
 def test_what_runs_without_a_configuration_is_the_demo_file():
-    assert cli._demo().read_bytes() == (ROOT / "configs/demo.toml").read_bytes()
+    assert simulate._demo().read_bytes() == (ROOT / "configs/demo.toml").read_bytes()

@@ -14,8 +14,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from molehill.commands import edge
 from molehill_edge.bundle import Bundle
+from molehill_edge.commands import group, run
 from molehill_edge.routes import RouterReport
 from molehill_edge.trust import InsecureLocal
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def molehill(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     app = typer.Typer()
-    app.add_typer(edge.app, name="edge")
+    app.add_typer(group.app, name="edge")
 
     def call(*words, stdin=None):
         words = [str(folder / word[1:]) if word.startswith("@") else word for word in words]
@@ -108,7 +108,7 @@ def test_a_conversation_at_a_terminal(folder):
     import time
 
     master, slave = pty.openpty()
-    code = "from molehill.commands.edge import app; app()"
+    code = "from molehill_edge.commands.group import app; app()"
     words = ["run", str(folder / "talk"), "--insecure-local", "--chat", "--threads", "1"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words], stdin=slave, stdout=slave, stderr=subprocess.STDOUT, text=True,
@@ -298,7 +298,7 @@ def test_any_terminal_shows_any_text(folder):
 
 def test_an_unsigned_bundle_needs_the_option(molehill, folder):
     app = typer.Typer()
-    app.add_typer(edge.app, name="edge")
+    app.add_typer(group.app, name="edge")
     pytest.importorskip("molehill_edge.store")
     result = CliRunner().invoke(app, ["edge", "info", str(folder / "reviews"), "--store", "store"])
     assert result.exit_code in {13, 14}
@@ -307,11 +307,11 @@ def test_an_unsigned_bundle_needs_the_option(molehill, folder):
 
 def test_the_commands_import_nothing_heavy():
     heavy = {"torch", "transformers", "peft", "flwr", "grpc", "onnx", "onnxruntime", "pydantic", "tuf", "numpy"}
-    code = "import sys, molehill.commands.edge; print(*{m.split('.')[0] for m in sys.modules})"
+    code = "import sys, molehill_edge.commands.group; print(*{m.split('.')[0] for m in sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not heavy & set(out.split())
 
 
 def test_names_of_experts_are_no_markup(capsys):
-    edge._show_routes([RouterReport("layers.0", ("[red]cats[/red]",), (1.0,))])
+    run._show_routes([RouterReport("layers.0", ("[red]cats[/red]",), (1.0,))])
     assert "[red]cats[/red]" in capsys.readouterr().out

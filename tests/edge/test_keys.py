@@ -12,8 +12,8 @@ import typer
 from tuf.api.metadata import Metadata
 from typer.testing import CliRunner
 
-from molehill.commands import keys as commands
 from molehill.errors import IdentityError, TrustError
+from molehill_export.commands import keys as commands
 from molehill_export.keys import ROLES, Keys
 
 PASS = b"correct horse"

@@ -13,10 +13,10 @@ from tuf.api.metadata import Metadata
 from typer.testing import CliRunner
 
 from molehill import files
-from molehill.commands import publish as command
 from molehill.errors import BundleError, IdentityError, TrustError
 from molehill_edge import archive, fetch
 from molehill_edge.store import Store
+from molehill_export.commands import publish as commands
 from molehill_export.keys import Keys
 from molehill_export.repository import Lifetimes, Repository
 
@@ -312,7 +312,7 @@ def molehill(home, monkeypatch):
         (home / name).write_text(name)
         (home / name).chmod(0o600)
     app = typer.Typer()
-    command.register(app)
+    app.command()(commands.publish)
     app.command("other")(lambda: None)
     return lambda line: CliRunner().invoke(app, line.split())
 

@@ -18,14 +18,14 @@ from edge_attacks import World
 from securesystemslib.signer import CryptoSigner
 from typer.testing import CliRunner
 
-from molehill.commands import edge
-from molehill.commands import publish as publishing
 from molehill.errors import BundleError, TrustError
 from molehill_edge import fetch, fetch_experts
 from molehill_edge import manifest as manifests
 from molehill_edge.bundle import Bundle
+from molehill_edge.commands import group
 from molehill_edge.store import Store
 from molehill_edge.trust import InsecureLocal
+from molehill_export.commands import publish as publishing
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
 
@@ -476,8 +476,8 @@ def served(owner):
 def test_the_commands(owner, served, tmp_path, monkeypatch):
     monkeypatch.setenv("MOLEHILL_STORE", str(tmp_path / "store"))
     app = typer.Typer()
-    app.add_typer(edge.app, name="edge")
-    publishing.register(app)
+    app.add_typer(group.app, name="edge")
+    app.command()(publishing.publish)
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "secret").chmod(0o600)
 

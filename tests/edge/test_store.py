@@ -17,15 +17,14 @@ from types import SimpleNamespace
 
 import edge_attacks
 import pytest
-import typer
 from edge_attacks import NEW
 from edge_bundles import FILES, Memory, make_bundle
 from tuf.api.metadata import Metadata
 from typer.testing import CliRunner
 
-from molehill.commands import edge_trust
 from molehill.errors import BundleError, TrustError
 from molehill_edge import client, fetch
+from molehill_edge.commands.group import app
 from molehill_edge.store import Store, default_folder
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
@@ -405,8 +404,6 @@ def web(empty, monkeypatch):
 @pytest.fixture
 def molehill(empty, monkeypatch):
     monkeypatch.chdir(empty.folder)
-    app = typer.Typer()
-    edge_trust.register(app)
     return lambda line: CliRunner().invoke(app, line.split(), env={"MOLEHILL_STORE": "store"})
 
 

@@ -53,6 +53,11 @@ def make(folder: Path, extra: str = "edge") -> Path:
         for file in each.files or []:
             if ".." not in file.parts and file.suffix != ".pth":
                 _link(Path(each.locate_file(file)), site / file, known)
+    own = distribution("molehill")
+    about = site / f"molehill-{own.version}.dist-info"
+    about.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (about / name).write_text(own.read_text(name) or "", encoding="utf-8")
     for package in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
         (site / Path(package).name).symlink_to(ROOT / package)
     program = folder / "bin" / "molehill"

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from molehill.commands.common import Json, explained, print_json
-from molehill.commands.edge_trust import StoreFolder, bar, opened_store, quiet
 from molehill.errors import BundleError, ConfigError
 from molehill.extras import needs
+from molehill.terminal import Json, explained, print_json
+from molehill_edge.commands.bundles import bar, opened_store, quiet
+from molehill_edge.commands.opening import EXTRA, StoreFolder
 
 if TYPE_CHECKING:
     from molehill_edge.added import Added
@@ -141,7 +142,7 @@ def policy(
 @contextlib.contextmanager
 def _opened(folder: Path | None, as_json: bool) -> Iterator[Store]:
     """The store; what the system refuses there is told in one sentence."""
-    with explained(as_json), needs("edge"):
+    with explained(as_json), needs(EXTRA):
         held = opened_store(folder)
         try:
             yield held
@@ -159,9 +160,3 @@ def _offered(choice: Choice) -> dict[str, Any]:
     offer = choice.offer
     about = {"offered": offer.version, "fits": choice.fits, "bytes": offer.length}
     return {"id": offer.id, "version": choice.added, "signed": True, **about}
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to ``molehill edge``."""
-    for command in (experts, add, remove, policy):
-        app.command()(command)

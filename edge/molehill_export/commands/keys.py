@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from molehill.commands.common import Json, on_disk, print_json
 from molehill.errors import IdentityError
 from molehill.extras import needs
+from molehill.terminal import Json, on_disk, print_json
 
 if TYPE_CHECKING:
     from molehill_export.keys import Keys
+
+EXTRA = "export"
 
 app = typer.Typer(
     help="""Keys that sign a repository of bundles.
@@ -56,7 +58,7 @@ def opened(folder: Path, passphrase_file: Path | None, online_passphrase_file: P
     """The keys of a folder."""
     from molehill import pki
 
-    with needs("export"):
+    with needs(EXTRA):
         from molehill_export.keys import Keys
 
     return Keys(folder, pki.read_passphrase(passphrase_file), pki.read_passphrase(online_passphrase_file))
@@ -76,7 +78,7 @@ def init(
     with on_disk(as_json):
         from molehill import pki
 
-        with needs("export"):
+        with needs(EXTRA):
             from molehill_export.keys import Keys
 
         passphrase = pki.read_passphrase(passphrase_file)

@@ -11,19 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from molehill.commands.common import INTERRUPTED, Json, explained, print_json
 from molehill.errors import ConfigError
 from molehill.extras import needs
+from molehill.terminal import INTERRUPTED, Json, explained, print_json
 
 if TYPE_CHECKING:
     from molehill_protos.v1.bundle_pb2 import Manifest
 
+EXTRA = "export"
 SUFFIX = ".molehill"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(export)
 
 
 def export(
@@ -69,7 +65,7 @@ def export(
 ) -> None:
     """Make a quantised ONNX bundle that runs without torch, and measure it against the original."""
     with explained(as_json):
-        with needs("export"):
+        with needs(EXTRA):
             from molehill_edge import archive
             from molehill_export.export import Options, export_experts
             from molehill_export.export import export as write

@@ -17,24 +17,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from molehill.commands.common import Json, explained, print_json
 from molehill.errors import MolehillError
 from molehill.extras import needs
+from molehill.terminal import Json, explained, print_json
+from molehill_edge.commands.opening import EXTRA, StoreFolder
 
 if TYPE_CHECKING:
     from molehill_edge.fetch import Pulled
     from molehill_edge.store import Current, Store
 
-StoreFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--store",
-        metavar="DIR",
-        envvar="MOLEHILL_STORE",
-        help="Where bundles lie on this device.",
-        show_default="the user's data folder",
-    ),
-]
 Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which bundle.", show_default=False)]
 
 
@@ -56,7 +47,7 @@ def pull(
 
     What was downloaded before is not downloaded again. When anything is refused, the bundle in use stays.
     """
-    with explained(as_json), needs("edge"):
+    with explained(as_json), needs(EXTRA):
         from molehill_edge import fetch
 
         pinned = None if root is None else fetch.read_root(root)
@@ -70,7 +61,7 @@ def pull(
 
 def update(bundle: Id = None, store: StoreFolder = None, as_json: Json = False) -> None:
     """Get the newest version of every bundle of this device, or of one, from where it came from."""
-    with explained(as_json), needs("edge"):
+    with explained(as_json), needs(EXTRA):
         from molehill_edge import fetch
 
         held = opened_store(store)
@@ -102,7 +93,7 @@ def update(bundle: Id = None, store: StoreFolder = None, as_json: Json = False) 
 
 def list_bundles(store: StoreFolder = None, as_json: Json = False) -> None:
     """List the bundles of this device."""
-    with explained(as_json), needs("edge"):
+    with explained(as_json), needs(EXTRA):
         held = opened_store(store)
         urls = {known.name: known.url for known in held.repositories()}
         rows = [_described(held, current, urls.get(current.repository, "")) for current in held.bundles()]
@@ -118,13 +109,6 @@ def list_bundles(store: StoreFolder = None, as_json: Json = False) -> None:
             parts = (row["id"], row["version"], size, row["task"], ends, row["from"], added)
             table.add_row(*(Text(str(part)) for part in parts))
         Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to ``molehill edge``."""
-    app.command("pull")(pull)
-    app.command("update")(update)
-    app.command("list")(list_bundles)
 
 
 def opened_store(folder: Path | None) -> Store:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,22 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import address, logs
-from molehill.commands.common import INTERRUPTED, Json, claim, explained, interrupted, print_json, say
 from molehill.errors import DeployError
 from molehill.extras import needs
+from molehill.terminal import Json, explained, print_json, say
+from molehill_server.commands.options import STATE, State
+
+EXTRA = "server"
 
 app = typer.Typer(help="The coordinator of a federation across machines.", no_args_is_help=True)
-
-State = Annotated[
-    Path, typer.Option("--state", envvar="MOLEHILL_STATE_DIR", help="Folder for what must survive a restart.")
-]
-_STATE = Path("coordinator")
 
 
 @app.command()
 def up(
     identity: Annotated[Path, typer.Option(help="Identity folder of this server (molehill pki).")],
-    state: State = _STATE,
+    state: State = STATE,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where nodes come in.")] = 9440,
     exchange_port: Annotated[int, typer.Option(min=1, max=65535, help="Where nodes fetch and send adapters.")] = 9441,
@@ -47,7 +43,7 @@ def up(
 ) -> None:
     """Start the coordinator, and keep its processes running until Ctrl-C or `server stop`."""
     with explained():
-        with needs("server"):
+        with needs(EXTRA):
             from molehill_server.deploy.up import House, Running
             from molehill_server.deploy.up import up as run
 
@@ -66,67 +62,10 @@ def up(
 
 
 @app.command()
-def run(
-    config: Annotated[Path | None, typer.Argument(help="TOML file.", show_default=False)] = None,
-    state: State = _STATE,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder.", show_default="runs/<name of the run>")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Run a federation on the machines that have joined; waits for as many as data.clients says.
-
-    Ctrl-C stops the run; with --resume and no CONFIG it goes on with the configuration in the run folder.
-    """
-    folder = None
-    with explained(as_json):
-        try:
-            from molehill.config import load
-            from molehill.errors import ConfigError
-
-            if resume and config is None and out is not None and (out / "config.toml").is_file():
-                config = out / "config.toml"
-            if config is None:
-                raise ConfigError("there is no configuration", mend="Give a TOML file, or --resume with --out.")
-            resolved = load(config, overrides or ())
-            claimed = out or Path("runs") / resolved.run.name
-            claim(claimed, resume)
-            folder = claimed
-
-            with needs("simulation"):
-                from molehill_server.deploy.run import run as start
-                from molehill_server.folder import working
-                from molehill_simulation.conclude import conclude
-                from molehill_simulation.pace import Work
-                from molehill_simulation.ui import RunView, show_summary
-
-            console = Console(quiet=as_json)
-            with (
-                RunView(console, Work.of(resolved)) as view,
-                contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
-            ):
-                model, base, _ = start(resolved, state, folder, view)
-                with working(folder, patience=None):  # the server process has let go of it
-                    summary = conclude(resolved, model, base, folder)
-        except KeyboardInterrupt:
-            interrupted(folder, ["molehill", "server", "run"], ["--state", str(state)], as_json)
-            raise typer.Exit(INTERRUPTED) from None
-        if as_json:
-            print_json(summary.model_dump(mode="json", by_alias=True))
-        else:
-            show_summary(summary, console)
-            console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
-
-
-@app.command()
-def status(state: State = _STATE, as_json: Json = False) -> None:
+def status(state: State = STATE, as_json: Json = False) -> None:
     """Show the coordinator, its nodes, and the run it works on."""
     with explained(as_json):
-        with needs("server"):
+        with needs(EXTRA):
             from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running
 
@@ -162,12 +101,12 @@ def status(state: State = _STATE, as_json: Json = False) -> None:
 
 @app.command()
 def stop(
-    state: State = _STATE,
+    state: State = STATE,
     only_run: Annotated[bool, typer.Option("--run", help="Stop the run only; it can be resumed.")] = False,
 ) -> None:
     """Stop the coordinator, and with it the run it works on."""
     with explained():
-        with needs("server"):
+        with needs(EXTRA):
             from molehill_server.deploy.office import Office
             from molehill_server.deploy.up import require_running
             from molehill_server.deploy.up import stop as end

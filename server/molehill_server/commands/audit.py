@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from molehill.commands.common import Json, explained, print_json
+from molehill.terminal import Json, explained, print_json
 
 app = typer.Typer(help="The audit log of a run.", no_args_is_help=True)
 

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from molehill.commands.common import Json, on_disk, print_json
-from molehill.commands.keys import OnlinePassphrase, Passphrase, opened
 from molehill.errors import ConfigError
 from molehill.extras import needs
+from molehill.terminal import Json, on_disk, print_json
+from molehill_export.commands.keys import OnlinePassphrase, Passphrase, opened
+
+EXTRA = "export"
 
 
 def publish(
@@ -65,7 +67,7 @@ def publish(
             raise ConfigError("--for is about experts", mend="Name a file with --expert.")
         if bundle is not None and bundle.suffix == ".safetensors":
             raise ConfigError("this is no bundle", where=str(bundle), mend="An expert file is published with --expert.")
-        with needs("export"):
+        with needs(EXTRA):
             from molehill_export.repository import Lifetimes, Repository
 
         signers = opened(keys, passphrase_file, online_passphrase_file)
@@ -102,8 +104,3 @@ def publish(
             typer.echo(f"published for another layout of this bundle, so publish them again: experts {names}")
         ends = ", ".join(f"{name} {end:%Y-%m-%d}" for name, end in done.ends.items())
         typer.echo(f"signatures last until: {ends}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(publish)

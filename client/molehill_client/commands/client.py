@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill import address, logs
-from molehill.commands.common import Json, explained, print_json, say
 from molehill.extras import needs
+from molehill.terminal import Json, explained, print_json, say
+
+EXTRA = "client"
 
 app = typer.Typer(help="A machine with private rows that takes part in a federation.", no_args_is_help=True)
 
@@ -71,7 +73,7 @@ def join(
 ) -> None:
     """Take part in a federation until Ctrl-C: train on the rows of this machine, which do not leave it."""
     with explained():
-        with needs("client"):
+        with needs(EXTRA):
             from molehill_client.deploy.join import Membership
             from molehill_client.deploy.join import join as run
 
@@ -112,7 +114,7 @@ def policy(
 ) -> None:
     """Check what a run may ask of this machine, or write a careful policy."""
     with explained(as_json):
-        with needs("client"):
+        with needs(EXTRA):
             from molehill_client import policy as policies
 
         if init:
@@ -138,7 +140,7 @@ def policy(
 def status(state: State = _STATE, as_json: Json = False) -> None:
     """Show what this machine is doing, and what went wrong last."""
     with explained(as_json):
-        with needs("client"):
+        with needs(EXTRA):
             from molehill_client.deploy.join import status as ask
 
         found = ask(state)
@@ -166,7 +168,7 @@ def evaluate(
 ) -> None:
     """Score the last run's final model on this machine, shared and personalised; `client join` must be running."""
     with explained(as_json):
-        with needs("client"):
+        with needs(EXTRA):
             from molehill_client.deploy.join import require_joined
             from molehill_client.deploy.join import status as state_of
             from molehill_client.deploy.line import Request, ask
@@ -198,7 +200,7 @@ def forget(
 ) -> None:
     """Remove this machine's personal gates, heads and last delta."""
     with explained():
-        with needs("client"):
+        with needs(EXTRA):
             from molehill_client.deploy.join import forget as remove
 
         gone = remove(state, run)

@@ -1,0 +1,1 @@
+"""The verbs that drive a machine with private rows."""

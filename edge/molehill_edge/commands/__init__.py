@@ -1,0 +1,1 @@
+"""The verbs that drive bundles on a device: ``molehill edge ...``, one module each."""

@@ -1,0 +1,77 @@
+"""``molehill edge personalise``: a gate that is fitted to texts of this device."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from molehill.errors import DataError
+from molehill.rowfiles import label_of, read_texts
+from molehill.terminal import Json, explained, print_json
+from molehill_edge.commands.opening import GateOption, Insecure, Memory, Name, StoreFolder, Threads, opened, who
+
+if TYPE_CHECKING:
+    from molehill_edge.personalise import Outcome
+
+
+def personalise(
+    name: Name,
+    rows: Annotated[
+        Path,
+        typer.Option(
+            "--rows",
+            metavar="FILE",
+            help='JSON lines, JSON, CSV or TSV with "text" and, for a classifier, perhaps "label"; or one text a line.',
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The gate file to write, for --gate.", show_default=False)
+    ],
+    gate: GateOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and the search.")] = 0,
+    budget: Annotated[int, typer.Option(min=1, help="How many times the texts may be read.")] = 80,
+    threads: Threads = None,
+    memory_mb: Memory = None,
+    insecure_local: Insecure = False,
+    store: StoreFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Fit which experts are chosen to a few texts of yours; nothing leaves this device.
+
+    About a third of the texts is held out, and says whether the result is kept.
+    """
+    with explained(as_json):
+        read = list(read_texts(rows))
+        found_labels = [label_of(row["label"], where) for where, row in read if row.get("label") is not None]
+        if found_labels and len(found_labels) != len(read):
+            bare = next(where for where, row in read if row.get("label") is None)
+            raise DataError("some rows have a label, and this one has none", where=bare, mend="Give all of them one.")
+        with opened(
+            name, insecure=insecure_local, store=store, threads=threads, memory_mb=memory_mb, gate=gate
+        ) as bundle:
+            labels = found_labels if found_labels and bundle.manifest.task.kind == "classification" else None
+            found = bundle.personalise([row["text"] for _, row in read], labels, seed=seed, budget=budget)
+            from molehill_edge import gates
+
+            gates.write(out, found.gate, bundle.manifest)
+            told = {"bundle": who(bundle), "gate": str(out)}
+        if as_json:
+            figures = {key: value for key, value in dataclasses.asdict(found).items() if key != "gate"}
+            print_json({**told, **figures})
+        else:
+            _show_outcome(found, out)
+
+
+def _show_outcome(found: Outcome, out: Path) -> None:
+    typer.echo(f"fitted to {found.fitted} texts, judged on {found.held_out} others, {found.evaluations} readings")
+    typer.echo(f"loss      {found.before.loss:8.4f} -> {found.after.loss:8.4f}")
+    if found.before.accuracy is not None and found.after.accuracy is not None:
+        typer.echo(f"accuracy  {found.before.accuracy:8.1%} -> {found.after.accuracy:8.1%}")
+    if found.dropped:
+        typer.echo(f"never chosen: {', '.join(found.dropped)}")
+    what = "the fitted gate" if found.kept else "no gain on the texts held out: the gate as it was"
+    typer.echo(f"{out}: {what}")

@@ -1,0 +1,223 @@
+"""``molehill edge run``: texts are classified or answered, or a conversation is held."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from molehill.characters import harmless, recovered
+from molehill.errors import BundleError
+from molehill.rowfiles import read_texts, require_text
+from molehill.terminal import INTERRUPTED, Json, explained, print_json, say
+from molehill_edge.commands.opening import (
+    Experts,
+    GateOption,
+    Insecure,
+    Memory,
+    Name,
+    StoreFolder,
+    Threads,
+    opened,
+    show_table,
+    who,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from molehill_edge.bundle import Bundle
+    from molehill_edge.generate import Answer
+    from molehill_edge.routes import RouterReport
+
+
+def run(
+    name: Name,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="A text or a question; may be repeated.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help='JSON lines, JSON, CSV or TSV with "text", or one text a line; - reads standard input.',
+            show_default=False,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Hold a conversation; /new begins another, Ctrl-D ends it.")
+    ] = False,
+    gate: GateOption = None,
+    experts: Experts = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Let texts that are too long lose their end.")] = False,
+    route: Annotated[bool, typer.Option("--route", help="Show which experts each text used.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Go on with the text as it is, not as an instruction.")] = False,
+    system: Annotated[str, typer.Option(help="What a conversation begins with.", show_default=False)] = "",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer in tokens.", show_default="256, or what fits")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens of this probability together.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer before this string; may be repeated.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the draws.", show_default="a new one")] = None,
+    threads: Threads = None,
+    memory_mb: Memory = None,
+    insecure_local: Insecure = False,
+    store: StoreFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Classify texts, or answer them, or hold a conversation."""
+    with explained(as_json):
+        try:
+            texts = [] if chat else _texts(text, file)
+            if chat and (text or file or as_json):
+                raise BundleError("--chat goes without --text, --file and --json")
+            with opened(
+                name, insecure=insecure_local, store=store, threads=threads, memory_mb=memory_mb, gate=gate,
+                experts=experts,
+            ) as bundle:  # fmt: skip
+                sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+                if chat:
+                    _converse(bundle, system, sampling, max_new_tokens, stop or ())
+                elif bundle.manifest.task.kind == "classification":
+                    _classify(bundle, texts, truncate=truncate, route=route, as_json=as_json)
+                else:
+                    options = {**sampling, "max_new_tokens": max_new_tokens, "stop": stop or (), "raw": raw}
+                    _answer(bundle, texts, options, route=route, as_json=as_json)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _texts(given: Sequence[str] | None, file: Path | None) -> list[str]:
+    """All texts of the command line and the file, in this order."""
+    texts = [recovered(text) for text in given or ()]
+    for text in texts:
+        require_text(text, "text", "--text")
+    if file is not None:
+        texts += [row["text"] for _, row in read_texts(file)]
+    if not texts:
+        raise BundleError("no text", mend="Give --text, --file or --chat.")
+    return texts
+
+
+def _classify(bundle: Bundle, texts: list[str], *, truncate: bool, route: bool, as_json: bool) -> None:
+    found = bundle.classify(texts, truncate=truncate)
+    routes = [bundle.route_report(text, truncate=truncate) for text in texts] if route else None
+    if as_json:
+        labels = bundle.manifest.task.labels
+        rows = [
+            {
+                "text": text,
+                "label": each.label,
+                "probability": each.probability,
+                "probabilities": dict(zip(labels, each.probabilities, strict=True)),
+            }
+            for text, each in zip(texts, found, strict=True)
+        ]
+        print_json({"bundle": who(bundle), "predictions": _with_routes(rows, routes)})
+        return
+    width = max(len(each.label) for each in found)
+    for number, (text, each) in enumerate(zip(texts, found, strict=True)):
+        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {_short(text)}")
+        if routes is not None:
+            _show_routes(routes[number])
+
+
+def _answer(bundle: Bundle, texts: list[str], options: dict[str, Any], *, route: bool, as_json: bool) -> None:
+    rows = []
+    routes: list[list[RouterReport]] | None = [] if route else None
+    for number, text in enumerate(texts):
+        if not as_json and len(texts) > 1:
+            typer.echo(f"{'' if number == 0 else chr(10)}> {_short(text)}")
+        answer: Answer = bundle.generate(text, on_text=None if as_json else _show, **options)
+        rows.append({"text": text, "answer": answer.text, "tokens": answer.tokens, "reason": answer.reason})
+        if not as_json:
+            typer.echo("")
+        if routes is not None:
+            routes.append(bundle.route_report(text))
+            if not as_json:
+                _show_routes(routes[-1])
+    if as_json:
+        print_json({"bundle": who(bundle), "answers": _with_routes(rows, routes)})
+
+
+def _converse(
+    bundle: Bundle, system: str, sampling: dict[str, Any], max_new_tokens: int | None, stop: Sequence[str]
+) -> None:
+    """Read a line, answer it, until the end of input; Ctrl-C ends an answer, and at the prompt the conversation."""
+    chat = bundle.chat(system=system, **sampling)
+    people = sys.stdin.isatty()
+    for line in _lines(people):
+        if line == "/new":
+            chat = bundle.chat(system=system, **sampling)
+            continue
+        try:
+            chat.say(line, max_new_tokens=max_new_tokens, stop=stop, on_text=_show)
+        except KeyboardInterrupt:
+            if not people:
+                raise
+        except BundleError as error:
+            if not people:
+                raise
+            say(Text(f"{error} /new begins a new conversation."))
+            continue
+        typer.echo("")
+
+
+def _lines(people: bool) -> Iterator[str]:
+    """Lines of standard input that are not empty; people get a prompt, and may edit them."""
+    if people:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401 - it edits what is typed
+    while True:
+        try:
+            line = recovered(input("> " if people else "").strip())
+        except EOFError:
+            break
+        if line:
+            yield line
+    if people:
+        typer.echo("")
+
+
+def _show(piece: str) -> None:
+    sys.stdout.write(harmless(piece, lines=True))
+    sys.stdout.flush()
+
+
+def _show_routes(reports: Sequence[RouterReport]) -> None:
+    """One line per router: the shares of its experts, in columns."""
+    experts = list(dict.fromkeys(name for report in reports for name in report.experts))
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("router", overflow="fold")
+    for name in experts:
+        table.add_column(Text(harmless(name)), justify="right")
+    for report in reports:
+        shares = dict(zip(report.experts, report.shares, strict=True))
+        table.add_row(
+            Text(harmless(report.router)), *(f"{shares[name]:.1%}" if name in shares else "" for name in experts)
+        )
+    show_table(table)
+
+
+def _with_routes(rows: list[dict[str, Any]], routes: list[list[RouterReport]] | None) -> list[dict[str, Any]]:
+    if routes is not None:
+        for row, reports in zip(rows, routes, strict=True):
+            row["routes"] = [
+                {"router": each.router, "shares": dict(zip(each.experts, each.shares, strict=True))} for each in reports
+            ]
+    return rows
+
+
+def _short(text: str) -> str:
+    line = harmless(" ".join(text.split()))
+    return line if len(line) <= 100 else f"{line[:99]}…"

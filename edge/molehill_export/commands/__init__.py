@@ -1,0 +1,1 @@
+"""The verbs that make bundles and publish them: one module each."""

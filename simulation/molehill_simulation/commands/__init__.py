@@ -1,0 +1,1 @@
+"""The verbs that drive a simulation, and what a run is made of: one module each."""
