@@ -51,6 +51,11 @@ def _in_the_open(config: Config) -> bool:
     return not config.privacy.secure_aggregation
 
 
+def probed(config: Config) -> bool:
+    """Whether clients tell what the run's probes add up: nobody does where the server may learn nothing of one."""
+    return bool(config.evaluate.probes) and _in_the_open(config) and config.privacy.clip is None
+
+
 KINDS = (
     Evidence(
         "rows",
@@ -75,6 +80,12 @@ KINDS = (
         "how many tokens went to which expert, by site, which says something of the topics of the rows",
         ("Delta.tokens", "EvaluationReply.tokens"),
         _in_the_open,
+    ),
+    Evidence(
+        "probes",
+        "what `evaluate.probes` add up over the held-out rows: how tokens were routed, by site",
+        ("EvaluationReply.probes",),
+        probed,
     ),
     Evidence(
         "scores",

@@ -14,6 +14,7 @@ from molehill.wire.keys import Key
 Scope: TypeAlias = Literal["shared", "personal", "frozen"]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Amount: TypeAlias = Annotated[FiniteFloat, Field(ge=0)]
+Sum: TypeAlias = Annotated[float, Field(ge=-1e30, le=1e30)]  # so that the sums of many clients are finite, too
 HUGE = 1e39  # a loss: more than any of 32 bits, and a mean of several is finite, too
 Loss: TypeAlias = Annotated[float, Field(ge=0, le=HUGE)]
 
@@ -158,6 +159,8 @@ class EvaluationReply(BaseModel):
         stages: Scores by stage: ``base``, ``local``, ``global``, ``personalised``.
         tokens: Tokens of the held-out rows by expert id, summed over sites; from the personalised model. Empty under
             secure aggregation.
+        probes: What ``evaluate.probes`` added up over the held-out rows with the personalised model, by name and site;
+            empty under ``privacy``.
         seconds: Wall time of the local work.
         started: As in `ClientReply`; None where no personal state was used.
     """
@@ -169,5 +172,6 @@ class EvaluationReply(BaseModel):
     n_test: int = Field(ge=0)
     stages: dict[str, Scores]
     tokens: dict[str, Amount] = Field(default_factory=dict)
+    probes: dict[str, dict[str, list[Sum]]] = Field(default_factory=dict)
     seconds: Amount
     started: int | None = Field(default=None, ge=0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from molehill.errors import MessageError, TrainingError
+from molehill.molora.probes import Told
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.secure.vector import Form, figures_of
 from molehill.tasks.batches import Batch, Batches
@@ -274,7 +275,12 @@ class Participant:
         return Tree.of(_truncated(tree, plan.rank))
 
     def evaluation(
-        self, stages: Mapping[str, Scores], tokens: dict[str, float], seconds: float, started: int | None = None
+        self,
+        stages: Mapping[str, Scores],
+        tokens: dict[str, float],
+        seconds: float,
+        started: int | None = None,
+        probes: Told | None = None,
     ) -> EvaluationReply:
         """A reply with what was measured, and the round of the personal state it was measured with."""
         return EvaluationReply(
@@ -283,6 +289,7 @@ class Participant:
             n_test=len(self.test_rows),
             stages=dict(stages),
             tokens={} if self.masked else tokens,
+            probes=probes or {},
             seconds=seconds,
             started=started,
         )

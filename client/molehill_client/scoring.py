@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from molehill import evidence
+from molehill.molora import probes
+from molehill.molora.interfaces import Diagnostic
 from molehill.molora.model import seed_for
 from molehill.plan import ClientPlan, EvaluationReply, Scores
 from molehill.tasks.batches import Batch, eval_batches
@@ -44,21 +47,26 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
         model.flat.copy_(values)
         if steps:
             client.keep(own, state)
-        stage["personalised"], tokens = _personally(client)
+        looked = probes.build(client.bench.config.evaluate.probes if evidence.probed(client.bench.config) else ())
+        stage["personalised"], tokens = _personally(client, looked)
         seconds = (time.monotonic() - started) / len(clients)
-        replies.append(client.evaluation(stage, tokens, seconds, state.round))
+        replies.append(client.evaluation(stage, tokens, seconds, state.round, probes.told(looked)))
     return replies
 
 
 @torch.no_grad()
-def score(bench: Workbench, rows: Sequence[Example]) -> Scores:
-    """Score the model as it is on some rows."""
+def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagnostic] | None = None) -> Scores:
+    """Score the model as it is on some rows, which diagnostics may look at."""
+    looked = looked or {}
     model = bench.model
     model.eval()
     total = ScoreSum(classes=len(model.head.bias) if model.head is not None else None)
-    for batch in batches_of(bench, rows):
-        forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
-        total.add(forward.logits, forward.labels)
+    with probes.looking(model, looked):
+        for batch in batches_of(bench, rows):
+            forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
+            total.add(forward.logits, forward.labels)
+            for probe in looked.values():
+                probe.update(forward.records)
     return total.scores()
 
 
@@ -88,13 +96,13 @@ def _globally(client: Participant, plan: ClientPlan) -> Scores:
     return score(bench, client.test_rows)
 
 
-def _personally(client: Participant) -> tuple[Scores, dict[str, float]]:
+def _personally(client: Participant, looked: Mapping[str, Diagnostic]) -> tuple[Scores, dict[str, float]]:
     """Score the model with the personal tensors that are in it; also returns the tokens that every expert got."""
     model = client.bench.model
     model.use_uniform_gate(uniform=False)
     model.use_personal(gate=True, head=True)
     model.count_tokens(on=True)
-    found = score(client.bench, client.test_rows)
+    found = score(client.bench, client.test_rows, looked)
     model.count_tokens(on=False)
     tokens: dict[str, float] = {}
     for (_, expert), mass in model.tokens().items():

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -62,7 +63,7 @@ class Settings:
         schedule: Shape over the whole run.
         decay: Decoupled weight decay.
         clip: Largest gradient norm, or None.
-        regulariser: Adds its gradient, given gradients, values and received values of what learns; or None.
+        rules: Each adds its gradient, given gradients, values and received values of what learns.
         accumulation: Micro-batches per step.
         keys: Where the rates are in the configuration, for error messages.
     """
@@ -71,7 +72,7 @@ class Settings:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     decay: float = 0.0
     clip: float | None = 1.0
-    regulariser: Regulariser | None = None
+    rules: Sequence[Regulariser] = ()
     accumulation: int = 1
     keys: str = "train.lr"
 
@@ -145,8 +146,7 @@ def train(
     ranges = _trained(model, settings, scope)
     if not ranges:
         raise TrainingError("the plan trains no tensor", where=where, mend="Check federation.policy and personal.")
-    pull = settings.regulariser
-    received = model.values.clone() if pull else model.values
+    received = model.values.clone() if settings.rules else model.values
     optimiser = _optimiser(model, ranges, settings.decay)
     total, learnt = torch.zeros(1 + len(losses), len(streams)), torch.zeros(len(streams))
     sound = False  # whether the first step was taken from a loss that a model in use may have
@@ -160,10 +160,9 @@ def train(
             model.grads.zero_()
             found, predictions = _accumulate(model, streams, objective, losses, settings.accumulation)
             _require_finite(found[0].tolist(), settings, where, step, sound=sound)
-            if pull:
-                for part in ranges:
-                    span = (slice(None), slice(part.start, part.stop))
-                    pull(model.grads[span], model.values[span], received[span])
+            for rule, part in product(settings.rules, ranges):
+                span = (slice(None), slice(part.start, part.stop))
+                rule(model.grads[span], model.values[span], received[span])
             for grad in model.grads:
                 _clip(grad, ranges, settings, where, step, sound=sound)
             optimiser.step()

@@ -57,7 +57,7 @@ class Workbench:
             schedule=part.schedule,
             decay=part.weight_decay,
             clip=part.clip,
-            regulariser=registry.build("regulariser", "fedprox", {"mu": part.prox}) if part.prox else None,
+            rules=tuple(registry.build("regulariser", ref.name, ref.params) for ref in part.all_rules),
             accumulation=part.accumulation,
         )
 

@@ -21,16 +21,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from molehill import __version__, config
-from molehill.errors import ConfigError, DataError, ModelError
+from molehill import __version__
+from molehill.errors import ConfigError, ModelError
 from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
-from molehill.tasks.batches import Example
 from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.devices import window
-from molehill.tasks.schema import load_rows
-from molehill.tasks.task import make_task
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge import gates, tensors
 from molehill_edge import manifest as manifests
@@ -43,9 +40,9 @@ from molehill_export.graph import External, Graph, write_weights
 from molehill_export.insertion import Inserted
 from molehill_export.molora import choose_slots, gate_values, insert
 from molehill_export.routers import effective
+from molehill_export.rows import labelled
 from molehill_export.source import CLIENT, GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
-from molehill_simulation.data import deal
 
 GENAI, TOKENIZER_CONFIG = "genai_config.json", "tokenizer_config.json"
 _log = logging.getLogger(__name__)
@@ -190,7 +187,7 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
     runner = parity_of.Runner(folder / GRAPH, manifest)
     with source.gate(options.gates[0]) as model, _only(model, slots):
         ids = parity_of.calibration(source.tokenizer, manifest.task.max_length)
-        figures, golden = parity_of.compare(model, runner, ids, _labelled(source, options))
+        figures, golden = parity_of.compare(model, runner, ids, labelled(source, options.gates[0], options.rows, _ROWS))
     parity_of.require(figures, options.scheme, force=options.force)
     manifest.parity.CopyFrom(figures)
     manifest.golden.extend(golden)
@@ -345,26 +342,6 @@ def gate_file(gate: str) -> str:
     letters = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
     plain = _plain_name(letters, "gate").strip("-")[:40]
     return f"{plain}-{hashlib.sha256(gate.encode()).hexdigest()[:8]}"
-
-
-def _labelled(source: Source, options: Options) -> list[Example]:
-    """Labelled rows of the run, to measure on; none when it has none here."""
-    if options.rows is not None:
-        rows, _ = load_rows(config.Data(source=str(options.rows)), source.task)
-        return make_task(source.task, source.tokenizer).encode(rows)[:_ROWS]
-    if source.run is None or source.out is None or not (source.out / "clients").is_dir():
-        return []
-    try:
-        rows, _ = load_rows(source.run.data, source.task)
-    except DataError as error:
-        _log.warning("accuracy is not measured, since the rows of the run are not here: %s", error)
-        return []
-    owners = deal(source.run.data, rows, source.run.run.seed)
-    gate = options.gates[0]
-    chosen = [owner for owner in owners if source.client(gate) in {None, owner.name}]
-    task = make_task(source.task, source.tokenizer)
-    each = max(1, _ROWS // len(chosen))
-    return [example for owner in chosen for example in task.encode(owner.test)[:each]]
 
 
 @contextmanager

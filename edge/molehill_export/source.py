@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,8 +28,10 @@ from molehill.tasks.weights import Stored
 from molehill.wire.tree import Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
-from molehill_export.graph import Graph
 from molehill_server.events import read
+
+if TYPE_CHECKING:
+    from molehill_export.graph import Graph
 
 _log = logging.getLogger(__name__)
 

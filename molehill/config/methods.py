@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -44,6 +44,22 @@ class LossRef(MethodRef):
 def ref(name: str, **params: Any) -> Any:
     """A reference, as the default value of a key."""
     return MethodRef.model_validate({"name": name, **params})
+
+
+def distinct_names(refs: Sequence[MethodRef], why: str) -> None:
+    """Refuse a method that is named twice.
+
+    Args:
+        refs: The methods of one key.
+        why: What to say beside it.
+
+    Raises:
+        ValueError: One is.
+    """
+    names = [each.name for each in refs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]!r} is there twice; {why}")
 
 
 def axes_of(info: Any) -> Iterator[str]:

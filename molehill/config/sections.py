@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
-from molehill.config.methods import Axis, LossRef, MethodRef, ref
+from molehill.config.methods import Axis, LossRef, MethodRef, distinct_names, ref
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -190,7 +190,9 @@ class Train(Section):
         weight_decay: AdamW's decoupled decay of shared tensors.
         clip: Largest gradient norm; None for no limit.
         objective: Loss on the rows.
-        prox: FedProx pull to the received weights, mu / 2 * ||w - w_received||^2.
+        rules: What else acts on the gradients in every step of a round, in this order.
+        prox: Short for ``rules = [{ name = "fedprox", mu = prox }]``: a pull to the received weights, mu / 2 * ||w -
+            w_received||^2.
     """
 
     steps: int = Field(default=10, ge=1)
@@ -203,7 +205,18 @@ class Train(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float | None = Field(default=1.0, gt=0)
     objective: Annotated[MethodRef, Axis("objective")] = ref("sft")
+    rules: tuple[Annotated[MethodRef, Axis("regulariser")], ...] = ()
     prox: float = Field(default=0.0, ge=0)
+
+    @property
+    def all_rules(self) -> tuple[MethodRef, ...]:
+        """`rules`, and the one that `prox` stands for."""
+        return (*self.rules, *([ref("fedprox", mu=self.prox)] if self.prox else ()))
+
+    @model_validator(mode="after")
+    def _once_each(self) -> Train:
+        distinct_names(self.all_rules, "a pull counts once: in train.rules, or as train.prox")
+        return self
 
 
 class Federation(Section):
@@ -365,11 +378,21 @@ class Evaluate(Section):
 
     Attributes:
         baselines: Train the ``base`` (head only) and ``local`` (alone) models on every client as well.
+        probes: What is looked at while the personalised models read the held-out rows, added up over the clients; in
+            ``summary.json`` and the report. Each client's sums are told to the server, so there are none under
+            ``privacy``.
         batch_size: Rows per evaluation batch.
     """
 
     baselines: bool = True
+    probes: tuple[Annotated[MethodRef, Axis("diagnostic")], ...] = ()
     batch_size: int = Field(default=64, ge=1)
+
+    @field_validator("probes")
+    @classmethod
+    def _once_each(cls, probes: tuple[MethodRef, ...]) -> tuple[MethodRef, ...]:
+        distinct_names(probes, "one of each is enough")
+        return probes
 
 
 class Engine(Section):

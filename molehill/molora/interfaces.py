@@ -279,17 +279,34 @@ class InferenceStrategy(Protocol):
         ...
 
 
-class Diagnostic(Protocol):
-    """Looks at routes and adds up; states of several clients merge."""
+class Diagnostic(ABC):
+    """Looks at routes and adds up, so that what several clients have seen is the sum of what each has.
 
+    Attributes:
+        state: Sums by site, float64 on the CPU; of one site always of one `shape`.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def shape(self, experts: int) -> tuple[int, ...]:
+        """Shape of the sums of a site with so many routed experts."""
+
+    @abstractmethod
     def update(self, records: Sequence[RouteRecord]) -> None:
         """Take in the records of one forward pass."""
-        ...
+
+    @abstractmethod
+    def report(self) -> dict[str, float]:
+        """Return figures by ``site/figure``."""
+
+    def add(self, site: str, sums: Tensor) -> None:
+        """Add sums of a site, float64 on the CPU."""
+        known = self.state.get(site)
+        self.state[site] = sums.clone() if known is None else known + sums
 
     def merge(self, other: Diagnostic) -> None:
         """Add another client's state."""
-        ...
-
-    def report(self) -> dict[str, float]:
-        """Return named figures."""
-        ...
+        for site, sums in other.state.items():
+            self.add(site, sums)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from molehill import evidence
 from molehill.config import Config
 from molehill.errors import MessageError
+from molehill.molora.probes import require_fitting
 from molehill.plan import HUGE, ClientPlan, ClientReply, EvaluationReply
 from molehill.wire.clipping import norm
 from molehill.wire.message import Delta, decode_delta, digest, largest_delta
@@ -69,7 +71,7 @@ def parse_reply(text: str) -> ClientReply:
         raise MessageError(f"malformed reply, {_first(error)}") from None
 
 
-def parse_scores(text: str, client: str, kind: str, model: Layout) -> EvaluationReply:
+def parse_scores(text: str, client: str, kind: str, model: Layout, config: Config) -> EvaluationReply:
     """Read what a client answers when it is to be scored.
 
     Args:
@@ -77,10 +79,11 @@ def parse_scores(text: str, client: str, kind: str, model: Layout) -> Evaluation
         client: Who was asked.
         kind: For what, ``train.baseline`` or ``evaluate``.
         model: Layout of the shared model.
+        config: The run.
 
     Raises:
-        MessageError: It is malformed, of another client, of other stages than those that were asked for, or of experts
-            that the model does not have.
+        MessageError: It is malformed, of another client, of other stages or probes than those that were asked for, or
+            of experts that the model does not have.
     """
     try:
         reply = EvaluationReply.model_validate_json(text)
@@ -93,6 +96,8 @@ def parse_scores(text: str, client: str, kind: str, model: Layout) -> Evaluation
     foreign = reply.tokens.keys() - {key.expert for key in model}
     if foreign:
         raise MessageError(f"it counts tokens for the foreign expert {min(foreign)!r:.80}")
+    asked = config.evaluate.probes if kind == "evaluate" and evidence.probed(config) else ()
+    require_fitting(reply.probes, asked, model)
     return reply
 
 

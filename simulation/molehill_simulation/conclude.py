@@ -7,6 +7,7 @@ from pathlib import Path
 
 from molehill import files
 from molehill.config import Config
+from molehill.molora import probes
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import BaseInfo, place
@@ -14,7 +15,7 @@ from molehill.wire.store import load_tree
 from molehill_server.broadcast import tree_patches
 from molehill_server.events import read
 from molehill_simulation.report import write_report
-from molehill_simulation.summary import BaseModelInfo, Summary, summarise
+from molehill_simulation.summary import BaseModelInfo, Summary, evaluations_of, summarise
 
 
 def conclude(
@@ -65,7 +66,10 @@ def _conclude(
     )
     save_adapter(out / "adapter", model, manifest, place(config.base))
     info = BaseModelInfo(id=base.id, revision=base.revision, digest=base.digest, remarks=model.remarks)
-    summary = summarise(read(out / "metrics.jsonl"), info, config.digest, config.task.kind, classes, lengths)
+    events = read(out / "metrics.jsonl")
+    clients = [evaluation["probes"] for evaluation in evaluations_of(events).values()]
+    looked = probes.merged(config.evaluate.probes, clients, model.layout)
+    summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked)
     files.write(out / "summary.json", summary.to_json().encode())
     write_report(out)
     return summary

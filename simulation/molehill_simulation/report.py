@@ -134,6 +134,7 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
         "loss": line_plot(numbers, {**curves, _MEAN: mean}, {**styles, _MEAN: "line-mean"}),
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "heat": _heat(events),
+        "probes": {name: by_site(figures) for name, figures in (summary.probes if summary else {}).items()},
         "refused": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e["quarantined"])],
         "unusable": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e.get("unusable", {}))],
         "norms": _norms(rounds, styles),
@@ -236,6 +237,14 @@ def _name(ref: Any) -> str:
 def _by_name(table: Mapping[str, T]) -> list[tuple[str, T]]:
     """The entries of a table by client, in the order in which people count."""
     return sorted(table.items(), key=lambda item: natural(item[0]))
+
+
+def by_site(figures: Mapping[str, float]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Figures by ``site/figure`` as a table: the names of its columns, and the rows by site."""
+    parts = {name: name.partition("/") for name in figures}
+    columns = list(dict.fromkeys(figure for _, _, figure in parts.values()))
+    sites = dict.fromkeys(site for site, _, _ in parts.values())
+    return columns, [(site, [figures.get(f"{site}/{figure}") for figure in columns]) for site in sites]
 
 
 def _heat(events: Sequence[Event]) -> dict[str, Any] | None:

@@ -117,6 +117,7 @@ class Summary(BaseModel):
         classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
             deployment, or have no classes.
         lengths: How many tokens the rows have before they are cut, in words; empty where the rows are not here.
+        probes: Figures of ``evaluate.probes`` over the held-out rows of all clients, by name and ``site/figure``.
         rounds: Rounds completed.
         seconds: Wall time of the run; of a resumed run at least that of all its rounds.
         bytes_up: Encoded deltas, all clients and rounds.
@@ -136,6 +137,7 @@ class Summary(BaseModel):
     macro_f1: Spread | None = None
     classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
     lengths: str = ""
+    probes: dict[str, dict[str, float]] = Field(default_factory=dict)
     rounds: int
     seconds: float
     bytes_up: int
@@ -193,10 +195,10 @@ def evaluations_of(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
     merged: dict[str, dict[str, Any]] = {}
     for event in events:
         if event["event"] == "evaluation":
-            known = merged.setdefault(event["client"], {"stages": {}, "tokens": {}})
+            known = merged.setdefault(event["client"], {"stages": {}, "tokens": {}, "probes": {}})
             stages = {**known["stages"], **event["stages"]}
-            tokens = event.get("tokens") or known["tokens"]
-            merged[event["client"]] = {**event, "stages": stages, "tokens": tokens}
+            latest = {key: event.get(key) or known[key] for key in ("tokens", "probes")}
+            merged[event["client"]] = {**event, "stages": stages, **latest}
     return dict(sorted(merged.items(), key=lambda item: natural(item[0])))
 
 
@@ -207,6 +209,7 @@ def summarise(
     task: Literal["classification", "causal-lm"] = "classification",
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
+    probes: Mapping[str, dict[str, float]] | None = None,
 ) -> Summary:
     """Build the summary of a run.
 
@@ -217,6 +220,7 @@ def summarise(
         task: What is learnt.
         classes: Rows of every class to train on and held out, by client, where they are known.
         lengths: How many tokens the rows have, where they are known.
+        probes: Figures of the run's probes.
 
     Returns:
         The summary.
@@ -250,6 +254,7 @@ def summarise(
         macro_f1=Spread(mean=_over(f1, _mean), worst=_over(f1, min)) if f1 else None,
         classes={client: dict(counts) for client, counts in (classes or {}).items()},
         lengths=lengths,
+        probes=dict(probes or {}),
         rounds=len(rounds),
         seconds=max([*ends, sum(event["seconds"] for event in rounds)]),
         bytes_up=sum(event["bytes_up"] for event in rounds),

@@ -87,7 +87,7 @@ def test_frozen_tensors_keep_every_bit(kind):
         return "frozen" if kind in {key.kind, key.expert} else "shared"
 
     base = {name: value.clone() for name, value in model.base.state_dict().items() if "bank" not in name}
-    fit(model, batches("bert"), scope=scope, decay=0.1, regulariser=pull(0.1))
+    fit(model, batches("bert"), scope=scope, decay=0.1, rules=[pull(0.1)])
     after = model.tree()
     for key in before:
         assert (before[key] == after[key]).all() == (scope(key) == "frozen"), key
@@ -143,15 +143,16 @@ def test_a_strong_pull_keeps_the_model_where_it_started():
     for mu in (0.0, 1.0, 1e6):
         model = model_of()
         start = model.flat.clone()
-        fit(model, batches("bert"), steps=40, regulariser=pull(mu), clip=None)
+        fit(model, batches("bert"), steps=40, rules=[pull(mu)], clip=None)
         moved[mu] = float((model.flat - start).norm())
     assert moved[0.0] > moved[1.0] > moved[1e6]
     assert moved[1e6] < 0.2 * moved[0.0]
 
 
-def test_fedprox_is_a_method_with_its_paper_that_train_prox_builds(house):
-    assert house(train={"prox": 0.3}).bench.settings().regulariser.mu == 0.3
-    assert house("without").bench.settings().regulariser is None
+def test_fedprox_is_a_method_with_its_paper_that_train_rules_and_its_short_form_build(house):
+    assert house("without").bench.settings().rules == ()
+    for number, given in enumerate(({"prox": 0.3}, {"rules": [{"name": "fedprox", "mu": 0.3}]})):
+        assert [rule.mu for rule in house(str(number), train=given).bench.settings().rules] == [0.3]
     method = registry.get("regulariser", "fedprox")
     assert method.target is FedProx
     assert method.url == "https://arxiv.org/abs/1812.06127"
@@ -164,7 +165,7 @@ def test_the_pull_is_the_gradient_of_half_the_squared_distance():
     near = model.flat.clone()
     again = model_of()
     fit(
-        again, batches("bert", 1), steps=2, clip=None, regulariser=pull(0.7)
+        again, batches("bert", 1), steps=2, clip=None, rules=[pull(0.7)]
     )  # the first step starts from the anchor itself
     at = batches("bert", 1)[0]
     probe = model_of()

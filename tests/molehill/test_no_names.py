@@ -34,7 +34,6 @@ REASONS = {
     "a section of the configuration": {"simulation/molehill_simulation/report.py": "molora"},
     "peft's word for no biases": {"molehill/molora/peft_folder.py": "none"},
     "what a PEFT folder of a LoRA is": {"molehill/molora/adapter.py": "lora"},
-    "what `train.prox` is short for": {"client/molehill_client/workbench.py": "fedprox"},
     "what selectors declare that a draw is counted as": {
         "molehill/secure/company.py": "poisson",
         "server/molehill_server/check/draw.py": "poisson",

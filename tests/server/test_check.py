@@ -240,6 +240,21 @@ def test_secure_aggregation_goes_with_differential_privacy():
     assert refusals(privacy=private, federation={"preset": "ffa"}, round={"norm_bound": None}) == []
 
 
+@pytest.mark.parametrize(
+    ("privacy", "key"),
+    [
+        (SECURE, "privacy.secure_aggregation"),
+        ({"clip": 0.5, "noise": 4.0, "epsilon": 30.0, "delta": 1e-5}, "privacy.clip"),
+    ],
+)
+def test_probes_are_refused_where_the_server_may_learn_nothing_of_one_client(privacy, key):
+    (conflict,) = [each for each in refusals(privacy=privacy, evaluate={"probes": ["load"]}) if key in each.keys]
+    assert conflict.keys == ("evaluate.probes", key)
+    assert "every client tells the server" in conflict.why
+    assert_real(conflict.keys)
+    assert refusals(evaluate={"probes": ["load"]}) == []
+
+
 def test_a_cap_on_examples_needs_something_to_be_private():
     config(privacy={**SECURE, "max_examples": 10})
     with pytest.raises(ConfigError, match="clip, noise, epsilon, delta as well"):

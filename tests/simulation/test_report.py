@@ -121,7 +121,7 @@ def test_summary_has_the_promised_shape_and_figures():
     events = make_events(CLIENTS)
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
-        "task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "rounds", "seconds", "bytes_up",
+        "task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "probes", "rounds", "seconds", "bytes_up",
         "bytes_down", "base_model", "config_digest", "unscored", "anew",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {

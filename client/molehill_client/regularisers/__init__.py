@@ -1,1 +1,1 @@
-"""Regularisers: what holds local training near the weights a client received; ``train.prox`` sets the one there is."""
+"""What acts on the gradients of local training beside the objective, named in ``train.rules``."""

@@ -16,7 +16,7 @@ class FedProxParams:
     """Parameters of FedProx.
 
     Attributes:
-        mu: Strength of the pull; ``train.prox``.
+        mu: Strength of the pull; ``train.prox`` is short for it.
     """
 
     mu: Annotated[float, Field(ge=0)] = 0.01

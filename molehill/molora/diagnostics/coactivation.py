@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from molehill.molora.interfaces import Diagnostic, RouteRecord
 from molehill.molora.records import stacks
@@ -19,15 +18,16 @@ from molehill.registry import register
     url="https://arxiv.org/abs/2406.18219",
     seeds=("S105",),
 )
-class Coactivation:
+class Coactivation(Diagnostic):
     """How often two experts are chosen for the same token.
 
     Attributes:
         state: Tokens by site, ``[E, E]`` float64: how many chose both; the diagonal counts every expert alone.
     """
 
-    def __init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
+    def shape(self, experts: int) -> tuple[int, ...]:
+        """Return ``(experts, experts)``."""
+        return (experts, experts)
 
     @torch.no_grad()
     def update(self, records: Sequence[RouteRecord]) -> None:
@@ -36,13 +36,7 @@ class Coactivation:
             counts = stack.counts.expand(len(stack.sites), -1, -1)
             both = torch.einsum("rbti,rbtj,rbt->rij", stack.selected, stack.selected, counts)
             for site, pairs in zip(stack.sites, both.to("cpu", torch.float64), strict=True):
-                self._add(site.name, pairs)
-
-    def merge(self, other: Diagnostic) -> None:
-        """Add another client's state."""
-        assert isinstance(other, Coactivation)
-        for site, pairs in other.state.items():
-            self._add(site, pairs)
+                self.add(site.name, pairs)
 
     def report(self) -> dict[str, float]:
         """Return by ``site/eI/eJ`` the tokens that chose both over the tokens that chose either, 0 to 1."""
@@ -54,7 +48,3 @@ class Coactivation:
                     either = float(alone[i] + alone[j] - pairs[i, j])
                     figures[f"{site}/e{i}/e{j}"] = float(pairs[i, j]) / either if either else 0.0
         return figures
-
-    def _add(self, site: str, pairs: Tensor) -> None:
-        known = self.state.get(site)
-        self.state[site] = pairs.clone() if known is None else known + pairs

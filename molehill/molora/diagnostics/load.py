@@ -18,17 +18,18 @@ from molehill.registry import register
     "load",
     paper="Shazeer et al. 2017, Outrageously Large Neural Networks; violation: Wang et al. 2024, Loss-Free Balancing",
     url="https://arxiv.org/abs/2408.15664",
-    seeds=("S71", "S105"),
+    seeds=("S105",),
 )
-class Load:
+class Load(Diagnostic):
     """Tokens per expert, by gate mass and by choice, entropy of the router, and how uneven the choice is.
 
     Attributes:
         state: Sums by site, ``[2E + 2]`` float64: gate mass, choices, entropy in nats, tokens.
     """
 
-    def __init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
+    def shape(self, experts: int) -> tuple[int, ...]:
+        """Return ``(2 * experts + 2,)``."""
+        return (2 * experts + 2,)
 
     @torch.no_grad()
     def update(self, records: Sequence[RouteRecord]) -> None:
@@ -40,13 +41,7 @@ class Load:
                 [stack.sum(stack.weights), stack.sum(stack.selected), entropy[:, None], tokens[:, None]], dim=1
             )
             for site, row in zip(stack.sites, sums.to("cpu", torch.float64), strict=True):
-                self._add(site.name, row)
-
-    def merge(self, other: Diagnostic) -> None:
-        """Add another client's state."""
-        assert isinstance(other, Load)
-        for site, row in other.state.items():
-            self._add(site, row)
+                self.add(site.name, row)
 
     def tokens(self) -> dict[tuple[str, str], float]:
         """Return tokens routed by gate mass, by (site, expert id)."""
@@ -72,10 +67,6 @@ class Load:
             figures[f"{site}/entropy"] = float(row[-2]) / tokens
             figures[f"{site}/violation"] = float(chosen.max() / chosen.mean().clamp_min(1e-12)) - 1
         return figures
-
-    def _add(self, site: str, row: Tensor) -> None:
-        known = self.state.get(site)
-        self.state[site] = row.clone() if known is None else known + row
 
 
 def _experts(row: Tensor) -> int:

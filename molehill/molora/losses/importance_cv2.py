@@ -17,7 +17,6 @@ from molehill.registry import register
     "importance_cv2",
     paper="Shazeer et al. 2017, Outrageously Large Neural Networks",
     url="https://arxiv.org/abs/1701.06538",
-    seeds=("S28",),
 )
 class ImportanceCV2:
     """Squared coefficient of variation of the experts' gate mass; 0 when all carry the same."""

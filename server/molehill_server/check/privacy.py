@@ -1,9 +1,10 @@
-"""Rules about differential privacy: what may reach the model."""
+"""Rules about privacy: what may reach the model, and what the server may be told."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from molehill import evidence
 from molehill.config import Config
 from molehill_server.check.conflict import Conflict, Rule, both_shared, build, sends_nothing
 from molehill_server.planning.planner import shares
@@ -55,4 +56,16 @@ def _privacy(config: Config) -> Iterator[Conflict]:
         )
 
 
-RULES: tuple[Rule, ...] = (_privacy,)
+def _probes(config: Config) -> Iterator[Conflict]:
+    """What probes add up is told client by client, and nothing hides it."""
+    if config.evaluate.probes and not evidence.probed(config):
+        key = "privacy.secure_aggregation" if config.privacy.secure_aggregation else "privacy.clip"
+        yield Conflict(
+            "refuse",
+            ("evaluate.probes", key),
+            "every client tells the server what probes add up over its held-out rows, in no masked sum and without "
+            "noise; leave the probes out, and look with `molehill probe` on a machine that has rows",
+        )
+
+
+RULES: tuple[Rule, ...] = (_privacy, _probes)

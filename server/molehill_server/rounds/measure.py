@@ -56,6 +56,7 @@ class Measuring:
                 unlearnt=hello.unlearnt,
                 stages={stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()},
                 tokens=parts[-1].tokens if parts else {},
+                probes=parts[-1].probes if parts else {},
             )
         if len(failed) == len(nodes):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in {**absent, **failed}.items())
@@ -96,7 +97,7 @@ class Measuring:
         collection = self._post.send(kind, plans, nodes, group, self._post.patience(len(plans)))
         for done, (client, reply) in enumerate(collection, start=1):
             try:
-                answer = parse_scores(text_of(reply), client, kind, self._record.layout)
+                answer = parse_scores(text_of(reply), client, kind, self._record.layout, self._config)
             except MessageError as error:
                 failed[client] = error.what
             else:

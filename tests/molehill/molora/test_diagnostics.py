@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from molehill import registry
+from molehill.molora.inference.greedy import Greedy
 from molehill.molora.interfaces import Route, Site
 
 
@@ -106,5 +107,5 @@ def test_greedy_reads_the_last_real_token_on_either_side_of_padding(side):
     ids, mask = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
     if side == "left":
         ids[1], mask[1] = ids[1].flip(0), mask[1].flip(0)
-    logits = registry.build("inference", "greedy").step(_Toy(), ids, mask)
+    logits = Greedy().step(_Toy(), ids, mask)
     assert logits.argmax(-1).tolist() == [4, 5]

@@ -20,7 +20,6 @@ AXES = (
     "allocation",
     "init",
     "diagnostic",
-    "inference",
     "preset",
 )
 METHODS = [(axis, method.name) for axis in AXES for method in registry.methods(axis)]
@@ -150,8 +149,3 @@ def test_inits(name):
     init(A, B, torch.Generator().manual_seed(0))
     assert init.frozen <= {"A", "B"}
     assert float((B @ A).abs().max()) == 0
-
-
-@pytest.mark.parametrize("name", _of("inference"))
-def test_inference(name):
-    assert registry.build("inference", name).export in {"graph_input", "two_pass", "host_only"}

@@ -10,9 +10,7 @@ from molehill_server.aggregation.shares import shares
 from molehill_server.records import Global, Update
 
 
-@register(
-    "rule", "mean", paper="McMahan et al. 2017, FedAvg", url="https://arxiv.org/abs/1602.05629", seeds=("S127", "S152")
-)
+@register("rule", "mean", paper="McMahan et al. 2017, FedAvg", url="https://arxiv.org/abs/1602.05629", seeds=("S127",))
 class Mean(WeightRule):
     """Weights by examples, per expert times the fraction of the client's tokens routed to it.
 
