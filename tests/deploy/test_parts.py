@@ -250,6 +250,7 @@ def test_children_end_with_a_supervisor_that_is_killed(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         assert parent.stdout.readline() == b"up\n"
+        until(lambda: marked(tmp_path))  # before it is the program, nothing ties it to its parent
         parent.kill()
     until(lambda: not marked(tmp_path))
 
