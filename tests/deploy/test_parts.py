@@ -294,7 +294,7 @@ def cmdline(pid):
     return b""
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
