@@ -222,8 +222,8 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     summary = json.loads(resumed.stdout)
     assert summary == json.loads((out / "summary.json").read_text())
     assert list(summary) == [
-        *("task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "rounds", "seconds", "bytes_up"),
-        *("bytes_down", "base_model", "config_digest", "unscored", "anew"),
+        *("task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "probes", "rounds", "seconds"),
+        *("bytes_up", "bytes_down", "base_model", "config_digest", "unscored", "anew"),
     ]
     assert summary["rounds"] == 8
     assert set(summary["mean"]) == set(summary["worst"]) == FIGURES
