@@ -167,11 +167,12 @@ def _withdraw(package: str, known: set[tuple[str, str]]) -> None:
 
 
 def methods(axis: str | None = None) -> Iterator[Method]:
-    """Yield the registered methods of one axis, or of all, sorted by axis and name."""
-    for each in [axis] if axis else axes():
+    """Yield the registered methods of one axis, or of all that are declared, sorted by axis and name."""
+    wanted = [axis] if axis else axes()
+    for each in wanted:
         load(each)
     for key in sorted(_registry.methods):
-        if axis is None or key[0] == axis:
+        if key[0] in wanted:
             yield _registry.methods[key]
 
 

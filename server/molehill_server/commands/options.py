@@ -8,6 +8,6 @@ from typing import Annotated
 import typer
 
 State = Annotated[
-    Path, typer.Option("--state", envvar="MOLEHILLSTATE_DIR", help="Folder for what must survive a restart.")
+    Path, typer.Option("--state", envvar="MOLEHILL_STATE_DIR", help="Folder for what must survive a restart.")
 ]
 STATE = Path("coordinator")
