@@ -22,7 +22,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """
     try:
         with safe_open(path, "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  (not a mapping)
     except OSError as error:
         raise BundleError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     except (SafetensorError, TypeError, ValueError) as error:

@@ -201,8 +201,8 @@ def _traced_decoder(base: PreTrainedModel, sites: Sequence[str]) -> Graph:
 
 def _built(folder: Path, origin: str, sites: Sequence[str], work: Path) -> Graph:
     """Let onnxruntime-genai build the graph: grouped-query attention, fused norms, no tracing."""
-    import onnx  # noqa: PLC0415
-    from onnxruntime_genai.models import builder  # noqa: PLC0415
+    import onnx  # noqa: PLC0415  (only decoders that are built need it)
+    from onnxruntime_genai.models import builder  # noqa: PLC0415  (the same, and it takes seconds)
 
     fused = not any(name.endswith((".q_proj", ".k_proj", ".v_proj")) for name in sites)
     options = [f"fuse_qkv={str(fused).lower()}"]

@@ -133,7 +133,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
+def _sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001  (the parameters of what it stands for)
     """A stable sort, which torch's exporter lacks: equal values keep their order in TopK too."""
     size = cast("Any", op).Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
