@@ -6,7 +6,9 @@ starts from what the client had before it.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from molehill_client.secret import KeyFile, KeySource, damaged, seal, unseal
 
 _KEEP = 3  # rounds
 _STATE, _MASKING, _INSTANCE = "state", "masking.sealed", "instance"
+_PLAIN = re.compile(rb"[0-9a-f]{16}")
 _LENGTH = struct.Struct("<Q")
 
 
@@ -118,7 +121,8 @@ class StateStore:
             for number in self.rounds():
                 self._at(number).unlink(missing_ok=True)
         if self._instance:
-            files.write(self.folder / _INSTANCE, self._instance.encode(), mode=files.PRIVATE)
+            note = f"{self._instance} {_checked(self._instance.encode())}"
+            files.write(self.folder / _INSTANCE, note.encode(), mode=files.PRIVATE)
         parts = [*map(pack_tree, (state.tree, state.memory, state.owed)), json.dumps(state.held).encode()]
         data = b"".join(_LENGTH.pack(len(part)) + part for part in parts)
         files.write(self._at(round_), seal(data, self._label_of(round_), key), mode=files.PRIVATE)
@@ -155,15 +159,30 @@ class StateStore:
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _foreign(self) -> bool:
-        """Whether the states that are there are of another run of this name."""
+        """Whether the states that are there are of another run of this name, as their note says.
+
+        Raises:
+            ResumeError: The note is damaged.
+        """
         note = self.folder / _INSTANCE
-        return bool(self._instance) and note.exists() and note.read_bytes() != self._instance.encode()
+        if not self._instance or not note.exists():
+            return False
+        known, _, check = note.read_bytes().partition(b" ")
+        older = not check and _PLAIN.fullmatch(known)  # versions that wrote no check
+        if not older and check.decode(errors="replace") != _checked(known):
+            mend = "Restore it, or remove it if the states beside it are of the run that goes on."
+            raise ResumeError("the note that says of which run the states are is damaged", where=str(note), mend=mend)
+        return known != self._instance.encode()
 
     def _at(self, number: int) -> Path:
         return self.folder / f"round-{number:06d}.sealed"
 
     def _label_of(self, number: int) -> dict[str, str]:
         return {**self._label, "round": str(number), "file": _STATE}
+
+
+def _checked(instance: bytes) -> str:
+    return hashlib.sha256(instance).hexdigest()[:16]
 
 
 def _parts(data: bytes, count: int) -> list[bytes]:

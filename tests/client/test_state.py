@@ -226,6 +226,26 @@ def test_the_state_of_an_older_run_of_the_same_name_is_not_gone_on_from(store, t
     assert run("new").load_secret() == b"which rounds were unmasked"
 
 
+def test_a_damaged_note_of_the_run_loses_nothing(tmp_path):
+    def run(instance):
+        return StateStore(tmp_path / "client-1", "run", "b" * 64, instance=instance)
+
+    first = "0123456789abcdef"
+    run(first).save(1, state(1))
+    note = tmp_path / "client-1" / "instance"
+    whole = note.read_bytes()
+    for spot in range(len(whole)):
+        note.write_bytes(whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :])
+        with pytest.raises(ResumeError, match="the note that says of which run the states are is damaged"):
+            run(first).before(2)
+        with pytest.raises(ResumeError, match="is damaged"):
+            run(first).save(2, state(2))
+    assert run(first).rounds() == [1]
+    note.write_bytes(first.encode())  # as older versions wrote it
+    assert run(first).before(2).round == 1
+    assert run("f" * 16).before(2).round == 0
+
+
 def test_a_newer_format_says_so(store, tmp_path):
     store().save(1, state(1))
     path = tmp_path / "client-1" / "round-000001.sealed"

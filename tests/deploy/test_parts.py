@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 import molehill
 from molehill import files, locks, loopback, supervise
 from molehill.cli import app as cli
-from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError
+from molehill.errors import ConfigError, DeployError, IdentityError, MessageError, MolehillError, ResumeError
 from molehill.gateway import Gateway, listen, serving
 from molehill.pki import Authority, Certificate, Door, Identity, install, request
 from molehill.tasks.rows import GROUP, Rows
@@ -46,7 +46,7 @@ from molehill_client.deploy.post import Post
 from molehill_client.deploy.trainer import Introduction, Trainer, held_out
 from molehill_server.deploy import door
 from molehill_server.deploy.office import Job, Office
-from molehill_server.deploy.run import _tail
+from molehill_server.deploy.run import _initial, _tail
 from molehill_server.deploy.up import Running, _Supervisor
 
 # ---- the office ---------------------------------------------------------------------------------------------------
@@ -241,6 +241,13 @@ def test_a_child_that_the_system_refuses_is_no_traceback(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent died")
+def test_a_run_that_has_begun_gets_no_new_start(tmp_path):
+    """Its machines would take it for another run of the name and give up what they kept."""
+    (tmp_path / "checkpoints" / "round-00001").mkdir(parents=True)
+    with pytest.raises(ResumeError, match=r"initial\.safetensors: it is gone, and the run has begun from it"):
+        _initial(None, tmp_path)
+
+
 def test_children_end_with_a_supervisor_that_is_killed(tmp_path):
     code = (
         "import asyncio, sys; from pathlib import Path; from molehill import supervise\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 from molehill import __version__, errors, files, locks
 from molehill.config import Config
-from molehill.errors import ConfigError, DeployError
+from molehill.errors import ConfigError, DeployError, ResumeError
 from molehill.supervise import complaint, works
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.wire.store import load_tree, save_tree
@@ -247,10 +247,14 @@ def _initial(adapted: Adapted, out: Path) -> str:
         What tells this run from others of its name.
 
     Raises:
-        ResumeError: It belongs to another one.
+        ResumeError: It belongs to another one, or is gone from a run that has begun: machines would take a new one for
+            that of another run, and give up what they kept.
     """
     path = out / "initial.safetensors"
     if not path.exists():
+        if any((out / "checkpoints").glob("round-*")):
+            mend = "Restore it from a copy, or begin a new run in another --out."
+            raise ResumeError("it is gone, and the run has begun from it", where=str(path), mend=mend)
         initial = adapted.model.tree(lambda key: not key.residual)
         save_tree(path, initial, {"base": adapted.base.digest, "instance": secrets.token_hex(8)})
     _, meta = load_tree(path)
