@@ -79,8 +79,8 @@ class Share(Section):
     """What may leave the machine.
 
     Attributes:
-        tensors: Kinds of tensors whose changes may be sent: ``A`` and ``B`` of experts, ``dense`` for vectors, ``gate``
-            for routers, ``head`` for the classification head.
+        tensors: Kinds of tensors whose changes may be sent: ``A`` and ``B`` of experts, ``dense`` for the
+            tensors of experts of any other kind, ``gate`` for routers, ``head`` for the classification head.
         codecs: How they may be encoded.
         tell: Kinds of evidence that may be told beside them.
     """

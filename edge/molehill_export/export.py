@@ -169,6 +169,8 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
         inserted = insert(graph, model, source.adapter.molora.scorer, slots, options.scheme)
         graph.drop_unused()
         manifest.sites.extend(inserted.sites)
+        if inserted.sites and all(site.form == pb.TENSORS for site in inserted.sites):
+            manifest.quantisation.experts = "fp32"  # only low-rank ones are rounded
         manifest.routers.extend(inserted.routers)
         manifest.gate.extend(inserted.gate)
         manifest.layout = layout_digest(manifest)

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from molehill import files, registry
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import AdapterError, MessageError
-from molehill.molora.banks import PairBank
+from molehill.molora.banks import Bank, PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import (
     CONFIG,
@@ -179,8 +179,9 @@ def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
     values: dict[Key, Array] = {}
     patches: dict[tuple[str, str], tuple[Array, Array]] = {}
     for expert in model.experts:
-        for name, tensors in _of_model(folder, model, expert).items():
-            bank, _ = model.banks_of(expert)[name]
+        where = model.banks_of(expert)
+        for name, tensors in _of_expert(folder, where, expert).items():
+            bank, _ = where[name]
             if isinstance(bank, PairBank):
                 rank = manifest.ranks.get(expert, {}).get(name, len(tensors["A"]))
                 if len(tensors["A"]) > rank:
@@ -277,10 +278,10 @@ def _read_expert(folder: Path) -> dict[str, dict[str, Array]]:
     return found
 
 
-def _of_model(folder: Path, model: MoLoRAModel, expert: str) -> dict[str, dict[str, Array]]:
-    """An expert's tensors, which are those that the model wants of it."""
+def _of_expert(folder: Path, where: Mapping[str, tuple[Bank, int]], expert: str) -> dict[str, dict[str, Array]]:
+    """An expert's tensors, which are those that its banks want of it."""
     found = _read_expert(folder / "experts" / expert)
-    for name, (bank, index) in model.banks_of(expert).items():
+    for name, (bank, index) in where.items():
         if name not in found:
             raise AdapterError(f"expert {expert} has no tensors for {name}", where=str(folder), mend=_OTHER)
         wanted = {part.role for part in bank.parts() if part.expert == index}
@@ -288,7 +289,7 @@ def _of_model(folder: Path, model: MoLoRAModel, expert: str) -> dict[str, dict[s
             has, needs = (", ".join(sorted(roles)) for roles in (found[name], wanted))
             what = f"expert {expert} at {name} has {has}, its kind has {needs}"
             raise AdapterError(what, where=str(folder), mend=_OTHER)
-    strange = found.keys() - model.banks_of(expert).keys()
+    strange = found.keys() - where.keys()
     if strange:
         what = f"expert {expert} has tensors for {min(strange)}, which is no site of it"
         raise AdapterError(what, where=str(folder), mend=_OTHER)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from molehill import evidence
+from molehill import evidence, registry
 from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.molora.probes import require_fitting
@@ -39,14 +39,16 @@ class Limits:
     def from_config(cls, config: Config) -> Limits:
         """The limits of a run.
 
-        No gate weighs more than 1, so an expert cannot get more tokens in a round than there are in its batches.
+        No gate weighs more than its selector's bound, so an expert cannot get more tokens in a round than so many times
+        those of its batches.
         """
-        train = config.train
+        train, selector = config.train, config.molora.selector
+        bound = max(1.0, registry.build("selector", selector.name, selector.params).bound)  # 1 where it is always on
         rows = train.steps * train.accumulation * train.batch_size
         rounding = 1.01  # the mass is summed in float32
         clipped = None if config.privacy.clip is None else _TOLERANCE * config.privacy.clip
         bounds = [bound for bound in (config.round.fixed_bound, clipped) if bound is not None]
-        return cls(config.wire.max_bytes, min(bounds, default=None), rounding * rows * config.task.max_length)
+        return cls(config.wire.max_bytes, min(bounds, default=None), rounding * bound * rows * config.task.max_length)
 
     def delta(self, model: Layout) -> int:
         """Most bytes of a delta of a model: what it takes as float32, and no more than the limit."""

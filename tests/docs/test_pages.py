@@ -58,6 +58,11 @@ def test_every_block_is_of_a_kind_that_is_run():
     }
 
 
+def test_the_first_page_leads_to_every_decision():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"docs/adr/{page.name}" in text for page in ROOT.glob("docs/adr/*.md"))
+
+
 @pytest.mark.parametrize("text", blocks("toml"))
 def test_configurations_in_pages_load(text, tmp_path):
     path = tmp_path / "page.toml"

@@ -189,6 +189,7 @@ def test_experts_of_another_kind_go_all_the_way(others, tmp_path):
     export(source, tmp_path / "whole", Options(scheme="int8", force=True))
     export(source, tmp_path / "part", Options(scheme="int8", experts=("e0", "e2"), spare=1, force=True))
     export_experts(source, tmp_path / "experts")
+    assert manifests.load(tmp_path / "whole")[0].quantisation.experts == "fp32"  # as they are stored
     with source.gate("global") as model:
         original = _logits(model, source.tokenizer, TEXTS[:1])
     with Bundle.open(tmp_path / "whole", trust=TRUST, threads=1) as bundle:

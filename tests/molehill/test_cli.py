@@ -395,3 +395,10 @@ def test_what_the_system_refuses_is_told_in_one_sentence(as_json, capsys):
     assert "out/summary.json" in (said.out if as_json else said.err)
     with pytest.raises(BrokenPipeError), explained(as_json):  # whoever read the output has gone
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_name_too_long_to_go_on_from_is_a_sentence(tmp_path, engine):
+    result = run("simulate", "--resume", "--out", tmp_path / ("x" * 300))
+    assert isinstance(result.exception, SystemExit)
+    assert "File name too long" in result.stderr
+    assert engine.calls == []

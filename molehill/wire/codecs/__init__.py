@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from molehill.wire.keys import Key
 from molehill.wire.tree import Array, Layout, Tree
 
 
-class Codec(Protocol):
+class Codec(ABC):
     """Turns the values of a tree into bytes; the names and shapes travel beside them.
 
     Attributes:
-        linear: Decoding what was encoded gives a linear function of the tree, so that sums of encoded trees mean
-            something (secure aggregation asks for it).
+        exact: What is decoded is what was encoded, bit for bit (secure aggregation asks for it).
         feedback: `encode` uses its ``memory``; callers of other codecs need not keep one.
     """
 
-    @property
-    def linear(self) -> bool: ...  # noqa: D102 - see the class
+    exact: bool = False
+    feedback: bool = False
 
-    @property
-    def feedback(self) -> bool: ...  # noqa: D102 - see the class
-
+    @abstractmethod
     def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:
         """Encode the values of ``tree`` in at most 4 bytes a number; a longer message is refused before it is read.
 
@@ -34,8 +31,8 @@ class Codec(Protocol):
         Raises:
             MessageError: A value is NaN or infinite, or too large for the codec.
         """
-        ...
 
+    @abstractmethod
     def decode(self, payload: bytes | memoryview, layout: Layout) -> Tree:
         """Decode what `encode` wrote for a tree of this layout.
 
@@ -44,4 +41,3 @@ class Codec(Protocol):
         Raises:
             MessageError: The payload is damaged or belongs to another layout.
         """
-        ...

@@ -8,6 +8,7 @@ import numpy as np
 
 from molehill.errors import MessageError
 from molehill.registry import register
+from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import pack, planes, unpack, unplanes
 from molehill.wire.tree import Array, Layout, Tree
@@ -25,12 +26,8 @@ class Bf16Params:
 
 
 @register("codec", "bf16", paper="house", params=Bf16Params)
-class Bf16:
+class Bf16(Codec):
     """bfloat16, rounded to nearest even: 16 bits per number, relative error at most 2^-8, the range of float32."""
-
-    linear = False
-    feedback = False
-    exact = False
 
     def __init__(self, params: Bf16Params) -> None:
         self.params = params

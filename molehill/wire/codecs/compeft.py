@@ -13,6 +13,7 @@ from pydantic import Field
 from molehill.errors import MessageError
 from molehill.registry import register
 from molehill.wire import positions
+from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import Segments, split_head
 from molehill.wire.tree import Array, Layout, Tree
@@ -49,7 +50,7 @@ class CompeftParams:
     seeds=("S26",),
     params=CompeftParams,
 )
-class Compeft:
+class Compeft(Codec):
     """Keep the largest numbers of the whole tree, send their signs and one scale per tensor.
 
     ``x ~ s sign(x)`` for the top ``density`` by magnitude, else 0. What is dropped stays in the memory and is sent
@@ -57,9 +58,7 @@ class Compeft:
     of what arrives approaches the sum of what was to be sent.
     """
 
-    linear = False
     feedback = True
-    exact = False
 
     def __init__(self, params: CompeftParams) -> None:
         self.params = params

@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 
 from molehill.registry import register
+from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import from_half, pack, planes, split_head, to_half, unpack, unplanes
 from molehill.wire.tree import Array, Layout, Tree
@@ -25,15 +26,11 @@ class Fp16Params:
 
 
 @register("codec", "fp16", paper="house", params=Fp16Params)
-class Fp16:
+class Fp16(Codec):
     """IEEE float16 of the tree times a power of two: 16 bits per number, relative error at most 2^-11.
 
     The power of two brings the largest value just under the end of the range, so a finite tree never overflows.
     """
-
-    linear = False
-    feedback = False
-    exact = False
 
     def __init__(self, params: Fp16Params) -> None:
         self.params = params

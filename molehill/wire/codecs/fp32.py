@@ -5,17 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from molehill.registry import register
+from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import require_length
 from molehill.wire.tree import Array, Layout, Tree
 
 
 @register("codec", "fp32", paper="house")
-class Fp32:
+class Fp32(Codec):
     """Little-endian float32, exact: 32 bits per number."""
 
-    linear = True
-    feedback = False
     exact = True
 
     def encode(self, tree: Tree, memory: dict[Key, Array] | None = None) -> bytes:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from molehill.registry import register
 from molehill.wire import integers
+from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import Segments
 from molehill.wire.tree import Array, Layout, Tree
@@ -34,12 +35,8 @@ class Int4Params:
     url="https://arxiv.org/abs/2212.09720",
     params=Int4Params,
 )
-class Int4:
+class Int4(Codec):
     """Symmetric 4-bit integers, one float16 scale per group: ``x ~ q s``, ``s = max|group| / 7``."""
-
-    linear = False
-    feedback = False
-    exact = False
 
     def __init__(self, params: Int4Params) -> None:
         self.params = params

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from molehill.registry import register
 from molehill.wire import integers
+from molehill.wire.codecs import Codec
 from molehill.wire.keys import Key
 from molehill.wire.packing import Segments
 from molehill.wire.tree import Array, Layout, Tree
@@ -29,12 +30,8 @@ class Int8Params:
     url="https://arxiv.org/abs/2208.07339",
     params=Int8Params,
 )
-class Int8:
+class Int8(Codec):
     """Symmetric 8-bit integers, one float16 scale per row (short ones joined): ``x ~ q s``, ``s = max|row| / 127``."""
-
-    linear = False
-    feedback = False
-    exact = False
 
     def __init__(self, params: Int8Params) -> None:
         self.params = params

@@ -1,4 +1,4 @@
-"""Protocols of the four parts of an aggregation, and what they hand to each other."""
+"""The interfaces of the four parts of an aggregation, and what they hand to each other."""
 
 from __future__ import annotations
 

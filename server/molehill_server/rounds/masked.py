@@ -26,7 +26,6 @@ from molehill_server.rounds.post import Post, text_of
 from molehill_server.rounds.record import Record
 from molehill_server.rounds.way import Done
 from molehill_server.transport import POLL, Patience, Transport
-from molehill_server.validation import Limits
 
 _ANSWER = 30.0  # seconds in which a node answers that has nothing to compute
 
@@ -65,7 +64,7 @@ class MaskedRound:
         self._record = record
         self._transport = transport
         self._grace = grace
-        self._max_bytes = Limits.from_config(config).max_bytes
+        self._max_bytes = config.wire.max_bytes
         self._mechanism = Mechanism.of(config.privacy)
         self._journal = Journal(out / "masked-sum")
 

@@ -45,18 +45,20 @@ def conduct(
     as_json: bool,
     command: Sequence[str],
     options: Sequence[str],
+    default: Path | None = None,
 ) -> None:
     """Run something in its folder, with progress, summary and the way to go on with it.
 
     Args:
         work: Takes the configuration, the run folder and who is told what happens, and returns what it came to.
-        config: TOML file; None for that of the run folder, with ``resume``.
+        config: TOML file; None for that of the run folder, with ``resume``, or the default.
         out: Run folder; None for one that bears the name of the run.
         overrides: ``KEY=VALUE``.
         resume: Go on with what is in the folder.
         as_json: Standard output is one JSON document.
         command: What was called.
         options: Its options beside ``--out`` and ``--resume``.
+        default: The configuration where neither is given.
 
     Raises:
         Exit: After Ctrl-C, or with the code of the error that was said.
@@ -66,13 +68,14 @@ def conduct(
         try:
             from molehill.config import load
 
-            if resume and config is None and out is not None and (out / "config.toml").is_file():
-                config = out / "config.toml"
+            if config is None:
+                own = out / "config.toml" if resume and out is not None else None
+                config = own if own is not None and own.is_file() else default
             if config is None:
                 raise ConfigError("there is no configuration", mend="Give a TOML file, or --resume with --out.")
             resolved = load(config, overrides or ())
             claimed = out or Path("runs") / resolved.run.name
-            claim(claimed, resume)
+            _claim(claimed, resume)
             folder = claimed
 
             with needs(EXTRA):
@@ -87,7 +90,7 @@ def conduct(
             ):
                 summary = work(resolved, folder, view)
         except KeyboardInterrupt:
-            interrupted(folder, command, options, as_json)
+            _interrupted(folder, command, options, as_json)
             raise typer.Exit(INTERRUPTED) from None
         if as_json:
             print_json(summary.model_dump(mode="json", by_alias=True))
@@ -96,7 +99,7 @@ def conduct(
             console.print(Text(f"Report: {folder / 'report.html'}"), soft_wrap=True)
 
 
-def interrupted(folder: Path | None, command: Sequence[str], options: Sequence[str], as_json: bool) -> None:
+def _interrupted(folder: Path | None, command: Sequence[str], options: Sequence[str], as_json: bool) -> None:
     """Say how to go on with a run that was stopped, if there is anything of it.
 
     Args:
@@ -114,7 +117,7 @@ def interrupted(folder: Path | None, command: Sequence[str], options: Sequence[s
         say(Text(f"{what}; resume with: {mend}" if mend else what))
 
 
-def claim(folder: Path, resume: bool) -> None:
+def _claim(folder: Path, resume: bool) -> None:
     """Refuse a run folder that holds something else, or nothing to resume, or that cannot be written."""
     try:
         used = folder.exists() and any(path.name != LOCK for path in folder.iterdir())

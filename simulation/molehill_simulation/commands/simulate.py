@@ -37,9 +37,8 @@ def simulate(
             from molehill_simulation.simulate import simulate as run
         return run(resolved, folder, engine=engine, observer=view)
 
-    there = resume and out is not None and (out / "config.toml").is_file()
     conduct(
-        work, config if config or there else _demo(), out, overrides, resume=resume, as_json=as_json,
+        work, config, out, overrides, resume=resume, as_json=as_json, default=_demo(),
         command=["molehill", "simulate"], options=[] if engine == "local" else ["--engine", engine],
     )  # fmt: skip
 
