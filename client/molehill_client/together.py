@@ -110,11 +110,12 @@ def share(
 
 
 def may_share(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> bool:
-    """Whether clients can train in the same passes: one workbench, one model that can be stacked, equal work."""
+    """Whether clients can train in the same passes: one workbench, what can be stacked, and equal work."""
     bench, plan = clients[0].bench, plans[0]
     same = (plan.round, plan.scopes, plan.steps)
     return (
         bench.model.stackable
+        and not bench.objective().alone
         and all(client.bench is bench and client.batch_size == clients[0].batch_size for client in clients)
         and all((own.round, own.scopes, own.steps) == same for own in plans)
         and not any(group.startswith("patch") for own in plans for group in own.blobs)

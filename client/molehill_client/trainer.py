@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 
 from molehill.errors import TrainingError
-from molehill.molora.forward import Forward
 from molehill.molora.interfaces import RoutingLoss
 from molehill.molora.model import MoLoRAModel
 from molehill.plan import Scope
 from molehill.tasks.batches import Batch, join
 from molehill.wire.keys import Key
+from molehill_client.interfaces import Objective, Regulariser
 
 _ABSURD = 64.0  # nats; to guess among all tokens of a large vocabulary costs 12
-Objective = Callable[[Forward], Tensor]
-Regulariser = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class UntrainableError(TrainingError):

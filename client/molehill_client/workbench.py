@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from molehill import registry
 from molehill.config import Config
@@ -14,6 +11,7 @@ from molehill.molora.model import MoLoRAModel
 from molehill.tasks.task import Task
 from molehill.wire.exchange import Exchange
 from molehill.wire.tree import Tree
+from molehill_client.interfaces import Objective
 from molehill_client.trainer import Rates, Settings
 
 
@@ -37,10 +35,10 @@ class Workbench:
     initial: Tree
     exchange: Exchange
 
-    def objective(self) -> Callable[..., Tensor]:
+    def objective(self) -> Objective:
         """The run's objective."""
         ref = self.config.train.objective
-        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]  # its callee is untyped
+        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]  # any method's type
 
     def losses(self) -> list[tuple[str, float, RoutingLoss]]:
         """The run's routing losses: name, coefficient, function."""

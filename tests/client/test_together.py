@@ -104,6 +104,13 @@ def test_what_cannot_be_stacked_says_so(house, sections):
         home.bench.model.stack(2)
 
 
+def test_an_objective_that_cannot_be_stacked_is_not_shared(one, monkeypatch):
+    clients, plans = [one.client(0), one.client(1)], [one.plan(0), one.plan(1)]
+    assert may_share(clients, plans)
+    monkeypatch.setattr(type(one.bench.objective()), "alone", True)
+    assert not may_share(clients, plans)
+
+
 def test_unequal_work_is_not_shared(one):
     clients, plan = [one.client(0), one.client(1)], one.plan(0)
     assert may_share(clients, [plan, one.plan(1)])

@@ -266,3 +266,12 @@ def test_a_cap_on_examples_needs_something_to_be_private():
 def test_a_threshold_is_two_thirds_or_more():
     with pytest.raises(ConfigError, match=r"privacy\.threshold"):
         config(privacy={**SECURE, "threshold": 0.66})
+
+
+def test_an_objective_that_trains_clients_one_by_one_is_told_where_that_undoes_a_setting(monkeypatch):
+    settings = config(engine={"together": 4})
+    assert check(settings) == []
+    monkeypatch.setattr(registry.get("objective", settings.train.objective.name).target, "alone", True)
+    (conflict,) = check(settings)
+    assert (conflict.verdict, conflict.keys) == ("warn", ("engine.together", "train.objective"))
+    assert check(config()) == []  # where it is left to us, nobody asked for it

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill.registry import register
+from molehill_client.interfaces import Objective
 from molehill_client.objectives.dft import DFT
 
 
@@ -31,7 +32,7 @@ class ASFTParams:
     seeds=("S166",),
     params=ASFTParams,
 )
-class ASFT:
+class ASFT(Objective):
     """``DFT + coef * mean KL(reference || model)``; the reference is the base with all adapters off."""
 
     def __init__(self, params: ASFTParams) -> None:

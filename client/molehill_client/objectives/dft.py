@@ -6,6 +6,7 @@ from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill.registry import register
+from molehill_client.interfaces import Objective
 from molehill_client.objectives.nll import nll
 
 
@@ -17,7 +18,7 @@ from molehill_client.objectives.nll import nll
     url="https://arxiv.org/abs/2508.05629",
     seeds=("S150",),
 )
-class DFT:
+class DFT(Objective):
     """``mean(sg(p(y)) * -log p(y))``; its gradient is p(y) times that of cross-entropy."""
 
     def __call__(self, forward: Forward) -> Tensor:

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill.registry import register
+from molehill_client.interfaces import Objective
 from molehill_client.objectives.nll import nll
 
 
 @register("objective", "sft", paper="house: plain cross-entropy")
-class SFT:
+class SFT(Objective):
     """Mean cross-entropy over predictions: classes of rows, or answer tokens."""
 
     def __call__(self, forward: Forward) -> Tensor:

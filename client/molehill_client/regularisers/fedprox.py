@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from molehill.registry import register
+from molehill_client.interfaces import Regulariser
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class FedProxParams:
     url="https://arxiv.org/abs/1812.06127",
     params=FedProxParams,
 )
-class FedProx:
+class FedProx(Regulariser):
     """A pull to the received weights, ``mu / 2 * ||w - w_received||^2``, beside any objective."""
 
     def __init__(self, params: FedProxParams) -> None:

@@ -129,6 +129,17 @@ def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
         )
 
 
+def _trains_alone(config: Config) -> Iterator[Conflict]:
+    objective, together = config.train.objective, config.engine.together
+    if declared("objective", objective, "alone") and together != "auto" and together > 1:
+        yield Conflict(
+            "warn",
+            ("engine.together", "train.objective"),
+            f"objective {objective.name!r} cannot be computed for several clients in the same passes, so each trains "
+            "by itself",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _split_gate,
     _restart_and_personal_gate,
@@ -136,4 +147,5 @@ RULES: tuple[Rule, ...] = (
     _mixed_parameters,
     _experts_of_one_shape,
     _nothing_to_learn,
+    _trains_alone,
 )

@@ -1,0 +1,32 @@
+"""What objectives and rules of training give, with what is true of most of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from molehill.molora.forward import Forward
+
+
+class Objective(ABC):
+    """The loss of one pass.
+
+    Attributes:
+        alone: It cannot be computed for several clients in the same passes, so each trains by itself.
+    """
+
+    alone: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, forward: Forward) -> Tensor:
+        """Return the mean over the predictions, in nats."""
+
+
+class Regulariser(ABC):
+    """What acts on the gradients of a step beside the objective."""
+
+    @abstractmethod
+    def __call__(self, grads: Tensor, values: Tensor, received: Tensor) -> None:
+        """Change ``grads`` in place, given what learns and what it was when the round began; all have one shape."""
