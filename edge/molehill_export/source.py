@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -242,7 +243,8 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
     if alone:
         load_peft(folder, model)
     else:
-        load_adapter(folder, model, base_digest=loaded.info.digest)
+        older = partial(loaded.stored.digest, settings=False)
+        load_adapter(folder, model, base_digest=loaded.info.digest, weights_digest=older)
     name = run.run.name if run is not None else path.resolve().name
     return Source(
         name, adapter, loaded.info, loaded.stored, loaded.limit, settings, task, model, loaded.tokenizer, run, out,

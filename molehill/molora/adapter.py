@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,14 +162,24 @@ def read_manifest(folder: Path) -> Manifest:
     return made
 
 
-def load_adapter(folder: Path, model: MoLoRAModel, *, base_digest: str) -> None:
+def load_adapter(
+    folder: Path, model: MoLoRAModel, *, base_digest: str, weights_digest: Callable[[], str] | None = None
+) -> None:
     """Load an adapter folder into a model that was built from its manifest.
+
+    Args:
+        folder: The adapter.
+        model: What it is loaded into.
+        base_digest: Of the model's base.
+        weights_digest: Gives the digest of that base without its settings, by which folders of format 1 know it; None
+            refuses those that do.
 
     Raises:
         AdapterError: A file is missing or damaged, the adapter belongs to another base, or shapes differ.
     """
     manifest = read_manifest(folder)
-    if manifest.base.get("digest") != base_digest:
+    said = manifest.base.get("digest")
+    if said != base_digest and (manifest.format != 1 or weights_digest is None or said != weights_digest()):
         raise AdapterError(
             f"adapter was trained on {manifest.base.get('id')} with weight digest "
             f"{manifest.base.get('digest', '')[:12]}, this base has {base_digest[:12]}",

@@ -96,8 +96,12 @@ class Stored:
                 (Path(name) / _INDEX).unlink(missing_ok=True)
             yield Path(name)
 
-    def digest(self) -> str:
-        """SHA-256 (hex) over the settings that shape the model and the tensors, in the order of their names."""
+    def digest(self, *, settings: bool = True) -> str:
+        """SHA-256 (hex) over the settings that shape the model and the tensors, in the order of their names.
+
+        Args:
+            settings: False leaves them out, as adapters of format 1 do.
+        """
         where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         for path in self.files:
             with path.open("rb") as stream:
@@ -105,7 +109,7 @@ class Stored:
                 header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             where.update({name: (path, 8 + length, entry) for name, entry in header.items()})
-        total = hashlib.sha256(json.dumps(_shaping(self.settings), sort_keys=True).encode())
+        total = hashlib.sha256(json.dumps(_shaping(self.settings), sort_keys=True).encode() if settings else b"")
         for name in sorted(where):
             path, start, entry = where[name]
             begin, end = entry["data_offsets"]

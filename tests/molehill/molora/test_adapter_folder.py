@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from tiny_models import adapted, shake
 
 from molehill import config
@@ -33,28 +32,6 @@ def test_a_folder_of_another_format_is_refused(tmp_path, version):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     with pytest.raises(AdapterError, match=f"its format is {version!r}, not 1 or 2"):
         read_manifest(tmp_path)
-
-
-MIXTURE = {"experts": 3, "rank": 2, "scorer": {"name": "mixture", "m": 2}}
-
-
-def test_a_folder_of_format_1_is_read(tmp_path):
-    """There the parts of a router that stay with a client had no name of their own."""
-    section = config.parse({"molora": MIXTURE}).molora
-    written = shake(adapted("bert", **MIXTURE))
-    manifest = Manifest(base={"id": "tiny", "digest": "d"}, task="classification", molora=section, ranks={})
-    save_adapter(tmp_path, written, manifest)
-    router, text = tmp_path / "router.safetensors", tmp_path / "molora.json"
-    tensors = load_file(router)
-    old = {name.replace("/gate.own.", "/gate."): value for name, value in tensors.items()}
-    assert old.keys() != tensors.keys()
-    save_file(old, router)
-    then = {"format": 1, "files": {}, "personal": {"gate": "mixture"}}
-    text.write_text(json.dumps(json.loads(text.read_text()) | then))
-    read = adapted("bert", **MIXTURE)
-    load_adapter(tmp_path, read, base_digest="d")
-    assert read.tree().layout == written.tree().layout
-    np.testing.assert_array_equal(read.tree().flat, written.tree().flat)
 
 
 def test_an_expert_that_peft_does_not_have_lies_in_a_file_of_its_own(tmp_path):
