@@ -15,24 +15,12 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import (
-    Delegations,
-    Metadata,
-    MetaFile,
-    Root,
-    Signed,
-    Snapshot,
-    SuccinctRoles,
-    TargetFile,
-    Targets,
-    Timestamp,
-)
+from tuf.api.metadata import Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from molehill import files, locks
 from molehill.errors import BundleError, TrustError
@@ -42,25 +30,10 @@ from molehill_edge.offers import Offer
 from molehill_edge.store import blob_target, target
 from molehill_export import expert_targets
 from molehill_export.keys import Keys
+from molehill_export.metadata import Lifetimes, SignedFolder, State
 from molehill_protos.v1.bundle_pb2 import Manifest
 
-# Blobs are listed in 16 bins by the hash of their name. A bundle has about eight files, so a publication signs, and a
-# device downloads, at most eight of them; 10,000 blobs make bins of 140 kB, and a snapshot of 16 bins is 3 kB, which
-# every update downloads. Manifests and experts are listed in the targets role itself: one entry each, so a device
-# sees what there is, and needs no bin to check what it has.
-BITS = 4
-PREFIX = "blobs"
 _CHUNK = 1 << 20
-_SIGNED = TypeVar("_SIGNED", Root, Targets, Snapshot, Timestamp)
-
-
-@dataclass(frozen=True)
-class Lifetimes:
-    """How many days signatures last. The shorter, the sooner a device notices that it is shown an old state."""
-
-    targets: int = 90
-    snapshot: int = 7
-    timestamp: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,18 +63,6 @@ class Published:
     left: tuple[str, ...] = ()
 
 
-@dataclass
-class _State:
-    """The signed half of a repository, and what of it is to be written."""
-
-    root: Root
-    targets: Metadata[Targets]
-    bins: dict[str, Metadata[Targets]]
-    snapshot: Metadata[Snapshot]
-    timestamp: Metadata[Timestamp]
-    resign: set[str] = field(default_factory=set)  # names of bins, and "targets"
-
-
 class Repository:
     """A repository that one set of keys signs.
 
@@ -117,9 +78,8 @@ class Repository:
     ) -> None:
         self.folder = folder
         self._keys = keys
-        self._lifetimes = lifetimes or Lifetimes()
         self._now = (now or datetime.now(UTC)).replace(microsecond=0)
-        self._metadata = folder / "metadata"
+        self._signed = SignedFolder(folder, keys, lifetimes or Lifetimes(), self._now)
         self._targets = folder / "targets"
 
     def publish(self, bundle: Path | None, experts: Sequence[Path] = (), fits: str | None = None) -> Published:
@@ -142,12 +102,12 @@ class Repository:
         root = self._keys.roots()[-1].signed
         for role in (Targets.type, Snapshot.type, Timestamp.type):
             self._keys.signers(role, root)  # before anything else: also where there is nothing to sign
-        self._metadata.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (
             locks.hold(self.folder, "somebody else is publishing", "Try again later.", name=".lock"),
             contextlib.ExitStack() as opened,
         ):
-            state = self._load()
+            state = self._signed.load()
             made, count, size, changed = None, 0, 0, False
             if bundle is not None:
                 folder = opened.enter_context(self._opened(bundle))
@@ -163,7 +123,7 @@ class Repository:
             anew = any(new for _, new in added)
             if not changed and not anew and (bundle is not None or experts):
                 return self._published(state, made, changed=False, experts=added)
-            self._sign(state)
+            self._signed.sign(state)
             done = self._published(state, made, changed=changed, new_files=count, new_bytes=size, experts=added)
             return replace(done, left=_left(state, made))
 
@@ -174,17 +134,17 @@ class Repository:
             TrustError: There is nothing to sign, the repository is damaged, or the offline keys must sign first.
             IdentityError: A key is missing or cannot be read.
         """
-        if not (self._metadata / "timestamp.json").is_file():
+        if not self._signed.is_there:
             raise TrustError("there is no repository here", where=str(self.folder), mend="Publish a bundle first.")
         with locks.hold(self.folder, "somebody else is publishing", "Try again later.", name=".lock"):
-            state = self._load()
+            state = self._signed.load()
             mend = "Run molehill publish --repo DIR --keys DIR where the offline keys are."
-            if self._unsigned(state):
+            if self._signed.is_unsigned(state):
                 raise TrustError("the key for targets was rotated since", where=str(self.folder), mend=mend)
             for name, part in ((Targets.type, state.targets), *state.bins.items()):
                 if part.signed.is_expired(self._now):
                     raise TrustError(f"the signature of {name} has expired", where=str(self.folder), mend=mend)
-            self._sign(state)
+            self._signed.sign(state)
             return self._published(state, None, changed=False)
 
     @contextlib.contextmanager
@@ -197,7 +157,7 @@ class Repository:
             archive.unpack(bundle, Path(folder) / "bundle", now=self._now.timestamp())
             yield Path(folder) / "bundle"
 
-    def _is_newer(self, state: _State, made: Manifest, data: bytes) -> bool:
+    def _is_newer(self, state: State, made: Manifest, data: bytes) -> bool:
         """Whether a bundle is to be published; False when it is already.
 
         Raises:
@@ -226,7 +186,7 @@ class Repository:
         return Manifest.FromString(known)
 
     def _offered(
-        self, state: _State, made: Manifest | None, experts: Sequence[Path], fits: str | None
+        self, state: State, made: Manifest | None, experts: Sequence[Path], fits: str | None
     ) -> list[tuple[Path, TargetFile]]:
         """What is to be signed about expert files, each of them checked."""
         if not experts:
@@ -244,7 +204,7 @@ class Repository:
             found[entry.path] = path, entry
         return list(found.values())
 
-    def _add_expert(self, state: _State, path: Path, entry: TargetFile) -> tuple[Offer, bool]:
+    def _add_expert(self, state: State, path: Path, entry: TargetFile) -> tuple[Offer, bool]:
         """Store an expert file and list it; returns what is signed about it, and whether that is new."""
         new = state.targets.signed.targets.get(entry.path) != entry
         self._store(path, entry)
@@ -255,7 +215,7 @@ class Repository:
         assert offer is not None
         return offer, new
 
-    def _add(self, state: _State, folder: Path, made: Manifest, data: bytes) -> tuple[int, int]:
+    def _add(self, state: State, folder: Path, made: Manifest, data: bytes) -> tuple[int, int]:
         """Store the files of a bundle and list them; returns how many were new, and their bytes."""
         count = size = 0
         roles = state.targets.signed.delegations
@@ -307,137 +267,9 @@ class Repository:
     def _stored(self, entry: TargetFile) -> Path:
         return self._targets / entry.get_prefixed_paths()[0]
 
-    def _load(self) -> _State:
-        """The repository as it was signed last, all signatures checked; or an empty one.
-
-        What the offline keys sign next contains what is here now: so nothing may be taken from an online machine
-        unseen.
-        """
-        roots = self._keys.roots()
-        newest = roots[-1].signed
-        if newest.is_expired(self._now):
-            mend = "Run: molehill keys renew DIR"
-            raise TrustError("the root metadata has expired", where=str(self._keys.folder), mend=mend)
-        if not (self._metadata / "timestamp.json").is_file():
-            return self._empty(newest)
-        # Signed under the root that devices see; or, when a crash kept that from being written, under a newer one.
-        # Under an older one nothing counts: its keys may have been replaced because they were stolen.
-        for root in roots[max(self._shown(len(roots)), 1) - 1 : -1]:
-            with contextlib.suppress(TrustError):
-                return self._under(root.signed, newest)
-        return self._under(newest, newest)
-
-    def _under(self, root: Root, newest: Root) -> _State:
-        """The repository as this root's keys have signed it."""
-        timestamp = self._part(Timestamp, "timestamp", None, root)
-        snapshot = self._part(Snapshot, "snapshot", timestamp.signed.snapshot_meta, root)
-        meta = snapshot.signed.meta
-        targets = self._part(Targets, "targets", meta.get("targets.json"), root)
-        delegations = targets.signed.delegations
-        if delegations is None or delegations.succinct_roles is None:
-            raise TrustError("the repository was made by other software", where=str(self.folder))
-        names = delegations.succinct_roles.get_roles()
-        bins = {name: self._part(Targets, name, meta.get(f"{name}.json"), targets.signed) for name in names}
-        return _State(newest, targets, bins, snapshot, timestamp)
-
-    def _shown(self, known: int) -> int:
-        """The version of the newest root that devices can see, all of them ours; 0 when there is none."""
-        version = 0
-        while (path := self._metadata / f"{version + 1}.root.json").is_file():
-            if version == known or path.read_bytes() != self._keys.root_path(version + 1).read_bytes():
-                mend = "Give the newest copy of the keys that it was made with."
-                raise TrustError("the repository has a root that these keys do not have", where=str(path), mend=mend)
-            version += 1
-        return version
-
-    def _part(
-        self, kind: type[_SIGNED], role: str, listed: MetaFile | None, delegator: Root | Targets
-    ) -> Metadata[_SIGNED]:
-        """One signed file, as the one above lists it."""
-        path = self._metadata / (f"{listed.version}.{role}.json" if listed else f"{role}.json")
-        try:
-            data = path.read_bytes()
-            if listed is not None:
-                listed.verify_length_and_hashes(data)
-            made = Metadata[_SIGNED].from_bytes(data)
-            if not isinstance(made.signed, kind) or (listed and made.signed.version != listed.version):
-                raise TrustError("this is not what its name says", where=str(path))
-            delegator.verify_delegate(role, made.signed_bytes, made.signatures)
-        except OSError as error:
-            raise TrustError(f"cannot read it: {error.strerror}", where=str(path)) from None
-        except (RepositoryError, ValueError) as error:
-            mend = "Put back a copy of the repository, or give the keys that signed it."
-            raise TrustError(
-                f"the metadata are damaged, or others signed them: {error}", where=str(path), mend=mend
-            ) from None
-        return made
-
-    def _empty(self, root: Root) -> _State:
-        """A repository without bundles; versions begin with 1 once it is signed."""
-        roles = SuccinctRoles([], 1, BITS, PREFIX)
-        targets = Targets(version=1, delegations=Delegations({}, succinct_roles=roles))
-        bins = {name: Metadata(Targets(version=1)) for name in roles.get_roles()}
-        state = _State(root, Metadata(targets), bins, Metadata(Snapshot(version=1)), Metadata(Timestamp(version=1)))
-        state.resign |= {Targets.type, *bins}
-        return state
-
-    def _unsigned(self, state: _State) -> bool:
-        """Whether the current key for targets has not yet signed."""
-        delegations = state.targets.signed.delegations
-        assert delegations is not None
-        assert delegations.succinct_roles is not None
-        return delegations.succinct_roles.keyids != state.root.roles[Targets.type].keyids
-
-    def _sign(self, state: _State) -> None:
-        """Sign what has changed and what is above it, and write it from the bottom up."""
-        root, lasts = state.root, self._lifetimes
-        if state.resign:
-            if self._unsigned(state):  # a rotated key: bins as well, which it signs too
-                self._delegate(state)
-                state.resign |= {Targets.type, *state.bins}
-            # The offline keys are here, which is rare: what has lived half its life is signed as well.
-            soon = self._now + timedelta(days=lasts.targets / 2)
-            parts = {**state.bins, Targets.type: state.targets}  # targets last
-            meta = state.snapshot.signed.meta
-            for name, part in parts.items():
-                if name in state.resign or part.signed.expires < soon:
-                    data = self._signed(part, Targets.type, lasts.targets, root)
-                    self._write(f"{part.signed.version}.{name}.json", data)
-                    meta[f"{name}.json"] = MetaFile.from_data(part.signed.version, data, ["sha256"])
-        data = self._signed(state.snapshot, Snapshot.type, lasts.snapshot, root)
-        version = state.snapshot.signed.version
-        self._write(f"{version}.snapshot.json", data)
-        state.timestamp.signed.snapshot_meta = MetaFile.from_data(version, data, ["sha256"])
-        data = self._signed(state.timestamp, Timestamp.type, lasts.timestamp, root)
-        self._write("timestamp.json", data)
-        # A new root comes after what its keys have signed. Between the two, a device finds signatures of keys that it
-        # does not know and goes on with what it has; so it does after a crash, until this is done again.
-        for each in range(1, root.version + 1):
-            if not (self._metadata / f"{each}.root.json").is_file():
-                self._write(f"{each}.root.json", self._keys.root_path(each).read_bytes())
-
-    def _delegate(self, state: _State) -> None:
-        """Let the current key for targets sign the bins."""
-        keyids = state.root.roles[Targets.type].keyids
-        roles = SuccinctRoles(list(keyids), state.root.roles[Targets.type].threshold, BITS, PREFIX)
-        keys = {keyid: state.root.get_key(keyid) for keyid in keyids}
-        state.targets.signed.delegations = Delegations(keys, succinct_roles=roles)
-
-    def _signed(self, part: Metadata[_SIGNED], role: str, days: int, root: Root) -> bytes:
-        """The next version of metadata as bytes."""
-        part.signed.version += 1 if part.signatures else 0  # the first stays 1
-        part.signed.expires = self._now + timedelta(days=days)
-        part.signatures.clear()
-        for signer in self._keys.signers(role, root):
-            part.sign(signer, append=True)
-        return part.to_bytes()
-
-    def _write(self, name: str, data: bytes) -> None:
-        files.write(self._metadata / name, data)
-
     def _published(
         self,
-        state: _State,
+        state: State,
         made: Manifest | None,
         *,
         changed: bool,
@@ -458,7 +290,7 @@ class Repository:
         return Published(name, version, changed, new_files, new_bytes, versions, ends, experts)
 
 
-def _left(state: _State, made: Manifest | None) -> tuple[str, ...]:
+def _left(state: State, made: Manifest | None) -> tuple[str, ...]:
     """Experts for a bundle that do not fit the version that is published now."""
     if made is None:
         return ()

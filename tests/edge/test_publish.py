@@ -18,7 +18,8 @@ from molehill_edge import archive, fetch
 from molehill_edge.store import Store
 from molehill_export.commands import publish as commands
 from molehill_export.keys import Keys
-from molehill_export.repository import Lifetimes, Repository
+from molehill_export.metadata import Lifetimes
+from molehill_export.repository import Repository
 
 OPENED = "--keys keys --passphrase-file secret --online-passphrase-file online"
 NEW = {"experts.safetensors": b"experts of the second version"}

@@ -68,7 +68,8 @@ def publish(
         if bundle is not None and bundle.suffix == ".safetensors":
             raise ConfigError("this is no bundle", where=str(bundle), mend="An expert file is published with --expert.")
         with needs(EXTRA):
-            from molehill_export.repository import Lifetimes, Repository
+            from molehill_export.metadata import Lifetimes
+            from molehill_export.repository import Repository
 
         signers = opened(keys, passphrase_file, online_passphrase_file)
         repository = Repository(repo, signers, Lifetimes(targets_days, snapshot_days, timestamp_days))
