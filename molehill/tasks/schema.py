@@ -18,7 +18,7 @@ from typing import Any
 from molehill import config
 from molehill.characters import alike
 from molehill.errors import DataError
-from molehill.rowfiles import label_of, text_of
+from molehill.rowfiles.values import label_of, text_of
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.sources import read_rows
 from molehill.words import counted

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molehill import rowfiles
 from molehill.errors import DataError, first_line
 from molehill.files import place_of
-from molehill.rowfiles import require_text
+from molehill.rowfiles import reading
+from molehill.rowfiles.values import require_text
 from molehill.tasks import samples
 from molehill.tasks.rows import Rows
 
@@ -47,7 +47,7 @@ def is_local(source: str) -> bool:
     if source.startswith("sample:"):
         return not samples.needs_download(source)
     path = place_of(source, DataError)
-    return path.exists() or rowfiles.suffix(path) in _FILES or not _HUB_ID.fullmatch(source)
+    return path.exists() or reading.suffix(path) in _FILES or not _HUB_ID.fullmatch(source)
 
 
 def _read(source: str, split: str) -> Rows:
@@ -56,7 +56,7 @@ def _read(source: str, split: str) -> Rows:
     path = place_of(source, DataError)
     if path.is_dir():
         return _folder(path, split)
-    read = _FILES.get(rowfiles.suffix(path))
+    read = _FILES.get(reading.suffix(path))
     if read is not None:
         return read(path)
     if path.exists():
@@ -70,7 +70,7 @@ def _parquet(path: Path) -> Rows:
     import pyarrow as pa  # noqa: PLC0415  (heavy; only this format needs it)
     import pyarrow.parquet as pq  # noqa: PLC0415  (the same)
 
-    data = rowfiles.contents(path)
+    data = reading.contents(path)
     if not data:
         raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
     try:
@@ -185,7 +185,7 @@ def _dataset(table: Any, source: str) -> Rows:
 
 
 def _rows(path: Path) -> Rows:
-    return Rows.from_records(rowfiles.read(path), str(path))
+    return Rows.from_records(reading.read(path), str(path))
 
 
-_FILES: dict[str, Callable[[Path], Rows]] = {**dict.fromkeys(rowfiles.SUFFIXES, _rows), ".parquet": _parquet}
+_FILES: dict[str, Callable[[Path], Rows]] = {**dict.fromkeys(reading.SUFFIXES, _rows), ".parquet": _parquet}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molehill.errors import DataError
-from molehill.rowfiles import label_of, read_texts
+from molehill.rowfiles.reading import read_texts
+from molehill.rowfiles.values import label_of
 from molehill.terminal import Json, explained, print_json
 from molehill_edge.commands.opening import GateOption, Insecure, Memory, Name, StoreFolder, Threads, opened, who
 

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from molehill.characters import harmless, recovered
 from molehill.errors import BundleError
-from molehill.rowfiles import read_texts, require_text
+from molehill.rowfiles.reading import read_texts
+from molehill.rowfiles.values import require_text
 from molehill.terminal import INTERRUPTED, Json, explained, print_json, say
 from molehill_edge.commands.opening import (
     Experts,
