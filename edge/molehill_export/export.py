@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -18,7 +16,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from molehill import __version__
@@ -31,8 +28,9 @@ from molehill.tasks.devices import window
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge import gates, tensors
 from molehill_edge import manifest as manifests
-from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, TOKENIZER, layout_digest
+from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, layout_digest
 from molehill_edge.view import DEFAULT
+from molehill_export import companions
 from molehill_export import parity as parity_of
 from molehill_export.base import cache_shape, classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
@@ -44,8 +42,6 @@ from molehill_export.rows import labelled
 from molehill_export.source import CLIENT, GLOBAL, Source, finished
 from molehill_protos.v1 import bundle_pb2 as pb
 
-GENAI, TOKENIZER_CONFIG = "genai_config.json", "tokenizer_config.json"
-_log = logging.getLogger(__name__)
 _OLDEST_RUNTIME = "1.24"  # golden outputs were compared from there on
 _ROWS = 400  # labelled rows behind an accuracy
 
@@ -184,7 +180,7 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
                 gate_values(model, inserted),
                 gates.metadata(gate, manifest),
             )
-    _companions(source, manifest, folder)
+    companions.write(source, manifest, folder)
     progress("Comparing with the original")
     runner = parity_of.Runner(folder / GRAPH, manifest)
     with source.gate(options.gates[0]) as model, _only(model, slots):
@@ -282,57 +278,6 @@ def _files(
     (folder / GRAPH).write_bytes(graph.model(external).SerializeToString(deterministic=True))
 
 
-def _companions(source: Source, manifest: pb.Manifest, folder: Path) -> None:
-    """Tokenizer, and what onnxruntime-genai wants beside it."""
-    tokenizer = Tokenizer.from_str(source.tokenizer.backend_tokenizer.to_str())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-    if source.task.kind != "causal-lm":
-        return
-    special = {name: getattr(source.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in special.items() if token}}
-    if manifest.task.generation.template:
-        about["chat_template"] = manifest.task.generation.chat_template
-    _json(folder / TOKENIZER_CONFIG, about)
-    _json(folder / GENAI, _genai(manifest.task, source))
-
-
-def _genai(task: pb.Task, source: Source) -> Mapping[str, Any]:
-    """Configuration of onnxruntime-genai: the builder's, or one like it for a traced graph."""
-    built = source.work / GENAI
-    generation = task.generation
-    settings = source.text
-    if built.is_file():
-        found: dict[str, Any] = json.loads(built.read_text(encoding="utf-8"))
-    else:
-        names = {
-            "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"
-        }  # fmt: skip
-        found = {
-            "model": {
-                "type": "decoder", "context_length": task.max_length, "vocab_size": generation.vocabulary,
-                "bos_token_id": source.tokenizer.bos_token_id or 0,
-                "decoder": {
-                    "session_options": {"provider_options": []}, "head_size": generation.head_dim,
-                    "hidden_size": settings.hidden_size, "num_attention_heads": settings.num_attention_heads,
-                    "num_hidden_layers": generation.layers, "num_key_value_heads": generation.heads,
-                    "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names},
-                    "outputs": {
-                        "logits": "logits", "present_key_names": "present.%d.key",
-                        "present_value_names": "present.%d.value",
-                    },
-                },
-            },
-            "search": {"max_length": task.max_length, "past_present_share_buffer": False, "do_sample": False},
-        }  # fmt: skip
-    found["model"]["decoder"]["filename"] = GRAPH
-    found["model"]["eos_token_id"] = list(generation.eos)
-    found["model"]["pad_token_id"] = generation.pad
-    found["search"]["max_length"] = task.max_length
-    return found
-
-
 def gate_file(gate: str) -> str:
     """Name of the file of a gate in a bundle; a gate with letters that other systems may lack gets a digest.
 
@@ -402,10 +347,6 @@ def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
 def _plain_name(name: str, otherwise: str = "bundle") -> str:
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lstrip("._-")
     return plain if manifests.valid_id(plain) else otherwise
-
-
-def _json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> bytes:
