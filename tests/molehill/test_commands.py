@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -155,6 +157,29 @@ def test_shells_are_told_what_can_be_typed(plugged):
     assert typed("molehill edge pu") == ["pull"]
     assert typed("molehill edge run --gat") == ["--gate"]
     assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_once_it_was_installed(tmp_path):
+    """What a shell keeps in its start-up files, and calls when somebody presses Tab."""
+    press_tab = """
+        source ~/.bashrc
+        read -ra COMP_WORDS <<< "$TYPED"
+        COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+        $(complete -p molehill | sed 's/.*-F \\([^ ]*\\).*/\\1/') molehill
+        echo "${COMPREPLY[@]}"
+    """
+    programs = str(Path(sys.executable).parent)
+
+    def bash(code, **variables):
+        env = {"HOME": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}", **variables}
+        return subprocess.run(
+            ["bash", "--norc", "-c", code], env=env, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "bash completion installed" in bash("molehill --install-completion; true")
+    assert bash(press_tab, TYPED="molehill si").split() == ["simulate"]
+    assert bash(press_tab, TYPED="molehill simulate --res").split() == ["--resume"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an environment of links")
