@@ -13,9 +13,7 @@ from molehill.errors import BundleError
 from molehill_edge import generate
 from molehill_edge.bundle import Bundle
 from molehill_edge.generate import Stops, Text
-from molehill_edge.prompts import Prompts
 from molehill_edge.trust import InsecureLocal
-from molehill_protos.v1.bundle_pb2 import Generation
 
 TRUST = InsecureLocal(lambda _: None)
 SAYS = "naïve €ur0s:5\N{CAT}!"  # no byte twice
@@ -305,102 +303,6 @@ def test_a_conversation_notices_another_gate(opened, kind):
     assert fresh.say("more", max_new_tokens=6).text == second.text
 
 
-# ---- prompts -----------------------------------------------------------------------------------------------------
-
-
-def test_alpaca_is_as_in_training():
-    from molehill.tasks.causal_lm import _alpaca
-
-    prompts = Prompts(Generation(), "bundle")
-    for context in ("", "some text"):
-        row = {"instruction": "Say it. ", "input": context, "output": ""}
-        text, ((begin, _),) = _alpaca(row, "")
-        assert prompts.single("Say it. ", context) == text[:begin]
-    messages = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "hello\n"},
-        {"role": "assistant", "content": "yes"},
-        {"role": "user", "content": "and?"},
-    ]
-    text, spans = _alpaca({"messages": [*messages, {"role": "assistant", "content": "no"}]}, "")
-    assert prompts.before_answer(messages) == text[: spans[-1][0]]
-    with pytest.raises(BundleError, match="unknown role 'cat'"):
-        prompts.before_answer([{"role": "cat", "content": "x"}])
-
-
-THINKING = (
-    "{%- for message in messages %}{%- set text = message.content %}"
-    "{%- if message.role == 'assistant' and not loop.last %}{%- set text = text | upper %}{%- endif %}"
-    "[{{ message.role }}]{%- if message.role == 'assistant' and loop.last %}<think></think>{%- endif %}{{ text }}\n"
-    "{%- endfor %}{%- if add_generation_prompt %}[assistant]{%- endif %}"
-)
-
-
-@pytest.mark.parametrize("template", ["", edge_graphs.CHATML, THINKING])
-def test_prompts_are_what_training_tokenised_before_an_answer(template):
-    from transformers import PreTrainedTokenizerFast
-
-    from molehill.tasks.causal_lm import CausalLM
-
-    tokenizer = edge_graphs.bytes_tokenizer()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.chat_template = template or None
-    task = CausalLM(fast, 4096)
-    prompts = Prompts(Generation(template=bool(template), chat_template=template, eos_token="<|im_end|>"), "bundle")
-    turns = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": " hi\n"},
-        {"role": "assistant", "content": "yes "},
-        {"role": "user", "content": "and <b>now</b>?"},
-    ]
-    for said in (turns, turns[1:], turns[1:2]):
-        row = {"messages": [*said, {"role": "assistant", "content": "no, never"}]}
-        text, spans, _ = task._render(row, "")
-        ids, labels = task._tokenise(text, spans)
-        prompt = prompts.before_answer(said)
-        assert prompt == text[: spans[-1][0]]
-        first = len(labels) - next(i for i, label in enumerate(reversed(labels)) if label == -100)
-        assert generate.encode(tokenizer, prompt, special=prompts.special) == ids[:first]
-
-
-@pytest.mark.parametrize(
-    ("template", "wanted"),
-    [
-        (edge_graphs.CHATML, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
-        ("{% for m in messages %}{% generation %}{{ m.content }};{% endgeneration %}{% endfor %}", "hi;"),
-        (THINKING, "[user]hi[assistant]<think></think>"),
-    ],
-)
-def test_templates_show_what_training_saw_before_an_answer(template, wanted):
-    prompts = Prompts(Generation(template=True, chat_template=template), "bundle")
-    assert prompts.single(" hi ") == wanted
-
-
-def test_a_template_that_edits_earlier_turns_is_asked_for_its_own_prompt():
-    prompts = Prompts(Generation(template=True, chat_template=THINKING), "bundle")
-    turns = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "yes"},
-        {"role": "user", "content": "and?"},
-    ]
-    assert prompts.before_answer(turns) == "[user]hi[assistant]YES[user]and?[assistant]"
-
-
-@pytest.mark.parametrize(
-    ("template", "what"),
-    [
-        ("{% for %}", "its chat template cannot be read"),
-        ("{{ raise_exception('no system please') }}", "no system please"),
-        ("{{ messages.nothing.more }}", "its chat template refuses"),
-        ("{{ ''.__class__.__mro__ }}", "its chat template refuses"),  # a sandbox
-        ("{{ 1 // 0 }}", "its chat template refuses"),
-    ],
-)
-def test_templates_that_fail(template, what):
-    with pytest.raises(BundleError, match=what):
-        Prompts(Generation(template=True, chat_template=template), "bundle").single("hi")
-
-
 def test_memory_allowed_covers_the_cache(tmp_path):
     manifest = edge_graphs.causal(tmp_path / "long", max_length=1 << 16)
     cache = 2 * 4 * 2 * edge_graphs.D * (1 << 16) >> 20
@@ -431,10 +333,3 @@ def test_experts_that_come_while_an_answer_is_drawn(tmp_path):
         assert np.allclose(new, bundle.read(bundle.cache(), ids), atol=1e-5)
         answer = stream.rest()
         assert answer.tokens == 20 or answer.reason == "end"
-
-
-def test_a_chat_template_that_writes_too_much():
-    endless = "{% for i in range(90000) %}{% for m in messages %}{{ m.content * 9 }}{% endfor %}{% endfor %}"
-    prompts = Prompts(Generation(template=True, chat_template=endless), "tiny")
-    with pytest.raises(BundleError, match="tiny: its chat template writes more than 4194304 characters"):
-        prompts.single("hello")

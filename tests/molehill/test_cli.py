@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import tiny_world
 import typer
 from typer.testing import CliRunner
 
@@ -224,153 +222,10 @@ def test_a_bug_is_not_hidden(tmp_path, engine):
     assert isinstance(run("simulate", "--out", tmp_path / "run").exception, ZeroDivisionError)
 
 
-def test_check_prints_the_plan(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text('[base]\nmodel = "someone/some-model"\n[federation]\npreset = "flexlora"\n')
-    result = run("check", path)
-    assert result.exit_code == 0, result.output
-    for text in ("someone/some-model", "4 routed of rank 8", "space product, rule mean, lower svd", "anchored"):
-        assert text in result.stdout
-
-
-def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_path):
-    path = tmp_path / "run.toml"
-    counts = []
-    for rank in (2, 4):
-        path.write_text(f'[molora]\ntargets = ["query"]\nexperts = 2\nrank = {rank}\n')
-        counts.append(int(re.search(r"([\d,]+) trained per client", run("check", path).stdout)[1].replace(",", "")))
-    assert counts[1] - counts[0] == 6 * 2 * 2 * (384 + 384)  # layers, experts, ranks, sizes
-    path.write_text('[molora]\ntargets = ["qeury"]\n')
-    wrong = run("check", path)
-    assert wrong.exit_code == 4
-    assert "qeury" in wrong.stderr
-
-
-@pytest.mark.parametrize(
-    ("preset", "text"),
-    [
-        ("mola", "2 to 6 routed of rank 8 on"),
-        ("deepseek", "32 routed of rank 2 and 1 always-on of rank 8 on"),
-        ("lora", "one LoRA of rank 8 on"),
-        ("mov", "routed vectors on"),
-    ],
-)
-def test_check_tells_what_every_site_gets(tmp_path, preset, text):
-    base = tiny_world.save_base(tmp_path / "base", "llama")
-    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60, "llama"))
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f'[base]\nmodel = "{base}"\n[data]\nsource = "{rows}"\npartition = "iid"\n'
-        f'[task]\nkind = "causal-lm"\nmax_length = 32\n[molora]\npreset = "{preset}"\n'
-    )
-    result = run("check", path)
-    assert text in " ".join(result.stdout.split()), result.output
-
-
-ROWS = {"text": "good", "label": "positive"}, {"text": "bad", "label": "negative"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "data", "code", "message"),
-    [
-        (None, "", 3, "rows.jsonl: cannot read the file: No such file"),
-        ([{"text": "good"}], "", 3, "there is no column 'label'"),
-        (ROWS, "", 3, "there are 2 rows for 8 clients"),
-        ([ROWS[i % 2] | {"text": f"{i}"} for i in range(40)], "", 0, "iid: 4 rows each to train on, 1 held out"),
-    ],
-)
-def test_check_reads_and_deals_the_rows_that_are_here(tmp_path, rows, data, code, message):
-    path = tmp_path / "rows.jsonl"
-    if rows is not None:
-        tiny_world.write_rows(path, rows)
-    config = tmp_path / "run.toml"
-    config.write_text(f'[base]\nmodel = "a/b"\n[data]\nsource = "{path}"\npartition = "iid"\n{data}\n')
-    result = run("check", config)
-    assert result.exit_code == code, result.output
-    assert message in " ".join(result.output.split())
-
-
-def test_check_leaves_rows_elsewhere_where_they_are(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text('[base]\nmodel = "a/b"\n[data]\nsource = "someone/some-rows"\n')
-    result = run("check", path)
-    assert result.exit_code == 0, result.output
-    assert "someone/some-rows dealt to 8 clients, by_column(column=domain)\n" in result.stdout
-
-
-def test_check_of_a_base_elsewhere_names_the_allocation(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text('[base]\nmodel = "a/b"\n[molora]\npreset = "mola"\n')
-    assert "5 routed of rank 8 before by_depth(experts=[2, 4, 6, 8]), on" in run("check", path).stdout
-
-
-def test_check_refuses_what_cannot_work(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text('[base]\nmodel = "a/b"\n[federation]\npolicy = "ffa"\nspace = "product"\nlower = "svd"\n')
-    result = run("check", path)
-    assert result.exit_code == 2
-    assert "federation.policy with federation.space" in result.stderr
-    assert "a/b" in result.stdout
-
-
 def test_report_of_another_folder(tmp_path):
     result = run("report", tmp_path)
     assert result.exit_code == 7
     assert "not a run folder" in result.stderr
-
-
-def test_check_and_the_start_of_a_run_count_the_same(tmp_path):
-    source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60, "bert"))
-    base = tiny_world.save_base(tmp_path / "base", "bert")
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f'[run]\nrounds = 1\n[base]\nmodel = "{base}"\nprecision = "fp32"\n[task]\nmax_length = 16\n'
-        f'[data]\nsource = "{source}"\npartition = "iid"\nclients = 2\n[molora]\nexperts = 2\nrank = 2\n'
-        "[train]\nsteps = 1\n[personal]\nsteps = 1\n[evaluate]\nbaselines = false\n[engine]\nworkers = 1\n"
-    )
-    said = " ".join(run("check", path).output.split())
-    trained, own = re.search(r"([\d,]+) trained per client \(.*\), and ([\d,]+) that stay with each", said).groups()
-    started = run("simulate", path, "--out", tmp_path / "run")
-    assert started.exit_code == 0, started.output
-    assert f"{trained} trained parameters" in started.output
-    assert int(own.replace(",", "")) > 0
-
-
-def test_check_says_that_it_has_not_seen_a_base_elsewhere(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text('[base]\nmodel = "someone/some-model"\n')
-    assert "warning: base.model: someone/some-model is not on this machine" in run("check", path).output
-
-
-def test_what_is_not_adapted_is_said_at_check_at_the_start_and_in_the_report(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    base = tiny_world.save_base(tmp_path / "base", "llama")
-    sizes = {**tiny_world.SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(base)
-    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60, "llama"))
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f'[run]\nrounds = 1\n[base]\nmodel = "{base}"\nprecision = "fp32"\n'
-        '[task]\nkind = "causal-lm"\nmax_length = 32\n'
-        f'[data]\nsource = "{rows}"\npartition = "iid"\nclients = 2\n[molora]\nexperts = 2\nrank = 2\n'
-        "[train]\nsteps = 1\n[personal]\nsteps = 1\n[evaluate]\nbaselines = false\n[engine]\nworkers = 1\n"
-    )
-    remark = "are not adapted, since they lie in no linear module: model.layers.#.mlp.experts.down_proj"
-    checked = run("check", path)
-    assert checked.exit_code == 0
-    assert re.search(
-        rf"warning: molora.targets: [\d,]+ of the [\d,]+ weights in the layers \(\d+%\) {remark}", checked.output
-    )
-    started = run("simulate", path, "--out", tmp_path / "run")
-    assert started.exit_code == 0, started.output
-    assert re.search(rf"warning: .*{remark}", started.output)
-    assert remark in json.loads((tmp_path / "run" / "summary.json").read_text())["base_model"]["remarks"][0]
-    assert remark in (tmp_path / "run" / "report.html").read_text()
-    path.write_text(path.read_text().replace("experts = 2", 'experts = 2\ntargets = ["gate_up_proj"]'))
-    refused = run("check", path)
-    assert refused.exit_code == 4
-    assert "for all experts of the base, not a linear module" in refused.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from toy_federation import EXPERTS, HEAD, SITE, client_name, config, data, initial, killed_at, steps
+from toy_federation import EXPERTS, HEAD, SITE, client_name, config, data, initial, steps
 
-from molehill.errors import ConfigError, FederationError, ResumeError
+from molehill.errors import ConfigError, FederationError
 from molehill.wire.keys import Key
 from molehill.wire.store import load_tree
-from molehill_server import checkpoint
 from molehill_server.exchange.grants import Grants
 from molehill_server.planning.planner import seed
 
@@ -79,68 +75,6 @@ def test_bytes_are_what_was_really_encoded_and_unchanged_groups_are_not_fetched_
     assert run.events("end")[0]["bytes_up"] == sum(event["bytes_up"] for event in (first, second, third))
 
 
-KILLS = [
-    ("fedit", 1),
-    ("fedit", 5),
-    ("fedit", 9),
-    ("rolora", 6),
-    ("fedsa", 4),
-    ("flora", 8),
-    ("fedex", 7),
-    ("local", 8),
-]
-
-
-@pytest.mark.parametrize(("preset", "kill"), KILLS)
-def test_a_killed_run_resumes_to_the_same_result(toy, preset, kill):
-    settings = config(federation={"preset": preset, "select": {"name": "random", "fraction": 0.75}})
-    whole = toy(settings, "whole").run()
-    run = toy(settings, "killed")
-    with pytest.raises(KeyboardInterrupt):
-        run.run(killed_at(kill))
-    again = run.run()
-    assert np.array_equal(again.flat, whole.flat)
-    assert [event["round"] for event in run.events("round")] == [1, 2, 3]
-    assert len(run.events("end")) == 1
-
-
-@pytest.mark.parametrize("opt", ["momentum", "adam"])
-def test_the_server_optimiser_survives_a_kill(toy, opt):
-    settings = config(federation={"server_opt": opt}, wire={"down": "int8"})
-    whole = toy(settings, "whole").run()
-    run = toy(settings, "killed")
-
-    def dies(client, plan, reply):
-        if plan.round == 3:
-            raise KeyboardInterrupt
-        return reply.model_dump_json()
-
-    with pytest.raises(KeyboardInterrupt):
-        run.run(dies)
-    assert np.array_equal(run.run().flat, whole.flat)
-
-
-def test_killed_while_committing(toy, monkeypatch):
-    settings = config()
-    whole = toy(settings, "whole").run()
-    run = toy(settings, "killed")
-    real = checkpoint.save
-
-    def dies(folder, state):
-        if state.glob.round == 2:
-            (folder / ".round-00002" / "blobs").mkdir(parents=True)
-            raise KeyboardInterrupt
-        return real(folder, state)
-
-    monkeypatch.setattr(checkpoint, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run.run()
-    monkeypatch.setattr(checkpoint, "save", real)
-    assert np.array_equal(run.run().flat, whole.flat)
-    assert [event["round"] for event in run.events("round")] == [1, 2, 3]
-    assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["round-00002", "round-00003"]
-
-
 def test_the_final_state_is_saved_with_its_patches(toy):
     run = toy(config(federation={"preset": "flora"}))
     final = run.run()
@@ -148,29 +82,6 @@ def test_the_final_state_is_saved_with_its_patches(toy):
     assert meta["round"] == "3"
     assert {key.role for key in saved if key.kind == "patch"} == {"patch.A", "patch.B"}
     assert all(np.array_equal(saved[key], final[key]) for key in final)
-
-
-def test_resuming_refuses_another_configuration_or_base(toy, tmp_path):
-    run = toy(config())
-    run.run()
-    run.config = config(train={"lr": 0.5})
-    with pytest.raises(ResumeError, match="another configuration"):
-        run.start()
-    run.config = config()
-    tree, _ = load_tree(run.out / "initial.safetensors")
-    from molehill.wire.store import save_tree
-
-    save_tree(run.out / "initial.safetensors", tree, {"base": "c" * 64})
-    with pytest.raises(ResumeError, match="another base model"):
-        run.start()
-
-
-def test_a_damaged_checkpoint_is_refused(toy):
-    run = toy(config())
-    run.run()
-    (run.out / "checkpoints" / "round-00003" / "tree.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ResumeError, match="cannot be read"):
-        run.start()
 
 
 def test_silent_clients_are_missing_and_failing_ones_are_quarantined(toy):
@@ -272,91 +183,6 @@ def test_replies_that_do_not_fit_are_quarantined(toy, change, reason):
     assert len(event["accepted"]) == 3
 
 
-def speechless(run, numbers):
-    """Of these clients, what they answer when they are scored is nonsense."""
-    for number in numbers:
-        client = run.transport.clients[number + 10]
-        client.evaluate = lambda plan: SimpleNamespace(model_dump_json=lambda: "nonsense")
-
-
-def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
-    run = toy(config(evaluate={"baselines": True}))
-    coordinator = run.start()
-    speechless(run, [1])
-    coordinator.run()
-    (failed,) = run.events("failed")
-    assert (failed["stage"], failed["client"]) == ("evaluate", "client-1")
-    assert "malformed answer" in failed["reason"]
-    assert [event["stage"] for event in run.events("stage")] == ["baseline", "evaluate"]
-    stages = {event["client"]: set(event["stages"]) for event in run.events("evaluation")}
-    assert stages.pop("client-1") == {"base", "local"}
-    assert set(map(frozenset, stages.values())) == {frozenset({"base", "local", "global", "personalised"})}
-    assert run.events("end")
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (lambda said: said["stages"]["global"].update(accuracy=1e9), "stages.global.accuracy: Input should be less"),
-        (
-            lambda said: said["stages"]["global"].update(macro_f1=-0.1),
-            "stages.global.macro_f1: Input should be greater",
-        ),
-        (lambda said: said["stages"]["global"].update(loss=float("nan")), "stages.global.loss: Input should be"),
-        (lambda said: said["stages"]["global"].update(loss=1e300), "stages.global.loss: Input should be less"),
-        (lambda said: said.update(tokens={"e0": float("inf")}), "tokens.e0: Input should be a finite number"),
-        (lambda said: said.update(tokens={"e0": -1.0}), "tokens.e0: Input should be greater"),
-        (lambda said: said.update(tokens={"e9": 1.0}), "it counts tokens for the foreign expert 'e9'"),
-        (lambda said: said.update(client="client-2"), "the answer is of client 'client-2'"),
-        (lambda said: said["stages"].update(base=said["stages"]["global"]), "its scores are of ['base', 'global', "),
-        (lambda said: said["stages"].pop("global"), "its scores are of ['personalised'], not of ['global', "),
-    ],
-)
-def test_scores_that_cannot_be_are_refused(toy, change, why):
-    run = toy(config(run={"rounds": 1}, evaluate={"baselines": True}))
-    coordinator = run.start()
-    liar = run.transport.clients[11]
-    honest = liar.evaluate
-
-    def evaluate(plan):
-        said = honest(plan).model_dump()
-        change(said)
-        return SimpleNamespace(model_dump_json=lambda: json.dumps(said))
-
-    liar.evaluate = evaluate
-    coordinator.run()
-    (failed,) = run.events("failed")
-    assert (failed["stage"], failed["client"]) == ("evaluate", "client-1")
-    assert why in failed["reason"]
-    stages = {event["client"]: set(event["stages"]) for event in run.events("evaluation")}
-    assert stages["client-1"] == {"base", "local"}
-
-
-def test_a_run_whose_clients_cannot_be_scored_is_no_success(toy):
-    run = toy(config(run={"rounds": 1}))
-    coordinator = run.start()
-    speechless(run, range(4))
-    with pytest.raises(FederationError, match=r"no client could be scored with the final model: client-0: malformed"):
-        coordinator.run()
-    assert [(event["n_train"], event["stages"]) for event in run.events("evaluation")] == [
-        (rows, {}) for rows in (10, 15, 20, 25)
-    ]
-    assert run.events("end") == []
-    run.start().run()
-    assert len(run.events("round")) == 1
-    assert all(event["stages"] for event in run.events("evaluation"))
-
-
-def test_a_client_that_left_before_the_end_is_told(toy):
-    run = toy(config(run={"rounds": 1}))
-    coordinator = run.start()
-    nodes, pushed = run.transport.nodes, run.transport.pushed
-    run.transport.nodes = lambda: nodes()[: 3 if pushed and pushed[-1].kind == "train" else None]
-    coordinator.run()
-    (failed,) = run.events("failed")
-    assert (failed["client"], failed["reason"]) == ("client-3", "it is not connected")
-
-
 def test_mixed_ranks_are_averaged_as_if_filled_with_zeros(toy):
     policy = {"name": "mixed_rank", "ranks": [1, 3]}
     run = toy(config(run={"rounds": 1}, federation={"policy": policy}))
@@ -399,24 +225,6 @@ def test_a_client_is_granted_what_its_plan_asks_for(toy, tmp_path):
         size = 4 * initial().layout.size
         assert size <= grant.max_bytes < size + 2**14 < run.config.wire.max_bytes
     assert [grant.write for grant in run.grants.all().values()] == [False, False]  # while they measure
-
-
-def test_a_retry_is_another_attempt_and_a_kill_is_not(toy, tmp_path):
-    run, attempts = toy(config(run={"rounds": 1}, data={"clients": 2}, round={"quorum": 1.0, "retries": 2})), []
-    run.grants = Grants(tmp_path / "grants")
-
-    def fail_then_die(client, plan, reply):
-        attempts.append(run.grants.of(client.name).attempt)
-        if len(attempts) == 4:
-            raise KeyboardInterrupt
-        return None if len(attempts) == 1 else reply.model_dump_json()
-
-    with pytest.raises(KeyboardInterrupt):
-        run.run(fail_then_die)
-    delivered = set(run.exchange._blobs)
-    run.run(fail_then_die)
-    assert attempts == [0, 0, 1, 1, 1, 1]
-    assert set(run.events("round")[0]["deltas"].values()) <= delivered  # what was uploaded before the kill still counts
 
 
 def test_a_round_waits_for_its_minimum_of_clients(toy):

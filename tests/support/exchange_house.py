@@ -18,12 +18,15 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import pytest
 
 from molehill.pki import Identity
 from molehill.wire.connect import connect
 from molehill.wire.exchange import Exchange, Place
+from molehill.wire.message import digest
 from molehill.wire.objects import ObjectExchange
-from molehill.wire.remote import GrpcExchange, Patience
+from molehill.wire.remote import CHUNK, GrpcExchange, Patience
+from molehill_protos.v1 import exchange_pb2 as pb
 from molehill_protos.v1.exchange_pb2_grpc import AdapterExchangeStub
 from molehill_server.exchange.grants import Grant, Grants
 from molehill_server.exchange.serve import serve
@@ -31,6 +34,7 @@ from molehill_server.exchange.traffic import Limits
 
 NOW = Place("run", 3)
 QUICK = Patience(stalled=2.0, pause=0.02)
+SECOND = Patience(stalled=0.5, pause=0.02)
 
 
 @dataclass
@@ -232,3 +236,32 @@ def wait_for(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def put(blob, *, offset=0, length=None, name=None, run="run", number=3, size=CHUNK):
+    """The messages of an upload."""
+    name = name or digest(blob)
+    length = len(blob) if length is None else length
+    yield pb.PutChunk(header=pb.PutHeader(run=run, round=number, digest=name, length=length, offset=offset))
+    for start in range(offset, len(blob), size):
+        yield pb.PutChunk(data=blob[start : start + size])
+
+
+def refusal(call, *arguments, **options):
+    """Status and words of an answer that must be a refusal."""
+    try:
+        result = call(*arguments, timeout=20, **options)
+        pytest.fail(f"answered {list(result) if hasattr(result, '__next__') else result}")
+    except grpc.RpcError as error:
+        return error.code().name, error.details()
+
+
+def slowly(blob, go_on, started=None):
+    """An upload that stops after its first chunk until told to go on."""
+    messages = put(blob, size=1000)
+    yield next(messages)
+    yield next(messages)
+    if started is not None:
+        started.set()
+    go_on.wait(20)
+    yield from messages

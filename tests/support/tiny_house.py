@@ -16,6 +16,8 @@ from molehill_simulation.world import open_world
 FP32 = MethodRef(name="fp32")
 EXPERTS = (("*/A", "shared"), ("*/B", "shared"))
 HEAD = (("*/head.residual*", "personal"), ("*/head*", "shared"))
+PRIVATE = {"noise": 4.0, "epsilon": 50.0, "delta": 1e-5}
+SITE = "encoder.layer.0.attention.self.query"
 ANCHORED = (*EXPERTS, ("*/gate.residual*", "personal"), ("*/gate*", "shared"), *HEAD)
 
 

@@ -1,0 +1,96 @@
+"""Scores of the final model, told by clients or not."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from toy_federation import config
+
+from molehill.errors import FederationError
+
+
+def speechless(run, numbers):
+    """Of these clients, what they answer when they are scored is nonsense."""
+    for number in numbers:
+        client = run.transport.clients[number + 10]
+        client.evaluate = lambda plan: SimpleNamespace(model_dump_json=lambda: "nonsense")
+
+
+def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
+    run = toy(config(evaluate={"baselines": True}))
+    coordinator = run.start()
+    speechless(run, [1])
+    coordinator.run()
+    (failed,) = run.events("failed")
+    assert (failed["stage"], failed["client"]) == ("evaluate", "client-1")
+    assert "malformed answer" in failed["reason"]
+    assert [event["stage"] for event in run.events("stage")] == ["baseline", "evaluate"]
+    stages = {event["client"]: set(event["stages"]) for event in run.events("evaluation")}
+    assert stages.pop("client-1") == {"base", "local"}
+    assert set(map(frozenset, stages.values())) == {frozenset({"base", "local", "global", "personalised"})}
+    assert run.events("end")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda said: said["stages"]["global"].update(accuracy=1e9), "stages.global.accuracy: Input should be less"),
+        (
+            lambda said: said["stages"]["global"].update(macro_f1=-0.1),
+            "stages.global.macro_f1: Input should be greater",
+        ),
+        (lambda said: said["stages"]["global"].update(loss=float("nan")), "stages.global.loss: Input should be"),
+        (lambda said: said["stages"]["global"].update(loss=1e300), "stages.global.loss: Input should be less"),
+        (lambda said: said.update(tokens={"e0": float("inf")}), "tokens.e0: Input should be a finite number"),
+        (lambda said: said.update(tokens={"e0": -1.0}), "tokens.e0: Input should be greater"),
+        (lambda said: said.update(tokens={"e9": 1.0}), "it counts tokens for the foreign expert 'e9'"),
+        (lambda said: said.update(client="client-2"), "the answer is of client 'client-2'"),
+        (lambda said: said["stages"].update(base=said["stages"]["global"]), "its scores are of ['base', 'global', "),
+        (lambda said: said["stages"].pop("global"), "its scores are of ['personalised'], not of ['global', "),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(toy, change, why):
+    run = toy(config(run={"rounds": 1}, evaluate={"baselines": True}))
+    coordinator = run.start()
+    liar = run.transport.clients[11]
+    honest = liar.evaluate
+
+    def evaluate(plan):
+        said = honest(plan).model_dump()
+        change(said)
+        return SimpleNamespace(model_dump_json=lambda: json.dumps(said))
+
+    liar.evaluate = evaluate
+    coordinator.run()
+    (failed,) = run.events("failed")
+    assert (failed["stage"], failed["client"]) == ("evaluate", "client-1")
+    assert why in failed["reason"]
+    stages = {event["client"]: set(event["stages"]) for event in run.events("evaluation")}
+    assert stages["client-1"] == {"base", "local"}
+
+
+def test_a_run_whose_clients_cannot_be_scored_is_no_success(toy):
+    run = toy(config(run={"rounds": 1}))
+    coordinator = run.start()
+    speechless(run, range(4))
+    with pytest.raises(FederationError, match=r"no client could be scored with the final model: client-0: malformed"):
+        coordinator.run()
+    assert [(event["n_train"], event["stages"]) for event in run.events("evaluation")] == [
+        (rows, {}) for rows in (10, 15, 20, 25)
+    ]
+    assert run.events("end") == []
+    run.start().run()
+    assert len(run.events("round")) == 1
+    assert all(event["stages"] for event in run.events("evaluation"))
+
+
+def test_a_client_that_left_before_the_end_is_told(toy):
+    run = toy(config(run={"rounds": 1}))
+    coordinator = run.start()
+    nodes, pushed = run.transport.nodes, run.transport.pushed
+    run.transport.nodes = lambda: nodes()[: 3 if pushed and pushed[-1].kind == "train" else None]
+    coordinator.run()
+    (failed,) = run.events("failed")
+    assert (failed["client"], failed["reason"]) == ("client-3", "it is not connected")

@@ -1,0 +1,88 @@
+"""The summary of a run, from its events."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from told_runs import BASE, CLIENTS, make_events, make_run, without_scores
+
+from molehill.errors import DataError
+from molehill_server import events as events_file
+from molehill_simulation.summary import read_summary, summarise
+from molehill_simulation.ui import show_summary
+
+
+def test_summary_has_the_promised_shape_and_figures():
+    events = make_events(CLIENTS)
+    summary = json.loads(summarise(events, BASE, "cd").to_json())
+    assert set(summary) == {
+        "task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "probes", "rounds", "seconds", "bytes_up",
+        "bytes_down", "base_model", "config_digest", "unscored", "anew",
+    }  # fmt: skip
+    assert set(summary["clients"][0]) == {
+        "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised", "macro_f1",
+    }  # fmt: skip
+    assert summary["rounds"] == 6
+    assert summary["seconds"] == 161.2
+    assert summary["base_model"] == {"id": "sample:minilm", "revision": None, "digest": "3f" * 32, "remarks": []}
+    assert summary["bytes_up"] == sum(event["bytes_up"] for event in events if event["event"] == "round")
+    for stage in ("base", "local", "global", "personalised"):
+        values = [client[stage] for client in summary["clients"]]
+        assert summary["mean"][stage] == pytest.approx(sum(values) / len(values))
+        assert summary["worst"][stage] == min(values)
+
+
+def test_summary_counts_a_repeated_round_once_and_allows_missing_stages():
+    events = [event for event in make_events(CLIENTS) if "base" not in event.get("stages", {})]
+    again = next(event for event in events if event["event"] == "round")
+    summary = summarise([*events, again], BASE, "cd")
+    assert summary.rounds == 6
+    assert summary.mean.base is None
+    assert summary.clients[0].personalised is not None
+    assert summarise([], BASE, "cd").mean.personalised is None
+
+
+def test_mean_and_worst_are_over_clients_that_have_every_figure():
+    whole = summarise(make_events(CLIENTS), BASE, "cd")
+    part = summarise(without_scores(make_events(CLIENTS), *CLIENTS[:2]), BASE, "cd")
+    assert len(part.clients) == 8
+    assert [client.id for client in part.complete] == CLIENTS[2:]
+    for stage in ("base", "personalised"):
+        values = [getattr(client, stage) for client in whole.clients[2:]]
+        assert getattr(part.mean, stage) == pytest.approx(sum(values) / 6)
+        assert getattr(part.worst, stage) == min(values)
+    assert whole.complete == whole.clients
+    console = Console(file=StringIO(), width=100)
+    show_summary(part, console)
+    text = " ".join(console.file.getvalue().split())
+    assert f"mean and worst are over the 6 of 8 clients that have all figures; {CLIENTS[0]}: " in text
+    none = summarise([{**e, "stages": {}} for e in make_events(CLIENTS) if e["event"] == "evaluation"], BASE, "cd")
+    assert (len(none.clients), none.complete, none.mean.base) == (8, (), None)
+
+
+def test_summary_reads_back(tmp_path):
+    folder = make_run(tmp_path, make_events(CLIENTS))
+    assert read_summary(folder / "summary.json") == summarise(make_events(CLIENTS), BASE, "ab" * 32)
+    (folder / "summary.json").write_text("{}")
+    with pytest.raises(DataError, match="not the summary"):
+        read_summary(folder / "summary.json")
+    with pytest.raises(DataError, match="No such file"):
+        read_summary(folder / "absent.json")
+
+
+def test_events_cut_off_by_a_kill_are_read_up_to_the_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "start"}\n{"event": "rou')
+    assert events_file.read(path) == [{"event": "start"}]
+    path.write_text('{"event": "start"}\nnonsense\n{"event": "end"}\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl:2"):
+        events_file.read(path)
+
+
+def test_summary_without_clients_still_prints():
+    console = Console(file=StringIO(), width=100)
+    show_summary(summarise([], BASE, "cd"), console)
+    assert "0 rounds" in console.file.getvalue()
