@@ -127,7 +127,7 @@ class Source:
             folder = self.out / "clients"
         else:
             return []
-        return sorted(path.name for path in folder.glob("*") if any(path.glob("round-*")))
+        return sorted(path.name for path in folder.glob("*") if any(path.glob("round-*.sealed")))
 
     @contextmanager
     def gate(self, name: str) -> Iterator[MoLoRAModel]:

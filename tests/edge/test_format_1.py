@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from molehill.errors import AdapterError
+from molehill.errors import AdapterError, ConfigError
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
 from molehill_export.source import GLOBAL, open_source
@@ -55,3 +56,17 @@ def test_its_base_is_known_by_its_weights(tmp_path):
     weights.write_bytes(data[:-4] + np.float32(1.5).tobytes())
     with pytest.raises(AdapterError, match="weight digest"):
         open_source(SAMPLES / "mixture" / "adapter", str(other))
+
+
+def test_a_run_of_then_is_exported_and_what_its_clients_kept_is_not(tmp_path):
+    """Its configuration says what no run may say now where it counts; states of clients had another form."""
+    shutil.copytree(SAMPLES / "mixture" / "adapter", tmp_path / "adapter")
+    shutil.copy(SAMPLES / "config.toml", tmp_path)
+    (tmp_path / "clients" / "client-1" / "round-000001").mkdir(parents=True)
+    source = open_source(tmp_path, BASE)
+    assert source.run is not None
+    assert source.run.privacy.threshold == 0.66
+    with source.gate(GLOBAL):
+        pass
+    with pytest.raises(ConfigError, match=r"no personal gate of 'client-1'"), source.gate("client-1"):
+        pass
