@@ -7,7 +7,8 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,11 +18,17 @@ from molehill import logs
 from molehill.characters import harmless
 from molehill.errors import DeployError, IdentityError, MolehillError
 
+if TYPE_CHECKING:
+    from rich.table import Table  # not for commands that print none
+
 _log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+State = Annotated[
+    Path, typer.Option("--state", envvar="MOLEHILL_STATE_DIR", help="Folder for what must survive a restart.")
+]
 
 
 @contextlib.contextmanager
@@ -81,6 +88,11 @@ def say(text: Text, **facts: Any) -> None:
         return
     console = Console(stderr=True)
     console.print(text, soft_wrap=not console.is_terminal)
+
+
+def show_table(table: Table) -> None:
+    """Print a table on standard output, as wide as the terminal; into a file, wide enough for every row."""
+    Console(width=None if sys.stdout.isatty() else 190).print(table)
 
 
 def print_json(document: Any) -> None:

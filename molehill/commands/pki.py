@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from molehill.errors import IdentityError
-from molehill.terminal import Json, on_disk, print_json
+from molehill.terminal import Json, on_disk, print_json, show_table
 
 app = typer.Typer(
     help="""Certificates for a federation: an offline authority, and one identity per machine.
@@ -189,7 +187,7 @@ def show(
         for row in rows:
             keys = ("name", "state", "ends", "days_left", "serial", "fingerprint")
             table.add_row(*(Text(str(row[key])) for key in keys))
-        Console(width=None if sys.stdout.isatty() else 190).print(table)
+        show_table(table)
 
 
 def _row(

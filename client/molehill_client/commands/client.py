@@ -9,21 +9,17 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from molehill import address, logs
 from molehill.extras import needs
-from molehill.terminal import Json, explained, print_json, say
+from molehill.terminal import Json, State, explained, print_json, say, show_table
 
 EXTRA = "client"
 
 app = typer.Typer(help="A machine with private rows that takes part in a federation.", no_args_is_help=True)
 
-State = Annotated[
-    Path, typer.Option("--state", envvar="MOLEHILL_STATE_DIR", help="Folder for what must survive a restart.")
-]
 _STATE = Path("node")
 _STAGES = ("base", "local", "global", "personalised")
 
@@ -133,7 +129,7 @@ def policy(
                 said = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
                 table.add_row(f"{section}.{key}", Text(said))
         table.add_row("digest", Text(word.digest))
-        Console().print(table)
+        show_table(table)
 
 
 @app.command()
@@ -155,7 +151,7 @@ def status(state: State = _STATE, as_json: Json = False) -> None:
         for key, value in {**found, "for": f"{since:.0f} s"}.items():
             if value is not None:
                 table.add_row(key, Text(str(value)))
-        Console().print(table)
+        show_table(table)
 
 
 @app.command()
@@ -190,7 +186,7 @@ def evaluate(
                 table.add_row(
                     stage, f"{scores['accuracy']:.3f}", "" if f1 is None else f"{f1:.3f}", f"{scores['loss']:.4f}"
                 )
-        Console().print(table)
+        show_table(table)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from molehill.terminal import Json, explained, print_json
+from molehill.terminal import Json, explained, print_json, show_table
 from molehill_edge.commands.opening import (
     GateOption,
     Insecure,
@@ -19,7 +19,6 @@ from molehill_edge.commands.opening import (
     StoreFolder,
     Threads,
     opened,
-    show_table,
     who,
 )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from molehill.errors import MolehillError
 from molehill.extras import needs
-from molehill.terminal import Json, explained, print_json
+from molehill.terminal import Json, explained, print_json, show_table
 from molehill_edge.commands.opening import EXTRA, StoreFolder
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def list_bundles(store: StoreFolder = None, as_json: Json = False) -> None:
             added = ", ".join(f"{each['id']}{'' if each['signed'] else ' (NOT SIGNED)'}" for each in row["added"])
             parts = (row["id"], row["version"], size, row["task"], ends, row["from"], added)
             table.add_row(*(Text(str(part)) for part in parts))
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+        show_table(table)
 
 
 def opened_store(folder: Path | None) -> Store:

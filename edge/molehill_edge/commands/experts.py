@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from molehill.errors import BundleError, ConfigError
 from molehill.extras import needs
-from molehill.terminal import Json, explained, print_json
+from molehill.terminal import Json, explained, print_json, show_table
 from molehill_edge.commands.bundles import bar, opened_store, quiet
 from molehill_edge.commands.opening import EXTRA, StoreFolder
 
@@ -63,7 +61,7 @@ def experts(bundle: Bundle, store: StoreFolder = None, as_json: Json = False) ->
             added = "no" if row["version"] is None else f"version {row['version']}" if row["signed"] else "from a file"
             signed = "yes" if row["signed"] else "NO"
             table.add_row(*(Text(part) for part in (row["id"], offered, size, fits, added, signed)))
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+        show_table(table)
 
 
 def add(

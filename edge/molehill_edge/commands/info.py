@@ -13,10 +13,10 @@ from rich.text import Text
 
 from molehill.characters import harmless
 from molehill.errors import BundleError
-from molehill.terminal import Json, explained, print_json
+from molehill.terminal import Json, explained, print_json, show_table
 from molehill.words import counted
 from molehill_edge.commands.experts import told as told_expert
-from molehill_edge.commands.opening import Insecure, Name, StoreFolder, opened, show_table
+from molehill_edge.commands.opening import Insecure, Name, StoreFolder, opened
 
 if TYPE_CHECKING:
     from molehill_edge.bundle import Bundle

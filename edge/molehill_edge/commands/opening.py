@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from molehill.extras import needs
@@ -86,8 +83,3 @@ def _trust(insecure: bool, store: Path | None) -> Trust:
 def who(bundle: Bundle) -> dict[str, Any]:
     """What programs are told of the bundle that answered."""
     return {"id": bundle.manifest.id, "version": bundle.manifest.version, "gate": bundle.gate.name}
-
-
-def show_table(table: Table) -> None:
-    """Print a table on standard output, as wide as the terminal; into a file, wide enough for every row."""
-    Console(width=None if sys.stdout.isatty() else 190).print(table)

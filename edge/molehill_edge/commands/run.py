@@ -17,7 +17,7 @@ from molehill.characters import harmless, recovered
 from molehill.errors import BundleError
 from molehill.rowfiles.reading import read_texts
 from molehill.rowfiles.values import require_text
-from molehill.terminal import INTERRUPTED, Json, explained, print_json, say
+from molehill.terminal import INTERRUPTED, Json, explained, print_json, say, show_table
 from molehill_edge.commands.opening import (
     Experts,
     GateOption,
@@ -27,7 +27,6 @@ from molehill_edge.commands.opening import (
     StoreFolder,
     Threads,
     opened,
-    show_table,
     who,
 )  # fmt: skip
 

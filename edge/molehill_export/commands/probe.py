@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill.extras import needs
-from molehill.terminal import Json, explained, print_json
+from molehill.terminal import Json, explained, print_json, show_table
 
 EXTRA = "simulation"
 
@@ -55,7 +55,7 @@ def probe(
             print_json({"gate": gate, "rows": found.rows, "probes": found.figures})
             return
         for name, figures in found.figures.items():
-            Console().print(_table(f"{name}, {found.rows} rows", figures))
+            show_table(_table(f"{name}, {found.rows} rows", figures))
 
 
 def _table(title: str, figures: Mapping[str, float]) -> Table:

@@ -15,10 +15,10 @@ from rich.text import Text
 from molehill import address, logs
 from molehill.errors import DeployError
 from molehill.extras import needs
-from molehill.terminal import Json, explained, print_json, say
-from molehill_server.commands.options import STATE, State
+from molehill.terminal import Json, State, explained, print_json, say
 
 EXTRA = "server"
+STATE = Path("coordinator")
 
 app = typer.Typer(help="The coordinator of a federation across machines.", no_args_is_help=True)
 

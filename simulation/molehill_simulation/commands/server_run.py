@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molehill.extras import needs
-from molehill.terminal import Json
-from molehill_server.commands.options import STATE, State
+from molehill.terminal import Json, State
+from molehill_server.commands.server import STATE
 from molehill_simulation.commands.running import EXTRA, Out, Overrides, Resume, conduct
 
 if TYPE_CHECKING:
