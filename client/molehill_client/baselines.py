@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molehill import registry
 from molehill.plan import ClientPlan, EvaluationReply, Scope, Scores
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
@@ -35,7 +34,7 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
     clients[0].start_over()
     steps = config.run.rounds * config.train.steps + personal_steps(clients[0], plans[0])
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
-    fixed = registry.build("init", config.molora.init.name, config.molora.init.params).frozen
+    fixed = config.molora.init.build("init").frozen
 
     def scope(key: Key) -> Scope:
         return "frozen" if key.residual or key.kind in fixed else "shared"

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from molehill import evidence, registry
+from molehill import evidence
 from molehill.config import Config
 from molehill.errors import ConsentError, MessageError
 from molehill.plan import ClientPlan
@@ -37,8 +37,7 @@ def require_consent(plan: ClientPlan, config: Config, keys: Iterable[Key], clien
             rounds or steps, or a higher rank.
     """
     where = f"client {client}"
-    ref = config.federation.policy
-    decided = registry.build("policy", ref.name, ref.params, round_number=plan.round)
+    decided = config.federation.policy.build("policy", round_number=plan.round)
     for key in keys:
         if plan.scope(key) != "shared":
             continue
@@ -299,6 +298,5 @@ def _rounds(config: Config) -> range:
 
 def _kinds(config: Config, number: int, keys: Iterable[Key]) -> set[str]:
     """Kinds of tensors that a round shares by the configuration."""
-    ref = config.federation.policy
-    decided = registry.build("policy", ref.name, ref.params, round_number=number)
+    decided = config.federation.policy.build("policy", round_number=number)
     return {key.kind for key in keys if not key.residual and not _keeper(key, config, decided)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molehill import registry
 from molehill.config import Config
 from molehill.molora.interfaces import RoutingLoss
 from molehill.molora.model import MoLoRAModel
@@ -37,15 +36,11 @@ class Workbench:
 
     def objective(self) -> Objective:
         """The run's objective."""
-        ref = self.config.train.objective
-        return registry.build("objective", ref.name, ref.params)  # type: ignore[no-any-return]  # any method's type
+        return self.config.train.objective.build("objective")  # type: ignore[no-any-return]  # any method's type
 
     def losses(self) -> list[tuple[str, float, RoutingLoss]]:
         """The run's routing losses: name, coefficient, function."""
-        return [
-            (ref.name, ref.coef, registry.build("routing_loss", ref.name, ref.params))
-            for ref in self.config.molora.losses
-        ]
+        return [(ref.name, ref.coef, ref.build("routing_loss")) for ref in self.config.molora.losses]
 
     def settings(self) -> Settings:
         """How the rounds train."""
@@ -55,7 +50,7 @@ class Workbench:
             schedule=part.schedule,
             decay=part.weight_decay,
             clip=part.clip,
-            rules=tuple(registry.build("regulariser", ref.name, ref.params) for ref in part.all_rules),
+            rules=tuple(ref.build("regulariser") for ref in part.all_rules),
             accumulation=part.accumulation,
         )
 

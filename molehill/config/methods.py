@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from molehill import registry
+
 
 class MethodRef(BaseModel):
     """A registered method by name, with its parameters."""
@@ -26,6 +28,14 @@ class MethodRef(BaseModel):
     def params(self) -> dict[str, Any]:
         """The parameters given beside the name."""
         return dict(self.model_extra or {})
+
+    def build(self, axis: str, **context: Any) -> Any:
+        """The method, built with its parameters; see `molehill.registry.build`."""
+        return registry.build(axis, self.name, self.params, **context)
+
+    def declared(self, axis: str, attribute: str) -> Any:
+        """What the method says of itself, whatever its parameters; see `molehill.registry.declared`."""
+        return registry.declared(registry.get(axis, self.name), attribute)
 
 
 class Axis:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from molehill import registry
 from molehill.config import MethodRef
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError, ModelError
@@ -55,17 +54,17 @@ def wrap(
     sites = choice.sites
     found = probe(base)
     keep_less(base)
-    topology = _build("topology", config.topology)
+    topology = config.topology.build("topology")
     roles: dict[str, str] = {}
     for layer in sorted({site.layer for site in sites}):
         roles.update(topology.roles([site.name for site in sites if site.layer == layer]))
-    plans = _build("allocation", config.allocation).plan(sites, config.experts, config.shared, config.rank)
+    plans = config.allocation.build("allocation").plan(sites, config.experts, config.shared, config.rank)
     plans = {s.name: _plain(plans[s.name], config) if _unrouted(topology.scope, roles[s.name]) else plans[s.name]
              for s in sites}  # fmt: skip
     device = next(base.parameters()).device
     state = ForwardState()
     groups = _groups(sites, plans, config, topology.scope or config.scope, gate, seed, state, found)
-    mixer = _build("mixer", config.mixer)
+    mixer = config.mixer.build("mixer")
     kinds: Mapping[str, type[MoLoRALinear]] = {
         "plain": MoLoRALinear,
         "expand": ExpandLinear,
@@ -75,9 +74,7 @@ def wrap(
     for site in sites:
         plan, role = plans[site.name], roles[site.name]
         ranks = plan.shared_ranks + plan.ranks
-        bank = registry.build(
-            "expert", config.expert.name, config.expert.params, site=site, ranks=ranks, alpha=config.alpha
-        )
+        bank = config.expert.build("expert", site=site, ranks=ranks, alpha=config.alpha)
         if role != "plain":
             _require_wishes(topology.wants, bank, len(plan.shared_ranks), config.topology.name)
         group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
@@ -85,7 +82,7 @@ def wrap(
             _require_whole_blocks(site, group.router.heads)
         module = kinds[role](
             base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
-            mixer=_build("mixer", MoLoRAConfig().mixer) if group is None else mixer, dropout=config.dropout,
+            mixer=MoLoRAConfig().mixer.build("mixer") if group is None else mixer, dropout=config.dropout,
             state=state, tokens=found.on_tokens(site.name),
         )  # fmt: skip
         parent, _, name = site.name.rpartition(".")
@@ -105,10 +102,6 @@ def wrap(
     model = MoLoRAModel(base, adapted, {g.site.name: g for g in groups.values()}, experts, head, state, choice.remarks)
     _initialise(model, config.init, seed)
     return model
-
-
-def _build(axis: str, ref: MethodRef, **context: Any) -> Any:
-    return registry.build(axis, ref.name, ref.params, **context)
 
 
 def _require_wishes(wants: Collection[Wish], bank: Bank, shared: int, topology: str) -> None:
@@ -176,9 +169,9 @@ def _groups(
         experts = len(plan.ranks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "gate", site.name))
-            scorer = _build("scorer", config.scorer, d_in=site.d_in, n_experts=experts, n_tasks=1)
+            scorer = config.scorer.build("scorer", d_in=site.d_in, n_experts=experts, n_tasks=1)
         selector = config.selector
-        if plan.top_k and not registry.declared(registry.get("selector", selector.name), "takes_k"):
+        if plan.top_k and not selector.declared("selector", "takes_k"):
             raise ConfigError(
                 f"allocation {config.allocation.name!r} needs a selector with k, which {selector.name!r} does not have",
                 where="molora.selector",
@@ -187,11 +180,11 @@ def _groups(
         if "k" in selector.params or plan.top_k:
             k = min(plan.top_k or selector.params["k"], experts)
             selector = MethodRef.model_validate({"name": selector.name, **selector.params, "k": k})
-        built = _build("selector", selector)
+        built = selector.build("selector")
         if experts == 1 and scope == "site" and _always_one(built, site):
             continue  # a lone expert whose weight is 1 whatever the scores: a plain LoRA has no router
         router = Router(
-            scorer, [_build("transform", ref) for ref in config.transforms], built, anchored=gate == "anchored"
+            scorer, [ref.build("transform") for ref in config.transforms], built, anchored=gate == "anchored"
         )
         ranks = torch.tensor(plan.ranks, dtype=torch.float32)
         groups[key] = RouteGroup(router, site, state, ranks / ranks.mean(), found.on_tokens(site.name))
@@ -222,7 +215,7 @@ def _always_one(selector: Selector, site: Site) -> bool:
 
 
 def _initialise(model: MoLoRAModel, ref: MethodRef, seed: int) -> None:
-    init = _build("init", ref)
+    init = ref.build("init")
     for name, site in model.sites.items():
         for ids, bank in model.banks(site):
             for index, expert in enumerate(ids):

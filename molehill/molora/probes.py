@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from molehill import registry
 from molehill.config import MethodRef
 from molehill.errors import MessageError
 from molehill.molora.interfaces import Diagnostic
@@ -24,7 +23,7 @@ Told: TypeAlias = dict[str, dict[str, list[float]]]
 
 def build(refs: Iterable[MethodRef]) -> dict[str, Diagnostic]:
     """Fresh diagnostics by name."""
-    return {ref.name: registry.build("diagnostic", ref.name, ref.params) for ref in refs}
+    return {ref.name: ref.build("diagnostic") for ref in refs}
 
 
 @contextmanager

@@ -27,7 +27,4 @@ def _expected(config: Config) -> int:
     params = registry.parse_params("client_selector", ref.name, ref.params)
     if getattr(params, "sampling", "") == "poisson":
         return len(pool)
-    chosen = registry.build(
-        "client_selector", ref.name, ref.params, pool=pool, round_number=1, attempt=0, seed=config.run.seed
-    )
-    return len(chosen)
+    return len(ref.build("client_selector", pool=pool, round_number=1, attempt=0, seed=config.run.seed))

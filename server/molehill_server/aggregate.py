@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from molehill import registry
 from molehill.config import Federation
 from molehill.errors import ConfigError, FederationError
 from molehill_server.aggregation.coordinates import CoordinateSum
@@ -52,13 +51,9 @@ class Aggregator:
         Raises:
             ConfigError: A part is unknown, or two of them make no sense together.
         """
-        space: Space = registry.build("space", federation.space.name, federation.space.params)
-        rule: WeightRule = registry.build("rule", federation.rule.name, federation.rule.params)
-        lower: Lower = registry.build("lower", federation.lower.name, federation.lower.params)
-        server_opt: ServerOpt = registry.build("server_opt", federation.server_opt.name, federation.server_opt.params)
         for keys, why in conflicts(federation):
             raise ConfigError(why, where=" with ".join(keys))
-        return cls(space, rule, lower, server_opt, seed)
+        return cls(*_parts(federation), seed)
 
     def __call__(self, glob: Global, updates: Iterable[Update]) -> tuple[Global, dict[str, float]]:
         """Merge the updates of one round.
@@ -109,12 +104,18 @@ class Aggregator:
         return len(batch)
 
 
+def _parts(federation: Federation) -> tuple[Space, WeightRule, Lower, ServerOpt]:
+    return (
+        federation.space.build("space"),
+        federation.rule.build("rule"),
+        federation.lower.build("lower"),
+        federation.server_opt.build("server_opt"),
+    )
+
+
 def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
     """Combinations within ``[federation]`` that cannot work: the keys, and one sentence with the reason."""
-    space: Space = registry.build("space", federation.space.name, federation.space.params)
-    rule: WeightRule = registry.build("rule", federation.rule.name, federation.rule.params)
-    lower: Lower = registry.build("lower", federation.lower.name, federation.lower.params)
-    server_opt: ServerOpt = registry.build("server_opt", federation.server_opt.name, federation.server_opt.params)
+    space, rule, lower, server_opt = _parts(federation)
     keys: tuple[str, ...] = ("federation.space", "federation.lower")
     names = f"space {federation.space.name!r} with lower {federation.lower.name!r}"
     if lower.needs_products and not space.products:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from molehill import evidence, registry
+from molehill import evidence
 from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.molora.probes import require_fitting
@@ -43,7 +43,7 @@ class Limits:
         those of its batches.
         """
         train, selector = config.train, config.molora.selector
-        bound = max(1.0, registry.build("selector", selector.name, selector.params).bound)  # 1 where it is always on
+        bound = max(1.0, selector.build("selector").bound)  # 1 where it is always on
         rows = train.steps * train.accumulation * train.batch_size
         rounding = 1.01  # the mass is summed in float32
         clipped = None if config.privacy.clip is None else _TOLERANCE * config.privacy.clip

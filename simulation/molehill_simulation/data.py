@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from molehill import config, files, registry
+from molehill import config, files
 from molehill.errors import DataError
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.schema import load_rows
@@ -69,9 +69,7 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
             where=rows.source,
             mend="Lower data.clients, or give more rows.",
         )
-    shards: list[Shard] = registry.build(
-        "partitioner", data.partition.name, data.partition.params, rows=rows, clients=data.clients, seed=seed
-    )
+    shards: list[Shard] = data.partition.build("partitioner", rows=rows, clients=data.clients, seed=seed)
     labels = [str(label) for label in rows.columns.get("label", ("",) * len(rows))]
     unit_of = {i: number for number, unit in enumerate(units(rows)) for i in unit}
     held_out: dict[int, bool] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from molehill.config import Config
 from molehill_server.aggregate import conflicts
-from molehill_server.check.conflict import Conflict, Rule, asked, both_shared, build
+from molehill_server.check.conflict import Conflict, Rule, asked, both_shared
 from molehill_server.planning.planner import shares
 
 
@@ -18,7 +18,7 @@ def _aggregation(config: Config) -> Iterator[Conflict]:
 
 def _products_need_factors(config: Config) -> Iterator[Conflict]:
     policy, space = config.federation.policy.name, config.federation.space.name
-    if not build("space", config.federation.space).closed and not both_shared(config):
+    if not config.federation.space.build("space").closed and not both_shared(config):
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.space"),
@@ -31,8 +31,8 @@ def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
     """A factor that is frozen comes from the server anew in every round; one that stays on the clients does not."""
     federation, policy = config.federation, config.federation.policy.name
     scopes = {scope for decided in (shares(config, 1), shares(config, 2)) for scope in (decided.A, decided.B)}
-    fits = scopes <= ({"shared", "frozen"} if build("space", federation.space).common else {"shared"})
-    if build("lower", federation.lower).needs_products and not fits:
+    fits = scopes <= ({"shared", "frozen"} if federation.space.build("space").common else {"shared"})
+    if federation.lower.build("lower").needs_products and not fits:
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.lower"),
@@ -43,7 +43,7 @@ def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
 
 def _enough_to_judge(config: Config) -> Iterator[Conflict]:
     """A rule against poisoned updates needs a majority of others in every round."""
-    least = build("rule", config.federation.rule).least
+    least = config.federation.rule.build("rule").least
     count = asked(config)
     if count < least:
         yield Conflict(
@@ -57,7 +57,7 @@ def _enough_to_judge(config: Config) -> Iterator[Conflict]:
 def _norms_need_products(config: Config) -> Iterator[Conflict]:
     rule, decided = config.federation.rule, shares(config, 1)
     kept = [factor for factor in ("A", "B") if decided.of(factor) == "personal"]
-    if kept and build("rule", rule).needs_pairs:
+    if kept and rule.build("rule").needs_pairs:
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.rule"),
@@ -68,7 +68,7 @@ def _norms_need_products(config: Config) -> Iterator[Conflict]:
 
 def _common_factor(config: Config) -> Iterator[Conflict]:
     policy, space = config.federation.policy.name, config.federation.space
-    fixed = build("space", space).common
+    fixed = space.build("space").common
     if not fixed:
         return
     why = ""
@@ -87,7 +87,7 @@ def _common_factor(config: Config) -> Iterator[Conflict]:
 
 def _sends_changes(config: Config) -> Iterator[Conflict]:
     name = config.wire.down.name
-    if build("codec", config.wire.down).feedback:
+    if config.wire.down.build("codec").feedback:
         yield Conflict(
             "refuse",
             ("wire.down",),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from molehill import registry
-from molehill.config import Config, MethodRef
+from molehill.config import Config
 from molehill_server.planning.planner import scopes, select, shares
 from molehill_server.privacy.draw import Draw
 
@@ -34,16 +33,6 @@ class Conflict:
 
 
 Rule = Callable[[Config], Iterator[Conflict]]
-
-
-def build(axis: str, ref: MethodRef, **context: Any) -> Any:
-    """The method that a reference names, of an axis."""
-    return registry.build(axis, ref.name, ref.params, **context)
-
-
-def declared(axis: str, ref: MethodRef, name: str) -> Any:
-    """An attribute of the method that a reference names, whatever its parameters."""
-    return registry.declared(registry.get(axis, ref.name), name)
 
 
 def asked(config: Config) -> int:

@@ -8,7 +8,7 @@ from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.messages import LEAST
-from molehill_server.check.conflict import Conflict, Rule, asked, build, sends_nothing
+from molehill_server.check.conflict import Conflict, Rule, asked, sends_nothing
 from molehill_server.planning.planner import shares
 
 
@@ -21,13 +21,13 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
     def refuse(key: str, why: str) -> Conflict:
         return Conflict("refuse", ("privacy.secure_aggregation", key), why)
 
-    if not build("rule", federation.rule).sums:
+    if not federation.rule.build("rule").sums:
         yield refuse(
             "federation.rule",
             f"rule {federation.rule.name!r} looks at single updates to weigh them, and the server sees their sum only; "
             "use rule 'mean'",
         )
-    if not build("space", federation.space).closed:
+    if not federation.space.build("space").closed:
         yield refuse(
             "federation.space",
             f"space {federation.space.name!r} is made of every client's own factors, and the server sees the sum of "
@@ -41,7 +41,7 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
         )
     if sends_nothing(config):
         yield refuse("federation.policy", f"policy {policy!r} sends nothing, so there is nothing to hide")
-    if not build("codec", config.wire.up).exact:
+    if not config.wire.up.build("codec").exact:
         yield refuse(
             "wire.up",
             f"codec {config.wire.up.name!r} leaves something out of every number or leaves numbers out, and masked "

@@ -9,13 +9,13 @@ from molehill.config import Config
 from molehill.errors import ConfigError
 from molehill.molora.interfaces import Site
 from molehill.wire.keys import KINDS
-from molehill_server.check.conflict import Conflict, Rule, build, declared
+from molehill_server.check.conflict import Conflict, Rule
 from molehill_server.planning.planner import decisions, shares
 
 
 def _split_gate(config: Config) -> Iterator[Conflict]:
     scorer, keys = config.molora.scorer.name, ("personal.gate", "molora.scorer")
-    own = sorted(declared("scorer", config.molora.scorer, "own"))
+    own = sorted(config.molora.scorer.declared("scorer", "own"))
     if config.personal.gate == "split" and not own:
         able = [each.name for each in registry.methods("scorer") if registry.declared(each, "own")]
         yield Conflict(
@@ -34,7 +34,7 @@ def _split_gate(config: Config) -> Iterator[Conflict]:
 
 
 def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
-    if build("lower", config.federation.lower).restarts and config.personal.gate != "global":
+    if config.federation.lower.build("lower").restarts and config.personal.gate != "global":
         yield Conflict(
             "warn",
             ("federation.lower", "personal.gate"),
@@ -47,7 +47,7 @@ def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
     """A patch is added to what one expert says, which is no sum of parameters."""
     lower = config.federation.lower
     mixer = config.molora.mixer
-    if declared("mixer", mixer, "mixes") == "parameters" and build("lower", lower).patches:
+    if mixer.declared("mixer", "mixes") == "parameters" and lower.build("lower").patches:
         yield Conflict(
             "refuse",
             ("federation.lower", "molora.mixer"),
@@ -58,23 +58,23 @@ def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
 
 def _mixed_parameters(config: Config) -> Iterator[Conflict]:
     scorer, mixer, topology = config.molora.scorer.name, config.molora.mixer.name, config.molora.topology
-    parameters = declared("mixer", config.molora.mixer, "mixes") == "parameters"
-    by_token = declared("scorer", config.molora.scorer, "level") == "token"
-    if by_token and "row_route" in declared("mixer", config.molora.mixer, "wants"):
+    parameters = config.molora.mixer.declared("mixer", "mixes") == "parameters"
+    by_token = config.molora.scorer.declared("scorer", "level") == "token"
+    if by_token and "row_route" in config.molora.mixer.declared("mixer", "wants"):
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),
             f"mixer {mixer!r} makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
             "scorer 'task_table'",
         )
-    if parameters and declared("topology", topology, "scope") is not None:
+    if parameters and topology.declared("topology", "scope") is not None:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.topology"),
             f"topology {topology.name!r} mixes the outputs of whole blocks, so mixer {mixer!r} would do nothing; use "
             "mixer 'output', or topology 'parallel'",
         )
-    if not parameters and build("scorer", config.molora.scorer, d_in=1, n_experts=1, n_tasks=1).heads > 1:
+    if not parameters and config.molora.scorer.build("scorer", d_in=1, n_experts=1, n_tasks=1).heads > 1:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),
@@ -89,17 +89,17 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
     parts = {"molora.mixer": ("mixer", molora.mixer), "molora.topology": ("topology", molora.topology)}
     site = Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1)
     try:
-        plan = build("allocation", molora.allocation).plan([site], molora.experts, molora.shared, molora.rank)["any"]
+        plan = molora.allocation.build("allocation").plan([site], molora.experts, molora.shared, molora.rank)["any"]
     except ConfigError as error:
         yield Conflict("refuse", ("molora.allocation", "molora.experts"), error.what)
         return
     selector = molora.selector
-    if plan.top_k and not declared("selector", selector, "takes_k"):
+    if plan.top_k and not selector.declared("selector", "takes_k"):
         why = f"allocation {molora.allocation.name!r} needs a selector with k, which {selector.name!r} does not have"
         yield Conflict("refuse", ("molora.allocation", "molora.selector"), f"{why}; use selector 'top_k'")
     for key, (axis, part) in parts.items():
-        wants = declared(axis, part, "wants")
-        if "pairs" in wants and declared("expert", molora.expert, "kind") != "pairs":
+        wants = part.declared(axis, "wants")
+        if "pairs" in wants and molora.expert.declared("expert", "kind") != "pairs":
             why = f"{part.name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
             yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert 'lora'")
         if "equal_ranks" in wants and len({*plan.ranks, *plan.shared_ranks}) > 1:
@@ -131,7 +131,7 @@ def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
 
 def _trains_alone(config: Config) -> Iterator[Conflict]:
     objective, together = config.train.objective, config.engine.together
-    if declared("objective", objective, "alone") and together != "auto" and together > 1:
+    if objective.declared("objective", "alone") and together != "auto" and together > 1:
         yield Conflict(
             "warn",
             ("engine.together", "train.objective"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from molehill import evidence
 from molehill.config import Config
-from molehill_server.check.conflict import Conflict, Rule, both_shared, build, sends_nothing
+from molehill_server.check.conflict import Conflict, Rule, both_shared, sends_nothing
 from molehill_server.planning.planner import shares
 
 
@@ -20,20 +20,20 @@ def _privacy(config: Config) -> Iterator[Conflict]:
     def refuse(key: str, why: str) -> Conflict:
         return Conflict("refuse", ("privacy", key), why)
 
-    if not build("rule", federation.rule).sums:
+    if not federation.rule.build("rule").sums:
         yield refuse(
             "federation.rule",
             f"rule {federation.rule.name!r} looks at single updates to weigh them, so one client can change what all "
             "others count for and no noise of a bounded size hides it; use rule 'mean', which under privacy counts "
             "clients alike",
         )
-    if not build("space", federation.space).closed:
+    if not federation.space.build("space").closed:
         yield refuse(
             "federation.space",
             f"space {federation.space.name!r} sums products B A, whose size the clip of a change of A and B does not "
             "bound; use space 'common' with a policy that freezes one factor (preset 'ffa'), or space 'factor'",
         )
-    if build("codec", config.wire.up).feedback:
+    if config.wire.up.build("codec").feedback:
         yield refuse(
             "wire.up",
             f"codec {config.wire.up.name!r} sends later what it left unsent (error feedback): what was clipped away "
@@ -47,7 +47,7 @@ def _privacy(config: Config) -> Iterator[Conflict]:
         )
     if sends_nothing(config):
         yield refuse("federation.policy", f"policy {policy!r} sends nothing, so there is nothing to protect")
-    if not build("space", federation.space).products and both_shared(config):
+    if not federation.space.build("space").products and both_shared(config):
         yield Conflict(
             "warn",
             ("privacy", "federation.policy"),

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from molehill import registry
 from molehill.config import Config
 from molehill.plan import ClientPlan, Scope
 from molehill.wire.keys import Key
@@ -30,16 +29,14 @@ _HEADS: dict[str, Scopes] = {
 
 def decisions(config: Config, round_number: int) -> Shares:
     """What the policy decides for this round."""
-    policy = config.federation.policy
-    decided: Shares = registry.build("policy", policy.name, policy.params, round_number=round_number)
+    decided: Shares = config.federation.policy.build("policy", round_number=round_number)
     return decided
 
 
 def shares(config: Config, round_number: int) -> Shares:
     """What the policy decides for this round, less what the start values keep frozen (an orthonormal A)."""
     decided = decisions(config, round_number)
-    init = config.molora.init
-    frozen = registry.build("init", init.name, init.params).frozen
+    frozen = config.molora.init.build("init").frozen
     return replace(decided, A="frozen" if "A" in frozen else decided.A, B="frozen" if "B" in frozen else decided.B)
 
 
@@ -65,11 +62,8 @@ def select(
     config: Config, pool: Sequence[str], round_number: int, attempt: int, *, secret: int | None = None
 ) -> list[str]:
     """The clients of this round, in the order of ``pool``; drawn by ``secret`` in place of the run's seed, if given."""
-    ref = config.federation.select
-    chosen: list[str] = registry.build(
+    chosen: list[str] = config.federation.select.build(
         "client_selector",
-        ref.name,
-        ref.params,
         pool=pool,
         round_number=round_number,
         attempt=attempt,
