@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from molehill.config import Config
 from molehill_server.aggregate import conflicts
-from molehill_server.check.conflict import Conflict, Rule, asked, both_shared
+from molehill_server.check.conflict import Conflict, Rule, asked, asked_by, both_shared
 from molehill_server.planning.planner import shares
 
 
@@ -48,7 +48,7 @@ def _enough_to_judge(config: Config) -> Iterator[Conflict]:
     if count < least:
         yield Conflict(
             "refuse",
-            ("federation.rule", "data.clients" if count == config.data.clients else "federation.select"),
+            ("federation.rule", asked_by(config)),
             f"rule {config.federation.rule.name!r} needs {least} updates a round to tell which are poisoned, and of "
             f"{config.data.clients} clients {count} take part; choose a smaller f, or more clients",
         )

@@ -41,6 +41,11 @@ def asked(config: Config) -> int:
     return math.ceil(Draw.of(config).expected(len(pool), len(select(config, pool, 1, 0))))
 
 
+def asked_by(config: Config) -> str:
+    """The key that says how many clients take part in a round."""
+    return "data.clients" if asked(config) == config.data.clients else "federation.select"
+
+
 def both_shared(config: Config) -> bool:
     """Whether every client sends both factors in every round (methods that alternate do so with period 2)."""
     return all(decided.A == decided.B == "shared" for decided in (shares(config, 1), shares(config, 2)))

@@ -8,7 +8,7 @@ from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.messages import LEAST
-from molehill_server.check.conflict import Conflict, Rule, asked, sends_nothing
+from molehill_server.check.conflict import Conflict, Rule, asked, asked_by, sends_nothing
 from molehill_server.planning.planner import shares
 
 
@@ -71,13 +71,13 @@ def _secure_sum(config: Config) -> Iterator[Conflict]:
     if count < LEAST:
         yield Conflict(
             "refuse",
-            ("privacy.secure_aggregation", "data.clients" if count == config.data.clients else "federation.select"),
+            ("privacy.secure_aggregation", asked_by(config)),
             f"{count} clients take part in a round, and a sum hides its parts among {LEAST} or more",
         )
     elif count == LEAST:
         yield Conflict(
             "warn",
-            ("privacy.secure_aggregation", "data.clients" if count == config.data.clients else "federation.select"),
+            ("privacy.secure_aggregation", asked_by(config)),
             f"{count} clients take part in a round, which are as few as a sum may be of: none may drop out, or the "
             "round is tried again",
         )
