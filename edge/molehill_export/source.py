@@ -23,7 +23,7 @@ from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import is_peft
-from molehill.molora.probe import probe
+from molehill.molora.trial import trial_of
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.tasks.weights import Stored
 from molehill.wire.tree import Tree
@@ -230,7 +230,7 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
     if task.kind == "classification":
         pooling: Literal["mean", "cls", "last"] = adapter.pooling  # type: ignore[assignment]  # as it was saved
         anchored = run is not None and run.personal.head == "anchored"
-        head = Head(probe(loaded.model).width, len(adapter.labels), pooling, anchored=anchored)
+        head = Head(trial_of(loaded.model).width, len(adapter.labels), pooling, anchored=anchored)
     gate = run.personal.gate if run is not None else "global"
     if run is None:
         task = task.model_copy(update={"max_length": min(loaded.limit, _LONGEST)})

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from molehill.errors import ModelError
-from molehill.molora.probe import plain_tokens
+from molehill.molora.trial import plain_tokens
 
 NAME = "molehill_bmm"
 MAX_TOKENS = 512

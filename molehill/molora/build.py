@@ -17,10 +17,10 @@ from molehill.molora.head import Head
 from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan, Wish
 from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
 from molehill.molora.model import MoLoRAModel, seed_for
-from molehill.molora.probe import Probe, probe
 from molehill.molora.recompute import keep_less
 from molehill.molora.router import Router
 from molehill.molora.targets import choose
+from molehill.molora.trial import Trial, trial_of
 
 _FFN = re.compile(r"(^|\.)(mlp|ffn|feed_forward|intermediate)(\.|$)|(?<!attention)\.output\.dense$")
 
@@ -52,7 +52,7 @@ def wrap(
     base.requires_grad_(requires_grad=False)
     choice = choose(base, config.targets, config.layers)
     sites = choice.sites
-    found = probe(base)
+    found = trial_of(base)
     keep_less(base)
     topology = config.topology.build("topology")
     roles: dict[str, str] = {}
@@ -149,7 +149,7 @@ def _groups(
     gate: str,
     seed: int,
     state: ForwardState,
-    found: Probe,
+    found: Trial,
 ) -> dict[str, RouteGroup]:
     groups: dict[str, RouteGroup] = {}
     order = {name: at for at, name in enumerate(found.calls)}  # of the pass, which is not always that of the modules
@@ -191,7 +191,7 @@ def _groups(
     return groups
 
 
-def _require_same_rows(first: str, other: str, scope: str, found: Probe) -> None:
+def _require_same_rows(first: str, other: str, scope: str, found: Trial) -> None:
     """Refuse one route for linears that run on different things.
 
     Raises:

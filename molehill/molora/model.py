@@ -16,7 +16,7 @@ from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
 from molehill.molora.layer import ForwardState, MoLoRALinear, RouteGroup
-from molehill.molora.probe import keeps_logits
+from molehill.molora.trial import keeps_logits
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Array, Layout, Tree
 

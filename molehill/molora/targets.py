@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molehill.errors import ModelError
 from molehill.molora.interfaces import Site
-from molehill.molora.probe import adaptable, is_numbered, layer_of, likeness, linears, stack_of
+from molehill.molora.trial import adaptable, is_numbered, layer_of, likeness, linears, stack_of
 
 _MATRIX = 2  # dimensions
 

@@ -12,7 +12,7 @@ from molehill.molora.attention import use_fast_attention
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
-from molehill.molora.probe import plain_tokens, probe
+from molehill.molora.trial import plain_tokens, trial_of
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.tasks.task import Task, make_task
 
@@ -43,7 +43,7 @@ def open_model(config: Config, *, offline: bool = False) -> Adapted:
         ConfigError: Parts of the adapter do not fit each other.
     """
     loaded = load_base(config.base, config.task, offline=offline)
-    width = probe(loaded.model).width
+    width = trial_of(loaded.model).width
     use_fast_attention(loaded.model, config.task.max_length)
     head = None
     if config.task.kind == "classification":

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molehill import config
 from molehill.errors import ModelError
-from molehill.molora.probe import is_numbered, probe, stack_of, takes
+from molehill.molora.trial import is_numbered, stack_of, takes, trial_of
 from molehill.tasks.weights import Stored
 
 _ENDLESS = 1 << 30  # tokens, of a model that says nothing and has no table of positions
@@ -98,7 +98,7 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
             mend="Give the tokenizer the model was trained with.",
         )
     with _named(origin):
-        found = probe(model)
+        found = trial_of(model)
     if task.kind == "classification" and not found.states:
         raise ModelError(
             f"{model.config.model_type} gives no token states to classify by", where=origin, mend="Give another base."

@@ -8,8 +8,8 @@ import transformers
 from tiny_models import FFN, WIDTH, adapted, base, batch, shake
 
 from molehill.errors import ModelError
-from molehill.molora.probe import probe
 from molehill.molora.targets import choose, find_sites
+from molehill.molora.trial import trial_of
 
 LAST = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -161,8 +161,8 @@ def test_only_what_the_targets_name_is_told_of():
     assert remark.startswith("18,560 of the 21,632 weights in the layers (86%) are not adapted")
 
 
-def test_a_probe_tells_how_often_and_with_what_a_linear_is_called():
-    found = probe(base("bert"))
+def test_a_trial_tells_how_often_and_with_what_a_linear_is_called():
+    found = trial_of(base("bert"))
     assert set(found.calls.values()) == {((2, 3),)}
     assert found.learning == found.calls.keys()
     assert (found.width, found.states, found.positions) == (WIDTH, True, 64)
@@ -172,7 +172,7 @@ def test_a_probe_tells_how_often_and_with_what_a_linear_is_called():
             embedding_size=8, pad_token_id=0,
         )
     ).eval()  # fmt: skip
-    assert set(probe(albert).calls.values()) == {((2, 3),) * 3}
+    assert set(trial_of(albert).calls.values()) == {((2, 3),) * 3}
     assert not any(parameter.grad is not None for parameter in albert.parameters())
     assert not any(module._forward_hooks for module in albert.modules())
 

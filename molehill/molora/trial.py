@@ -25,7 +25,7 @@ _WHOLE = {(_ROWS, _TOKENS), (_ROWS * _TOKENS,)}
 
 
 @dataclass(frozen=True)
-class Probe:
+class Trial:
     """What one pass over two short rows of text showed.
 
     Attributes:
@@ -100,7 +100,7 @@ def keeps_logits(base: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def probe(base: nn.Module) -> Probe:
+def trial_of(base: nn.Module) -> Trial:
     """Run a base once on two short rows; what was seen is remembered for as long as the base lives.
 
     Args:
@@ -110,9 +110,9 @@ def probe(base: nn.Module) -> Probe:
         ModelError: The model cannot be run on text with padding, does not give one output per token, or gives numbers
             that are not finite.
     """
-    known = _PROBES.get(base)
+    known = _TRIALS.get(base)
     if known is None:
-        known = _PROBES[base] = _probe(base)
+        known = _TRIALS[base] = _run_trial(base)
     return known
 
 
@@ -120,7 +120,7 @@ def takes(base: nn.Module, tokens: int) -> bool:
     """Whether an input of so many tokens gets through the embeddings and the first layer.
 
     Args:
-        base: A base that `probe` accepted, on the CPU: a GPU may not survive a position that does not exist.
+        base: A base that `trial_of` accepted, on the CPU: a GPU may not survive a position that does not exist.
         tokens: Length of the input.
     """
     deeper = [module for name, module in linears(base).items() if layer_of(name) > 0]
@@ -137,7 +137,7 @@ def takes(base: nn.Module, tokens: int) -> bool:
     return True
 
 
-_PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
+_TRIALS: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 
 
 class _EnoughError(Exception):
@@ -177,7 +177,7 @@ class _Positions(TorchFunctionMode):
 _LOOKUP = ("input", "weight")
 
 
-def _probe(base: nn.Module) -> Probe:
+def _run_trial(base: nn.Module) -> Trial:
     calls: dict[str, list[tuple[int, ...]]] = {}
     anchors: dict[str, Tensor] = {}
 
@@ -217,7 +217,7 @@ def _probe(base: nn.Module) -> Probe:
         )
     learning = frozenset(name for name, grad in zip(anchors, grads, strict=False) if grad is not None)
     seen = {name: tuple(shapes) for name, shapes in calls.items()}
-    return Probe(int(out.shape[-1]), states, seen, learning, positions.least)
+    return Trial(int(out.shape[-1]), states, seen, learning, positions.least)
 
 
 def _run(base: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, bool]:
@@ -255,7 +255,7 @@ def adaptable(base: nn.Module) -> Iterator[str]:
     A linear that was not called counts all the same when its like in the layers was: of a mixture's experts only those
     are called that a token was sent to.
     """
-    found = probe(base)
+    found = trial_of(base)
     kinds = {likeness(name) for name in found.learning}
     return (name for name in linears(base) if likeness(name) in kinds)
 
