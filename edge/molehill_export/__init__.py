@@ -1,1 +1,1 @@
-"""Build time: a trained MoLoRA becomes a quantised ONNX bundle, and bundles become a signed repository."""
+"""After training: a MoLoRA becomes an ONNX bundle, bundles a signed repository, and adapters are looked at."""

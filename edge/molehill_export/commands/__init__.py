@@ -1,1 +1,1 @@
-"""The verbs that make bundles and publish them: one module each."""
+"""The verbs that make bundles, publish them, and look at adapters: one module each."""
