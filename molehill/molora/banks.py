@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molehill.molora.block import expand
 from molehill.molora.fused import Projection, down, reference, up
 from molehill.molora.interfaces import InitStrategy, Site, Wish
 from molehill.molora.recompute import Source
@@ -231,6 +232,17 @@ class PairBank(Bank):
         """See `Bank.delta`; the frozen output is not used."""
         A, Bt = self.factors()
         return (F.linear(x, A.to(x.dtype)) * (weights @ self.spread).to(x.dtype)) @ Bt.to(x.dtype)
+
+    def outputs(self, x: Tensor, y0: Tensor) -> Tensor:
+        """See `Bank.outputs`; experts of one rank and scale are computed at once."""
+        if len({*zip(self.ranks, self.scales, strict=True)}) > 1:
+            return super().outputs(x, y0)
+        made = expand(x, self.A.to(x.dtype), (self.Bt * self.scales[0]).to(x.dtype), self.n_experts)
+        if not len(self.patch_expert):
+            return made
+        owner = F.one_hot(self.patch_expert, self.n_experts).to(x.dtype)
+        frozen = F.linear(x, self.patch_A.to(x.dtype))
+        return made + torch.einsum("btp,pe,po->bteo", frozen, owner, self.patch_Bt.to(x.dtype))
 
     def like(self, site: Site, ranks: tuple[int, ...]) -> PairBank:
         """See `Bank.like`."""

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molehill.errors import ModelError
 from molehill.molora.banks import Bank, Mixer, PairBank
-from molehill.molora.block import contract, expand, mix
+from molehill.molora.block import contract, mix
 from molehill.molora.interfaces import Overrides, Route, RouteContext, RouteRecord, Site
 from molehill.molora.recompute import source_of
 from molehill.molora.router import Router
@@ -343,18 +343,11 @@ class ExpandLinear(MoLoRALinear):
     """First linear of a routed block: keeps the frozen output and one output per expert, ``[B, T, 1 + E, d_out]``."""
 
     def _adapted(self, x: Tensor, call: int) -> Tensor:
-        assert isinstance(self.bank, PairBank)
         assert self.group is not None
         self.group.route(x, None, call)
-        experts = self.bank.n_experts
-        Bt = (self.bank.Bt * self.bank.scales[0]).to(x.dtype)
-        delta = expand(self.dropout(x), self.bank.A.to(x.dtype), Bt, experts)
-        if len(self.bank.patch_expert):
-            owner = F.one_hot(self.bank.patch_expert, experts).to(x.dtype)
-            frozen = F.linear(x, self.bank.patch_A.to(x.dtype))
-            delta = delta + torch.einsum("btp,pe,po->bteo", frozen, owner, self.bank.patch_Bt.to(x.dtype))
-        y0 = F.linear(x, self.weight, self.bias).unsqueeze(-2)
-        return torch.cat([y0, y0 + delta], -2)
+        y0 = F.linear(x, self.weight, self.bias)
+        delta = self.bank.outputs(self.dropout(x), y0)
+        return torch.cat([y0.unsqueeze(-2), y0.unsqueeze(-2) + delta], -2)
 
 
 class ContractLinear(MoLoRALinear):
@@ -372,10 +365,11 @@ class ContractLinear(MoLoRALinear):
         assert isinstance(self.bank, PairBank)
         h0, h = x[:, :, 0], x[:, :, 1:]
         w = self.weights(h0, None, self._next_call()).to(x.dtype)
-        delta = contract(self.dropout(h), w * self.bank.scales[0], self.bank.A.to(x.dtype), self.bank.Bt.to(x.dtype))
+        seen = self.dropout(h)
+        delta = contract(seen, w * self.bank.scales[0], self.bank.A.to(x.dtype), self.bank.Bt.to(x.dtype))
         y = F.linear(mix(h0, h, w), self.weight, self.bias) + delta
         owner = self.bank.patch_expert
         if len(owner):
-            frozen = torch.einsum("btpd,pd->btp", h[:, :, owner], self.bank.patch_A.to(x.dtype))
+            frozen = torch.einsum("btpd,pd->btp", seen[:, :, owner], self.bank.patch_A.to(x.dtype))
             y = y + (frozen * w[..., owner]) @ self.bank.patch_Bt.to(x.dtype)
         return y

@@ -64,9 +64,13 @@ def test_parts_are_all_there_is_and_each_is_of_one_expert(name):
     assert float(before.detach()[:, :, 1].abs().max()) > 0
 
 
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("ranks", [RANKS, (2, 2, 2)])
 @pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
-def test_the_delta_is_the_weighted_sum_of_outputs(name):
-    bank, (x, y0) = bank_of(name), inputs()
+def test_the_delta_is_the_weighted_sum_of_outputs(name, ranks, patched):
+    bank, (x, y0) = bank_of(name, ranks), inputs()
+    if patched and isinstance(bank, PairBank):
+        bank.set_patches({e: (torch.randn(p, SITE.d_in), torch.randn(SITE.d_out, p)) for e, p in ((0, 1), (2, 3))})
     outputs = bank.outputs(x, y0)
     assert outputs.shape == (2, 3, bank.n_experts, SITE.d_out)
     for shape in ((1, 1, 3), (2, 1, 3), (2, 3, 3)):
