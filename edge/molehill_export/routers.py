@@ -161,7 +161,7 @@ class Routers:
             inputs.append(self._work.graph.default_input(key, np.zeros(shape, np.float32)))
             self._work.out.gate.append(pb.GateTensor(name=key, shape=shape, router=index, expert_axis=axis))
             examples.append(torch.zeros(shape))
-        scorer = self._scorer.build("scorer", d_in=group.site.d_in, n_experts=len(slots), n_tasks=1)
+        scorer = self._scorer.build("scorer", d_in=group.site.d_in, n_experts=len(slots))
         module = Route(router, scorer, list(axes))
         x = torch.zeros(2, 3, group.site.d_in)
         args = (x, torch.zeros(len(slots)), examples)

@@ -169,7 +169,7 @@ def _groups(
         experts = len(plan.ranks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "gate", site.name))
-            scorer = config.scorer.build("scorer", d_in=site.d_in, n_experts=experts, n_tasks=1)
+            scorer = config.scorer.build("scorer", d_in=site.d_in, n_experts=experts)
         selector = config.selector
         if plan.top_k and not selector.declared("selector", "takes_k"):
             raise ConfigError(
@@ -217,6 +217,5 @@ def _always_one(selector: Selector, site: Site) -> bool:
 def _initialise(model: MoLoRAModel, ref: MethodRef, seed: int) -> None:
     init = ref.build("init")
     for name, site in model.sites.items():
-        for ids, bank in model.banks(site):
-            for index, expert in enumerate(ids):
-                bank.start(index, init, torch.Generator().manual_seed(seed_for(seed, name, expert)))
+        for index, expert in enumerate(model.expert_ids(site)):
+            site.bank.start(index, init, torch.Generator().manual_seed(seed_for(seed, name, expert)))

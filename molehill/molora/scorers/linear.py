@@ -50,7 +50,7 @@ class Linear(Scorer):
         fusable: Whether the logits are always ``x @ weight.T``; jitter needs its own product.
     """
 
-    def __init__(self, params: LinearParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
+    def __init__(self, params: LinearParams, *, d_in: int, n_experts: int) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.jitter = params.jitter

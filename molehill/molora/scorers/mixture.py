@@ -51,7 +51,7 @@ class Mixture(Scorer):
 
     own = frozenset({"main"})
 
-    def __init__(self, params: MixtureParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
+    def __init__(self, params: MixtureParams, *, d_in: int, n_experts: int) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.sub = nn.Parameter(torch.empty(params.m, n_experts, d_in))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -48,13 +48,12 @@ class TaskTable(Scorer):
     """
 
     level = "row"
-    reads: frozenset[Literal["task_ids"]] = frozenset({"task_ids"})
 
-    def __init__(self, params: TaskTableParams, *, d_in: int, n_experts: int, n_tasks: int) -> None:
+    def __init__(self, params: TaskTableParams, *, d_in: int, n_experts: int) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.heads = params.splits
-        self.table = nn.Parameter(torch.empty(max(params.tasks, n_tasks), params.splits, n_experts))
+        self.table = nn.Parameter(torch.empty(params.tasks, params.splits, n_experts))
         nn.init.uniform_(self.table, -params.scale, params.scale)
 
     def axes(self) -> Mapping[str, int]:

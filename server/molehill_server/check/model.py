@@ -74,7 +74,7 @@ def _mixed_parameters(config: Config) -> Iterator[Conflict]:
             f"topology {topology.name!r} mixes the outputs of whole blocks, so mixer {mixer!r} would do nothing; use "
             "mixer 'output', or topology 'parallel'",
         )
-    if not parameters and config.molora.scorer.build("scorer", d_in=1, n_experts=1, n_tasks=1).heads > 1:
+    if not parameters and config.molora.scorer.build("scorer", d_in=1, n_experts=1).heads > 1:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),

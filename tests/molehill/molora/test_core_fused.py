@@ -37,9 +37,7 @@ def site_of(selector, *, ranks, shared=(), patches=None, dropout=0.0):
     name, params = selector
     place, state = Site(0, "layers.0.q", 2, D_IN, D_OUT), ForwardState()
     bank = LoRABank(site=place, ranks=(*shared, *ranks), alpha=ALPHA)
-    scorer = registry.build(
-        "scorer", "linear", {"init": "normal", "std": 1.0}, d_in=D_IN, n_experts=len(ranks), n_tasks=1
-    )
+    scorer = registry.build("scorer", "linear", {"init": "normal", "std": 1.0}, d_in=D_IN, n_experts=len(ranks))
     group = RouteGroup(
         Router(scorer, [], registry.build("selector", name, params), anchored=False),
         place,

@@ -51,7 +51,7 @@ def test_parameters_are_frozen_documented_and_have_defaults(axis, name):
 
 @pytest.mark.parametrize("name", _of("scorer"))
 def test_scorers(name, context):
-    scorer = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3)
+    scorer = registry.build("scorer", name, d_in=8, n_experts=5)
     assert isinstance(scorer, Scorer)
     assert scorer.n_experts == 5
     x, tasks = torch.randn(2, 3, 8), torch.tensor([0, 2])
@@ -65,21 +65,19 @@ def test_scorers(name, context):
     other = scorer(context(x=torch.randn(2, 3, 8), task_ids=tasks))
     assert torch.equal(z, other) is (scorer.level != "token")
     assert (scorer.level == "token") is (z.shape[1] == 3)
-    moved = scorer(context(x=x, task_ids=torch.tensor([2, 0])))
-    assert torch.equal(z, moved) is ("task_ids" not in scorer.reads)
     assert scorer.own <= {part for part, _ in scorer.named_parameters()}
     assert torch.equal(z, scorer(context(x=x, task_ids=tasks)))  # nothing random at inference
     torch.manual_seed(1)
-    again = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3).state_dict()
+    again = registry.build("scorer", name, d_in=8, n_experts=5).state_dict()
     torch.manual_seed(1)
-    same = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3).state_dict()
+    same = registry.build("scorer", name, d_in=8, n_experts=5).state_dict()
     assert all(torch.equal(again[key], same[key]) for key in again)
 
 
 @pytest.mark.parametrize("name", _of("scorer"))
 def test_scorers_know_the_axis_of_the_experts(name, context):
     """Experts in another order, along that axis of every parameter, are scored alike."""
-    scorer = registry.build("scorer", name, d_in=8, n_experts=5, n_tasks=3)
+    scorer = registry.build("scorer", name, d_in=8, n_experts=5)
     order, ctx = torch.randperm(5), context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]))
     before = scorer(ctx)
     assert scorer.axes().keys() == {part for part, _ in scorer.named_parameters()}

@@ -8,8 +8,8 @@ import torch
 from molehill import registry
 
 
-def _build(name, values=None, *, d_in=8, n_experts=5, n_tasks=3):
-    return registry.build("scorer", name, values, d_in=d_in, n_experts=n_experts, n_tasks=n_tasks)
+def _build(name, values=None, *, d_in=8, n_experts=5):
+    return registry.build("scorer", name, values, d_in=d_in, n_experts=n_experts)
 
 
 def test_linear_is_one_product(context):
@@ -69,7 +69,7 @@ def test_mixture_of_one_is_the_plain_router_and_a_certain_main_router_picks_one(
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_task_table_looks_up_rows_and_unseen_tasks_get_the_mean(splits, context):
-    scorer = _build("task_table", {"splits": splits}, n_tasks=3)
+    scorer = _build("task_table", {"tasks": 3, "splits": splits})
     assert scorer.heads == splits
     assert float(scorer.table.detach().abs().max()) <= 1e-3
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_task_table_looks_up_rows_and_unseen_tasks_get_the_mean(splits, context)
 
 
 def test_task_table_learns_only_the_rows_it_used(context):
-    scorer = _build("task_table")
+    scorer = _build("task_table", {"tasks": 3})
     scorer(context(task_ids=torch.tensor([1, 1]))).square().sum().backward()
     assert scorer.table.grad[1].abs().sum() > 0
     assert scorer.table.grad[[0, 2]].abs().sum() == 0
