@@ -303,8 +303,3 @@ class Diagnostic(ABC):
         """Add sums of a site, float64 on the CPU."""
         known = self.state.get(site)
         self.state[site] = sums.clone() if known is None else known + sums
-
-    def merge(self, other: Diagnostic) -> None:
-        """Add another client's state."""
-        for site, sums in other.state.items():
-            self.add(site, sums)

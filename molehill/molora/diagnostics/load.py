@@ -43,14 +43,6 @@ class Load(Diagnostic):
             for site, row in zip(stack.sites, sums.to("cpu", torch.float64), strict=True):
                 self.add(site.name, row)
 
-    def tokens(self) -> dict[tuple[str, str], float]:
-        """Return tokens routed by gate mass, by (site, expert id)."""
-        return {
-            (site, f"e{e}"): float(mass)
-            for site, row in self.state.items()
-            for e, mass in enumerate(row[: _experts(row)])
-        }
-
     def report(self) -> dict[str, float]:
         """Return figures by ``site/figure``.
 

@@ -22,29 +22,27 @@ KEYS = [
 ]
 
 
-def seen(record, seed):
-    """Fresh diagnostics that have seen a pass with three experts at ``a`` and two at ``b``."""
-    torch.manual_seed(seed)
+def seen(record, *seeds):
+    """Fresh diagnostics that have seen a pass for every seed, with three experts at ``a`` and two at ``b``."""
     found = probes.build(REFS)
-
-    for name, n in (("a", 3), ("b", 2)):
-        site = Site(0, name, 1, 8, 8)
-        route = registry.build("selector", "top_k", {"k": 2})(
-            torch.randn(2, 5, n), RouteContext(torch.zeros(2, 5, 8), site)
-        )
-        for probe in found.values():
-            probe.update([record(route, site=site)])
+    for seed in seeds:
+        torch.manual_seed(seed)
+        for name, n in (("a", 3), ("b", 2)):
+            site = Site(0, name, 1, 8, 8)
+            route = registry.build("selector", "top_k", {"k": 2})(
+                torch.randn(2, 5, n), RouteContext(torch.zeros(2, 5, 8), site)
+            )
+            for probe in found.values():
+                probe.update([record(route, site=site)])
     return found
 
 
 def test_what_clients_tell_adds_up_to_what_one_would_have_seen(record):
-    one, two = seen(record, 1), seen(record, 2)
-    told = [probes.told(one), probes.told(two), {}]
+    told = [probes.told(seen(record, 1)), probes.told(seen(record, 2)), {}]
     for each in told[:2]:
         probes.require_fitting(each, REFS, KEYS)
     figures = probes.merged(REFS, told, KEYS)
-    for name, probe in one.items():
-        probe.merge(two[name])
+    for name, probe in seen(record, 1, 2).items():
         assert figures[name] == pytest.approx(probe.report())
         assert figures[name]
 
