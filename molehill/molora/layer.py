@@ -298,15 +298,15 @@ class MoLoRALinear(nn.Module):
         weights = self.weights(x, logits, call)
         return weights.expand(*x.shape[:2], -1).reshape(-1, weights.shape[-1])
 
-    def tokens(self, client: int) -> list[tuple[Bank, list[float]]]:
-        """Counted gate mass of every expert, bank by bank; needs ``state.count`` during the passes.
+    def tokens(self, client: int) -> list[float]:
+        """Counted gate mass of every expert, shared ones first; needs ``state.count`` during the passes.
 
-        Banks whose weights are always 1 are left out.
+        It is empty where all weights are always 1.
         """
         group = self.group
         if group is None:
             return []
-        return [(self.bank, [float(group.tokens[client])] * self.shared + group.mass[client].tolist())]
+        return [float(group.tokens[client])] * self.shared + group.mass[client].tolist()
 
     @property
     def stackable(self) -> bool:

@@ -105,31 +105,23 @@ class MoLoRAModel(nn.Module):
         routed = [e for e in self.experts if not e.startswith("shared")]
         return (*shared, *routed[: site.bank.n_experts - site.shared])
 
-    def banks(self, site: MoLoRALinear) -> Iterator[tuple[tuple[str, ...], Bank]]:
-        """Every bank of a site with the ids of its experts."""
-        yield self.expert_ids(site), site.bank
-
     def banks_of(self, expert: str) -> dict[str, tuple[Bank, int]]:
         """Where an expert is: its bank and its index there, by site."""
-        return {
-            name: (bank, ids.index(expert))
-            for name, site in self.sites.items()
-            for ids, bank in self.banks(site)
-            if expert in ids
-        }
+        found = {name: (site.bank, self.expert_ids(site)) for name, site in self.sites.items()}
+        return {name: (bank, ids.index(expert)) for name, (bank, ids) in found.items() if expert in ids}
 
     def _tensors(self) -> Iterator[tuple[nn.Parameter, list[tuple[Key, slice | None, bool, float]]]]:
         """Every parameter with the wire tensors it holds: key, its rows (None for all), transposed, scale."""
         for name, site in self.sites.items():
-            for ids, bank in self.banks(site):
-                for parameter, parts in groupby(bank.parts(), lambda part: part.parameter):
-                    yield (
-                        bank.get_parameter(parameter),
-                        [
-                            (Key(name, ids[each.expert], each.role), each.rows, each.transposed, each.scale)
-                            for each in parts
-                        ],
-                    )
+            ids = self.expert_ids(site)
+            for parameter, parts in groupby(site.bank.parts(), lambda part: part.parameter):
+                yield (
+                    site.bank.get_parameter(parameter),
+                    [
+                        (Key(name, ids[each.expert], each.role), each.rows, each.transposed, each.scale)
+                        for each in parts
+                    ],
+                )
         # residuals apart, so that what is trained alike lies together
         for name, group in self.routers.items():
             for part, role in group.router.roles().items():
@@ -302,10 +294,8 @@ class MoLoRAModel(nn.Module):
         """Counted gate mass over real tokens of the selected client by (site, expert id)."""
         counts: dict[tuple[str, str], float] = {}
         for name, site in self.sites.items():
-            found = site.tokens(self._selected)
-            for ids, bank in self.banks(site):
-                for _, mass in (each for each in found if each[0] is bank):
-                    counts |= {(name, expert): count for expert, count in zip(ids, mass, strict=True)}
+            if masses := site.tokens(self._selected):
+                counts |= {(name, e): mass for e, mass in zip(self.expert_ids(site), masses, strict=True)}
         return counts
 
     # ---- forward ---------------------------------------------------------------------------------------------
