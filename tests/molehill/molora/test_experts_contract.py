@@ -1,4 +1,4 @@
-"""What every kind of expert must have and do, whoever adds it."""
+"""What every kind of expert, and every mixer of them, must have and do, whoever adds it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from molehill import registry
+from molehill.errors import ConfigError
 from molehill.molora.banks import PairBank
 from molehill.molora.interfaces import Site
 from molehill.wire.keys import KINDS
 
 KINDS_OF_EXPERTS = [method.name for method in registry.methods("expert")]
+MIXERS = [method.name for method in registry.methods("mixer")]
 SITE = Site(0, "layers.0.up", 1, 6, 10)
 RANKS = (2, 3, 1)
 
@@ -102,6 +104,27 @@ def test_another_bank_of_the_kind_takes_tensors_as_they_travel(name):
             other.get_parameter(same.parameter)[same.rows] = wire
     weights = torch.rand(2, 3, 4)
     torch.testing.assert_close(other.delta(x, y0, weights), bank.delta(x, y0, weights[..., :3]))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("ranks", [RANKS, (2, 2, 2)])
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_mixer_refuses_what_it_does_not_want_and_mixes_what_it_says(mixer, name, ranks, tokens):
+    bank, (x, y0), mix = bank_of(name, ranks), inputs(), registry.build("mixer", mixer)
+    weights = torch.randn(2, tokens, 3).softmax(-1)
+    unmet = {"pairs": bank.kind != "pairs", "equal_ranks": len({*bank.ranks}) > 1, "row_route": tokens > 1}
+    if any(unmet[wish] for wish in mix.wants):
+        with pytest.raises(ConfigError):
+            mix(bank, x, y0, weights)
+        return
+    outputs, made = bank.outputs(x, y0), mix(bank, x, y0, weights)
+    assert made.shape == y0.shape
+    same = torch.allclose(made, (outputs * weights.unsqueeze(-1)).sum(2), atol=1e-5)
+    assert same is (mix.mixes == "outputs")
+    assert same or not mix.fused
+    alone = torch.tensor([0.0, 1.0, 0.0]).expand(2, tokens, 3)
+    torch.testing.assert_close(mix(bank, x, y0, alone), outputs[:, :, 1])
 
 
 def test_a_bottleneck_without_activation_is_a_lora_with_biases():

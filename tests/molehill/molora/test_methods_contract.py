@@ -8,14 +8,19 @@ import re
 
 import pytest
 import torch
+from tiny_models import adapted, base, batch, shake
 
 from molehill import registry
+from molehill.errors import ConfigError
 from molehill.molora.interfaces import RouteRecord, Scorer, Site
 
 AXES = (
+    "expert",
     "scorer",
     "transform",
     "selector",
+    "mixer",
+    "topology",
     "routing_loss",
     "allocation",
     "init",
@@ -91,9 +96,17 @@ def test_scorers_know_the_axis_of_the_experts(name, context):
 
 @pytest.mark.parametrize("name", _of("transform"))
 def test_transforms(name, context):
-    z = torch.randn(2, 3, 5)
-    for training in (False, True):
-        assert registry.build("transform", name)(z, context(training=training)).shape == z.shape
+    transform, z = registry.build("transform", name), torch.randn(2, 3, 5)
+    before = z.clone()
+
+    def made(seed, **values):
+        torch.manual_seed(seed)
+        return transform(z, context(progress=0.5, **values))
+
+    assert made(1).shape == made(1, training=True).shape == z.shape
+    assert torch.equal(made(1, training=True), made(2, training=True)) is not transform.random
+    assert torch.equal(made(1), made(2))  # nothing random at inference
+    assert torch.equal(z, before)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 5), (1, 1, 5), (2, 3, 4, 5), (2, 3, 1)])
@@ -111,14 +124,62 @@ def test_selectors(name, training, shape, context):
     assert bool((route.weights <= selector.bound + 1e-6).all())
     if not training:
         assert bool((route.weights.sum(-1) > 0).all())
-    if not selector.random:
-        assert torch.equal(route.weights, selector(z, context(training=training, mask=mask)).weights)
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        drawn.append(selector(z, context(training=training, mask=mask)).weights)
+    assert torch.equal(*drawn) is not (selector.random and training)
     if selector.per_row and shape[0] > 1:
         alone = selector(z[:1], context(training=training, mask=mask[:1])).weights
         torch.testing.assert_close(alone, route.weights[:1])
     assert selector.takes_k is any(
         field.name == "k" for field in dataclasses.fields(registry.get("selector", name).params)
     )
+
+
+# What a part may want of its sites, and a configuration that is not so.
+UNMET = {
+    "pairs": {"expert": "ia3"},
+    "equal_ranks": {"allocation": {"name": "hetero_rank", "kind": "explicit", "ranks": [1, 2, 4]}},
+    "no_shared": {"shared": 1},
+}
+
+
+def _in(topology, **keys):
+    return adapted("llama", topology=topology, targets="all-linear", experts=3, rank=4, **keys)
+
+
+@pytest.mark.parametrize("name", _of("topology"))
+def test_topologies_have_a_part_for_every_site_and_one_route_where_they_mix(name):
+    topology, model = registry.build("topology", name), _in(name, scope="site")
+    of_layer = [site for site in model.sites if ".layers.0." in site]
+    roles = topology.roles(of_layer)
+    assert list(roles) == of_layer
+    mixed = [site for site, role in roles.items() if role != "plain"]
+    assert (topology.scope == "block") is bool(mixed)
+    assert all(model.sites[site].group is model.sites[mixed[0]].group is not None for site in mixed)
+    if topology.scope is None:
+        assert len(model.routers) == len(model.sites)
+
+
+@pytest.mark.parametrize("wish", UNMET)
+@pytest.mark.parametrize("name", _of("topology"))
+def test_topologies_refuse_what_they_cannot_have_and_work_with_all_else(name, wish):
+    if wish in registry.build("topology", name).wants:
+        with pytest.raises(ConfigError, match=f"topology {name!r} needs "):
+            _in(name, **UNMET[wish])
+        return
+    model, at = _in(name, **UNMET[wish]), batch("llama")
+    frozen = base("llama")(at["input_ids"], attention_mask=at["attention_mask"].long()).logits[at["attention_mask"]]
+
+    def logits():
+        out = model.base(at["input_ids"], attention_mask=at["attention_mask"].long()).logits
+        return out[at["attention_mask"]].detach()
+
+    assert torch.equal(logits(), frozen)
+    shake(model)
+    assert logits().isfinite().all()
+    assert float((logits() - frozen).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", _of("routing_loss"))
