@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
-import http.client
 import json
 import logging
 import os
 import shutil
 import signal
-import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +26,15 @@ from molehill.pki import Identity, read_passphrase, require_lasting
 from molehill.supervise import Limit, child, environment, free_port, reap
 from molehill.surroundings import require_commands, short_folder
 from molehill_client import policy
+from molehill_client.deploy.door import Refused, knock, require_clock
 from molehill_client.deploy.line import Request, ask
 from molehill_client.deploy.post import Post
 
 _LEASE = 15.0  # seconds between two tries: a node that died keeps its lease for up to 60 s, and is refused until then
 _LOOK = 5.0  # seconds between two looks at the trainer
 _KNOCK = 30.0  # seconds between two looks at whether we are still let in
-_OPEN = 10.0  # seconds for a connection to come about
 _SLOW = 45.0  # seconds after which we say that Flower's node is not in yet
 _ASKS = "/v1/fleet/pull-messages"  # what a node calls again and again once it has been let in
-
-_SKEW = 120.0  # seconds that clocks may be apart
 
 _log = logging.getLogger(__name__)
 
@@ -225,10 +220,6 @@ def _noted(state: Path) -> Joined | None:
         return None
 
 
-class _Refused(DeployError):  # noqa: N818 - says what it means where it is caught
-    """The coordinator was reached, and does not let us in."""
-
-
 class _Member:
     def __init__(
         self,
@@ -322,7 +313,7 @@ class _Member:
             await asyncio.sleep(_KNOCK)
             try:
                 await asyncio.to_thread(self._knock)
-            except _Refused:
+            except Refused:
                 raise
             except DeployError as error:
                 if not away:
@@ -340,31 +331,7 @@ class _Member:
             DeployError: They do not (Flower takes nothing that was signed minutes ago, and does not say so), or it
                 cannot be reached or refuses us.
         """
-        where = self._note.server
-        line = http.client.HTTPSConnection(self._member.host, self._member.port, timeout=_OPEN, context=self._tls)
-        try:
-            line.connect()
-        except (OSError, UnicodeError) as error:
-            raise DeployError(
-                f"the coordinator cannot be reached: {_reason(error)}",
-                where=where,
-                mend="Check that it is up, host, port, firewall, and the certificates: molehill pki show DIR.",
-            ) from None
-        try:
-            line.request("GET", "/")
-            there = line.getresponse().headers["Date"]
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, TimeoutError):
-                raise DeployError("the coordinator does not answer", where=where, mend="See its log.") from None
-            raise _Refused(
-                "the coordinator refuses this machine",
-                where=where,
-                mend="Its certificate may be revoked, or of an authority that the coordinator does not know; "
-                "the coordinator's log names the reason.",
-            ) from None
-        finally:
-            line.close()
-        require_clock(there, datetime.now(UTC))
+        require_clock(knock(self._member.host, self._member.port, self._tls), datetime.now(UTC))
 
     def _twin(self) -> Limit:
         """Flower lets a key in once; one that died within the last minute counts."""
@@ -404,34 +371,6 @@ class _Member:
         words += ["--root-certificates", self._loopback.cert, "--auth-supernode-private-key", key]
         words += ["--node-config", f'trainer="{self._note.socket}"', "--host", LOOPBACK, "--port", free_port()]
         return [str(word) for word in words]
-
-
-def _reason(error: OSError | UnicodeError) -> str:
-    """What a failed connection means, in words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not good: {error.verify_message}"
-    if isinstance(error, TimeoutError):
-        return "no answer"
-    return getattr(error, "strerror", None) or str(error)
-
-
-def require_clock(there: str, here: datetime) -> None:
-    """Refuse a clock that is too far from the coordinator's.
-
-    Args:
-        there: Its time, as HTTP writes it.
-        here: Ours.
-
-    Raises:
-        DeployError: They are more than two minutes apart.
-    """
-    ahead = (here - parsedate_to_datetime(there)).total_seconds()
-    if abs(ahead) > _SKEW:
-        way = "ahead of" if ahead > 0 else "behind"
-        raise DeployError(
-            f"this machine's clock is {abs(ahead):.0f} s {way} the coordinator's",
-            mend="Set the one that is wrong; both should keep time by NTP.",
-        )
 
 
 def _resolved(path: Path | None) -> str | None:

@@ -14,18 +14,16 @@ import os
 import socket
 import sys
 import time
-import tomllib
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 import molehill
-from molehill import address, files, logs
-from molehill.config import Config, parse
+from molehill import files, logs
+from molehill.config import Config
 from molehill.errors import (
     ConfigError,
     ConsentError,
@@ -39,25 +37,22 @@ from molehill.errors import (
     TrainingError,
 )
 from molehill.evidence import Moment
-from molehill.pki import Identity, Signer, read_passphrase
+from molehill.pki import Identity, read_passphrase
 from molehill.plan import ClientPlan, ClientReply, Hello
 from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
-from molehill.tasks.adapted import open_model
 from molehill.tasks.rows import GROUP, Rows
-from molehill.tasks.schema import columns_of, load_rows
+from molehill.tasks.schema import load_rows
 from molehill.wire.exchange import Place
 from molehill.wire.remote import GrpcExchange
 from molehill.words import counted
 from molehill_client import policy
 from molehill_client.client import Client
-from molehill_client.consent import Consent, agreement, digest_of, in_words
+from molehill_client.deploy.introduction import Introduction
 from molehill_client.deploy.line import Request, serve
+from molehill_client.deploy.opening import open_run, run_folder
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.post import Post
 from molehill_client.masking import Masker
-from molehill_client.secret import KeyFile, Keyring, KeySource
-from molehill_client.state import StateStore
-from molehill_client.workbench import Workbench
 
 _log = logging.getLogger("molehill_client.trainer")  # whatever the module is called when it is run
 
@@ -70,24 +65,6 @@ _UNUSABLE = {
     ResumeError: "its personal state cannot be used",
     IdentityError: "its identity cannot be used",
 }
-
-
-class Introduction(BaseModel):
-    """How the coordinator introduces a run.
-
-    Attributes:
-        config: The run's configuration, TOML; ``data.source`` is ignored.
-        exchange_port: Port of the exchange on the coordinator's host.
-        version: Version of Molehill there.
-        instance: Tells the run from others of its name.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    config: str
-    exchange_port: int = Field(ge=1, le=65535)
-    version: str
-    instance: str = ""
 
 
 class Trainer:
@@ -242,7 +219,12 @@ class Trainer:
             if self._met is None:
                 raise MessageError("no run was introduced to this machine", mend="The coordinator says hello first.")
             self._word = self._read_policy()
-            self._client = self._open(self._met)
+            if self._remote is not None:
+                self._remote.close()
+                self._remote = None
+            opened = open_run(self._met, self._post, self._identity, self._word, self._rows)
+            self._client, self._remote, self._rows_digest = opened.client, opened.remote, opened.rows
+            self._note(str(self._status["doing"]), **opened.facts)
         return self._client
 
     def _read_policy(self) -> policy.Word | None:
@@ -255,69 +237,6 @@ class Trainer:
             self._client = None
             _log.error("%s", error)
             raise ConsentError("its owner's policy cannot be read", where=error.where, mend="Ask the owner.") from error
-
-    def _open(self, met: Introduction) -> Client:
-        config = parse(tomllib.loads(met.config))
-        consent = None if self._word is None else Consent(self._word)
-        if consent is not None:
-            consent.require_run(config, own_base=self._post.base is not None)
-        changes: dict[str, Any] = {}
-        if self._post.base is not None:
-            changes |= {"model": self._post.base, "revision": None}
-        elif is_path(config.base.model):  # a coordinator has no business among the files of this machine
-            raise ConfigError(
-                "the run names its base model by a folder, which is not this machine's",
-                where="base.model",
-                mend="Join with --base FOLDER.",
-            )
-        if self._post.device is not None:
-            changes["device"] = self._post.device
-        config = config.model_copy(update={"base": config.base.model_copy(update=changes)})
-        train, test = self._rows(config)
-        self._rows_digest = hashlib.sha256(
-            json.dumps([dict(rows.columns) for rows in (train, test)], default=str).encode()
-        ).hexdigest()
-        model, base, task = open_model(config)
-        initial = model.tree(lambda key: not key.residual)
-        if consent is not None:
-            consent.require_model(config, base.digest, initial.layout)
-        if self._remote is not None:
-            self._remote.close()
-        there = self._post.exchange or address.join(self._post.server, met.exchange_port)
-        self._remote = GrpcExchange(there, self._identity, self._state / "cache")
-        run = config.run.name
-        exchange = Outbox(self._remote, self._state / "outbox")
-        bench = Workbench(config, model, task, base.digest, initial, exchange)
-        store = StateStore(self._folder(run) / self._post.name, run, base.digest, self._key(), met.instance)
-        read = columns_of(config.data, config.task, train.columns)
-        agreed = agreement(config, base.digest, initial.layout, read, self._word)
-        self._record(agreed)
-        facts = {
-            "run": run,
-            "agreed": in_words(agreed),
-            "base": base.digest,
-            "n_train": len(train),
-            "n_test": len(test),
-        }
-        rows = (task.encode(train), task.encode(test))
-        client = Client(bench, self._post.name, *rows, store, signer=Signer(self._identity), consent=consent)
-        lengths = client.lengths
-        told = ". ".join(filter(None, (lengths.loss, f"Tokens of the {len(lengths.tokens)} rows: {lengths.quantiles}")))
-        _log.info("%s", told)
-        self._note(str(self._status["doing"]), **facts, lengths=told, device=str(model.flat.device))
-        return client
-
-    def _record(self, agreed: Mapping[str, Any]) -> None:
-        """Note an agreement down for the owner, in the log and in ``agreed.jsonl``."""
-        _log.info("%s", in_words(agreed))
-        entry = {"time": time.time(), "digest": digest_of(agreed), **agreed}
-        with (self._state / "agreed.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _key(self) -> KeySource:
-        if self._post.keyring:
-            return Keyring(str(self._state))
-        return KeyFile(self._state / "state.key")
 
     def _folder(self, run: str) -> Path:
         return run_folder(self._state, run)
@@ -362,16 +281,6 @@ def _trained(plan: ClientPlan, reply: ClientReply) -> str:
     work = f"{counted(plan.steps, 'step')} on {counted(reply.examples, 'row')} in {reply.seconds:.1f} s"
     known = f"round {plan.accepted}" if plan.accepted else "none yet"
     return f"{plan.run}: round {plan.round} trained, {work}, {loss}, {traffic}; last accepted: {known}"
-
-
-def run_folder(state: Path, run: str) -> Path:
-    """What a machine keeps of one run."""
-    return state / "runs" / run
-
-
-def is_path(model: str) -> bool:
-    """Whether a base model is named by a place on a disk, and not by a sample or hub id."""
-    return model.startswith(("/", ".", "~")) or "\\" in model or model.count("/") > 1 or Path(model).exists()
 
 
 def held_out(rows: Rows, i: int, fraction: float) -> bool:
