@@ -86,3 +86,28 @@ class World:
         assert not list((self.store.folder / "partial").iterdir())
         versions = [path for path in (self.store.folder / "bundles" / "reviews").iterdir() if path.is_dir()]
         assert len(versions) == 1
+
+
+class Shown(World):
+    """The same before the device has pulled anything; the server shows at once what is published."""
+
+    def publish(self, version, files=None, now=None, **fields):
+        super().publish(version, files, now, **fields)
+        self.show()
+
+    def opened(self, name="reviews"):
+        with self.store.admit(name) as admitted:
+            return admitted.manifest.version
+
+    @property
+    def version(self):
+        current = self.store.current("reviews")
+        return self.store.folder / "bundles" / "reviews" / current.folder
+
+
+def shown(folder) -> Shown:
+    """A repository that shows version 1, and a device."""
+    Keys.create(folder / "keys", b"secret")
+    made = Shown(folder)
+    made.publish(1)
+    return made
