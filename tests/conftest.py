@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections import Counter
 
 import pytest
 
@@ -27,3 +28,17 @@ def _logging_is_of_one_test(monkeypatch):
             root.removeHandler(handler)
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which files took the time, when there was much of it; ``--durations`` says which tests."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    if seconds.total() < 120:
+        return
+    terminalreporter.section(f"{len(seconds)} files, {seconds.total():.0f} s of test time; the longest 15")
+    for file, taken in seconds.most_common(15):
+        terminalreporter.write_line(f"{taken:7.1f} s  {file}")

@@ -18,7 +18,7 @@ from molehill_client.state import StateStore
 from molehill_server import audit
 from molehill_simulation.simulate import simulate
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("end_to_end")]  # one lab for all of them
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

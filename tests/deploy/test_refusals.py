@@ -18,7 +18,7 @@ from lab import flags, free_ports, left_over, open_lab
 
 from molehill import pki
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("refusals")]  # one lab for all of them
+pytestmark = pytest.mark.slow
 
 DENIED = [
     "/v1/control/list-runs",

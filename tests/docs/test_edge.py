@@ -22,8 +22,6 @@ from typer.testing import CliRunner
 from molehill.cli import app
 from molehill.config import load
 
-pytestmark = pytest.mark.xdist_group("docs-edge")  # one pair of runs for all
-
 ROOT = Path(__file__).parents[2]
 README, PAGE = "README.md", "docs/how-to/edge.md"
 FENCE = re.compile(r"^```(sh|python) (owner|device)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

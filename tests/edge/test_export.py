@@ -26,7 +26,6 @@ from molehill_simulation.simulate import simulate
 
 TRUST = InsecureLocal(lambda _: None)
 TEXTS = ["the scene was very good", "it was a dull page and so poor", "plain author saw all"]
-pytestmark = pytest.mark.xdist_group("export-runs")
 
 
 @pytest.fixture(scope="module")

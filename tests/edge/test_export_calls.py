@@ -40,7 +40,6 @@ KINDS = {
 }
 
 
-@pytest.mark.xdist_group("export-tiny")
 @pytest.mark.parametrize("name", ["albert", "deberta"])
 def test_every_call_has_its_experts(name):
     ids = torch.randint(1, 40, (3, 9), generator=torch.Generator().manual_seed(3))

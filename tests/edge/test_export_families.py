@@ -66,7 +66,6 @@ def text():
     return ids, mask
 
 
-@pytest.mark.xdist_group("export-tiny")
 @pytest.mark.parametrize("name", _cases(WRITES, {"mixtral", "qwen2_moe"}))
 def test_decoders(name):
     section = config.parse({"molora": {"targets": "all-linear", "experts": 3, "rank": 2, "scope": "layer"}}).molora
@@ -89,7 +88,6 @@ def test_decoders(name):
 
 
 @NIGHTLY
-@pytest.mark.xdist_group("export-tiny")
 @pytest.mark.parametrize("name", READS)
 def test_encoders(name):
     section = config.parse({"molora": {"targets": "all-linear", "experts": 3, "rank": 2, "scope": "layer"}}).molora

@@ -32,11 +32,10 @@ def _keys(preset: str, architecture: str) -> dict:
 
 def _cases() -> list:
     return [
-        pytest.param(architecture, preset, id=f"{architecture}-{preset}",
-                     marks=pytest.mark.xdist_group(f"export-{'minilm' if architecture == 'minilm' else 'tiny'}"))
+        pytest.param(architecture, preset, id=f"{architecture}-{preset}")
         for architecture in edge_export.ARCHITECTURES
         for preset in PRESETS
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(("architecture", "preset"), _cases())
@@ -55,7 +54,6 @@ def test_every_preset_gives_the_logits_of_torch(architecture, preset):
         assert (found.argmax(-1) == wanted.argmax(-1)).mean() >= agreement, scheme
 
 
-@pytest.mark.xdist_group("export-tiny")
 @pytest.mark.parametrize("family", list(edge_export.FAMILIES))
 def test_families_of_decoders(family):
     model, section = edge_export.adapted(family, targets="all-linear", experts=4, rank=4, scope="layer")
@@ -67,7 +65,6 @@ def test_families_of_decoders(family):
     assert edge_export.error(wanted, found) < 0.2
 
 
-@pytest.mark.xdist_group("export-tiny")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_decoder_classifies(architecture):
     settings = config.Base(model=str(edge_export.folder(architecture)), precision="fp32", device="cpu")
@@ -86,7 +83,6 @@ def test_a_decoder_classifies(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.xdist_group("export-tiny")
 def test_a_text_at_once_equals_token_by_token(architecture):
     model, section = edge_export.adapted(architecture, targets="all-linear", experts=4, rank=4, scope="layer")
     opened = edge_export.session(model, section, architecture)
@@ -102,7 +98,6 @@ def test_a_text_at_once_equals_token_by_token(architecture):
         past = {name.replace("present", "past_key_values"): found[name] for name in outputs if name != "logits"}
 
 
-@pytest.mark.xdist_group("export-tiny")
 def test_overrides_act_as_in_training():
     model, section = edge_export.adapted("llama", targets="all-linear", experts=4, rank=4, scope="layer")
     opened = edge_export.session(model, section, "llama")
@@ -118,7 +113,6 @@ def test_overrides_act_as_in_training():
     assert np.abs(found - before).max() > 1e-2
 
 
-@pytest.mark.xdist_group("export-tiny")
 def test_patches_are_part_of_their_experts():
     model, section = edge_export.adapted("llama", targets="all-linear", experts=3, rank=2)
     rng = np.random.default_rng(0)

@@ -175,24 +175,3 @@ def test_a_run_on_ray_that_fails_leaves_no_exchange(tmp_path, monkeypatch):
     with pytest.raises(FederationError, match="it stops"):
         run(config(), tmp_path, how=engine.run_ray)
     assert not (tmp_path / "exchange").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_ray_gives_the_same_numbers(tmp_path):
-    foul = {"garbage": {"client-1": "nan"}, "dropout": 0.2, "availability": 0.8}
-    rest = {"round": {"quorum": 0.25}, "evaluate": {"baselines": True}}
-    settings = config(run={"rounds": 2, "seed": 19}, scenario=foul, **rest)
-    gone = {key for key, one in fates(settings, 2).items() if not (one.reachable and one.finishes)}
-    assert gone == {(1, 0), (1, 3)}
-    local = run(settings, tmp_path / "local")
-    ray = run(settings, tmp_path / "ray", how=engine.run_ray)
-    np.testing.assert_allclose(ray.flat, local.flat, rtol=1e-5, atol=1e-6)
-    for one, other in zip(events(tmp_path / "ray", "round"), events(tmp_path / "local", "round"), strict=True):
-        assert sorted(one["accepted"]) == sorted(other["accepted"])
-        assert one["quarantined"] == other["quarantined"]
-        assert sorted(one["missing"]) == sorted(other["missing"])
-        assert one["loss_by_client"] == pytest.approx(other["loss_by_client"], rel=1e-4)
-    assert sorted(events(tmp_path / "ray", "round")[0]["missing"]) == ["client-0", "client-3"]
-    assert len(events(tmp_path / "ray", "evaluation")) == 4
-    assert not (tmp_path / "ray" / "exchange").exists()
