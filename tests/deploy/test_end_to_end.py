@@ -161,6 +161,26 @@ def test_what_people_ask_afterwards(finished):
     assert (again.returncode, "the run folder is not empty" in again.stderr) == (7, True)
 
 
+MASKED = {"privacy": {"secure_aggregation": True}, "wire": {"up": "fp32"}, "run": {"name": "masked", "rounds": 1}}
+
+
+def test_a_masked_run_has_the_numbers_of_a_plain_simulation(finished, config, tmp_path):
+    """The same sums, over keys that every machine has signed; on the machines that have a run behind them."""
+    finished.file.write_text(config(**MASKED).to_toml(), encoding="utf-8")
+    finished.finish(finished.run("--json", out="masked"), 400)
+    rounds = finished.events("round")
+    ours, _ = load_tree(finished.out / "final.safetensors")
+    simulate(config(**{name: section for name, section in MASKED.items() if name != "privacy"}), tmp_path / "plain")
+    theirs, _ = load_tree(tmp_path / "plain" / "final.safetensors")
+    np.testing.assert_allclose(ours.flat, theirs.flat, rtol=1e-4, atol=1e-5)
+    for one, other in zip(rounds, tiny_world.events(tmp_path / "plain", "round"), strict=True):
+        assert sorted(one["accepted"]) == sorted(other["accepted"])
+        assert one["quarantined"] == {}
+        assert (one["loss_by_client"], one["tokens"]) == ({}, {})
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert len(list(finished.folder.glob("*.state/**/masking.sealed"))) == 3
+
+
 def test_leaving_and_forgetting(finished):
     """Last in this file: the machine leaves, and keeps nothing once it is told to."""
     process, state = finished.processes["client-3"], finished.folder / "client-3.state"
@@ -171,7 +191,7 @@ def test_leaving_and_forgetting(finished):
     assert pids_of(state.resolve(), "") == []
     assert finished.ask("client", "forget", "--state", state, "--run", "other").returncode == 11
     said = finished.ask("client", "forget", "--state", state)
-    assert "forgot tiny" in said.stderr
+    assert "forgot masked, tiny" in said.stderr
     assert not list((state / "runs").iterdir())
     stop = finished.ask("server", "stop", "--state", finished.state)
     assert stop.returncode == 0, stop.stderr
