@@ -103,6 +103,11 @@ class Bank(nn.Module, ABC):
         one = torch.eye(self.n_experts, device=x.device)
         return torch.stack([self.delta(x, y0, row.view(1, 1, -1)) for row in one], 2)
 
+    def weight(self, expert: int) -> tuple[Tensor, Tensor | None] | None:
+        """The change of the frozen weight ``[d_out, d_in]`` and bias ``[d_out]`` that an expert is; None where none."""
+        del expert
+        return None
+
 
 class Mixer(ABC):
     """How weights meet experts.
@@ -242,3 +247,8 @@ class PairBank(Bank):
     def like(self, site: Site, ranks: tuple[int, ...]) -> PairBank:
         """See `Bank.like`."""
         return PairBank(site=site, ranks=ranks, scales=(1.0,) * len(ranks))
+
+    def weight(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """``s B A``, patches included."""
+        A, Bt = self.factors()
+        return (Bt * self.spread[expert].unsqueeze(-1)).t() @ A, None

@@ -107,3 +107,11 @@ class BottleneckBank(Bank):
         units = _ACTIVATIONS[self.params.activation](F.linear(h, self.down.to(h.dtype), self.bias.to(h.dtype)))
         made = (units * (weights @ self.spread).to(h.dtype)) @ self.up.to(h.dtype)
         return (made + (weights @ self.shift).to(h.dtype)) * self.params.scale
+
+    def weight(self, expert: int) -> tuple[Tensor, Tensor | None] | None:
+        """A change of the weight only without activation and beside the linear."""
+        if self.params.activation != "none" or self.needs_output:
+            return None
+        rows, s = self.rows(expert), self.params.scale
+        up = self.up[rows].t() * s
+        return up @ self.down[rows], up @ self.bias[rows] + self.shift[expert] * s

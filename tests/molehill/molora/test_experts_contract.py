@@ -90,6 +90,17 @@ def test_it_reads_what_it_says_it_reads(name):
 
 
 @pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_a_weight_is_what_the_expert_adds_to_the_linear(name):
+    bank, (x, y0) = bank_of(name), inputs()
+    for expert in range(bank.n_experts):
+        found = bank.weight(expert)
+        if found is not None:
+            weight, bias = found
+            torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), bank.outputs(x, y0)[:, :, expert])
+    assert bank.kind != "pairs" or found is not None
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
 def test_another_bank_of_the_kind_takes_tensors_as_they_travel(name):
     """What the exporter does: scales absorbed in the tensors, an expert more, whose rows are zeros."""
     bank, (x, y0) = bank_of(name), inputs()
@@ -140,9 +151,9 @@ def test_a_bottleneck_without_activation_is_a_lora_with_biases():
     with torch.no_grad():
         bank.bias.fill_(1)
         bank.shift.fill_(2)
-    rows = bank.rows(1)
-    biased = (x @ bank.down[rows].T + 1) @ bank.up[rows] + 2
-    torch.testing.assert_close(bank.outputs(x, y0)[:, :, 1], biased)
+    biased = bank.outputs(x, y0)
+    weight, bias = bank.weight(1)
+    torch.testing.assert_close(biased[:, :, 1], torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
@@ -155,6 +166,7 @@ def test_a_bottleneck_is_no_linear_function_and_reads_the_frozen_output(activati
         bank.shift.zero_()
     (x, y0), one = inputs(), torch.ones(1, 1, 1)
     assert bank.needs_output
+    assert bank.weight(0) is None
     both = bank.delta(x, y0, one) + bank.delta(x, -y0, one)
     assert float(both.detach().abs().max()) > 1e-2
     halved = registry.build(
