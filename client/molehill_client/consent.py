@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molehill import evidence
 from molehill.config import Config
@@ -16,6 +16,9 @@ from molehill.tasks.schema import columns_of
 from molehill.wire.keys import Key
 from molehill.words import counted
 from molehill_client.policy import Policy, Word
+
+if TYPE_CHECKING:
+    from molehill.molora.model import MoLoRAModel
 
 _MEND = "Run the same configuration on server and clients."
 _AHEAD = 64  # rounds whose sharing is looked at before a run; that of each is looked at again when its plan comes
@@ -116,26 +119,26 @@ class Consent:
         found += self._untold(evidence.asked(config, "run"))
         self._refuse("run", found)
 
-    def require_model(self, config: Config, digest: str, shapes: Mapping[Key, tuple[int, ...]]) -> None:
+    def require_model(self, config: Config, digest: str, model: MoLoRAModel) -> None:
         """Refuse weights that the policy does not name, and experts and sharing beyond it.
 
         Args:
             config: The run.
             digest: SHA-256 (hex) of the weights that were loaded.
-            shapes: Of all tensors of the model.
+            model: What was made of them.
 
         Raises:
             ConsentError: There are some.
         """
         policy = self._word.policy
-        named, rank = policy.base.digests, highest_rank(shapes)
+        named, rank = policy.base.digests, model.highest_rank
         found = []
         if named and digest not in named:
             found.append(("base.digests", f"the base has the weight digest {digest}"))
         if rank > policy.limits.rank:
             found.append(("limits.rank", f"an expert has rank {rank}"))
         for number in _rounds(config):
-            if strange := list(_tensors(policy, _kinds(config, number, shapes), number)):
+            if strange := list(_tensors(policy, _kinds(config, number, model.layout), number)):
                 found += strange
                 break
         self._refuse("run", found)
@@ -193,15 +196,10 @@ class Consent:
         return f"{key} is {said} (line {line})" if line else f"{key} is {said} unless the policy says otherwise"
 
 
-def highest_rank(shapes: Mapping[Key, tuple[int, ...]]) -> int:
-    """Of all experts; 0 without low-rank ones."""
-    return max((shape[0] for key, shape in shapes.items() if key.role == "A"), default=0)
-
-
 def agreement(
     config: Config,
     digest: str,
-    shapes: Mapping[Key, tuple[int, ...]],
+    model: MoLoRAModel,
     columns: Collection[str],
     word: Word | None,
 ) -> dict[str, Any]:
@@ -210,11 +208,11 @@ def agreement(
     Args:
         config: The run.
         digest: Of the base's weights.
-        shapes: Of all tensors of the model.
+        model: What was made of it.
         columns: Of the owner's file that are read.
         word: The owner's policy; None where it is the configuration alone that counts.
     """
-    kinds = {kind for number in _rounds(config) for kind in _kinds(config, number, shapes)}
+    kinds = {kind for number in _rounds(config) for kind in _kinds(config, number, model.layout)}
     moments: tuple[evidence.Moment, ...] = ("run", "train.baseline", "evaluate")
     told = [name for moment in moments for name in evidence.asked(config, moment)]
     return {
@@ -225,7 +223,7 @@ def agreement(
         "columns": sorted(columns),
         "rounds": config.run.rounds,
         "steps": config.train.steps,
-        "rank": highest_rank(shapes),
+        "rank": model.highest_rank,
         "shares": sorted(kinds),
         "codec": _named(config.wire.up),
         "tells": [name for name in told if word is None or name in word.policy.share.tell],

@@ -100,7 +100,7 @@ class Limits(Section):
     Attributes:
         rounds: Most rounds of a run.
         steps: Most optimiser steps of a round, and of fitting the personal parts.
-        rank: Highest rank of an expert.
+        rank: Highest rank of an expert of any kind, whatever the kind calls it (the width of a bottleneck).
     """
 
     rounds: int = Field(default=100, ge=1)

@@ -260,6 +260,11 @@ class MoLoRAModel(nn.Module):
         return self.flat.numel()
 
     @property
+    def highest_rank(self) -> int:
+        """Size of the largest expert, of whatever kind."""
+        return max(max(site.bank.ranks) for site in self.sites.values())
+
+    @property
     def shared_parameters(self) -> int:
         """Trainable numbers that the federation shares: all but personal residuals."""
         return self.layout.where(lambda key: not key.residual).size

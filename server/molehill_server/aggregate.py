@@ -23,7 +23,7 @@ from molehill_server.aggregation.interfaces import (
 from molehill_server.aggregation.lowrank import concat, distance, fold, norm
 from molehill_server.aggregation.robust import ballots
 from molehill_server.aggregation.sums import factors
-from molehill_server.records import AggOut, Global, Update, pairs
+from molehill_server.records import AggOut, Global, Update, experts
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Aggregator:
         patches = dict(glob.patches)
         for pair, patch in out.patch.items():
             patches[pair] = fold(concat([patches[pair], patch]) if pair in patches else patch)
-        kept = len(set(pairs(glob.tree)) - set(pairs(combined.touched)))
+        kept = len(experts(glob.tree) - experts(combined.touched))
         report = {"updates": count, "experts_kept": kept, **out.report, **_exactness(combined, glob, out)}
         return Global(tree, patches, state, glob.round + 1), report
 

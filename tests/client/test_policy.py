@@ -162,20 +162,40 @@ def test_a_base_of_the_owners_own_choice_needs_no_name(word):
 
 def test_weights_ranks_and_kinds_of_tensors_are_those_of_the_model(house, word):
     h = house()
-    shapes = h.bench.initial.layout
+    model = h.bench.model
     digest = h.bench.base_digest
     Consent(word(f'[limits]\nrank = 2\n[base]\ndigests = ["{digest}"]\n', start="")).require_model(
-        h.config, digest, shapes
+        h.config, digest, model
     )
     with pytest.raises(ConsentError, match=rf"weight digest {digest}, base.digests is 0+ \(line 2\)"):
-        Consent(word(f'[base]\ndigests = ["{"0" * 64}"]\n', start="")).require_model(h.config, digest, shapes)
+        Consent(word(f'[base]\ndigests = ["{"0" * 64}"]\n', start="")).require_model(h.config, digest, model)
     with pytest.raises(ConsentError, match=r"an expert has rank 2, limits.rank is 1"):
-        Consent(word("[limits]\nrank = 1\n", start="")).require_model(h.config, digest, shapes)
+        Consent(word("[limits]\nrank = 1\n", start="")).require_model(h.config, digest, model)
     with pytest.raises(ConsentError, match=r"round 1 shares A, head, share.tensors is B, gate \(line 2\)"):
-        Consent(word('[share]\ntensors = ["B", "gate"]\n', start="")).require_model(h.config, digest, shapes)
+        Consent(word('[share]\ntensors = ["B", "gate"]\n', start="")).require_model(h.config, digest, model)
     kept = parse({**h.config.model_dump(mode="json", exclude_none=True), "personal": {"head": "personal"},
                   "federation": {"policy": "ffa"}})  # fmt: skip
-    Consent(word('[share]\ntensors = ["B", "gate"]\n', start="")).require_model(kept, digest, shapes)
+    Consent(word('[share]\ntensors = ["B", "gate"]\n', start="")).require_model(kept, digest, model)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_a_limit_of_rank_holds_for_every_kind_of_experts(house, word, kind):
+    """The limit is of what an expert has, not of what ``molora.rank`` says before experts are dealt."""
+    dealt = {"name": "hetero_rank", "kind": "explicit", "ranks": [2, 300]}
+    h = house(molora={"expert": kind, "allocation": dealt})
+    assert h.config.molora.rank < 32
+    given = word("", start=OPEN)
+    Consent(given).require_run(h.config, own_base=True)
+    with pytest.raises(ConsentError, match=r"an expert has rank 300, limits.rank is 32"):
+        Consent(given).require_model(h.config, h.bench.base_digest, h.bench.model)
+    agreed = agreement(h.config, h.bench.base_digest, h.bench.model, ["text"], given)
+    assert agreed["rank"] == 300
+    assert ", rank 300; it reads" in in_words(agreed)
+
+
+def test_experts_without_a_rank_are_as_small_as_an_expert_can_be(house, word):
+    h = house(molora={"expert": "ia3"})
+    Consent(word("[limits]\nrank = 1\n", start="")).require_model(h.config, h.bench.base_digest, h.bench.model)
 
 
 # ---- a plan ------------------------------------------------------------------------------------------------------
@@ -280,7 +300,7 @@ def test_what_no_policy_lists_is_not_told(machine, word):
         client.consent.require_told(client.bench.config, "train.baseline")
     with pytest.raises(ConsentError, match=r"it is told scores \(accuracy"):
         client.consent.require_told(client.bench.config, "evaluate")
-    agreed = agreement(client.bench.config, "0" * 64, client.bench.initial.layout, ["text"], machine.trainer._word)
+    agreed = agreement(client.bench.config, "0" * 64, client.bench.model, ["text"], machine.trainer._word)
     assert agreed["tells"] == ["rows", "time", "loss", "tokens"]
     assert "it tells rows, time, loss, tokens. Under policy" in in_words(agreed)
     assert digest_of(agreed) != digest_of({**agreed, "rounds": 3})

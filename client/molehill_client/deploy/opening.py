@@ -83,7 +83,7 @@ def open_run(
     model, base, task = open_model(config)
     initial = model.tree(lambda key: not key.residual)
     if consent is not None:
-        consent.require_model(config, base.digest, initial.layout)
+        consent.require_model(config, base.digest, model)
     state, run = Path(post.state), config.run.name
     there = post.exchange or address.join(post.server, met.exchange_port)
     remote = GrpcExchange(there, identity, state / "cache")
@@ -91,9 +91,7 @@ def open_run(
         undo.callback(remote.close)
         bench = Workbench(config, model, task, base.digest, initial, Outbox(remote, state / "outbox"))
         store = StateStore(run_folder(state, run) / post.name, run, base.digest, _key(post), met.instance)
-        agreed = agreement(
-            config, base.digest, initial.layout, columns_of(config.data, config.task, train.columns), word
-        )
+        agreed = agreement(config, base.digest, model, columns_of(config.data, config.task, train.columns), word)
         _record(agreed, state)
         encoded = (task.encode(train), task.encode(test))
         client = Client(bench, post.name, *encoded, store, signer=Signer(identity), consent=consent)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from molehill.wire.keys import NO_EXPERT
 from molehill.wire.usage import ALWAYS_ON, usage
-from molehill_server.records import Pair, Update
+from molehill_server.records import Pair, Update, experts
 
 __all__ = ["ALWAYS_ON", "shares"]
 
 
 def shares(update: Update) -> dict[Pair, float]:
     """Fraction of the client's gate mass that went to every (site, expert) in its update; see `usage`."""
-    pairs = {(key.site, key.expert) for key in update.tree if key.expert != NO_EXPERT}
-    return usage(pairs, update.tokens)
+    return usage(experts(update.tree), update.tokens)
