@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -70,30 +71,49 @@ def test_configurations_in_pages_load(text, tmp_path):
     config.load(path)
 
 
-def test_the_methods_of_the_contributing_page_pass_their_own_tests_and_the_contract(tmp_path):
+CONTRACTS = {  # the suites that try every method of the registry, and those of the page that each of them has to try
+    "molehill/molora/test_methods_contract.py": ("sparsemax", "bias"),
+    "molehill/molora/test_experts_contract.py": ("bias",),
+    "server/aggregation/test_rules_contract.py": ("alike",),
+}
+
+
+def test_the_methods_of_the_contributing_page_pass_their_own_tests_and_the_contracts(tmp_path):
     for name in METHODS:
         (method,) = (block.text for block in BLOCKS if block.info == f"python method {name}")
         (tests,) = (block.text for block in BLOCKS if block.info == f"python test {name}")
         (tmp_path / f"{name}.py").write_text(method, encoding="utf-8")
         (tmp_path / f"test_{name}.py").write_text(f"import {name}\n{tests}", encoding="utf-8")
-    (tmp_path / "conftest.py").write_text("import bias\n", encoding="utf-8")
-    shutil.copy(ROOT / "tests/molehill/molora/test_experts_contract.py", tmp_path / "test_contract.py")
+    (tmp_path / "conftest.py").write_text(f"import {', '.join(METHODS)}\n", encoding="utf-8")
+    for suite in CONTRACTS:
+        (tmp_path / suite).parent.mkdir(parents=True, exist_ok=True)
+        for path in (ROOT / "tests" / suite, (ROOT / "tests" / suite).with_name("conftest.py")):
+            shutil.copy(path, (tmp_path / suite).parent)
     command = [
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-rp",
         "-p",
         "no:cacheprovider",
         "--rootdir",
         str(tmp_path),
         str(tmp_path),
-        "-k",
-        "sparsemax or alike or bias",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "-k", " or ".join(METHODS)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests/support")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
-    assert "21 passed" in done.stdout
+    for name in METHODS:
+        assert f"PASSED test_{name}.py::" in done.stdout
+    for suite, names in CONTRACTS.items():
+        for name in names:
+            assert re.search(rf"^PASSED {suite}::.*[\[-]{name}[\]-]", done.stdout, re.MULTILINE), (suite, name)
     files = [f"{name}.py" for name in METHODS]
     lint = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), *files]
     # As in the folder it is for, where methods take what their interface gives.

@@ -29,12 +29,21 @@ def test_the_weights_of_a_sum_do_not_look_at_numbers(kit, name):
     others = [kit.client(glob, 100 + seed, examples=10 + seed, far=5.0) for seed in range(len(updates))]
     others = [type(one)(one.client, other.tree, one.examples, one.tokens)
               for one, other in zip(updates, others, strict=True)]  # fmt: skip
-    if rule.sums:
+    if rule.sums:  # a promise: a rule that keeps it without giving it is refused in more places than it must be
         assert rule.additive
         assert not isinstance(rule, CoordRule)
         assert weights(rule, updates, glob) == weights(rule, others, glob)
-    else:
-        assert isinstance(rule, CoordRule) or weights(rule, updates, glob) != weights(rule, others, glob)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_update_and_every_expert_of_it_has_a_weight(kit, name):
+    glob, updates = updates_of(kit)
+    found = registry.build("rule", name).weights(updates, glob)
+    assert len(found) == len(updates)
+    for weight, update in zip(found, updates, strict=True):
+        numbers = [weight.of(key) for key in update.tree]
+        assert all(np.isfinite(number) and number >= 0 for number in numbers)
+    assert any(weight.rest > 0 for weight in found)
 
 
 @pytest.mark.parametrize("name", RULES)
