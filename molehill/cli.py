@@ -123,7 +123,7 @@ def _imported(point: EntryPoint) -> click.Command:
             raise
         mend = f"Install all of {DISTRIBUTION}, with the extra for what you do."
         raise ConfigError(f"this installation has no {part}", mend=mend) from None
-    except Exception as error:  # whatever the code of others does
+    except plugins.FAILURES as error:
         if plugins.ours(point):
             raise
         raise plugins.broken(point, error) from None

@@ -16,6 +16,8 @@ from molehill.extras import DISTRIBUTION
 
 _log = logging.getLogger(__name__)
 
+FAILURES = (Exception, SystemExit)  # what the code of others does when it is imported: a script of theirs ends there
+
 
 @functools.cache  # finding them reads the metadata of all that is installed
 def points(group: str) -> tuple[EntryPoint, ...]:

@@ -2,8 +2,9 @@
 
 A method belongs to an *axis* (selector, codec, space, ...). The packages that hold an axis are declared as entry
 points (group ``molehill.methods``, name ``<axis>``, value ``<package>``), so another distribution can add methods
-without touching this one and the order of imports never matters: asking for an axis imports its packages. What of ours
-cannot be imported is an error; a plug-in that fails is named and left out.
+without touching this one and the order of imports never matters: asking for an axis imports its packages. Methods that
+are classes derive from the one that our package of their axis names as ``INTERFACE``. What of ours cannot be imported
+is an error; a plug-in that fails is named and left out.
 
     @register("selector", "top_k", params=TopKParams, paper="Shazeer et al. 2017", url="https://arxiv.org/abs/1701.06538")
     class TopK(nn.Module): ...
@@ -19,8 +20,10 @@ import functools
 import importlib
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -98,6 +101,7 @@ def register(
 
     Raises:
         ValueError: The name is taken by another object, or ``params`` is not a frozen dataclass.
+        TypeError: The target is not what its axis needs; names the class to derive from.
     """
     if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]  # dataclasses have it
         raise ValueError(f"{axis}/{name}: params must be a frozen dataclass")
@@ -107,11 +111,23 @@ def register(
         origin = (target.__module__, target.__qualname__)
         if known is not None and (known.target.__module__, known.target.__qualname__) != origin:
             raise ValueError(f"{axis}/{name} is already registered by {known.target.__module__}")
+        _fits(axis, name, target)
         summary = (target.__doc__ or "").strip().partition("\n")[0]
         _registry.methods[axis, name] = Method(axis, name, target, params, paper, url, seeds, summary)
         return target
 
     return decorate
+
+
+def _fits(axis: str, name: str, target: object) -> None:
+    package = _package(axis)
+    wanted: type[Any] | None = getattr(package, "INTERFACE", None)
+    if wanted is None:
+        return  # its methods are functions, or it is an axis of others
+    if not (isinstance(target, type) and issubclass(target, wanted)):
+        raise TypeError(f"{axis}/{name} must be a class derived from {wanted.__module__}.{wanted.__qualname__}")
+    if lacks := sorted(getattr(target, "__abstractmethods__", ())):
+        raise TypeError(f"{axis}/{name} lacks {', '.join(lacks)}, see {wanted.__module__}.{wanted.__qualname__}")
 
 
 def axes() -> list[str]:
@@ -121,8 +137,19 @@ def axes() -> list[str]:
 
 def meaning(axis: str) -> str:
     """What an axis is: the first line that its package says of itself."""
-    package = next(point.value for point in plugins.points(_GROUP) if point.name == axis)
-    return (importlib.import_module(package).__doc__ or "").strip().partition("\n")[0]
+    return (getattr(_package(axis), "__doc__", None) or "").strip().partition("\n")[0]
+
+
+def _package(axis: str) -> ModuleType | None:
+    """The package that says what an axis is: ours, else the first of others that could be imported."""
+    for point in plugins.points(_GROUP):
+        if point.name == axis:
+            if plugins.ours(point):
+                with needs("simulation"):
+                    return importlib.import_module(point.value)
+            if point.value in sys.modules:
+                return sys.modules[point.value]
+    return None
 
 
 def load(axis: str) -> None:
@@ -143,7 +170,7 @@ def load(axis: str) -> None:
         known = set(_registry.methods)
         try:
             _import(point.value)
-        except Exception as error:  # noqa: BLE001 - whatever the code of others does
+        except plugins.FAILURES as error:
             _withdraw(point.value, known)
             told = plugins.broken(point, error)
             plugins.leave_out(told)

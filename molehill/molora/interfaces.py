@@ -237,12 +237,12 @@ class SitePlan:
     top_k: int | None = None
 
 
-class Allocation(Protocol):
+class Allocation(ABC):
     """How many experts of which rank every site gets."""
 
+    @abstractmethod
     def plan(self, sites: Sequence[Site], experts: int, shared: int, rank: int) -> Mapping[str, SitePlan]:
         """Return the plan of every site by its name."""
-        ...
 
 
 class InitStrategy(ABC):
@@ -259,12 +259,12 @@ class InitStrategy(ABC):
         """Fill ``A [r, d_in]`` and ``B [d_out, r]`` of one expert in place."""
 
 
-class RoutingLoss(Protocol):
+class RoutingLoss(ABC):
     """An extra loss on routes; padding never counts. The coefficient lives in the configuration."""
 
+    @abstractmethod
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:
         """Return an unweighted scalar, the mean over records."""
-        ...
 
 
 class InferenceStrategy(Protocol):

@@ -102,6 +102,7 @@ def plugged(tmp_path_factory):
         {"fail": "bad_luck:fail", "server.fail": "bad_luck:fail"},
         {"bad_luck.py": "import not_installed_anywhere\n"},
     )
+    plug_in.add(site, "script", "molehill.commands", {"script": "script:it"}, {"script.py": "raise SystemExit(3)\n"})
     points = {"simulate": "greedy:it", "server.up": "greedy:it", "audits.it": "greedy:it", "number": "greedy:NUMBER"}
     plug_in.add(
         site,
@@ -118,7 +119,8 @@ def test_plug_ins_bring_verbs_and_a_broken_one_says_so(plugged):
     assert done.returncode == 0
     assert listed(done.stdout) == sorted([*VERBS, "greet"])
     said = done.stderr.splitlines()
-    assert len(said) == 6
+    assert len(said) == 7
+    assert any("plug-in script" in line and "SystemExit: 3" in line for line in said)
     assert any("bad-luck" in line and "'fail'" in line and "not_installed_anywhere" in line for line in said)
     assert any("bad-luck" in line and "'server.fail'" in line for line in said)
     assert any(

@@ -7,14 +7,16 @@ import importlib
 import plug_in
 import pytest
 
+from molehill import registry
 from molehill.errors import ConfigError
 from molehill.extras import bringing, lacking, needs
 
 CODEC = '''
 from molehill.registry import register
+from molehill.wire.codecs import fp32
 
 @register("codec", "{name}", paper="house")
-class Codec:
+class Codec(fp32.Fp32):
     """One of others."""
 '''
 NAMES = """
@@ -106,3 +108,66 @@ def test_our_own_import_errors_are_bugs():
 def test_what_an_installation_lacks():
     assert lacking("export") == ()  # the tests have everything
     assert lacking("no such extra") == ()
+
+
+def refused(site, axis, code):
+    """What is said of a plug-in, where nothing else of the axis is lost by it."""
+    plug_in.add(site, "theirs", "molehill.methods", {axis: "theirs"}, {"theirs.py": code})
+    ask = f"from molehill import registry; print(len(list(registry.methods({axis!r}))))"
+    done = plug_in.python(site, ask)
+    assert (done.returncode, done.stdout) == (0, f"{len(list(registry.methods(axis)))}\n"), done.stderr
+    (line,) = done.stderr.splitlines()
+    said = f"left out: plug-in theirs: molehill.methods {axis!r} (theirs) cannot be used: "
+    assert line.startswith(said)
+    return line.removeprefix(said)
+
+
+@pytest.mark.parametrize("ending", ["raise SystemExit(3)", "exit()", "import sys; sys.exit('no licence')"])
+def test_a_plug_in_that_ends_the_program_is_left_out(tmp_path, ending):
+    assert refused(tmp_path, "codec", ending).startswith("SystemExit: ")
+
+
+# Every axis whose methods are classes, and where their class is.
+INTERFACES = {
+    axis: wanted for axis in registry.axes() if (wanted := getattr(registry._package(axis), "INTERFACE", None))
+}
+
+
+def test_methods_of_an_axis_are_all_classes_of_its_own_or_all_functions():
+    for method in registry.methods():
+        assert isinstance(method.target, type) is (method.axis in INTERFACES), method
+    assert len(INTERFACES) == 17
+
+
+@pytest.mark.parametrize("axis", INTERFACES)
+@pytest.mark.parametrize("target", [type("Theirs", (), {}), lambda: None], ids=["class", "function"])
+def test_what_does_not_derive_from_the_class_of_its_axis_is_told_the_class(axis, target):
+    wanted = f"{INTERFACES[axis].__module__}.{INTERFACES[axis].__name__}"
+    with pytest.raises(TypeError, match=f"^{axis}/theirs must be a class derived from {wanted}$"):
+        registry.register(axis, "theirs", paper="house")(target)
+    assert "theirs" not in {method.name for method in registry.methods(axis)}
+
+
+def test_a_method_that_lacks_what_its_class_wants_is_told_what():
+    class Half(INTERFACES["codec"]):
+        def encode(self, tree, memory=None):
+            return b""
+
+    with pytest.raises(TypeError, match=r"^codec/half lacks decode, see molehill\.wire\.codecs\.Codec$"):
+        registry.register("codec", "half", paper="house")(Half)
+
+
+CHECK = "import sys; from molehill.cli import main; sys.argv[1:] = ['check', *sys.argv[1:]]; main()"
+
+
+def test_check_blames_the_plug_in_whose_scorer_is_none(tmp_path):
+    code = "import molehill.registry as r\n@r.register('scorer', 'theirs', paper='house')\nclass M:\n    pass\n"
+    assert "must be a class derived from molehill.molora.interfaces.Scorer" in refused(tmp_path, "scorer", code)
+    path = tmp_path / "run.toml"
+    for text in ('[personal]\ngate = "split"\n', '[molora]\nscorer = "theirs"\n'):
+        path.write_text(f'[base]\nmodel = "some/model"\n{text}', encoding="utf-8")
+        done = plug_in.python(tmp_path, CHECK, str(path))
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"error: {path}:")
+        assert "plug-in theirs" in done.stderr

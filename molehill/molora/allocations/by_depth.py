@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from molehill.molora.interfaces import Site, SitePlan
+from molehill.molora.interfaces import Allocation, Site, SitePlan
 from molehill.registry import register
 
 
@@ -31,7 +31,7 @@ class ByDepthParams:
     url="https://arxiv.org/abs/2402.08562",
     seeds=("S113",),
 )
-class ByDepth:
+class ByDepth(Allocation):
     """The layers are cut into as many groups as numbers are given; every site of a group gets that many experts.
 
     The paper's shapes have one total: 2-4-6-8 (best), 8-6-4-2, 2-8-8-2, 8-2-2-8, 5-5-5-5. The configured

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from molehill.errors import ConfigError
-from molehill.molora.interfaces import Site, SitePlan
+from molehill.molora.interfaces import Allocation, Site, SitePlan
 from molehill.registry import register
 
 
@@ -34,7 +34,7 @@ class FineGrainedParams:
     url="https://arxiv.org/abs/2401.06066",
     seeds=("S180", "S9"),
 )
-class FineGrained:
+class FineGrained(Allocation):
     """m * E routed experts of rank r / m, of which m * k are chosen: as many parameters, many more combinations.
 
     Always-on experts stay whole, since m always-on pieces of rank r / m are one expert of rank r.

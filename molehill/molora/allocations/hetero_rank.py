@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from molehill.errors import ConfigError
-from molehill.molora.interfaces import Site, SitePlan
+from molehill.molora.interfaces import Allocation, Site, SitePlan
 from molehill.registry import register
 
 
@@ -44,7 +44,7 @@ class HeteroRankParams:
     url="https://arxiv.org/abs/2408.10681",
     seeds=("S14",),
 )
-class HeteroRank:
+class HeteroRank(Allocation):
     """Ranks in the proportions of the kind, smallest first; their sum is that of equal experts."""
 
     def __init__(self, params: HeteroRankParams) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from molehill.molora.interfaces import Site, SitePlan
+from molehill.molora.interfaces import Allocation, Site, SitePlan
 from molehill.registry import register
 
 
 @register("allocation", "uniform", paper="house: the same number of experts of one rank at every site")
-class Uniform:
+class Uniform(Allocation):
     """Every site gets the configured experts, shared experts and rank."""
 
     def plan(self, sites: Sequence[Site], experts: int, shared: int, rank: int) -> Mapping[str, SitePlan]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from molehill.molora.interfaces import RouteRecord
+from molehill.molora.interfaces import RouteRecord, RoutingLoss
 from molehill.molora.records import Stack, mean_over_records
 from molehill.registry import register
 
@@ -18,7 +18,7 @@ from molehill.registry import register
     url="https://arxiv.org/abs/2504.00661",
     seeds=("Z1",),
 )
-class DynMoLEBalance:
+class DynMoLEBalance(RoutingLoss):
     """``E sum_e W_e P_e``: W_e the mean weight of expert e (not the count, as in Switch), P_e its mean probability."""
 
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:

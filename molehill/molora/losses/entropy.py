@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from molehill.molora.distributions import shannon, tsallis
-from molehill.molora.interfaces import RouteRecord
+from molehill.molora.interfaces import RouteRecord, RoutingLoss
 from molehill.molora.records import Stack, mean_over_records
 from molehill.registry import register
 
@@ -45,7 +45,7 @@ class EntropyParams:
     url="https://arxiv.org/abs/2403.07652",
     seeds=("S8", "S14", "Z1"),
 )
-class Entropy:
+class Entropy(RoutingLoss):
     """Mean entropy of the router's distribution: keeps a router that picks by mass from spreading over ever more."""
 
     def __init__(self, params: EntropyParams) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from molehill.molora.interfaces import RouteRecord
+from molehill.molora.interfaces import RouteRecord, RoutingLoss
 from molehill.molora.records import Stack, mean_over_records
 from molehill.registry import register
 
@@ -18,7 +18,7 @@ from molehill.registry import register
     paper="Shazeer et al. 2017, Outrageously Large Neural Networks",
     url="https://arxiv.org/abs/1701.06538",
 )
-class ImportanceCV2:
+class ImportanceCV2(RoutingLoss):
     """Squared coefficient of variation of the experts' gate mass; 0 when all carry the same."""
 
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:

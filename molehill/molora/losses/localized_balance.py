@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from molehill.molora.interfaces import RouteRecord
+from molehill.molora.interfaces import RouteRecord, RoutingLoss
 from molehill.molora.losses.importance_cv2 import cv2
 from molehill.molora.records import Stack, mean_over_records
 from molehill.registry import register
@@ -38,7 +38,7 @@ class LocalizedBalanceParams:
     url="https://arxiv.org/abs/2312.09979",
     seeds=("S20",),
 )
-class LocalizedBalance:
+class LocalizedBalance(RoutingLoss):
     """``var(Q * I) / mean(Q * I)^2``, Q ``[B, E]`` the mean gate of every row, I 1 + delta on its own type's experts.
 
     I is 1 - delta on the others, so the loss is 0 where Q is proportional to 1 / I: with the paper's sign a row's own

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from molehill.molora.interfaces import RouteRecord
+from molehill.molora.interfaces import RouteRecord, RoutingLoss
 from molehill.molora.records import Stack, mean_over_records
 from molehill.registry import register
 
@@ -18,7 +18,7 @@ from molehill.registry import register
     url="https://arxiv.org/abs/2408.10681",
     seeds=("S14",),
 )
-class PPenalty:
+class PPenalty(RoutingLoss):
     """``E sum_e M_e P_e``: M_e the part of tokens that chose e times its relative size, P_e its mean probability.
 
     Large experts cost more, so small ones get the easy tokens. Sizes are ranks over their mean (the paper takes the

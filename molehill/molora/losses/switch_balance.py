@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from molehill.molora.interfaces import RouteRecord
+from molehill.molora.interfaces import RouteRecord, RoutingLoss
 from molehill.molora.records import Stack, mean_over_records
 from molehill.registry import register
 
@@ -32,7 +32,7 @@ class SwitchBalanceParams:
     url="https://arxiv.org/abs/2101.03961",
     seeds=("S171", "S2", "S113", "S180"),
 )
-class SwitchBalance:
+class SwitchBalance(RoutingLoss):
     """``E sum_e f_e P_e``: f_e the part of tokens that chose expert e, P_e its mean probability.
 
     With one choice per token it is 1 when both are uniform and E when one expert takes all.

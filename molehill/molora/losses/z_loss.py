@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from molehill.molora.interfaces import RouteRecord
+from molehill.molora.interfaces import RouteRecord, RoutingLoss
 from molehill.molora.records import mean_over_records
 from molehill.registry import register
 
@@ -17,7 +17,7 @@ from molehill.registry import register
     paper="Zoph et al. 2022, ST-MoE: Designing Stable and Transferable Sparse Expert Models",
     url="https://arxiv.org/abs/2202.08906",
 )
-class ZLoss:
+class ZLoss(RoutingLoss):
     """``mean_t (log sum_e exp z_te)^2``: keeps logits small. A shift of all logits changes it, but no weight."""
 
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:

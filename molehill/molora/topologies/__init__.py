@@ -1,1 +1,7 @@
 """How frozen modules and branches are wired."""
+
+from __future__ import annotations
+
+from molehill.molora.interfaces import Topology
+
+INTERFACE = Topology

@@ -41,3 +41,6 @@ class Codec(ABC):
         Raises:
             MessageError: The payload is damaged or belongs to another layout.
         """
+
+
+INTERFACE = Codec

@@ -1,1 +1,7 @@
 """Rules: how much each client counts."""
+
+from __future__ import annotations
+
+from molehill_server.aggregation.interfaces import WeightRule
+
+INTERFACE = WeightRule
