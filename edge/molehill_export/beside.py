@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from molehill.errors import ModelError
-from molehill.molora.banks import Part
 from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_export.insertion import Work
 from molehill_export.pieces import Contract, Delta, Expand, Mix, fingerprint
 from molehill_export.products import Factors, factors_of
 from molehill_export.routers import Routers
+from molehill_export.stacks import stacks
 from molehill_export.trace import DYNAMIC, piece
 from molehill_protos.v1 import bundle_pb2 as pb
 
@@ -82,14 +81,16 @@ class Beside:
         ranks = tuple(bank.ranks[ids.index(expert)] if expert else max(bank.ranks) for expert in placed)
         inputs: dict[str, str] = {}
         tensors = []
-        for parameter, parts in groupby(bank.parts(), lambda part: part.parameter):
-            of: dict[int, Part] = {part.expert: part for part in parts}
-            role, row = of[0].role, tuple(bank.get_parameter(parameter).shape[1:])
-            by_rank = all(part.rows.stop - part.rows.start == bank.ranks[e] for e, part in of.items())
-            values = [tree[Key(name, expert, role)] if expert else np.zeros((rank if by_rank else 1, *row), np.float32)
+        for stack in stacks(bank):
+            values = [stack.stored(tree[Key(name, expert, stack.role)]) if expert else stack.empty(rank)
                       for expert, rank in zip(placed, ranks, strict=True)]  # fmt: skip
-            inputs[parameter] = self._work.keep(f"{name}/{role}", np.concatenate(values))
-            tensors.append(pb.SiteTensor(role=role, name=f"{name}/{role}", by_rank=by_rank, shape=row))
+            place = f"{name}/{stack.role}"
+            weight = self._work.keep(place, np.concatenate(values))
+            if stack.unit > 1:
+                shape = self._work.graph.const([-1, *stack.row], np.int64)
+                weight = self._work.graph.node("Reshape", [weight, shape])
+            inputs[stack.parameter] = weight
+            tensors.append(pb.SiteTensor(role=stack.role, name=place, by_rank=stack.by_rank, shape=stack.shape))
         for call in range(len(self._work.graph.places[name])):
             self._beside(name, site, call, slots, ranks, inputs)
         self._work.out.sites.append(

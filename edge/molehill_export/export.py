@@ -40,6 +40,7 @@ from molehill_export.molora import choose_slots, gate_values, insert
 from molehill_export.routers import effective
 from molehill_export.rows import labelled
 from molehill_export.source import CLIENT, GLOBAL, Source, finished
+from molehill_export.stacks import expert_tensors, stacks
 from molehill_protos.v1 import bundle_pb2 as pb
 
 _OLDEST_RUNTIME = "1.24"  # golden outputs were compared from there on
@@ -90,7 +91,7 @@ def export(
     Raises:
         BundleError: The bundle differs too much from the original.
         ConfigError: An option does not fit the run.
-        ModelError: The base cannot be exported.
+        ModelError: The base or this kind of experts cannot be exported.
     """
     options = options or Options()
     _check(source, out, options)
@@ -134,6 +135,9 @@ def _check(source: Source, out: Path, options: Options) -> None:
             f"selector {name!r} looks at later tokens, which do not exist while a text is written",
             where="molora.selector", mend="Export a classifier, or train with another selector.",
         )  # fmt: skip
+    for site in source.model.sites.values():
+        if not isinstance(site.bank, PairBank):
+            stacks(site.bank)
     if len(set(options.gates)) != len(options.gates):
         raise ConfigError("a gate is named twice", where="--gate")
     if options.id and not manifests.valid_id(options.id):
@@ -319,17 +323,9 @@ def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
 
 
 def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
-    """An expert's factors at every site, and its row of every router."""
+    """An expert's tensors at every site, and its row of every router."""
     model = source.model
-    tree = model.tree(lambda key: key.expert == expert)
-    values: dict[str, NDArray[Any]] = {}
-    for key, value in tree.items():
-        values[f"{key.site}/{key.role}"] = np.ascontiguousarray(value)
-    for name, (bank, index) in model.banks_of(expert).items():
-        if isinstance(bank, PairBank):
-            A, B = (each.numpy() for each in bank.patches(index))
-            values[f"{name}/A"] = np.concatenate([values[f"{name}/A"], A])
-            values[f"{name}/B"] = np.concatenate([values[f"{name}/B"], B], 1)
+    values = dict(expert_tensors(model, expert))
     with source.gate(gate) as shared:
         for group in shared.routers.values():
             first = next(site for site in shared.sites.values() if site.group is group)

@@ -24,6 +24,9 @@ from molehill.molora.recompute import Source
 class Part(NamedTuple):
     """One tensor of a bank as it travels.
 
+    For devices (`molehill_export.stacks`) a parameter holds one role, and the rows of the experts one after another, as
+    many for every expert or as many for every rank; an export of anything else is refused.
+
     Attributes:
         parameter: Name of the bank's parameter that holds it.
         role: Role on the wire: ``A`` and ``B`` of a low-rank pair, else ``dense.<name>``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from molehill.errors import ConfigError
 from molehill.molora.banks import PairBank
 from molehill.molora.interfaces import Site
 from molehill.wire.keys import KINDS
+from molehill_export.stacks import stacks
 
 KINDS_OF_EXPERTS = [method.name for method in registry.methods("expert")]
 MIXERS = [method.name for method in registry.methods("mixer")]
@@ -115,6 +117,21 @@ def test_another_bank_of_the_kind_takes_tensors_as_they_travel(name):
             other.get_parameter(same.parameter)[same.rows] = wire
     weights = torch.rand(2, 3, 4)
     torch.testing.assert_close(other.delta(x, y0, weights), bank.delta(x, y0, weights[..., :3]))
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_its_tensors_can_go_to_a_device(name):
+    """See `molehill.molora.banks.Part`; what is said of experts of three ranks is so of these too."""
+    bank = bank_of(name)
+    if isinstance(bank, PairBank):  # which go in as products
+        return
+    for stack in stacks(bank):
+        for part in bank.parts():
+            if part.role == stack.role:
+                value = bank.get_parameter(part.parameter)[part.rows].detach().numpy()
+                stored = stack.stored(value.T if part.transposed else value)
+                assert stored.shape == stack.empty(bank.ranks[part.expert]).shape
+                assert np.array_equal(stored.reshape(value.shape), value)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
