@@ -9,6 +9,7 @@ from toy_federation import config
 
 from molehill import registry
 from molehill.errors import ConfigError
+from molehill.molora.banks import PairBank
 from molehill_server.check import check, require
 from molehill_server.planning.planner import shares
 
@@ -155,6 +156,65 @@ def test_nothing_to_train():
     assert "no head" in refusals(federation=head, task={"kind": "causal-lm"})[0].why
     assert "orth" in refusals(federation={"preset": "rolora"}, molora={"init": "orth"})[0].why
     assert not refusals(federation={"preset": "ffa"}, molora={"init": "orth"})
+
+
+FACTORLESS = [method.name for method in registry.methods("expert") if not issubclass(method.target, PairBank)]
+OF_FACTORS = {
+    "fedex": {("warn", "federation.space")},
+    "fedit": set(),
+    "fedpeft": set(),
+    "fedsa": {("warn", "federation.policy")},
+    "fedsvd": {("warn", "federation.policy"), ("warn", "federation.space")},
+    "ffa": {("warn", "federation.policy"), ("warn", "federation.space")},
+    "flexlora": {("warn", "federation.space")},
+    "flora": {("warn", "federation.space")},
+    "hetlora": {("refuse", "federation.policy"), ("refuse", "federation.rule")},
+    "local": set(),
+    "rolora": {("warn", "federation.policy"), ("warn", "federation.space")},
+}
+
+
+@pytest.mark.parametrize("expert", FACTORLESS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_acts_on_factors_says_so_of_experts_that_have_none(preset, expert):
+    found = check(config(federation={"preset": preset}, molora={"expert": expert}))
+    assert {(conflict.verdict, conflict.keys[0]) for conflict in found} == OF_FACTORS[preset]
+    for conflict in found:
+        assert conflict.keys[-1] == "molora.expert"
+        assert f"expert {expert!r} has" in conflict.why
+        assert_real(conflict.keys)
+
+
+@pytest.mark.parametrize("expert", FACTORLESS)
+@pytest.mark.parametrize("rule", ["krum", "multi_krum", "geometric_median", "trimmed_mean", "median"])
+def test_rules_against_poison_say_what_they_bound_of_experts_without_products(rule, expert):
+    federation = {"rule": rule, "space": "product", "lower": "svd"}
+    assert not check(config(federation=federation, data={"clients": 9}))
+    (conflict,) = check(config(federation=federation, data={"clients": 9}, molora={"expert": expert}))
+    assert (conflict.verdict, conflict.keys) == ("warn", ("federation.rule", "molora.expert"))
+    assert "judged as they are" in conflict.why
+
+
+@pytest.mark.parametrize("expert", FACTORLESS)
+def test_nothing_is_refused_for_a_factor_that_is_not_there(expert):
+    molora = {"expert": expert, "init": "orth"}
+    found = check(config(federation={"preset": "rolora"}, molora=molora))
+    assert {conflict.verdict for conflict in found} == {"warn"}
+    assert "init 'orth' freezes a factor" in " ".join(conflict.why for conflict in found)
+    for policy, space in (("rolora", "product"), ("ffa", "stack"), ("fedit", "common")):
+        lower = "none" if space == "common" else "svd"
+        federation = {"policy": policy, "space": space, "lower": lower}
+        assert refusals(federation=federation)
+        assert not refusals(federation=federation, molora={"expert": expert})
+    private = {"clip": 0.5, "noise": 4.0, "epsilon": 50.0, "delta": 1e-5}
+    assert not check(config(privacy=private, molora={"expert": expert}))
+
+
+def test_only_a_head_is_no_language_model_whatever_the_experts():
+    for expert in ("lora", *FACTORLESS):
+        federation = {"policy": {"name": "fedpeft", "group": "head"}}
+        found = refusals(federation=federation, task={"kind": "causal-lm"}, molora={"expert": expert})
+        assert "no head" in found[0].why
 
 
 @pytest.mark.parametrize("policy", ["fedit", "share_a"])

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from molehill.config import Config
 from molehill.errors import ConfigError
-from molehill_server.check import aggregation, draw, masked, model, privacy
+from molehill_server.check import aggregation, draw, kinds, masked, model, privacy
 from molehill_server.check.conflict import Conflict
 
 __all__ = ["Conflict", "check", "require"]
 
-RULES = (*aggregation.RULES, *model.RULES, *privacy.RULES, *masked.RULES, *draw.RULES)
+RULES = (*aggregation.RULES, *model.RULES, *kinds.RULES, *privacy.RULES, *masked.RULES, *draw.RULES)
 
 
 def check(config: Config) -> list[Conflict]:

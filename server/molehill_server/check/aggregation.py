@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from molehill.config import Config
 from molehill_server.aggregate import conflicts
-from molehill_server.check.conflict import Conflict, Rule, asked, asked_by, both_shared
+from molehill_server.check.conflict import Conflict, Rule, asked, asked_by, both_shared, has_factors
 from molehill_server.planning.planner import shares
 
 
@@ -95,12 +95,11 @@ def _sends_changes(config: Config) -> Iterator[Conflict]:
         )
 
 
-RULES: tuple[Rule, ...] = (
-    _aggregation,
-    _products_need_factors,
-    _lowers_rewrite_factors,
-    _enough_to_judge,
-    _norms_need_products,
-    _common_factor,
-    _sends_changes,
-)
+def _factors(config: Config) -> Iterator[Conflict]:
+    """What is about factors is about experts that have some; see `molehill_server.check.kinds` for the others."""
+    if has_factors(config):
+        for rule in (_products_need_factors, _lowers_rewrite_factors, _norms_need_products, _common_factor):
+            yield from rule(config)
+
+
+RULES: tuple[Rule, ...] = (_aggregation, _factors, _enough_to_judge, _sends_changes)

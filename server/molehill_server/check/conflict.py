@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from molehill import registry
 from molehill.config import Config
+from molehill.molora.banks import PairBank
 from molehill_server.planning.planner import scopes, select, shares
 from molehill_server.privacy.draw import Draw
 
@@ -44,6 +46,12 @@ def asked(config: Config) -> int:
 def asked_by(config: Config) -> str:
     """The key that says how many clients take part in a round."""
     return "data.clients" if asked(config) == config.data.clients else "federation.select"
+
+
+def has_factors(config: Config) -> bool:
+    """Whether experts are low-rank pairs, whose factors A and B have products."""
+    target = registry.get("expert", config.molora.expert.name).target
+    return isinstance(target, type) and issubclass(target, PairBank)
 
 
 def both_shared(config: Config) -> bool:

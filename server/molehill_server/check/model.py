@@ -9,7 +9,7 @@ from molehill.config import Config
 from molehill.errors import ConfigError
 from molehill.molora.interfaces import Site
 from molehill.wire.keys import KINDS
-from molehill_server.check.conflict import Conflict, Rule
+from molehill_server.check.conflict import Conflict, Rule, has_factors
 from molehill_server.planning.planner import decisions, shares
 
 
@@ -34,7 +34,8 @@ def _split_gate(config: Config) -> Iterator[Conflict]:
 
 
 def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
-    if config.federation.lower.build("lower").restarts and config.personal.gate != "global":
+    restarts = config.federation.lower.build("lower").restarts and has_factors(config)
+    if restarts and config.personal.gate != "global":
         yield Conflict(
             "warn",
             ("federation.lower", "personal.gate"),
@@ -47,7 +48,8 @@ def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
     """A patch is added to what one expert says, which is no sum of parameters."""
     lower = config.federation.lower
     mixer = config.molora.mixer
-    if mixer.declared("mixer", "mixes") == "parameters" and lower.build("lower").patches:
+    patched = has_factors(config) and lower.build("lower").patches
+    if patched and mixer.declared("mixer", "mixes") == "parameters":
         yield Conflict(
             "refuse",
             ("federation.lower", "molora.mixer"),
@@ -99,7 +101,7 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", ("molora.allocation", "molora.selector"), f"{why}; use selector 'top_k'")
     for key, (axis, part) in parts.items():
         wants = part.declared(axis, "wants")
-        if "pairs" in wants and molora.expert.declared("expert", "kind") != "pairs":
+        if "pairs" in wants and not has_factors(config):
             why = f"{part.name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
             yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert 'lora'")
         if "equal_ranks" in wants and len({*plan.ranks, *plan.shared_ranks}) > 1:
@@ -113,14 +115,15 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
 def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
     policy = config.federation.policy.name
     wanted, left = ([look(config, number) for number in (1, 2)] for look in (decisions, shares))
-    trained = {kind for decided in left for kind in KINDS if decided.of(kind) != "frozen"}
+    absent = {"dense"} if has_factors(config) else {"A", "B"}
+    trained = {kind for decided in left for kind in {*KINDS} - absent if decided.of(kind) != "frozen"}
     if trained == {"head"} and config.task.kind == "causal-lm":
         yield Conflict("refuse", ("federation.policy", "task.kind"), "a causal language model has no head to train")
     idle = [
         (after.A == after.B == "frozen") and not (before.A == before.B == "frozen")
         for before, after in zip(wanted, left, strict=True)
     ]
-    if any(idle):
+    if has_factors(config) and any(idle):
         yield Conflict(
             "refuse",
             ("federation.policy", "molora.init"),

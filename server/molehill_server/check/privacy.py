@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from molehill import evidence
 from molehill.config import Config
-from molehill_server.check.conflict import Conflict, Rule, both_shared, sends_nothing
+from molehill_server.check.conflict import Conflict, Rule, both_shared, has_factors, sends_nothing
 from molehill_server.planning.planner import shares
 
 
@@ -47,7 +47,7 @@ def _privacy(config: Config) -> Iterator[Conflict]:
         )
     if sends_nothing(config):
         yield refuse("federation.policy", f"policy {policy!r} sends nothing, so there is nothing to protect")
-    if not federation.space.build("space").products and both_shared(config):
+    if has_factors(config) and not federation.space.build("space").products and both_shared(config):
         yield Conflict(
             "warn",
             ("privacy", "federation.policy"),
