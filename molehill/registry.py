@@ -140,6 +140,11 @@ def meaning(axis: str) -> str:
     return (getattr(_package(axis), "__doc__", None) or "").strip().partition("\n")[0]
 
 
+def words(axis: str) -> tuple[str, ...]:
+    """What else the field calls the methods of an axis (``WORDS`` of its package), so that a word of it leads there."""
+    return getattr(_package(axis), "WORDS", ())
+
+
 def _package(axis: str) -> ModuleType | None:
     """The package that says what an axis is: ours, else the first of others that could be imported."""
     for point in plugins.points(_GROUP):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_UNBOUND = 100_000  # characters: more than any row has
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
@@ -90,9 +92,19 @@ def say(text: Text, **facts: Any) -> None:
     console.print(text, soft_wrap=not console.is_terminal)
 
 
-def show_table(table: Table) -> None:
-    """Print a table on standard output, as wide as the terminal; into a file, wide enough for every row."""
-    Console(width=None if sys.stdout.isatty() else 190).print(table)
+def show_table(*parts: Table | Text) -> None:
+    """Print tables, and text among them, on standard output.
+
+    They are as wide as the terminal, or as the environment has it (``COLUMNS``); without either as wide as their rows.
+    """
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNBOUND
+        for part in parts:
+            if not isinstance(part, Text):
+                part.expand = False
+    for part in parts:
+        console.print(part)
 
 
 def print_json(document: Any) -> None:

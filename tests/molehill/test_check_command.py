@@ -25,6 +25,18 @@ def test_check_prints_the_plan(tmp_path):
         assert text in result.stdout
 
 
+def test_into_a_pipe_every_line_of_the_plan_and_every_warning_is_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = tmp_path / "run.toml"
+    path.write_text('[base]\nmodel = "someone/some-model"\n[federation]\npreset = "flexlora"\n')
+    free = run("check", path).stdout.splitlines()
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = run("check", path).stdout.splitlines()
+    assert len(free) < len(narrow)
+    assert max(map(len, free)) > 80
+    assert all(line[0] != " " for line in free)  # where a cell goes on
+
+
 def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_path):
     path = tmp_path / "run.toml"
     counts = []

@@ -50,3 +50,44 @@ def test_an_axis_and_a_text_narrow_the_list():
     assert both == []
     assert "no method is like that" in methods("--search", "nothing of this kind").stderr
     assert "Did you mean selector" in methods("selectors", code=2).stderr
+
+
+def test_into_a_pipe_a_method_is_a_line_whatever_it_says(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = [" ".join(line.split()) for line in methods("--seeds").stdout.splitlines()]
+    for method in registry.methods():
+        cells = method.name, method.summary.replace("`", ""), method.paper, *method.seeds
+        assert " ".join(" ".join(cells).split()) in lines
+    narrow = methods(env={"COLUMNS": "70"}).stdout.splitlines()  # asked for, so also there
+    assert 60 < max(map(len, narrow)) <= 70
+
+
+def test_codes_are_searched_where_they_are_shown():
+    coded = next(method for method in registry.methods() if method.seeds)
+    (code, *_) = coded.seeds
+    assert json.loads(methods("--search", code, "--json").stdout) == []
+    found = json.loads(methods("--search", code, "--seeds", "--json").stdout)
+    assert (coded.axis, coded.name) in {(method["axis"], method["name"]) for method in found}
+
+
+@pytest.mark.parametrize(
+    ("word", "axes"),
+    [
+        ("router", "scorer, selector"),
+        ("Gating", "scorer, selector"),
+        ("rules", "rule"),
+        ("quantization", "codec"),
+        ("optimizer", "server_opt"),
+        ("aggregator", "rule, space"),
+        ("losses", "objective, routing_loss"),
+        ("adapters", "expert"),
+        ("nothing like it", ", ".join(registry.axes())),
+    ],
+)
+def test_a_word_of_the_field_leads_to_its_axis(word, axes):
+    assert f"Did you mean {axes}?" in " ".join(methods(word, code=2).stderr.split())
+
+
+def test_every_axis_says_what_else_it_is_called():
+    assert all(registry.words(axis) for axis in registry.axes())
+    assert not {word for axis in registry.axes() for word in registry.words(axis)} & {*registry.axes()}

@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill_client.interfaces import Objective
 
 INTERFACE = Objective
+WORDS = ("loss",)

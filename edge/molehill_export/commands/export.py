@@ -13,7 +13,7 @@ from rich.table import Table
 
 from molehill.errors import ConfigError
 from molehill.extras import needs
-from molehill.terminal import INTERRUPTED, Json, explained, print_json
+from molehill.terminal import INTERRUPTED, Json, explained, print_json, show_table
 
 if TYPE_CHECKING:
     from molehill_protos.v1.bundle_pb2 import Manifest
@@ -146,6 +146,5 @@ def _show(told: dict[str, Any], out: Path) -> None:
     if parity["rows"]:
         before, after = parity["accuracy_original"], parity["accuracy_bundle"]
         table.add_row("accuracy", f"{after:.1%}, {before:.1%} before ({parity['rows']} rows)")
-    console = Console()
-    console.print(table)
-    console.print(f"Written to {out}", soft_wrap=True, highlight=False, markup=False)
+    show_table(table)
+    Console().print(f"Written to {out}", soft_wrap=True, highlight=False, markup=False)

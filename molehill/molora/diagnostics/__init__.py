@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill.molora.interfaces import Diagnostic
 
 INTERFACE = Diagnostic
+WORDS = ("probe", "metric")

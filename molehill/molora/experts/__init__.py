@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill.molora.banks import Bank
 
 INTERFACE = Bank
+WORDS = ("adapter", "lora", "bank")

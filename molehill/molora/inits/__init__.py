@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill.molora.interfaces import InitStrategy
 
 INTERFACE = InitStrategy
+WORDS = ("initialisation", "initialization", "initializer")

@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill.molora.interfaces import RoutingLoss
 
 INTERFACE = RoutingLoss
+WORDS = ("loss", "balance", "auxiliary")

@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill.molora.banks import Mixer
 
 INTERFACE = Mixer
+WORDS = ("mixing", "combiner")

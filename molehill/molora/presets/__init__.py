@@ -4,3 +4,5 @@ Keys given in a configuration win over its preset. A recipe for a whole feed-for
 the block's linears that share one route (``scope = "block"``), unless it mixes whole blocks (MixLoRA): when the weights
 do not sum to 1, mixing whole blocks would scale the frozen block as well.
 """
+
+WORDS = ("recipe", "architecture")

@@ -8,3 +8,4 @@ from __future__ import annotations
 from molehill.molora.interfaces import Scorer
 
 INTERFACE = Scorer
+WORDS = ("router", "gate", "gating")

@@ -9,3 +9,4 @@ from __future__ import annotations
 from molehill.molora.interfaces import Selector
 
 INTERFACE = Selector
+WORDS = ("router", "routing", "gate", "gating", "activation")

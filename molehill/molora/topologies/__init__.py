@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill.molora.interfaces import Topology
 
 INTERFACE = Topology
+WORDS = ("wiring", "placement")

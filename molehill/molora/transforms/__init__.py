@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill.molora.interfaces import LogitTransform
 
 INTERFACE = LogitTransform
+WORDS = ("logits", "noise")

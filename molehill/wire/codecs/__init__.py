@@ -44,3 +44,4 @@ class Codec(ABC):
 
 
 INTERFACE = Codec
+WORDS = ("compression", "compressor", "quantisation", "quantization")

@@ -15,7 +15,7 @@ from rich.text import Text
 from molehill import address, logs
 from molehill.errors import DeployError
 from molehill.extras import needs
-from molehill.terminal import Json, State, explained, print_json, say
+from molehill.terminal import Json, State, explained, print_json, say, show_table
 
 EXTRA = "server"
 STATE = Path("coordinator")
@@ -92,7 +92,7 @@ def status(state: State = STATE, as_json: Json = False) -> None:
         table.add_column("status")
         for node in document["nodes"]:
             table.add_row(Text(node["name"]), Text(node["status"]))
-        console.print(table)
+        show_table(table)
         if document["run"] is None:
             console.print("no run")
         else:

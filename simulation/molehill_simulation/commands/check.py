@@ -12,7 +12,7 @@ from rich.text import Text
 
 from molehill.errors import ConfigError
 from molehill.extras import needs
-from molehill.terminal import explained
+from molehill.terminal import explained, show_table
 
 EXTRA = "simulation"
 
@@ -34,8 +34,8 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
         for label, text in plan:
             if label != "warning":
                 table.add_row(label, Text(text))
+        show_table(table)
         console = Console()
-        console.print(table)
         for label, text in plan:
             if label == "warning":
                 console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
@@ -43,7 +43,7 @@ def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
         for conflict in conflicts:
             if conflict not in refused:
                 keys = " with ".join(conflict.keys)
-                console.print(Text.assemble(("warning: ", "bold yellow"), f"{keys}: {conflict.why}"))
+                console.print(Text.assemble(("warning: ", "bold yellow"), f"{keys}: {conflict.why}"), soft_wrap=True)
         if refused:
             reasons = "; ".join(f"{' with '.join(conflict.keys)}: {conflict.why}" for conflict in refused)
             mend = refused[0].mend if len(refused) == 1 else "Change one key of each."

@@ -2,3 +2,5 @@
 
 Every partitioner gives each row to exactly one client and keeps `units` together; equal arguments give equal shards.
 """
+
+WORDS = ("split", "partition", "sharding")

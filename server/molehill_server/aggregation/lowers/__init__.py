@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill_server.aggregation.interfaces import Lower
 
 INTERFACE = Lower
+WORDS = ("factorisation", "factorization", "projection")

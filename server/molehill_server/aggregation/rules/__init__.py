@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill_server.aggregation.interfaces import WeightRule
 
 INTERFACE = WeightRule
+WORDS = ("aggregation", "aggregator", "averaging", "robust")

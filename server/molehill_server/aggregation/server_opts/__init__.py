@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill_server.aggregation.interfaces import ServerOpt
 
 INTERFACE = ServerOpt
+WORDS = ("optimiser", "optimizer")

@@ -5,3 +5,4 @@ from __future__ import annotations
 from molehill_server.aggregation.interfaces import Space
 
 INTERFACE = Space
+WORDS = ("aggregation", "aggregator")

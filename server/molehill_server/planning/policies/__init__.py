@@ -2,3 +2,5 @@
 
 A policy is a function of the round's number, ``(round_number) -> Shares``.
 """
+
+WORDS = ("sharing", "freezing")

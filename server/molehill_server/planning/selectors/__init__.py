@@ -6,3 +6,5 @@ chooses the same clients without any saved state. ``attempt`` counts the retries
 A selector that draws declares how in its parameters, as ``sampling``: ``fixed`` for so many of the pool at random,
 ``poisson`` for every client by itself with probability ``rate``. Only what is declared counts for privacy.
 """
+
+WORDS = ("sampler", "sampling", "participation")
