@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,7 @@ from molehill.words import counted
 from molehill_server.planning.planner import select
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
+from molehill_simulation import experts
 from molehill_simulation.data import ClientRows, deal, names_of
 from molehill_simulation.text import clean, megabytes
 
@@ -65,7 +66,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ("base", f"{config.base.model}, {config.base.precision} on {config.base.device}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
         ("data", f"{data.source} dealt to {counted(data.clients, 'client')}, {_show(data.partition)}{_rows(owners)}"),
-        ("experts", f"{_planned(molora) if model is None else _dealt(model)} on {targets}"),
+        ("experts", f"{_experts(molora, model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
         ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),
         ("training", f"{counted(train.steps, 'step')} of {counted(batch, 'row')}, lr {train.lr:g}"),
@@ -139,40 +140,26 @@ def _rows(owners: Sequence[ClientRows] | None) -> str:
     if owners is None:
         return ""
     train, test = (
-        _range(len(part) for part in parts) for parts in zip(*((o.train, o.test) for o in owners), strict=True)
+        experts.spread(len(part) for part in parts) for parts in zip(*((o.train, o.test) for o in owners), strict=True)
     )
     return f": {train} rows each to train on, {test} held out"
 
 
-def _planned(molora: MoLoRA) -> str:
-    """The experts before an allocation has seen the sites."""
-    shared = f" and {molora.shared} always-on" if molora.shared else ""
-    experts = "one LoRA" if molora.experts == 1 and not shared else f"{molora.experts} routed{shared}"
-    dealt = "" if molora.allocation == type(molora)().allocation else f" before {_show(molora.allocation)},"
-    return f"{experts} of rank {molora.rank}{dealt}"
-
-
-def _dealt(model: MoLoRAModel) -> str:
-    """The experts that the sites have; as a range where they differ."""
+def _experts(molora: MoLoRA, model: MoLoRAModel | None) -> str:
+    """The experts that the sites have, as a range where they differ; what is planned where there is no base to see."""
+    if model is None:
+        allocation = "" if molora.allocation == type(molora)().allocation else _show(molora.allocation)
+        return experts.planned(molora.expert.name, molora.experts, molora.shared, molora.rank, allocation)
     sites = model.sites.values()
-    lone = not model.routers and not any(site.shared for site in sites)
-    parts = []
-    for kind, groups in (
+    some: list[experts.Some] = []
+    for what, groups in (
         ("routed", [site.bank.ranks[site.shared :] for site in sites]),
         ("always-on", [site.bank.ranks[: site.shared] for site in sites]),
     ):
         present = [ranks for ranks in groups if ranks]
-        if present:
-            bank = next(iter(sites)).bank
-            noun = "" if bank.kind == "pairs" else f" {bank.noun}s"
-            number = f"one {bank.noun}" if lone else f"{_range(map(len, present))} {kind}{noun}"
-            parts.append(f"{number} of {bank.size} {_range(chain(*present))}" if bank.size else number)
-    return " and ".join(parts)
-
-
-def _range(values: Iterable[int]) -> str:
-    found = sorted(set(values))
-    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        some.append((what, map(len, present), chain(*present)))
+    bank, lone = next(iter(sites)).bank, not model.routers and not any(site.shared for site in sites)
+    return experts.in_words(bank.noun, bank.size, some, lone=lone)
 
 
 def _merge(config: Config) -> str:

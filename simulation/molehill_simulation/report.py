@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from molehill import files
-from molehill.config import Federation
+from molehill.config import Federation, MoLoRA
 from molehill.errors import DataError, ResumeError
 from molehill_server import events as events_file
+from molehill_simulation import experts
 from molehill_simulation.charts import Plot, bar_plot, line_plot
 from molehill_simulation.summary import (
     STAGES,
@@ -214,9 +215,12 @@ def _task(config: Mapping[str, Any]) -> str:
 def _adapter(molora: Mapping[str, Any]) -> str:
     """The adapter in words: its preset, its experts and how they are chosen."""
     routed, always = int(molora["experts"]), int(molora["shared"])
-    experts = f"{routed} routed{f' and {always} always-on' if always else ''} experts of rank {molora['rank']}"
-    chosen = f"scored by {_name(molora['scorer'])}, chosen by {_name(molora['selector'])}"
-    text = f"one LoRA of rank {molora['rank']}" if routed == 1 and not always else f"{experts}, {chosen}"
+    dealt = _name(molora["allocation"])
+    allocation = "" if dealt == MoLoRA().allocation.name else dealt
+    text = experts.planned(_name(molora["expert"]), routed, always, int(molora["rank"]), allocation)
+    if routed > 1 or always:
+        chosen = f"scored by {_name(molora['scorer'])}, chosen by {_name(molora['selector'])}"
+        text = f"{text}, {chosen}"
     return f"{molora['preset']}: {text}" if molora.get("preset") else text
 
 

@@ -21,7 +21,12 @@ def test_check_prints_the_plan(tmp_path):
     path.write_text('[base]\nmodel = "someone/some-model"\n[federation]\npreset = "flexlora"\n')
     result = run("check", path)
     assert result.exit_code == 0, result.output
-    for text in ("someone/some-model", "4 routed of rank 8", "space product, rule mean, lower svd", "anchored"):
+    for text in (
+        "someone/some-model",
+        "4 routed LoRAs of rank 8 on",
+        "space product, rule mean, lower svd",
+        "anchored",
+    ):
         assert text in result.stdout
 
 
@@ -35,6 +40,25 @@ def test_into_a_pipe_every_line_of_the_plan_and_every_warning_is_one(tmp_path, m
     assert len(free) < len(narrow)
     assert max(map(len, free)) > 80
     assert all(line[0] != " " for line in free)  # where a cell goes on
+
+
+@pytest.mark.parametrize(
+    ("molora", "text"),
+    [
+        ('preset = "houlsby"', "one bottleneck of width 64 on"),
+        (
+            'preset = "houlsby"\nexperts = 3\nshared = 1',
+            "3 routed bottlenecks of width 64 and 1 always-on of width 64 on",
+        ),
+        ('preset = "mov"', "30 routed vectors on"),
+        ('preset = "hmoe"', "LoRAs of rank 16 before hetero_rank(kind=arithmetic) on"),
+        ("shared = 2", "4 routed LoRAs of rank 8 and 2 always-on of rank 8 on"),
+    ],
+)
+def test_check_calls_experts_what_they_are_before_it_has_a_base(tmp_path, molora, text):
+    path = tmp_path / "run.toml"
+    path.write_text(f'[base]\nmodel = "someone/some-model"\n[molora]\n{molora}\n')
+    assert text in " ".join(run("check", path).stdout.split())
 
 
 def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_path):
@@ -53,10 +77,11 @@ def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_pat
 @pytest.mark.parametrize(
     ("preset", "text"),
     [
-        ("mola", "2 to 6 routed of rank 8 on"),
-        ("deepseek", "32 routed of rank 2 and 1 always-on of rank 8 on"),
+        ("mola", "2 to 6 routed LoRAs of rank 8 on"),
+        ("deepseek", "32 routed LoRAs of rank 2 and 1 always-on of rank 8 on"),
         ("lora", "one LoRA of rank 8 on"),
-        ("mov", "routed vectors on"),
+        ("mov", "30 routed vectors on"),
+        ("houlsby", "one bottleneck of width 64 on"),
     ],
 )
 def test_check_tells_what_every_site_gets(tmp_path, preset, text):
@@ -105,7 +130,7 @@ def test_check_leaves_rows_elsewhere_where_they_are(tmp_path):
 def test_check_of_a_base_elsewhere_names_the_allocation(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('[base]\nmodel = "a/b"\n[molora]\npreset = "mola"\n')
-    assert "5 routed of rank 8 before by_depth(experts=[2, 4, 6, 8]), on" in run("check", path).stdout
+    assert "5 routed LoRAs of rank 8 before by_depth(experts=[2, 4, 6, 8]) on" in run("check", path).stdout
 
 
 def test_check_refuses_what_cannot_work(tmp_path):

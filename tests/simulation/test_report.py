@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from html.parser import HTMLParser
 from io import StringIO
 
@@ -215,9 +216,27 @@ def test_the_report_says_what_adapter_and_federation_are(tmp_path):
     values = {"molora": {"selector": {"name": "top_k", "k": 2}, "shared": 1}, "federation": {"preset": "fedit"}}
     (folder / "config.toml").write_text(parse(values).to_toml(), encoding="utf-8")
     seen = " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
-    assert "routed and 1 always-on experts of rank" in seen
+    assert "4 routed LoRAs of rank 8 and 1 always-on of rank 8, scored by" in seen
     assert "chosen by top_k" in seen
     assert "fedit: rule mean over the factor space" in seen
+
+
+@pytest.mark.parametrize(
+    ("molora", "text"),
+    [
+        ({"preset": "houlsby"}, "houlsby: one bottleneck of width 64 "),
+        ({"preset": "mov"}, "mov: 30 routed vectors, scored by linear, chosen by dense "),
+        ({"preset": "hmoe"}, "LoRAs of rank 16 before hetero_rank, scored by"),
+        ({"preset": "lora"}, "lora: one LoRA of rank 8 "),
+    ],
+)
+def test_the_report_calls_experts_what_they_are(tmp_path, molora, text):
+    folder = make_run(tmp_path, make_events(CLIENTS))
+    settings = parse({"molora": molora}).to_toml()
+    (folder / "config.toml").write_text(settings, encoding="utf-8")
+    assert text in " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
+    (folder / "config.toml").write_text(re.sub('"(lora|ia3|bottleneck)"', '"from_elsewhere"', settings), "utf-8")
+    write_report(folder)  # a run whose kind of experts is not installed here
 
 
 def test_clients_are_sorted_as_people_count(tmp_path):
