@@ -140,6 +140,9 @@ def _check(source: Source, out: Path, options: Options) -> None:
             stacks(site.bank)
     if len(set(options.gates)) != len(options.gates):
         raise ConfigError("a gate is named twice", where="--gate")
+    for gate in options.gates:
+        with source.gate(gate):
+            pass  # it is there
     if options.id and not manifests.valid_id(options.id):
         mend = "Use letters, digits, dot, dash and underscore."
         raise ConfigError(f"{options.id!r} cannot name a bundle", where="--id", mend=mend)

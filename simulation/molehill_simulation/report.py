@@ -6,13 +6,14 @@ content policy allows neither scripts nor anything from elsewhere.
 
 from __future__ import annotations
 
+import functools
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from molehill import files
 from molehill.config import Federation, MoLoRA
@@ -82,11 +83,7 @@ def render(folder: Path) -> str:
     summary = read_summary(summary_file) if summary_file.exists() else None
     config, values = _read_config(config_file) if config_file.exists() else ("", {})
     owners = _owners(folder / "owners.json")
-    environment = Environment(
-        loader=PackageLoader("molehill_simulation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters.update(clean=clean, figure=figure, zip=zip)
-    page = environment.get_template("report.html.j2")
+    page = _page()
     try:
         told = _STAGES.get(_task(values), "")
         content = _content(events, summary, values)
@@ -97,6 +94,16 @@ def render(folder: Path) -> str:
             where=str(folder),
             mend="Was a file edited, or written by another version?",
         ) from None
+
+
+@functools.cache
+def _page() -> Template:
+    """The template, compiled once in a process: that takes longer than to fill it in."""
+    environment = Environment(
+        loader=PackageLoader("molehill_simulation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(clean=clean, figure=figure, zip=zip)
+    return environment.get_template("report.html.j2")
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:

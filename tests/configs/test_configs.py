@@ -21,6 +21,7 @@ TINY = (
     "run.rounds=1",
     "train.steps=2",
     "train.batch_size=4",
+    "personal.steps=2",
     "data.clients=2",
     "task.max_length=32",
     "base.device=cpu",

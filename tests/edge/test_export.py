@@ -20,7 +20,7 @@ from molehill_edge import Bundle, InsecureLocal
 from molehill_edge import manifest as manifests
 from molehill_edge.tensors import read
 from molehill_export import trace
-from molehill_export.export import Options, answer_ends, export, export_experts
+from molehill_export.export import Options, answer_ends, export, export_experts, traced
 from molehill_export.source import open_source
 from molehill_simulation.simulate import simulate
 
@@ -82,11 +82,11 @@ def _logits(model, tokenizer, texts):
     return np.stack(rows)
 
 
-def test_two_exports_have_the_same_bytes_and_nothing_of_this_machine(run, tmp_path):
+def test_two_exports_have_the_same_bytes_and_nothing_of_this_machine(run, opened, tmp_path):
     options = Options(gates=("global", "client-2"), scheme="int8", force=True)
-    for name in ("one", "two"):
+    for name, source in (("one", opened), ("two", open_source(run))):
         trace._cache.clear()
-        export(open_source(run), tmp_path / name, options)
+        export(source, tmp_path / name, options)
     found = (tmp_path / "one").rglob("*")
     files = sorted(path.relative_to(tmp_path / "one") for path in found if path.is_file())
     assert [str(path) for path in files] == [
@@ -224,11 +224,12 @@ def test_accuracy_and_command_line(run, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_an_adapter_alone_needs_its_base(run, tmp_path):
+def test_an_adapter_alone_needs_its_base(run, opened, tmp_path):
     with pytest.raises(AdapterError, match="--base"):
         open_source(run / "adapter")
     base = run.parent / "base"
     source = open_source(run / "adapter", str(base))
+    source.graph = traced(opened)  # of the same base
     manifest = export(source, tmp_path / "bundle", Options(scheme="fp32"))
     assert manifest.created == 0
     with source.gate("global") as model:

@@ -40,9 +40,10 @@ def test_quantisation_loses_little_accuracy(tmp_path):
     more = config.data.model_copy(update={"test_rows": 900})
     examples = [e for owner in deal(more, rows, config.run.seed) for e in task.encode(owner.test)]
     labels = np.array([example.labels for example in examples])
+    (tmp_path / "few.jsonl").write_text('{"text": "a dull page", "label": "negative"}\n')  # we measure more below
     accuracy = {}
     for scheme in ("fp32", *LIMITS):  # float32 is the original to 1e-4
-        export(source, tmp_path / scheme, Options(scheme=scheme))
+        export(source, tmp_path / scheme, Options(scheme=scheme, rows=tmp_path / "few.jsonl"))
         with Bundle.open(tmp_path / scheme, trust=InsecureLocal(lambda _: None), threads=1) as bundle:
             found = np.empty(len(examples), np.int64)
             for indices in eval_order(examples, 8):

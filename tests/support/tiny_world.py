@@ -110,6 +110,7 @@ def config(base: Path, source: Path, /, **sections: dict[str, Any]) -> Config:
         "data": {"source": str(source), "clients": 3, "partition": "iid"},
         "molora": {"targets": ["query", "intermediate.dense"], "experts": 2, "rank": 2, "alpha": 4.0},
         "train": {"steps": 2, "batch_size": 8, "lr": 1e-2},
+        "personal": {"steps": 4},
         "evaluate": {"baselines": False},
         "engine": {"workers": 1, "together": 1},
     }
