@@ -21,7 +21,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
@@ -234,6 +234,26 @@ def declared(method: Method, name: str) -> Any:
         name: The attribute; the interface has its default.
     """
     return getattr(method.target, name)
+
+
+def those(axis: str, **declares: Any) -> str:
+    """The methods that would do, as an advice names them: ``'a', 'b' or 'c'``.
+
+    Args:
+        axis: Their axis.
+        **declares: What they say of themselves; see `declared`.
+    """
+    return either(
+        method.name
+        for method in methods(axis)
+        if all(declared(method, name) == value for name, value in declares.items())
+    )
+
+
+def either(names: Iterable[str]) -> str:
+    """Names in a sentence: ``'a', 'b' or 'c'``."""
+    *most, last = [*map(repr, names)] or ["another that is registered"]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def parse_params(axis: str, name: str, values: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ _HEAD = """\
 # for beyond it is refused, with the line of this file. It is read again for every run.
 """
 
+_CODECS = tuple(method.name for method in registry.methods("codec"))
 _CHOICES = {"tell": {kind.name: kind.meaning for kind in evidence.KINDS}}
 
 
@@ -86,9 +87,7 @@ class Share(Section):
     """
 
     tensors: Annotated[tuple[str, ...], _known("kind of tensor", TENSORS)] = TENSORS
-    codecs: Annotated[tuple[str, ...], _known("codec", tuple(method.name for method in registry.methods("codec")))] = (
-        *("bf16", "compeft", "fp16", "fp32", "int4", "int8"),
-    )
+    codecs: Annotated[tuple[str, ...], _known("codec", _CODECS)] = _CODECS
     tell: Annotated[tuple[str, ...], _known("kind of evidence", tuple(kind.name for kind in evidence.KINDS))] = (
         *("rows", "time", "scores", "baselines"),
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from molehill import registry
 from molehill.errors import ModelError
 from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear
 from molehill.wire.keys import NO_EXPERT, Key
@@ -48,7 +49,7 @@ class Beside:
             if place.flat and (isinstance(site, ContractLinear | ExpandLinear)):
                 raise ModelError(
                     f"{name} runs on tokens one after another, and a block of experts wants them in rows",
-                    mend="Leave it out of molora.targets, or use topology 'parallel'.",
+                    mend=f"Leave it out of molora.targets, or use topology {registry.those('topology', scope=None)}.",
                 )
             if isinstance(site, ContractLinear):
                 weights = self._routers.all_weights(site, f.slots, call)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from molehill import registry
 from molehill.config import MethodRef
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError, ModelError
@@ -175,7 +176,7 @@ def _groups(
             raise ConfigError(
                 f"allocation {config.allocation.name!r} needs a selector with k, which {selector.name!r} does not have",
                 where="molora.selector",
-                mend="Use selector 'top_k', or another allocation.",
+                mend=f"Use selector {registry.those('selector', takes_k=True)}, or another allocation.",
             )
         if "k" in selector.params or plan.top_k:
             k = min(plan.top_k or selector.params["k"], experts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from molehill import registry
 from molehill.config import Federation
 from molehill.errors import ConfigError, FederationError
 from molehill_server.aggregation.coordinates import CoordinateSum
@@ -85,7 +86,7 @@ class Aggregator:
             raise FederationError(
                 f"{count} updates, and the rule needs {self.rule.least} to tell which of them are wrong",
                 where=f"round {glob.round + 1}",
-                mend="Have more clients take part, or use rule 'mean'.",
+                mend=f"Have more clients take part, or use rule {registry.those('rule', sums=True)}.",
             )
         combined = total.finish()
         out = self.lower.lower(combined, glob, self.seed)
@@ -119,18 +120,20 @@ def conflicts(federation: Federation) -> Iterator[tuple[tuple[str, ...], str]]:
     keys: tuple[str, ...] = ("federation.space", "federation.lower")
     names = f"space {federation.space.name!r} with lower {federation.lower.name!r}"
     if lower.needs_products and not space.products:
-        yield keys, f"{names}: the lower reads the mean of products, which this space never forms; use space 'product'"
+        why = "the lower reads the mean of products, which this space never forms"
+        yield keys, f"{names}: {why}; use space {registry.those('space', products=True)}"
     if not (lower.needs_products or space.closed):
-        yield keys, f"{names}: the mean of products would be dropped; use lower 'svd', 'residual' or 'merge_restart'"
+        able = registry.those("lower", needs_products=True)
+        yield keys, f"{names}: the mean of products would be dropped; use lower {able}"
     yield from _robust(federation, space, rule, lower)
     keys = ("federation.server_opt", "federation.lower")
     names = f"server_opt {federation.server_opt.name!r} with lower {federation.lower.name!r}"
     if lower.patches and server_opt.moves:
         why = "a patch holds what the new factors lack, and the optimiser would then put other factors in their place"
-        yield keys, f"{names}: {why}; use server_opt 'none'"
+        yield keys, f"{names}: {why}; use server_opt {registry.those('server_opt', moves=False)}"
     elif server_opt.stateful and not lower.fixed_gauge:
         why = "factors are made anew every round, so moments kept from the last round belong to other axes"
-        yield keys, f"{names}: {why}; use server_opt 'none'"
+        yield keys, f"{names}: {why}; use server_opt {registry.those('server_opt', stateful=False)}"
 
 
 def _robust(
@@ -141,14 +144,14 @@ def _robust(
     if rule.needs_products and not space.products:
         why = (
             "one and the same update B A can be written with factors as far apart as one likes, (B G, G^-1 A), so "
-            "neither distances nor orders of factors tell who is wrong; use space 'product' with lower 'svd', or space "
-            "'common'"
+            "neither distances nor orders of factors tell who is wrong; use space "
+            f"{registry.those('space', products=True)}"
         )
         yield keys, f"{names}: {why}"
     elif isinstance(rule, CoordRule) and not (space.folds and lower.tails):
         why = (
-            "merged number by number, products have full rank, which only space 'product' with lower 'svd' brings back "
-            "to factors"
+            f"merged number by number, products have full rank, which only space {registry.those('space', folds=True)} "
+            f"with lower {registry.those('lower', tails=True)} brings back to factors"
         )
         yield (*keys, "federation.lower"), f"{names} and lower {federation.lower.name!r}: {why}"
 

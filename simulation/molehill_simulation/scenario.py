@@ -6,6 +6,7 @@ continuation after a kill, meet the same misfortunes. It happens in the client, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from molehill import registry
 from molehill.config import Config, MethodRef
 from molehill.plan import ClientReply
 from molehill.wire.connect import connect
@@ -23,7 +25,6 @@ from molehill_protos.v1 import delta_pb2
 from molehill_simulation.flower import ClientApp, ConfigRecord, Context, Message, RecordDict, lost_reply
 from molehill_simulation.stage import NoReply, call
 
-_EXACT = MethodRef(name="fp32")
 _AFTER = ("query.agree", "query.unmask")  # what is asked once the sum is there
 
 
@@ -162,7 +163,7 @@ def spoil(blob: bytes, kind: str, codec: MethodRef, max_bytes: int) -> bytes:
         kind: ``nan`` (values that are not numbers), ``shape`` (one row too many), ``huge`` (1e6 everywhere), ``keys``
             (a tensor nobody asked for; for a delta without values also in place of the former three) or ``bytes`` (cut
             short).
-        codec: How the delta is encoded; NaN comes as fp32, since no other codec can hold it.
+        codec: How the delta is encoded; NaN comes in the one that holds numbers as they are.
         max_bytes: Largest delta.
 
     Returns:
@@ -175,7 +176,7 @@ def spoil(blob: bytes, kind: str, codec: MethodRef, max_bytes: int) -> bytes:
     if not arrays:  # where nothing is shared there is no value to spoil
         kind = "keys"
     if kind == "nan":
-        return _forge_nan(encode_delta(replace(delta, tree=Tree(delta.tree.layout)), _EXACT))
+        return _forge_nan(encode_delta(replace(delta, tree=Tree(delta.tree.layout)), _raw()))
     if kind == "huge":
         arrays = {key: np.full_like(value, 1e6) for key, value in arrays.items()}
     elif kind == "shape":
@@ -202,8 +203,16 @@ def poison(blob: bytes, factor: float, codec: MethodRef, max_bytes: int) -> byte
     return encode_delta(replace(delta, tree=Tree(delta.tree.layout, np.float32(factor) * delta.tree.flat)), codec)
 
 
+@functools.cache
+def _raw() -> MethodRef:
+    """The codec whose payload is the numbers as they are, so that any can be put there."""
+    one = Tree.of({Key("site", "e0", "A"): np.ones((1, 1), np.float32)})
+    exact = [method.name for method in registry.methods("codec") if registry.declared(method, "exact")]
+    return MethodRef(name=next(n for n in exact if registry.build("codec", n).encode(one) == one.flat.tobytes()))
+
+
 def _forge_nan(blob: bytes) -> bytes:
-    """Fill an fp32 delta with NaN, which no honest encoder does, and make its checksum right again."""
+    """Fill such a delta with NaN, which no honest encoder does, and make its checksum right again."""
     message = delta_pb2.Delta.FromString(blob)
     tree = message.tree
     tree.payload = b"\x00\x00\xc0\x7f" * (len(tree.payload) // 4)

@@ -7,10 +7,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
+from molehill import registry
 from molehill.errors import DataError
 from molehill.tasks.rows import GROUP, Rows
 from molehill.tasks.schema import content_keys
@@ -73,11 +74,13 @@ def values_of(rows: Rows, column: str) -> tuple[Any, ...]:
     """
     if column in rows.columns:
         return rows.columns[column]
+    takes = {method.name: "column" in get_type_hints(method.params) for method in registry.methods("partitioner")}
     raise DataError(
         f"there is no column {column!r} to deal the rows by",
         where=rows.source,
-        mend=f"Columns there: {', '.join(rows.columns)}. Name one in data.partition, such as "
-        "{ name = 'by_column', column = ... }, or use data.partition = 'iid'.",
+        mend=f"Columns there: {', '.join(rows.columns)}. Name one in data.partition, as the column of "
+        f"{registry.either(name for name in takes if takes[name])}, or use "
+        f"{registry.either(name for name in takes if not takes[name])}, which need none.",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from molehill import registry
 from molehill.config import Config
 from molehill_server.aggregate import conflicts
 from molehill_server.check.conflict import Conflict, Rule, asked, asked_by, both_shared, has_factors
@@ -23,7 +24,8 @@ def _products_need_factors(config: Config) -> Iterator[Conflict]:
             "refuse",
             ("federation.policy", "federation.space"),
             f"policy {policy!r} does not send both factors of every client, which the products of space {space!r} are "
-            "made of; where one factor is common to all, space 'common' is exact",
+            "made of; where one factor is common to all, space "
+            f"{registry.those('space', products=True, closed=True)} is exact",
         )
 
 
@@ -62,7 +64,7 @@ def _norms_need_products(config: Config) -> Iterator[Conflict]:
             "refuse",
             ("federation.policy", "federation.rule"),
             f"rule {rule.name!r} weighs by the norm of B A, but {' and '.join(kept)} never leaves the clients; use "
-            "rule 'mean'",
+            f"rule {registry.those('rule', needs_pairs=False, sums=True)}",
         )
 
 
@@ -82,7 +84,8 @@ def _common_factor(config: Config) -> Iterator[Conflict]:
             why = f"policy {policy!r} lets every client have a factor of its own"
     if why:
         keys = ("federation.policy", "federation.space")
-        yield Conflict("refuse", keys, f"space {space.name!r} needs one common factor, but {why}; use space 'factor'")
+        able = registry.those("space", closed=True, products=False)
+        yield Conflict("refuse", keys, f"space {space.name!r} needs one common factor, but {why}; use space {able}")
 
 
 def _sends_changes(config: Config) -> Iterator[Conflict]:

@@ -50,13 +50,24 @@ def asked_by(config: Config) -> str:
 
 def has_factors(config: Config) -> bool:
     """Whether experts are low-rank pairs, whose factors A and B have products."""
-    target = registry.get("expert", config.molora.expert.name).target
-    return isinstance(target, type) and issubclass(target, PairBank)
+    return config.molora.expert.name in pairs()
+
+
+def pairs() -> list[str]:
+    """The kinds of experts that are low-rank pairs."""
+    found = {method.name: method.target for method in registry.methods("expert")}
+    return [name for name, target in found.items() if isinstance(target, type) and issubclass(target, PairBank)]
 
 
 def both_shared(config: Config) -> bool:
     """Whether every client sends both factors in every round (methods that alternate do so with period 2)."""
     return all(decided.A == decided.B == "shared" for decided in (shares(config, 1), shares(config, 2)))
+
+
+def closed_spaces() -> str:
+    """The spaces, as an advice names them, that are sums of what clients send."""
+    products, factors = (registry.those("space", closed=True, products=each) for each in (True, False))
+    return f"{factors}, or {products} with a policy that freezes one factor"
 
 
 def sends_nothing(config: Config) -> bool:

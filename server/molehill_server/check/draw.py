@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from molehill import registry
 from molehill.config import Config
 from molehill_server.check.conflict import Conflict, Rule, asked
 from molehill_server.privacy.accountant import Accountant
@@ -15,11 +16,16 @@ def _sampling(config: Config) -> Iterator[Conflict]:
     draw, ref, privacy = Draw.of(config), config.federation.select, config.privacy
     keys = ("privacy.secure_aggregation", "federation.select")
     if privacy.secure_aggregation and draw.sampling == "poisson":
+        sure = [
+            each
+            for each in registry.methods("client_selector")
+            if getattr(each.params, "sampling", "") != draw.sampling
+        ]
         yield Conflict(
             "refuse",
             keys,
             f"selector {ref.name!r} leaves to chance how many clients take part, and a sum is unmasked among as many "
-            "as every client expects; use selector 'all' or 'random'",
+            f"as every client expects; use selector {registry.either(each.name for each in sure)}",
         )
     elif privacy.secure_aggregation and privacy.clip is not None and draw.sampling:
         yield Conflict(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from molehill import registry
 from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.secure.fixed import FixedPoint
 from molehill.secure.messages import LEAST
-from molehill_server.check.conflict import Conflict, Rule, asked, asked_by, sends_nothing
+from molehill_server.check.conflict import Conflict, Rule, asked, asked_by, closed_spaces, sends_nothing
 from molehill_server.planning.planner import shares
 
 
@@ -25,13 +26,13 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
         yield refuse(
             "federation.rule",
             f"rule {federation.rule.name!r} looks at single updates to weigh them, and the server sees their sum only; "
-            "use rule 'mean'",
+            f"use rule {registry.those('rule', sums=True)}",
         )
     if not federation.space.build("space").closed:
         yield refuse(
             "federation.space",
             f"space {federation.space.name!r} is made of every client's own factors, and the server sees the sum of "
-            "what is sent only; use space 'factor', or 'common' with a policy that freezes one factor",
+            f"what is sent only; use space {closed_spaces()}",
         )
     if not shares(config, 1).alike:
         yield refuse(
@@ -45,7 +46,7 @@ def _secure_aggregation(config: Config) -> Iterator[Conflict]:
         yield refuse(
             "wire.up",
             f"codec {config.wire.up.name!r} leaves something out of every number or leaves numbers out, and masked "
-            "numbers look random: they travel whole, as 8 bytes each; use 'fp32'",
+            f"numbers look random: they travel whole, as 8 bytes each; use {registry.those('codec', exact=True)}",
         )
     for name, given in (("garbage", config.scenario.garbage), ("poison", config.scenario.poison)):
         if given:

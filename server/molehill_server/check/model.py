@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from molehill import registry
-from molehill.config import Config
+from molehill.config import Config, MethodRef
 from molehill.errors import ConfigError
-from molehill.molora.interfaces import Site
+from molehill.molora.interfaces import Site, SitePlan
 from molehill.wire.keys import KINDS
-from molehill_server.check.conflict import Conflict, Rule, has_factors
+from molehill_server.check.conflict import Conflict, Rule, has_factors, pairs
 from molehill_server.planning.planner import decisions, shares
 
 
@@ -22,7 +22,7 @@ def _split_gate(config: Config) -> Iterator[Conflict]:
             "refuse",
             keys,
             f"gate 'split' keeps a part of the router on the client, and scorer {scorer!r} names none; of those that "
-            f"do there is {', '.join(map(repr, able))}",
+            f"do there is {registry.either(able)}",
         )
     if own and config.personal.gate == "anchored":
         yield Conflict(
@@ -54,7 +54,8 @@ def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
             "refuse",
             ("federation.lower", "molora.mixer"),
             f"lower {lower.name!r} patches the products of single experts, but mixer {mixer.name!r} mixes their "
-            "factors before it multiplies them; use mixer 'output', or a lower without patches",
+            f"factors before it multiplies them; use mixer {registry.those('mixer', mixes='outputs')}, or a lower "
+            "without patches",
         )
 
 
@@ -62,26 +63,27 @@ def _mixed_parameters(config: Config) -> Iterator[Conflict]:
     scorer, mixer, topology = config.molora.scorer.name, config.molora.mixer.name, config.molora.topology
     parameters = config.molora.mixer.declared("mixer", "mixes") == "parameters"
     by_token = config.molora.scorer.declared("scorer", "level") == "token"
+    by_row = [each.name for each in registry.methods("scorer") if registry.declared(each, "level") != "token"]
     if by_token and "row_route" in config.molora.mixer.declared("mixer", "wants"):
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),
             f"mixer {mixer!r} makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
-            "scorer 'task_table'",
+            f"scorer {registry.either(by_row)}",
         )
     if parameters and topology.declared("topology", "scope") is not None:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.topology"),
             f"topology {topology.name!r} mixes the outputs of whole blocks, so mixer {mixer!r} would do nothing; use "
-            "mixer 'output', or topology 'parallel'",
+            f"mixer {registry.those('mixer', mixes='outputs')}, or topology {registry.those('topology', scope=None)}",
         )
     if not parameters and config.molora.scorer.build("scorer", d_in=1, n_experts=1).heads > 1:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),
             f"every head of scorer {scorer!r} has weights for its own block of A's and B's features, which only a "
-            "mixer of parameters mixes; use mixer 'param', or one head",
+            f"mixer of parameters mixes; use mixer {registry.those('mixer', mixes='parameters')}, or one head",
         )
 
 
@@ -89,27 +91,46 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
     """Parts that stack the experts of a site need LoRAs of one rank; an allocation may also decide how many count."""
     molora = config.molora
     parts = {"molora.mixer": ("mixer", molora.mixer), "molora.topology": ("topology", molora.topology)}
-    site = Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1)
     try:
-        plan = molora.allocation.build("allocation").plan([site], molora.experts, molora.shared, molora.rank)["any"]
+        plan = _planned(molora.allocation, config)
     except ConfigError as error:
         yield Conflict("refuse", ("molora.allocation", "molora.experts"), error.what)
         return
     selector = molora.selector
     if plan.top_k and not selector.declared("selector", "takes_k"):
+        able = registry.those("selector", takes_k=True)
         why = f"allocation {molora.allocation.name!r} needs a selector with k, which {selector.name!r} does not have"
-        yield Conflict("refuse", ("molora.allocation", "molora.selector"), f"{why}; use selector 'top_k'")
+        yield Conflict("refuse", ("molora.allocation", "molora.selector"), f"{why}; use selector {able}")
     for key, (axis, part) in parts.items():
         wants = part.declared(axis, "wants")
         if "pairs" in wants and not has_factors(config):
             why = f"{part.name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
-            yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert 'lora'")
+            yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert {registry.either(pairs())}")
         if "equal_ranks" in wants and len({*plan.ranks, *plan.shared_ranks}) > 1:
             why = f"{part.name!r} stacks the experts of a site, and allocation {molora.allocation.name!r} gives them "
-            yield Conflict("refuse", (key, "molora.allocation"), f"{why}different ranks; use allocation 'uniform'")
+            able = registry.either(each.name for each in registry.methods("allocation") if _one_rank(each.name, config))
+            yield Conflict("refuse", (key, "molora.allocation"), f"{why}different ranks; use allocation {able}")
         if "no_shared" in wants and molora.shared:
             why = f"{part.name!r} has one block per routed expert and none for experts that are always on"
             yield Conflict("refuse", (key, "molora.shared"), f"{why}; set molora.shared to 0")
+
+
+def _planned(allocation: MethodRef, config: Config) -> SitePlan:
+    """What an allocation gives a site."""
+    site, molora = Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1), config.molora
+    plans: Mapping[str, SitePlan] = allocation.build("allocation").plan(
+        [site], molora.experts, molora.shared, molora.rank
+    )
+    return plans["any"]
+
+
+def _one_rank(allocation: str, config: Config) -> bool:
+    """Whether an allocation as it is by default gives the experts of a site one rank."""
+    try:
+        plan = _planned(MethodRef(name=allocation), config)
+    except ConfigError:
+        return False
+    return len({*plan.ranks, *plan.shared_ranks}) == 1
 
 
 def _nothing_to_learn(config: Config) -> Iterator[Conflict]:

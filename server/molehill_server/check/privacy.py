@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from molehill import evidence
+from molehill import evidence, registry
 from molehill.config import Config
-from molehill_server.check.conflict import Conflict, Rule, both_shared, has_factors, sends_nothing
+from molehill_server.check.conflict import Conflict, Rule, both_shared, closed_spaces, has_factors, sends_nothing
 from molehill_server.planning.planner import shares
 
 
@@ -24,20 +24,20 @@ def _privacy(config: Config) -> Iterator[Conflict]:
         yield refuse(
             "federation.rule",
             f"rule {federation.rule.name!r} looks at single updates to weigh them, so one client can change what all "
-            "others count for and no noise of a bounded size hides it; use rule 'mean', which under privacy counts "
-            "clients alike",
+            "others count for and no noise of a bounded size hides it; use rule "
+            f"{registry.those('rule', sums=True)}, which under privacy counts clients alike",
         )
     if not federation.space.build("space").closed:
         yield refuse(
             "federation.space",
             f"space {federation.space.name!r} sums products B A, whose size the clip of a change of A and B does not "
-            "bound; use space 'common' with a policy that freezes one factor (preset 'ffa'), or space 'factor'",
+            f"bound; use space {closed_spaces()}",
         )
     if config.wire.up.build("codec").feedback:
         yield refuse(
             "wire.up",
             f"codec {config.wire.up.name!r} sends later what it left unsent (error feedback): what was clipped away "
-            "in one round would come in another; use 'int4', 'int8' or a 16-bit codec",
+            f"in one round would come in another; use {registry.those('codec', feedback=False)}",
         )
     if not decided.alike:
         yield refuse(
@@ -51,9 +51,17 @@ def _privacy(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             "warn",
             ("privacy", "federation.policy"),
-            f"policy {policy!r} trains both factors, whose noises multiply in B A; presets 'ffa' and 'rolora' keep "
-            "one factor without noise",
+            f"policy {policy!r} trains both factors, whose noises multiply in B A; policy "
+            f"{registry.either(_freezing())} has one without",
         )
+
+
+def _freezing() -> Iterator[str]:
+    """Policies that freeze one factor of every expert in every round, which is sent without noise."""
+    for method in registry.methods("policy"):
+        decided = [registry.build("policy", method.name, round_number=number) for number in (1, 2)]
+        if all({each.A, each.B} == {"shared", "frozen"} for each in decided):
+            yield method.name
 
 
 def _probes(config: Config) -> Iterator[Conflict]:
