@@ -24,7 +24,7 @@ from molehill_protos.v1.bundle_pb2 import GateTensor, Manifest, Site, SiteTensor
 
 Array = np.ndarray[Any, Any]
 
-_VECTOR, _OLD_VECTOR = "dense.v", "v"  # the role of a vector, and its name in files of 0.1
+_VECTOR, _OLD_VECTOR = "dense.v", "v"  # the role of a vector, and its name in files of earlier versions
 _DTYPES = {"F32": np.float32, "I8": np.int8, "U8": np.uint8}
 
 

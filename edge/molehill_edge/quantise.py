@@ -69,12 +69,6 @@ def quantise(a: Float, b: Float, b_scale: Float, bits: int, block: int | None = 
     return Quantised(rounded, scale if block else scale[0], np.rint(scaled / rank).astype(np.int8))
 
 
-def dequantise(q: Quantised, b_scale: Float, block: int | None = None) -> tuple[Float, Float]:
-    """Undo `quantise` up to rounding, and up to the scale that moved from B to A."""
-    scale = np.repeat(q.a_scale, block, 0)[: len(q.a)] if block else q.a_scale
-    return q.a.astype(np.float32) * scale, q.b.astype(np.float32) * b_scale
-
-
 def pack4(q: NDArray[np.int8], block: int) -> NDArray[np.uint8]:
     """Weights as MatMulNBits stores them.
 

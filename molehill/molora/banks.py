@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehill.molora.block import expand
-from molehill.molora.fused import Projection, down, reference, up
+from molehill.molora.fused import Projection, down, up
 from molehill.molora.interfaces import InitStrategy, Site, Wish
 from molehill.molora.recompute import Source
 
@@ -147,7 +147,6 @@ class PairBank(Bank):
         patch_A: Frozen rows ``[P, d_in]`` that belong to experts (from exact aggregation); empty at first.
         patch_Bt: Frozen rows ``[P, d_out]``, scale absorbed.
         spread: Which ranks belong to which expert, with its scale: ``[E, R+P]`` float32; see `molehill.molora.fused`.
-        fused: Whether to take the fused path; plain autograd is for comparison.
     """
 
     kind = "pairs"
@@ -166,7 +165,6 @@ class PairBank(Bank):
         self.register_buffer("patch_Bt", torch.zeros(0, site.d_out), persistent=False)
         self.register_buffer("patch_expert", torch.zeros(0, dtype=torch.long), persistent=False)
         self.register_buffer("spread", self._spread(), persistent=False)
-        self.fused = True
 
     def parts(self) -> Iterator[Part]:
         """``A [r, d_in]`` and ``B [d_out, r]`` of every expert, the scale absorbed in B."""
@@ -225,11 +223,6 @@ class PairBank(Bank):
     ) -> Tensor:
         """Second GEMM: frozen output plus experts, ``[N, d_out]``; see `molehill.molora.fused.up`."""
         return up(x, W, bias, projection, weights, self.factors()[1], self.spread, same_input=same_input)
-
-    def plain(self, x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
-        """The same output in plain autograd; ``seen`` is what the experts see of ``x`` (after dropout)."""
-        A, Bt = self.factors()
-        return reference(x, seen, W, bias, A, weights, Bt, self.spread)
 
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """See `Bank.delta`; the frozen output is not used."""

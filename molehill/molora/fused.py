@@ -223,11 +223,3 @@ def up(
     gate_rows = projection.logits.shape[1]
     y: Tensor = _Up.apply(x, W, bias, projection.low, weights, Bt, spread, cell, gate_rows)  # type: ignore[no-untyped-call]  # untyped torch
     return y
-
-
-def reference(
-    x: Tensor, seen: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, weights: Tensor, Bt: Tensor, spread: Tensor
-) -> Tensor:
-    """`up(x, ...)` of `down(seen, A)` in plain autograd; arguments and result as there."""
-    low = F.linear(seen, A.to(x.dtype)) * (weights @ spread).to(x.dtype)
-    return F.linear(x, W, bias) + low @ Bt.to(x.dtype)

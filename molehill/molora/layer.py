@@ -269,10 +269,6 @@ class MoLoRALinear(nn.Module):
         flat, seen2 = x.reshape(-1, x.shape[-1]), seen.reshape(-1, x.shape[-1])
         same = seen is x
         gate = self.group.gate_rows(x, call) if self.group is not None and same else None
-        if not bank.fused:
-            weights = self.flat_weights(x, None, call)
-            y = bank.plain(flat, seen2, self.weight, self.bias, weights)
-            return y.view(*lead, -1)
         projection = bank.project(seen2, gate, source_of(x) if same else None)
         logits = projection.logits.view(*lead, -1) if gate is not None else None
         weights = self.flat_weights(x, logits, call)
@@ -316,7 +312,7 @@ class MoLoRALinear(nn.Module):
         """
         bank = self.bank
         routed = self.group is None or self.group.router.stackable
-        fused = type(self) is MoLoRALinear and isinstance(bank, PairBank) and bank.fused and self.mixer.fused
+        fused = type(self) is MoLoRALinear and isinstance(bank, PairBank) and self.mixer.fused
         return routed and fused and self.dropout.p == 0 and all(self.calls)
 
 
