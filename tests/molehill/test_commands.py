@@ -38,8 +38,8 @@ def test_all_verbs_are_listed_and_can_be_imported():
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
 
 
-def test_help_takes_a_few_times_what_any_program_of_typer_takes():
-    """On a machine that does nothing else it is 0.4 s; seconds alone would judge the machine."""
+def test_help_takes_at_most_two_and_a_half_times_what_any_program_of_typer_takes():
+    """The 0.5 s of a machine on which the smallest takes 0.2 s; seconds alone would judge the machine."""
     smallest = "import typer; app = typer.Typer(); app.command('a')(lambda: 0); app.command('b')(lambda: 0); app()"
 
     def seconds(code):
@@ -48,7 +48,7 @@ def test_help_takes_a_few_times_what_any_program_of_typer_takes():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds(MAIN) for _ in range(3)) < 4 * min(seconds(smallest) for _ in range(3))
+    assert min(seconds(MAIN) for _ in range(3)) < 2.5 * min(seconds(smallest) for _ in range(3))
 
 
 def test_a_verb_is_imported_when_it_is_asked_for(tmp_path):
