@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from molehill import registry
 from molehill.config import Config
+from molehill.draws import coins
 from molehill.secure.messages import threshold
 
 
@@ -24,7 +24,6 @@ def _expected(config: Config) -> int:
     """How many clients take part in a round; all of them, where that is left to chance."""
     ref = config.federation.select
     pool = [str(number) for number in range(config.data.clients)]
-    params = registry.parse_params("client_selector", ref.name, ref.params)
-    if getattr(params, "sampling", "") == "poisson":
+    if coins(ref) is not None:
         return len(pool)
     return len(ref.build("client_selector", pool=pool, round_number=1, attempt=0, seed=config.run.seed))

@@ -111,11 +111,6 @@ REASONS = {
         "server/molehill_server/check/model.py": "dense",
     },
     "a figure of a round": {"server/molehill_server/aggregate.py": "residual"},
-    "what selectors declare that a draw is counted as": {
-        "molehill/secure/company.py": "poisson",
-        "server/molehill_server/check/draw.py": "poisson",
-        "server/molehill_server/privacy/draw.py": "poisson",
-    },
     "an older name of a gate policy": {
         "molehill/config/sections.py": "mixture",
         "edge/molehill_export/source.py": "mixture",

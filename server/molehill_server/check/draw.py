@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from molehill import registry
 from molehill.config import Config
+from molehill.draws import by_coins
 from molehill_server.check.conflict import Conflict, Rule, asked
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
@@ -15,12 +16,8 @@ def _sampling(config: Config) -> Iterator[Conflict]:
     """What a draw is counted as must be what it is; see `Draw`."""
     draw, ref, privacy = Draw.of(config), config.federation.select, config.privacy
     keys = ("privacy.secure_aggregation", "federation.select")
-    if privacy.secure_aggregation and draw.sampling == "poisson":
-        sure = [
-            each
-            for each in registry.methods("client_selector")
-            if getattr(each.params, "sampling", "") != draw.sampling
-        ]
+    if privacy.secure_aggregation and draw.rate is not None:
+        sure = [each for each in registry.methods("client_selector") if not by_coins(each.params)]
         yield Conflict(
             "refuse",
             keys,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from molehill import registry
 from molehill.config import Config
+from molehill.draws import coins, drawn
 
 
 class Round(NamedTuple):
@@ -25,7 +25,7 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """The selector of a run, as its parameters declare it with ``sampling``.
+    """The selector of a run, as its parameters declare it, see `molehill.draws`.
 
     A draw hides who took part only while nothing else tells. So a round with a secret draw does not depend on who was
     drawn: it waits for all of them, up to its deadline, has no quorum, is not tried again, and ends with the noisy sum
@@ -34,8 +34,8 @@ class Draw:
     would differ by what the others sent.
 
     Attributes:
-        sampling: ``fixed`` for so many at random, ``poisson`` for each by itself, empty where nobody is drawn.
-        rate: Of ``poisson``.
+        sampling: ``fixed`` for so many at random, ``coins`` for each by itself, empty where nobody is drawn.
+        rate: Of the coins; None without.
         secret: Whether the draw is counted as hiding who took part.
     """
 
@@ -50,10 +50,9 @@ class Draw:
         Under secure aggregation a sum needs a threshold of clients, so whether a round counts depends on who was drawn.
         """
         ref = config.federation.select
-        params = registry.parse_params("client_selector", ref.name, ref.params)
-        sampling = str(getattr(params, "sampling", ""))
+        found, each = drawn(ref), coins(ref)
         private = config.privacy.clip is not None and not config.privacy.secure_aggregation
-        return cls(sampling, params.rate if sampling == "poisson" else None, private and bool(sampling))
+        return cls(found.sampling if found else "", each.rate if each else None, private and found is not None)
 
     def spent(self, population: int, sample: int) -> Round:
         """What a round counts as in which ``sample`` of ``population`` clients were asked."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from molehill.registry import register
 
@@ -19,7 +19,7 @@ class PoissonParams:
     """
 
     rate: float = 0.5
-    sampling: ClassVar[str] = "poisson"
+    sampling: ClassVar[Literal["fixed", "coins"]] = "coins"
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:

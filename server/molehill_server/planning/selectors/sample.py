@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class RandomParams:
 
     fraction: float = 0.5
     at_least: int = 1
-    sampling: ClassVar[str] = "fixed"
+    sampling: ClassVar[Literal["fixed", "coins"]] = "fixed"
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
