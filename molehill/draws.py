@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from molehill import registry
 from molehill.config import MethodRef
+from molehill.errors import ConfigError
 
 
 @runtime_checkable
@@ -36,9 +37,20 @@ def drawn(select: MethodRef) -> Drawn | None:
 
     Args:
         select: The selector with its parameters, ``federation.select``.
+
+    Raises:
+        ConfigError: It says that it draws, and not how: nothing could be counted on.
     """
     params = registry.parse_params("client_selector", select.name, select.params)
-    return params if isinstance(params, Drawn) else None
+    if not isinstance(params, Drawn):
+        return None
+    if params.sampling != "fixed" and not (params.sampling == "coins" and isinstance(params, Coins)):
+        raise ConfigError(
+            f"selector {select.name!r} declares its draw as {params.sampling!r}, which privacy cannot count",
+            where="federation.select",
+            mend="Its parameters need sampling 'fixed', or 'coins' and a rate.",
+        )
+    return params
 
 
 def coins(select: MethodRef) -> Coins | None:

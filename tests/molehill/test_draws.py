@@ -10,6 +10,7 @@ import pytest
 from molehill import registry
 from molehill.config import MethodRef
 from molehill.draws import coins, drawn
+from molehill.errors import ConfigError
 
 SELECTORS = [method.name for method in registry.methods("client_selector")]
 POOL = [f"client-{number}" for number in range(10)]
@@ -43,3 +44,11 @@ def test_what_has_a_rate_and_no_coins_draws_nobody_by_itself(monkeypatch):
     monkeypatch.setattr(registry, "parse_params", lambda *_: Params())
     assert drawn(MethodRef(name="any")) is not None
     assert coins(MethodRef(name="any")) is None
+
+
+@pytest.mark.parametrize(("declared", "of"), [("poisson", "rate"), ("coins", "fraction")])
+def test_a_draw_that_nobody_can_count_is_an_error_and_not_one_of_so_many(monkeypatch, declared, of):
+    kind = dataclass(frozen=True)(type("Params", (), {"__annotations__": {of: float}, of: 0.5, "sampling": declared}))
+    monkeypatch.setattr(registry, "parse_params", lambda *_: kind())
+    with pytest.raises(ConfigError, match=f"declares its draw as '{declared}'"):
+        drawn(MethodRef(name="any"))
