@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     Attributes:
         parameter: Name of the bank's parameter that holds it.
-        role: Role on the wire: ``A`` and ``B`` of a low-rank pair (see `PairBank`), else ``dense.<name>``.
+        role: Role on the wire: ``A`` and ``B`` of a low-rank pair, else ``dense.<name>``.
         expert: Index of the expert that it belongs to.
         rows: Its rows in the parameter.
         transposed: Whether the wire holds the transpose.
@@ -48,6 +48,8 @@ class Bank(nn.Module, ABC):
     """All experts of one kind at one site.
 
     Attributes:
+        kind: ``pairs``: low-rank pairs, see `PairBank`; ``other``: anything else.
+        needs_output: The delta depends on the frozen output.
         peft: The peft method that an expert is, which other libraries load; None where peft has none. The roles of its
             parts are then ``A`` and ``B`` (``LORA``), or ``dense.v`` alone (``IA3``).
         noun: What an expert is called, in the singular.
@@ -56,9 +58,11 @@ class Bank(nn.Module, ABC):
         ranks: Size of every expert.
     """
 
+    kind: ClassVar[Literal["pairs", "other"]] = "other"
     peft: ClassVar[Literal["LORA", "IA3"] | None] = None
     noun: ClassVar[str] = "expert"
     size: ClassVar[str] = "size"
+    needs_output: bool = False
 
     def __init__(self, *, site: Site, ranks: tuple[int, ...]) -> None:
         super().__init__()
@@ -146,6 +150,7 @@ class PairBank(Bank):
         spread: Which ranks belong to which expert, with its scale: ``[E, R+P]`` float32; see `molehill.molora.fused`.
     """
 
+    kind = "pairs"
     patch_A: Tensor  # noqa: N815  (A and B are the field's names)
     patch_Bt: Tensor  # noqa: N815  (A and B are the field's names)
     patch_expert: Tensor

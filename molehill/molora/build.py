@@ -13,7 +13,7 @@ from molehill import registry
 from molehill.config import MethodRef
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError, ModelError
-from molehill.molora.banks import Bank, PairBank
+from molehill.molora.banks import Bank
 from molehill.molora.head import Head
 from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan, Wish
 from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
@@ -107,7 +107,7 @@ def wrap(
 
 def _require_wishes(wants: Collection[Wish], bank: Bank, shared: int, topology: str) -> None:
     unmet = {
-        "pairs": ("low-rank pairs", not isinstance(bank, PairBank)),
+        "pairs": ("low-rank pairs", bank.kind != "pairs"),
         "equal_ranks": ("experts of one rank", len(set(bank.ranks)) > 1),
         "no_shared": ("no shared experts", shared > 0),
     }

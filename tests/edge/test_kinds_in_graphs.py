@@ -25,6 +25,7 @@ class Gated(Bank):
     """
 
     noun = "gated"
+    needs_output = True
 
     def __init__(self, *, site, ranks, alpha):
         del alpha

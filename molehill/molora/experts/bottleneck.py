@@ -73,9 +73,9 @@ class BottleneckBank(Bank):
         del alpha
         super().__init__(site=site, ranks=ranks)
         self.params = params
-        self._behind = params.source == "output"
+        self.needs_output = params.source == "output"
         total = sum(ranks)
-        self.down = nn.Parameter(torch.zeros(total, site.d_out if self._behind else site.d_in))
+        self.down = nn.Parameter(torch.zeros(total, site.d_out if self.needs_output else site.d_in))
         self.bias = nn.Parameter(torch.zeros(total))
         self.up = nn.Parameter(torch.zeros(total, site.d_out))
         self.shift = nn.Parameter(torch.zeros(len(ranks), site.d_out))
@@ -103,14 +103,14 @@ class BottleneckBank(Bank):
 
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """See `Bank.delta`."""
-        h = y0 if self._behind else x
+        h = y0 if self.needs_output else x
         units = _ACTIVATIONS[self.params.activation](F.linear(h, self.down.to(h.dtype), self.bias.to(h.dtype)))
         made = (units * (weights @ self.spread).to(h.dtype)) @ self.up.to(h.dtype)
         return (made + (weights @ self.shift).to(h.dtype)) * self.params.scale
 
     def weight(self, expert: int) -> tuple[Tensor, Tensor | None] | None:
         """A change of the weight only without activation and beside the linear."""
-        if self.params.activation != "none" or self._behind:
+        if self.params.activation != "none" or self.needs_output:
             return None
         rows, s = self.rows(expert), self.params.scale
         up = self.up[rows].t() * s

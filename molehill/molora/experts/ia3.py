@@ -36,6 +36,7 @@ class IA3Bank(Bank):
 
     peft = "IA3"
     noun, size = "vector", ""
+    needs_output = True
 
     def __init__(self, *, site: Site, ranks: tuple[int, ...], alpha: float) -> None:
         del alpha

@@ -9,7 +9,6 @@ from typing import Literal
 
 from molehill import registry
 from molehill.config import Config
-from molehill.molora.banks import PairBank
 from molehill_server.planning.planner import scopes, select, shares
 from molehill_server.privacy.draw import Draw
 
@@ -50,13 +49,12 @@ def asked_by(config: Config) -> str:
 
 def has_factors(config: Config) -> bool:
     """Whether experts are low-rank pairs, whose factors A and B have products."""
-    return config.molora.expert.name in pairs()
+    return bool(config.molora.expert.declared("expert", "kind") == "pairs")
 
 
 def pairs() -> list[str]:
     """The kinds of experts that are low-rank pairs."""
-    found = {method.name: method.target for method in registry.methods("expert")}
-    return [name for name, target in found.items() if isinstance(target, type) and issubclass(target, PairBank)]
+    return [each.name for each in registry.methods("expert") if registry.declared(each, "kind") == "pairs"]
 
 
 def both_shared(config: Config) -> bool:

@@ -83,9 +83,18 @@ def test_the_delta_is_the_weighted_sum_of_outputs(name, ranks, patched):
 
 
 @pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
+def test_it_reads_what_it_says_it_reads(name):
+    bank, (x, y0) = bank_of(name), inputs()
+    weights = torch.full((1, 1, 3), 1 / 3)
+    other = bank.delta(x, torch.randn_like(y0), weights)
+    assert torch.equal(other, bank.delta(x, y0, weights)) is not bank.needs_output
+
+
+@pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
 def test_factors_are_of_pairs_and_what_peft_reads_has_its_roles(name):
     bank = bank_of(name)
     roles = {part.role for part in bank.parts()}
+    assert (bank.kind == "pairs") is isinstance(bank, PairBank)
     assert (roles == {"A", "B"}) is isinstance(bank, PairBank)
     assert {"A", "B"}.isdisjoint(roles) is not isinstance(bank, PairBank)
     assert bank.peft is None or roles == {"LORA": {"A", "B"}, "IA3": {"dense.v"}}[bank.peft]
@@ -141,7 +150,7 @@ def test_its_tensors_can_go_to_a_device(name):
 def test_a_mixer_refuses_what_it_does_not_want_and_mixes_what_it_says(mixer, name, ranks, tokens):
     bank, (x, y0), mix = bank_of(name, ranks), inputs(), registry.build("mixer", mixer)
     weights = torch.randn(2, tokens, 3).softmax(-1)
-    unmet = {"pairs": not isinstance(bank, PairBank), "equal_ranks": len({*bank.ranks}) > 1, "row_route": tokens > 1}
+    unmet = {"pairs": bank.kind != "pairs", "equal_ranks": len({*bank.ranks}) > 1, "row_route": tokens > 1}
     if any(unmet[wish] for wish in mix.wants):
         with pytest.raises(ConfigError):
             mix(bank, x, y0, weights)
@@ -182,6 +191,7 @@ def test_a_bottleneck_is_no_linear_function_and_reads_the_frozen_output(activati
         bank.bias.zero_()
         bank.shift.zero_()
     (x, y0), one = inputs(), torch.ones(1, 1, 1)
+    assert bank.needs_output
     assert bank.weight(0) is None
     both = bank.delta(x, y0, one) + bank.delta(x, -y0, one)
     assert float(both.detach().abs().max()) > 1e-2
