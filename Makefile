@@ -2,6 +2,7 @@
 # Each creates .venv by itself and installs again only when pyproject.toml or constraints.txt changed.
 
 SHELL := /bin/bash
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes are started, and each would compile anew what it imports
 PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
 	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$each && break; done)
 BIN := .venv/bin
@@ -39,4 +40,5 @@ clean:  ## Remove the environment and caches; runs/ stays
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing Molehill and its $* dependencies into .venv (a few minutes the first time)"
 	$(INSTALL) --editable ".[$*]"
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true  # pip does it on one core; some files are for other Pythons
 	@touch $@
