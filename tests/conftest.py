@@ -15,9 +15,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _logging_is_of_one_test(monkeypatch):
-    """What a command sets up for its process ends with its test: later ones would have their records captured."""
+def _alike_wherever_they_run(monkeypatch):
+    """What a command sets up for its process ends with its test, and what pytest-xdist sets for its own begins none.
+
+    Later tests would have their log records captured, and tables would be as wide as the lines of the processes.
+    """
     monkeypatch.delenv(logs.VARIABLE, raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
     root = logging.getLogger()
     loggers = [logging.getLogger(name) for name in logs.OURS]
     levels = [logger.level for logger in loggers]

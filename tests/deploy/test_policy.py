@@ -17,7 +17,7 @@ needs = "nothing"
 tell = ["rows", "time", "loss", "tokens"]
 
 [limits]
-rounds = 1
+steps = 4
 """
 
 
@@ -42,10 +42,10 @@ def test_a_run_that_asks_for_more_goes_on_without_the_lab_that_refuses(config, t
         assert "personalised" in json.loads(scored.stdout)["stages"], scored.stderr
 
         own.write_text(f'{POLICY}[data]\ncolumns = ["text", "label"]\n')  # read again for the next run
-        lab.finish(lab.run("--set", "run.name=longer", "--set", "run.rounds=2", out="longer"))
+        lab.finish(lab.run("--set", "run.name=longer", "--set", "train.steps=5", out="longer"))
         (refused,) = lab.events("refused")
         assert refused["client"] == "client-1"
-        assert "owner's policy refuses this run: run.rounds is 2, limits.rounds is 1 (line 8)" in refused["reason"]
+        assert "owner's policy refuses this run: train.steps is 5, limits.steps is 4 (line 8)" in refused["reason"]
         assert str(tmp_path) not in refused["reason"]  # a path of that machine is its own affair
-        assert [event["accepted"] for event in lab.events("round")] == [["client-2"]] * 2
+        assert [event["accepted"] for event in lab.events("round")] == [["client-2"]]
         lab.until(lambda: f"{own}:8: its owner's policy refuses this run" in lab.said("client-1"))

@@ -24,7 +24,7 @@ def strange(config, tmp_path):
     """A lab whose processes get an empty environment, but for what batch systems and companies put there."""
     place = tmp_path / "scratch-of-the-batch-system" / "first.last@institute.example.org" / ("job-0042" * 5)
     place.mkdir(parents=True)
-    settings = {"run": {"rounds": 3}, "train": {"steps": 1}, "data": {"clients": 2}}
+    settings = {"run": {"rounds": 2}, "train": {"steps": 1}, "data": {"clients": 2}}
     with open_lab(tmp_path / "lab", config(**settings), ("client-1", "client-2")) as lab:
         lab.variables = {"PATH": "/usr/bin:/bin", "TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
         lab.variables |= {
@@ -57,9 +57,9 @@ def test_a_run_ends_well_whatever_the_machine_is_like_and_tells_what_it_waits_fo
         lines = re.findall(
             r"tiny: round (\d) trained, 1 step on \d+ rows in .* s, loss \d.*, sent .* kB", strange.said(name)
         )
-        assert set(lines) == set("123")
+        assert set(lines) == set("12")
         assert re.search(r"round 1 trained.* last accepted: none yet", strange.said(name))
-        assert re.search(r"round 3 trained.* last accepted: round 2", strange.said(name))
+        assert re.search(r"round 2 trained.* last accepted: round 1", strange.said(name))
         status = strange.ask("client", "status", "--state", strange.folder / f"{name}.state")
         assert (status.returncode, "lines" in status.stdout) == (0, False)
     story = strange.story()

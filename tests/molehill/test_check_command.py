@@ -31,7 +31,6 @@ def test_check_prints_the_plan(tmp_path):
 
 
 def test_into_a_pipe_every_line_of_the_plan_and_every_warning_is_one(tmp_path, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
     path = tmp_path / "run.toml"
     path.write_text('[base]\nmodel = "someone/some-model"\n[federation]\npreset = "flexlora"\n')
     free = run("check", path).stdout.splitlines()

@@ -52,8 +52,7 @@ def test_an_axis_and_a_text_narrow_the_list():
     assert "Did you mean selector" in methods("selectors", code=2).stderr
 
 
-def test_into_a_pipe_a_method_is_a_line_whatever_it_says(monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+def test_into_a_pipe_a_method_is_a_line_whatever_it_says():
     lines = [" ".join(line.split()) for line in methods("--seeds").stdout.splitlines()]
     for method in registry.methods():
         cells = method.name, method.summary.replace("`", ""), method.paper, *method.seeds
