@@ -37,7 +37,7 @@ def test_quantisation_loses_little_accuracy(tmp_path):
     source = open_source(tmp_path / "run")
     rows, _ = load_rows(config.data, source.task)
     task = make_task(source.task, source.tokenizer)
-    more = config.data.model_copy(update={"test_rows": 500})
+    more = config.data.model_copy(update={"test_rows": 900})
     examples = [e for owner in deal(more, rows, config.run.seed) for e in task.encode(owner.test)]
     labels = np.array([example.labels for example in examples])
     (tmp_path / "few.jsonl").write_text('{"text": "a dull page", "label": "negative"}\n')  # we measure more below
