@@ -138,6 +138,7 @@ class Scorer(nn.Module, ABC):
         fusable: The logits are ``x @ weight.T`` and nothing else, so that the product can be computed together with
             the experts' first factors.
         level: How often the logits may change: with every token, with every row, or never.
+        reads: What they depend on beside the input.
         own: Parameters that stay with their client under ``personal.gate = "split"``.
     """
 
@@ -145,6 +146,7 @@ class Scorer(nn.Module, ABC):
     heads: int = 1
     fusable: bool = False
     level: Literal["token", "row", "static"] = "token"
+    reads: frozenset[Literal["task_ids"]] = frozenset()
     own: frozenset[str] = frozenset()
 
     @abstractmethod

@@ -7,29 +7,17 @@ import functools
 import http.server
 import json
 import os
-import shutil
 import socket
 import threading
 import time
 
 import pytest
-from edge_attacks import NEW, Shown, shown
+from edge_attacks import NEW
 from typer.testing import CliRunner
 
 from molehill.errors import TrustError
 from molehill_edge import client, fetch
 from molehill_edge.commands.group import app
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    return shown(tmp_path_factory.mktemp("web")).folder
-
-
-@pytest.fixture
-def empty(template, tmp_path):
-    shutil.copytree(template, tmp_path / "world", symlinks=True)
-    return Shown(tmp_path / "world")
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from edge_attacks import NEW, Shown, shown
+from edge_attacks import NEW
 from edge_bundles import FILES, Memory, make_bundle
 from tuf.api.metadata import Metadata
 
@@ -18,17 +18,6 @@ from molehill_edge import fetch
 from molehill_edge.store import Store, default_folder
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    return shown(tmp_path_factory.mktemp("store")).folder
-
-
-@pytest.fixture
-def empty(template, tmp_path):
-    shutil.copytree(template, tmp_path / "world", symlinks=True)
-    return Shown(tmp_path / "world")
 
 
 @pytest.fixture

@@ -101,6 +101,17 @@ class Toy:
     def run(self, fault=None, meddle=None):
         return self.start(fault, meddle).run()
 
+    def run_until_killed(self, number):
+        """Run, and be killed when the first client answers in that round."""
+
+        def dies(client, plan, reply):
+            if plan.round == number:
+                raise KeyboardInterrupt
+            return reply.model_dump_json()
+
+        with pytest.raises(KeyboardInterrupt):
+            self.run(dies)
+
     def events(self, kind=None):
         lines = (self.out / "metrics.jsonl").read_text().splitlines()
         return [event for event in map(json.loads, lines) if kind in (None, event["event"])]

@@ -335,3 +335,11 @@ def test_an_objective_that_trains_clients_one_by_one_is_told_where_that_undoes_a
     (conflict,) = check(settings)
     assert (conflict.verdict, conflict.keys) == ("warn", ("engine.together", "train.objective"))
     assert check(config()) == []  # where it is left to us, nobody asked for it
+
+
+def test_rows_without_a_task_are_told_to_a_scorer_that_routes_by_it():
+    told = config(molora={"preset": "poly", "scorer": {"name": "task_table", "tasks": 3}})
+    (conflict,) = check(told)
+    assert (conflict.verdict, conflict.keys) == ("warn", ("molora.scorer", "data.columns"))
+    assert check(config(molora={"preset": "poly"})) == []  # one task: nothing depends on it
+    assert check(told.model_copy(update={"data": told.data.model_copy(update={"columns": {"task": "ward"}})})) == []

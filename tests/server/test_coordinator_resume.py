@@ -41,14 +41,7 @@ def test_the_server_optimiser_survives_a_kill(toy, opt):
     settings = config(federation={"server_opt": opt}, wire={"down": "int8"})
     whole = toy(settings, "whole").run()
     run = toy(settings, "killed")
-
-    def dies(client, plan, reply):
-        if plan.round == 3:
-            raise KeyboardInterrupt
-        return reply.model_dump_json()
-
-    with pytest.raises(KeyboardInterrupt):
-        run.run(dies)
+    run.run_until_killed(3)
     assert np.array_equal(run.run().flat, whole.flat)
 
 

@@ -53,6 +53,7 @@ class TaskTable(Scorer):
         super().__init__()
         self.n_experts = n_experts
         self.heads = params.splits
+        self.reads = frozenset({"task_ids"}) if params.tasks > 1 else frozenset()  # one row is all there is to choose
         self.table = nn.Parameter(torch.empty(params.tasks, params.splits, n_experts))
         nn.init.uniform_(self.table, -params.scale, params.scale)
 

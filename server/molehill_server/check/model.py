@@ -153,6 +153,17 @@ def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
         )
 
 
+def _rows_without_a_task(config: Config) -> Iterator[Conflict]:
+    scorer = config.molora.scorer
+    if "task" not in config.data.columns and "task_ids" in scorer.build("scorer", d_in=1, n_experts=1).reads:
+        yield Conflict(
+            "warn",
+            ("molora.scorer", "data.columns"),
+            f"scorer {scorer.name!r} routes rows by their task, and no column is named as 'task', so all rows get the "
+            "mean of all tasks",
+        )
+
+
 def _trains_alone(config: Config) -> Iterator[Conflict]:
     objective, together = config.train.objective, config.engine.together
     if objective.declared("objective", "alone") and together != "auto" and together > 1:
@@ -171,5 +182,6 @@ RULES: tuple[Rule, ...] = (
     _mixed_parameters,
     _experts_of_one_shape,
     _nothing_to_learn,
+    _rows_without_a_task,
     _trains_alone,
 )

@@ -69,6 +69,8 @@ def test_scorers(name, context):
         torch.testing.assert_close(z, x @ scorer.weight.T)
     other = scorer(context(x=torch.randn(2, 3, 8), task_ids=tasks))
     assert torch.equal(z, other) is (scorer.level != "token")
+    moved = scorer(context(x=x, task_ids=torch.tensor([2, 0])))
+    assert torch.equal(z, moved) is ("task_ids" not in scorer.reads)
     assert (scorer.level == "token") is (z.shape[1] == 3)
     assert scorer.own <= {part for part, _ in scorer.named_parameters()}
     assert torch.equal(z, scorer(context(x=x, task_ids=tasks)))  # nothing random at inference

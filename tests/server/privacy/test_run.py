@@ -140,14 +140,7 @@ def test_the_run_stops_before_the_round_that_would_exceed_the_budget(toy):
 def test_a_resume_restores_what_was_spent_and_the_secret_draw(toy):
     chosen = {"preset": "ffa", "select": {"name": "random", "fraction": 0.5}}
     run = toy(settings(federation=chosen, run={"rounds": 5}, privacy={**PRIVATE, "epsilon": 50.0}))
-
-    def dies(client, plan, reply):
-        if plan.round == 3:
-            raise KeyboardInterrupt
-        return reply.model_dump_json()
-
-    with pytest.raises(KeyboardInterrupt):
-        run.run(dies)
+    run.run_until_killed(3)
     secret = run.start()._record.saved.privacy.secret
     run.run()
     accountant = Accountant(4.0, DELTA, 50.0)
