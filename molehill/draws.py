@@ -14,22 +14,20 @@ class Drawn(Protocol):
     """Parameters of a selector that draws; others say nothing of it.
 
     Attributes:
-        sampling: ``fixed`` for so many of the pool at random, ``coins`` for every client by itself, see `Coins`.
+        sampling: ``fixed`` for so many of the pool at random, ``poisson`` for every client by itself, see `Poisson`.
     """
 
-    sampling: ClassVar[Literal["fixed", "coins"]]
+    sampling: ClassVar[Literal["fixed", "poisson"]]
 
 
 @runtime_checkable
-class Coins(Drawn, Protocol):
-    """Parameters of a selector that draws every client by itself, so that chance decides how many there are.
-
-    Attributes:
-        rate: Probability with which a client takes part in a round.
-    """
+class Poisson(Drawn, Protocol):
+    """Parameters of Poisson sampling: every client is drawn by itself, so chance decides how many there are."""
 
     @property
-    def rate(self) -> float: ...  # noqa: D102 - see above
+    def rate(self) -> float:
+        """Probability with which a client takes part in a round."""
+        ...
 
 
 def drawn(select: MethodRef) -> Drawn | None:
@@ -44,21 +42,21 @@ def drawn(select: MethodRef) -> Drawn | None:
     params = registry.parse_params("client_selector", select.name, select.params)
     if not isinstance(params, Drawn):
         return None
-    if params.sampling != "fixed" and not (params.sampling == "coins" and isinstance(params, Coins)):
+    if params.sampling != "fixed" and not (params.sampling == "poisson" and isinstance(params, Poisson)):
         raise ConfigError(
             f"selector {select.name!r} declares its draw as {params.sampling!r}, which privacy cannot count",
             where="federation.select",
-            mend="Its parameters need sampling 'fixed', or 'coins' and a rate.",
+            mend="Its parameters need sampling 'fixed', or 'poisson' and a rate.",
         )
     return params
 
 
-def coins(select: MethodRef) -> Coins | None:
-    """The coins of a selector that draws every client by itself; None for any other."""
+def poisson(select: MethodRef) -> Poisson | None:
+    """The parameters of a selector that samples as Poisson does; None for any other."""
     found = drawn(select)
-    return found if isinstance(found, Coins) and by_coins(found) else None
+    return found if isinstance(found, Poisson) and is_poisson(found) else None
 
 
-def by_coins(params: object) -> bool:
-    """Whether parameters, or their class, are those of a selector that draws every client by itself."""
-    return isinstance(params, Drawn) and params.sampling == "coins"
+def is_poisson(params: object) -> bool:
+    """Whether parameters, or their class, are those of Poisson sampling."""
+    return isinstance(params, Drawn) and params.sampling == "poisson"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from molehill.config import Config
-from molehill.draws import coins
+from molehill.draws import poisson
 from molehill.secure.messages import threshold
 
 
@@ -24,6 +24,6 @@ def _expected(config: Config) -> int:
     """How many clients take part in a round; all of them, where that is left to chance."""
     ref = config.federation.select
     pool = [str(number) for number in range(config.data.clients)]
-    if coins(ref) is not None:
+    if poisson(ref) is not None:
         return len(pool)
     return len(ref.build("client_selector", pool=pool, round_number=1, attempt=0, seed=config.run.seed))

@@ -9,7 +9,7 @@ import pytest
 
 from molehill import registry
 from molehill.config import MethodRef
-from molehill.draws import coins, drawn
+from molehill.draws import drawn, poisson
 from molehill.errors import ConfigError
 
 SELECTORS = [method.name for method in registry.methods("client_selector")]
@@ -30,12 +30,12 @@ def test_a_selector_draws_as_it_says(name):
     assert (found is None) is (chosen[1] == chosen[2])
     if found is not None:
         assert (len(sizes) == 1) is (found.sampling == "fixed")
-        assert (coins(ref) is not None) is (found.sampling == "coins")
-    if each := coins(ref):
+        assert (poisson(ref) is not None) is (found.sampling == "poisson")
+    if each := poisson(ref):
         assert sum(map(len, chosen[1])) / 400 == pytest.approx(each.rate, abs=0.1)
 
 
-def test_what_has_a_rate_and_no_coins_draws_nobody_by_itself(monkeypatch):
+def test_what_has_a_rate_and_is_not_poisson_draws_nobody_by_itself(monkeypatch):
     @dataclass(frozen=True)
     class Params:
         rate: float = 0.5
@@ -43,10 +43,10 @@ def test_what_has_a_rate_and_no_coins_draws_nobody_by_itself(monkeypatch):
 
     monkeypatch.setattr(registry, "parse_params", lambda *_: Params())
     assert drawn(MethodRef(name="any")) is not None
-    assert coins(MethodRef(name="any")) is None
+    assert poisson(MethodRef(name="any")) is None
 
 
-@pytest.mark.parametrize(("declared", "of"), [("poisson", "rate"), ("coins", "fraction")])
+@pytest.mark.parametrize(("declared", "of"), [("bernoulli", "rate"), ("poisson", "fraction")])
 def test_a_draw_that_nobody_can_count_is_an_error_and_not_one_of_so_many(monkeypatch, declared, of):
     kind = dataclass(frozen=True)(type("Params", (), {"__annotations__": {of: float}, of: 0.5, "sampling": declared}))
     monkeypatch.setattr(registry, "parse_params", lambda *_: kind())

@@ -52,11 +52,6 @@ def has_factors(config: Config) -> bool:
     return bool(config.molora.expert.declared("expert", "kind") == "pairs")
 
 
-def pairs() -> list[str]:
-    """The kinds of experts that are low-rank pairs."""
-    return [each.name for each in registry.methods("expert") if registry.declared(each, "kind") == "pairs"]
-
-
 def both_shared(config: Config) -> bool:
     """Whether every client sends both factors in every round (methods that alternate do so with period 2)."""
     return all(decided.A == decided.B == "shared" for decided in (shares(config, 1), shares(config, 2)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from molehill import registry
 from molehill.config import Config
-from molehill.draws import by_coins
+from molehill.draws import is_poisson
 from molehill_server.check.conflict import Conflict, Rule, asked
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
@@ -17,7 +17,7 @@ def _sampling(config: Config) -> Iterator[Conflict]:
     draw, ref, privacy = Draw.of(config), config.federation.select, config.privacy
     keys = ("privacy.secure_aggregation", "federation.select")
     if privacy.secure_aggregation and draw.rate is not None:
-        sure = [each for each in registry.methods("client_selector") if not by_coins(each.params)]
+        sure = [each for each in registry.methods("client_selector") if not is_poisson(each.params)]
         yield Conflict(
             "refuse",
             keys,

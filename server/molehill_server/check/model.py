@@ -9,7 +9,7 @@ from molehill.config import Config, MethodRef
 from molehill.errors import ConfigError
 from molehill.molora.interfaces import Site, SitePlan
 from molehill.wire.keys import KINDS
-from molehill_server.check.conflict import Conflict, Rule, has_factors, pairs
+from molehill_server.check.conflict import Conflict, Rule, has_factors
 from molehill_server.planning.planner import decisions, shares
 
 
@@ -105,7 +105,9 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
         wants = part.declared(axis, "wants")
         if "pairs" in wants and not has_factors(config):
             why = f"{part.name!r} works on LoRA factors, which expert {molora.expert.name!r} does not have"
-            yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert {registry.either(pairs())}")
+            yield Conflict(
+                "refuse", (key, "molora.expert"), f"{why}; use expert {registry.those('expert', kind='pairs')}"
+            )
         if "equal_ranks" in wants and len({*plan.ranks, *plan.shared_ranks}) > 1:
             why = f"{part.name!r} stacks the experts of a site, and allocation {molora.allocation.name!r} gives them "
             able = registry.either(each.name for each in registry.methods("allocation") if _one_rank(each.name, config))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from molehill.config import Config
-from molehill.draws import coins, drawn
+from molehill.draws import drawn, poisson
 
 
 class Round(NamedTuple):
@@ -34,8 +34,8 @@ class Draw:
     would differ by what the others sent.
 
     Attributes:
-        sampling: ``fixed`` for so many at random, ``coins`` for each by itself, empty where nobody is drawn.
-        rate: Of the coins; None without.
+        sampling: ``fixed`` for so many at random, ``poisson`` for each by itself, empty where nobody is drawn.
+        rate: Of Poisson sampling; None for any other.
         secret: Whether the draw is counted as hiding who took part.
     """
 
@@ -50,7 +50,7 @@ class Draw:
         Under secure aggregation a sum needs a threshold of clients, so whether a round counts depends on who was drawn.
         """
         ref = config.federation.select
-        found, each = drawn(ref), coins(ref)
+        found, each = drawn(ref), poisson(ref)
         private = config.privacy.clip is not None and not config.privacy.secure_aggregation
         return cls(found.sampling if found else "", each.rate if each else None, private and found is not None)
 

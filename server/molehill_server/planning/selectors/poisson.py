@@ -19,7 +19,7 @@ class PoissonParams:
     """
 
     rate: float = 0.5
-    sampling: ClassVar[Literal["fixed", "coins"]] = "coins"
+    sampling: ClassVar[Literal["fixed", "poisson"]] = "poisson"
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:

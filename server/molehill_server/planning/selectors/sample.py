@@ -23,7 +23,7 @@ class RandomParams:
 
     fraction: float = 0.5
     at_least: int = 1
-    sampling: ClassVar[Literal["fixed", "coins"]] = "fixed"
+    sampling: ClassVar[Literal["fixed", "poisson"]] = "fixed"
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
