@@ -18,14 +18,15 @@ import re
 import socket
 import ssl
 import struct
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
+import common  # noqa: F401 - finds the packages
+
+# isort: split
 
 import numpy as np
 import tiny_world

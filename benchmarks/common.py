@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating measurement, peak memory of a process of its own, and a table.
+"""What the benchmarks share: where the packages are, alternating measurement, peak memory of a process, and a table.
 
 Two ways to do a thing are compared by running them in turns (A B A B) and taking medians, so that a machine that
 gets slower or faster in between does so for both.
@@ -21,6 +21,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+# What is measured is this checkout, be it installed or not, here and in processes that are started.
+ROOT = Path(__file__).resolve().parent.parent
+_PARTS = (".", "protos", "server", "client", "simulation", "edge", "tests/support")
+_PATHS = [str((ROOT / part).resolve()) for part in _PARTS]
+sys.path[1:1] = _PATHS
+os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def alternate(

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
+import common  # noqa: F401 - finds the packages
+
+# isort: split
 
 import tiny_world
 from common import show

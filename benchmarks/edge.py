@@ -27,6 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401 - finds the packages
+
+# isort: split
+
 import numpy as np
 import onnxruntime as ort
 import torch

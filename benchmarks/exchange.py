@@ -26,9 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
-
 from common import show
 from tiny_pki import Authority
 

@@ -22,8 +22,9 @@ from common import alternate, clock_for, grown_by, in_own_process, show
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from molehill import __version__
 from molehill.config import parse
-from molehill.plan import ClientPlan, ClientReply
+from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.wire.keys import Key
 from molehill.wire.local import MemoryExchange
 from molehill.wire.message import Delta, decode_tree, encode_delta
@@ -123,8 +124,8 @@ def whole_loop(clients: int, out: Path) -> Coordinator:
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        name = context.node_config["partition-id"]
-        return answer(message, f'{{"client": "c{name:05d}", "n_train": 1, "n_test": 1, "version": "0"}}')
+        number = context.node_config["partition-id"]
+        return answer(message, f'{{"client": "c{number:05d}", "n_train": 1, "n_test": 1, "version": "{__version__}"}}')
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -141,6 +142,18 @@ def whole_loop(clients: int, out: Path) -> Coordinator:
             bytes_down=0,
             examples=1,
             loss=1.0,
+            seconds=0.0,
+        )
+        return answer(message, reply.model_dump_json())
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        scores = Scores(n=1, accuracy=0.5, loss=1.0)
+        reply = EvaluationReply(
+            client=f"c{context.node_config['partition-id']:05d}",
+            n_train=1,
+            n_test=1,
+            stages={"global": scores, "personalised": scores},
             seconds=0.0,
         )
         return answer(message, reply.model_dump_json())

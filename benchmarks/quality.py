@@ -18,6 +18,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401 - finds the packages
+
+# isort: split
+
 from rich.console import Console
 
 from molehill.config import Config, load

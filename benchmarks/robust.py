@@ -15,14 +15,15 @@ import argparse
 import json
 import random
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
+import common  # noqa: F401 - finds the packages
+
+# isort: split
 
 import numpy as np
 import tiny_world
