@@ -54,9 +54,11 @@ def read_layout(data: bytes, max_bytes: int, expect: Layout | None) -> Layout:
     _require_size(total, max_bytes)
     require_ascending([tensor.name for tensor in table.tensors], [Key.parse(t.name) for t in table.tensors])
     layout = Layout(shapes)
-    if expect is not None and layout != expect:
+    if expect is None:
+        return layout
+    if layout != expect:
         raise _mismatch(layout, expect)
-    return layout
+    return expect  # what is known of it is found once for all messages
 
 
 def _require_shape(name: str, shape: Shape) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molehill.errors import MessageError
-from molehill.wire.keys import Key
+from molehill.wire.keys import NO_EXPERT, Key
 
 Array: TypeAlias = NDArray[np.float32]
 Shape: TypeAlias = tuple[int, ...]
@@ -47,7 +47,7 @@ class Layout(Mapping[Key, Shape]):
         return len(self._shapes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self._shapes == other._shapes
+        return self is other or (isinstance(other, Layout) and self._shapes == other._shapes)
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -57,6 +57,11 @@ class Layout(Mapping[Key, Shape]):
         """SHA-256 (hex) of all names and shapes."""
         text = "\n".join(f"{key.name} {'x'.join(map(str, shape))}" for key, shape in self._shapes.items())
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def experts(self) -> frozenset[tuple[str, str]]:
+        """The experts of any kind (site, expert) of which there is at least one tensor."""
+        return frozenset((key.site, key.expert) for key in self._shapes if key.expert != NO_EXPERT)
 
     def span(self, key: Key) -> slice:
         """The part of the flat vector that holds ``key``."""

@@ -21,13 +21,15 @@ def usage(pairs: Iterable[Pair], tokens: Mapping[Pair, float]) -> dict[Pair, flo
         The fraction by site and expert. An always-on expert has 1. So has every expert of a site whose routing the
         client did not report.
     """
+    out = dict.fromkeys(pairs, 1.0)
+    routed = {pair: mass for pair, mass in tokens.items() if not pair[1].startswith(ALWAYS_ON)}
     totals: dict[str, float] = {}
-    for (site, expert), mass in tokens.items():
-        if not expert.startswith(ALWAYS_ON):
-            totals[site] = totals.get(site, 0.0) + mass
-    out = {}
-    for site, expert in pairs:
-        total = totals.get(site, 0.0)
-        routed = total > 0 and not expert.startswith(ALWAYS_ON)
-        out[site, expert] = tokens.get((site, expert), 0.0) / total if routed else 1.0
+    for (site, _), mass in routed.items():
+        totals[site] = totals.get(site, 0.0) + mass
+    for pair in out.keys() - routed.keys():
+        if totals.get(pair[0], 0.0) > 0 and not pair[1].startswith(ALWAYS_ON):
+            out[pair] = 0.0
+    for pair in out.keys() & routed.keys():
+        if (total := totals[pair[0]]) > 0:
+            out[pair] = routed[pair] / total
     return out

@@ -24,7 +24,7 @@ from molehill_server.aggregation.interfaces import (
 from molehill_server.aggregation.lowrank import concat, distance, fold, norm
 from molehill_server.aggregation.robust import ballots
 from molehill_server.aggregation.sums import factors
-from molehill_server.records import AggOut, Global, Update, experts
+from molehill_server.records import AggOut, Global, Update
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Aggregator:
             MessageError: An update holds foreign tensors.
         """
         total = CoordinateSum(glob, self.rule) if isinstance(self.rule, CoordRule) else self.space.start(glob)
-        count = 0
+        count, votes = 0, isinstance(self.rule, CensusRule)
         for batch in _batches(updates, one_by_one=self.rule.additive):
-            count += self._add(total, batch, glob)
+            count += self._add(total, ballots(batch, glob) if votes else batch, glob)
             del batch  # or it would still be in memory while the next update is decoded
         if not count:
             raise FederationError("no update to aggregate", where=f"round {glob.round + 1}")
@@ -94,12 +94,11 @@ class Aggregator:
         patches = dict(glob.patches)
         for pair, patch in out.patch.items():
             patches[pair] = fold(concat([patches[pair], patch]) if pair in patches else patch)
-        kept = len(experts(glob.tree) - experts(combined.touched))
+        kept = len(glob.tree.layout.experts - glob.tree.layout.where(combined.touched.__contains__).experts)
         report = {"updates": count, "experts_kept": kept, **out.report, **_exactness(combined, glob, out)}
         return Global(tree, patches, state, glob.round + 1), report
 
     def _add(self, total: Sum, batch: list[Update], glob: Global) -> int:
-        batch = ballots(batch, glob) if isinstance(self.rule, CensusRule) else batch
         for update, weight in zip(batch, self.rule.weights(batch, glob), strict=True):
             total.add(update, weight)
         return len(batch)

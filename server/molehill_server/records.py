@@ -86,11 +86,6 @@ class AggOut:
     report: Mapping[str, float] = field(default_factory=dict)
 
 
-def experts(tree: Iterable[tuple[str, str, str]]) -> set[Pair]:
-    """The experts of any kind (site, expert) of which at least one tensor is among the keys."""
-    return {(site, expert) for site, expert, _ in tree if expert != NO_EXPERT}
-
-
 def pairs(tree: Iterable[tuple[str, str, str]]) -> list[Pair]:
     """The LoRA pairs (site, expert) of which at least one factor is among the keys, sorted."""
     return sorted({(site, expert) for site, expert, role in tree if role in ("A", "B") and expert != NO_EXPERT})

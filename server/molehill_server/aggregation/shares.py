@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from molehill.wire.usage import ALWAYS_ON, usage
-from molehill_server.records import Pair, Update, experts
+from molehill_server.records import Pair, Update
 
 __all__ = ["ALWAYS_ON", "shares"]
 
 
 def shares(update: Update) -> dict[Pair, float]:
     """Fraction of the client's gate mass that went to every (site, expert) in its update; see `usage`."""
-    return usage(experts(update.tree), update.tokens)
+    return usage(update.tree.layout.experts, update.tokens)

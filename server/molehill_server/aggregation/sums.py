@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from math import prod
-from typing import NamedTuple
+from itertools import compress
 
+import numpy as np
 import torch
 
 from molehill.errors import MessageError
@@ -13,6 +12,7 @@ from molehill.wire.keys import Key
 from molehill.wire.tree import Array, Layout, Shape, Tree
 from molehill_server.aggregation.interfaces import Combined, Weight
 from molehill_server.aggregation.lowrank import concat, fold
+from molehill_server.aggregation.stretches import Stretches
 from molehill_server.records import Global, LowRank, Pair, Update, pairs
 
 
@@ -21,7 +21,7 @@ class FactorSum:
 
     The mean is kept normalised: update k moves it by ``w_k / (w_1 + .. + w_k)`` of the way, in place. So a tensor
     whose weights are all 0 is never written, a single client comes back bit for bit, and no second pass divides.
-    Neighbouring tensors that move by the same step are one operation; equal weights make it one per update.
+    Neighbouring tensors are one operation, be their steps the same or not; see `Stretches`.
 
     Args:
         glob: The model the round started from.
@@ -31,10 +31,11 @@ class FactorSum:
         self._old = glob.tree
         self._tree = glob.tree.copy()
         self._flat = torch.from_numpy(self._tree.flat)
-        self._totals = dict.fromkeys(glob.tree, 0.0)
-        self._rows: dict[Key, int] = {}  # of A, sent by anybody
-        self._layout = Layout({})
-        self._slots: list[_Slot] = []
+        self._keys = list(glob.tree)
+        self._totals = np.zeros(len(self._keys))
+        self._rows = np.zeros(len(self._keys), np.intp)  # of A, sent by anybody
+        self._layout: Layout | None = None
+        self._stretches = Stretches(Layout({}), glob.tree.layout, "")
 
     def add(self, update: Update, weight: Weight) -> None:
         """Move the mean towards one update.
@@ -43,27 +44,22 @@ class FactorSum:
             MessageError: The update holds a tensor the model does not have, or a larger one.
         """
         if update.tree.layout != self._layout:  # most updates of a round have the same
-            self._slots = _slots(update, self._tree.layout)
+            self._stretches = Stretches(update.tree.layout, self._tree.layout, update.client)
             self._layout = update.tree.layout
+        lie = self._stretches
+        weights = lie.weights(weight)
+        move, at = weights > 0, lie.index
+        weights[~move] = 0.0
+        self._totals[at] += weights
+        self._rows[at] = np.maximum(self._rows[at], lie.rows * move)
+        steps = np.divide(weights, self._totals[at], out=np.zeros_like(weights), where=move)
         source = _tensor(update.tree.flat)
-        for theirs, ours, step in _runs(self._fitting(update, weight)):
-            self._flat[ours].lerp_(source[theirs], step)
-
-    def _fitting(self, update: Update, weight: Weight) -> Iterator[tuple[_Slot, float]]:
-        """Tensors with weight and the step each one takes; those of another shape are dealt with on the way."""
-        totals = self._totals
-        for slot in self._slots:
-            key = slot.key
-            w = weight.of(key)
-            if w <= 0:
-                continue
-            totals[key] += w
-            if slot.rank:
-                self._rows[key] = max(self._rows.get(key, 0), slot.rank)
-            if slot.fits:
-                yield slot, w / totals[key]
-            else:
-                self._pad(key, _tensor(update.tree[key]), w / totals[key], update.client)
+        for block in lie.blocks(move & lie.fits, steps):
+            theirs, ours = (flat.view(len(block.steps), -1) for flat in (source[block.theirs], self._flat[block.ours]))
+            ours.lerp_(theirs, torch.from_numpy(block.steps[:, None].astype(np.float32)))
+        for place in np.flatnonzero(move & ~lie.fits):
+            key = lie.keys[place]
+            self._pad(key, _tensor(update.tree[key]), float(steps[place]), update.client)
 
     def _pad(self, key: Key, theirs: torch.Tensor, step: float, client: str) -> None:
         """Average a factor of lower rank, as if filled up with zeros (HetLoRA, https://arxiv.org/abs/2401.06432)."""
@@ -80,9 +76,10 @@ class FactorSum:
         Rows of A beyond every client's rank are the old ones. Their columns of B are 0, so the product is the same,
         but with both at 0 they would never learn again.
         """
-        for key, rows in self._rows.items():
-            self._tree[key][rows:] = self._old[key][rows:]
-        return Combined(self._tree, frozenset(key for key, total in self._totals.items() if total))
+        for key, rows, total in zip(self._keys, self._rows.tolist(), self._totals.tolist(), strict=True):
+            if key.role == "A" and total and rows < len(self._tree[key]):
+                self._tree[key][rows:] = self._old[key][rows:]
+        return Combined(self._tree, frozenset(compress(self._keys, self._totals)))
 
 
 class ProductSum:
@@ -148,43 +145,6 @@ def factors(tree: Tree, old: Tree, pair: Pair) -> LowRank:
 def _mean(points: list[tuple[float, LowRank]]) -> tuple[float, LowRank]:
     total = sum(w for w, _ in points)
     return total, concat([point for _, point in points], [w / total for w, _ in points])
-
-
-class _Slot(NamedTuple):
-    """Where a tensor lies in an update's flat vector and in the model's."""
-
-    key: Key
-    theirs: int
-    ours: int
-    size: int  # numbers
-    rank: int  # rows of A; 0 for anything else
-    fits: bool  # same shape in both
-
-
-def _slots(update: Update, ours: Layout) -> list[_Slot]:
-    theirs = update.tree.layout
-    slots = []
-    for key, shape in theirs.items():
-        if key not in ours:
-            raise MessageError(f"the model has no tensor {key.name}", where=update.client)
-        rank = shape[0] if key.role == "A" else 0
-        slots.append(_Slot(key, theirs.offsets[key], ours.offsets[key], prod(shape), rank, shape == ours[key]))
-    return slots
-
-
-def _runs(steps: Iterable[tuple[_Slot, float]]) -> Iterator[tuple[slice, slice, float]]:
-    """Longest stretches that lie side by side in both flat vectors and take the same step."""
-    start = target = length = 0
-    last = 0.0
-    for slot, step in steps:
-        if step == last and slot.theirs == start + length and slot.ours == target + length:
-            length += slot.size
-            continue
-        if length:
-            yield slice(start, start + length), slice(target, target + length), last
-        start, target, length, last = slot.theirs, slot.ours, slot.size, step
-    if length:
-        yield slice(start, start + length), slice(target, target + length), last
 
 
 def _tensor(array: Array) -> torch.Tensor:

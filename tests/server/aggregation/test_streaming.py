@@ -8,8 +8,10 @@ import weakref
 import numpy as np
 import pytest
 
+from molehill.config import Federation
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_server.aggregate import Aggregator
 from molehill_server.records import Global, Update
 
 
@@ -68,3 +70,28 @@ def test_scattered_subsets_of_the_keys(kit):
             np.testing.assert_allclose(new.tree[key], want, atol=1e-6)
         else:
             assert np.array_equal(new.tree[key], glob.tree[key])
+
+
+def test_every_expert_takes_its_own_step_also_in_a_block_of_many():
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 3), "up": (2, 7), "v": (2, 3)}  # sites of other sizes in between
+    experts = [f"e{e}" for e in range(3)]
+    keys = {Key(site, e, "A"): shape for site, shape in shapes.items() for e in experts}
+    keys |= {Key(site, e, "B"): shape[::-1] for site, shape in shapes.items() for e in experts}
+    glob = Global(Tree.of({key: rng.normal(size=shape) for key, shape in keys.items()}))
+    updates = [
+        Update(
+            f"c{k}",
+            Tree.of({key: rng.normal(size=shape) for key, shape in keys.items() if k != 2 or key.role == "A"}),
+            10 + k,
+            {(site, e): float(rng.integers(4)) for site in ("q", "up") for e in experts},  # of v nothing is told
+        )
+        for k in range(5)
+    ]
+    updates.append(Update("c5", updates[0].tree, 3, {("q", "e1"): 1.0, ("up", "e2"): 2.0}))
+    new, _ = Aggregator.from_config(Federation())(glob, updates)
+    for key in keys:
+        told = [(u, sum(n for (site, _), n in u.tokens.items() if site == key.site)) for u in updates if key in u.tree]
+        weights = [u.examples * (u.tokens.get((key.site, key.expert), 0) / n if n else 1.0) for u, n in told]
+        want = sum(w * u.tree[key] for w, (u, _) in zip(weights, told, strict=True)) / sum(weights)
+        np.testing.assert_allclose(new.tree[key], want, atol=1e-6)
