@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from molehill.molora.banks import PairBank
-from molehill.molora.layer import MoLoRALinear, RouteGroup
+from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
+from molehill.molora.routes import RouteGroup
 from molehill_export.base_quantise import Scheme
 from molehill_export.graph import Graph, Place
 from molehill_protos.v1 import bundle_pb2 as pb

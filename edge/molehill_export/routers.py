@@ -14,8 +14,9 @@ from torch import Tensor
 from molehill.config import MethodRef
 from molehill.errors import ModelError
 from molehill.molora.interfaces import RouteContext
-from molehill.molora.layer import MoLoRALinear, RouteGroup
+from molehill.molora.layer import MoLoRALinear
 from molehill.molora.router import Router
+from molehill.molora.routes import RouteGroup
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_export.graph import Place
 from molehill_export.insertion import Array, Work

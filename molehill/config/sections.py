@@ -40,7 +40,7 @@ class Base(Section):
     Attributes:
         model: Hugging Face id, local folder, or ``sample:minilm``.
         revision: Commit or tag of a hub model; pin it for real runs.
-        precision: ``auto`` is bf16 where the CPU or GPU is fast at it, else fp32.
+        precision: ``auto`` is bf16 where this machine's CPU or GPU is faster at it, as measured, else fp32.
         device: ``auto`` is cuda when there is one.
     """
 
@@ -400,10 +400,10 @@ class Engine(Section):
     """How a simulation uses this machine; it changes how long a run takes, and the rounding of its numbers.
 
     Attributes:
-        workers: Processes that share the clients' work; ``auto`` is one per core for a base of five million parameters
-            or more, else one.
-        together: Most clients that train in the same passes, where the model allows it; ``auto`` is up to four for
-            such a base, while every worker has a group of its own.
+        workers: Processes that share the clients' work; ``auto`` is one for a base of fewer than five million
+            parameters, else one per core.
+        together: Most clients that train in the same passes, where the model allows it; ``auto`` is one for such a
+            base, else up to eight, as measured, while every worker has a group of its own.
     """
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehill.molora.block import expand
-from molehill.molora.fused import Projection, down, up
 from molehill.molora.interfaces import InitStrategy, Site, Wish
-from molehill.molora.recompute import Source
 
 
 class Part(NamedTuple):
@@ -214,16 +212,6 @@ class PairBank(Bank):
         if not len(self.patch_expert):
             return self.A, self.Bt
         return torch.cat([self.A, self.patch_A]), torch.cat([self.Bt, self.patch_Bt])
-
-    def project(self, x: Tensor, gate: Tensor | None, source: Source | None) -> Projection:
-        """First GEMM: tokens ``[N, d_in]`` on all A rows and, when given, the router's rows; see `fused.down`."""
-        return down(x, self.factors()[0], gate, source)
-
-    def combine(
-        self, x: Tensor, W: Tensor, bias: Tensor | None, projection: Projection, weights: Tensor, *, same_input: bool
-    ) -> Tensor:
-        """Second GEMM: frozen output plus experts, ``[N, d_out]``; see `molehill.molora.fused.up`."""
-        return up(x, W, bias, projection, weights, self.factors()[1], self.spread, same_input=same_input)
 
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """See `Bank.delta`; the frozen output is not used."""

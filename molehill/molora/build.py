@@ -16,10 +16,11 @@ from molehill.errors import ConfigError, ModelError
 from molehill.molora.banks import Bank
 from molehill.molora.head import Head
 from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan, Wish
-from molehill.molora.layer import ContractLinear, ExpandLinear, ForwardState, MoLoRALinear, RouteGroup
+from molehill.molora.layer import ContractLinear, ExpandLinear, Fan, MoLoRALinear
 from molehill.molora.model import MoLoRAModel, seed_for
 from molehill.molora.recompute import keep_less
 from molehill.molora.router import Router
+from molehill.molora.routes import ForwardState, RouteGroup
 from molehill.molora.targets import choose
 from molehill.molora.trial import Trial, trial_of
 
@@ -89,6 +90,7 @@ def wrap(
         parent, _, name = site.name.rpartition(".")
         setattr(base.get_submodule(parent), name, module)
         adapted[site.name] = module
+    _join(adapted, found)
     experts = (
         *(f"shared{i}" for i in range(max(len(p.shared_ranks) for p in plans.values()))),
         *(f"e{i}" for i in range(max(len(p.ranks) for p in plans.values()))),
@@ -103,6 +105,15 @@ def wrap(
     model = MoLoRAModel(base, adapted, {g.site.name: g for g in groups.values()}, experts, head, state, choice.remarks)
     _initialise(model, config.init, seed)
     return model
+
+
+def _join(sites: Mapping[str, MoLoRALinear], found: Trial) -> None:
+    """Compute sites that read one tensor at once; with dropout every site reads another."""
+    for names in found.together:
+        some = [sites[name] for name in names if name in sites and sites[name].fused and sites[name].dropout.p == 0]
+        fan = Fan(some)
+        for site in some:
+            site.fan = fan
 
 
 def _require_wishes(wants: Collection[Wish], bank: Bank, shared: int, topology: str) -> None:
@@ -153,6 +164,8 @@ def _groups(
     found: Trial,
 ) -> dict[str, RouteGroup]:
     groups: dict[str, RouteGroup] = {}
+    transforms = [ref.build("transform") for ref in config.transforms]
+    selectors: dict[object, Selector] = {}  # by k, all else is alike; routers that share one may share a call
     order = {name: at for at, name in enumerate(found.calls)}  # of the pass, which is not always that of the modules
     for site in sorted(sites, key=lambda site: order.get(site.name, len(order))):
         plan, key = plans[site.name], _group_of(site, scope)
@@ -181,12 +194,10 @@ def _groups(
         if "k" in selector.params or plan.top_k:
             k = min(plan.top_k or selector.params["k"], experts)
             selector = MethodRef.model_validate({"name": selector.name, **selector.params, "k": k})
-        built = selector.build("selector")
+        built = selectors.setdefault(selector.params.get("k"), selector.build("selector"))
         if experts == 1 and scope == "site" and _always_one(built, site):
             continue  # a lone expert whose weight is 1 whatever the scores: a plain LoRA has no router
-        router = Router(
-            scorer, [ref.build("transform") for ref in config.transforms], built, anchored=gate == "anchored"
-        )
+        router = Router(scorer, transforms, built, anchored=gate == "anchored")
         ranks = torch.tensor(plan.ranks, dtype=torch.float32)
         groups[key] = RouteGroup(router, site, state, ranks / ranks.mean(), found.on_tokens(site.name))
     return groups

@@ -159,7 +159,7 @@ class Scorer(nn.Module, ABC):
 
 
 class LogitTransform(ABC):
-    """Edits logits, for example temperature or expert dropout.
+    """Edits logits, for example temperature or expert dropout; one object may serve several routers.
 
     Attributes:
         random: It draws numbers in training, so clients never share its batches.
@@ -173,7 +173,10 @@ class LogitTransform(ABC):
 
 
 class Selector(ABC):
-    """Turns logits into weights (activation included).
+    """Turns logits into weights (activation included); one object may serve several routers.
+
+    Where rows do not see each other and nothing is drawn, those of several sites of a layer may come in one call, with
+    the site of the first.
 
     Attributes:
         causal: At inference a token's weights depend neither on later tokens nor on other rows; selectors of which

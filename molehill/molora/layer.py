@@ -1,10 +1,15 @@
-"""An adapted linear: the frozen module, its bank of experts and its route."""
+"""An adapted linear: the frozen module, its bank of experts and its route.
+
+Linears that read one tensor are computed at once (`Fan`): one product with the first factors of all, and one gradient
+for x. A transformer makes queries, keys and values of the same states, and both halves of a gated feed-forward block.
+Which linears these are is what a pass through the base shows (`molehill.molora.trial.Trial.together`), not their
+names. The function stays the same, only the order of its sums changes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,179 +19,78 @@ from transformers.pytorch_utils import Conv1D
 from molehill.errors import ModelError
 from molehill.molora.banks import Bank, Mixer, PairBank
 from molehill.molora.block import contract, mix
-from molehill.molora.interfaces import Overrides, Route, RouteContext, RouteRecord, Site
+from molehill.molora.fused import Output, down, up
+from molehill.molora.interfaces import Site
 from molehill.molora.recompute import source_of
-from molehill.molora.router import Router
+from molehill.molora.routes import ForwardState, RouteGroup, route_together
 
 
-@dataclass
-class ForwardState:
-    """What all sites of a model share during one forward pass.
+class _Made(NamedTuple):
+    """Outputs that wait for the linears they belong to: what they were made of, when, and they by linear."""
 
-    Attributes:
-        mask: True for real tokens, ``[B, T]`` bool, or None.
-        task_ids: Task of every row, ``[B]``, or None.
-        progress: Fraction of training done.
-        enabled: False runs the frozen base alone.
-        collect: Keep a `RouteRecord` of every route.
-        count: Add up the gate mass of every expert.
-        clients: Clients whose rows follow each other in a batch, in equal numbers; see `MoLoRAModel.stack`.
-        records: The records of the last forward pass.
-        version: Increases with every pass; routes shared between sites are cached per version.
-        next: Mask and task ids that the coming pass of the base is to use.
-    """
-
-    mask: Tensor | None = None
-    task_ids: Tensor | None = None
-    progress: float = 0.0
-    enabled: bool = True
-    collect: bool = False
-    count: bool = False
-    clients: int = 1
-    records: list[RouteRecord] = field(default_factory=list)
-    version: int = 0
-    next: tuple[Tensor, Tensor | None] | None = None
-
-    def announce(self, mask: Tensor, task_ids: Tensor | None) -> None:
-        """Say what the coming pass of the base is about."""
-        self.next = (mask, task_ids)
-
-    def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Start a pass; a forward pre-hook of the base, so that a pass somebody else starts gets routes of its own."""
-        mask = kwargs.get("attention_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.mask, self.task_ids = self.next or (mask, None)
-        self.next = None
-        self.records = []
-        self.version += 1
-
-    def mask_of(self, lead: torch.Size) -> Tensor | None:
-        """The mask for tokens in rows ``[B, T]`` or one after another ``[1, B * T]``; None when it is of others."""
-        if self.mask is None or self.mask.shape == lead:
-            return self.mask
-        return self.mask.reshape(lead) if tuple(lead) == (1, self.mask.numel()) else None
+    x: Tensor
+    version: tuple[int, int]
+    outputs: dict[nn.Module, Tensor]
 
 
-class RouteGroup(nn.Module):
-    """The sites that share one route (one site, a block, a layer or the whole model).
+class Fan:
+    """Sites that read one tensor; a site by itself is a fan of one.
 
-    The first site of a forward pass computes the route from its own input; the others reuse it. Where a base runs its
-    linears several times in a pass (layers that share weights, a projection that positions go through as well), every
-    call has a route of its own: the n-th call of a site takes that of the n-th calls.
+    The first that is called with a tensor computes all, the others take theirs. One that is called with another tensor
+    computes all anew, so nothing depends on what was seen in the trial.
 
     Args:
-        router: The router.
-        site: The first site of the group; gives the router's input width.
-        state: Shared state of the pass.
-        costs: Relative size of every routed expert, ``[E]``.
-        tokens: For every call of the site in a pass, whether its input are the tokens of the batch. What is none is
-            neither counted nor recorded.
+        sites: Fused sites in the order of the pass; without dropout when there are several.
     """
 
-    costs: Tensor
-    mass: Tensor
-    tokens: Tensor
+    def __init__(self, sites: Sequence[MoLoRALinear]) -> None:
+        self.sites = tuple(sites)
+        self._made: _Made | None = None
 
-    def __init__(
-        self, router: Router, site: Site, state: ForwardState, costs: Tensor, tokens: Sequence[bool] = (True,)
-    ) -> None:
-        super().__init__()
-        self.router = router
-        self.site = site
-        self.state = state
-        self.overrides = Overrides()
-        self.register_buffer("costs", costs, persistent=False)
-        # By client: gate mass and number of real tokens.
-        self.register_buffer("mass", torch.zeros(1, len(costs)), persistent=False)
-        self.register_buffer("tokens", torch.zeros(1), persistent=False)
-        self.calls = tuple(tokens)
-        self._version = -1  # of the pass that the routes are of
-        self._routes: dict[int, Route] = {}  # by number of the call
-
-    def gate_rows(self, x: Tensor, call: int) -> Tensor | None:
-        """Router rows to multiply together with A, when this call has no route yet.
+    def output(self, site: MoLoRALinear, x: Tensor, call: int) -> Tensor:
+        """Output of one of the sites, ``[..., d_out]``.
 
         Args:
-            x: Input of the calling site, ``[B, T, d]``.
-            call: Number of the site's call in this pass.
+            site: The site that is called.
+            x: Its input ``[..., d_in]``; two dimensions or more.
+            call: Number of its call in this pass.
 
         Raises:
-            ModelError: The calling site comes first but has another width than the router.
+            ModelError: A route does not fit the input.
         """
-        if self._current(call) is not None:
-            return None
-        self._require_width(x)
-        return self.router.gate_rows()
+        version = site.state.version, x._version  # noqa: SLF001  (torch tells in-place changes nowhere else)
+        made = self._made
+        if made is None or made.x is not x or made.version != version or site not in made.outputs:
+            made = _Made(x, version, dict(zip(self.sites, self._compute(x, call), strict=True)))
+        y = made.outputs.pop(site)
+        self._made = made if made.outputs else None
+        return y
 
-    def route(self, x: Tensor, logits: Tensor | None, call: int) -> Route:
-        """The route of a call.
+    def _compute(self, x: Tensor, call: int) -> list[Tensor]:
+        x3 = x if x.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
+        seen = self.sites[0].dropout(x3)
+        same = seen is x3
+        banks = [site.bank for site in self.sites if isinstance(site.bank, PairBank)]
+        factors = [bank.factors() for bank in banks]
+        rows = self._open_routes(x3, call) if same else {}
+        source = source_of(x) if same else None
+        projection = down(seen.flatten(0, 1), [A for A, _ in factors], list(rows.values()), source)
+        if rows:
+            logits = projection.logits.view(*x3.shape[:2], -1)
+            scores = torch.split(logits, [gate.shape[-2] for gate in rows.values()], -1)
+            route_together(dict(zip(rows, scores, strict=True)), x3, call)
+        outputs = [
+            Output(site.weight, site.bias, site.flat_weights(x3, call), Bt, bank.spread)
+            for site, bank, (_, Bt) in zip(self.sites, banks, factors, strict=True)
+        ]
+        ys = up(x3.flatten(0, 1), projection, outputs, same_input=same)
+        return [y.view(*x.shape[:-1], -1) for y in ys]
 
-        Args:
-            x: Input of the calling site, ``[B, T, d]``.
-            logits: Scores ``[B, T, E]`` when the caller has them.
-            call: Number of the site's call in this pass.
-
-        Raises:
-            ModelError: The calling site comes first but has another width than the router.
-        """
-        route = self._current(call)
-        if route is not None:
-            return route
-        self._require_width(x)
-        state = self.state
-        tokens = self.calls[min(call, len(self.calls) - 1)]
-        mask = state.mask_of(x.shape[:2]) if tokens else None
-        ctx = RouteContext(
-            x=x,
-            site=self.site,
-            mask=mask,
-            task_ids=state.task_ids,
-            progress=state.progress,
-            training=self.training,
-            overrides=self.overrides,
-        )
-        route = self.router.route(ctx, logits)
-        self._routes[call] = route
-        if state.collect and tokens:
-            state.records.append(RouteRecord(self.site, route, mask, self.costs, state.task_ids))
-        if state.count and tokens:
-            self._count(route, mask, x.shape[:2])
-        return route
-
-    def _require_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.site.d_in:
-            raise ModelError(
-                f"the shared router of {self.site.name} was first reached with {x.shape[-1]} features, "
-                f"it takes {self.site.d_in}",
-                mend="Use scope 'site'.",
-            )
-
-    def _current(self, call: int) -> Route | None:
-        if self._version != self.state.version:
-            self.forget()
-            self._version = self.state.version
-        return self._routes.get(call)
-
-    @torch.no_grad()
-    def _count(self, route: Route, mask: Tensor | None, shape: torch.Size) -> None:
-        weights = route.weights.detach()
-        if weights.dim() == 4:  # heads: an expert's mass is its mean over heads
-            weights = weights.mean(2)
-        clients = self.state.clients
-        flat = weights.expand(*shape, -1).reshape(clients, -1, weights.shape[-1])
-        real = torch.ones(shape, device=flat.device) if mask is None else mask.to(flat.dtype)
-        real = real.reshape(clients, 1, -1) / sum(self.calls)  # a token counts once, however often it comes by
-        self.mass += (real @ flat).squeeze(1)
-        self.tokens += real.sum((1, 2))
-
-    def forget(self) -> None:
-        """Let go of the last routes, whose graph remembers the shape of the router's rows."""
-        self._routes = {}
-
-    def reset_counts(self) -> None:
-        """Forget the counted gate mass."""
-        self.mass = self.mass.new_zeros(self.state.clients, self.mass.shape[-1])
-        self.tokens = self.tokens.new_zeros(self.state.clients)
+    def _open_routes(self, x: Tensor, call: int) -> dict[RouteGroup, Tensor]:
+        """Router rows of the routes that this call is to compute and that are one product with x."""
+        groups = dict.fromkeys(site.group for site in self.sites if site.group is not None)
+        rows = {group: group.gate_rows(x, call) for group in groups}
+        return {group: gate for group, gate in rows.items() if gate is not None}
 
 
 class MoLoRALinear(nn.Module):
@@ -230,6 +134,7 @@ class MoLoRALinear(nn.Module):
         # held outside the module tree: a group belongs to the model, not to one of its sites
         self.__dict__["group"] = group
         self.group: RouteGroup | None
+        self.fan = Fan([self])
 
     @property
     def weight(self) -> Tensor:
@@ -242,10 +147,17 @@ class MoLoRALinear(nn.Module):
         """Frozen bias ``[d_out]`` or None."""
         return self.base.bias  # type: ignore[return-value]  # modules hide their attributes' types
 
+    @property
+    def fused(self) -> bool:
+        """Whether its experts are computed with the frozen product, by a `Fan`."""
+        return type(self) is MoLoRALinear and isinstance(self.bank, PairBank) and self.mixer.fused
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., d_out]`` for ``x [..., d_in]``; two dimensions or more."""
         if not self.state.enabled:
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
+        if self.fused:
+            return self.fan.output(self, x, self._next_call())
         x3 = x if x.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
         y = self._adapted(x3, self._next_call())
         return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
@@ -258,24 +170,10 @@ class MoLoRALinear(nn.Module):
         return call
 
     def _adapted(self, x: Tensor, call: int) -> Tensor:
-        seen = self.dropout(x)
-        if isinstance(self.bank, PairBank) and self.mixer.fused:
-            return self._fused(self.bank, x, seen, call)
         y0 = F.linear(x, self.weight, self.bias)
-        return y0 + self.mixer(self.bank, seen, y0, self.weights(x, None, call)).to(y0.dtype)
+        return y0 + self.mixer(self.bank, self.dropout(x), y0, self.weights(x, call)).to(y0.dtype)
 
-    def _fused(self, bank: PairBank, x: Tensor, seen: Tensor, call: int) -> Tensor:
-        lead = x.shape[:2]
-        flat, seen2 = x.reshape(-1, x.shape[-1]), seen.reshape(-1, x.shape[-1])
-        same = seen is x
-        gate = self.group.gate_rows(x, call) if self.group is not None and same else None
-        projection = bank.project(seen2, gate, source_of(x) if same else None)
-        logits = projection.logits.view(*lead, -1) if gate is not None else None
-        weights = self.flat_weights(x, logits, call)
-        y = bank.combine(flat, self.weight, self.bias, projection, weights, same_input=same)
-        return y.view(*lead, -1)
-
-    def weights(self, x: Tensor, logits: Tensor | None, call: int) -> Tensor:
+    def weights(self, x: Tensor, call: int) -> Tensor:
         """Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``.
 
         Raises:
@@ -284,14 +182,14 @@ class MoLoRALinear(nn.Module):
         ones = torch.ones(1, device=x.device)
         if self.group is None:
             return ones.expand(1, 1, self.bank.n_experts)
-        routed = _for_rows(self.group.route(x, logits, call).weights, x.shape[:2], self.site.name)
+        routed = _for_rows(self.group.route(x, None, call).weights, x.shape[:2], self.site.name)
         if not self.shared:
             return routed
         return torch.cat([ones.expand(*routed.shape[:-1], self.shared), routed], -1)
 
-    def flat_weights(self, x: Tensor, logits: Tensor | None, call: int) -> Tensor:
+    def flat_weights(self, x: Tensor, call: int) -> Tensor:
         """`weights` for every token: ``[B * T, E]``."""
-        weights = self.weights(x, logits, call)
+        weights = self.weights(x, call)
         return weights.expand(*x.shape[:2], -1).reshape(-1, weights.shape[-1])
 
     def tokens(self, client: int) -> list[float]:
@@ -310,10 +208,8 @@ class MoLoRALinear(nn.Module):
 
         Dropout would draw other numbers than alone, and what is no token of a batch has no client.
         """
-        bank = self.bank
         routed = self.group is None or self.group.router.stackable
-        fused = type(self) is MoLoRALinear and isinstance(bank, PairBank) and self.mixer.fused
-        return routed and fused and self.dropout.p == 0 and all(self.calls)
+        return routed and self.fused and self.dropout.p == 0 and all(self.calls)
 
 
 def _for_rows(weights: Tensor, lead: torch.Size, name: str) -> Tensor:
@@ -360,7 +256,7 @@ class ContractLinear(MoLoRALinear):
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
         assert isinstance(self.bank, PairBank)
         h0, h = x[:, :, 0], x[:, :, 1:]
-        w = self.weights(h0, None, self._next_call()).to(x.dtype)
+        w = self.weights(h0, self._next_call()).to(x.dtype)
         seen = self.dropout(h)
         delta = contract(seen, w * self.bank.scales[0], self.bank.A.to(x.dtype), self.bank.Bt.to(x.dtype))
         y = F.linear(mix(h0, h, w), self.weight, self.bias) + delta

@@ -15,7 +15,8 @@ from molehill.errors import AdapterError, ModelError
 from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
-from molehill.molora.layer import ForwardState, MoLoRALinear, RouteGroup
+from molehill.molora.layer import MoLoRALinear
+from molehill.molora.routes import ForwardState, RouteGroup
 from molehill.molora.trial import keeps_logits
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Array, Layout, Tree

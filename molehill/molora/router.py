@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from molehill.molora.interfaces import LogitTransform, Route, RouteContext, Scorer, Selector
+from molehill.molora.interfaces import LogitTransform, Overrides, Route, RouteContext, Scorer, Selector
 
 
 class Router(nn.Module):
@@ -63,6 +63,12 @@ class Router(nn.Module):
         """Whether the parameters may have a client axis: one product with x, rows by themselves, and nothing drawn."""
         drawn = self.selector.random or any(transform.random for transform in self.transforms)
         return self.scorer.fusable and self.selector.per_row and not drawn
+
+    def kin(self, overrides: Overrides) -> Hashable:
+        """Equal for routers that turn given logits into weights alike, row by row; else its own."""
+        if not self.stackable or overrides != Overrides():
+            return id(self)
+        return id(self.selector), *map(id, self.transforms), self.n_experts
 
     def gate_rows(self) -> Tensor | None:
         """Rows ``[E, d]`` that may be multiplied together with A; None when the scores are not one product with x."""

@@ -34,6 +34,8 @@ class Trial:
         calls: Leading shapes of the inputs a linear had, call by call, by the linear's name; no entry for a linear of
             the layers that was not called. Rows and tokens come as ``(2, 3)``.
         learning: Names of the called linears whose output the model's output depends on with a gradient.
+        together: Names of linears, called once, that read one tensor, in the order of the pass; only those that are
+            two or more.
         positions: How many tokens the learned tables of positions hold; None where there are none.
     """
 
@@ -41,6 +43,7 @@ class Trial:
     states: bool
     calls: Mapping[str, tuple[tuple[int, ...], ...]]
     learning: frozenset[str]
+    together: tuple[tuple[str, ...], ...]
     positions: int | None
 
     def on_tokens(self, name: str) -> tuple[bool, ...]:
@@ -179,10 +182,14 @@ _LOOKUP = ("input", "weight")
 
 def _run_trial(base: nn.Module) -> Trial:
     calls: dict[str, list[tuple[int, ...]]] = {}
+    inputs: dict[str, Tensor] = {}  # kept, so that no two have one identity
+    reads: dict[tuple[int, int], list[str]] = {}
     anchors: dict[str, Tensor] = {}
 
     def note(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         calls.setdefault(name, []).append(tuple(args[0].shape[:-1]))
+        inputs.setdefault(name, args[0])
+        reads.setdefault((id(inputs[name]), args[0]._version), []).append(name)  # noqa: SLF001  (torch tells in-place changes nowhere else)
         if name not in anchors:
             anchors[name] = output.new_zeros(output.shape[-1]).requires_grad_()
         return output + anchors[name]
@@ -217,7 +224,9 @@ def _run_trial(base: nn.Module) -> Trial:
         )
     learning = frozenset(name for name, grad in zip(anchors, grads, strict=False) if grad is not None)
     seen = {name: tuple(shapes) for name, shapes in calls.items()}
-    return Trial(int(out.shape[-1]), states, seen, learning, positions.least)
+    once = [tuple(name for name in names if len(calls[name]) == 1) for names in reads.values()]
+    together = tuple(names for names in once if len(names) > 1)
+    return Trial(int(out.shape[-1]), states, seen, learning, together, positions.least)
 
 
 def _run(base: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, bool]:

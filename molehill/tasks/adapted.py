@@ -14,6 +14,7 @@ from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.trial import plain_tokens, trial_of
 from molehill.tasks.base_model import BaseInfo, load_base
+from molehill.tasks.kernels import Kernels
 from molehill.tasks.task import Task, make_task
 
 
@@ -24,11 +25,13 @@ class Adapted(NamedTuple):
         model: Base and adapter, with the start values that follow from the run's seed.
         base: Which base.
         task: Encodes rows.
+        kernels: How it is computed on this machine.
     """
 
     model: MoLoRAModel
     base: BaseInfo
     task: Task
+    kernels: Kernels
 
 
 def open_model(config: Config, *, offline: bool = False) -> Adapted:
@@ -51,7 +54,7 @@ def open_model(config: Config, *, offline: bool = False) -> Adapted:
         head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
     model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
     _try(model, config.base.model)
-    return Adapted(model, loaded.info, make_task(config.task, loaded.tokenizer))
+    return Adapted(model, loaded.info, make_task(config.task, loaded.tokenizer), loaded.kernels)
 
 
 def _try(model: MoLoRAModel, origin: str) -> None:

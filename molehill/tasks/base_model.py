@@ -20,7 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molehill import config
 from molehill.errors import ConfigError, ModelError, first_line
 from molehill.files import place_of
+from molehill.tasks import kernels
 from molehill.tasks.base_fit import check_fit, require_floats, require_used
+from molehill.tasks.kernels import Kernels
 from molehill.tasks.weights import Stored, cannot_load, end_tokens, is_whole, look_up
 
 _SAMPLE = "sample:minilm"
@@ -56,6 +58,7 @@ class LoadedBase:
         pooling: How token states become one vector (classification).
         stored: Its files on this machine.
         limit: The longest input it takes, in tokens.
+        kernels: How it is computed on this machine; in use from now on.
     """
 
     model: PreTrainedModel
@@ -64,6 +67,7 @@ class LoadedBase:
     pooling: Literal["mean", "cls", "last"]
     stored: Stored
     limit: int
+    kernels: Kernels
 
 
 def is_here(base: config.Base) -> bool:
@@ -98,7 +102,9 @@ def load_base(base: config.Base, task: config.Task, *, offline: bool = False) ->
     with _quiet():
         settings = _configuration(stored, task)
         tokenizer = _tokenizer(folder, base.model)
-        model = _model(stored, settings, task, _dtype(base.precision, device))
+        chosen = kernels.choose(base.precision, device, getattr(settings.get_text_config(), "hidden_size", None) or 512)
+        kernels.use(chosen)
+        model = _model(stored, settings, task, torch.bfloat16 if chosen.precision == "bf16" else torch.float32)
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False  # the cache of keys and values only serves generation
         part.pad_token_id = tokenizer.pad_token_id
@@ -109,22 +115,12 @@ def load_base(base: config.Base, task: config.Task, *, offline: bool = False) ->
     limit = check_fit(model, tokenizer, task, base.model)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps the method and hides its signature
     info = BaseInfo(name, revision, stored.digest())
-    return LoadedBase(model, tokenizer, info, _pooling(task, settings), stored, limit)
+    return LoadedBase(model, tokenizer, info, _pooling(task, settings), stored, limit, chosen)
 
 
 def place(base: config.Base) -> str:
     """Where other libraries find a base that was loaded: its folder on this machine; empty for a hub id."""
     return str(_locate(base, offline=True)[0].resolve()) if _is_folder(base) else ""
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products have hardware of their own on ``device``."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return False
 
 
 def _device(name: str) -> torch.device:
@@ -135,11 +131,6 @@ def _device(name: str) -> torch.device:
         what = f"no device {name!r}: {first_line(error)}"
         raise ConfigError(what, where="base.device", mend="Use auto or cpu.") from None
     return device
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    wanted = precision == "bf16" or (precision == "auto" and fast_bf16(device))
-    return torch.bfloat16 if wanted else torch.float32
 
 
 def _is_folder(base: config.Base) -> bool:

@@ -15,7 +15,7 @@ from molehill.wire.store import load_tree
 from molehill_server.broadcast import tree_patches
 from molehill_server.events import read
 from molehill_simulation.report import write_report
-from molehill_simulation.summary import BaseModelInfo, Summary, evaluations_of, summarise
+from molehill_simulation.summary import BaseModelInfo, Machine, Summary, evaluations_of, summarise
 
 
 def conclude(
@@ -25,6 +25,7 @@ def conclude(
     out: Path,
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
+    machine: Machine | None = None,
 ) -> Summary:
     """Write what a run that has ended came to.
 
@@ -36,9 +37,10 @@ def conclude(
             ``report.html``.
         classes: Rows of every class to train on and held out, by client, where the rows are on this machine.
         lengths: How many tokens the rows have, where they are on this machine.
+        machine: How this machine computed the clients, where it did.
     """
     with files.private(), files.told("the run", out):
-        return _conclude(config, model, base, out, classes or {}, lengths)
+        return _conclude(config, model, base, out, classes or {}, lengths, machine)
 
 
 def _conclude(
@@ -48,6 +50,7 @@ def _conclude(
     out: Path,
     classes: Mapping[str, Mapping[str, tuple[int, int]]],
     lengths: str,
+    machine: Machine | None,
 ) -> Summary:
     final, _ = load_tree(out / "final.safetensors")
     patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
@@ -70,6 +73,7 @@ def _conclude(
     clients = [evaluation["probes"] for evaluation in evaluations_of(events).values()]
     looked = probes.merged(config.evaluate.probes, clients, model.layout)
     summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked)
+    summary = summary.model_copy(update={"machine": machine})
     files.write(out / "summary.json", summary.to_json().encode())
     write_report(out)
     return summary

@@ -12,7 +12,7 @@ from molehill.secure.company import needed
 from molehill.tasks.adapted import open_model
 from molehill.tasks.base_model import is_here
 from molehill.tasks.devices import remark as remark_of
-from molehill.tasks.lengths import together
+from molehill.tasks.lengths import Lengths, together
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.schema import COLUMNS, class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
@@ -23,6 +23,7 @@ from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
 from molehill_simulation import experts
 from molehill_simulation.data import ClientRows, deal, names_of
+from molehill_simulation.engine import machine_of
 from molehill_simulation.text import clean, megabytes
 
 
@@ -53,17 +54,21 @@ def describe(config: Config) -> list[tuple[str, str]]:
         about = _about(rows_read, config)
         names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(owners).items()]
         about += [("names", "; ".join(names))] if names else []
-    model = None
+    model = engine = None
+    computed = f"{config.base.precision} on {config.base.device}"
     if is_here(config.base):
-        model, _, encode = open_model(config, offline=True)
+        model, _, encode, kernels = open_model(config, offline=True)
+        computed = f"{kernels.precision} on {model.flat.device}, float32 products by {kernels.products}"
         if owners is not None:
-            about += _lengths(owners, encode)
+            lengths = _lengths(owners, encode)
+            about += _in_words(lengths)
+            engine = machine_of(config, model, kernels, lengths, len(owners))
     batch = train.batch_size * train.accumulation
     plain = molora.experts == 1 and not molora.shared if model is None else not model.routers
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
     rows = [
         ("run", f"{config.run.name}: {counted(config.run.rounds, 'round')}, seed {config.run.seed}"),
-        ("base", f"{config.base.model}, {config.base.precision} on {config.base.device}"),
+        ("base", f"{config.base.model}, {computed}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
         ("data", f"{data.source} dealt to {counted(data.clients, 'client')}, {_show(data.partition)}{_rows(owners)}"),
         ("experts", f"{_experts(molora, model)} on {targets}"),
@@ -88,6 +93,9 @@ def describe(config: Config) -> list[tuple[str, str]]:
         head = ", head apart" if config.task.kind == "classification" and not config.task.labels else ""
         count = f"{shared:,} trained per client ({megabytes(4 * shared)} as fp32){personal}{head}"
         rows.insert(5 + len(about), ("parameters", count))
+        if engine is not None:
+            company = f"{counted(engine.together, 'client')} in the same passes"
+            rows.append(("engine", f"{counted(engine.workers, 'process')}, at most {company} ({engine.why})"))
         rows += [("warning", f"molora.targets: {remark}") for remark in model.remarks]
         settings: Any = model.base.config
         known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")
@@ -129,9 +137,12 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     return about
 
 
-def _lengths(owners: Sequence[ClientRows], task: Task) -> list[tuple[str, str]]:
+def _lengths(owners: Sequence[ClientRows], task: Task) -> Lengths:
+    return together([task.encode(rows).lengths for owner in owners for rows in (owner.train, owner.test)])
+
+
+def _in_words(lengths: Lengths) -> list[tuple[str, str]]:
     """How long the rows are, and what is cut."""
-    lengths = together([task.encode(rows).lengths for owner in owners for rows in (owner.train, owner.test)])
     found = [("tokens", f"of a row: {lengths.quantiles}")]
     return [*found, ("cut", lengths.loss)] if lengths.loss else found
 

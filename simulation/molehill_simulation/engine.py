@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from molehill.config import Config
+from molehill.molora.model import MoLoRAModel
+from molehill.tasks.kernels import Kernels, company
+from molehill.tasks.lengths import Lengths
 from molehill_server.events import listening
 from molehill_server.folder import write_config
 from molehill_simulation import pulse
@@ -26,10 +29,13 @@ from molehill_simulation.flower import (
 from molehill_simulation.grid import LocalGrid
 from molehill_simulation.pulse import Parts
 from molehill_simulation.scenario import Reported, ScenarioApp
+from molehill_simulation.summary import Machine
 from molehill_simulation.worker import Job
 from molehill_simulation.workers import Workers
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in so many of wall time
 RUN = 1  # the only run of a grid
+SMALL = 5_000_000  # parameters of a base whose clients are done before worker processes have started
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -80,9 +86,42 @@ def run_local(
         server_app(grid, context_of(RUN, SERVER_NODE, {}, run_config))
 
 
+def machine_of(config: Config, model: MoLoRAModel, kernels: Kernels, lengths: Lengths, clients: int) -> Machine:
+    """How this machine computes a run, with what ``engine`` leaves to us decided.
+
+    Args:
+        config: The run.
+        model: Base and adapter.
+        kernels: How the base is computed.
+        lengths: Of all rows.
+        clients: Number of clients.
+    """
+    given = config.engine
+    workers, together, why = 1, 1, ""
+    measured = model.base_parameters >= SMALL and not model.flat.is_cuda  # one GPU holds one base
+    if measured and "auto" in {given.workers, given.together}:
+        settings: Any = model.base.config
+        seen = sum(min(count, config.task.max_length) for count in lengths.tokens) / len(lengths.tokens)
+        found = company(kernels, settings.get_text_config().hidden_size, round(config.train.batch_size * seen))
+        workers = min(cores(), clients)
+        together, why = min(found.clients, -(-clients // workers)), found.why  # while every worker has a group
+    return Machine(
+        precision=kernels.precision,
+        products=kernels.products,
+        workers=workers if given.workers == "auto" else given.workers,
+        together=together if given.together == "auto" else given.together,
+        why="; ".join(filter(None, (kernels.why, why))),
+    )
+
+
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, also where a container shows more of them than it gives."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(seen, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return seen
 
 
 def run_ray(

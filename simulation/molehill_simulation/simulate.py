@@ -21,12 +21,11 @@ from molehill_server.check import require
 from molehill_server.folder import require_base, working, write_config
 from molehill_simulation.conclude import conclude
 from molehill_simulation.data import names_of
-from molehill_simulation.engine import Observer, cores, run_local, run_ray
+from molehill_simulation.engine import Observer, machine_of, run_local, run_ray
 from molehill_simulation.summary import Summary
 from molehill_simulation.world import World, app, world_of
 
 IMPORTABLE = "molehill_simulation.world:app"
-SMALL = 5_000_000  # parameters of a base whose clients are done before worker processes have started
 
 
 def simulate(
@@ -75,11 +74,14 @@ def _simulate(config: Config, out: Path, engine: Literal["local", "ray"], observ
     if observer is not None:
         for remark in world.model.remarks:
             observer({"event": "remark", "text": remark})
+    machine = None
     if engine == "local":
-        run_local(_with_engine(config, world), out, app, server_app, observer, IMPORTABLE)
+        machine = machine_of(config, world.model, world.kernels, _lengths(world), len(world.owners))
+        chosen = Engine(workers=machine.workers, together=machine.together)
+        run_local(config.model_copy(update={"engine": chosen}), out, app, server_app, observer, IMPORTABLE)
     else:
         run_ray(config, out, app, server_app, observer)
-    return conclude(config, world.model, world.base, out, _classes(world), _lengths(world).quantiles)
+    return conclude(config, world.model, world.base, out, _classes(world), _lengths(world).quantiles, machine)
 
 
 def _about_rows(world: World) -> dict[str, Any]:
@@ -105,17 +107,6 @@ def _classes(world: World) -> dict[str, dict[str, tuple[int, int]]]:
         for name, (train, test) in counts.items()
         if train
     }
-
-
-def _with_engine(config: Config, world: World) -> Config:
-    """The configuration with what ``engine`` leaves to us decided."""
-    clients, given = len(world.owners), config.engine
-    small = world.model.base_parameters < SMALL
-    alone = small or world.model.flat.is_cuda  # one GPU holds one base
-    workers = given.workers if given.workers != "auto" else 1 if alone else min(cores(), clients)
-    # Fuller products, while every worker still has a group of its own.
-    together = given.together if given.together != "auto" else 1 if small else min(4, -(-clients // workers))
-    return config.model_copy(update={"engine": Engine(workers=workers, together=together)})
 
 
 def _known_clients(world: World) -> None:

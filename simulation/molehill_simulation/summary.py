@@ -105,6 +105,26 @@ class BaseModelInfo(BaseModel):
     remarks: tuple[str, ...] = ()
 
 
+class Machine(BaseModel):
+    """How one machine computed all clients; other choices give the same figures but for rounding.
+
+    Attributes:
+        precision: Type of the frozen weights and of what they compute, ``fp32`` or ``bf16``.
+        products: What multiplied float32 matrices, ``mkl`` or ``onednn``.
+        workers: Processes.
+        together: Most clients in the same passes.
+        why: What was measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: str
+    products: str
+    workers: int
+    together: int
+    why: str
+
+
 class Summary(BaseModel):
     """The content of `summary.json`.
 
@@ -126,6 +146,7 @@ class Summary(BaseModel):
         config_digest: SHA-256 (hex) of the resolved configuration.
         unscored: The clients of the run that ``mean`` and ``worst`` are not over, with the reason.
         anew: The clients whose personal state was gone in the course of the run, so that they started anew.
+        machine: How the machine of a simulation computed it; None of a deployment.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -146,6 +167,7 @@ class Summary(BaseModel):
     config_digest: str
     unscored: dict[str, str] = Field(default_factory=dict)
     anew: tuple[str, ...] = ()
+    machine: Machine | None = None
 
     @property
     def caveats(self) -> list[str]:

@@ -11,6 +11,7 @@ from molehill.config import Config, parse
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.adapted import open_model
 from molehill.tasks.base_model import BaseInfo
+from molehill.tasks.kernels import Kernels
 from molehill.tasks.lengths import Examples
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import Task
@@ -34,6 +35,7 @@ class World:
         model: Base and adapter.
         base: Which base.
         task: Encodes rows.
+        kernels: How the model is computed on this machine.
         owners: Every client's rows.
         examples: The same encoded: those to train on, and those held out.
         initial: The adapter that everybody starts from; the model's own values are those of whoever used it last.
@@ -43,6 +45,7 @@ class World:
     model: MoLoRAModel
     base: BaseInfo
     task: Task
+    kernels: Kernels
     owners: list[ClientRows]
     examples: list[tuple[Examples, Examples]]
     initial: Tree
@@ -59,11 +62,11 @@ def open_world(config: Config) -> World:
     rows, task_config = load_rows(config.data, config.task)
     config = config.model_copy(update={"task": task_config})
     owners = deal(config.data, rows, config.run.seed)
-    model, base, task = open_model(config)
+    model, base, task, computed = open_model(config)
     initial = model.tree(lambda key: not key.residual)
     # All at once and first of all: a bad row is found with its place, before anybody has trained.
     examples = [(task.encode(owner.train), task.encode(owner.test)) for owner in owners]
-    return World(config, model, base, task, owners, examples, initial)
+    return World(config, model, base, task, computed, owners, examples, initial)
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,7 @@ REASONS = {
         "molehill/molora/attention.py": "fp32",
         "molehill/molora/trial.py": "fp32*2",
         "molehill/tasks/base_model.py": "bf16",
+        "molehill/tasks/kernels.py": "fp32*3 bf16*10",
         "molehill/tensors.py": "int8",
         "edge/molehill_edge/golden.py": "fp32*2",
         "edge/molehill_edge/manifest.py": "fp32 int8 int4*2",
@@ -99,6 +100,7 @@ REASONS = {
     },
     "a word of another library": {
         "molehill/gateway.py": "none",
+        "molehill/tasks/kernels.py": "none",
         "molehill/molora/peft_folder.py": "gaussian none*3",
     },
     "what a PEFT folder of a LoRA is": {

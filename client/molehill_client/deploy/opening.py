@@ -80,7 +80,7 @@ def open_run(
         consent.require_run(config, own_base=post.base is not None)
     config = config.model_copy(update={"base": config.base.model_copy(update=_changes(config, post))})
     train, test = rows(config)
-    model, base, task = open_model(config)
+    model, base, task, computed = open_model(config)
     initial = model.tree(lambda key: not key.residual)
     if consent is not None:
         consent.require_model(config, base.digest, model)
@@ -99,6 +99,7 @@ def open_run(
     lengths = client.lengths
     told = ". ".join(filter(None, (lengths.loss, f"Tokens of the {len(lengths.tokens)} rows: {lengths.quantiles}")))
     _log.info("%s", told)
+    _log.info("Computed in %s: %s", computed.precision, computed.why)
     facts = {
         "run": run,
         "agreed": in_words(agreed),

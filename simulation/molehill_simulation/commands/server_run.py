@@ -43,7 +43,7 @@ def run(
             from molehill_server.folder import working
             from molehill_simulation.conclude import conclude
 
-        model, base, _ = start(resolved, state, folder, view)
+        model, base, *_ = start(resolved, state, folder, view)
         with working(folder, patience=None):  # the server process has let go of it
             return conclude(resolved, model, base, folder)
 

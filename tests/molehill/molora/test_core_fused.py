@@ -9,11 +9,12 @@ from torch import nn
 
 from molehill import registry
 from molehill.molora.experts.lora import LoRABank
-from molehill.molora.fused import down, up
+from molehill.molora.fused import Output, down, up
 from molehill.molora.interfaces import RouteContext, Site
-from molehill.molora.layer import ForwardState, MoLoRALinear, RouteGroup
+from molehill.molora.layer import MoLoRALinear
 from molehill.molora.mixers.output import OutputMixer
 from molehill.molora.router import Router
+from molehill.molora.routes import ForwardState, RouteGroup
 
 D_IN, D_OUT, ALPHA = 12, 10, 6.0
 SELECTORS = {
@@ -141,8 +142,8 @@ def test_gradients_are_those_of_finite_differences(clients, same):
     x, A, gate, Bt, W, bias, spread = operands(clients)
 
     def product(x, A, gate, Bt):
-        projection = down(x if same else 0.5 * x, A, gate)
-        return up(x, W, bias, projection, projection.logits.softmax(-1), Bt, spread, same_input=same)
+        projection = down(x if same else 0.5 * x, [A], [gate])
+        return up(x, projection, [Output(W, bias, projection.logits.softmax(-1), Bt, spread)], same_input=same)[0]
 
     assert torch.autograd.gradcheck(product, (x, A, gate, Bt))
 
@@ -158,8 +159,8 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen):
     x, A, gate, Bt = named.values()
 
     def fused():
-        projection = down(x, A, gate)
-        return up(x, W, bias, projection, projection.logits.softmax(-1), Bt, spread)
+        projection = down(x, [A], [gate])
+        return up(x, projection, [Output(W, bias, projection.logits.softmax(-1), Bt, spread)])[0]
 
     def oracle():
         return plainly(x, W, bias, A, F.linear(x, gate).softmax(-1), Bt, spread)
@@ -179,7 +180,7 @@ def test_a_given_route_needs_no_router_rows():
     weights = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
 
     def product(x, A, Bt, weights):
-        return up(x, W, bias, down(x, A, None), weights, Bt, spread)
+        return up(x, down(x, [A]), [Output(W, bias, weights, Bt, spread)])[0]
 
     assert torch.autograd.gradcheck(product, (x, A, Bt, weights))
     torch.testing.assert_close(product(x, A, Bt, weights), plainly(x, W, bias, A, weights, Bt, spread))
@@ -189,7 +190,7 @@ def test_logits_alone_have_gradients_too():
     """A routing loss may use a site whose output nobody looks at."""
     x, A, gate, *_ = operands()
     x.grad = None
-    down(x, A, gate).logits.square().sum().backward()
+    down(x, [A], [gate]).logits.square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * (x @ gate.T @ gate).detach())
     torch.testing.assert_close(gate.grad, (2 * (x @ gate.T).T @ x).detach())
     assert not A.grad.any()
@@ -197,8 +198,8 @@ def test_logits_alone_have_gradients_too():
 
 def test_a_graph_can_be_walked_twice():
     x, A, gate, Bt, W, bias, spread = operands()
-    projection = down(x, A, gate)
-    loss = up(x, W, bias, projection, projection.logits.softmax(-1), Bt, spread).square().sum()
+    projection = down(x, [A], [gate])
+    loss = up(x, projection, [Output(W, bias, projection.logits.softmax(-1), Bt, spread)])[0].square().sum()
     once = torch.autograd.grad(loss, [x, A, gate, Bt], retain_graph=True)
     for mine, other in zip(once, torch.autograd.grad(loss, [x, A, gate, Bt]), strict=True):
         torch.testing.assert_close(mine, other)

@@ -21,7 +21,8 @@ from transformers import (
 
 from molehill import config
 from molehill.errors import ConfigError, ModelError
-from molehill.tasks.base_model import fast_bf16, load_base
+from molehill.tasks import kernels
+from molehill.tasks.base_model import load_base
 
 CLASSES = config.Task(max_length=32)
 WRITE = config.Task(kind="causal-lm", max_length=32)
@@ -83,12 +84,13 @@ def test_digest_depends_on_the_model_alone(llama_folder, tokenizer, tmp_path):
     assert load(copy).info.digest != digest
 
 
-def test_precision_follows_the_machine(llama_folder, monkeypatch):
-    for able, dtype in (({"amx_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        assert fast_bf16(torch.device("cpu")) is (dtype == torch.bfloat16)
-        assert load(llama_folder, precision="auto").model.dtype == dtype
-    assert not fast_bf16(torch.device("meta"))
+def test_precision_follows_what_is_faster_here(llama_folder, monkeypatch):
+    for times, dtype in (({"mkl": 2.0, "bf16": 1.0}, torch.bfloat16), ({"mkl": 1.0, "bf16": 1.0}, torch.float32)):
+        monkeypatch.setattr(kernels, "_time_products", lambda _, times=times: times)
+        monkeypatch.setattr(kernels, "_remembered", lambda _, measure: measure())
+        loaded = load(llama_folder, precision="auto")
+        assert loaded.model.dtype == dtype
+        assert loaded.kernels.precision == ("bf16" if dtype == torch.bfloat16 else "fp32")
 
 
 def test_end_of_sequence_stands_in_for_padding(llama_folder, make_tokenizer):

@@ -1,0 +1,229 @@
+"""Routes as sites use them: what one forward pass shares, and the groups of sites that share a route."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molehill.errors import ModelError
+from molehill.molora.interfaces import Overrides, Route, RouteContext, RouteRecord, Site
+from molehill.molora.router import Router
+
+
+@dataclass
+class ForwardState:
+    """What all sites of a model share during one forward pass.
+
+    Attributes:
+        mask: True for real tokens, ``[B, T]`` bool, or None.
+        task_ids: Task of every row, ``[B]``, or None.
+        progress: Fraction of training done.
+        enabled: False runs the frozen base alone.
+        collect: Keep a `RouteRecord` of every route.
+        count: Add up the gate mass of every expert.
+        clients: Clients whose rows follow each other in a batch, in equal numbers; see `MoLoRAModel.stack`.
+        records: The records of the last forward pass.
+        version: Increases with every pass; routes shared between sites are cached per version.
+        next: Mask and task ids that the coming pass of the base is to use.
+    """
+
+    mask: Tensor | None = None
+    task_ids: Tensor | None = None
+    progress: float = 0.0
+    enabled: bool = True
+    collect: bool = False
+    count: bool = False
+    clients: int = 1
+    records: list[RouteRecord] = field(default_factory=list)
+    version: int = 0
+    next: tuple[Tensor, Tensor | None] | None = None
+
+    def announce(self, mask: Tensor, task_ids: Tensor | None) -> None:
+        """Say what the coming pass of the base is about."""
+        self.next = (mask, task_ids)
+
+    def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Start a pass; a forward pre-hook of the base, so that a pass somebody else starts gets routes of its own."""
+        mask = kwargs.get("attention_mask")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask, self.task_ids = self.next or (mask, None)
+        self.next = None
+        self.records = []
+        self.version += 1
+
+    def mask_of(self, lead: torch.Size) -> Tensor | None:
+        """The mask for tokens in rows ``[B, T]`` or one after another ``[1, B * T]``; None when it is of others."""
+        if self.mask is None or self.mask.shape == lead:
+            return self.mask
+        return self.mask.reshape(lead) if tuple(lead) == (1, self.mask.numel()) else None
+
+
+class RouteGroup(nn.Module):
+    """The sites that share one route (one site, a block, a layer or the whole model).
+
+    The first site of a forward pass computes the route from its own input; the others reuse it. Where a base runs its
+    linears several times in a pass (layers that share weights, a projection that positions go through as well), every
+    call has a route of its own: the n-th call of a site takes that of the n-th calls.
+
+    Args:
+        router: The router.
+        site: The first site of the group; gives the router's input width.
+        state: Shared state of the pass.
+        costs: Relative size of every routed expert, ``[E]``.
+        tokens: For every call of the site in a pass, whether its input are the tokens of the batch. What is none is
+            neither counted nor recorded.
+    """
+
+    costs: Tensor
+    mass: Tensor
+    tokens: Tensor
+
+    def __init__(
+        self, router: Router, site: Site, state: ForwardState, costs: Tensor, tokens: Sequence[bool] = (True,)
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.site = site
+        self.state = state
+        self.overrides = Overrides()
+        self.register_buffer("costs", costs, persistent=False)
+        # By client: gate mass and number of real tokens.
+        self.register_buffer("mass", torch.zeros(1, len(costs)), persistent=False)
+        self.register_buffer("tokens", torch.zeros(1), persistent=False)
+        self.calls = tuple(tokens)
+        self._version = -1  # of the pass that the routes are of
+        self._routes: dict[int, Route] = {}  # by number of the call
+
+    def gate_rows(self, x: Tensor, call: int) -> Tensor | None:
+        """Router rows to multiply together with A, when this call has no route yet.
+
+        Args:
+            x: Input of the calling site, ``[B, T, d]``.
+            call: Number of the site's call in this pass.
+
+        Raises:
+            ModelError: The calling site comes first but has another width than the router.
+        """
+        if self._current(call) is not None:
+            return None
+        self._require_width(x)
+        return self.router.gate_rows()
+
+    def route(self, x: Tensor, logits: Tensor | None, call: int) -> Route:
+        """The route of a call.
+
+        Args:
+            x: Input of the calling site, ``[B, T, d]``.
+            logits: Scores ``[B, T, E]`` when the caller has them.
+            call: Number of the site's call in this pass.
+
+        Raises:
+            ModelError: The calling site comes first but has another width than the router.
+        """
+        route = self._current(call)
+        if route is None:
+            self._require_width(x)
+            route = self.keep(self.router.route(self.context(x, call), logits), x, call)
+        return route
+
+    def context(self, x: Tensor, call: int) -> RouteContext:
+        """What the router may look at in a call; its input is ``x [B, T, d]``."""
+        return RouteContext(
+            x=x,
+            site=self.site,
+            mask=self._mask(x, call),
+            task_ids=self.state.task_ids,
+            progress=self.state.progress,
+            training=self.training,
+            overrides=self.overrides,
+        )
+
+    def keep(self, route: Route, x: Tensor, call: int) -> Route:
+        """Take a route as that of a call with the input ``x [B, T, d]``, and record and count it."""
+        self._routes[call] = route
+        state, mask = self.state, self._mask(x, call)
+        if self._on_tokens(call):
+            if state.collect:
+                state.records.append(RouteRecord(self.site, route, mask, self.costs, state.task_ids))
+            if state.count:
+                self._count(route, mask, x.shape[:2])
+        return route
+
+    def _on_tokens(self, call: int) -> bool:
+        return self.calls[min(call, len(self.calls) - 1)]
+
+    def _mask(self, x: Tensor, call: int) -> Tensor | None:
+        return self.state.mask_of(x.shape[:2]) if self._on_tokens(call) else None
+
+    def _require_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.site.d_in:
+            raise ModelError(
+                f"the shared router of {self.site.name} was first reached with {x.shape[-1]} features, "
+                f"it takes {self.site.d_in}",
+                mend="Use scope 'site'.",
+            )
+
+    def _current(self, call: int) -> Route | None:
+        if self._version != self.state.version:
+            self.forget()
+            self._version = self.state.version
+        return self._routes.get(call)
+
+    @torch.no_grad()
+    def _count(self, route: Route, mask: Tensor | None, shape: torch.Size) -> None:
+        weights = route.weights.detach()
+        if weights.dim() == 4:  # heads: an expert's mass is its mean over heads
+            weights = weights.mean(2)
+        clients = self.state.clients
+        flat = weights.expand(*shape, -1).reshape(clients, -1, weights.shape[-1])
+        real = torch.ones(shape, device=flat.device) if mask is None else mask.to(flat.dtype)
+        real = real.reshape(clients, 1, -1) / sum(self.calls)  # a token counts once, however often it comes by
+        self.mass += (real @ flat).squeeze(1)
+        self.tokens += real.sum((1, 2))
+
+    def forget(self) -> None:
+        """Let go of the last routes, whose graph remembers the shape of the router's rows."""
+        self._routes = {}
+
+    def reset_counts(self) -> None:
+        """Forget the counted gate mass."""
+        self.mass = self.mass.new_zeros(self.state.clients, self.mass.shape[-1])
+        self.tokens = self.tokens.new_zeros(self.state.clients)
+
+
+def route_together(scores: Mapping[RouteGroup, Tensor], x: Tensor, call: int) -> None:
+    """Compute open routes of one input; those of routers that do the same are further rows of one call.
+
+    Args:
+        scores: Logits ``[B, T, E]`` by group.
+        x: Their input ``[B, T, d]``.
+        call: Number of the call in this pass.
+    """
+    companies: dict[Hashable, list[RouteGroup]] = {}
+    for group in scores:
+        companies.setdefault(group.router.kin(group.overrides), []).append(group)
+    for company in companies.values():
+        if len(company) == 1:
+            company[0].route(x, scores[company[0]], call)
+            continue
+        n, ctx = len(company), company[0].context(x, call)
+        many = replace(ctx, mask=_repeat(ctx.mask, n), task_ids=_repeat(ctx.task_ids, n))
+        whole = company[0].router.route(many, torch.cat([scores[group] for group in company]))
+        for group, route in zip(company, _parted(whole, n), strict=True):
+            group.keep(route, x, call)
+
+
+def _repeat(rows: Tensor | None, times: int) -> Tensor | None:
+    return None if rows is None else rows.repeat(times, *[1] * (rows.dim() - 1))
+
+
+def _parted(route: Route, n: int) -> Iterator[Route]:
+    """The routes of n equal runs of rows."""
+    full = [None] * n if route.distribution is None else route.distribution.chunk(n)
+    aux = {name: tensor.chunk(n) for name, tensor in route.aux.items()}
+    for at, (logits, weights) in enumerate(zip(route.logits.chunk(n), route.weights.chunk(n), strict=True)):
+        yield Route(logits, weights, full[at], {name: parts[at] for name, parts in aux.items()})

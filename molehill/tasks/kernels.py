@@ -1,0 +1,244 @@
+"""Which kernels are fastest on this machine: measured once per machine and width of a model, in a fifth of a second.
+
+All choices compute the same function; they differ in rounding and in time. fp32 products go through MKL or through
+oneDNN, whichever is faster here: MKL is slow on some processors, and oneDNN counts only where its products are as exact
+(on processors with bf16 tiles they are not). bf16 halves the time where the processor has instructions for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molehill import files
+from molehill.molora.fused import Output, down, up
+from molehill.tasks.samples import cache_folder
+
+Precision = Literal["fp32", "bf16"]
+Products = Literal["mkl", "onednn"]
+
+_ONEDNN: Any = torch.backends.mkldnn  # untyped
+_WIDEST, _ROWS = 512, 512  # a larger product takes longer and tells the same
+_TURNS, _SECONDS = 5, 0.15  # of measuring, whichever comes first
+_GAIN = 0.9  # another kernel than torch's own has to earn this much
+_BF16_GAIN = 0.75  # what is computed around the products does not get faster
+_FULL = 0.95  # of the best throughput, with which we are content
+_SWITCH: dict[Products, str] = {"mkl": "none", "onednn": "bf16"}
+_COMPANIES = (1, 2, 4, 8)
+_ERROR = 4.0  # times the rounding of MKL that a product in fp32 may have
+
+_log = logging.getLogger(__name__)
+
+
+class Kernels(NamedTuple):
+    """How a model is computed.
+
+    Attributes:
+        precision: Type of the frozen weights and of what they compute.
+        products: What multiplies float32 matrices on the CPU.
+        why: The reason in words, with what was measured.
+    """
+
+    precision: Precision
+    products: Products
+    why: str
+
+
+class Company(NamedTuple):
+    """How many clients are trained in the same passes.
+
+    Attributes:
+        clients: Above this many hardly anything is gained.
+        why: What was measured, in words.
+    """
+
+    clients: int
+    why: str
+
+
+def choose(precision: Literal["auto"] | Precision, device: torch.device, width: int) -> Kernels:
+    """The kernels for a model.
+
+    Args:
+        precision: What the configuration says.
+        device: Where the model is.
+        width: Features of its states.
+    """
+    asked = f"base.precision is {precision}"
+    if device.type != "cpu":
+        fast = device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        why = asked if precision != "auto" else f"{device.type} {'has' if fast else 'lacks'} products in bf16"
+        return Kernels("bf16" if precision == "bf16" or (precision == "auto" and fast) else "fp32", "mkl", why)
+    if precision == "bf16":
+        return Kernels("bf16", "mkl", asked)
+    times = _remembered(f"products {_class(width)}", lambda: _time_products(_class(width)))
+    return decide(times, precision)
+
+
+def decide(times: Mapping[str, float], precision: Literal["auto"] | Precision) -> Kernels:
+    """The kernels, from milliseconds of a product by ``mkl``, ``onednn`` and ``bf16``; a way that is no choice lacks.
+
+    Args:
+        times: What was measured.
+        precision: What the configuration says.
+    """
+    other = times.get("onednn")
+    products: Products = "onednn" if other is not None and other < _GAIN * times["mkl"] else "mkl"
+    half = times.get("bf16")
+    fast = half is not None and half < _BF16_GAIN * times[products]
+    measured = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
+    why = f"a product takes {measured}"
+    return Kernels("bf16" if precision == "auto" and fast else "fp32", products, why)
+
+
+def use(kernels: Kernels) -> None:
+    """Multiply so in this process."""
+    _switch(kernels.products)
+
+
+def company(kernels: Kernels, width: int, tokens: int) -> Company:
+    """How many clients are worth training in the same passes on this machine's processor.
+
+    Args:
+        kernels: How the model is computed.
+        width: Features of its states.
+        tokens: Of a client's batch.
+    """
+    size = _class(width), _class(tokens)
+    with _multiplying(kernels.products):
+        rates = _remembered(f"company {size} {kernels[:2]}", lambda: _time_companies(kernels.precision, *size))
+    best = max(rates.values())
+    clients = min(int(count) for count, rate in rates.items() if rate >= _FULL * best)
+    gain = rates[str(clients)] / rates["1"]
+    return Company(clients, f"{clients} clients in the same passes are {gain:.2f} times as fast as one after another")
+
+
+def _class(width: int) -> int:
+    """Widths that are measured alike: powers of two."""
+    return min(_WIDEST, 1 << max(5, (width - 1).bit_length()))
+
+
+@torch.no_grad()
+def _time_products(width: int) -> dict[str, float]:
+    """Milliseconds of a product and of its gradient for the input."""
+    able = torch.cpu.get_capabilities()
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, width, generator=generator) for n in (_ROWS, width))
+
+    def both(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight) @ weight
+
+    def through(products: Products) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with _multiplying(products):
+                return both(x, weight)
+
+        return run
+
+    ways: dict[str, Callable[[], Tensor]] = {"mkl": through("mkl")}
+    if _ONEDNN.is_available():
+        true = both(x.double(), weight.double())
+        errors = [float((through(products)() - true).norm()) for products in ("mkl", "onednn")]
+        if errors[1] <= _ERROR * errors[0]:
+            ways["onednn"] = through("onednn")
+    if able.get("avx512_bf16") or able.get("amx_bf16"):  # elsewhere bf16 is made of fp32, and slow
+        half, low = x.bfloat16(), weight.bfloat16()
+        ways["bf16"] = lambda: both(half, low)
+    return {name: 1e3 * seconds for name, seconds in _least(ways).items()}
+
+
+def _time_companies(precision: Precision, width: int, tokens: int) -> dict[str, float]:
+    """Clients a second whose step of an adapted linear is computed, by how many are in one."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    W, spread = torch.randn(width, width, generator=generator).to(dtype), torch.eye(4).repeat_interleave(4, 1)
+
+    def step(x: Tensor, A: Tensor, gate: Tensor, Bt: Tensor) -> None:
+        projection = down(x, [A], [gate])
+        (y,) = up(x, projection, [Output(W, None, projection.logits.softmax(-1), Bt, spread)])
+        y.backward(y.detach())  # type: ignore[no-untyped-call]  # untyped torch
+
+    def of(clients: int) -> Callable[[], None]:
+        x = torch.randn(clients * tokens, width, generator=generator).to(dtype).requires_grad_()
+        lead = (clients,) if clients > 1 else ()
+        parts = [torch.randn(*lead, n, width, generator=generator).requires_grad_() for n in (16, 4, 16)]
+        return partial(step, x, *parts)
+
+    seconds = _least({str(n): of(n) for n in _COMPANIES})
+    return {count: int(count) / spent for count, spent in seconds.items()}
+
+
+def _least(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Least seconds of every call, taken in turns after one to warm up: what else runs here only makes them longer."""
+    found = dict.fromkeys(calls, float("inf"))
+    end = time.perf_counter() + _SECONDS
+    for turn in range(_TURNS + 1):
+        if turn > 1 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                found[name] = min(found[name], time.perf_counter() - start)
+    return found
+
+
+@contextlib.contextmanager
+def _multiplying(products: Products) -> Iterator[None]:
+    """Multiply so for a while."""
+    before = _ONEDNN.matmul.fp32_precision
+    _switch(products)
+    try:
+        yield
+    finally:
+        _ONEDNN.matmul.fp32_precision = before
+
+
+def _switch(products: Products) -> None:
+    # A processor without bf16 tiles computes in float32 all the same, but through oneDNN.
+    _ONEDNN.matmul.fp32_precision = _SWITCH[products]
+
+
+def _remembered(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What was measured on this machine before, else now; all processes of a machine then choose alike."""
+    machine = [platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), what]
+    name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:24]
+    path = cache_folder() / "kernels" / f"{name}.json"
+    known = _read(path)
+    if known is not None:
+        return known
+    found = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _read(path) is None:  # another process may have been faster, and what counts is that all agree
+            files.write(path, json.dumps(found).encode())
+    except OSError as error:
+        _log.debug("what was measured cannot be kept: %s", error)
+    return _read(path) or found
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        known = {str(key): float(value) for key, value in json.loads(path.read_bytes()).items()}
+        if known and min(known.values()) > 0:
+            return known
+    return None
+
+
+def _processor() -> str:
+    """Name of the processor."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  (a context of two)
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()

@@ -1,0 +1,93 @@
+"""The choice of kernels: by what was measured, once per machine, and without another function."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from molehill.tasks import kernels
+from molehill.tasks.kernels import Kernels, choose, company, decide, use
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOLEHILL_CACHE", str(tmp_path))
+    yield tmp_path / "kernels"
+    use(Kernels("fp32", "mkl", ""))
+
+
+@pytest.mark.parametrize(
+    ("times", "precision", "chosen"),
+    [
+        ({"mkl": 1.0}, "auto", ("fp32", "mkl")),
+        ({"mkl": 1.0, "onednn": 0.95}, "fp32", ("fp32", "mkl")),  # too little to leave torch's own choice for
+        ({"mkl": 1.0, "onednn": 0.5}, "fp32", ("fp32", "onednn")),
+        ({"mkl": 1.0, "onednn": 0.5, "bf16": 0.4}, "auto", ("fp32", "onednn")),
+        ({"mkl": 1.0, "onednn": 0.5, "bf16": 0.2}, "auto", ("bf16", "onednn")),
+        ({"mkl": 1.0, "bf16": 0.2}, "fp32", ("fp32", "mkl")),
+    ],
+)
+def test_the_fastest_is_chosen(times, precision, chosen):
+    found = decide(times, precision)
+    assert found[:2] == chosen
+    assert all(f"{name} {value:.2f} ms" in found.why for name, value in times.items())
+
+
+def test_what_was_asked_for_is_not_measured(cache):
+    assert choose("bf16", CPU, 64)[:2] == ("bf16", "mkl")
+    assert choose("fp32", torch.device("meta"), 64)[:2] == ("fp32", "mkl")
+    assert choose("auto", torch.device("meta"), 64).precision == "fp32"
+    assert not cache.exists()
+
+
+def test_a_machine_is_measured_once_for_all_its_processes(cache):
+    first = choose("auto", CPU, 33)
+    (path,) = cache.iterdir()
+    measured = json.loads(path.read_text())
+    assert {"mkl"} <= set(measured) <= {"mkl", "onednn", "bf16"}
+    path.write_text(json.dumps({"mkl": 8.0, "onednn": 2.0}))
+    assert choose("auto", CPU, 64)[:2] == ("fp32", "onednn")  # as wide to a product as 33
+    path.write_text("{")
+    assert choose("fp32", CPU, 64).precision == "fp32"
+    assert set(json.loads(path.read_text())) == set(measured)
+    assert first.why.startswith("a product takes mkl ")
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOLEHILL_CACHE", str(tmp_path / "file"))
+    assert choose("fp32", CPU, 64).precision == "fp32"
+
+
+def test_another_kernel_computes_the_same_product():
+    x, weight = torch.randn(64, 64), torch.randn(64, 64)
+    products = {}
+    for name in ("mkl", "onednn"):
+        use(Kernels("fp32", name, ""))
+        products[name] = x @ weight
+    exact = "onednn" in kernels._time_products(64)
+    error = float((products["onednn"] - products["mkl"]).norm() / products["mkl"].norm())
+    assert error < (1e-6 if exact else 1e-2)  # where it is not, it is no choice
+
+
+def test_a_product_that_is_not_exact_is_no_choice(monkeypatch):
+    real = kernels.F.linear
+
+    def coarse(x, weight):
+        inexact = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        return real(x, weight).bfloat16().float() if inexact and x.dtype == torch.float32 else real(x, weight)
+
+    monkeypatch.setattr(kernels.F, "linear", coarse)
+    assert "onednn" not in kernels._time_products(32)
+
+
+def test_who_is_trained_in_the_same_passes_is_measured_and_remembered(cache):
+    kernel = Kernels("fp32", "mkl", "")
+    assert company(kernel, 48, 30).clients in {1, 2, 4, 8}
+    (path,) = cache.iterdir()
+    path.write_text(json.dumps({"1": 1.0, "2": 1.9, "4": 2.0}))
+    assert company(kernel, 64, 32) == (2, "2 clients in the same passes are 1.90 times as fast as one after another")
