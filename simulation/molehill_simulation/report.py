@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +21,13 @@ from molehill.errors import DataError, ResumeError
 from molehill_server import events as events_file
 from molehill_simulation import experts
 from molehill_simulation.charts import Plot, bar_plot, line_plot
+from molehill_simulation.few import MOST, Few, spread
 from molehill_simulation.summary import (
     STAGES,
     Event,
     Summary,
     evaluations_of,
+    joined,
     read_summary,
     rounds_of,
 )
@@ -131,7 +133,11 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
     rounds = rounds_of(events)
     start: Event = next((event for event in events if event["event"] == "start"), {})
     numbers = [event["round"] for event in rounds]
-    clients = sorted({client for event in rounds for client in event["loss_by_client"]}, key=natural)
+    known = sorted({client for event in rounds for client in event["loss_by_client"]}, key=natural)
+    count, named = _named(events, known, summary)
+    clients = [client for client in known if client in named]
+    attempts = _attempts(events)
+    refused = Few((at, c, reason) for at, e in attempts for c, reason in _by_name(e["quarantined"]))
     styles = {c: f"line-{i}" if len(clients) <= _LINE_COLOURS else "line-many" for i, c in enumerate(clients)}
     curves = {c: {e["round"]: e["loss_by_client"][c] for e in rounds if c in e["loss_by_client"]} for c in clients}
     mean = {event["round"]: event["loss"] for event in rounds if event["loss"] is not None}
@@ -141,26 +147,38 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
         "facts": _facts(start, rounds, summary, config),
         "loss": line_plot(numbers, {**curves, _MEAN: mean}, {**styles, _MEAN: "line-mean"}),
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
-        "heat": _heat(events),
+        "clients": count,
+        "named": named,
+        "heat": _heat(events, named),
         "probes": {name: by_site(figures) for name, figures in (summary.probes if summary else {}).items()},
-        "refused": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e["quarantined"])],
-        "unusable": [(at, c, reason) for at, e in _attempts(events) for c, reason in _by_name(e.get("unusable", {}))],
-        "norms": _norms(rounds, styles),
-        "capped": sorted(
-            {(e["client"], e["rows"], e["counts"], e["reason"]) for e in events if e["event"] == "capped"}
+        "refused": refused,
+        "unusable": Few((at, c, reason) for at, e in attempts for c, reason in _by_name(e.get("unusable", {}))),
+        "norms": _norms(rounds, styles, named | {client for _, client, _ in refused}),
+        "capped": Few(
+            sorted({(e["client"], e["rows"], e["counts"], e["reason"]) for e in events if e["event"] == "capped"})
         ),
-        "missing": [(at, c) for at, e in _attempts(events) for c in e["missing"]],
-        "failed": [(e["stage"], e["client"], e["reason"]) for e in events if e["event"] == "failed"],
-        "strangers": sorted({(e["client"], e["reason"]) for e in events if e["event"] == "refused"}),
+        "missing": Few((at, c) for at, e in attempts for c in e["missing"]),
+        "failed": Few((e["stage"], e["client"], e["reason"]) for e in events if e["event"] == "failed"),
+        "strangers": Few(sorted({(e["client"], e["reason"]) for e in events if e["event"] == "refused"})),
     }
 
 
-def _norms(rounds: Sequence[Event], styles: Mapping[str, str]) -> Plot | None:
+def _named(events: Sequence[Event], known: Sequence[str], summary: Summary | None) -> tuple[int, set[str]]:
+    """How many clients there are, and those of them that tables and curves show."""
+    scored = summary.clients if summary else ()
+    everyone = sorted({*known, *joined(events), *(client.id for client in scored)}, key=natural)
+    if summary and scored and len(everyone) > MOST:
+        return len(everyone), {client.id for client in summary.shown}
+    return len(everyone), set(spread(everyone))
+
+
+def _norms(rounds: Sequence[Event], styles: Mapping[str, str], named: Collection[str]) -> Plot | None:
     """Curves of the norms of what clients sent, also of what was refused, and the bound they were held against."""
     curves: dict[str, dict[int, float]] = {}
     for event in rounds:
         for client, size in event.get("norms", {}).items():
-            curves.setdefault(client, {})[event["round"]] = size
+            if client in named:
+                curves.setdefault(client, {})[event["round"]] = size
     if not curves:
         return None
     bounds = {event["round"]: event["norm_bound"] for event in rounds if event.get("norm_bound") is not None}
@@ -258,7 +276,7 @@ def by_site(figures: Mapping[str, float]) -> tuple[list[str], list[tuple[str, li
     return columns, [(site, [figures.get(f"{site}/{figure}") for figure in columns]) for site in sites]
 
 
-def _heat(events: Sequence[Event]) -> dict[str, Any] | None:
+def _heat(events: Sequence[Event], named: Collection[str]) -> dict[str, Any] | None:
     """Share of every client's tokens per routed expert, from its held-out rows; None when nothing was routed."""
     tokens = {client: evaluation["tokens"] for client, evaluation in evaluations_of(events).items()}
     held_out = any(tokens.values())
@@ -275,6 +293,6 @@ def _heat(events: Sequence[Event]) -> dict[str, Any] | None:
     rows = []
     for client, counts in _by_name(tokens):
         total = sum(counts.get(expert, 0) for expert in routed)
-        if total:
+        if total and client in named:
             rows.append((client, [counts.get(expert, 0) / total for expert in routed]))
     return {"experts": routed, "shared": shared, "rows": rows, "held_out": held_out}

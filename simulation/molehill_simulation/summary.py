@@ -7,6 +7,7 @@ round twice; the later event counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,11 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
 from molehill.tasks.lengths import loss_in_words
+from molehill_simulation.few import spread
 from molehill_simulation.text import clean, natural
 
 Event: TypeAlias = Mapping[str, Any]
 
 _NAMED = 5  # clients that are named in a sentence
+
+_QUANTILES = {"10%": 0.1, "25%": 0.25, "median": 0.5, "75%": 0.75, "90%": 0.9}
 
 STAGES = ("base", "local", "global", "personalised")
 
@@ -44,6 +48,11 @@ class Figures(BaseModel):
     def row(self) -> tuple[float | None, float | None, float | None, float | None]:
         """The figures in the order of `STAGES`."""
         return self.base, self.local, self.global_, self.personalised
+
+    @property
+    def last(self) -> float | None:
+        """The figure of the last stage that was run."""
+        return next((value for value in reversed(self.row) if value is not None), None)
 
     @property
     def best(self) -> float | None:
@@ -180,7 +189,8 @@ class Summary(BaseModel):
             counts = f"mean and worst are over the {done} of {done + len(why)} clients that have all figures"
             said.append(f"{counts}; {'; '.join([*why[:_NAMED], *more])}")
         if self.anew:
-            names = ", ".join(clean(client, 40) for client in self.anew)
+            more = [f"and {len(self.anew) - _NAMED} more"] if len(self.anew) > _NAMED else []
+            names = ", ".join([*(clean(client, 40) for client in self.anew[:_NAMED]), *more])
             said.append(f"personal state was lost and begun anew, so the figures are not what they would be: {names}")
         return said
 
@@ -193,6 +203,34 @@ class Summary(BaseModel):
     def complete(self) -> tuple[ClientFigures, ...]:
         """The clients that ``mean`` and ``worst`` are over."""
         return _complete(self.clients)
+
+    @property
+    def shown(self) -> tuple[ClientFigures, ...]:
+        """The clients that tables name: all, or of very many so many from the worst to the best by their last stage."""
+        by_figure = sorted(self.clients, key=lambda client: (client.last is None, client.last or 0.0))
+        named = {client.id for client in spread(by_figure)}
+        return tuple(client for client in self.clients if client.id in named)
+
+    @property
+    def told_shown(self) -> str:
+        """What of the clients tables name, in a sentence; empty when it is all."""
+        named, every = len(self.shown), len(self.clients)
+        if named == every:
+            return ""
+        return (
+            f"{named} of {every:,} clients are shown, at equal distances from the worst to the best; "
+            "means, worst and quantiles are over all"
+        )
+
+    @property
+    def quantiles(self) -> tuple[tuple[str, Figures, Figures | None], ...]:
+        """Accuracies, and macro-F1 if there is one, that a part of the clients stays below, stage by stage; by name."""
+        complete = self.complete
+        f1 = [client.macro_f1 for client in complete if client.macro_f1 is not None]
+        return tuple(
+            (name, _over(complete, partial(_quantile, part)), _over(f1, partial(_quantile, part)) if f1 else None)
+            for name, part in _QUANTILES.items()
+        )
 
     @property
     def told_cut(self) -> str:
@@ -266,7 +304,7 @@ def summarise(
     f1 = [client.macro_f1 for client in complete if client.macro_f1 is not None]
     reasons = {event["client"]: event["reason"] for event in events if event["event"] == "failed"}
     scored = {client.id for client in complete}
-    expected = sorted({client.id for client in clients} | _joined(events), key=natural)
+    expected = sorted({client.id for client in clients} | joined(events), key=natural)
     ends = [event["seconds"] for event in events if event["event"] == "end"]
     return Summary(
         task=task,
@@ -288,7 +326,7 @@ def summarise(
     )
 
 
-def _joined(events: Iterable[Event]) -> set[str]:
+def joined(events: Iterable[Event]) -> set[str]:
     """Every client that ever took part."""
     events = list(events)
     began = {client for event in events if event["event"] in {"start", "resume"} for client in event["clients"]}
@@ -322,6 +360,10 @@ def _complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
 def _macro_f1(stages: Mapping[str, Mapping[str, float | None]]) -> Figures | None:
     found = {stage: scores.get("macro_f1") for stage, scores in stages.items()}
     return Figures.model_validate(found) if any(value is not None for value in found.values()) else None
+
+
+def _quantile(part: float, values: list[float]) -> float:
+    return sorted(values)[round(part * (len(values) - 1))]
 
 
 def _mean(values: list[float]) -> float:

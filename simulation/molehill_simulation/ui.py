@@ -232,7 +232,7 @@ def results_table(summary: Summary) -> Table:
     table.add_column("rows", justify="right", style="dim", no_wrap=True)
     for stage in STAGES:
         table.add_column(stage, justify="right", no_wrap=True)
-    for client in summary.clients:
+    for client in summary.shown:
         cells = _cells(client, client.macro_f1, f1=f1)
         table.add_row(Text(clean(client.id, 40)), f"{client.n_train}+{client.n_test}", *cells)
     table.add_section()
@@ -263,6 +263,8 @@ def show_summary(summary: Summary, console: Console) -> None:
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
     console.print(Text("rows: to train on + held out", style="dim"))
+    if summary.told_shown:
+        console.print(Text(summary.told_shown, style="dim"), soft_wrap=True)
     if summary.told_cut:
         console.print(Text(summary.told_cut, style="yellow"), soft_wrap=True)
     for caveat in summary.caveats:

@@ -95,6 +95,39 @@ def test_report_of_few_and_many_clients(tmp_path, clients, rounds):
     assert ("one line per client" in text) == (clients == 40)
 
 
+def test_of_very_many_clients_so_many_are_shown_as_a_page_can_hold(tmp_path):
+    clients = [f"c{i}" for i in range(250)]
+    events = make_events(clients, 2)
+    lost = {"event": "failed", "time": 0.0, "stage": "baseline", "reason": "it is away"}
+    events += [{**lost, "client": client} for client in clients[:120]]
+    summary = summarise(events, BASE, "cd")
+    page = Page(write_report(make_run(tmp_path / "many", events)).read_text(encoding="utf-8"))
+    few = Page(write_report(make_run(tmp_path / "few", make_events(clients[:100], 2))).read_text(encoding="utf-8"))
+    seen = " ".join(page.text.split())
+    assert "100 of 250 clients are shown, at equal distances from the worst to the best" in seen
+    assert len(page.tags) < 1.2 * len(few.tags)
+    ranked = sorted(summary.clients, key=lambda client: client.personalised)
+    assert {ranked[0].id, ranked[-1].id} < {client.id for client in summary.shown}
+    assert [client.id for client in summary.shown] == [c for c in clients if c in {s.id for s in summary.shown}]
+    name, median, f1 = summary.quantiles[2]
+    assert (name, median.personalised) == ("median", ranked[124].personalised)
+    assert f1.base == pytest.approx(median.base - 0.03)
+    assert f"median {median.base:.3f}" in seen
+    assert "And 20 more." in seen
+    assert "clients are shown" not in few.text
+    shown = StringIO()
+    show_summary(summary, Console(file=shown, width=400))
+    assert "100 of 250 clients are shown" in shown.getvalue()
+    assert shown.getvalue().count("\n") < 120
+
+
+def test_of_an_unfinished_run_of_very_many_clients_some_are_shown(tmp_path):
+    events = [e for e in make_events([f"c{i}" for i in range(250)], 2) if e["event"] != "evaluation"]
+    text = write_report(make_run(tmp_path, events, finished=False)).read_text(encoding="utf-8")
+    assert text.count("<polyline") == 101  # and their mean
+    assert "Of 250 clients 100 are shown. The mean is of all." in text
+
+
 def test_report_of_an_unfinished_run(tmp_path):
     events = make_events(CLIENTS)[:20]
     text = write_report(make_run(tmp_path, events, finished=False)).read_text(encoding="utf-8")
