@@ -12,6 +12,7 @@ from molehill.secure.messages import Company
 from molehill.wire.keys import Key
 
 Scope: TypeAlias = Literal["shared", "personal", "frozen"]
+Scopes: TypeAlias = tuple[tuple[str, Scope], ...]  # patterns over wire names, the first that matches wins
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Amount: TypeAlias = Annotated[FiniteFloat, Field(ge=0)]
 Sum: TypeAlias = Annotated[float, Field(ge=-1e30, le=1e30)]  # so that the sums of many clients are finite, too
@@ -41,6 +42,11 @@ class Hello(BaseModel):
     cut: int = Field(default=0, ge=0)
     lost: int = Field(default=0, ge=0)
     unlearnt: int = Field(default=0, ge=0)
+
+
+def scope_of(scopes: Scopes, key: Key) -> Scope:
+    """What happens to ``key``; what no pattern matches is frozen."""
+    return next((scope for pattern, scope in scopes if fnmatchcase(key.name, pattern)), "frozen")
 
 
 class ClientPlan(BaseModel):
@@ -80,7 +86,7 @@ class ClientPlan(BaseModel):
     base: str
     layout: str
     blobs: dict[str, str]
-    scopes: tuple[tuple[str, Scope], ...]
+    scopes: Scopes
     rank: int | None = Field(default=None, ge=1)
     steps: int = Field(ge=1)
     seed: int = Field(ge=0)
@@ -92,10 +98,7 @@ class ClientPlan(BaseModel):
 
     def scope(self, key: Key) -> Scope:
         """What happens to ``key`` under this plan."""
-        for pattern, scope in self.scopes:
-            if fnmatchcase(key.name, pattern):
-                return scope
-        return "frozen"
+        return scope_of(self.scopes, key)
 
 
 class ClientReply(BaseModel):

@@ -170,7 +170,7 @@ def open_delta(blob: bytes, reply: ClientReply, plan: ClientPlan, model: Layout,
             impossible tokens.
     """
     require_announced(blob, reply)
-    experts = {(key.site, key.expert) for key in model}
+    experts = model.experts
     delta = decode_delta(blob, limits.max_bytes, expected(plan, model), plan.codec, len(experts))
     told = {"run": plan.run, "round": plan.round, "client": plan.client, "base": plan.base, "examples": reply.examples}
     for name, value in told.items():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from molehill.config import Config
-from molehill.plan import ClientPlan, Scope
+from molehill.plan import ClientPlan, Scope, Scopes, scope_of
 from molehill.wire.keys import Key
 from molehill.wire.tree import Layout
 from molehill_server.planning.shares import Shares
-
-Scopes = tuple[tuple[str, Scope], ...]
 
 _GATES: dict[str, Scopes] = {
     "anchored": (("*/gate.residual*", "personal"), ("*/gate*", "shared")),
@@ -135,12 +134,16 @@ class Planner:
 
 def expected(plan: ClientPlan, layout: Layout) -> Layout:
     """Names and shapes that a reply to ``plan`` must hold: the shared keys, with ranks cut to the plan's."""
+    return _expected(plan.scopes, plan.rank, layout)
 
+
+@lru_cache(maxsize=64)  # the plans of a round differ in their ranks at most
+def _expected(scopes: Scopes, rank: int | None, layout: Layout) -> Layout:
     def shape(key: Key) -> tuple[int, ...]:
         full = layout[key]
-        if plan.rank is None or key.role not in {"A", "B"}:
+        if rank is None or key.role not in {"A", "B"}:
             return full
         axis = 0 if key.role == "A" else 1
-        return tuple(min(size, plan.rank) if i == axis else size for i, size in enumerate(full))
+        return tuple(min(size, rank) if i == axis else size for i, size in enumerate(full))
 
-    return Layout({key: shape(key) for key in layout if plan.scope(key) == "shared"})
+    return Layout({key: shape(key) for key in layout if scope_of(scopes, key) == "shared"})
