@@ -74,6 +74,24 @@ def test_logits_are_taken_in_parts(monkeypatch):
     assert torch.autograd.gradcheck(lambda z: nll(z, labels), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_label_whose_probability_is_no_number_has_its_loss(dtype):
+    logits = torch.tensor([[0.0, 300.0, 1.0], [2000.0, 0.0, 0.0], [0.0, 0.1, 0.2]], dtype=dtype).requires_grad_()
+    labels = torch.tensor([2, 1, 2])
+    ours, theirs = nll(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.mean(), logits)[0] for y in (ours, theirs)))
+    with torch.no_grad():
+        assert torch.equal(nll(logits, labels), ours)
+
+
+def test_the_graph_of_a_loss_can_be_walked_again():
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = nll(logits, torch.tensor([0, 1, 2, 0])).mean()
+    once, again = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
 def test_the_gradient_of_dft_is_that_of_sft_times_the_probability(drawn):
     logits, labels, _ = drawn
     p = logits.softmax(-1)[torch.arange(6), labels]
