@@ -5,9 +5,9 @@ adapted linear would keep such an output for the gradient of A. Here the linear 
 which the norm or activation keeps for its own gradient anyway, and makes it again.
 
 Norms and activations that are one kernel keep their own backward; `_note` only remembers how their output was made.
-Those that are several operations (RMSNorm, whose parts keep float32 copies of a bf16 input; the gated product of a
-Llama's feed-forward block, which keeps the activation and two factors) become one function, `_Again`, that keeps its
-inputs alone. Nothing changes in the forward pass.
+RMS norms get one of one kernel (`molehill.molora.norms`). What else is several operations (an activation; the gated
+product of a Llama's feed-forward block, which keeps the activation and two factors) becomes one function, `_Again`,
+that keeps its inputs alone. Nothing changes in the forward pass.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import activations
+
+from molehill.molora.norms import RMSForm, form_of, rms_norm
 
 _NORMS = ("LayerNorm", "RMSNorm")
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -143,6 +145,16 @@ def _again(function: Callable[..., Tensor], *inputs: Tensor, **extras: Any) -> T
     return y
 
 
+def _normed(norm: nn.Module, form: RMSForm, function: Callable[..., Tensor], *inputs: Any, **extras: Any) -> Tensor:
+    """The forward pass ``function`` of an RMS norm, with a backward of one kernel."""
+    weight: Tensor = norm.weight  # type: ignore[assignment]  # modules hide their attributes' types
+    if extras or len(inputs) != 1 or weight.requires_grad or not (torch.is_grad_enabled() and inputs[0].requires_grad):
+        return function(*inputs, **extras)
+    y = rms_norm(inputs[0], weight, form, function)
+    _remember(y, Recipe(function, graph=False), inputs)
+    return y
+
+
 def _tensors(*values: Any) -> bool:
     return all(isinstance(value, Tensor) for value in values)
 
@@ -169,6 +181,9 @@ def keep_less(base: nn.Module) -> None:
         if "forward" in vars(module):  # replaced already
             continue
         norm = type(module).__name__.endswith(_NORMS)
+        if norm and (form := form_of(module)) is not None:
+            module.forward = partial(_normed, module, form, module.forward)
+            continue
         # in float32 the operations of a norm keep its input and no copy of it
         if isinstance(module, _ONE) or (
             norm and getattr(getattr(module, "weight", None), "dtype", None) == torch.float32
