@@ -2,21 +2,24 @@
 
 The CPU flash kernel has a slow bf16 backward; below a few hundred tokens the plain form is faster. It goes through the
 batch a few rows at a time, so that scores stay in the processor's cache and never exist for the whole batch, and keeps
-q, k and v only: the backward computes the probabilities again. The work grows with T^2 all the same, so it is used for
+q, k and v only: the backward computes the probabilities again. Where no query sees a later key, the queries come in
+blocks, and what a whole block does not see is not computed. The work grows with T^2 all the same, so it is used for
 short inputs only (`MAX_TOKENS`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
 
 from molehill.errors import ModelError
 from molehill.molora.trial import plain_tokens
@@ -24,21 +27,29 @@ from molehill.molora.trial import plain_tokens
 NAME = "molehill_bmm"
 MAX_TOKENS = 512
 _AT_ONCE = 2**19  # scores of the rows that are taken together: 1 MiB in bf16
+_BLOCK = 128  # queries of a block: half as many skip a little more, in products that are less efficient
+FASTER = frozenset({torch.bfloat16})  # in float32 torch's own kernel is no slower
 
 
 class _Attention(torch.autograd.Function):
-    """Queries ``[B, H, T, D]``, keys and values ``[B, K, S, D]``; every H / K queries in a row share a key head."""
+    """Queries ``[B, H, T, D]``, keys and values ``[B, K, S, D]``; every H / K queries in a row share a key head.
+
+    ``ordered`` says that no query sees a later key; the last query is as late as the last key. Without a bias, that
+    is all that is masked.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, ordered: bool) -> Tensor:
         if bias is not None:
-            bias = bias[(None,) * (4 - bias.dim())]
+            bias = bias[(None,) * (4 - bias.dim())].expand(-1, q.shape[1], -1, -1)
         ctx.save_for_backward(q, k, v, bias)
-        ctx.scale = scale
+        ctx.scale, ctx.ordered = scale, ordered
         out = q.new_empty(len(q), q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # as the next product wants it
         for at in _runs(q, k):
-            q3, k3, v3 = _together(q[at], k), _together(k[at], k), _together(v[at], k)
-            out[at] = (_probabilities(q3, k3, bias, at, q.shape, scale) @ v3).view_as(out[at])
+            q4, k3, v3 = _queries(q[at], k), _joined(k[at]), _joined(v[at])
+            for rows, keys in _blocks(q, k, ordered):
+                p = _probabilities(q4[:, :, rows], k3[:, keys], _part(bias, at, rows, keys), scale, ordered)
+                out[at, :, rows] = (p @ v3[:, keys]).view_as(out[at, :, rows])
         return out
 
     @staticmethod
@@ -47,13 +58,20 @@ class _Attention(torch.autograd.Function):
         q, k, v, bias = ctx.saved_tensors
         gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for at in _runs(q, k):
-            q3, k3, v3, g3 = _together(q[at], k), _together(k[at], k), _together(v[at], k), _together(grad[at], k)
-            p = _probabilities(q3, k3, bias, at, q.shape, ctx.scale)
-            gv[at] = (p.mT @ g3).view_as(v[at])
-            ds = torch._softmax_backward_data(g3 @ v3.mT, p, -1, p.dtype)  # noqa: SLF001  (one kernel; public autograd would keep p)
-            gq[at] = (ds @ k3).mul_(ctx.scale).view_as(q[at])
-            gk[at] = (ds.mT @ q3).mul_(ctx.scale).view_as(k[at])
-        return gq, gk, gv, None, None
+            q4, k3, v3, g4 = _queries(q[at], k), _joined(k[at]), _joined(v[at]), _queries(grad[at], k)
+            gk3 = gv3 = None
+            for rows, keys in reversed(_blocks(q, k, ctx.ordered)):  # the last block sees all keys
+                p = _probabilities(q4[:, :, rows], k3[:, keys], _part(bias, at, rows, keys), ctx.scale, ctx.ordered)
+                q3, g3 = q4[:, :, rows].flatten(1, 2), g4[:, :, rows].flatten(1, 2)
+                ds = torch._softmax_backward_data(g3 @ v3[:, keys].mT, p, -1, p.dtype)  # noqa: SLF001  (one kernel; public autograd would keep p)
+                gq[at, :, rows] = _scaled(ds, k3[:, keys], ctx.scale).view_as(gq[at, :, rows])
+                if gk3 is None or gv3 is None:
+                    gk3, gv3 = _scaled(ds.mT, q3, ctx.scale), p.mT @ g3
+                else:
+                    gk3[:, keys].baddbmm_(ds.mT, q3, alpha=ctx.scale)
+                    gv3[:, keys].baddbmm_(p.mT, g3)
+            gk[at], gv[at] = gk3.view_as(gk[at]), gv3.view_as(gv[at])  # type: ignore[union-attr]  # there is a last block
+        return gq, gk, gv, None, None, None
 
 
 def _runs(q: Tensor, k: Tensor) -> Iterator[slice]:
@@ -62,18 +80,52 @@ def _runs(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(q), step))
 
 
-def _together(t: Tensor, k: Tensor) -> Tensor:
-    """``[n, H, T, D]`` to ``[n * K, H / K * T, D]``, contiguous: one product serves all queries of a key head."""
+def _blocks(q: Tensor, k: Tensor, ordered: bool) -> list[tuple[slice, slice]]:
+    """Queries that are taken together, with the keys that the last of them sees."""
+    tokens, past = q.shape[2], k.shape[2] - q.shape[2]
+    stops = [min(start + _BLOCK, tokens) for start in range(0, tokens, _BLOCK)] if ordered else [tokens]
+    return [(slice(start, stop), slice(0, stop + past)) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _joined(t: Tensor) -> Tensor:
+    """``[n, K, S, D]`` to ``[n * K, S, D]``, contiguous."""
+    return t.flatten(0, 1).contiguous()
+
+
+def _queries(t: Tensor, k: Tensor) -> Tensor:
+    """``[n, H, T, D]`` to ``[n * K, H / K, T, D]``, contiguous: one product serves all queries of a key head."""
     n, heads, tokens, width = t.shape
-    return t.reshape(n * k.shape[1], heads // k.shape[1] * tokens, width).contiguous()
+    return t.reshape(n * k.shape[1], heads // k.shape[1], tokens, width).contiguous()
 
 
-def _probabilities(q3: Tensor, k3: Tensor, bias: Tensor | None, at: slice, shape: torch.Size, scale: float) -> Tensor:
-    """Softmax of the scaled scores of one run, ``[n * K, H / K * T, S]``; ``shape`` is that of all queries."""
-    scores = (q3 * scale) @ k3.mT
+def _part(bias: Tensor | None, at: slice, rows: slice, keys: slice) -> Tensor | None:
+    """What a bias ``[1 or B, H, 1 or T, S]`` adds to the scores of some queries."""
+    if bias is None:
+        return None
+    return bias[at if len(bias) > 1 else slice(None), :, rows if bias.shape[2] > 1 else slice(None), keys]
+
+
+def _probabilities(q4: Tensor, k3: Tensor, bias: Tensor | None, scale: float, ordered: bool) -> Tensor:
+    """Softmax of the scaled scores, ``[n * K, H / K * t, s]``; the last query is as late as the last key."""
+    scores = _scaled(q4.flatten(1, 2), k3.mT, scale)
+    tokens, keys = q4.shape[2], k3.shape[1]
     if bias is not None:
-        scores.view(-1, shape[1], shape[2], k3.shape[1]).add_(bias if len(bias) == 1 else bias[at])
+        scores.view(-1, bias.shape[1], tokens, keys).add_(bias)
+    elif ordered:
+        scores.view(-1, tokens, keys)[..., keys - tokens :].add_(_later(tokens, scores.dtype, scores.device))
     return torch.softmax(scores, -1)
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """``scale * left @ right`` in one operation."""
+    nothing = left.new_empty(1, 1, 1).expand(len(left), left.shape[1], right.shape[2])
+    return torch.baddbmm(nothing, left, right, beta=0, alpha=scale)
+
+
+@cache
+def _later(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores of as many queries as keys, so that none sees a later one."""
+    return torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
 
 
 def _bmm_attention(
@@ -99,76 +151,103 @@ def _bmm_attention(
     elif _watched:
         _watched[-1].add("")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bias = attention_mask
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device).masked_fill_(
-            ~bias, torch.finfo(query.dtype).min
-        )
-    elif bias is None and causal and query.shape[2] > 1:
-        size = (query.shape[2], key.shape[2])
-        bias = torch.full(size, torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
-        bias = bias.triu(1 + size[1] - size[0])
+    ordered = causal if bias is None else bias in _ORDERED
     if bias is not None:
-        bias = bias[..., : key.shape[2]]
-    if bias is not None and bias.requires_grad:  # `_Attention` has no gradient for it
+        bias = _added(bias, query.dtype)[..., : key.shape[2]]
+    if (bias is not None and bias.requires_grad) or (ordered and query.shape[2] > key.shape[2]):  # not `_Attention`'s
         grouped = key.shape[1] != query.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            query, key, value, bias, is_causal=bias is None, scale=scale, enable_gqa=grouped
+        )
     else:
-        out = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]  # untyped torch
+        out = _Attention.apply(query, key, value, bias, scale, ordered)  # type: ignore[no-untyped-call]  # untyped torch
     return out.transpose(1, 2).contiguous(), None
 
 
-# Arguments that change nothing here: what they say of order and windows is in the mask, the others ask for more output.
+_ORDERED = WeakTensorKeyDictionary()  # masks by which no query sees a later key
+
+
+def _mask(**asked: Any) -> Tensor | None:
+    """What transformers asks a mask for, as what is added to scores; None where there is only the causal order."""
+    square = asked["q_length"] == asked["kv_length"]  # otherwise transformers counts queries from the first key
+    asked["allow_is_causal_skip"] = asked.get("allow_is_causal_skip", True) and square
+    seen = sdpa_mask(**asked)
+    if seen is None:
+        return None
+    mask = _added(seen, asked.get("dtype", torch.float32))
+    if square and not bool(seen.triu(1).any()):
+        _ORDERED[mask] = True
+    return mask
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: the lowest number where a boolean mask is False."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+# Arguments that change nothing here: what they say of order and windows is in the mask, the others ask for more output,
+# or for an order of sums that does not vary.
 _IN_THE_MASK = {"sliding_window", "position_ids", "cache_position"}
 _OUTPUT = {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+_ALWAYS = {"deterministic"}
 
 _watched: list[set[str]] = []  # what models ask for, while somebody watches; "" for a call that asks for nothing more
 
 
 def _beyond(dropout: float, extras: Mapping[str, Any]) -> set[str]:
     """Names of the arguments that this attention does not implement."""
-    asked = {name for name, value in extras.items() if value is not None} - _IN_THE_MASK - _OUTPUT
+    asked = {name for name, value in extras.items() if value is not None} - _IN_THE_MASK - _OUTPUT - _ALWAYS
     return asked | {"dropout"} if dropout else asked
 
 
 def register() -> None:
     """Make the attention known to transformers (with its mask form: without it padding would be ignored)."""
     AttentionInterface.register(NAME, _bmm_attention)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
-def use_fast_attention(base: nn.Module, max_length: int) -> None:
-    """Switch a bf16 CPU model with short inputs to this attention; other models keep theirs.
+def use_fast_attention(base: nn.Module, max_length: int, when: Container[torch.dtype] = FASTER) -> None:
+    """Switch a CPU model with short inputs to this attention where it is faster; other models keep theirs.
 
     So does a model whose attention gets what this one does not implement (sinks, soft caps, biases of heads, dropout),
-    which one short pass shows.
+    or that gives something else with it, which a short pass shows.
 
     Args:
         base: A Hugging Face model in eval mode.
         max_length: Longest input in tokens.
+        when: Types of numbers in which it is faster on this machine.
     """
     first = next(base.parameters())
-    if first.device.type != "cpu" or first.dtype != torch.bfloat16 or max_length > MAX_TOKENS:
+    if first.device.type != "cpu" or first.dtype not in when or max_length > MAX_TOKENS:
         return
     part: Any = base
     own = part.config._attn_implementation  # noqa: SLF001  (there is no public name for it)
+    expected = _outputs(part)
     register()
     part.set_attn_implementation(NAME)
-    if _asked(part) != {""}:
+    _watched.append(set())
+    found = _outputs(part)
+    alike = len(found) == len(expected) and all(map(_alike, found, expected))
+    if _watched.pop() != {""} or not alike:
         part.set_attn_implementation(own)
 
 
 @torch.no_grad()
-def _asked(base: Any) -> set[str]:
-    """What the attention of a model asks for in a short pass with padding; empty when it never came here."""
+def _outputs(base: Any) -> list[Tensor]:
+    """What a model gives for two short rows and for two of which one is padded; less where it cannot be run."""
     ids = torch.tensor(plain_tokens(base, 6)).view(2, 3)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    _watched.append(set())
     try:
-        base(input_ids=ids, attention_mask=mask)
+        return [base(input_ids=ids)[0], base(input_ids=ids, attention_mask=mask)[0][mask.bool()]]
     except Exception:  # noqa: BLE001  (whatever it was, its own attention will do better)
-        return {"another attention"}
-    finally:
-        asked = _watched.pop()
-    return asked
+        return []
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by rounding only: a mask that was lost changes most of them by more."""
+    close = 1e-4 if found.dtype == torch.float32 else 5e-2
+    return bool((found - expected).float().norm() <= close * expected.float().norm())

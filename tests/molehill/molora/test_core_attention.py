@@ -39,12 +39,28 @@ def test_outputs_and_gradients_are_those_of_sdpa(architecture, padding):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
 
 
-def test_gradients_are_those_of_finite_differences():
+@pytest.mark.parametrize("keys", [4, 6])
+def test_gradients_are_those_of_finite_differences(keys, monkeypatch):
+    """Blocks of three queries and of one, with as many keys or two of the past."""
+    monkeypatch.setattr(attention, "_BLOCK", 3)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    bias = torch.full((4, 4), -torch.inf, dtype=torch.float64).triu(1)
-    assert torch.autograd.gradcheck(lambda *qkv: attention._Attention.apply(*qkv, bias, 0.7), (q, k, v))
-    assert torch.autograd.gradcheck(lambda *qkv: attention._Attention.apply(*qkv, None, 0.7), (q, k, v))
+    q = torch.randn(2, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, keys, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    order = torch.full((4, keys), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1 + keys - 4)
+    heads = torch.randn(1, 4, 4, keys, dtype=torch.float64) + order
+    found = []
+    for how in ((None, False), (order, False), (order, True), (None, True), (heads, False), (heads, True)):
+
+        def run(*qkv, how=how):
+            return attention._Attention.apply(*qkv, how[0], 0.7, how[1])
+
+        assert torch.autograd.gradcheck(run, (q, k, v))
+        found.append(run(q, k, v))
+    for one in found[2:4]:
+        torch.testing.assert_close(one, found[1])
+    torch.testing.assert_close(found[4], found[5])
+    scores = (q.unflatten(1, (2, 2)) @ k.unsqueeze(2).mT).flatten(1, 2) * 0.7 + heads
+    torch.testing.assert_close(found[4], (scores.softmax(-1).unflatten(1, (2, 2)) @ v.unsqueeze(2)).flatten(1, 2))
 
 
 def test_more_keys_than_queries_are_the_past():
@@ -59,14 +75,61 @@ def test_more_keys_than_queries_are_the_past():
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
+PADDED = {"attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3])}
+PACKED = {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 0, 1, 2, 0, 1]])}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "length", "switched"),
-    [(torch.bfloat16, 128, True), (torch.bfloat16, attention.MAX_TOKENS + 1, False), (torch.float32, 128, False)],
+    ("architecture", "given", "masked", "ordered"),
+    [
+        ("llama", {}, False, True),
+        ("llama", {"attention_mask": torch.ones(2, 9)}, False, True),
+        ("llama", PADDED, True, True),
+        ("llama", PACKED, True, True),
+        ("gpt2", {}, False, True),
+        ("bert", {}, False, False),
+        ("bert", PADDED, True, False),
+    ],
 )
-def test_only_short_inputs_in_bf16_are_switched(dtype, length, switched):
+def test_a_mask_is_made_only_where_more_than_the_order_masks(architecture, given, masked, ordered, monkeypatch):
+    model, calls, apply = base(architecture), [], attention._Attention.apply
+
+    def note(*args):
+        calls.append((args[3] is not None, args[5]))
+        return apply(*args)
+
+    ids = torch.arange(18).view(2, 9) + 2
+    real = given.get("attention_mask", torch.ones(2, 9)).bool()
+    with torch.no_grad():
+        expected = model(input_ids=ids, **given)[0][real]
+        attention.use_fast_attention(model, 9, {torch.float32})
+        monkeypatch.setattr(attention._Attention, "apply", note)
+        found = model(input_ids=ids, **given)[0][real]
+    assert calls == [(masked, ordered)] * 2
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "given", "switched"),
+    [
+        (torch.bfloat16, 128, (), True),
+        (torch.bfloat16, attention.MAX_TOKENS + 1, (), False),
+        (torch.float32, 128, (), False),
+        (torch.float32, 128, ({torch.float32},), True),
+        (torch.bfloat16, 128, ({torch.float32},), False),
+    ],
+)
+def test_short_inputs_are_switched_where_it_is_faster(dtype, length, given, switched):
     model = base("llama", dtype=dtype)
-    attention.use_fast_attention(model, length)
+    attention.use_fast_attention(model, length, *given)
     assert (model.config._attn_implementation == attention.NAME) == switched
+
+
+def test_a_model_that_would_give_something_else_keeps_its_own(monkeypatch):
+    model = base("bert", dtype=torch.bfloat16)
+    monkeypatch.setattr(attention, "_mask", lambda **_: None)  # padding would be seen
+    attention.use_fast_attention(model, 128)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
