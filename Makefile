@@ -8,7 +8,7 @@ PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check nightly docs clean
+.PHONY: benchmarks demo test check nightly docs clean
 
 demo: .venv/demo.stamp  ## Fine-tune a small encoder across eight data owners and show what each gained
 	@out=runs/demo; number=1; \
@@ -26,6 +26,9 @@ check: .venv/dev.stamp  ## The gate without the tests: seconds
 nightly: .venv/dev.stamp  ## Kills of processes at random moments, 29 of deployments and 500 of simulations, with what became of them, and every family of decoders: an hour
 	PATH="$(CURDIR)/$(BIN):$$PATH" MOLEHILL_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s tests/deploy/test_faults.py tests/e2e/test_kills.py \
 		tests/deploy/test_surroundings.py tests/edge/test_export_families.py
+
+benchmarks: .venv/benchmarks.stamp  ## Measure all speeds and fill docs/reference/speed.md: an hour on a quiet machine
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
 
 docs: .venv/dev.stamp  ## Write the generated pages of docs/reference
 	$(BIN)/python scripts/docs.py

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,19 @@ def grown_by(call: Callable[[], Any]) -> float:
 def _status(field: str) -> int:
     """A field of /proc/self/status, in KiB."""
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if field in line)
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Put ``text`` between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a page."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{start}\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401 - finds the packages
+from common import fill, markdown  # finds the packages
 
 # isort: split
 
@@ -131,11 +131,8 @@ def main() -> None:
                 echo(f"{method}, seed {seed}")
                 run(study(seed, method, arguments.overrides), arguments.out / f"{method}-{seed}")
     head = ["", "accuracy", "worst client", "macro-F1", "worst client", "MB up", "MB down"]
-    lines = [head, ["---"] * len(head), *table(arguments.out, seeds, methods)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    before, marker, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    PAGE.write_text(f"{before}{marker}\n{text}\n\n<!-- end -->{after}", encoding="utf-8")
+    text = markdown(head, list(table(arguments.out, seeds, methods)))
+    fill(PAGE, "quality", text)
     echo(text)
 
 

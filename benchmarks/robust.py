@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401 - finds the packages
+from common import fill, markdown  # finds the packages
 
 # isort: split
 
@@ -154,7 +154,7 @@ def main() -> None:
         tiny_world.save_base(given.out / "bert", "bert")
     rules = dict(list(RULES.items())[:2]) if given.quick else RULES
     rounds, seeds = (2, range(1)) if given.quick else (ROUNDS, range(given.seeds))
-    table = [["", *(attack.name for attack in ATTACKS)], ["---"] * (1 + len(ATTACKS))]
+    table = []
     for name, (rule, bound) in rules.items():
         line = [name]
         for attack in ATTACKS:
@@ -165,11 +165,8 @@ def main() -> None:
             line.append(text)
         table.append(line)
         Console().print(json.dumps(line, ensure_ascii=False), soft_wrap=True)
-    text = "\n".join("| " + " | ".join(line) + " |" for line in table)
     if not given.quick:
-        before, marker, rest = PAGE.read_text(encoding="utf-8").partition("<!-- robust -->\n")
-        after = rest.partition("<!-- end of robust -->")[2]
-        PAGE.write_text(f"{before}{marker}\n{text}\n\n<!-- end of robust -->{after}", encoding="utf-8")
+        fill(PAGE, "robust", markdown(["", *(attack.name for attack in ATTACKS)], table))
 
 
 if __name__ == "__main__":

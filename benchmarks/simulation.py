@@ -5,7 +5,7 @@
 16 clients make 4 steps of MiniLM each, on 4 rows of 128 tokens; 4 experts of rank 8, top-2, on every linear of the
 layers; AdamW and a gradient norm of at most 1. Start values in, delta out; no wire on either side.
 
-* ``clone + loop``: the model is copied for every client and runs a loop over the experts (see `loop.py`).
+* ``clone + loop``: the model is copied for every client and runs a loop over the experts (MoLA's of `moe_peft.py`).
 * ``swap``: one model; a client is its flat vector, copied in and out.
 * ``k together``: k clients in the same passes.
 
@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from common import show
-from loop import LoopLinear, put_loops
+from moe_peft import MolaLinear, put
 from torch import nn
 
 from molehill import config
@@ -107,7 +107,7 @@ class Clones:
     def __init__(self, ours: Ours, dtype: str) -> None:
         self.steps, self.batches = ours.steps, ours.batches
         base = load_base(config.Base(precision=dtype), config.Task()).model
-        put_loops(base, ["query", "key", "value", "dense"], EXPERTS, RANK, ALPHA, TOP_K)
+        put(MolaLinear, base, ["query", "key", "value", "dense"], EXPERTS, RANK, ALPHA, TOP_K)
         self.template = nn.ModuleDict({"base": base, "head": nn.Linear(base.config.hidden_size, CLASSES)})
         ours.model.flat.copy_(ours.start)
         values = ours.model.tree()
@@ -120,7 +120,7 @@ class Clones:
         """Every trained parameter by its name on the wire, with the scale that the wire absorbs."""
         found = {Key("head", "-", f"head.{name}"): (p, 1.0) for name, p in model["head"].named_parameters()}
         for site, module in model["base"].named_modules():
-            if isinstance(module, LoopLinear):
+            if isinstance(module, MolaLinear):
                 found[Key(site, "-", "gate.weight")] = (module.gate.weight, 1.0)
                 for number, expert in enumerate(module.experts):
                     found[Key(site, f"e{number}", "A")] = (expert.a.weight, 1.0)

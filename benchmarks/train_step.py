@@ -1,14 +1,15 @@
-"""One training step of a mixture against peft's LoRA of the same total rank, and against a loop over the experts.
+"""One training step of a mixture against peft's LoRA of the same total rank, and against published code for mixtures.
 
     python benchmarks/train_step.py [--reps 7] [--threads 1] [--model llama] [--dtype bf16] [--quick] [--json]
 
 MoLoRA with 8 experts of rank 8, top-2, on every linear. A step is forward, backward and AdamW.
 
-* ``peft r64``: LoRA of rank 64 as users run it, adapters in the base's type (``autocast_adapter_dtype=False``), the
+* ``peft``: LoRA of rank 64 as users run it, adapters in the base's type (``autocast_adapter_dtype=False``), the
   fastest setting of peft.
-* ``peft r64 onednn``: the same with fp32 products through oneDNN, one line that peft's users could write as well: what
+* ``peft onednn``: the same with fp32 products through oneDNN, one line that peft's users could write as well: what
   it saves is the switch, and not ours. As the others where this machine's choice is MKL, and in bf16.
-* ``loop``: the mixture as published code computes it, see `loop`. Same function and as many parameters as ours.
+* ``mola``: the mixture as MoE-PEFT's MoLA computes it, see `moe_peft`. Same function and as many parameters as ours.
+* ``base``: the frozen base alone, forward and backward through its activations: what no adapter goes below.
 * ``molehill``: as the client builds it: `wrap`, `use_fast_attention`, and the kernels that were measured to be fastest.
 
 With ``--parts`` ours is measured without each of its parts as well: the time without over the time with it.
@@ -37,7 +38,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from common import alternate, clock_for, grown_by, in_own_process, show
-from loop import put_loops
+from moe_peft import Form, LoraMoeLinear, MolaLinear, put
 from torch import Tensor, nn
 
 from molehill import config
@@ -53,7 +54,7 @@ from molehill_client.objectives.sft import SFT
 EXPERTS, RANK, TOP_K, ALPHA = 8, 8, 2, 16.0
 CLASSES = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WAYS = ("peft r64", "peft r64 onednn", "loop", "molehill")
+WAYS = ("base", "peft", "peft onednn", "mola", "molehill")
 PARTS = ("products", "fans", "attention", "recompute")  # what ours can be measured without
 TIME_LIMITS = {  # ours over peft, at most
     ("llama", "fp32"): 0.55,
@@ -61,7 +62,7 @@ TIME_LIMITS = {  # ours over peft, at most
     ("llama", "bf16"): 0.72,
     ("minilm", "bf16"): 0.62,
 }
-LOOP_LIMITS = {"fp32": 2.0, "bf16": 4.0}  # the loop over ours, at least
+MOLA_LIMITS = {"fp32": 2.0, "bf16": 4.0}  # MoLA's form over ours, at least
 MEMORY_LIMIT = 0.75  # ours over peft, at most
 Step = Callable[[], Any]
 
@@ -76,9 +77,10 @@ class Setting:
     labels: Tensor
     targets: list[str]
     width: int
+    experts: int = EXPERTS
 
 
-def setting(model: str, dtype: str, *, quick: bool) -> Setting:
+def setting(model: str, dtype: str, *, quick: bool, experts: int = EXPERTS) -> Setting:
     """Build a base model with frozen weights and a batch for it."""
     torch.manual_seed(0)
     if model == "llama":
@@ -96,7 +98,7 @@ def setting(model: str, dtype: str, *, quick: bool) -> Setting:
         ids = torch.randint(1000, 20000, (rows, tokens))
         labels, targets, width = torch.randint(0, CLASSES, (rows,)), ["query", "key", "value", "dense"], 384
     base = base.to(DTYPES[dtype]).eval().requires_grad_(requires_grad=False)
-    return Setting(base, ids, torch.ones_like(ids, dtype=torch.bool), labels, targets, width)
+    return Setting(base, ids, torch.ones_like(ids, dtype=torch.bool), labels, targets, width, experts)
 
 
 class MeanHead(nn.Module):
@@ -132,15 +134,30 @@ def huggingface_step(at: Setting, base: nn.Module) -> Step:
 
 
 def peft_step(at: Setting) -> Step:
-    """LoRA of rank 64 by peft."""
-    shape = peft.LoraConfig(r=EXPERTS * RANK, lora_alpha=ALPHA, target_modules=at.targets)
+    """LoRA by peft, of as many ranks as all experts have."""
+    shape = peft.LoraConfig(r=at.experts * RANK, lora_alpha=ALPHA, target_modules=at.targets)
     return huggingface_step(at, peft.get_peft_model(at.base, shape, autocast_adapter_dtype=False))
 
 
-def loop_step(at: Setting) -> Step:
-    """The loop over experts."""
-    put_loops(at.base, at.targets, EXPERTS, RANK, ALPHA, TOP_K)
+def moe_peft_step(at: Setting, form: Form) -> Step:
+    """A mixture in one of MoE-PEFT's forms."""
+    put(form, at.base, at.targets, at.experts, RANK, ALPHA, TOP_K)
     return huggingface_step(at, at.base)
+
+
+def base_step(at: Setting) -> Step:
+    """The frozen base: its own products and the gradient of its activations."""
+    model: Any = at.base
+    embeddings = model.get_input_embeddings()(at.ids).detach()
+
+    def step() -> None:
+        x = embeddings.clone().requires_grad_()
+        if at.labels.dim() == 1:
+            model(inputs_embeds=x).last_hidden_state.float().mean().backward()
+        else:
+            model(inputs_embeds=x, labels=at.labels).loss.backward()
+
+    return step
 
 
 def through_onednn(step: Step, chosen: kernels.Kernels) -> Step:
@@ -162,27 +179,26 @@ def chosen_kernels(at: Setting) -> kernels.Kernels:
 
 
 def peft_onednn_step(at: Setting) -> Step:
-    """LoRA of rank 64 by peft with the kernels that we choose."""
+    """The same with the kernels that we choose."""
     return through_onednn(peft_step(at), chosen_kernels(at))
 
 
-def molehill_step(at: Setting, without: str = "") -> Step:
+def molehill_step(at: Setting, without: str = "", selector: str = "top_k") -> Step:
     """Ours, or ours without one of its parts."""
     own = build.keep_less
     if without == "recompute":
         build.keep_less = lambda _: None
     try:
-        step = _molehill_step(at, without)
+        step = _molehill_step(at, without, selector)
     finally:
         build.keep_less = own
     return step if without == "products" else through_onednn(step, chosen_kernels(at))
 
 
-def _molehill_step(at: Setting, without: str) -> Step:
+def _molehill_step(at: Setting, without: str, selector: str) -> Step:
     classes = at.labels.dim() == 1
-    section = config.MoLoRA.model_validate(
-        {"experts": EXPERTS, "rank": RANK, "alpha": ALPHA, "selector": {"name": "top_k", "k": TOP_K}}
-    )
+    chooses = {"name": selector, **({"k": TOP_K} if selector == "top_k" else {})}
+    section = config.MoLoRA.model_validate({"experts": at.experts, "rank": RANK, "alpha": ALPHA, "selector": chooses})
     model = wrap(at.base, section, head=Head(at.width, CLASSES, "mean", anchored=False) if classes else None)
     if without != "attention":
         use_fast_attention(at.base, at.ids.shape[1])
@@ -204,10 +220,13 @@ def _molehill_step(at: Setting, without: str) -> Step:
 
 
 STEPS: dict[str, Callable[[Setting], Step]] = {
-    "peft r64": peft_step,
-    "peft r64 onednn": peft_onednn_step,
-    "loop": loop_step,
+    "peft": peft_step,
+    "peft onednn": peft_onednn_step,
+    "base": base_step,
+    "mola": partial(moe_peft_step, form=MolaLinear),
+    "loramoe": partial(moe_peft_step, form=LoraMoeLinear),
     "molehill": molehill_step,
+    "molehill dense": partial(molehill_step, selector="dense"),
     **{f"without {part}": partial(molehill_step, without=part) for part in PARTS},
 }
 
@@ -246,13 +265,13 @@ def measure(model: str, dtype: str, reps: int, threads: int, *, quick: bool) -> 
         "threads": threads,
         "milliseconds": {way: 1e3 * value for way, value in seconds.items()},
         "peak_mib": grown,
-        "over_peft": seconds["molehill"] / seconds["peft r64"],
-        "over_peft_onednn": seconds["molehill"] / seconds["peft r64 onednn"],
-        "faster_than_loop": seconds["loop"] / seconds["molehill"],
-        "memory_over_peft": grown["molehill"] / grown["peft r64"],
+        "over_peft": seconds["molehill"] / seconds["peft"],
+        "over_peft_onednn": seconds["molehill"] / seconds["peft onednn"],
+        "faster_than_mola": seconds["mola"] / seconds["molehill"],
+        "memory_over_peft": grown["molehill"] / grown["peft"],
         "limits": {
             "over_peft": TIME_LIMITS[model, dtype],
-            "faster_than_loop": LOOP_LIMITS[dtype],
+            "faster_than_mola": MOLA_LIMITS[dtype],
             "memory_over_peft": MEMORY_LIMIT,
         },
     }
@@ -309,7 +328,7 @@ def main() -> None:
     )
     show(
         "molehill against the others, and in brackets what is aimed at",
-        ["", "ms / peft's (at most)", "loop ms / ours (at least)", "MiB / peft's (at most)"],
+        ["", "ms / peft's (at most)", "mola ms / ours (at least)", "MiB / peft's (at most)"],
         [
             [f"{r['model']} {r['dtype']}", *(f"{r[ratio]:.2f} ({limit:.2f})" for ratio, limit in r["limits"].items())]
             for r in results

@@ -213,7 +213,7 @@ def _switch(products: Products) -> None:
 
 def _remembered(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """What was measured on this machine before, else now; all processes of a machine then choose alike."""
-    machine = [platform.machine(), _processor(), torch.__version__, torch.get_num_threads(), what]
+    machine = [platform.machine(), processor(), torch.__version__, torch.get_num_threads(), what]
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:24]
     path = cache_folder() / "kernels" / f"{name}.json"
     known = _read(path)
@@ -237,7 +237,7 @@ def _read(path: Path) -> dict[str, float] | None:
     return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name of the processor."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  (a context of two)
         return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

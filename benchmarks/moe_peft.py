@@ -1,17 +1,21 @@
-"""A mixture of LoRA experts as published code computes it: the layer of MoLA in MoE-PEFT, around a frozen linear.
+"""Mixtures of LoRA experts as MoE-PEFT computes them (https://github.com/TUDB-Labs/MoE-PEFT, commit 40f8cb7).
 
-Gathers the tokens of each expert, runs its LoRA in float32, and adds the results back by index.
+The two forms that put experts on every linear, operation by operation: `MolaLinear` is ``MolaSparseMoe`` of
+``adapters/mola``, `LoraMoeLinear` is ``LoraMoe`` of ``adapters/loramoe``. Experts and gates are float32 whatever the
+base is, as there. Left out is what is not the layer: the auxiliary loss, and dropout, of which MoE-PEFT wants some.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class LoopExpert(nn.Module):
-    """One LoRA in float32."""
+class Expert(nn.Module):
+    """One LoRA in float32: ``lora_forward`` of ``common/lora_linear.py``."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float) -> None:
         super().__init__()
@@ -23,15 +27,19 @@ class LoopExpert(nn.Module):
         return self.b(self.a(self.dropout(x.to(torch.float32)))) * self.scale
 
 
-class LoopLinear(nn.Module):
-    """MoE-PEFT's `MolaSparseMoe` around a frozen linear."""
+class MoeLinear(nn.Module):
+    """A frozen linear with experts and a gate."""
 
     def __init__(self, base: nn.Linear, experts: int, rank: int, alpha: float, top_k: int) -> None:
         super().__init__()
         self.base, self.top_k = base, top_k
         sizes = base.in_features, base.out_features
-        self.experts = nn.ModuleList(LoopExpert(*sizes, rank, alpha) for _ in range(experts))
+        self.experts = nn.ModuleList(Expert(*sizes, rank, alpha) for _ in range(experts))
         self.gate = nn.Linear(base.in_features, experts, bias=False)
+
+
+class MolaLinear(MoeLinear):
+    """Gathers the tokens of each expert, runs its LoRA, and adds the results back by index."""
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.base(x)
@@ -47,9 +55,23 @@ class LoopLinear(nn.Module):
         return residual + out.reshape(residual.shape).to(x.dtype)
 
 
-def put_loops(base: nn.Module, targets: list[str], experts: int, rank: int, alpha: float, top_k: int) -> None:
+class LoraMoeLinear(MoeLinear):
+    """Runs every expert on all tokens, weighted by the softmax of all scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.base(x)
+        weights = F.softmax(self.gate(x.to(torch.float32)), dim=-1, dtype=torch.float32)
+        for index, expert in enumerate(self.experts):
+            residual = residual + (weights[:, :, index].unsqueeze(-1) * expert(x)).to(x.dtype)
+        return residual
+
+
+Form = Callable[[nn.Linear, int, int, float, int], MoeLinear]
+
+
+def put(form: Form, base: nn.Module, targets: list[str], experts: int, rank: int, alpha: float, top_k: int) -> None:
     """Replace the linears of these names."""
     for name, module in list(base.named_modules()):
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
             parent, _, last = name.rpartition(".")
-            setattr(base.get_submodule(parent), last, LoopLinear(module, experts, rank, alpha, top_k))
+            setattr(base.get_submodule(parent), last, form(module, experts, rank, alpha, top_k))
