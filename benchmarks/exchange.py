@@ -4,7 +4,8 @@
     python benchmarks/exchange.py load [--nodes 200] [--mb 20]
 
 `speed` moves random bytes up and down loopback, through the exchange (mutual TLS, a digest each way, disk) and through
-a gRPC service that does nothing, in the same chunks, with the same TLS and without; in turns. `load` has every
+a gRPC service that does nothing, in the same chunks, with the same TLS and without; in turns. Beside the time that
+passes, which a busy machine or a slow disk makes longer, stands the processor time of both processes. `load` has every
 node connect with a certificate of its own and upload at the same time, and prints the server's peak memory.
 """
 
@@ -98,8 +99,8 @@ def speed(mb: int, rounds: int) -> None:
         blobs, name = FolderExchange(folder / "exchange" / "blobs"), digest(blob)
         grants = Grants(folder / "exchange" / "grants")
         grants.give("lab-1", Grant(run=NOW.run, round=NOW.round, read=(name,), write=True, max_bytes=2**30))
-        _, (port,) = open_.enter_context(exchange(folder / "exchange", server))
-        _, ports = open_.enter_context(process(__file__, "bare", str(server), str(len(blob))))
+        house, (port,) = open_.enter_context(exchange(folder / "exchange", server))
+        other, ports = open_.enter_context(process(__file__, "bare", str(server), str(len(blob))))
         own = Identity.load(node)
         ours = open_.enter_context(GrpcExchange(f"127.0.0.1:{port}", own))
         limit = [("grpc.max_receive_message_length", 2**22)]
@@ -124,14 +125,17 @@ def speed(mb: int, rounds: int) -> None:
             ("down", "exchange"): lambda: ours.get(name),
         }
         times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+        spent = dict.fromkeys(calls, 0.0)
         for turn in range(rounds + 1):  # the first is to warm up
             for key, call in calls.items():
                 if key == ("up", "exchange"):
                     blobs.drop(name)
-                start = time.perf_counter()
+                process_id = house if key[1] == "exchange" else other
+                before, start = time.process_time() + processor(process_id), time.perf_counter()
                 call()
                 if turn:
                     times[key].append(time.perf_counter() - start)
+                    spent[key] += (time.process_time() + processor(process_id) - before) / rounds
         median = {key: statistics.median(each) for key, each in times.items()}
         rows = [
             [
@@ -139,10 +143,16 @@ def speed(mb: int, rounds: int) -> None:
                 f"{1e3 * seconds:.0f}",
                 f"{mb / seconds:.0f}",
                 f"{median[way, 'bare stream, TLS'] / seconds:.2f}",
+                f"{1e3 * spent[way, what]:.0f}",
+                f"{spent[way, 'bare stream, TLS'] / spent[way, what]:.2f}",
             ]
             for (way, what), seconds in median.items()
         ]
-        show(f"{mb} MiB in chunks of {CHUNK // 1024} KiB", ["", "ms", "MiB/s", "x bare with TLS"], rows)
+        show(
+            f"{mb} MiB in chunks of {CHUNK // 1024} KiB",
+            ["", "ms", "MiB/s", "x bare with TLS", "processor ms", "x bare"],
+            rows,
+        )
 
 
 def load(nodes: int, mb: int) -> None:
@@ -176,6 +186,12 @@ def load(nodes: int, mb: int) -> None:
             row += [f"{peak(pid):.0f}", str(len(failed))]
             show("uploads at the same time", ["", "s", "MiB/s", "MiB at start", "MiB at most", "failed"], [row])
             print("\n".join(failed))
+
+
+def processor(pid: int) -> float:
+    """Processor time of a process, in seconds (Linux)."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def peak(pid: int) -> float:

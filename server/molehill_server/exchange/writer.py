@@ -13,7 +13,6 @@ from molehill_server.exchange.spool import Part
 T = TypeVar("T")
 
 _AHEAD = 2**19  # bytes of an upload in memory that are not written yet
-_SYNC = 16 * 2**20  # bytes written before they are brought to the disk, so that the end need not wait for all of them
 
 
 class Writer:
@@ -30,7 +29,6 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._room, self._waiting = asyncio.Event(), False
         self._failed: Exception | None = None
-        self._syncing: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -47,12 +45,6 @@ class Writer:
             self._waiting = True  # before the thread's progress is looked at again, as the thread does it the other way
             if self._given - self._written > _AHEAD // 2:
                 await self._room.wait()
-        due = self._part.synced + _SYNC <= self._written < self._part.length - _SYNC  # the end is synced at the end
-        if self._syncing is None and due:
-            self._syncing = asyncio.create_task(in_thread(self._part.sync))
-        elif self._syncing is not None and self._syncing.done():
-            syncing, self._syncing = self._syncing, None
-            await syncing
         self._raise()
 
     async def end(self) -> None:
@@ -63,8 +55,6 @@ class Writer:
         """
         self._pieces.put(None)
         await in_thread(self._thread.join)
-        if self._syncing is not None:
-            await self._syncing
         self._raise()
 
     def _raise(self) -> None:
