@@ -12,7 +12,8 @@ MoLoRA with 8 experts of rank 8, top-2, on every linear. A step is forward, back
 * ``base``: the frozen base alone, forward and backward through its activations: what no adapter goes below.
 * ``molehill``: as the client builds it: `wrap`, `use_fast_attention`, and the kernels that were measured to be fastest.
 
-With ``--parts`` ours is measured without each of its parts as well: the time without over the time with it.
+With ``--parts`` ours is measured without each of its parts as well: the time without over the time with it. ``blocks``
+are those of the attention, which is used in bf16 only.
 
 Models: a Llama of random weights (hidden 512, 8 layers, FFN 1408, vocabulary 8192; 8 rows of 256 tokens) and the
 sample MiniLM (16 rows of 128 tokens). One thread is measured in processor time, several in wall time. The limits in
@@ -29,9 +30,11 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
@@ -42,20 +45,27 @@ from moe_peft import Form, LoraMoeLinear, MolaLinear, put
 from torch import Tensor, nn
 
 from molehill import config
-from molehill.molora import build
+from molehill.molora import attention, build, recompute
 from molehill.molora.attention import use_fast_attention
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.layer import Fan
 from molehill.tasks import kernels
 from molehill.tasks.base_model import load_base
+from molehill_client.objectives import sft
 from molehill_client.objectives.sft import SFT
 
 EXPERTS, RANK, TOP_K, ALPHA = 8, 8, 2, 16.0
 CLASSES = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = ("base", "peft", "peft onednn", "mola", "molehill")
-PARTS = ("products", "fans", "attention", "recompute")  # what ours can be measured without
+REPLACED: dict[str, tuple[Any, str, Any]] = {  # parts of ours, and what stands in for them
+    "blocks": (attention, "_BLOCK", attention.MAX_TOKENS),
+    "recompute": (build, "keep_less", lambda _: None),
+    "norms": (recompute, "form_of", lambda _: None),
+    "loss": (sft, "nll", lambda logits, labels: F.cross_entropy(logits.float(), labels, reduction="none")),
+}
+PARTS = ("products", "fans", "attention", *REPLACED)  # what ours can be measured without
 TIME_LIMITS = {  # ours over peft, at most
     ("llama", "fp32"): 0.55,
     ("minilm", "fp32"): 0.60,
@@ -185,14 +195,15 @@ def peft_onednn_step(at: Setting) -> Step:
 
 def molehill_step(at: Setting, without: str = "", selector: str = "top_k") -> Step:
     """Ours, or ours without one of its parts."""
-    own = build.keep_less
-    if without == "recompute":
-        build.keep_less = lambda _: None
-    try:
+    replaced = partial(patch.object, *REPLACED[without]) if without in REPLACED else nullcontext
+    with replaced():
         step = _molehill_step(at, without, selector)
-    finally:
-        build.keep_less = own
-    return step if without == "products" else through_onednn(step, chosen_kernels(at))
+
+    def run() -> None:
+        with replaced():
+            step()
+
+    return run if without == "products" else through_onednn(run, chosen_kernels(at))
 
 
 def _molehill_step(at: Setting, without: str, selector: str) -> Step:
