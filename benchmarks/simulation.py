@@ -32,6 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.tasks.base_model import load_base
 from molehill.tasks.batches import Batch
+from molehill.tasks.kernels import fast_attention
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
 from molehill_client.objectives.sft import SFT
@@ -70,7 +72,7 @@ class Ours:
         section = {"experts": EXPERTS, "rank": RANK, "alpha": ALPHA, "selector": {"name": "top_k", "k": TOP_K}}
         head = Head(loaded.model.config.hidden_size, CLASSES, "mean", anchored=False)
         self.model = wrap(loaded.model, config.MoLoRA.model_validate(section), head=head)
-        use_fast_attention(loaded.model, tokens)
+        use_fast_attention(loaded.model, tokens, partial(fast_attention, loaded.kernels, tokens))
         generator = torch.Generator().manual_seed(0)
         self.start = torch.randn(self.model.n_parameters, generator=generator) * 0.02
         self.batches = [

@@ -13,7 +13,7 @@ MoLoRA with 8 experts of rank 8, top-2, on every linear. A step is forward, back
 * ``molehill``: as the client builds it: `wrap`, `use_fast_attention`, and the kernels that were measured to be fastest.
 
 With ``--parts`` ours is measured without each of its parts as well: the time without over the time with it. ``blocks``
-are those of the attention, which is used in bf16 only.
+are those of the attention, which is used where it was measured to be faster.
 
 Models: a Llama of random weights (hidden 512, 8 layers, FFN 1408, vocabulary 8192; 8 rows of 256 tokens) and the
 sample MiniLM (16 rows of 128 tokens). One thread is measured in processor time, several in wall time. The limits in
@@ -184,8 +184,9 @@ def through_onednn(step: Step, chosen: kernels.Kernels) -> Step:
 
 
 def chosen_kernels(at: Setting) -> kernels.Kernels:
-    """What is fastest on this machine for float32 products."""
-    return kernels.choose("fp32", torch.device("cpu"), at.width)
+    """What is fastest on this machine for the products of a base."""
+    half = next(at.base.parameters()).dtype == torch.bfloat16
+    return kernels.choose("bf16" if half else "fp32", torch.device("cpu"), at.width)
 
 
 def peft_onednn_step(at: Setting) -> Step:
@@ -212,7 +213,8 @@ def _molehill_step(at: Setting, without: str, selector: str) -> Step:
     section = config.MoLoRA.model_validate({"experts": at.experts, "rank": RANK, "alpha": ALPHA, "selector": chooses})
     model = wrap(at.base, section, head=Head(at.width, CLASSES, "mean", anchored=False) if classes else None)
     if without != "attention":
-        use_fast_attention(at.base, at.ids.shape[1])
+        tokens = at.ids.shape[1]
+        use_fast_attention(at.base, tokens, partial(kernels.fast_attention, chosen_kernels(at), tokens))
     if without == "fans":
         for site in model.sites.values():
             site.fan = Fan([site])

@@ -1,6 +1,7 @@
-"""Attention by batched matrix products, for bf16 training on CPUs.
+"""Attention by batched matrix products, for training on CPUs with products in bf16.
 
-The CPU flash kernel has a slow bf16 backward; below a few hundred tokens the plain form is faster. It goes through the
+The CPU flash kernel has a slow bf16 backward; where the processor multiplies in bf16, and below a few hundred tokens,
+the plain form is faster (`molehill.tasks.kernels` measures it). It goes through the
 batch a few rows at a time, so that scores stay in the processor's cache and never exist for the whole batch, and keeps
 q, k and v only: the backward computes the probabilities again. Where no query sees a later key, the queries come in
 blocks, and what a whole block does not see is not computed. The work grows with T^2 all the same, so it is used for
@@ -9,7 +10,7 @@ short inputs only (`MAX_TOKENS`).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -28,16 +29,9 @@ NAME = "molehill_bmm"
 MAX_TOKENS = 512
 _AT_ONCE = 2**19  # scores of the rows that are taken together: 1 MiB in bf16
 _BLOCK = 128  # queries of a block: half as many skip a little more, in products that are less efficient
-FASTER = frozenset({torch.bfloat16})  # in float32 torch's own kernel is no slower
 
 
 class _Attention(torch.autograd.Function):
-    """Queries ``[B, H, T, D]``, keys and values ``[B, K, S, D]``; every H / K queries in a row share a key head.
-
-    ``ordered`` says that no query sees a later key; the last query is as late as the last key. Without a bias, that
-    is all that is masked.
-    """
-
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, ordered: bool) -> Tensor:
         if bias is not None:
@@ -72,6 +66,23 @@ class _Attention(torch.autograd.Function):
                     gv3[:, keys].baddbmm_(p.mT, g3)
             gk[at], gv[at] = gk3.view_as(gk[at]), gv3.view_as(gv[at])  # type: ignore[union-attr]  # there is a last block
         return gq, gk, gv, None, None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, *, ordered: bool) -> Tensor:
+    """Attention by products.
+
+    Args:
+        q: ``[B, H, T, D]``.
+        k: ``[B, K, S, D]``; every H / K queries in a row share a key head.
+        v: ``[B, K, S, D']``.
+        bias: Added to the scores, ``[T, S]`` or what becomes ``[B, H, T, S]``; it gets no gradient.
+        scale: Of the scores.
+        ordered: No query sees a later key; the last query is as late as the last key.
+
+    Returns:
+        ``[B, H, T, D']``.
+    """
+    return _Attention.apply(q, k, v, bias, scale, ordered)  # type: ignore[no-any-return, no-untyped-call]  # untyped torch
 
 
 def _runs(q: Tensor, k: Tensor) -> Iterator[slice]:
@@ -162,7 +173,7 @@ def _bmm_attention(
             query, key, value, bias, is_causal=bias is None, scale=scale, enable_gqa=grouped
         )
     else:
-        out = _Attention.apply(query, key, value, bias, scale, ordered)  # type: ignore[no-untyped-call]  # untyped torch
+        out = attend(query, key, value, bias, scale, ordered=ordered)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -210,7 +221,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def use_fast_attention(base: nn.Module, max_length: int, when: Container[torch.dtype] = FASTER) -> None:
+def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[], bool]) -> None:
     """Switch a CPU model with short inputs to this attention where it is faster; other models keep theirs.
 
     So does a model whose attention gets what this one does not implement (sinks, soft caps, biases of heads, dropout),
@@ -219,10 +230,9 @@ def use_fast_attention(base: nn.Module, max_length: int, when: Container[torch.d
     Args:
         base: A Hugging Face model in eval mode.
         max_length: Longest input in tokens.
-        when: Types of numbers in which it is faster on this machine.
+        when: Whether it is faster for such inputs on this machine's processor; asked only if the rest allows it.
     """
-    first = next(base.parameters())
-    if first.device.type != "cpu" or first.dtype not in when or max_length > MAX_TOKENS:
+    if next(base.parameters()).device.type != "cpu" or max_length > MAX_TOKENS or not when():
         return
     part: Any = base
     own = part.config._attn_implementation  # noqa: SLF001  (there is no public name for it)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.trial import plain_tokens, trial_of
 from molehill.tasks.base_model import BaseInfo, load_base
-from molehill.tasks.kernels import Kernels
+from molehill.tasks.kernels import Kernels, fast_attention
 from molehill.tasks.task import Task, make_task
 
 
@@ -47,7 +48,8 @@ def open_model(config: Config, *, offline: bool = False) -> Adapted:
     """
     loaded = load_base(config.base, config.task, offline=offline)
     width = trial_of(loaded.model).width
-    use_fast_attention(loaded.model, config.task.max_length)
+    tokens = config.task.max_length
+    use_fast_attention(loaded.model, tokens, partial(fast_attention, loaded.kernels, tokens))
     head = None
     if config.task.kind == "classification":
         classes = len(config.task.labels)

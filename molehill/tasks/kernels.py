@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molehill import files
+from molehill.molora.attention import attend
 from molehill.molora.fused import Output, down, up
 from molehill.tasks.samples import cache_folder
 
@@ -31,6 +32,7 @@ Products = Literal["mkl", "onednn"]
 
 _ONEDNN: Any = torch.backends.mkldnn  # untyped
 _WIDEST, _ROWS = 512, 512  # a larger product takes longer and tells the same
+_LONGEST = 256  # so of an input to attention
 _TURNS, _SECONDS = 5, 0.15  # of measuring, whichever comes first
 _GAIN = 0.9  # another kernel than torch's own has to earn this much
 _BF16_GAIN = 0.75  # what is computed around the products does not get faster
@@ -108,6 +110,19 @@ def use(kernels: Kernels) -> None:
     _switch(kernels.products)
 
 
+def fast_attention(kernels: Kernels, tokens: int) -> bool:
+    """Whether attention by products is faster on this machine's processor than torch's own.
+
+    Args:
+        kernels: How the model is computed.
+        tokens: Of the longest input.
+    """
+    size = min(_class(tokens), _LONGEST)
+    with _multiplying(kernels.products):
+        times = _remembered(f"attention {size} {kernels[:2]}", lambda: _time_attention(kernels.precision, size))
+    return times["products"] < _GAIN * times["torch"]
+
+
 def company(kernels: Kernels, width: int, tokens: int) -> Company:
     """How many clients are worth training in the same passes on this machine's processor.
 
@@ -159,9 +174,35 @@ def _time_products(width: int) -> dict[str, float]:
     return {name: 1e3 * seconds for name, seconds in _least(ways).items()}
 
 
+def _type(precision: Precision) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _time_attention(precision: Precision, tokens: int) -> dict[str, float]:
+    """Seconds of an attention's pass forward and backward, in both directions and with only the past in sight."""
+    shape = (1, 2, tokens, 64)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator).to(_type(precision)).requires_grad_() for _ in range(3))
+
+    def through(form: Callable[[bool], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for ordered in (False, True):
+                out = form(ordered)
+                torch.autograd.grad(out, (q, k, v), out.detach())
+
+        return run
+
+    return _least(
+        {
+            "torch": through(lambda ordered: F.scaled_dot_product_attention(q, k, v, is_causal=ordered)),
+            "products": through(lambda ordered: attend(q, k, v, None, 0.125, ordered=ordered)),
+        }
+    )
+
+
 def _time_companies(precision: Precision, width: int, tokens: int) -> dict[str, float]:
     """Clients a second whose step of an adapted linear is computed, by how many are in one."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = _type(precision)
     generator = torch.Generator().manual_seed(0)
     W, spread = torch.randn(width, width, generator=generator).to(dtype), torch.eye(4).repeat_interleave(4, 1)
 

@@ -11,6 +11,10 @@ from molehill.errors import ModelError
 from molehill.molora import attention
 
 
+def yes():
+    return True
+
+
 def states(model, embeddings, mask):
     out = model(inputs_embeds=embeddings, attention_mask=mask)
     return out[0]
@@ -102,7 +106,7 @@ def test_a_mask_is_made_only_where_more_than_the_order_masks(architecture, given
     real = given.get("attention_mask", torch.ones(2, 9)).bool()
     with torch.no_grad():
         expected = model(input_ids=ids, **given)[0][real]
-        attention.use_fast_attention(model, 9, {torch.float32})
+        attention.use_fast_attention(model, 9, yes)
         monkeypatch.setattr(attention._Attention, "apply", note)
         found = model(input_ids=ids, **given)[0][real]
     assert calls == [(masked, ordered)] * 2
@@ -110,25 +114,19 @@ def test_a_mask_is_made_only_where_more_than_the_order_masks(architecture, given
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "given", "switched"),
-    [
-        (torch.bfloat16, 128, (), True),
-        (torch.bfloat16, attention.MAX_TOKENS + 1, (), False),
-        (torch.float32, 128, (), False),
-        (torch.float32, 128, ({torch.float32},), True),
-        (torch.bfloat16, 128, ({torch.float32},), False),
-    ],
+    ("length", "faster", "switched"),
+    [(128, True, True), (attention.MAX_TOKENS + 1, True, False), (128, False, False)],
 )
-def test_short_inputs_are_switched_where_it_is_faster(dtype, length, given, switched):
-    model = base("llama", dtype=dtype)
-    attention.use_fast_attention(model, length, *given)
+def test_short_inputs_are_switched_where_it_is_faster(length, faster, switched):
+    model = base("llama")
+    attention.use_fast_attention(model, length, lambda: faster)
     assert (model.config._attn_implementation == attention.NAME) == switched
 
 
 def test_a_model_that_would_give_something_else_keeps_its_own(monkeypatch):
     model = base("bert", dtype=torch.bfloat16)
     monkeypatch.setattr(attention, "_mask", lambda **_: None)  # padding would be seen
-    attention.use_fast_attention(model, 128)
+    attention.use_fast_attention(model, 128, yes)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -138,7 +136,7 @@ def test_an_adapted_bf16_model_trains_with_it(architecture):
     for fast in (False, True):
         model = shake(adapted(architecture, dtype=torch.bfloat16, selector="dense", rank=2), scale=0.1)
         if fast:
-            attention.use_fast_attention(model.base, 16)
+            attention.use_fast_attention(model.base, 16, yes)
         forward = model(**batch(architecture))
         torch.nn.functional.cross_entropy(forward.logits, forward.labels).backward()
         grads.append(model.grad.clone())
@@ -166,7 +164,7 @@ def test_a_model_whose_attention_does_more_keeps_its_own(kind):
     ids = torch.arange(1, 31).view(1, 30)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        attention.use_fast_attention(model, 40)
+        attention.use_fast_attention(model, 40, yes)
         assert model.config._attn_implementation == own
         assert torch.equal(model(input_ids=ids).logits, before)
 
@@ -179,7 +177,7 @@ def test_windows_and_grouped_heads_are_ours():
     ids = torch.arange(1, 31).view(1, 30)
     with torch.no_grad():
         before = model(input_ids=ids).logits.float()
-        attention.use_fast_attention(model, 40)
+        attention.use_fast_attention(model, 40, yes)
         assert model.config._attn_implementation == attention.NAME
         after = model(input_ids=ids).logits.float()
     assert float((after - before).square().mean() / before.var()) < 1e-3

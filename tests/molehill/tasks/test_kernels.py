@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molehill.tasks import kernels
-from molehill.tasks.kernels import Kernels, choose, company, decide, use
+from molehill.tasks.kernels import Kernels, choose, company, decide, fast_attention, use
 
 CPU = torch.device("cpu")
 
@@ -91,3 +91,19 @@ def test_who_is_trained_in_the_same_passes_is_measured_and_remembered(cache):
     (path,) = cache.iterdir()
     path.write_text(json.dumps({"1": 1.0, "2": 1.9, "4": 2.0}))
     assert company(kernel, 64, 32) == (2, "2 clients in the same passes are 1.90 times as fast as one after another")
+
+
+@pytest.mark.parametrize(("ours", "faster"), [(1.0, True), (1.9, False)])
+def test_another_attention_has_to_be_faster(ours, faster, monkeypatch):
+    monkeypatch.setattr(kernels, "_time_attention", lambda *_: {"torch": 2.0, "products": ours})
+    assert fast_attention(Kernels("fp32", "mkl", ""), 100) == faster
+
+
+def test_both_attentions_are_measured_once(cache):
+    first = fast_attention(Kernels("fp32", "mkl", ""), 30)
+    (path,) = cache.iterdir()
+    times = json.loads(path.read_text())
+    assert set(times) == {"torch", "products"}
+    assert first == (times["products"] < 0.9 * times["torch"])
+    path.write_text(json.dumps({"torch": 2.0, "products": 1.0}))
+    assert fast_attention(Kernels("fp32", "mkl", ""), 32)
