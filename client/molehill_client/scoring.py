@@ -12,6 +12,7 @@ from molehill import evidence
 from molehill.molora import probes
 from molehill.molora.interfaces import Diagnostic
 from molehill.molora.model import seed_for
+from molehill.molora.passes import start_of
 from molehill.plan import ClientPlan, EvaluationReply, Scores
 from molehill.tasks.batches import Batch, eval_batches
 from molehill.tasks.metrics import ScoreSum
@@ -72,8 +73,8 @@ def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagno
 
 def batches_of(bench: Workbench, rows: Sequence[Example]) -> Iterator[Batch]:
     """All rows once, on the model's device."""
-    device = bench.model.flat.device
-    return (batch.to(device) for batch in eval_batches(rows, bench.config.evaluate.batch_size, bench.task))
+    model, most = bench.model, bench.config.evaluate.batch_size
+    return (batch.to(model.flat.device) for batch in eval_batches(rows, most, bench.task, start_of(model)))
 
 
 def _globally(client: Participant, plan: ClientPlan) -> Scores:

@@ -16,8 +16,9 @@ from torch import Tensor
 from molehill.errors import TrainingError
 from molehill.molora.interfaces import RoutingLoss
 from molehill.molora.model import MoLoRAModel
+from molehill.molora.passes import start_of
 from molehill.plan import Scope
-from molehill.tasks.batches import Batch, join
+from molehill.tasks.batches import Batch, alike, join
 from molehill.wire.keys import Key
 from molehill_client.interfaces import Objective, Regulariser
 
@@ -214,22 +215,36 @@ def _accumulate(
     sizes = torch.tensor([[_predictions(batch.labels) for batch in batches] for batches in micro], dtype=torch.float32)
     found = torch.zeros(1 + len(losses), len(streams))
     predictions = sizes.sum(0)
+    start = start_of(model)
     for batches, shares in zip(micro, sizes / predictions.clamp(min=1), strict=True):
-        batch = join(batches) if len(batches) > 1 else batches[0]
-        forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
-        parts = forward.by_client(len(batches), len(batches[0]))
-        # The mean over no predictions is not a number, and neither is anything of its gradient.
-        values = [torch.stack([objective(part) if len(part.labels) else part.scores.sum() for part in parts])]
-        values += [torch.stack([function(part.records) for part in parts]) for _, _, function in losses]
-        del forward, parts  # the logits are the largest tensor of a pass, and the backward needs them no more
-        weights = shares.to(model.flat.device)
-        loss = values[0] + sum(coef * value for (_, coef, _), value in zip(losses, values[1:], strict=True))
-        with warnings.catch_warnings():
-            # The gradients of stacked clients are not contiguous, which autograd mentions once.
-            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-            (loss * weights).sum().backward()
-        found += torch.stack(values).detach().cpu() * shares
+        tokens = [batch.input_ids.numel() for batch in batches]
+        for some in map(sorted, alike(tokens, start, len(batches))):
+            with model.only(some):
+                found[:, some] += _pass(model, [batches[i] for i in some], objective, losses, shares[some])
     return found, predictions
+
+
+def _pass(
+    model: MoLoRAModel,
+    batches: Sequence[Batch],
+    objective: Objective,
+    losses: Sequence[tuple[str, float, RoutingLoss]],
+    shares: Tensor,
+) -> Tensor:
+    """Add the gradients of one pass over a batch of every client; the losses by their share, ``[1 + losses, C]``."""
+    batch = join(batches) if len(batches) > 1 else batches[0]
+    forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
+    parts = forward.by_client(len(batches), len(batches[0]))
+    # The mean over no predictions is not a number, and neither is anything of its gradient.
+    values = [torch.stack([objective(part) if len(part.labels) else part.scores.sum() for part in parts])]
+    values += [torch.stack([function(part.records) for part in parts]) for _, _, function in losses]
+    del forward, parts  # the logits are the largest tensor of a pass, and the backward needs them no more
+    loss = values[0] + sum(coef * value for (_, coef, _), value in zip(losses, values[1:], strict=True))
+    with warnings.catch_warnings():
+        # The gradients of stacked clients are not contiguous, which autograd mentions once.
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+        (loss * shares.to(model.flat.device)).sum().backward()  # type: ignore[no-untyped-call]  # untyped torch
+    return torch.stack(values).detach().cpu() * shares
 
 
 def _predictions(labels: Tensor) -> int:

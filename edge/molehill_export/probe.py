@@ -12,6 +12,7 @@ from molehill import registry
 from molehill.config import MethodRef
 from molehill.errors import ConfigError, DataError
 from molehill.molora import probes
+from molehill.molora.passes import start_of
 from molehill.tasks.batches import eval_batches
 from molehill.tasks.task import make_task
 from molehill_export.rows import labelled
@@ -57,7 +58,7 @@ def look(source: Source, names: Sequence[str] = (), gate: str = GLOBAL, file: Pa
         raise DataError("the rows of the run are not here", where=source.name, mend="Give a file with rows: --rows.")
     with source.gate(gate) as model, probes.looking(model, looked), torch.no_grad():
         model.eval()
-        for batch in eval_batches(rows, _BATCH, make_task(source.task, source.tokenizer)):
+        for batch in eval_batches(rows, _BATCH, make_task(source.task, source.tokenizer), start_of(model)):
             forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
             for probe in looked.values():
                 probe.update(forward.records)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import NamedTuple
 
@@ -153,6 +154,12 @@ class MoLoRAModel(nn.Module):
     def _bind(self, values: Tensor) -> None:
         """Make the parameters views of ``values [C, P]``, with a leading client axis when C is not 1."""
         self.values, self.grads = values, torch.zeros_like(values)
+        self._point(values, self.grads)
+        self.count_tokens(on=False)
+        self.select(0)
+
+    def _point(self, values: Tensor, grads: Tensor) -> None:
+        """Make the parameters views of ``values [C, P]``, and their gradients of ``grads``."""
         stacked, clients = self.state.clients > 1, len(values)
         self.state.clients = clients
         self.state.records = []
@@ -164,9 +171,7 @@ class MoLoRAModel(nn.Module):
             full = (clients, *shape) if clients > 1 else shape
             parameter.grad = None
             parameter.data = values[part].view(full)
-            parameter.grad = self.grads[part].view(full)
-        self.count_tokens(on=False)
-        self.select(0)
+            parameter.grad = grads[part].view(full)
 
     @property
     def stackable(self) -> bool:
@@ -189,6 +194,25 @@ class MoLoRAModel(nn.Module):
             raise ModelError("this model holds one client at a time", mend="Set engine.together to 1.")
         if clients != len(self.values):
             self._bind(self.flat.detach().repeat(clients, 1))
+
+    @contextmanager
+    def only(self, clients: Sequence[int]) -> Iterator[None]:
+        """Let passes be of some of the stacked clients: a batch then holds the rows of these, in this order."""
+        if list(clients) == list(range(len(self.values))):
+            yield
+            return
+        alone = len(clients) == 1
+        values = self.values[clients[0] :][:1] if alone else self.values[list(clients)]
+        grads = self.grads[clients[0] :][:1] if alone else torch.zeros_like(values)
+        self._point(values, grads)
+        self.state.members = list(clients)
+        try:
+            yield
+            if not alone:
+                self.grads[list(clients)] += grads
+        finally:
+            self._point(self.values, self.grads)
+            self.state.members = slice(None)
 
     def select(self, client: int) -> None:
         """Choose the client that `load`, `tree`, `tokens`, `flat` and `grad` are about."""

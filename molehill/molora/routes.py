@@ -26,6 +26,7 @@ class ForwardState:
         collect: Keep a `RouteRecord` of every route.
         count: Add up the gate mass of every expert.
         clients: Clients whose rows follow each other in a batch, in equal numbers; see `MoLoRAModel.stack`.
+        members: Which of the stacked clients these are.
         records: The records of the last forward pass.
         version: Increases with every pass; routes shared between sites are cached per version.
         next: Mask and task ids that the coming pass of the base is to use.
@@ -38,6 +39,7 @@ class ForwardState:
     collect: bool = False
     count: bool = False
     clients: int = 1
+    members: slice | list[int] = field(default_factory=lambda: slice(None))
     records: list[RouteRecord] = field(default_factory=list)
     version: int = 0
     next: tuple[Tensor, Tensor | None] | None = None
@@ -182,8 +184,8 @@ class RouteGroup(nn.Module):
         flat = weights.expand(*shape, -1).reshape(clients, -1, weights.shape[-1])
         real = torch.ones(shape, device=flat.device) if mask is None else mask.to(flat.dtype)
         real = real.reshape(clients, 1, -1) / sum(self.calls)  # a token counts once, however often it comes by
-        self.mass += (real @ flat).squeeze(1)
-        self.tokens += real.sum((1, 2))
+        self.mass[self.state.members] += (real @ flat).squeeze(1)
+        self.tokens[self.state.members] += real.sum((1, 2))
 
     def forget(self) -> None:
         """Let go of the last routes, whose graph remembers the shape of the router's rows."""

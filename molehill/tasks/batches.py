@@ -17,7 +17,6 @@ from torch import Tensor
 
 IGNORE = -100  # a label that no loss and no score counts
 _WINDOW = 16  # batches per window; larger pads less, and orders more by length
-_MULTIPLE = 8  # padded lengths are multiples of this, so that few shapes occur
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,30 @@ class Batch:
         )
 
 
+def alike(lengths: Sequence[int], start: float, most: int) -> list[list[int]]:
+    """Cut runs of like length, so that padding and the starts of passes together cost least.
+
+    Args:
+        lengths: Of inputs, in tokens.
+        start: What a pass costs before its first token, in tokens.
+        most: Inputs of a pass at most.
+
+    Returns:
+        Indices of the inputs of every pass: each once, longest first.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best, ends = [0.0], [0]  # of the n shortest: the cost, and how many go before the last pass
+    for n, longest in enumerate((lengths[i] for i in reversed(order)), 1):
+        cost, before = min((best[k] + start + (n - k) * longest, k) for k in range(max(0, n - most), n))
+        best.append(cost)
+        ends.append(before)
+    passes, n = [], len(order)
+    while n:
+        passes.append(order[len(order) - n : len(order) - ends[n]])
+        n = ends[n]
+    return passes
+
+
 def join(batches: Sequence[Batch]) -> Batch:
     """One batch of all rows, in order, padded to the longest.
 
@@ -95,19 +118,17 @@ class Collator(Protocol):
         ...
 
 
-def pad(examples: Sequence[Example], pad_id: int, max_length: int) -> Batch:
-    """Pad on the right to the longest example, rounded up to a multiple of 8 but not above ``max_length``.
+def pad(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad on the right to the longest example.
 
     Args:
         examples: At least one, of one kind.
         pad_id: Token id of padding.
-        max_length: Longest input the model takes, in tokens.
 
     Returns:
         The batch; labels per token are padded with `IGNORE`.
     """
-    longest = max(len(example.input_ids) for example in examples)
-    length = max(longest, min(-(-longest // _MULTIPLE) * _MULTIPLE, max_length))
+    length = max(len(example.input_ids) for example in examples)
     ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(examples), length, dtype=torch.bool)
     per_token = torch.full_like(ids, IGNORE)
@@ -163,16 +184,16 @@ class Batches:
                 yield batches[batch].tolist()
 
 
-def eval_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """Indices of the examples of every evaluation batch: each once, longest first.
+def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator, start: float) -> Iterator[Batch]:
+    """Yield every example once, in batches of like length.
 
-    Longest first, so that a batch too large for memory fails at once.
+    The longest come first, so that a batch too large for memory fails at once.
+
+    Args:
+        examples: The examples.
+        batch_size: Most rows of a batch.
+        task: Collates.
+        start: What a pass costs before its first token, in tokens.
     """
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator) -> Iterator[Batch]:
-    """Yield every example once, in batches of similar length (see `eval_order`)."""
-    for indices in eval_order(examples, batch_size):
+    for indices in alike([len(example.input_ids) for example in examples], start, batch_size):
         yield task.collate([examples[i] for i in indices])

@@ -77,7 +77,7 @@ class CausalLM:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B, T]`` with `IGNORE` on prompts and padding."""
-        return pad(examples, self._tokenizer.pad_token_id, self.max_length)
+        return pad(examples, self._tokenizer.pad_token_id)
 
     def _render(self, row: dict[str, Any], where: str) -> tuple[str, list[Span], int]:
         """The whole text of a row, where its answers are, and how many more there would be to learn."""

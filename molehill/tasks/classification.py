@@ -51,4 +51,4 @@ class Classification:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B]``."""
-        return pad(examples, self._tokenizer.pad_token_id, self.max_length)
+        return pad(examples, self._tokenizer.pad_token_id)

@@ -10,6 +10,7 @@ from tiny_house import House
 
 from molehill.errors import MessageError, ModelError, TrainingError
 from molehill.tasks.batches import Example, join, pad
+from molehill_client import trainer
 from molehill_client.baselines import baseline_together
 from molehill_client.together import may_share, share, train_together
 
@@ -55,6 +56,12 @@ def check(house, **values):
 @pytest.mark.parametrize("case", CASES)
 def test_together_equals_one_after_another(house, case):
     check(house(**CASES[case]))
+
+
+@pytest.mark.parametrize("passes", [[[2], [1], [0]], [[1], [0, 2]]])
+def test_clients_of_like_lengths_have_a_pass_of_their_own(house, monkeypatch, passes):
+    monkeypatch.setattr(trainer, "alike", lambda tokens, start, most: passes if most > 1 else [[0]])
+    check(house(molora={"losses": LOSSES}, train={"accumulation": 2}))
 
 
 def test_clients_of_other_ranks_train_together(house):
@@ -181,12 +188,12 @@ def test_stacking_keeps_the_values_of_the_selected_client(one):
 
 def test_joined_batches_are_padded_to_the_longest():
     short, long = ([Example([5] * n, 1) for n in lengths] for lengths in ((3, 8), (9, 17)))
-    both = join([pad(short, 0, 64), pad(long, 0, 64)])
-    assert both.input_ids.shape == both.attention_mask.shape == (4, 24)
+    both = join([pad(short, 0), pad(long, 0)])
+    assert both.input_ids.shape == both.attention_mask.shape == (4, 17)
     assert both.attention_mask.sum(1).tolist() == [3, 8, 9, 17]
     assert both.labels.tolist() == [1, 1, 1, 1]
     tokens = [Example([5] * n, [-100] * (n - 1) + [7], task=n) for n in (3, 9)]
-    both = join([pad(tokens[:1], 0, 64), pad(tokens[1:], 0, 64)])
-    assert both.labels.shape == (2, 16)
+    both = join([pad(tokens[:1], 0), pad(tokens[1:], 0)])
+    assert both.labels.shape == (2, 9)
     assert (both.labels != -100).sum(1).tolist() == [1, 1]
     assert both.task_ids.tolist() == [3, 9]

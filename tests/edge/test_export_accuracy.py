@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from molehill.config import parse
-from molehill.tasks.batches import eval_order
+from molehill.tasks.batches import alike
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
 from molehill_edge import Bundle, InsecureLocal
@@ -46,7 +46,7 @@ def test_quantisation_loses_little_accuracy(tmp_path):
         export(source, tmp_path / scheme, Options(scheme=scheme, rows=tmp_path / "few.jsonl"))
         with Bundle.open(tmp_path / scheme, trust=InsecureLocal(lambda _: None), threads=1) as bundle:
             found = np.empty(len(examples), np.int64)
-            for indices in eval_order(examples, 8):
+            for indices in alike([len(example.input_ids) for example in examples], 0, 8):
                 found[indices] = bundle.logits([examples[i].input_ids for i in indices]).argmax(-1)
         accuracy[scheme] = (found == labels).mean() * 100
     assert accuracy["fp32"] > 50  # of three classes: it has learnt something

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from molehill import config
 from molehill.errors import DataError
-from molehill.tasks.batches import IGNORE, Batches, Example, eval_batches, eval_order, pad
+from molehill.tasks.batches import IGNORE, Batches, Example, alike, eval_batches, pad
 from molehill.tasks.classification import Classification
 from molehill.tasks.rows import TASK, Rows
 from molehill.tasks.task import make_task
@@ -20,7 +20,7 @@ from molehill.tasks.task import make_task
 
 class Padder:
     def collate(self, examples):
-        return pad(examples, 0, 128)
+        return pad(examples, 0)
 
 
 def examples(lengths):
@@ -47,11 +47,34 @@ def test_a_pass_holds_no_row_twice(lengths, size, seed):
 @settings(deadline=None)
 @given(LENGTHS, st.integers(1, 20))
 def test_evaluation_holds_every_row_once(lengths, size):
-    order = eval_order(examples(lengths), size)
-    assert sorted(i for batch in order for i in batch) == list(range(len(lengths)))
-    batches = list(eval_batches(examples(lengths), size, Padder()))
-    assert [batch.labels.tolist() for batch in batches] == order
-    assert [len(batch) for batch in batches] == [len(batch) for batch in order]
+    batches = list(eval_batches(examples(lengths), size, Padder(), 30))
+    assert sorted(i for batch in batches for i in batch.labels.tolist()) == list(range(len(lengths)))
+    assert max(len(batch) for batch in batches) <= size
+    longest = [batch.input_ids.shape[1] for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(0, 40), st.integers(1, 7))
+def test_no_other_cut_costs_less(lengths, start, most):
+    def cost(passes):
+        return sum(start + len(some) * max(some) for some in passes)
+
+    ordered = sorted(lengths)
+    ways = []
+    for cuts in product((False, True), repeat=len(lengths) - 1):
+        passes = [ordered[:1]]
+        for length, cut in zip(ordered[1:], cuts, strict=True):
+            passes += [[length]] if cut else [[*passes.pop(), length]]
+        ways += [cost(passes)] if max(map(len, passes)) <= most else []
+    found = alike(lengths, start, most)
+    assert sorted(i for some in found for i in some) == list(range(len(lengths)))
+    assert max(map(len, found)) <= most
+    assert cost([[lengths[i] for i in some] for some in found]) == min(ways)
+
+
+def test_batches_are_full_where_a_pass_costs_more_than_padding():
+    assert alike([3, 1, 2, 9, 5], 1e9, 2) == [[3], [4, 0], [2, 1]]
 
 
 def test_every_row_is_met_in_time():
@@ -71,7 +94,7 @@ def test_buckets_pad_less_and_stay_random():
         return sum(b.input_ids.numel() for b in batches) / sum(int(b.attention_mask.sum()) for b in batches)
 
     bucketed = list(islice(Batches(examples(lengths), 32, 0, Padder()), 16))
-    in_order = [pad(examples(lengths)[i : i + 32], 0, 128) for i in range(0, 512, 32)]
+    in_order = [pad(examples(lengths)[i : i + 32], 0) for i in range(0, 512, 32)]
     assert waste(bucketed) < 1.12
     assert waste(in_order) > 1.5
     means = [batch.input_ids.shape[1] for batch in bucketed]
@@ -81,16 +104,15 @@ def test_buckets_pad_less_and_stay_random():
 
 
 def test_padding():
-    batch = pad([Example([5, 6, 7], 1, 0), Example([8], 0, 2)], 9, 128)
-    assert batch.input_ids.shape == (2, 8)
-    assert batch.input_ids[1].tolist() == [8] + [9] * 7
+    batch = pad([Example([5, 6, 7], 1, 0), Example([8], 0, 2)], 9)
+    assert batch.input_ids.shape == (2, 3)
+    assert batch.input_ids[1].tolist() == [8, 9, 9]
     assert batch.attention_mask.dtype == torch.bool
     assert batch.attention_mask.sum(1).tolist() == [3, 1]
     assert batch.labels.tolist() == [1, 0]
     assert batch.task_ids.tolist() == [0, 2]
-    assert pad([Example([1] * 9, 0)], 0, 10).input_ids.shape == (1, 10)
-    per_token = pad([Example([5, 6], [IGNORE, 6])], 0, 128)
-    assert per_token.labels.tolist() == [[IGNORE, 6] + [IGNORE] * 6]
+    per_token = pad([Example([5, 6], [IGNORE, 6]), Example([7], [IGNORE])], 0)
+    assert per_token.labels.tolist() == [[IGNORE, 6], [IGNORE, IGNORE]]
     assert per_token.task_ids is None
     assert torch.equal(batch.to("cpu").input_ids, batch.input_ids)
 

@@ -314,7 +314,7 @@ def test_batch(chat_tokenizer):
     task = CausalLM(chat_tokenizer, 64)
     conversation = talk(("u", "one"), ("a", "a b"))
     batch = task.collate(task.encode(rows({**conversation, TASK: 3}, {**talk(("u", "one"), ("a", "a")), TASK: 0})))
-    assert batch.labels.shape == batch.input_ids.shape == (2, 8)
+    assert batch.labels.shape == batch.input_ids.shape == (2, 7)
     assert (batch.labels != IGNORE).sum(1).tolist() == [3, 2]
     assert (batch.labels[~batch.attention_mask] == IGNORE).all()
     assert batch.task_ids.tolist() == [3, 0]
