@@ -48,7 +48,7 @@ def test_a_fresh_model_has_the_global_scores_of_the_run(finished, name):
     for owner in world.owners:
         score = ScoreSum(classes=3)
         with torch.no_grad():
-            for batch in eval_batches(world.task.encode(owner.test), 64, world.task):
+            for batch in eval_batches(world.task.encode(owner.test), 64, world.task, 0):
                 forward = model(batch.input_ids, batch.attention_mask, batch.labels)
                 score.add(forward.logits, forward.labels)
         found, told = score.scores(), evaluations[owner.name]["stages"]["global"]
