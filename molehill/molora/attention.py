@@ -221,7 +221,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[], bool]) -> None:
+def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[], bool]) -> bool:
     """Switch a CPU model with short inputs to this attention where it is faster; other models keep theirs.
 
     So does a model whose attention gets what this one does not implement (sinks, soft caps, biases of heads, dropout),
@@ -231,9 +231,12 @@ def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[], bool
         base: A Hugging Face model in eval mode.
         max_length: Longest input in tokens.
         when: Whether it is faster for such inputs on this machine's processor; asked only if the rest allows it.
+
+    Returns:
+        Whether the model has it now.
     """
     if next(base.parameters()).device.type != "cpu" or max_length > MAX_TOKENS or not when():
-        return
+        return False
     part: Any = base
     own = part.config._attn_implementation  # noqa: SLF001  (there is no public name for it)
     expected = _outputs(part)
@@ -242,8 +245,10 @@ def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[], bool
     _watched.append(set())
     found = _outputs(part)
     alike = len(found) == len(expected) and all(map(_alike, found, expected))
-    if _watched.pop() != {""} or not alike:
+    ours = _watched.pop() == {""} and alike
+    if not ours:
         part.set_attn_implementation(own)
+    return ours
 
 
 @torch.no_grad()

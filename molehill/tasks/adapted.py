@@ -49,14 +49,15 @@ def open_model(config: Config, *, offline: bool = False) -> Adapted:
     loaded = load_base(config.base, config.task, offline=offline)
     width = trial_of(loaded.model).width
     tokens = config.task.max_length
-    use_fast_attention(loaded.model, tokens, partial(fast_attention, loaded.kernels, tokens))
+    ours = use_fast_attention(loaded.model, tokens, partial(fast_attention, loaded.kernels, tokens))
+    computed = loaded.kernels._replace(attention="products" if ours else "torch")
     head = None
     if config.task.kind == "classification":
         classes = len(config.task.labels)
         head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
     model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
     _try(model, config.base.model)
-    return Adapted(model, loaded.info, make_task(config.task, loaded.tokenizer), loaded.kernels)
+    return Adapted(model, loaded.info, make_task(config.task, loaded.tokenizer), computed)
 
 
 def _try(model: MoLoRAModel, origin: str) -> None:

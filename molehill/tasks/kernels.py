@@ -51,11 +51,13 @@ class Kernels(NamedTuple):
         precision: Type of the frozen weights and of what they compute.
         products: What multiplies float32 matrices on the CPU.
         why: The reason in words, with what was measured.
+        attention: Whose it is: ``torch``, or ``products`` of matrices (`molehill.molora.attention`).
     """
 
     precision: Precision
     products: Products
     why: str
+    attention: Literal["torch", "products"] = "torch"
 
 
 class Company(NamedTuple):

@@ -58,7 +58,8 @@ def describe(config: Config) -> list[tuple[str, str]]:
     computed = f"{config.base.precision} on {config.base.device}"
     if is_here(config.base):
         model, _, encode, kernels = open_model(config, offline=True)
-        computed = f"{kernels.precision} on {model.flat.device}, float32 products by {kernels.products}"
+        by = f"float32 products by {kernels.products}, attention by {kernels.attention}"
+        computed = f"{kernels.precision} on {model.flat.device}, {by}"
         if owners is not None:
             lengths = _lengths(owners, encode)
             about += _in_words(lengths)

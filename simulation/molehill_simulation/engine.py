@@ -108,6 +108,7 @@ def machine_of(config: Config, model: MoLoRAModel, kernels: Kernels, lengths: Le
     return Machine(
         precision=kernels.precision,
         products=kernels.products,
+        attention=kernels.attention,
         workers=workers if given.workers == "auto" else given.workers,
         together=together if given.together == "auto" else given.together,
         why="; ".join(filter(None, (kernels.why, why))),

@@ -120,6 +120,7 @@ class Machine(BaseModel):
     Attributes:
         precision: Type of the frozen weights and of what they compute, ``fp32`` or ``bf16``.
         products: What multiplied float32 matrices, ``mkl`` or ``onednn``.
+        attention: Whose it was, ``torch`` or ours, by ``products`` of matrices.
         workers: Processes.
         together: Most clients in the same passes.
         why: What was measured.
@@ -129,6 +130,7 @@ class Machine(BaseModel):
 
     precision: str
     products: str
+    attention: str
     workers: int
     together: int
     why: str

@@ -70,6 +70,7 @@ REASONS = {
         "molehill/tasks/schema.py": "output*3",
         "client/molehill_client/policy.py": "output",
         "simulation/molehill_simulation/describe.py": "output",
+        "simulation/molehill_simulation/summary.py": "median",
         "simulation/molehill_simulation/ui.py": "mean",
         "edge/molehill_edge/commands/bench.py": "median*2",
         "edge/molehill_export/commands/probe.py": "mean",
