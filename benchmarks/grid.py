@@ -1,10 +1,11 @@
 """Clients per second of the in-process grid against a plain Python loop, `pfl` and the whole round loop.
 
-    python benchmarks/grid.py            # the table; installs nothing, a row says so when pfl is not there
+    python benchmarks/grid.py            # the table, some minutes; installs nothing, and says so when pfl is not there
     python benchmarks/grid.py memory     # growth of this process with the number of clients
 
 One client is a logistic regression of 1,000 weights: 5 steps of SGD on batches of 32. All ways do the same training;
-deltas are summed as they come. pfl (pip install pfl, Python below 3.13) brings its own training loop.
+deltas are summed as they come. "messages" are Flower's own, made and answered without a grid, which no grid can do
+without. pfl (pip install pfl, Python below 3.13) brings its own training loop.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from molehill.wire.store import save_tree
 from molehill.wire.tree import Tree
 from molehill_server.coordinator import Coordinator
 from molehill_server.flower import GridTransport
-from molehill_simulation.flower import Context
+from molehill_simulation.flower import Context, context_of, set_identity
 from molehill_simulation.grid import LocalGrid
 from molehill_simulation.stage import FIRST_NODE
 
@@ -73,6 +74,14 @@ def plain(clients: int) -> np.ndarray:
     return total / clients
 
 
+def answered(message: Message, context: Context, start: np.ndarray, deltas: dict[str, np.ndarray]) -> Message:
+    """Train the client of a context; its delta lies beside the reply, which names it."""
+    assert message.content["plan"]["json"]
+    name = str(context.node_config["partition-id"])
+    deltas[name] = local_training(start, context.node_config["partition-id"])
+    return Message(RecordDict({"reply": ConfigRecord({"json": name})}), reply_to=message)
+
+
 def on_grid(clients: int) -> Callable[[], np.ndarray]:
     """A round of the same through messages: a plan in, a name out, the delta beside them."""
     start, app = np.zeros((CLASSES, FEATURES), np.float32), ClientApp()
@@ -80,11 +89,7 @@ def on_grid(clients: int) -> Callable[[], np.ndarray]:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        assert message.content["plan"]["json"]
-        number = context.node_config["partition-id"]
-        name = str(number)
-        deltas[name] = local_training(start, number)
-        return Message(RecordDict({"reply": ConfigRecord({"json": name})}), reply_to=message)
+        return answered(message, context, start, deltas)
 
     grid = LocalGrid(app, clients, {})
 
@@ -100,6 +105,29 @@ def on_grid(clients: int) -> Callable[[], np.ndarray]:
             for reply in grid.pull_messages(pending):
                 pending.discard(reply.metadata.reply_to_message_id)
                 total += deltas.pop(reply.content["reply"]["json"])
+        return total / clients
+
+    return run
+
+
+def by_hand(clients: int) -> Callable[[], np.ndarray]:
+    """The same plans and answers in Flower's messages, made here and handed over one by one: no grid is faster."""
+    start, app = np.zeros((CLASSES, FEATURES), np.float32), ClientApp()
+    deltas: dict[str, np.ndarray] = {}
+    set_identity(1)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return answered(message, context, start, deltas)
+
+    def run() -> np.ndarray:
+        content = RecordDict({"plan": ConfigRecord({"json": '{"round": 1}'})})
+        total = np.zeros_like(start)
+        for number in range(clients):
+            message = Message(content, FIRST_NODE + number, "train", group_id="1")
+            place = {"partition-id": number, "num-partitions": clients}
+            reply = app(message, context_of(1, FIRST_NODE + number, place, {}))
+            total += deltas.pop(reply.content["reply"]["json"])
         return total / clients
 
     return run
@@ -215,12 +243,14 @@ def with_pfl(clients: int) -> Callable[[], None] | None:
 
 
 def speed(counts: Sequence[int] = (10, 100, 1000), turns: int = 15) -> None:
-    np.testing.assert_allclose(on_grid(7)(), plain(7), atol=1e-6)
+    for way in (by_hand, on_grid):
+        np.testing.assert_allclose(way(7)(), plain(7), atol=1e-6)
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for clients in counts:
             calls = {
                 "plain": lambda n=clients: plain(n),
+                "messages": by_hand(clients),
                 "grid": on_grid(clients),
                 "pfl": with_pfl(clients),
                 "loop": lambda n=clients, where=Path(folder): one_round(n, where),
@@ -230,10 +260,10 @@ def speed(counts: Sequence[int] = (10, 100, 1000), turns: int = 15) -> None:
             table.append(
                 [str(clients)]
                 + [f"{rates[way]:.0f}" if way in rates else "-" for way in calls]
-                + [f"{rates['grid'] / rates['plain']:.2f}"]
+                + [f"{rates['grid'] / rates['plain']:.2f}", f"{rates['grid'] / rates['messages']:.2f}"]
                 + [f"{rates['grid'] / rates['pfl']:.2f}" if "pfl" in rates else "-"]
             )
-    columns = ["clients", "plain loop", "LocalGrid", "pfl", "whole round loop", "grid / plain", "grid / pfl"]
+    columns = ["clients", "plain", "messages", "LocalGrid", "pfl", "whole loop", "grid / plain", "/ messages", "/ pfl"]
     show("Clients per second", columns, table)
 
 

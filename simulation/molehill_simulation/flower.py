@@ -79,8 +79,7 @@ def isolated(message: Message) -> Message:
     Arrays hold immutable bytes and are not copied.
     """
     content = message.content.copy()
-    for name, record in content.items():
-        content[name] = _own(record)
+    content.__dict__["_data"] = {name: _own(record) for name, record in content.items()}  # they were checked before
     mine = Message.__new__(Message)  # the constructor would make other metadata
     mine.__dict__.update(message.__dict__, _content=content)
     return mine
@@ -235,9 +234,6 @@ def _without_deprecation() -> Iterator[None]:
 
 def _own(record: ArrayRecord | ConfigRecord | MetricRecord) -> ArrayRecord | ConfigRecord | MetricRecord:
     own = record.copy()
-    if isinstance(own, ArrayRecord):
-        return own
-    for key, value in own.items():
-        if isinstance(value, list):
-            own[key] = value.copy()  # type: ignore[assignment]  # records take what they gave
+    if not isinstance(own, ArrayRecord):
+        own.__dict__["_data"] = {k: v.copy() if isinstance(v, list) else v for k, v in own.items()}
     return own

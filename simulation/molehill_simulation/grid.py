@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import islice
 from typing import Protocol
 
 from molehill_simulation.flower import (
@@ -179,12 +180,9 @@ class LocalGrid(Grid):
             return []
         group = [found]
         if self._together > 1 and not found.metadata.message_type.startswith("query"):
-            group = [
-                message
-                for message in self._queue
-                if message.metadata.message_id in wanted
-                and message.metadata.message_type == found.metadata.message_type
-            ]
+            kind = found.metadata.message_type
+            fellows = (m for m in self._queue if m.metadata.message_id in wanted and m.metadata.message_type == kind)
+            group = list(islice(fellows, self._together**2))  # of so many or more, a fair share is a full group
             group = group[: math.ceil(len(group) / math.ceil(len(group) / self._together))]
         for message in group:
             self._queue.remove(message)

@@ -101,6 +101,27 @@ def test_a_fault_of_a_group_meets_the_one_who_caused_it(answered):
     ]
 
 
+@pytest.mark.parametrize("clients", [1, 4, 5, 7, 9, 10, 16, 17, 31])
+def test_groups_are_full_and_the_last_ones_share_alike(clients):
+    sizes = []
+
+    class App:
+        def __call__(self, msg, context):
+            sizes.append(1)
+            return Message(RecordDict(), reply_to=msg)
+
+        def together(self, messages, contexts):
+            sizes.append(len(messages))
+            yield from (Message(RecordDict(), reply_to=msg) for msg in messages)
+
+    one = LocalGrid(App(), clients, {}, together=4)
+    assert len(list(one.send_and_receive([message(n) for n in range(clients)]))) == clients
+    assert sum(sizes) == clients
+    assert len(sizes) == -(-clients // 4)
+    assert max(sizes) - min(sizes) <= 1 or clients > 12
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_late_and_lost_replies_follow_the_grids_clock():
     def train(msg, context):
         if number(context) == 0:
