@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import common  # noqa: F401 - finds the packages
+import common  # first of all: it finds the packages
 
 # isort: split
 
@@ -215,6 +215,7 @@ def size_of(lab: Lab) -> int:
 
 
 def main() -> None:
+    common.require_command()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connections", type=int, default=2000, help="Half-open ones, at each port.")
     parser.add_argument("--numbers", type=int, default=10_000_000, help="Of the model whose deltas are forged.")

@@ -44,6 +44,12 @@ def alternate(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def require_command() -> None:
+    """End with a sentence where processes are started by a command that only an installation has."""
+    if not (Path(sys.executable).parent / "molehill").exists():
+        sys.exit("This one starts the command molehill. Install it first: pip install -e '.[dev]'")
+
+
 def clock_for(threads: int) -> Callable[[], float]:
     """Processor time for one thread, which other programs do not disturb; wall time for several."""
     return time.process_time if threads == 1 else time.perf_counter

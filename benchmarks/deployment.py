@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import common  # noqa: F401 - finds the packages
+import common  # first of all: it finds the packages
 
 # isort: split
 
@@ -26,6 +26,7 @@ from lab import open_lab
 
 
 def main() -> None:
+    common.require_command()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=6)
