@@ -50,7 +50,7 @@ from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.tasks.base_model import load_base
 from molehill.tasks.batches import Batch
-from molehill.tasks.kernels import fast_attention
+from molehill.tasks.kernels import fast_attention, multiplies_bf16
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
 from molehill_client.objectives.sft import SFT
@@ -253,6 +253,11 @@ def measure(dtype: str, reps: int, *, quick: bool) -> dict[str, Any]:
     }
 
 
+def types() -> list[str]:
+    """The types that this processor multiplies."""
+    return ["bf16", "fp32"] if multiplies_bf16() else ["fp32"]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -266,9 +271,7 @@ def main() -> None:
         serve(options.serve, quick=options.quick)
         return
     reps = 1 if options.quick else options.reps
-    results = [
-        measure(dtype, reps, quick=options.quick) for dtype in ([options.dtype] if options.dtype else ["bf16", "fp32"])
-    ]
+    results = [measure(dtype, reps, quick=options.quick) for dtype in ([options.dtype] if options.dtype else types())]
     if options.json:
         print(json.dumps(results, indent=2))
         return

@@ -290,6 +290,11 @@ def measure(model: str, dtype: str, reps: int, threads: int, *, quick: bool) -> 
     }
 
 
+def types() -> list[str]:
+    """The types that this processor multiplies."""
+    return [name for name in DTYPES if name != "bf16" or kernels.multiplies_bf16()]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -313,7 +318,7 @@ def main() -> None:
     results = [
         measured(model, dtype, 3 if options.quick else options.reps, options.threads, quick=options.quick)
         for model in ([options.model] if options.model else ["llama", "minilm"])
-        for dtype in ([options.dtype] if options.dtype else DTYPES)
+        for dtype in ([options.dtype] if options.dtype else types())
     ]
     if options.json:
         print(json.dumps(results, indent=2))
@@ -339,11 +344,19 @@ def main() -> None:
             for r in results
         ],
     )
+    for name in set(DTYPES) - {r["dtype"] for r in results}:
+        print(f"{name} is left out: this processor has no products in it (--dtype {name} measures it all the same).")
     show(
         "molehill against the others, and in brackets what is aimed at",
-        ["", "ms / peft's (at most)", "mola ms / ours (at least)", "MiB / peft's (at most)"],
+        ["", "ms / peft's (at most)", "ms / peft onednn's", "mola ms / ours (at least)", "MiB / peft's (at most)"],
         [
-            [f"{r['model']} {r['dtype']}", *(f"{r[ratio]:.2f} ({limit:.2f})" for ratio, limit in r["limits"].items())]
+            [
+                f"{r['model']} {r['dtype']}",
+                *(
+                    f"{r[ratio]:.2f}" + (f" ({r['limits'][ratio]:.2f})" if ratio in r["limits"] else "")
+                    for ratio in ("over_peft", "over_peft_onednn", "faster_than_mola", "memory_over_peft")
+                ),
+            ]
             for r in results
         ],
     )

@@ -147,10 +147,15 @@ def _class(width: int) -> int:
     return min(_WIDEST, 1 << max(5, (width - 1).bit_length()))
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products in bf16; elsewhere they are made of fp32, and slow."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 @torch.no_grad()
 def _time_products(width: int) -> dict[str, float]:
     """Milliseconds of a product and of its gradient for the input."""
-    able = torch.cpu.get_capabilities()
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, width, generator=generator) for n in (_ROWS, width))
 
@@ -170,7 +175,7 @@ def _time_products(width: int) -> dict[str, float]:
         errors = [float((through(products)() - true).norm()) for products in ("mkl", "onednn")]
         if errors[1] <= _ERROR * errors[0]:
             ways["onednn"] = through("onednn")
-    if able.get("avx512_bf16") or able.get("amx_bf16"):  # elsewhere bf16 is made of fp32, and slow
+    if multiplies_bf16():
         half, low = x.bfloat16(), weight.bfloat16()
         ways["bf16"] = lambda: both(half, low)
     return {name: 1e3 * seconds for name, seconds in _least(ways).items()}
