@@ -97,8 +97,8 @@ KINDS = (
     Evidence(
         "baselines",
         "the same scores of models that are trained on these rows alone",
-        ("EvaluationReply.stages",),
-        lambda config: config.evaluate.baselines,
+        ("EvaluationReply.stages", "EvaluationReply.remembered"),
+        lambda config: bool(config.evaluate.baselines),
         "train.baseline",
     ),
 )

@@ -166,6 +166,7 @@ class EvaluationReply(BaseModel):
             empty under ``privacy``.
         seconds: Wall time of the local work.
         started: As in `ClientReply`; None where no personal state was used.
+        remembered: Whether the baselines were trained by an earlier run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -178,3 +179,4 @@ class EvaluationReply(BaseModel):
     probes: dict[str, dict[str, list[Sum]]] = Field(default_factory=dict)
     seconds: Amount
     started: int | None = Field(default=None, ge=0)
+    remembered: bool = False

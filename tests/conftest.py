@@ -9,9 +9,21 @@ from collections import Counter
 import pytest
 
 from molehill import logs
+from molehill.tasks.samples import cache_folder
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every program they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What runs leave in the cache folder for later ones stays with these tests; samples are there already."""
+    own, samples = tmp_path_factory.mktemp("cache"), cache_folder() / "samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    (own / "samples").symlink_to(samples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOLEHILL_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
 from molehill.wire.keys import Key
 from molehill_client.participant import Participant
+from molehill_client.remembered import keep, key_of, recall
 from molehill_client.scoring import batches_of, score
 from molehill_client.together import fit, personal_steps, stacked
 from molehill_client.workbench import Workbench
@@ -22,17 +23,40 @@ from molehill_client.workbench import Workbench
 def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
     """Train and score the baselines of clients that share a workbench, in the same passes; see `may_share`.
 
-    Everything learns that the adapter itself allows to: only a factor that the start values freeze stays.
+    Everything learns that the adapter itself allows to: only a factor that the start values freeze stays. Where the
+    workbench has a folder for it, what was trained on this machine before is taken from there.
 
     Raises:
         MessageError: A plan does not fit its client.
         TrainingError: A loss is not finite.
     """
     started = time.monotonic()
-    config, model = clients[0].bench.config, clients[0].bench.model
-    stages = [{"base": _base(client, plan)} for client, plan in zip(clients, plans, strict=True)]
-    clients[0].start_over()
+    config, folder = clients[0].bench.config, clients[0].bench.remembered
     steps = config.run.rounds * config.train.steps + personal_steps(clients[0], plans[0])
+    for client, plan in zip(clients, plans, strict=True):
+        client.check(plan)
+    keys = [key_of(client, plan, steps) for client, plan in zip(clients, plans, strict=True)] if folder else []
+    known: list[dict[str, Scores] | None] = [None] * len(clients)
+    if folder is not None and config.evaluate.baselines != "anew":
+        known = [recall(folder, key) for key in keys]
+    left = [number for number, stages in enumerate(known) if stages is None]
+    trained = _trained([clients[n] for n in left], [plans[n] for n in left], steps) if left else []
+    for number, stages in zip(left, trained, strict=True):
+        if folder is not None:
+            keep(folder, keys[number], stages)
+    seconds = (time.monotonic() - started) / len(clients)
+    fresh = dict(zip(left, trained, strict=True))
+    return [
+        client.evaluation(fresh.get(number) or known[number] or {}, {}, seconds, remembered=number not in fresh)
+        for number, client in enumerate(clients)
+    ]
+
+
+def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps: int) -> list[dict[str, Scores]]:
+    """Scores by stage of every client."""
+    config, model = clients[0].bench.config, clients[0].bench.model
+    stages = [{"base": _base(client)} for client in clients]
+    clients[0].start_over()
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     fixed = config.molora.init.build("init").frozen
 
@@ -42,17 +66,14 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
     with stacked(model, len(clients)):
         fit(clients, [plan.seed for plan in plans], scope, steps, (0.0, 1.0), where)
         trained = model.values.clone()
-    replies = []
     for client, values, stage in zip(clients, trained, stages, strict=True):
         model.flat.copy_(values)
         stage["local"] = score(client.bench, client.test_rows)
-        replies.append(client.evaluation(stage, {}, (time.monotonic() - started) / len(clients)))
-    return replies
+    return stages
 
 
-def _base(client: Participant, plan: ClientPlan) -> Scores:
+def _base(client: Participant) -> Scores:
     """Score the frozen base with only a head."""
-    client.check(plan)
     client.start_over()
     model = client.bench.model
     model.state.enabled = False

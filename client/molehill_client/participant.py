@@ -281,6 +281,8 @@ class Participant:
         seconds: float,
         started: int | None = None,
         probes: Told | None = None,
+        *,
+        remembered: bool = False,
     ) -> EvaluationReply:
         """A reply with what was measured, and the round of the personal state it was measured with."""
         return EvaluationReply(
@@ -292,6 +294,7 @@ class Participant:
             probes=probes or {},
             seconds=seconds,
             started=started,
+            remembered=remembered,
         )
 
     @property

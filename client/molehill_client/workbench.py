@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from molehill.config import Config
 from molehill.molora.interfaces import RoutingLoss
@@ -25,6 +26,7 @@ class Workbench:
         base_digest: Digest of the base weights.
         initial: The adapter every client starts from.
         exchange: Where blobs come from and deltas go.
+        remembered: Folder for the scores of baselines, which later runs on this machine then need not train; or None.
     """
 
     config: Config
@@ -33,6 +35,7 @@ class Workbench:
     base_digest: str
     initial: Tree
     exchange: Exchange
+    remembered: Path | None = None
 
     def objective(self) -> Objective:
         """The run's objective."""

@@ -378,14 +378,16 @@ class Evaluate(Section):
     """What is measured beside the federation.
 
     Attributes:
-        baselines: Train the ``base`` (head only) and ``local`` (alone) models on every client as well.
+        baselines: Train the ``base`` (head only) and ``local`` (alone) models on every client as well. A simulation
+            takes the scores of those that were trained on this machine before from its cache folder: they do not
+            depend on the federation; ``anew`` trains them all the same.
         probes: What is looked at while the personalised models read the held-out rows, added up over the clients; in
             ``summary.json`` and the report. Each client's sums are told to the server, so there are none under
             ``privacy``.
         batch_size: Rows per evaluation batch.
     """
 
-    baselines: bool = True
+    baselines: bool | Literal["anew"] = True
     probes: tuple[Annotated[MethodRef, Axis("diagnostic")], ...] = ()
     batch_size: int = Field(default=64, ge=1)
 

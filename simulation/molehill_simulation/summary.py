@@ -157,6 +157,7 @@ class Summary(BaseModel):
         config_digest: SHA-256 (hex) of the resolved configuration.
         unscored: The clients of the run that ``mean`` and ``worst`` are not over, with the reason.
         anew: The clients whose personal state was gone in the course of the run, so that they started anew.
+        remembered: How many clients' baselines are those of an earlier run on the machine of a simulation.
         machine: How the machine of a simulation computed it; None of a deployment.
     """
 
@@ -178,6 +179,7 @@ class Summary(BaseModel):
     config_digest: str
     unscored: dict[str, str] = Field(default_factory=dict)
     anew: tuple[str, ...] = ()
+    remembered: int = 0
     machine: Machine | None = None
 
     @property
@@ -194,6 +196,11 @@ class Summary(BaseModel):
             more = [f"and {len(self.anew) - _NAMED} more"] if len(self.anew) > _NAMED else []
             names = ", ".join([*(clean(client, 40) for client in self.anew[:_NAMED]), *more])
             said.append(f"personal state was lost and begun anew, so the figures are not what they would be: {names}")
+        if self.remembered:
+            of = f"of {self.remembered} of {len(self.clients)} clients"
+            said.append(
+                f'baselines {of} are those of an earlier run here; evaluate.baselines = "anew" trains them again'
+            )
         return said
 
     @property
@@ -325,6 +332,7 @@ def summarise(
         config_digest=config_digest,
         unscored={c: reasons.get(c, "it has not all figures") for c in expected if c not in scored},
         anew=tuple(sorted({event["client"] for event in events if event["event"] == "anew"}, key=natural)),
+        remembered=sum(bool(part.get("remembered")) for part in evaluations_of(events).values()),
     )
 
 

@@ -13,6 +13,7 @@ from molehill.tasks.adapted import open_model
 from molehill.tasks.base_model import BaseInfo
 from molehill.tasks.kernels import Kernels
 from molehill.tasks.lengths import Examples
+from molehill.tasks.samples import cache_folder
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import Task
 from molehill.wire.connect import connect
@@ -80,7 +81,9 @@ def _clients(text: str, out: str, exchange: str) -> list[Client]:
     """All clients of a run folder; cached, since a worker process answers many messages of one run."""
     world = world_of(text)
     initial, _ = load_tree(Path(out) / "initial.safetensors")
-    bench = Workbench(world.config, world.model, world.task, world.base.digest, initial, connect(exchange))
+    remembered = cache_folder() / "baselines"
+    base = world.base.digest
+    bench = Workbench(world.config, world.model, world.task, base, initial, connect(exchange), remembered)
     run = world.config.run.name
     return [
         Client(

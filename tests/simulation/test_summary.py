@@ -20,7 +20,7 @@ def test_summary_has_the_promised_shape_and_figures():
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
         "task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "probes", "rounds", "seconds", "bytes_up",
-        "bytes_down", "base_model", "config_digest", "unscored", "anew", "machine",
+        "bytes_down", "base_model", "config_digest", "unscored", "anew", "remembered", "machine",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
         "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised", "macro_f1",

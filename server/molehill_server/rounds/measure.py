@@ -57,6 +57,7 @@ class Measuring:
                 stages={stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()},
                 tokens=parts[-1].tokens if parts else {},
                 probes=parts[-1].probes if parts else {},
+                remembered=any(part.remembered for part in parts),
             )
         if len(failed) == len(nodes):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in {**absent, **failed}.items())

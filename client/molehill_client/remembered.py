@@ -1,0 +1,85 @@
+"""Scores of baselines that were trained on this machine before.
+
+Baselines do not depend on the federation, so runs that differ in rounds, rules or codecs alone need not train them
+anew. Kept are the scores of a client, by a digest of all that they follow from; of its rows nothing can be read there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files as files_of
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from molehill import files
+from molehill.plan import ClientPlan, Scores
+from molehill.tasks.task import Example
+from molehill_client.participant import Participant
+
+# Sections that a model which is trained alone follows from by nothing but its rows, or not at all.
+_ELSEWHERE = frozenset({"data", "engine", "evaluate", "federation", "privacy", "round", "scenario", "wire"})
+
+_log = logging.getLogger(__name__)
+
+
+def key_of(client: Participant, plan: ClientPlan, steps: int) -> str:
+    """SHA-256 (hex) of what a client's baselines follow from.
+
+    Args:
+        client: The client, with its rows.
+        plan: Gives the seed.
+        steps: Steps that the model is trained alone for.
+    """
+    bench = client.bench
+    weight = next(bench.model.base.parameters())
+    config = {name: part for name, part in bench.config.model_dump(mode="json").items() if name not in _ELSEWHERE}
+    config["run"] = {**config["run"], "name": ""}
+    facts = [config, bench.base_digest, plan.seed, steps, str(weight.dtype), weight.device.type, _code()]
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for rows in (client.train_rows, client.test_rows):
+        total.update(f"{len(rows)} rows".encode())
+        for row in rows:
+            _add(total, row)
+    return total.hexdigest()
+
+
+def recall(folder: Path, key: str) -> dict[str, Scores] | None:
+    """The scores by stage; None where there are none."""
+    try:
+        found = json.loads((folder / f"{key}.json").read_bytes())
+        return {stage: Scores.model_validate(scores) for stage, scores in found.items()}
+    except (OSError, ValueError, AttributeError, ValidationError):
+        return None
+
+
+def keep(folder: Path, key: str, stages: dict[str, Scores]) -> None:
+    """Remember scores; a folder that cannot be written is no reason to stop."""
+    content = {stage: scores.model_dump() for stage, scores in stages.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / f"{key}.json", json.dumps(content).encode(), mode=0o600)
+    except OSError as error:
+        _log.debug("baselines cannot be remembered: %s", error)
+
+
+def _add(total: hashlib._Hash, row: Example) -> None:
+    for part in (row.input_ids, row.labels, -1 if row.task is None else row.task):
+        numbers = np.atleast_1d(np.asarray(part, np.int64))
+        total.update(len(numbers).to_bytes(8, "little"))
+        total.update(numbers.tobytes())
+
+
+@cache
+def _code() -> str:
+    """SHA-256 (hex) of the code that trains: another version may give other scores."""
+    total = hashlib.sha256(" ".join(version(name) for name in ("torch", "transformers")).encode())
+    for package in ("molehill", "molehill_client"):
+        for path in sorted(Path(str(files_of(package))).rglob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()
