@@ -5,7 +5,8 @@
 16 clients make 4 steps of MiniLM each, on 4 rows of 128 tokens; 4 experts of rank 8, top-2, on every linear of the
 layers; AdamW and a gradient norm of at most 1. Start values in, delta out; no wire on either side.
 
-* ``clone + loop``: the model is copied for every client and runs a loop over the experts (MoLA's of `moe_peft.py`).
+* ``clone + loop``: the model is copied for every client and runs a loop over the experts (MoLA's of `moe_peft.py`),
+  with the kernels that are fastest here, as all ways.
 * ``swap``: one model; a client is its flat vector, copied in and out.
 * ``k together``: k clients in the same passes.
 

@@ -1,7 +1,8 @@
 """Scores of baselines that were trained on this machine before.
 
-Baselines do not depend on the federation, so runs that differ in rounds, rules or codecs alone need not train them
-anew. Kept are the scores of a client, by a digest of all that they follow from; of its rows nothing can be read there.
+Baselines do not depend on the federation, so runs that differ in its rules or codecs alone need not train them anew.
+Kept are the scores of a client, by a digest of all that they follow from, rows included: who guesses them all can see
+that they were right, and nothing else can be read there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import logging
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files as files_of
 from pathlib import Path
@@ -17,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from molehill import files
+from molehill import files, registry
+from molehill.config import method_refs
 from molehill.plan import ClientPlan, Scores
 from molehill.tasks.task import Example
 from molehill_client.participant import Participant
@@ -40,8 +43,11 @@ def key_of(client: Participant, plan: ClientPlan, steps: int) -> str:
     weight = next(bench.model.base.parameters())
     config = {name: part for name, part in bench.config.model_dump(mode="json").items() if name not in _ELSEWHERE}
     config["run"] = {**config["run"], "name": ""}
-    facts = [config, bench.base_digest, plan.seed, steps, str(weight.dtype), weight.device.type, _code()]
+    used = [ref for ref in method_refs(bench.config) if ref[0].partition(".")[0] not in _ELSEWHERE]
+    others = tuple(sorted({registry.get(axis, ref.name).target.__module__ for _, axis, ref in used}))
+    facts = [config, bench.base_digest, plan.seed, steps, str(weight.dtype), weight.device.type, _code(others)]
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    total.update(bench.initial.flat.tobytes())
     for rows in (client.train_rows, client.test_rows):
         total.update(f"{len(rows)} rows".encode())
         for row in rows:
@@ -62,7 +68,7 @@ def keep(folder: Path, key: str, stages: dict[str, Scores]) -> None:
     """Remember scores; a folder that cannot be written is no reason to stop."""
     content = {stage: scores.model_dump() for stage, scores in stages.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         files.write(folder / f"{key}.json", json.dumps(content).encode(), mode=0o600)
     except OSError as error:
         _log.debug("baselines cannot be remembered: %s", error)
@@ -76,10 +82,12 @@ def _add(total: hashlib._Hash, row: Example) -> None:
 
 
 @cache
-def _code() -> str:
-    """SHA-256 (hex) of the code that trains: another version may give other scores."""
+def _code(modules: tuple[str, ...]) -> str:
+    """SHA-256 (hex) of the code that trains, methods of other packages included: another may give other scores."""
     total = hashlib.sha256(" ".join(version(name) for name in ("torch", "transformers")).encode())
     for package in ("molehill", "molehill_client"):
         for path in sorted(Path(str(files_of(package))).rglob("*.py")):
             total.update(path.read_bytes())
+    for name in modules:
+        total.update(Path(str(import_module(name).__file__)).read_bytes())
     return total.hexdigest()

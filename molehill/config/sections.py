@@ -405,7 +405,7 @@ class Engine(Section):
         workers: Processes that share the clients' work; ``auto`` is one for a base of fewer than five million
             parameters, else one per core.
         together: Most clients that train in the same passes, where the model allows it; ``auto`` is one for such a
-            base, else up to eight, as measured, while every worker has a group of its own.
+            base, four on a GPU, else up to eight, as measured, while every worker has a group of its own.
     """
 
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -165,7 +165,7 @@ def _groups(
 ) -> dict[str, RouteGroup]:
     groups: dict[str, RouteGroup] = {}
     transforms = [ref.build("transform") for ref in config.transforms]
-    selectors: dict[object, Selector] = {}  # by k, all else is alike; routers that share one may share a call
+    selectors: dict[str, Selector] = {}  # routers that share one may share a call
     order = {name: at for at, name in enumerate(found.calls)}  # of the pass, which is not always that of the modules
     for site in sorted(sites, key=lambda site: order.get(site.name, len(order))):
         plan, key = plans[site.name], _group_of(site, scope)
@@ -194,7 +194,8 @@ def _groups(
         if "k" in selector.params or plan.top_k:
             k = min(plan.top_k or selector.params["k"], experts)
             selector = MethodRef.model_validate({"name": selector.name, **selector.params, "k": k})
-        built = selectors.setdefault(selector.params.get("k"), selector.build("selector"))
+        built = selectors.get(selector.model_dump_json()) or selector.build("selector")
+        selectors[selector.model_dump_json()] = built
         if experts == 1 and scope == "site" and _always_one(built, site):
             continue  # a lone expert whose weight is 1 whatever the scores: a plain LoRA has no router
         router = Router(scorer, transforms, built, anchored=gate == "anchored")

@@ -113,7 +113,7 @@ class Output(NamedTuple):
 
 
 _FIELDS = len(Output._fields)
-_W, _WEIGHTS, _BT = (Output._fields.index(name) for name in ("W", "weights", "Bt"))
+_WEIGHTS, _BT = (Output._fields.index(name) for name in ("weights", "Bt"))
 
 
 class _Up(torch.autograd.Function):

@@ -163,9 +163,12 @@ class LogitTransform(ABC):
 
     Attributes:
         random: It draws numbers in training, so clients never share its batches.
+        by_logits: What it does to a row follows from the row's logits and mask and from the course of training. Rows of
+            several sites may then come in one call, with the input and the site of the first.
     """
 
     random: bool = False
+    by_logits: bool = False
 
     @abstractmethod
     def __call__(self, z: Tensor, ctx: RouteContext) -> Tensor:
@@ -175,14 +178,12 @@ class LogitTransform(ABC):
 class Selector(ABC):
     """Turns logits into weights (activation included); one object may serve several routers.
 
-    Where rows do not see each other and nothing is drawn, those of several sites of a layer may come in one call, with
-    the site of the first.
-
     Attributes:
         causal: At inference a token's weights depend neither on later tokens nor on other rows; selectors of which
             this is not true are refused for generation.
         per_row: In training rows do not see each other; where they do, clients never share its batches.
         random: It draws numbers in training; as ``per_row``.
+        by_logits: As of `LogitTransform`; its routes have a row for every row of the logits.
         takes_k: Its parameters have a ``k``, which an allocation may set.
         bound: No weight is larger.
     """
@@ -190,6 +191,7 @@ class Selector(ABC):
     causal: bool = True
     per_row: bool = True
     random: bool = False
+    by_logits: bool = False
     takes_k: bool = False
     bound: float = 1.0
 

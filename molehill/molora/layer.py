@@ -21,7 +21,7 @@ from molehill.molora.banks import Bank, Mixer, PairBank
 from molehill.molora.block import contract, mix
 from molehill.molora.fused import Output, down, up
 from molehill.molora.interfaces import Site
-from molehill.molora.recompute import source_of
+from molehill.molora.recompute import source_of, version_of
 from molehill.molora.routes import ForwardState, RouteGroup, route_together
 
 
@@ -36,8 +36,8 @@ class _Made(NamedTuple):
 class Fan:
     """Sites that read one tensor; a site by itself is a fan of one.
 
-    The first that is called with a tensor computes all, the others take theirs. One that is called with another tensor
-    computes all anew, so nothing depends on what was seen in the trial.
+    The first that is called in a pass computes all, the others take theirs. One that is called with another tensor, or
+    once more, computes its own anew: what the trial saw may not be so for every input.
 
     Args:
         sites: Fused sites in the order of the pass; without dropout when there are several.
@@ -45,6 +45,7 @@ class Fan:
 
     def __init__(self, sites: Sequence[MoLoRALinear]) -> None:
         self.sites = tuple(sites)
+        self._pass = -1  # number of the last pass
         self._made: _Made | None = None
 
     def output(self, site: MoLoRALinear, x: Tensor, call: int) -> Tensor:
@@ -58,21 +59,31 @@ class Fan:
         Raises:
             ModelError: A route does not fit the input.
         """
-        version = site.state.version, x._version  # noqa: SLF001  (torch tells in-place changes nowhere else)
+        version = site.state.version, version_of(x)
+        if self._pass != version[0]:
+            self._pass = version[0]
+            self._made = _Made(x, version, dict(zip(self.sites, self._compute(self.sites, x, call), strict=True)))
         made = self._made
-        if made is None or made.x is not x or made.version != version or site not in made.outputs:
-            made = _Made(x, version, dict(zip(self.sites, self._compute(x, call), strict=True)))
-        y = made.outputs.pop(site)
-        self._made = made if made.outputs else None
-        return y
+        if made is not None and made.x is x and made.version == version and site in made.outputs:
+            y = made.outputs.pop(site)
+            if not made.outputs:
+                self._made = None
+            return y
+        if made is not None and site in made.outputs and site.group is not None:
+            site.group.reopen(call)  # its route was made of the other tensor
+        return self._compute([site], x, call)[0]
 
-    def _compute(self, x: Tensor, call: int) -> list[Tensor]:
+    def forget(self) -> None:
+        """Let go of what waits for sites that a broken pass never came to."""
+        self._made = None
+
+    def _compute(self, sites: Sequence[MoLoRALinear], x: Tensor, call: int) -> list[Tensor]:
         x3 = x if x.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
-        seen = self.sites[0].dropout(x3)
+        seen = sites[0].dropout(x3)
         same = seen is x3
-        banks = [site.bank for site in self.sites if isinstance(site.bank, PairBank)]
+        banks = [site.bank for site in sites if isinstance(site.bank, PairBank)]
         factors = [bank.factors() for bank in banks]
-        rows = self._open_routes(x3, call) if same else {}
+        rows = _open_routes(sites, x3, call) if same else {}
         source = source_of(x) if same else None
         projection = down(seen.flatten(0, 1), [A for A, _ in factors], list(rows.values()), source)
         if rows:
@@ -81,16 +92,17 @@ class Fan:
             route_together(dict(zip(rows, scores, strict=True)), x3, call)
         outputs = [
             Output(site.weight, site.bias, site.flat_weights(x3, call), Bt, bank.spread)
-            for site, bank, (_, Bt) in zip(self.sites, banks, factors, strict=True)
+            for site, bank, (_, Bt) in zip(sites, banks, factors, strict=True)
         ]
         ys = up(x3.flatten(0, 1), projection, outputs, same_input=same)
         return [y.view(*x.shape[:-1], -1) for y in ys]
 
-    def _open_routes(self, x: Tensor, call: int) -> dict[RouteGroup, Tensor]:
-        """Router rows of the routes that this call is to compute and that are one product with x."""
-        groups = dict.fromkeys(site.group for site in self.sites if site.group is not None)
-        rows = {group: group.gate_rows(x, call) for group in groups}
-        return {group: gate for group, gate in rows.items() if gate is not None}
+
+def _open_routes(sites: Sequence[MoLoRALinear], x: Tensor, call: int) -> dict[RouteGroup, Tensor]:
+    """Router rows of the routes that this call is to compute and that are one product with x."""
+    groups = dict.fromkeys(site.group for site in sites if site.group is not None)
+    rows = {group: group.gate_rows(x, call) for group in groups}
+    return {group: gate for group, gate in rows.items() if gate is not None}
 
 
 class MoLoRALinear(nn.Module):

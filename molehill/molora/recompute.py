@@ -121,8 +121,13 @@ def _remember(y: Tensor, recipe: Recipe, inputs: tuple[Tensor, ...]) -> None:
     _SOURCES[y] = Source(detached, recipe, _versions(y, *inputs))
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; of one made in inference mode nobody knows, and it is 0."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  (torch tells in-place changes nowhere else)
+
+
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors)  # noqa: SLF001  (torch tells in-place changes nowhere else)
+    return tuple(map(version_of, tensors))
 
 
 def _note(function: Callable[..., Tensor], *inputs: Tensor, **extras: Any) -> Tensor:

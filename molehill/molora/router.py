@@ -66,7 +66,8 @@ class Router(nn.Module):
 
     def kin(self, overrides: Overrides) -> Hashable:
         """Equal for routers that turn given logits into weights alike, row by row; else its own."""
-        if not self.stackable or overrides != Overrides():
+        alike = self.selector.by_logits and all(transform.by_logits for transform in self.transforms)
+        if not (self.stackable and alike) or overrides != Overrides():
             return id(self)
         return id(self.selector), *map(id, self.transforms), self.n_experts
 

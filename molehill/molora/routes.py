@@ -187,6 +187,11 @@ class RouteGroup(nn.Module):
         self.mass[self.state.members] += (real @ flat).squeeze(1)
         self.tokens[self.state.members] += real.sum((1, 2))
 
+    def reopen(self, call: int) -> None:
+        """Let go of the route of a call, and of its record, so that it is computed anew."""
+        route = self._routes.pop(call, None)
+        self.state.records = [record for record in self.state.records if record.route is not route]
+
     def forget(self) -> None:
         """Let go of the last routes, whose graph remembers the shape of the router's rows."""
         self._routes = {}
@@ -213,7 +218,7 @@ def route_together(scores: Mapping[RouteGroup, Tensor], x: Tensor, call: int) ->
             company[0].route(x, scores[company[0]], call)
             continue
         n, ctx = len(company), company[0].context(x, call)
-        many = replace(ctx, mask=_repeat(ctx.mask, n), task_ids=_repeat(ctx.task_ids, n))
+        many = replace(ctx, mask=_repeat(ctx.mask, n), task_ids=_repeat(ctx.task_ids, n))  # nobody looks at x
         whole = company[0].router.route(many, torch.cat([scores[group] for group in company]))
         for group, route in zip(company, _parted(whole, n), strict=True):
             group.keep(route, x, call)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from molehill.errors import ModelError, first_line
+from molehill.molora.recompute import version_of
 
 _NUMBERED = re.compile(r"\.(\d+)\.")
 _ROWS, _TOKENS = 2, 3  # the last row is padded by one token
@@ -189,7 +190,7 @@ def _run_trial(base: nn.Module) -> Trial:
     def note(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         calls.setdefault(name, []).append(tuple(args[0].shape[:-1]))
         inputs.setdefault(name, args[0])
-        reads.setdefault((id(inputs[name]), args[0]._version), []).append(name)  # noqa: SLF001  (torch tells in-place changes nowhere else)
+        reads.setdefault((id(inputs[name]), version_of(args[0])), []).append(name)
         if name not in anchors:
             anchors[name] = output.new_zeros(output.shape[-1]).requires_grad_()
         return output + anchors[name]

@@ -102,7 +102,7 @@ def load_base(base: config.Base, task: config.Task, *, offline: bool = False) ->
     with _quiet():
         settings = _configuration(stored, task)
         tokenizer = _tokenizer(folder, base.model)
-        chosen = kernels.choose(base.precision, device, getattr(settings.get_text_config(), "hidden_size", None) or 512)
+        chosen = kernels.choose(base.precision, device, width_of(settings))
         kernels.use(chosen)
         model = _model(stored, settings, task, torch.bfloat16 if chosen.precision == "bf16" else torch.float32)
     for part in (model.config, model.config.get_text_config()):
@@ -116,6 +116,11 @@ def load_base(base: config.Base, task: config.Task, *, offline: bool = False) ->
     model.to(device)  # type: ignore[arg-type]  # transformers wraps the method and hides its signature
     info = BaseInfo(name, revision, stored.digest())
     return LoadedBase(model, tokenizer, info, _pooling(task, settings), stored, limit, chosen)
+
+
+def width_of(settings: Any) -> int:
+    """Features of a model's states, by its configuration; some number where it does not say."""
+    return getattr(settings.get_text_config(), "hidden_size", None) or 512
 
 
 def place(base: config.Base) -> str:

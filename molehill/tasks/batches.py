@@ -187,7 +187,7 @@ class Batches:
 def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator, start: float) -> Iterator[Batch]:
     """Yield every example once, in batches of like length.
 
-    The longest come first, so that a batch too large for memory fails at once.
+    The largest come first, so that a batch too large for memory fails at once.
 
     Args:
         examples: The examples.
@@ -195,5 +195,6 @@ def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator, s
         task: Collates.
         start: What a pass costs before its first token, in tokens.
     """
-    for indices in alike([len(example.input_ids) for example in examples], start, batch_size):
+    lengths = [len(example.input_ids) for example in examples]
+    for indices in sorted(alike(lengths, start, batch_size), key=lambda some: -len(some) * lengths[some[0]]):
         yield task.collate([examples[i] for i in indices])

@@ -13,7 +13,8 @@ from typing import Any
 
 from molehill.config import Config
 from molehill.molora.model import MoLoRAModel
-from molehill.tasks.kernels import Kernels, company
+from molehill.tasks.base_model import width_of
+from molehill.tasks.kernels import Kernels, company, measured
 from molehill.tasks.lengths import Lengths
 from molehill_server.events import listening
 from molehill_server.folder import write_config
@@ -35,6 +36,7 @@ from molehill_simulation.workers import Workers
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in so many of wall time
 RUN = 1  # the only run of a grid
+_ON_A_GPU = 4  # clients in the same passes, where nothing is measured
 SMALL = 5_000_000  # parameters of a base whose clients are done before worker processes have started
 
 Observer = Callable[[dict[str, Any]], None]
@@ -80,7 +82,7 @@ def run_local(
             exchange = out.resolve() / "exchange"
             run_config = _run_config(config, out, f"folder:{exchange}")
             stack.callback(shutil.rmtree, exchange, ignore_errors=True)
-            job = Job(importable, nodes, run_config, RUN, sys.path)
+            job = Job(importable, nodes, run_config, RUN, sys.path, measured())
             crew = stack.enter_context(Workers(workers, job, max(1, cores() // workers), working))
             grid = LocalGrid(client_app, nodes, run_config, together=together, crew=crew)
         server_app(grid, context_of(RUN, SERVER_NODE, {}, run_config))
@@ -96,21 +98,22 @@ def machine_of(config: Config, model: MoLoRAModel, kernels: Kernels, lengths: Le
         lengths: Of all rows.
         clients: Number of clients.
     """
-    given = config.engine
-    workers, together, why = 1, 1, ""
-    measured = model.base_parameters >= SMALL and not model.flat.is_cuda  # one GPU holds one base
-    if measured and "auto" in {given.workers, given.together}:
-        settings: Any = model.base.config
-        seen = sum(min(count, config.task.max_length) for count in lengths.tokens) / len(lengths.tokens)
-        found = company(kernels, settings.get_text_config().hidden_size, round(config.train.batch_size * seen))
-        workers = min(cores(), clients)
-        together, why = min(found.clients, -(-clients // workers)), found.why  # while every worker has a group
+    given, small, gpu = config.engine, model.base_parameters < SMALL, model.flat.is_cuda
+    alone = small or gpu  # one GPU holds one base
+    workers = given.workers if given.workers != "auto" else 1 if alone else min(cores(), clients)
+    together, why = given.together, ""
+    if together == "auto":
+        most = 1 if small else _ON_A_GPU
+        if not alone:
+            seen = sum(min(count, config.task.max_length) for count in lengths.tokens) / len(lengths.tokens)
+            most, why = company(kernels, width_of(model.base.config), round(config.train.batch_size * seen))
+        together = min(most, -(-clients // workers))  # while every worker has a group
     return Machine(
         precision=kernels.precision,
         products=kernels.products,
         attention=kernels.attention,
-        workers=workers if given.workers == "auto" else given.workers,
-        together=together if given.together == "auto" else given.together,
+        workers=workers,
+        together=together,
         why="; ".join(filter(None, (kernels.why, why))),
     )
 

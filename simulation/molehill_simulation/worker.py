@@ -20,6 +20,7 @@ from typing import IO, NamedTuple
 
 from molehill.config import load
 from molehill.errors import MolehillError
+from molehill.tasks import kernels
 from molehill_simulation import pulse
 from molehill_simulation.flower import RunConfig, pack, set_identity, unpack
 from molehill_simulation.scenario import ScenarioApp
@@ -37,6 +38,7 @@ class Job(NamedTuple):
         run_config: Run configuration of the clients.
         run_id: Number of the run.
         path: Where to look for modules.
+        measured: What the machine was measured to be good at, so that all processes of a run compute alike.
     """
 
     app: str
@@ -44,6 +46,7 @@ class Job(NamedTuple):
     run_config: RunConfig
     run_id: int
     path: list[str]
+    measured: dict[str, dict[str, float]]
 
 
 def write_frame(stream: IO[bytes], parts: Sequence[bytes]) -> None:
@@ -84,6 +87,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     job = Job(**json.loads(first[0]))
     sys.path[:] = job.path
 
+    kernels.learn(job.measured)
     set_identity(job.run_id)
     module, _, name = job.app.partition(":")
     app = getattr(importlib.import_module(module), name)

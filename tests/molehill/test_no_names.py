@@ -26,7 +26,6 @@ REASONS = {
     "what another key stands for": {"molehill/config/sections.py": "fedprox"},
     "a number format of bases, graphs and bundles": {
         "molehill/config/sections.py": "fp32 bf16",
-        "molehill/molora/attention.py": "fp32",
         "molehill/molora/trial.py": "fp32*2",
         "molehill/tasks/base_model.py": "bf16",
         "molehill/tasks/kernels.py": "fp32*3 bf16*10",

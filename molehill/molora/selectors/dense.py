@@ -36,6 +36,8 @@ class DenseParams:
 class Dense(Selector):
     """All experts, weighted by the activated logits."""
 
+    by_logits = True
+
     def __init__(self, params: DenseParams) -> None:
         self.activation = params.activation
 

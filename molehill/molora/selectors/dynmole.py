@@ -58,6 +58,8 @@ class DynMoLE(Selector):
     normalised entropy.
     """
 
+    by_logits = True
+
     def __init__(self, params: DynMoLEParams) -> None:
         self.params = params
 

@@ -50,6 +50,7 @@ class GW(Selector):
     entropy over ln E.
     """
 
+    by_logits = True
     takes_k = True
 
     def __init__(self, params: GWParams) -> None:

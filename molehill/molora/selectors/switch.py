@@ -41,6 +41,8 @@ class Switch(Selector):
     limit, which the balance loss counts.
     """
 
+    by_logits = True
+
     def __init__(self, params: SwitchParams) -> None:
         self.capacity = params.capacity
         self.per_row = params.capacity is None  # places are shared by all rows of a batch

@@ -41,6 +41,7 @@ class TopK(Selector):
     Softmax over the chosen logits is the same as softmax over all, then division by the sum of the chosen.
     """
 
+    by_logits = True
     takes_k = True
 
     def __init__(self, params: TopKParams) -> None:

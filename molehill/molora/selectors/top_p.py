@@ -36,6 +36,8 @@ class TopPParams:
 class TopP(Selector):
     """The smallest set of most probable experts whose mass reaches p, each with its own probability as weight."""
 
+    by_logits = True
+
     def __init__(self, params: TopPParams) -> None:
         self.p = params.p
 

@@ -38,6 +38,8 @@ class Temperature(LogitTransform):
     Above 1 the gate is softer (more experts learn), below 1 sharper.
     """
 
+    by_logits = True
+
     def __init__(self, params: TemperatureParams) -> None:
         self.start = params.start
         self.end = params.start if params.end is None else params.end

@@ -111,7 +111,8 @@ def test_a_site_called_with_another_tensor_computes_its_own():
     wanted = k(x)
     model.state.version += 1
     q(z)
-    assert not torch.equal(k(x), k(z))
+    torch.testing.assert_close(k(x), wanted)  # its route as well
+    assert not torch.equal(k(z), wanted)
     model.state.version += 1
     q(z)
     model.state.version += 1  # another pass: what waits is of no use
@@ -186,8 +187,28 @@ def test_gradients_of_two_outputs_are_those_of_finite_differences(clients, used)
 
 def test_every_preset_has_its_fans():
     """No preset loses the fast path where its experts take it."""
+    together = set()
     for preset in registry.methods("preset"):
         model = tiny_models.adapted(preset=preset.name)
         plain = [site for site in model.sites.values() if site.fused]
         if plain and all(site.dropout.p == 0 for site in plain):
             assert any(len(site.fan.sites) > 1 for site in plain), preset.name
+            together.add(preset.name)
+    assert {"molora", "mola", "lora"} <= together
+
+
+def test_in_inference_mode_nobody_counts_what_was_written():
+    model = tiny_models.shake(tiny_models.adapted())
+    with torch.no_grad():
+        wanted = model(**tiny_models.batch()).scores
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**tiny_models.batch()).scores, wanted)
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_behind():
+    model = tiny_models.shake(tiny_models.adapted())
+    q = next(site for name, site in model.sites.items() if name.endswith("q_proj"))
+    q(torch.randn(1, 3, tiny_models.WIDTH))
+    assert q.fan._made is not None
+    model.stack(2)
+    assert q.fan._made is None

@@ -20,6 +20,11 @@ def cache(tmp_path, monkeypatch):
     use(Kernels("fp32", "mkl", ""))
 
 
+def another_process():
+    """Forget what this one has measured."""
+    kernels._KNOWN.clear()
+
+
 @pytest.mark.parametrize(
     ("times", "precision", "chosen"),
     [
@@ -49,8 +54,10 @@ def test_a_machine_is_measured_once_for_all_its_processes(cache):
     (path,) = cache.iterdir()
     measured = json.loads(path.read_text())
     assert {"mkl"} <= set(measured) <= {"mkl", "onednn", "bf16"}
+    another_process()
     path.write_text(json.dumps({"mkl": 8.0, "onednn": 2.0}))
     assert choose("auto", CPU, 64)[:2] == ("fp32", "onednn")  # as wide to a product as 33
+    another_process()
     path.write_text("{")
     assert choose("fp32", CPU, 64).precision == "fp32"
     assert set(json.loads(path.read_text())) == set(measured)
@@ -74,21 +81,49 @@ def test_another_kernel_computes_the_same_product():
     assert error < (1e-6 if exact else 1e-2)  # where it is not, it is no choice
 
 
-def test_a_product_that_is_not_exact_is_no_choice(monkeypatch):
-    real = kernels.F.linear
+@pytest.mark.parametrize("columns", [None, 16, "clients"])
+def test_a_product_that_is_not_exact_is_no_choice(columns, monkeypatch):
+    """Wide, thin or of several clients: one that is not is enough."""
+    real = torch.Tensor.__matmul__
 
-    def coarse(x, weight):
-        inexact = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        return real(x, weight).bfloat16().float() if inexact and x.dtype == torch.float32 else real(x, weight)
+    def coarse(a, b):
+        inexact = kernels._ONEDNN.matmul.fp32_precision == "bf16" and a.dtype == torch.float32
+        this = {None: b.dim() == 2 and b.shape[1] > 16, 16: b.shape[-1] == 16, "clients": b.dim() == 3}[columns]
+        return real(a, b).bfloat16().float() if inexact and this else real(a, b)
 
-    monkeypatch.setattr(kernels.F, "linear", coarse)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
     assert "onednn" not in kernels._time_products(32)
+
+
+def test_processes_of_a_run_choose_alike_even_where_nothing_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOLEHILL_CACHE", str(tmp_path / "file"))
+    choose("fp32", CPU, 64)
+    told = {path: {"mkl": 8.0, "onednn": 2.0} for path in kernels.measured()}
+    another_process()
+    kernels.learn(told)
+    assert choose("fp32", CPU, 64).products == "onednn"
+
+
+def test_who_is_slower_to_measure_goes_by_what_another_process_has_kept(cache):
+    first = {"mkl": 1.0}
+
+    def measure():
+        kernels._kept(path, first)  # meanwhile
+        return {"mkl": 2.0}
+
+    choose("fp32", CPU, 64)
+    (path,) = cache.iterdir()
+    path.unlink()
+    another_process()
+    assert kernels._remembered(f"products {kernels._class(64)}", measure) == first
 
 
 def test_who_is_trained_in_the_same_passes_is_measured_and_remembered(cache):
     kernel = Kernels("fp32", "mkl", "")
     assert company(kernel, 48, 30).clients in {1, 2, 4, 8}
     (path,) = cache.iterdir()
+    another_process()
     path.write_text(json.dumps({"1": 1.0, "2": 1.9, "4": 2.0}))
     assert company(kernel, 64, 32) == (2, "2 clients in the same passes are 1.90 times as fast as one after another")
 
@@ -105,5 +140,6 @@ def test_both_attentions_are_measured_once(cache):
     times = json.loads(path.read_text())
     assert set(times) == {"torch", "products"}
     assert first == (times["products"] < 0.9 * times["torch"])
+    another_process()
     path.write_text(json.dumps({"torch": 2.0, "products": 1.0}))
     assert fast_attention(Kernels("fp32", "mkl", ""), 32)
