@@ -223,7 +223,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[], bool]) -> bool:
+def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[bool], bool]) -> bool:
     """Switch a CPU model with short inputs to this attention where it is faster; other models keep theirs.
 
     So does a model whose attention gets what this one does not implement (sinks, soft caps, biases of heads, dropout),
@@ -232,12 +232,15 @@ def use_fast_attention(base: nn.Module, max_length: int, when: Callable[[], bool
     Args:
         base: A Hugging Face model in eval mode.
         max_length: Longest input in tokens.
-        when: Whether it is faster for such inputs on this machine's processor; asked only if the rest allows it.
+        when: Whether it is faster for such inputs on this machine's processor, given whether tokens see only those
+            before them; asked only if the rest allows it.
 
     Returns:
         Whether the model has it now.
     """
-    if next(base.parameters()).device.type != "cpu" or max_length > MAX_TOKENS or not when():
+    if next(base.parameters()).device.type != "cpu" or max_length > MAX_TOKENS:
+        return False
+    if not when(any(getattr(module, "is_causal", False) for module in base.modules())):
         return False
     part: Any = base
     own = part.config._attn_implementation  # noqa: SLF001  (there is no public name for it)

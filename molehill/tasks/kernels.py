@@ -32,7 +32,6 @@ Products = Literal["mkl", "onednn"]
 
 _ONEDNN: Any = torch.backends.mkldnn  # untyped
 _WIDEST, _ROWS = 512, 512  # a larger product takes longer and tells the same
-_LONGEST = 256  # so of an input to attention
 _TRIES = 3
 _TURNS, _SECONDS = 5, 0.15  # of measuring, whichever comes first
 _GAIN = 0.9  # another kernel than torch's own has to earn this much
@@ -113,16 +112,17 @@ def use(kernels: Kernels) -> None:
     _switch(kernels.products)
 
 
-def fast_attention(kernels: Kernels, tokens: int) -> bool:
+def fast_attention(kernels: Kernels, tokens: int, ordered: bool) -> bool:
     """Whether attention by products is faster on this machine's processor than torch's own.
 
     Args:
         kernels: How the model is computed.
         tokens: Of the longest input.
+        ordered: Whether tokens see only those before them.
     """
-    size = min(_class(tokens), _LONGEST)
+    key = f"attention {_class(tokens)} {ordered} {kernels[:2]}"
     with _multiplying(kernels.products):
-        times = _remembered(f"attention {size} {kernels[:2]}", lambda: _time_attention(kernels.precision, size))
+        times = _remembered(key, lambda: _time_attention(kernels.precision, _class(tokens), ordered=ordered))
     return times["products"] < _GAIN * times["torch"]
 
 
@@ -183,24 +183,23 @@ def _type(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _time_attention(precision: Precision, tokens: int) -> dict[str, float]:
-    """Seconds of an attention's pass forward and backward, in both directions and with only the past in sight."""
+def _time_attention(precision: Precision, tokens: int, *, ordered: bool) -> dict[str, float]:
+    """Seconds of an attention's pass forward and backward."""
     shape = (1, 2, tokens, 64)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator).to(_type(precision)).requires_grad_() for _ in range(3))
 
-    def through(form: Callable[[bool], Tensor]) -> Callable[[], None]:
+    def through(form: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            for ordered in (False, True):
-                out = form(ordered)
-                torch.autograd.grad(out, (q, k, v), out.detach())
+            out = form()
+            torch.autograd.grad(out, (q, k, v), out.detach())
 
         return run
 
     return _least(
         {
-            "torch": through(lambda ordered: F.scaled_dot_product_attention(q, k, v, is_causal=ordered)),
-            "products": through(lambda ordered: attend(q, k, v, None, 0.125, ordered=ordered)),
+            "torch": through(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=ordered)),
+            "products": through(lambda: attend(q, k, v, None, 0.125, ordered=ordered)),
         }
     )
 

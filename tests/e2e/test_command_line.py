@@ -223,7 +223,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     assert summary == json.loads((out / "summary.json").read_text())
     assert list(summary) == [
         *("task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "probes", "rounds", "seconds"),
-        *("bytes_up", "bytes_down", "base_model", "config_digest", "unscored", "anew"),
+        *("bytes_up", "bytes_down", "base_model", "config_digest", "unscored", "anew", "remembered", "machine"),
     ]
     assert summary["rounds"] == 8
     assert set(summary["mean"]) == set(summary["worst"]) == FIGURES

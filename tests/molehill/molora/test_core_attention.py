@@ -11,7 +11,7 @@ from molehill.errors import ModelError
 from molehill.molora import attention
 
 
-def yes():
+def yes(_ordered):
     return True
 
 
@@ -119,7 +119,7 @@ def test_a_mask_is_made_only_where_more_than_the_order_masks(architecture, given
 )
 def test_short_inputs_are_switched_where_it_is_faster(length, faster, switched):
     model = base("llama")
-    attention.use_fast_attention(model, length, lambda: faster)
+    attention.use_fast_attention(model, length, lambda _: faster)
     assert (model.config._attn_implementation == attention.NAME) == switched
 
 

@@ -55,7 +55,7 @@ def made(family, keys, dtype):
 
 def adopted(model, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", 4)
-    attention.use_fast_attention(model, TOKENS, lambda: True)
+    attention.use_fast_attention(model, TOKENS, lambda _: True)
     keep_less(model)
     return model
 
