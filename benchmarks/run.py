@@ -93,7 +93,7 @@ def run(part: Part, out: Path, *, quick: bool) -> str:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
     shown = f"`python benchmarks/{' '.join(part.command)}` on {processor()}"
     if part.plot is None:
-        return f"{shown}\n\n```text\n{done.stdout.strip()}\n```"
+        return f"{shown}\n\n```measured\n{done.stdout.strip()}\n```"
     found = json.loads(done.stdout.strip().splitlines()[-1])
     ways = list(next(iter(found.values())))
     divisors = {count: 1e-3 * int(count) if part.per else 1.0 for count in found}
