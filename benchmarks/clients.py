@@ -10,13 +10,12 @@ and what it then misses.
 
 from __future__ import annotations
 
-from common import alternate, show
+from common import alternate, tell
 
 # Above torch, since common sets the number of threads.
 # isort: split
 
 import argparse
-import json
 import logging
 import statistics
 import tempfile
@@ -70,7 +69,7 @@ def on_ray(clients: int, reps: int) -> float:
 
 
 def measure(clients: int, reps: int, folder: Path) -> dict[str, float]:
-    """Seconds of a round of every way."""
+    """Milliseconds of a round of every way."""
     calls: dict[str, Callable[[], object] | None] = {
         "plain loop": partial(plain, clients),
         "LocalGrid": on_grid(clients),
@@ -78,7 +77,8 @@ def measure(clients: int, reps: int, folder: Path) -> dict[str, float]:
         "pfl": with_pfl(clients),
     }
     found = alternate({name: call for name, call in calls.items() if call is not None}, reps)
-    return {**found, "ray": on_ray(clients, min(reps, 2))}
+    found["ray"] = on_ray(clients, min(reps, 2))
+    return {way: 1e3 * seconds for way, seconds in found.items()}
 
 
 def main() -> None:
@@ -92,15 +92,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         found = {count: measure(count, options.reps, Path(folder)) for count in options.counts}
-    if options.json:
-        print(json.dumps(found))
-        return
-    ways = list(next(iter(found.values())))
-    show(
-        "One round of a trivial model, milliseconds a client",
-        ["clients", *ways],
-        [[str(count), *(f"{1e3 * times[way] / count:.2f}" for way in ways)] for count, times in found.items()],
-    )
+    title = "One round of a trivial model, milliseconds a client"
+    tell(found, title, "clients", as_json=options.json, shared=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import json
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,24 @@ def fill(page: Path, name: str, text: str) -> None:
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
+
+
+def tell(found: Mapping[int, Mapping[str, float]], title: str, label: str, *, as_json: bool, shared: bool) -> None:
+    """Print what every way takes by count, as JSON or as a table.
+
+    Args:
+        found: Values by way, by count.
+        title: Of the table.
+        label: What is counted.
+        as_json: Print JSON.
+        shared: The table shows a value over its count, since so many share it.
+    """
+    if as_json:
+        print(json.dumps(found))
+        return
+    ways = list(next(iter(found.values())))
+    rows = [[str(n), *(f"{times[way] / (n if shared else 1):.3g}" for way in ways)] for n, times in found.items()]
+    show(title, [label, *ways], rows)
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

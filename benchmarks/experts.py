@@ -9,13 +9,12 @@ dense`` weigh all. Peak memory is left to `train_step`.
 
 from __future__ import annotations
 
-from common import alternate, clock_for, show
+from common import alternate, clock_for, tell
 
 # Above torch, since common sets the number of threads.
 # isort: split
 
 import argparse
-import json
 import warnings
 
 import torch
@@ -43,14 +42,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     found = {count: measure(count, options.reps, options.threads) for count in options.counts}
-    if options.json:
-        print(json.dumps(found))
-        return
-    show(
-        "One step of MiniLM in fp32, ms, over the number of experts",
-        ["experts", *WAYS],
-        [[str(count), *(f"{times[way]:.0f}" for way in WAYS)] for count, times in found.items()],
-    )
+    title = "One step of MiniLM in fp32, ms, over the number of experts"
+    tell(found, title, "experts", as_json=options.json, shared=False)
 
 
 if __name__ == "__main__":

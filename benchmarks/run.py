@@ -15,6 +15,7 @@ import common
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -79,7 +80,7 @@ PARTS = (
 def processor() -> str:
     """What was measured on."""
     able = torch.backends.cpu.get_cpu_capability()
-    cores = common.os.cpu_count()
+    cores = os.cpu_count()
     name = kernels.processor() or platform.machine()
     return f"{name} ({able}), {cores} cores; Molehill {__version__}, torch {torch.__version__}, {platform.system()}"
 
@@ -93,10 +94,11 @@ def run(part: Part, out: Path, *, quick: bool) -> str:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
     shown = f"`python benchmarks/{' '.join(part.command)}` on {processor()}"
     if part.plot is None:
-        return f"{shown}\n\n```measured\n{done.stdout.strip()}\n```"
+        printed = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+        return f"{shown}\n\n```measured\n{printed}\n```"
     found = json.loads(done.stdout.strip().splitlines()[-1])
     ways = list(next(iter(found.values())))
-    divisors = {count: 1e-3 * int(count) if part.per else 1.0 for count in found}
+    divisors = {count: int(count) if part.per else 1 for count in found}
     values = {way: [found[count][way] / divisors[count] for count in found] for way in ways}
     drawing = (out if quick else PAGE.parent) / f"speed-{part.name}.svg"
     draw(part, [int(count) for count in found], values, drawing)

@@ -36,20 +36,18 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
     for client, plan in zip(clients, plans, strict=True):
         client.check(plan)
     keys = [key_of(client, plan, steps) for client, plan in zip(clients, plans, strict=True)] if folder else []
-    known: list[dict[str, Scores] | None] = [None] * len(clients)
+    found: dict[int, dict[str, Scores]] = {}
     if folder is not None and config.evaluate.baselines != "anew":
-        known = [recall(folder, key) for key in keys]
-    left = [number for number, stages in enumerate(known) if stages is None]
+        found = {n: stages for n, key in enumerate(keys) if (stages := recall(folder, key)) is not None}
+    remembered = frozenset(found)
+    left = [n for n in range(len(clients)) if n not in remembered]
     trained = _trained([clients[n] for n in left], [plans[n] for n in left], steps) if left else []
-    for number, stages in zip(left, trained, strict=True):
+    for n, stages in zip(left, trained, strict=True):
+        found[n] = stages
         if folder is not None:
-            keep(folder, keys[number], stages)
+            keep(folder, keys[n], stages)
     seconds = (time.monotonic() - started) / len(clients)
-    fresh = dict(zip(left, trained, strict=True))
-    return [
-        client.evaluation(fresh.get(number) or known[number] or {}, {}, seconds, remembered=number not in fresh)
-        for number, client in enumerate(clients)
-    ]
+    return [client.evaluation(found[n], {}, seconds, remembered=n in remembered) for n, client in enumerate(clients)]
 
 
 def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps: int) -> list[dict[str, Scores]]:

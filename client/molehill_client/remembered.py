@@ -17,7 +17,6 @@ from importlib.resources import files as files_of
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from molehill import files, registry
 from molehill.config import method_refs
@@ -27,6 +26,8 @@ from molehill_client.participant import Participant
 
 # Sections that a model which is trained alone follows from by nothing but its rows, or not at all.
 _ELSEWHERE = frozenset({"data", "engine", "evaluate", "federation", "privacy", "round", "scenario", "wire"})
+
+_STAGES = ("base", "local")
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ def recall(folder: Path, key: str) -> dict[str, Scores] | None:
     """The scores by stage; None where there are none."""
     try:
         found = json.loads((folder / f"{key}.json").read_bytes())
-        return {stage: Scores.model_validate(scores) for stage, scores in found.items()}
-    except (OSError, ValueError, AttributeError, ValidationError):
+        return {stage: Scores.model_validate(found[stage]) for stage in _STAGES}
+    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
         return None
 
 

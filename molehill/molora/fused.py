@@ -147,18 +147,18 @@ class _Up(torch.autograd.Function):
         gx: Tensor | None = None
         grads: list[Tensor | None] = []
         at = 0
-        for index, gy in enumerate(gys):
+        for index, given in enumerate(gys):
             W, weights, Bt, spread = kept[4 * index : 4 * index + 4]
             need = needs[4 + _FIELDS * index : 4 + _FIELDS * (index + 1)]
             span = slice(at, at + Bt.shape[-2])
             at = span.stop
             own: list[Tensor | None] = [None] * _FIELDS
             grads_of_low = None if buffer is None else buffer[:, span]
-            if gy is None:  # nobody used this output
+            if given is None:  # nobody used this output
                 if grads_of_low is not None:
                     grads_of_low.zero_()
             else:
-                gy = gy.contiguous()  # noqa: PLW2901
+                gy = given.contiguous()
                 own[_WEIGHTS], own[_BT] = _small(gy, low[:, span], weights, Bt, spread, grads_of_low, need)
                 if need_x:
                     gx = gy @ W if gx is None else gx.addmm_(gy, W)

@@ -67,8 +67,17 @@ def test_what_is_damaged_or_cannot_be_kept_is_trained(home, tmp_path):
     client, plan = home.client(0), home.plan(0, 0)
     (reply,) = baselines.baseline_together([client], [plan])
     (path,) = home.bench.remembered.iterdir()
-    path.write_text("[]")
-    assert client.baseline(plan).stages == reply.stages
+    for damaged in (
+        "[]",
+        "{}",
+        "{",
+        "7",
+        '{"base": {}, "local": {}}',
+        json.dumps({"base": json.loads(path.read_text())["base"]}),
+    ):
+        path.write_text(damaged)
+        again = client.baseline(plan)
+        assert (again.stages, again.remembered) == (reply.stages, False)
     (tmp_path / "file").write_text("")
     client.bench = replace(client.bench, remembered=tmp_path / "file")
     assert client.baseline(plan).stages == reply.stages

@@ -48,6 +48,7 @@ REASONS = {
     "a stage of a client's scores": {
         "server/molehill_server/validation.py": "local",
         "client/molehill_client/baselines.py": "local",
+        "client/molehill_client/remembered.py": "local",
         "client/molehill_client/commands/client.py": "local",
         "simulation/molehill_simulation/summary.py": "local",
     },
