@@ -1,6 +1,6 @@
 """What the benchmarks share: where the packages are, alternating measurement, peak memory of a process, and a table.
 
-Two ways to do a thing are compared by running them in turns (A B A B) and taking medians, so that a machine that
+Two ways to do a thing are compared by running them in turns and taking medians, so that a machine that
 gets slower or faster in between does so for both.
 """
 
@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -34,12 +35,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_PATHS, *filter(None, [os.environ.g
 def alternate(
     calls: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median seconds per call, taken in turns after one turn to warm up."""
+    """Median seconds per call, taken in turns after one turn to warm up.
+
+    The order changes from turn to turn, since who comes after one that took much memory pays for it.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        for name in random.Random(turn).sample(list(calls), len(calls)):
             start = clock()
-            call()
+            calls[name]()
             if turn:
                 times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}

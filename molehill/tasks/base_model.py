@@ -80,6 +80,15 @@ def is_here(base: config.Base) -> bool:
         return False
 
 
+def stored_bytes(base: config.Base) -> int | None:
+    """Size of a base's weights; None where they are not on this machine or cannot be used."""
+    try:
+        stored = look_up(_locate(base, offline=True)[0], base.model)
+        return sum(path.stat().st_size for path in stored.files)
+    except (ModelError, OSError):
+        return None
+
+
 def load_base(base: config.Base, task: config.Task, *, offline: bool = False) -> LoadedBase:
     """Load the base model of a run.
 

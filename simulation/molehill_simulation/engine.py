@@ -11,9 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from molehill.config import Config
 from molehill.molora.model import MoLoRAModel
-from molehill.tasks.base_model import width_of
+from molehill.tasks.base_model import stored_bytes, width_of
 from molehill.tasks.kernels import Kernels, company, measured
 from molehill.tasks.lengths import Lengths
 from molehill_server.events import listening
@@ -31,12 +33,13 @@ from molehill_simulation.grid import LocalGrid
 from molehill_simulation.pulse import Parts
 from molehill_simulation.scenario import Reported, ScenarioApp
 from molehill_simulation.summary import Machine
-from molehill_simulation.worker import Job
+from molehill_simulation.worker import Job, Program
 from molehill_simulation.workers import Workers
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in so many of wall time
 RUN = 1  # the only run of a grid
 _ON_A_GPU = 4  # clients in the same passes, where nothing is measured
+_WIDEST = 4  # bytes of a parameter as it is stored
 SMALL = 5_000_000  # parameters of a base whose clients are done before worker processes have started
 
 Observer = Callable[[dict[str, Any]], None]
@@ -49,6 +52,7 @@ def run_local(
     server_app: ServerApp,
     observer: Observer | None = None,
     importable: str | None = None,
+    crew: Workers | None = None,
 ) -> None:
     """Run a federation on this machine, from the start or from the last checkpoint in ``out``.
 
@@ -60,6 +64,7 @@ def run_local(
         observer: Called with every event, and a few times a second with ``working``, which no file holds: ``parts`` of
             their work that the clients have done.
         importable: The clients as ``module:name``, by which worker processes find them.
+        crew: Processes that have imported them already, as many as ``engine.workers``; they stay the caller's.
 
     Raises:
         MolehillError: Whatever stops a run; the folder can be resumed.
@@ -82,10 +87,25 @@ def run_local(
             exchange = out.resolve() / "exchange"
             run_config = _run_config(config, out, f"folder:{exchange}")
             stack.callback(shutil.rmtree, exchange, ignore_errors=True)
-            job = Job(importable, nodes, run_config, RUN, sys.path, measured())
-            crew = stack.enter_context(Workers(workers, job, max(1, cores() // workers), working))
+            crew = crew or stack.enter_context(crew_of(workers, importable))
+            crew.employ(Job(nodes, run_config, RUN, measured()), working)
             grid = LocalGrid(client_app, nodes, run_config, together=together, crew=crew)
         server_app(grid, context_of(RUN, SERVER_NODE, {}, run_config))
+
+
+def crew_of(workers: int, importable: str) -> Workers:
+    """So many processes, which import the clients at once; use inside ``with``."""
+    return Workers(workers, Program(importable, sys.path), max(1, cores() // workers))
+
+
+def sure_workers(config: Config) -> int:
+    """How many processes will share the clients' work, where that is sure before anything is loaded; else 1."""
+    given = config.engine.workers
+    if given != "auto":
+        return given
+    large = (stored_bytes(config.base) or 0) >= _WIDEST * SMALL
+    on_cpu = config.base.device == "cpu" or (config.base.device == "auto" and not torch.cuda.is_available())
+    return min(cores(), config.data.clients) if large and on_cpu else 1
 
 
 def machine_of(config: Config, model: MoLoRAModel, kernels: Kernels, lengths: Lengths, clients: int) -> Machine:

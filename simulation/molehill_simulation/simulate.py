@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,9 @@ from molehill_server.check import require
 from molehill_server.folder import require_base, working, write_config
 from molehill_simulation.conclude import conclude
 from molehill_simulation.data import names_of
-from molehill_simulation.engine import Observer, machine_of, run_local, run_ray
+from molehill_simulation.engine import Observer, crew_of, machine_of, run_local, run_ray, sure_workers
 from molehill_simulation.summary import Summary
+from molehill_simulation.workers import Workers
 from molehill_simulation.world import World, app, world_of
 
 IMPORTABLE = "molehill_simulation.world:app"
@@ -53,11 +55,16 @@ def simulate(
         with needs("ray"):
             import_module("ray")
     require(config)
-    with files.private(), files.told("the run", out), working(out):
-        return _simulate(config, out, engine, observer)
+    with files.private(), files.told("the run", out), working(out), ExitStack() as stack:
+        workers = sure_workers(config) if engine == "local" else 1
+        # They import what they need, which takes seconds, while this process reads rows and base.
+        crew = stack.enter_context(crew_of(workers, IMPORTABLE)) if workers > 1 else None
+        return _simulate(config, out, engine, observer, crew)
 
 
-def _simulate(config: Config, out: Path, engine: Literal["local", "ray"], observer: Observer | None) -> Summary:
+def _simulate(
+    config: Config, out: Path, engine: Literal["local", "ray"], observer: Observer | None, crew: Workers | None
+) -> Summary:
     _, task = load_rows(config.data, config.task)
     config = config.model_copy(update={"task": task})
     if (out / "config.toml").exists():
@@ -78,7 +85,7 @@ def _simulate(config: Config, out: Path, engine: Literal["local", "ray"], observ
     if engine == "local":
         machine = machine_of(config, world.model, world.kernels, _lengths(world), len(world.owners))
         chosen = Engine(workers=machine.workers, together=machine.together)
-        run_local(config.model_copy(update={"engine": chosen}), out, app, server_app, observer, IMPORTABLE)
+        run_local(config.model_copy(update={"engine": chosen}), out, app, server_app, observer, IMPORTABLE, crew)
     else:
         run_ray(config, out, app, server_app, observer)
     return conclude(config, world.model, world.base, out, _classes(world), _lengths(world).quantiles, machine)

@@ -1,10 +1,10 @@
 """A process that calls a ClientApp for messages from its standard input: ``python -m molehill_simulation.worker``.
 
 Input and output are frames: the number of parts, then each with its length before it, all numbers 4 bytes, little
-endian. The first frame says what to load. Every further one is a group of messages in Flower's own encoding; it is
-answered by the delays of the replies (JSON) and the replies, empty where there is none, or, when this machine fails, by
-the error (JSON) and an empty part; before that come frames of one part, which say how far the clients are (JSON). The
-end of the input ends the process.
+endian. The first frame says what to import, the second what to do: a process may wait for its job while others prepare
+it. Every further one is a group of messages in Flower's own encoding; it is answered by the delays of the replies
+(JSON) and the replies, empty where there is none, or, when this machine fails, by the error (JSON) and an empty part;
+before that come frames of one part, which say how far the clients are (JSON). The end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -29,23 +29,31 @@ from molehill_simulation.stage import Stage
 _NUMBER = struct.Struct("<I")
 
 
+class Program(NamedTuple):
+    """What a worker imports, which takes seconds.
+
+    Attributes:
+        app: The ClientApp, as ``module:name``.
+        path: Where to look for modules.
+    """
+
+    app: str
+    path: list[str]
+
+
 class Job(NamedTuple):
     """What a worker has to know.
 
     Attributes:
-        app: The ClientApp, as ``module:name``.
         nodes: Number of clients.
         run_config: Run configuration of the clients.
         run_id: Number of the run.
-        path: Where to look for modules.
         measured: What the machine was measured to be good at, so that all processes of a run compute alike.
     """
 
-    app: str
     nodes: int
     run_config: RunConfig
     run_id: int
-    path: list[str]
     measured: dict[str, dict[str, float]]
 
 
@@ -84,13 +92,17 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     first = read_frame(requests)
     if first is None:
         return
-    job = Job(**json.loads(first[0]))
-    sys.path[:] = job.path
+    program = Program(**json.loads(first[0]))
+    sys.path[:] = program.path
+    module, _, name = program.app.partition(":")
+    app = getattr(importlib.import_module(module), name)
 
+    second = read_frame(requests)
+    if second is None:
+        return
+    job = Job(**json.loads(second[0]))
     kernels.learn(job.measured)
     set_identity(job.run_id)
-    module, _, name = job.app.partition(":")
-    app = getattr(importlib.import_module(module), name)
     stage = Stage(app, job.nodes, job.run_config, job.run_id)
     stage.client_app = ScenarioApp(app, load(str(job.run_config["config"])), stage.late)
     with pulse.listening(lambda done: write_frame(replies, [json.dumps(done).encode()])):

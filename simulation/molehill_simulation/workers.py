@@ -18,7 +18,7 @@ from molehill.errors import FederationError, from_dict
 from molehill_simulation.flower import Message, pack, unpack
 from molehill_simulation.pulse import Listener
 from molehill_simulation.stage import Answer
-from molehill_simulation.worker import Job, read_frame, write_frame
+from molehill_simulation.worker import Job, Program, read_frame, write_frame
 
 # Large blocks stay with the process instead of going back to the kernel after every step, which then has to clear them
 # anew: about a tenth of a training step. glibc reads these when a process starts.
@@ -31,9 +31,9 @@ _LAST_WORDS = 30.0  # seconds for a process that has closed its output to end
 
 
 class _Worker:
-    """One process."""
+    """One process; it gets a job before it is asked anything."""
 
-    def __init__(self, job: Job, threads: str) -> None:
+    def __init__(self, program: Program, threads: str) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
         self.process = subprocess.Popen(
             [sys.executable, "-m", "molehill_simulation.worker"],
@@ -42,7 +42,19 @@ class _Worker:
             stderr=self._errors,
             env={**surroundings.variables(), **MALLOC, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
-        self._job: Job | None = job
+        self._unsaid: list[Program | Job] = [program]
+        with contextlib.suppress(OSError):  # whoever asks it is told
+            self._say()
+
+    def employ(self, job: Job) -> None:
+        """Say what to do."""
+        self._unsaid.append(job)
+
+    def _say(self) -> None:
+        assert self.process.stdin is not None
+        while self._unsaid:
+            write_frame(self.process.stdin, [json.dumps(self._unsaid[0]._asdict()).encode()])
+            del self._unsaid[0]
 
     def ask(self, parts: Sequence[bytes], working: Listener) -> list[bytes]:
         """Send a frame and wait for the answer; meanwhile ``working`` is told how far the clients are.
@@ -55,9 +67,7 @@ class _Worker:
         assert replies is not None
         answer = None
         try:
-            if self._job is not None:
-                write_frame(requests, [json.dumps(self._job._asdict()).encode()])
-                self._job = None
+            self._say()
             write_frame(requests, parts)
             while (answer := read_frame(replies)) is not None and len(answer) == 1:
                 working(json.loads(answer[0]))
@@ -95,20 +105,20 @@ class _Worker:
 class Workers:
     """Processes that execute groups of messages, each one group at a time. Use inside ``with``.
 
-    When a process dies, whoever waits for its answers is told, and the run ends: it is the machine's failure, and to
-    go on without some clients would change what the run measures.
+    They import what they need at once, and wait for a job; see `employ`. When a process dies, whoever waits for its
+    answers is told, and the run ends: it is the machine's failure, and to go on without some clients would change what
+    the run measures.
 
     Args:
         count: Number of processes.
-        job: What they do.
+        program: What they import.
         threads: Threads of every matrix product in a process.
-        working: Told how far clients are, in a thread of its own for every process.
     """
 
-    def __init__(self, count: int, job: Job, threads: int, working: Listener) -> None:
+    def __init__(self, count: int, program: Program, threads: int) -> None:
         self.ahead = 2 * count
-        self._working = working
-        self._workers = [_Worker(job, str(threads)) for _ in range(count)]
+        self._working: Listener = lambda _: None
+        self._workers = [_Worker(program, str(threads)) for _ in range(count)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -128,6 +138,17 @@ class Workers:
         self._threads.shutdown(wait=True)
         for worker in self._workers:
             worker.stop()
+
+    def employ(self, job: Job, working: Listener) -> None:
+        """Say what they do; once, before the first messages.
+
+        Args:
+            job: What it is.
+            working: Told how far clients are, in a thread of its own for every process.
+        """
+        self._working = working
+        for worker in self._workers:
+            worker.employ(job)
 
     def submit(self, messages: Sequence[Message]) -> Callable[[], list[Answer]]:
         """Have a group of messages executed; the result waits for the answers and returns them.

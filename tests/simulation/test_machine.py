@@ -43,3 +43,24 @@ def test_workers_and_groups(given, parameters, gpu, clients, chosen, monkeypatch
     assert (machine.workers, machine.together) == chosen
     assert set(asked) <= {(48, 29)}  # four rows of 22 / 3 tokens
     assert machine.why == ("products; why" if asked else "products")
+
+
+@pytest.mark.parametrize(
+    ("given", "parameters", "device"),
+    [
+        ({}, LARGE, "cpu"),
+        ({}, LARGE - 1, "cpu"),
+        ({"workers": 3}, LARGE - 1, "cpu"),
+        ({"workers": 1}, LARGE, "cpu"),
+        ({}, None, "cpu"),
+        ({}, LARGE, "nowhere"),
+    ],
+)
+def test_processes_that_start_before_the_base_is_loaded_are_as_many_as_will_be_needed(
+    given, parameters, device, monkeypatch
+):
+    monkeypatch.setattr(engine, "cores", lambda: 2)
+    monkeypatch.setattr(engine, "stored_bytes", lambda base: parameters and 4 * parameters)
+    config = parse({"engine": given, "base": {"device": device}})
+    needed = given.get("workers", 2 if parameters == LARGE and device == "cpu" else 1)
+    assert engine.sure_workers(config) == needed

@@ -18,7 +18,7 @@ import torch
 import toy_app
 from toy_federation import config, write_initial
 
-from molehill.errors import DeployError, FederationError
+from molehill.errors import DataError, DeployError, FederationError
 from molehill.wire.store import load_tree
 from molehill_server import app as server
 from molehill_simulation.engine import run_local
@@ -138,6 +138,17 @@ def test_real_clients_in_companies_come_out_alike_wherever_they_train(tmp_path):
         finals[workers, together] = load_tree(out / "final.safetensors")[0].flat
     assert np.array_equal(finals[1, 2], finals[2, 2])
     assert np.linalg.norm(finals[1, 2] - finals[1, 1]) <= 1e-5 * np.linalg.norm(finals[1, 1])
+
+
+def test_workers_that_wait_for_a_job_that_never_comes_are_ended(tmp_path):
+    """They start before the rows are read, and here the rows cannot be dealt."""
+    base = tiny_world.save_base(tmp_path / "bert", "bert")
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(3))
+    settings = tiny_world.config(base, rows, data={"clients": 9}, engine={"workers": 2})
+    before = children()
+    with pytest.raises(DataError):
+        simulate(settings, tmp_path / "run")
+    assert children() == before
 
 
 def test_frames():
