@@ -91,6 +91,13 @@ def pad_of(tokenizer: Tokenizer) -> int:
     return next((int(i) for i in found if i is not None), 0)
 
 
+def predictions(labels: Sequence[str], logits: Array) -> list[Prediction]:
+    """What logits ``[texts, classes]`` say of their texts."""
+    found = softmax(logits)
+    best = found.argmax(-1)
+    return [Prediction(labels[i], float(row[i]), tuple(row.tolist())) for i, row in zip(best, found, strict=True)]
+
+
 def softmax(logits: Array) -> Array:
     """Probabilities in float64 along the last axis."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))

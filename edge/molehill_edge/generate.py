@@ -24,7 +24,7 @@ Pieces = Iterator[str]
 _CHUNK = 512  # tokens read at once; bounds what the logits and the attention of a long prompt take
 _LOGITS = 1 << 23  # float32 numbers of one chunk's logits: 32 MB
 _STEP = 256  # the cache grows by at least this many tokens
-_ANSWER = 256  # tokens of an answer when nobody says how many
+ANSWER = 256  # tokens of an answer when nobody says how many
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -277,7 +277,7 @@ def room(prompt: int, wanted: int | None, most: int) -> int:
             f"the prompt has {prompt} tokens{answer}, where {most} fit together",
             mend="Give a shorter text or begin a new conversation." if prompt >= most else "Ask for a shorter answer.",
         )
-    return wanted or min(_ANSWER, most - prompt)
+    return wanted or min(ANSWER, most - prompt)
 
 
 @dataclass(frozen=True)

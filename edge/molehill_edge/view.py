@@ -150,9 +150,7 @@ class View:
                 or answers with numbers that are not finite.
         """
         labels = self._labels()
-        found = classify.softmax(self.logits(self.encode_all(texts, truncate=truncate)))
-        best = found.argmax(-1)
-        return [Prediction(labels[i], float(row[i]), tuple(row.tolist())) for i, row in zip(best, found, strict=True)]
+        return classify.predictions(labels, self.logits(self.encode_all(texts, truncate=truncate)))
 
     def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
         """Logits of texts of a classifier.

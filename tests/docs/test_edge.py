@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 README, PAGE = "README.md", "docs/how-to/edge.md"
 FENCE = re.compile(r"^```(sh|python) (owner|device)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INSTALL = 'python3 -m venv device && device/bin/pip install -c constraints.txt ".[edge]"'
+MORE = 'device/bin/pip install -c constraints.txt ".[serve]"'
 ELSEWHERE = ("torch", "transformers", "peft", "flwr", "grpc", "onnx", "onnxscript", "onnxruntime_genai", "datasets")
 MINE = "".join(
     json.dumps({"text": f"{text} {word}", "label": label}) + "\n"
@@ -78,7 +79,8 @@ def runs(tmp_path_factory):
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 512}))
     settings = ("task.max_length=64", "molora.rank=2", 'molora.targets=["q_proj","up_proj"]', "molora.scope=layer")
     tiny_run(folder, "causal-lm", llama, tiny_world.rows(24, "llama"), *settings)
-    device_venv.make(folder / "device")
+    for extra in ("edge", "serve"):
+        device_venv.make(folder / f"device-{extra}", extra)
     return folder
 
 
@@ -89,17 +91,17 @@ class Desk:
         self.folder = folder
         (folder / "runs").symlink_to(runs / "runs")
         (folder / "mine.jsonl").write_text(MINE, encoding="utf-8")
-        self._device = runs / "device"
-        self._port = free_ports(1)[0]
+        self._devices = runs
+        self._ports = dict(zip(("8080", "8000"), map(str, free_ports(2)), strict=True))
         self._servers = []
         owner = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         self._environments = {"owner": owner, "device": device_venv.environment(folder / "home")}
 
     def type(self, who, line):
         """Run a line, which must end well; returns what it said."""
-        line = line.replace("8080", str(self._port))
+        line = self._here(line)
         if line.endswith("&"):
-            return self._serve(shlex.split(line)[:-1])
+            return self._serve(who, shlex.split(line)[:-1])
         if who == "owner" and line.startswith("molehill "):  # here, where torch is loaded already
             done = CliRunner().invoke(app, shlex.split(line)[1:])
             assert done.exit_code == 0, f"{line}\n{done.output}"
@@ -114,8 +116,16 @@ class Desk:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def install(self):
-        (self.folder / "device").symlink_to(self._device)
+    def _here(self, text):
+        """The same with ports that are free."""
+        for theirs, ours in self._ports.items():
+            text = text.replace(theirs, ours)
+        return text
+
+    def install(self, extra):
+        """Give the device what an extra brings."""
+        (self.folder / "device").unlink(missing_ok=True)
+        (self.folder / "device").symlink_to(self._devices / f"device-{extra}")
 
     def play(self, page):
         """Do all that a page says; returns what each line and each program said, in order."""
@@ -123,25 +133,27 @@ class Desk:
         for kind, who, text in blocks(page):
             if kind == "python":
                 python = "device/bin/python" if who == "device" else sys.executable
-                said.append((text, self.run(who, [python, "-c", text])))
+                said.append((text, self.run(who, [python, "-c", self._here(text)])))
                 continue
             for line in text.splitlines():
-                if line == INSTALL:
-                    self.install()
+                if line in {INSTALL, MORE}:
+                    self.install("edge" if line == INSTALL else "serve")
                 elif not line.startswith(". "):  # the environment of the tests is active already
                     said.append((line, self.type(who, line)))
         return said
 
-    def _serve(self, words):
-        assert words[0] == "python"
+    def _serve(self, who, words):
+        if words[0] == "python":
+            words[0] = sys.executable
+        port = next(int(word) for word in words if word in self._ports.values())
         server = subprocess.Popen(
-            [sys.executable, *words[1:]], cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            words, cwd=self.folder, env=self._environments[who], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._servers.append(server)
         end = time.monotonic() + 30
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self._port), 1).close()
+                socket.create_connection(("127.0.0.1", port), 1).close()
             except OSError:
                 assert time.monotonic() < end
                 time.sleep(0.05)
@@ -164,7 +176,7 @@ def desk(tmp_path, runs, monkeypatch):
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_the_device_has_nothing_of_the_training(runs, name):
-    python = runs / "device/bin/python"
+    python = runs / "device-edge/bin/python"
     code = f"import importlib.util; assert importlib.util.find_spec({name!r}) is None"
     subprocess.run([python, "-c", code], env=device_venv.environment(runs), check=True)
 
@@ -177,16 +189,16 @@ def test_a_device_loads_what_it_needs_when_it_needs_it(runs):
         "import molehill_edge\n"
         "assert not {'onnxruntime', 'tuf', 'numpy'} & set(sys.modules)\n"
     )
-    python = runs / "device/bin/python"
+    python = runs / "device-edge/bin/python"
     subprocess.run([python, "-c", code], env=device_venv.environment(runs), check=True)
     done = subprocess.run(
-        [runs / "device/bin/molehill", "--help"],
+        [runs / "device-edge/bin/molehill", "--help"],
         env=device_venv.environment(runs), capture_output=True, text=True, check=True,
     )  # fmt: skip
     listed = set(re.findall(r"^│ (\w+)", done.stdout, re.MULTILINE))
     assert listed == {"audit", "edge", "pki"}  # what works without the parts that a device has not
     done = subprocess.run(
-        [runs / "device/bin/molehill", "export", "runs/demo", "--out", "nowhere"],
+        [runs / "device-edge/bin/molehill", "export", "runs/demo", "--out", "nowhere"],
         env=device_venv.environment(runs), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -224,6 +236,8 @@ def test_the_page_works_as_typed(desk):
     (experts,) = (text for line, text in said if "add_expert" in line)
     assert "['', 'e1', 'e2', 'e3']" in experts
     assert any("version 1 is in use now" in text for line, text in said if "--id chat" in line and " pull " in line)
+    (served,) = (json.loads(text) for line, text in said if line.startswith("curl "))
+    assert [model["id"] for model in served["data"]] == ["chat", "chat@default"]
     assert list((desk.folder / "keys/retired").iterdir())
 
 
@@ -237,7 +251,7 @@ def test_messages_of_the_page_are_those_of_the_code():
 
 
 def test_the_installation_is_one_that_the_project_has():
-    for page in (README, PAGE):
-        assert [line for _, _, text in blocks(page) for line in text.splitlines() if "pip install" in line] == [INSTALL]
-    assert "edge" in device_venv.PROJECT["project"]["optional-dependencies"]
+    for page, wanted in ((README, [INSTALL]), (PAGE, [INSTALL, MORE])):
+        assert [line for _, _, text in blocks(page) for line in text.splitlines() if "pip install" in line] == wanted
+    assert {"edge", "serve"} <= device_venv.PROJECT["project"]["optional-dependencies"].keys()
     assert (ROOT / "constraints.txt").is_file()

@@ -41,6 +41,11 @@ REASONS = {
         "edge/molehill_export/products.py": "fp32*3 int8*3 int4*2",
         "edge/molehill_export/source.py": "fp32",
     },
+    "a word of OpenAI's API or of a web server": {
+        "edge/molehill_edge/commands/serve.py": "none",
+        "edge/molehill_edge/serving/replies.py": "param",
+        "edge/molehill_edge/serving/requests.py": "none*2 temperature*2 top_p*2 top_k*2",
+    },
     "where clients run": {
         "simulation/molehill_simulation/commands/simulate.py": "local*3",
         "simulation/molehill_simulation/simulate.py": "local*4",

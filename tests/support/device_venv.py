@@ -35,6 +35,7 @@ def closure(extra: str) -> dict[str, Distribution]:
 
     project = PROJECT["project"]
     add([*project["dependencies"], *project["optional-dependencies"][extra]], set())
+    found.pop("molehill", None)  # an extra may name others of its own
     return found
 
 

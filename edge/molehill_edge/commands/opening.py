@@ -65,8 +65,13 @@ def opened(
         if gate is not None:
             bundle.swap_gate(gate)
         if experts is not None:
-            bundle.choose_experts([each.strip() for each in experts.split(",") if each.strip()])
+            bundle.choose_experts(named(experts))
         yield bundle
+
+
+def named(experts: str) -> list[str]:
+    """The ids in the option that lists experts."""
+    return [each.strip() for each in experts.split(",") if each.strip()]
 
 
 def _trust(insecure: bool, store: Path | None) -> Trust:

@@ -1,0 +1,322 @@
+"""The paths of the server, and the bundle behind them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from molehill.errors import BundleError
+from molehill_edge import classify
+from molehill_edge.bundle import Bundle
+from molehill_edge.gates import Gate
+from molehill_edge.generate import Stream
+from molehill_edge.serving import replies
+from molehill_edge.serving import requests as asks
+from molehill_edge.serving.guard import HEALTH, Guard
+from molehill_edge.serving.requests import Asked, Fields, RefusedError
+from molehill_edge.serving.room import Room, Turn
+from molehill_edge.view import DEFAULT, View
+
+_PATIENCE = 30  # seconds in which the body of a request must have come
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on.
+
+    Attributes:
+        body: Bytes of a request.
+        answer: Tokens of an answer.
+        at_once: Requests that are computed at the same time.
+        waiting: Requests that wait for them.
+    """
+
+    body: int
+    answer: int
+    at_once: int
+    waiting: int
+
+
+class Models:
+    """The bundle under its id, and as ``ID@GATE`` with each of its gates.
+
+    Args:
+        bundle: That is open; the gate in use is that of its plain id.
+        experts: Choose from these only, with every gate; None for all.
+
+    Raises:
+        BundleError: A gate cannot be read, or would be left without experts.
+    """
+
+    def __init__(self, bundle: Bundle, experts: Sequence[str] | None = None) -> None:
+        self._bundle = bundle
+        self._gates: dict[str, Gate] = {"": self._chosen(bundle.gate, experts)}
+        self._gates |= {name: self._chosen(bundle.read_gate(name), experts) for name in (DEFAULT, *bundle.gates())}
+
+    def _chosen(self, gate: Gate, experts: Sequence[str] | None) -> Gate:
+        view = self._bundle.with_gate(gate)
+        if experts is not None:
+            view.choose_experts(experts)
+        return view.gate
+
+    @property
+    def names(self) -> list[str]:
+        """What a request may call them."""
+        name = self._bundle.manifest.id
+        return [f"{name}@{gate}" if gate else name for gate in self._gates]
+
+    def require(self, name: str) -> None:
+        """Refuse a name that nobody has.
+
+        Raises:
+            RefusedError: There is no such bundle or gate.
+        """
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise RefusedError(404, f"There is no model {name!r}, only {known}.", field="model", code="model_not_found")
+
+    def find(self, name: str, kind: str) -> View:
+        """A view of the bundle for one request.
+
+        Args:
+            name: Of the model.
+            kind: Of the task that it must be for.
+
+        Raises:
+            RefusedError: There is no such bundle or gate, or it is for another task.
+        """
+        self.require(name)
+        does = self._bundle.manifest.task.kind
+        if does != kind:
+            what = f"The model is for {does}, and this path for {kind}."
+            raise RefusedError(400, what, field="model", code="unsupported_model")
+        return self._bundle.with_gate(self._gates[name.partition("@")[2]])
+
+    def about(self, name: str) -> dict[str, Any]:
+        """What a list of models says of one."""
+        created = self._bundle.manifest.created
+        return {"id": name, "object": "model", "created": created, "owned_by": "molehill"}
+
+
+class Paths:
+    """What is answered under each path.
+
+    Args:
+        models: Who answers.
+        limits: What is taken on.
+    """
+
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self._models = models
+        self._limits = limits
+        self._room = Room(limits.at_once, limits.waiting)
+
+    async def health(self, request: Request) -> Response:
+        """``GET /health``."""
+        del request
+        return replies.Json({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        """``GET /v1/models``."""
+        del request
+        return replies.Json({"object": "list", "data": [self._models.about(name) for name in self._models.names]})
+
+    async def model(self, request: Request) -> Response:
+        """``GET /v1/models/NAME``."""
+        name = str(request.path_params["name"])
+        self._models.require(name)
+        return replies.Json(self._models.about(name))
+
+    async def chat(self, request: Request) -> Turn:
+        """``POST /v1/chat/completions``."""
+        fields = await self._fields(request)
+        asked, messages = asks.read_asked(fields, self._limits.answer), asks.read_messages(fields)
+        fields.end()
+        view = self._models.find(asked.model, "causal-lm")
+        *before, last = messages
+
+        def begin() -> Stream:
+            chat = view.chat(**asked.sampling)
+            chat.messages = before
+            return chat.stream(last["content"], max_new_tokens=asked.most, stop=asked.stop)
+
+        return Turn(self._room, lambda: _written(asked, [begin], "messages"))
+
+    async def complete(self, request: Request) -> Turn:
+        """``POST /v1/completions``."""
+        fields = await self._fields(request)
+        asked, prompts = asks.read_asked(fields, self._limits.answer), asks.read_prompts(fields)
+        fields.end()
+        view = self._models.find(asked.model, "causal-lm")
+
+        def of(prompt: str) -> Callable[[], Stream]:
+            options = {**asked.sampling, "max_new_tokens": asked.most, "stop": asked.stop}
+            return lambda: view.stream(prompt, raw=True, **options)
+
+        return Turn(self._room, lambda: _written(asked, [of(prompt) for prompt in prompts], "prompt"))
+
+    async def classify(self, request: Request) -> Turn:
+        """``POST /v1/classifications``, a path of ours."""
+        fields = await self._fields(request)
+        name, texts, truncate = fields.text("model"), asks.read_inputs(fields), fields.flag("truncate")
+        fields.end()
+        view = self._models.find(name, "classification")
+        labels = view.manifest.task.labels
+
+        def compute() -> dict[str, Any]:
+            with _asked_wrongly("input"):
+                encoded = view.encode_all(texts, truncate=truncate)
+            with _failing():
+                found = classify.predictions(labels, view.logits(encoded))
+            return replies.classes(name, labels, found, sum(map(len, encoded)))
+
+        async def answer() -> Response:
+            return replies.Json(await to_thread.run_sync(compute))
+
+        return Turn(self._room, answer)
+
+    async def _fields(self, request: Request) -> Fields:
+        """The fields of a request.
+
+        Raises:
+            RefusedError: The body is too long, too slow, or no JSON object.
+        """
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # A page in a browser may send other kinds to any server without asking it first.
+            raise RefusedError(415, "The body must be JSON, with Content-Type: application/json.", code="invalid_json")
+        data = bytearray()
+        try:
+            with anyio.fail_after(_PATIENCE):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > self._limits.body:
+                        what = f"The request has more than {self._limits.body >> 10} KiB."
+                        raise RefusedError(413, what, code="request_too_large")
+        except (TimeoutError, ClientDisconnect):
+            raise RefusedError(408, "The body of the request did not come.", code="timeout") from None
+        return Fields(bytes(data))
+
+
+async def _written(asked: Asked, begins: Sequence[Callable[[], Stream]], field: str) -> Response:
+    """Texts, in pieces or whole.
+
+    Args:
+        asked: What is asked for.
+        begins: Read a prompt each, and begin its answer.
+        field: Where the prompts are: the messages of a conversation, or texts that go on.
+
+    Raises:
+        RefusedError: A prompt cannot be answered.
+    """
+    shape = replies.Shape(asked.model, chat=field == "messages")
+    streams = [await to_thread.run_sync(_begun, begin, field) for begin in begins]
+    if asked.stream:
+        headers = {"Cache-Control": "no-cache"}
+        return StreamingResponse(_events(asked, streams, shape), media_type="text/event-stream", headers=headers)
+    for stream in streams:
+        async for _ in _pieces(stream):
+            pass
+    return replies.Json(shape.whole([stream.answer for stream in streams]))
+
+
+def _begun(begin: Callable[[], Stream], field: str) -> Stream:
+    with _asked_wrongly(field):
+        return begin()
+
+
+async def _events(asked: Asked, streams: Sequence[Stream], shape: replies.Shape) -> AsyncIterator[bytes]:
+    """The answers as events. The head of the response has gone, so what fails is an event too."""
+    try:
+        if first := shape.begin():
+            yield first
+        for index, stream in enumerate(streams):
+            async for piece in _pieces(stream):
+                yield shape.piece(index, piece)
+            yield shape.end(index, stream.answer)
+    except RefusedError as error:
+        yield replies.event(replies.told(error))
+        return
+    if asked.usage:
+        yield shape.tokens([stream.answer for stream in streams])
+    yield replies.DONE
+
+
+async def _pieces(stream: Stream) -> AsyncIterator[str]:
+    """The pieces of an answer, each computed in a thread; who goes away between two of them ends it."""
+
+    def following() -> str | None:
+        with _failing():
+            return next(stream, None)
+
+    try:
+        while (piece := await to_thread.run_sync(following)) is not None:
+            yield piece
+    finally:
+        stream.close()
+
+
+@contextmanager
+def _asked_wrongly(field: str) -> Iterator[None]:
+    """What the bundle refuses, as a mistake of the caller."""
+    try:
+        yield
+    except BundleError as error:
+        raise RefusedError(400, str(error), field=field, code="invalid_value") from None
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """What the bundle cannot compute, as a mistake of the server."""
+    try:
+        yield
+    except BundleError as error:
+        raise RefusedError(500, str(error), code="cannot_compute") from None
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return replies.refusal(error)
+
+
+async def _no_path(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"There is no {request.method} {request.url.path}."
+    return replies.refusal(RefusedError(error.status_code, what, code="not_found"), error.headers)
+
+
+async def _broken(_: Request, __: Exception) -> Response:
+    return replies.refusal(RefusedError(500, "The server has failed; its log says why.", code="internal_error"))
+
+
+def make(models: Models, limits: Limits, key: str | None) -> Starlette:
+    """The application.
+
+    Args:
+        models: Who answers.
+        limits: What is taken on.
+        key: That callers must know; None for none.
+    """
+    paths = Paths(models, limits)
+    return Starlette(
+        routes=[
+            Route(HEALTH, paths.health),
+            Route("/v1/models", paths.models),
+            Route("/v1/models/{name:path}", paths.model),
+            Route("/v1/chat/completions", paths.chat, methods=["POST"]),
+            Route("/v1/completions", paths.complete, methods=["POST"]),
+            Route("/v1/classifications", paths.classify, methods=["POST"]),
+        ],
+        middleware=[Middleware(Guard, key=key)],
+        exception_handlers={RefusedError: _refuse, HTTPException: _no_path, Exception: _broken},
+    )

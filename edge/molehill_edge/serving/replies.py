@@ -1,0 +1,129 @@
+"""Answers as OpenAI's API shapes them: whole, in pieces as events, and as errors."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from molehill_edge.classify import Prediction
+from molehill_edge.generate import Answer
+from molehill_edge.serving.requests import RefusedError
+
+DONE = b"data: [DONE]\n\n"
+_KINDS = {401: "authentication_error", 403: "permission_error"}
+_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
+
+
+class Json(Response):
+    """A JSON document in UTF-8."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The document as bytes; numbers that JSON does not have are a mistake of ours."""
+        return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+
+
+def refusal(error: RefusedError, headers: Mapping[str, str] | None = None) -> Json:
+    """A refusal as a response."""
+    return Json(told(error), error.status, headers)
+
+
+def told(error: RefusedError) -> dict[str, Any]:
+    """A refusal as a document."""
+    kind = _KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": error.what, "type": kind, "param": error.field, "code": error.code}}
+
+
+def event(document: Mapping[str, Any]) -> bytes:
+    """A document as an event of a stream."""
+    return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+
+
+def usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The tokens of some answers."""
+    read, drawn = sum(each.prompt_tokens for each in answers), sum(each.tokens for each in answers)
+    return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How answers of one path look.
+
+    Attributes:
+        model: Who answers.
+        chat: As a message of a conversation; else as a text that goes on.
+        id: Of this answer.
+        created: When, in seconds since 1970.
+    """
+
+    model: str
+    chat: bool
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """All answers of a request, each a choice."""
+        choices = []
+        for index, answer in enumerate(answers):
+            text = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+            choices.append({
+                "index": index, **(text if self.chat else {"text": answer.text}), "logprobs": None,
+                "finish_reason": _REASONS[answer.reason],
+            })  # fmt: skip
+        return {**self._head(""), "choices": choices, "usage": usage(answers)}
+
+    def begin(self) -> bytes:
+        """What comes before the first piece; nothing where the text just goes on."""
+        return self._piece(0, {"role": "assistant", "content": ""}, None) if self.chat else b""
+
+    def piece(self, index: int, text: str) -> bytes:
+        """A piece of the text of a choice."""
+        return self._piece(index, {"content": text} if self.chat else text, None)
+
+    def end(self, index: int, answer: Answer) -> bytes:
+        """Why a choice ended."""
+        return self._piece(index, {} if self.chat else "", _REASONS[answer.reason])
+
+    def tokens(self, answers: Sequence[Answer]) -> bytes:
+        """What was read and drawn."""
+        return event({**self._head(".chunk"), "choices": [], "usage": usage(answers)})
+
+    def _piece(self, index: int, said: Any, reason: str | None) -> bytes:
+        choice = {"index": index, ("delta" if self.chat else "text"): said, "logprobs": None, "finish_reason": reason}
+        return event({**self._head(".chunk"), "choices": [choice]})
+
+    def _head(self, suffix: str) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self.chat else "text_completion"
+        name = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{name}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+
+def classes(model: str, labels: Sequence[str], found: Sequence[Prediction], tokens: int) -> dict[str, Any]:
+    """Classes of texts; a shape of ours, since OpenAI has none.
+
+    Args:
+        model: Who says so.
+        labels: Of the bundle.
+        found: For every text.
+        tokens: How many were read.
+    """
+    data = [
+        {
+            "object": "classification",
+            "index": index,
+            "label": each.label,
+            "probability": each.probability,
+            "probabilities": dict(zip(labels, each.probabilities, strict=True)),
+        }
+        for index, each in enumerate(found)
+    ]
+    return {
+        "object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}
+    }  # fmt: skip

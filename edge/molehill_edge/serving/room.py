@@ -1,0 +1,81 @@
+"""How many requests are computed at once, how many may wait, and what becomes of those whose client has gone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from molehill_edge.serving import replies
+from molehill_edge.serving.requests import RefusedError
+
+
+class Room:
+    """Places for requests.
+
+    Args:
+        at_once: Requests that are computed at the same time.
+        waiting: Requests that may wait for them.
+    """
+
+    def __init__(self, at_once: int, waiting: int) -> None:
+        self._free = anyio.Semaphore(at_once)
+        self._most = at_once + waiting
+        self._inside = 0
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Wait for a place, and hold it.
+
+        Raises:
+            RefusedError: Too many wait already.
+        """
+        if self._inside >= self._most:
+            raise RefusedError(503, "Too many requests wait already: try again in a moment.", code="overloaded")
+        self._inside += 1
+        try:
+            async with self._free:
+                yield
+        finally:
+            self._inside -= 1
+
+
+class Turn:
+    """A response that is computed once there is a place for it, and given up when its client has gone.
+
+    Args:
+        room: Has the places.
+        answer: Computes it.
+    """
+
+    def __init__(self, room: Room, answer: Callable[[], Awaitable[Response]]) -> None:
+        self._room = room
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as any application of ASGI."""
+        async with anyio.create_task_group() as group:
+
+            async def leave() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                group.cancel_scope.cancel()
+
+            group.start_soon(leave)
+            try:
+                async with self._room.place():
+                    response = await self._answer()
+                    await response(scope, _nothing, send)
+            except RefusedError as error:
+                headers = {"Retry-After": "1"} if error.status == 503 else None
+                await replies.refusal(error, headers)(scope, _nothing, send)
+            group.cancel_scope.cancel()
+
+
+async def _nothing() -> Message:
+    """What a response hears of its client: `Turn` listens in its place."""
+    await anyio.sleep_forever()
+    raise AssertionError  # not reached
