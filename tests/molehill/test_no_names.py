@@ -48,7 +48,7 @@ REASONS = {
     },
     "where clients run": {
         "simulation/molehill_simulation/commands/simulate.py": "local*3",
-        "simulation/molehill_simulation/simulate.py": "local*4",
+        "simulation/molehill_simulation/simulate.py": "local*5",
     },
     "a stage of a client's scores": {
         "server/molehill_server/validation.py": "local",
