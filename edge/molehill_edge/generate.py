@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from molehill.errors import BundleError
 from molehill_edge import tokens
+from molehill_edge.manifest import LOGITS_FROM
 from molehill_edge.sampling import Sampler, Sampling
 from molehill_edge.session import Session, value
 from molehill_protos.v1.bundle_pb2 import Task
@@ -21,8 +22,9 @@ Inputs = Mapping[str, ort.OrtValue]
 Current = Callable[[], Inputs]  # of the gate, for the experts that are there when it is called; else the same object
 Pieces = Iterator[str]
 
-_CHUNK = 512  # tokens read at once; bounds what the logits and the attention of a long prompt take
-_LOGITS = 1 << 23  # float32 numbers of one chunk's logits: 32 MB
+_CHUNK = 512  # tokens read at once; bounds what the attention of a long prompt takes
+_LOGITS = 1 << 23  # float32 numbers of one chunk's logits, where the graph gives all of them: 32 MB
+_LAST = np.array([-1], np.int64)
 _STEP = 256  # the cache grows by at least this many tokens
 ANSWER = 256  # tokens of an answer when nobody says how many
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -64,6 +66,7 @@ class Cache:
         self._state: tuple[list[int], list[Array]] = ([], self._arrays(0))
         self._inputs: Inputs | None = None  # the gate that computed all of it
         self._logits = np.empty((1, 0, 0), np.float32)
+        self._last_only = LOGITS_FROM in session.overridable  # graphs of earlier versions give logits of all tokens
         self._held: dict[str, Any] = {}  # what the binding points at
 
     @property
@@ -98,7 +101,7 @@ class Cache:
         """
         if len(ids) > self._most:
             raise BundleError(f"{len(ids)} tokens, where {self._most} fit", mend="Give a shorter text.")
-        chunk = max(1, min(_CHUNK, _LOGITS // max(1, self._shape.vocabulary)))
+        chunk = _CHUNK if self._last_only else max(1, min(_CHUNK, _LOGITS // max(1, self._shape.vocabulary)))
         while True:
             with self._session.use() as graph:  # experts may change between two chunks, and only there
                 inputs = current()
@@ -121,8 +124,11 @@ class Cache:
             self._held = {}
             for name, bound in inputs.items():
                 binding.bind_ortvalue_input(name, bound)
-        if self._logits.shape[1] != len(ids) or new:
-            self._logits = np.empty((1, len(ids), self._shape.vocabulary), np.float32)
+            if self._last_only:
+                self._hold(binding.bind_ortvalue_input, LOGITS_FROM, _LAST)
+        given = 1 if self._last_only else len(ids)
+        if self._logits.shape[1] != given or new:
+            self._logits = np.empty((1, given, self._shape.vocabulary), np.float32)
             self._hold(binding.bind_ortvalue_output, "logits", self._logits)
         self._hold(binding.bind_ortvalue_input, "input_ids", np.array([ids], np.int64))
         self._hold(binding.bind_ortvalue_input, "attention_mask", np.ones((1, total), np.int64))

@@ -26,6 +26,7 @@ NAME = "manifest.pb"
 GRAPH, EXPERTS, GATE, TOKENIZER = "model.onnx", "experts.safetensors", "gate.safetensors", "tokenizer.json"
 BASE = "base.bin"
 GATES = "gates"  # folder of further gates
+LOGITS_FROM = "logits_from"  # input of a causal LM's graph: the position of the first logits
 KINDS = CLASSIFICATION, CAUSAL = ("classification", "causal-lm")
 PRECISIONS = ("fp32", "int8", "int4")
 

@@ -20,6 +20,7 @@ from molehill.molora.head import Head
 from molehill.tasks.devices import slides
 from molehill.tasks.weights import Stored
 from molehill_export.graph import Graph, Place
+from molehill_export.guards import drop_nan_guards
 from molehill_export.mixtures import every_expert, substitute
 from molehill_export.trace import DYNAMIC, export, quiet
 
@@ -180,6 +181,7 @@ def _without_marks(graph: Graph) -> Graph:
         graph.places[name] = (*graph.places.get(name, ()), place)
         graph.rewire(node.output[0], node.input[1], consumers[node.output[0]])
     graph.opsets.pop(_DOMAIN, None)
+    drop_nan_guards(graph)
     return graph
 
 

@@ -35,6 +35,7 @@ from molehill_export import parity as parity_of
 from molehill_export.base import cache_shape, classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
 from molehill_export.graph import External, Graph, write_weights
+from molehill_export.head import cut_head
 from molehill_export.insertion import Inserted
 from molehill_export.molora import choose_slots, gate_values, insert
 from molehill_export.routers import effective
@@ -171,6 +172,8 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
     with source.gate(options.gates[0]) as model:
         inserted = insert(graph, model, source.adapter.molora.scorer, slots, options.scheme)
         graph.drop_unused()
+        if causal:
+            cut_head(graph)
         manifest.sites.extend(inserted.sites)
         if inserted.sites and all(site.form == pb.TENSORS for site in inserted.sites):
             manifest.quantisation.experts = "fp32"  # only low-rank ones are rounded

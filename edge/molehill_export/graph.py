@@ -163,6 +163,14 @@ class Graph:
                     node.output[i] = hidden
         return hidden
 
+    def rename(self, old: str, new: str) -> bool:
+        """Let what a node writes as ``old`` be called ``new``; false where no node writes it."""
+        writers = [node for node in self.nodes if old in node.output]
+        for node in writers:
+            node.output[list(node.output).index(old)] = new
+            self.rewire(old, new, self.nodes)
+        return bool(writers)
+
     def drop_unused(self) -> None:
         """Remove nodes that no output needs, and weights that no node reads."""
         needed = {value.name for value in self.outputs}

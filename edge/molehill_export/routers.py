@@ -168,16 +168,20 @@ class Routers:
         args = (x, torch.zeros(len(slots)), examples)
         dynamic = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
         traced = piece(module.key([tuple(t.shape) for t in (x, args[1], *examples)]), module, args, dynamic)
-        shown = []
+        shown: list[Gate] = []
         for call, place in enumerate(self._work.graph.places[group.site.name]):
             x_name = self._work.in_rows(place.x) if place.flat else place.x
             (weights,) = traced.insert(self._work.graph, [x_name, self._limits[index], *inputs])
-            self._gates[id(group), call] = Gate(weights, slots, place.flat)
+            gate = self._gates[id(group), call] = Gate(weights, slots, place.flat)
             if group.calls[call]:
-                shown.append(weights)
+                shown.append(gate)
         route = f"route.{index}"
-        shown = shown or [self._gates[id(group), 0].weights]
-        self._work.graph.node("Identity" if len(shown) == 1 else "Mean", shown, out=route)
+        shown = shown or [self._gates[id(group), 0]]
+        if len(shown) == 1 and self._work.graph.rename(shown[0].weights, route):
+            shown[0].weights = route
+        else:
+            names = [gate.weights for gate in shown]
+            self._work.graph.node("Identity" if len(shown) == 1 else "Mean", names, out=route)
         self._work.graph.outputs.append(_float_output(route))
         self._work.out.routers.append(pb.Router(name=group.site.name, slots=slots))
 

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import onnx
 import torch
 from onnxscript.onnx_opset import opset21 as op
@@ -73,8 +74,28 @@ def piece(key: Hashable, module: nn.Module, args: tuple[Any, ...], dynamic: Sequ
         dynamic: The axes of every input that vary, nested as the inputs are.
     """
     if key not in _cache:
-        _cache[key] = Piece(export(module, args, dynamic))
+        _cache[key] = Piece(_with_short_zeros(export(module, args, dynamic)))
     return _cache[key]
+
+
+def _with_short_zeros(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Write float32 zeros in the shape of a tensor as that tensor times zero: one small node in place of two."""
+    graph = model.graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    floats = {v.name for v in graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    shapes = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Shape" and not any(a.name == "end" or (a.name == "start" and a.i) for a in node.attribute)
+    }
+    for node in graph.node:
+        zero = values.get(node.input[0]) if node.op_type == "Expand" else None
+        if zero is not None and zero.dtype == np.float32 and zero.size == 1 and not zero.any():
+            like = shapes.get(node.input[1], "")
+            if like in floats:
+                node.op_type = "Mul"
+                node.input[1] = like
+    return model
 
 
 def export(

@@ -17,6 +17,7 @@ from molehill.errors import AdapterError, BundleError, ConfigError, ModelError
 from molehill.tasks.weights import Stored
 from molehill.wire.store import load_tree
 from molehill_edge import Bundle, InsecureLocal
+from molehill_edge import generate as bundle_generate
 from molehill_edge import manifest as manifests
 from molehill_edge.tensors import read
 from molehill_export import trace
@@ -313,7 +314,7 @@ def test_what_cannot_be_exported(run, writer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["writer", "gpt2"])
-def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(kind, request, tmp_path):
+def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(kind, request, tmp_path, monkeypatch):
     import onnxruntime_genai as og
 
     source = open_source(request.getfixturevalue(kind))
@@ -334,6 +335,11 @@ def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(kind, reques
         answer = bundle.generate("the scene was very good", max_new_tokens=60 - len(ids))
         assert answer.text == source.tokenizer.decode(wanted[len(ids) :], skip_special_tokens=True)
         assert answer.tokens == len(wanted) - len(ids)
+        row = np.array([wanted])
+        last = bundle.forward(row, np.ones_like(row), ["logits"])[0][0, -1]
+        monkeypatch.setattr(bundle_generate, "_CHUNK", 7)
+        assert manifests.LOGITS_FROM in bundle._engine.session.overridable
+        assert np.abs(bundle.read(bundle.cache(), wanted) - last).max() < 1e-4
     model = og.Model(str(tmp_path / "bundle"))
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=60, do_sample=False)
