@@ -20,6 +20,7 @@ _FIELDS = "molehill_fields"
 _KEPT = 1024  # things of which it is known when they were last said
 OURS = (
     "molehill", "molehill_server", "molehill_client", "molehill_simulation", "molehill_edge", "molehill_export",
+    "molehill_web",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from molehill import logs
-from molehill.tasks.samples import cache_folder
+from molehill.cache import cache_folder
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every program they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,10 +17,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """What runs leave in the cache folder for later ones stays with these tests; samples are there already."""
-    own, samples = tmp_path_factory.mktemp("cache"), cache_folder() / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
-    (own / "samples").symlink_to(samples)
+    """What runs leave in the cache folder for later ones stays with these tests; downloads are there already."""
+    own = tmp_path_factory.mktemp("cache")
+    for name in ("samples", "npm"):
+        (cache_folder() / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(cache_folder() / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOLEHILL_CACHE", str(own))
         yield

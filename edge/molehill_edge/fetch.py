@@ -122,7 +122,7 @@ def _pull(store: Store, client: Client, known: Known, bundle: str, progress: Pro
     entry = client.find(target(bundle))
     if entry is None:
         raise Refused(f"the repository has no bundle {bundle}, only: {', '.join(_ids(client)[:20]) or 'none'}")
-    data = _manifest(client, entry)
+    data = read_manifest(client, entry)
     digest = hashlib.sha256(data).hexdigest()
     manifest = manifests.read(data, f"{client.url}targets/{entry.get_prefixed_paths()[0]}")
     version = manifest.version
@@ -171,7 +171,13 @@ def _is_sound(store: Store, bundle: str) -> bool:
     return True
 
 
-def _manifest(client: Client, entry: TargetFile) -> bytes:
+def read_manifest(client: Client, entry: TargetFile) -> bytes:
+    """The bytes of a bundle's manifest, as signed.
+
+    Raises:
+        RepositoryError: They are others, or too many.
+        DownloadError: The repository does not give them.
+    """
     if entry.length > manifests.MAX_BYTES:
         raise Refused(f"the manifest has more than {manifests.MAX_BYTES >> 20} MiB")
     data = b"".join(client.read(entry))

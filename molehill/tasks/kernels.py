@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molehill import files
+from molehill.cache import cache_folder
 from molehill.molora.attention import attend
 from molehill.molora.fused import Output, down, up
-from molehill.tasks.samples import cache_folder
 
 Precision = Literal["fp32", "bf16"]
 Products = Literal["mkl", "onednn"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -18,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
+from molehill.cache import cache_folder
 from molehill.errors import DataError
 from molehill.tasks.rows import GROUP, Rows
 
@@ -66,11 +64,6 @@ def read_sample(name: str) -> Rows:
 def needs_download(name: str) -> bool:
     """Whether `read_sample` would have to fetch a sample first."""
     return name == _REVIEWS and not _cached().is_file()
-
-
-def cache_folder() -> Path:
-    """Folder of downloaded samples: ``MOLEHILL_CACHE``, or the user's cache folder."""
-    return Path(os.environ.get("MOLEHILL_CACHE") or platformdirs.user_cache_path("molehill"))
 
 
 def _sentences(data: bytes, domain: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from molehill.cache import cache_folder
 from molehill.config import Config, parse
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.adapted import open_model
 from molehill.tasks.base_model import BaseInfo
 from molehill.tasks.kernels import Kernels
 from molehill.tasks.lengths import Examples
-from molehill.tasks.samples import cache_folder
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import Task
 from molehill.wire.connect import connect

@@ -40,6 +40,7 @@ REASONS = {
         "edge/molehill_export/parity.py": "fp32 int8 int4",
         "edge/molehill_export/products.py": "fp32*3 int8*3 int4*2",
         "edge/molehill_export/source.py": "fp32",
+        "edge/molehill_web/commands/site.py": "int4",
     },
     "a word of OpenAI's API or of a web server": {
         "edge/molehill_edge/commands/serve.py": "none",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from molehill_edge import manifest as manifests
 from molehill_edge import tensors as tensor_files
@@ -194,12 +194,41 @@ def words_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def classifier(folder: Path, *, seed=0, max_length=12, gates=("ann", "bob"), routed=True) -> pb.Manifest:
+def pieces_tokenizer() -> Tokenizer:
+    """Words and pieces of them, as BERT has it to the letter."""
+    pieces = (
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *WORDS,
+        *"abcdefghijklmnopqrstuvwxyz",
+        "##s",
+        "##ly",
+        "##ing",
+        "!",
+        ",",
+    )
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    return tokenizer
+
+
+def classifier(
+    folder: Path, *, seed=0, max_length=12, gates=("ann", "bob"), routed=True, tokenizer=None, version=1
+) -> pb.Manifest:
     """Embeddings, two adapted linears (or none), the mean of real tokens, a head of the owner's."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    tokenizer = words_tokenizer()
+    tokenizer = tokenizer or words_tokenizer()
     manifest, build = _start("classifier"), Build()
+    manifest.version = version
     manifest.task.CopyFrom(pb.Task(kind="classification", labels=LABELS, pooling="mean", max_length=max_length))
     build.input("input_ids", TensorProto.INT64, ["batch", "sequence"])
     build.input("attention_mask", TensorProto.INT64, ["batch", "sequence"])

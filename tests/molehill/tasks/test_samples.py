@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from molehill.cache import cache_folder
 from molehill.errors import DataError
 from molehill.tasks import samples
 from molehill.tasks.rows import GROUP
@@ -70,4 +71,4 @@ def test_cache_folder_cannot_be_made(tmp_path, monkeypatch):
 
 def test_cache_folder_is_the_users(monkeypatch):
     monkeypatch.delenv("MOLEHILL_CACHE")
-    assert samples.cache_folder().name == "molehill"
+    assert cache_folder().name == "molehill"

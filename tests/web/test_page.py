@@ -1,0 +1,184 @@
+"""The page in a real browser: it answers as Python does, keeps what it needs, and refuses what was changed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+
+import chromium
+import edge_graphs
+import numpy as np
+import pytest
+
+from molehill_edge import Bundle, routes
+from molehill_edge import manifest as manifests
+from molehill_edge.trust import InsecureLocal
+from molehill_web import site
+
+TRUST = InsecureLocal(lambda _: None)
+TEXTS = ["the film was great", "awful plots!", "Lovely music, and a lovely plot", "boring", "très borING " * 20, "the"]
+MINE = [
+    (text, "good" if "film" in text else "odd") for text in (f"{a} {b}" for a in ("the film", "music") for b in "abcde")
+]
+
+
+def write(bundle, out):
+    with TRUST.admit(bundle) as admitted:
+        return site.of_bundle(admitted, out)
+
+
+def change_kept(page, name):
+    """Change one byte of what the browser keeps under a name."""
+    page.do(
+        f"""molehill.storage.get({name!r}).then((bytes) => {{
+        bytes[bytes.length >> 1] ^= 1;
+        return molehill.storage.put({name!r}, bytes);
+        }})"""
+    )
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, libraries):
+    folder = tmp_path_factory.mktemp("classifier")
+    edge_graphs.classifier(folder / "bundle", tokenizer=edge_graphs.pieces_tokenizer())
+    write(folder / "bundle", folder / "site")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(classifier, browser):
+    """A page that is open, and the same bundle in Python."""
+    server, page = chromium.Server(classifier / "site"), browser.page()
+    assert page.open(server.url) == "ready", page.text("#status")
+    with Bundle.open(classifier / "bundle", trust=TRUST, threads=1) as bundle:
+        yield server, page, bundle
+    server.stop()
+
+
+def ask(page, text):
+    """What the page says of a text: label, tokens, probabilities and shares, by its own functions."""
+    return page.do(
+        f"""(async () => {{
+        const {{ classify, routes }} = await import(new URL('js/classify.js', location.href));
+        const {{ engine }} = molehill, found = await classify(engine, {json.dumps(text)});
+        const {{ ids }} = engine.tokens.whole({json.dumps(text)}, engine.manifest.task.maxLength);
+        return {{ ...found, ids, routes: await routes(engine, ids) }};
+        }})()"""
+    )
+
+
+@pytest.mark.parametrize("gate", ["default", "ann", "bob"])
+def test_it_answers_as_python_does(opened, gate):
+    _, page, bundle = opened
+    page.fill("#gate", gate)
+    page.until(f"molehill.engine.gate.name === {json.dumps('global' if gate == 'default' else gate)}")
+    view = bundle.with_gate(gate)
+    for text in TEXTS:
+        found, (wanted,) = ask(page, text), view.classify([text], truncate=True)
+        assert found["ids"] == view.encode_all([text], truncate=True)[0]
+        assert found["label"] == wanted.label
+        np.testing.assert_allclose(found["probabilities"], wanted.probabilities, atol=1e-6)
+        reports = view.route_report(text, truncate=True)
+        assert [each["experts"] for each in found["routes"]] == [list(each.experts) for each in reports]
+        if not found["cut"]:
+            np.testing.assert_allclose(
+                [each["shares"] for each in found["routes"]], [each.shares for each in reports], atol=1e-6
+            )
+
+
+def test_what_a_visitor_sees(opened):
+    _, page, bundle = opened
+    page.fill("#gate", "ann")
+    page.fill("#text", TEXTS[0])
+    page.click("#classify")
+    view = bundle.with_gate("ann")
+    assert page.there("#label") == view.classify([TEXTS[0]])[0].label
+    share = routes.usage(bundle.manifest, view.route_report(TEXTS[0]))["cats"]
+    assert f"cats\n{share:.1%}" in page.text("#route")
+    page.click("#experts input[value=cats]")  # one that may not be chosen any more
+    view.choose_experts(["dogs", "newts"])
+    assert page.there("#route", text="cats\n0.0%")
+    assert page.text("#label") == view.classify([TEXTS[0]])[0].label
+    page.click("#experts input[value=cats]")
+    page.fill("#gate", "default")
+
+
+def test_a_gate_that_is_fitted_here_is_one_for_python_too(opened, tmp_path):
+    _, page, bundle = opened
+    for text, label in MINE:
+        page.fill("#row-text", text)
+        page.fill("#row-label", label)
+        page.click("#add")
+    page.click("#fit")
+    said = page.there("#fitted", text="readings")
+    assert "Fitted to 7 texts, judged on 3 held out" in said
+    assert "The gate is yours now" in said
+    data = page.do(
+        """import(new URL('js/gates.js', location.href)).then(({ writeGate }) =>
+        btoa(String.fromCharCode(...writeGate(molehill.own, molehill.engine.manifest))))"""
+    )
+    (tmp_path / "mine.safetensors").write_bytes(base64.b64decode(data))
+    mine = bundle.with_gate(tmp_path / "mine.safetensors")
+    assert (mine.gate.bias != 0).any() or not mine.gate.mask.all()
+    for text in TEXTS:
+        assert ask(page, text)["label"] == mine.classify([text], truncate=True)[0].label
+
+
+def test_it_opens_without_a_network_as_it_was(opened):
+    server, page, bundle = opened
+    mine = page.do("molehill.engine.gate.name")
+    server.stop()
+    try:
+        assert page.reload() == "ready", page.text("#status")
+        assert page.do("molehill.engine.gate.name") == mine  # the visitor's own gate
+        assert page.do("crossOriginIsolated")
+        page.fill("#gate", "default")
+        page.fill("#text", TEXTS[2])
+        page.click("#classify")
+        assert page.there("#label") == bundle.classify([TEXTS[2]])[0].label
+    finally:
+        server.start()
+
+
+@pytest.mark.parametrize("way", ["fetch({0}, {{ mode: 'no-cors' }})", "import({0})"])
+def test_it_asks_nobody_else(opened, browser, served, tmp_path, way):
+    page = opened[1]
+    script = way.format(json.dumps(served(tmp_path).url))
+    assert page.do(f"{script}.then(() => 'came', () => 'refused')") == "refused"
+    assert {
+        url for url in browser.requests if url.startswith("http") and not url.startswith("http://localhost")
+    } == set()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_a_phone_and_a_desk(opened, width, tmp_path):
+    _, page, _ = opened
+    page.fill("#text", TEXTS[0])
+    page.click("#classify")
+    page.there("#label")
+    page.picture(tmp_path / "page.png", width)
+    assert page.do("document.documentElement.scrollWidth") == width
+    heights = page.do("[...document.querySelectorAll('button')].map((each) => each.offsetHeight)")
+    assert min(height for height in heights if height) >= 32  # for fingers
+
+
+def test_a_file_that_was_changed_on_the_server_is_refused(classifier, browser, served, tmp_path):
+    shutil.copytree(classifier / "site", tmp_path / "site")
+    path = tmp_path / "site/bundle/experts.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    page = browser.page()
+    assert page.open(served(tmp_path / "site").url) == "refused"
+    assert page.text("#status") == "refused a file other than its manifest says: experts.safetensors."
+
+
+def test_a_file_that_was_changed_in_the_browser_is_refused_and_got_anew(classifier, browser, served):
+    page = browser.page()
+    assert page.open(served(classifier / "site").url) == "ready"
+    (graph,) = (file for file in manifests.load(classifier / "bundle")[0].files if file.path == manifests.GRAPH)
+    change_kept(page, f"blob/{graph.sha256.hex()}")
+    assert page.reload() == "refused"
+    assert "it was changed in this browser" in page.text("#status")
+    assert page.reload() == "ready"
