@@ -77,9 +77,8 @@ def decoders(options: argparse.Namespace, work: Path) -> None:
     base = transformers.LlamaForCausalLM(shape)
     base.save_pretrained(work / "base")
     _tokenizer().save_pretrained(work / "base")
-    (work / "built").mkdir()
     names = [site.name for site in find_sites(base, "all-linear")]
-    plain = decoder(base, look_up(work / "base", "base"), names, work / "built")
+    plain = decoder(base, look_up(work / "base", "base"), names)
     size16 = sum(p.numel() for p in base.parameters()) * 2
     cases: dict[str, Any] = {}
     for scheme in options.schemes:

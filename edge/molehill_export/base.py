@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from onnx import helper
@@ -19,11 +21,13 @@ from molehill.errors import ModelError
 from molehill.molora.head import Head
 from molehill.tasks.devices import slides
 from molehill.tasks.weights import Stored
+from molehill_export.deferred import Deferred, Weight
 from molehill_export.graph import Graph, Place
 from molehill_export.guards import drop_nan_guards
 from molehill_export.mixtures import every_expert, substitute
 from molehill_export.trace import DYNAMIC, export, quiet
 
+GENAI = "genai_config.json"
 _DOMAIN = "molehill"
 _BUILDER = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # model types that onnxruntime-genai's builder is used for
 _ROPES = {"default", "llama3"}  # what it gets right; the others are traced
@@ -48,17 +52,16 @@ def classifier(base: nn.Module, head: Head, sites: Sequence[str]) -> Graph:
             _Classifier(base, head), args, [{0: DYNAMIC, 1: DYNAMIC}] * 2 + [{}, {}],
             ["input_ids", "attention_mask", "head/-/head.weight", "head/-/head.bias"], ["logits"],
         )  # fmt: skip
-    return _without_marks(Graph.read(model))
+    return _without_marks(Graph.of(model))
 
 
-def decoder(base: PreTrainedModel, stored: Stored, sites: Sequence[str], work: Path) -> Graph:
+def decoder(base: PreTrainedModel, stored: Stored, sites: Sequence[str]) -> Graph:
     """A causal LM with its cache of keys and values, for prefill and decoding alike.
 
     Args:
-        base: Without experts.
+        base: Its weights are read when those of the graph are.
         stored: The files it was loaded from.
         sites: Names of the linears to mark.
-        work: Receives what the builder writes, ``genai_config.json`` among it; must stay while the graph is used.
 
     Returns:
         Inputs ``input_ids [B, T]``, ``attention_mask [B, past + T]``, ``past_key_values.N.key`` and ``.value``; outputs
@@ -67,15 +70,19 @@ def decoder(base: PreTrainedModel, stored: Stored, sites: Sequence[str], work: P
     Raises:
         ModelError: A linear has no counterpart in the graph, or the model cannot be exported.
     """
-    settings: Any = base.config.get_text_config()
-    if slides(settings):
+    if slides(base.config.get_text_config()):
         raise ModelError("models whose attention slides over a window cannot be exported", where=stored.origin)
+    if is_built(base.config):
+        return _built(base, stored, sites)
+    return _traced_decoder(base, sites)
+
+
+def is_built(config: Any) -> bool:
+    """Whether the graph of a causal LM of this configuration is built and not traced."""
+    settings = config.get_text_config()
     size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     rope = (getattr(settings, "rope_parameters", None) or {}).get("rope_type", "default")
-    if base.config.model_type in _BUILDER and size % _HEAD == 0 and rope in _ROPES:
-        with stored.alone() as folder:
-            return _built(folder, stored.origin, sites, work)
-    return _traced_decoder(base, sites)
+    return bool(config.model_type in _BUILDER and size % _HEAD == 0 and rope in _ROPES)
 
 
 @torch.no_grad()
@@ -198,25 +205,39 @@ def _traced_decoder(base: PreTrainedModel, sites: Sequence[str]) -> Graph:
             ["input_ids", "attention_mask", *(name.format("past_key_values") for name in names)],
             ["logits", *(name.format("present") for name in names)],
         )  # fmt: skip
-    return _without_marks(Graph.read(model))
+    return _without_marks(Graph.of(model))
 
 
-def _built(folder: Path, origin: str, sites: Sequence[str], work: Path) -> Graph:
+def _built(base: PreTrainedModel, stored: Stored, sites: Sequence[str]) -> Graph:
     """Let onnxruntime-genai build the graph: grouped-query attention, fused norms, no tracing."""
-    import onnx  # noqa: PLC0415  (only decoders that are built need it)
-    from onnxruntime_genai.models import builder  # noqa: PLC0415  (the same, and it takes seconds)
+    from onnxruntime_genai.models import builder  # noqa: PLC0415  (only decoders that are built need it; it takes seconds)
 
     fused = not any(name.endswith((".q_proj", ".k_proj", ".v_proj")) for name in sites)
     options = [f"fuse_qkv={str(fused).lower()}"]
-    with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with tempfile.TemporaryDirectory() as cache:
-            where = ("", str(folder), str(work), "fp32", "cpu", cache)
-            try:
-                parsed = builder.parse_extra_options(*where, options)
-                builder.create_model(*where, **parsed)
-            except NotImplementedError as error:
-                raise ModelError(f"this model cannot be exported: {error}", where=origin) from None
-        graph = Graph.read(onnx.load(work / "model.onnx", load_external_data=False), work)
+    weights: dict[str, Weight] = {}
+    made: list[ir.Model] = []
+    register = builder.Model.make_initializer
+
+    def keep(self: Any, tensor: Any, /, name: str, **how: Any) -> None:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            weights[name] = Deferred(tensor)
+        register(self, tensor, name, **how)
+
+    # it takes the weights that are here, and writes no file
+    own = {"load_weights": lambda *_: base, "make_initializer": keep, "save_model": lambda it, _: made.append(it.model)}
+    with (
+        tempfile.TemporaryDirectory() as work, stored.alone() as folder, _replaced(builder.Model, own), quiet(),
+        contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
+    ):  # fmt: skip
+        where = ("", str(folder), work, "fp32", "cpu", work)
+        try:
+            builder.create_model(*where, **builder.parse_extra_options(*where, options))
+        except NotImplementedError as error:
+            raise ModelError(f"this model cannot be exported: {error}", where=stored.origin) from None
+        settings = json.loads((Path(work) / GENAI).read_text(encoding="utf-8"))
+    made[0].graph.sort()
+    graph = Graph.of(made[0], weights)
+    graph.genai = settings
     nodes = {node.name: node for node in graph.nodes}
     consumers = graph.consumers()
     for name in sites:
@@ -225,10 +246,23 @@ def _built(folder: Path, origin: str, sites: Sequence[str], work: Path) -> Graph
         )
         found = nodes.get(f"{wanted}/MatMul")
         if found is None:
-            raise ModelError(f"{name} has no counterpart in the exported graph", where=origin)
+            raise ModelError(f"{name} has no counterpart in the exported graph", where=stored.origin)
         y = found.output[0]
         readers = consumers[y]
         if len(readers) == 1 and readers[0].op_type == "Add" and any(i in graph.tensors for i in readers[0].input):
             y = readers[0].output[0]  # the bias
         graph.places[name] = (Place(found.input[0], y),)
     return graph
+
+
+@contextlib.contextmanager
+def _replaced(kind: type[Any], methods: Mapping[str, Any]) -> Iterator[None]:
+    """Give a class other methods for a while."""
+    before = {name: getattr(kind, name) for name in methods}
+    try:
+        for name, method in methods.items():
+            setattr(kind, name, method)
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(kind, name, method)

@@ -8,6 +8,7 @@ Embeddings have 8 bits per weight in both, and share their bytes with a tied hea
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -15,12 +16,14 @@ import onnx
 from numpy.typing import NDArray
 
 from molehill_edge.quantise import LEVELS8, block_of, pack4
+from molehill_export.deferred import Weight
 from molehill_export.graph import MICROSOFT, Graph
 
 Scheme = Literal["fp32", "int8", "int4"]
 BLOCK = 128
 _ACCURACY = 4  # activations of block products in int8; without it the 8-bit product is slower than float32
 _SMALLEST = 1 << 14  # weights; below, quantising costs more than it saves
+_PART, _COLUMNS = 1 << 22, 16  # weights that are rounded at once, and columns at least
 
 
 def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
@@ -45,7 +48,7 @@ def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
         if node.op_type == "MatMul" and weight is not None and weight.ndim == 2 and weight.size >= _SMALLEST:
             if scheme == "int4":
                 bits: Literal[4, 8] = 8 if node.output[0] == head else 4
-                block_product(graph, node.input[0], np.asarray(weight), bits, node.input[1], node.output[0])
+                block_product(graph, node.input[0], weight, bits, node.input[1], node.output[0])
                 continue
             bias, out = "", node.output[0]
             readers = consumers.get(out, [])
@@ -55,7 +58,7 @@ def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
                 if other in graph.tensors and graph.tensors[other].ndim == 1:
                     bias, out = other, add.output[0]
                     done.add(id(add))
-            q, scale = int8_columns(np.asarray(weight))
+            q, scale = int8_columns(weight)
             names = graph.weight(f"{node.input[1]}.int8", q), graph.weight(f"{node.input[1]}.scale", scale)
             shared.product(node.input[0], *names, bias=bias, out=out)
         elif _is_lookup(node, graph):
@@ -86,13 +89,17 @@ class Activations:
         return self._graph.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT, out=out)
 
 
-def int8_columns(weight: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def int8_columns(weight: Weight) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """A weight ``[K, N]`` in int8 and its scales ``[N]``."""
-    scale = np.maximum(np.abs(weight).max(0), 1e-20).astype(np.float32) / LEVELS8
-    return np.rint(weight / scale).astype(np.int8), scale
+    q, scale = np.empty(weight.shape, np.int8), np.empty(weight.shape[1], np.float32)
+    for columns in _parts(weight):
+        part = np.asarray(weight[:, columns])
+        scale[columns] = np.maximum(np.abs(part).max(0), 1e-20).astype(np.float32) / LEVELS8
+        q[:, columns] = np.rint(part / scale[columns])
+    return q, scale
 
 
-def block_product(graph: Graph, x: str, weight: NDArray[Any], bits: Literal[4, 8], name: str, out: str = "") -> str:
+def block_product(graph: Graph, x: str, weight: Weight, bits: Literal[4, 8], name: str, out: str = "") -> str:
     """``x @ weight`` with weights rounded in blocks along the inputs; the name of the result.
 
     Args:
@@ -105,7 +112,7 @@ def block_product(graph: Graph, x: str, weight: NDArray[Any], bits: Literal[4, 8
     """
     K, N = weight.shape
     block = block_of(K, BLOCK)
-    q, scale = (_blocks4 if bits == 4 else _blocks8)(weight, block)
+    q, scale = _in_blocks(weight, block, bits)
     inputs = [x, graph.weight(f"{name}.int{bits}", q), graph.weight(f"{name}.scale", scale)]
     return graph.node(
         "MatMulNBits",
@@ -118,6 +125,22 @@ def block_product(graph: Graph, x: str, weight: NDArray[Any], bits: Literal[4, 8
         block_size=block,
         accuracy_level=_ACCURACY,
     )
+
+
+def _in_blocks(weight: Weight, block: int, bits: Literal[4, 8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A weight ``[K, N]`` as block products and look-ups hold it, and its scales ``[N, K / block]``."""
+    made = _blocks4 if bits == 4 else _blocks8
+    parts = [made(np.asarray(weight[:, columns]), block) for columns in _parts(weight)]
+    q, scale = zip(*parts, strict=True)
+    return np.concatenate(q), np.concatenate(scale)
+
+
+def _parts(weight: Weight) -> list[slice]:
+    """Runs of columns of a weight ``[K, N]`` that are rounded together, each about as long as the others."""
+    N = weight.shape[1]
+    count = max(1, min(weight.size // _PART, N // _COLUMNS))
+    ends = [N * part // count for part in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def _blocks4(weight: NDArray[Any], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -164,9 +187,9 @@ def _is_lookup(node: onnx.NodeProto, graph: Graph) -> bool:
 
 
 def _lookup(graph: Graph, node: onnx.NodeProto) -> None:
-    table = np.asarray(graph.tensors[node.input[0]])
+    table = graph.tensors[node.input[0]]
     block = block_of(table.shape[1], BLOCK)
-    q, scale = _blocks8(table.T, block)
+    q, scale = _in_blocks(table.T, block, 8)
     name = node.input[0]
     inputs = [
         graph.weight(f"{name}.rows8", q.reshape(table.shape)),
@@ -184,7 +207,7 @@ def _plain_gemms(graph: Graph) -> None:
     before, graph.nodes = graph.nodes, []
     for node in before:
         if node.op_type == "Transpose" and node.input[0] in graph.tensors and graph.tensors[node.input[0]].ndim == 2:
-            graph.weight(node.output[0], np.ascontiguousarray(graph.tensors[node.input[0]].T))
+            graph.weight(node.output[0], graph.tensors[node.input[0]].T)
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
@@ -193,7 +216,7 @@ def _plain_gemms(graph: Graph) -> None:
             continue
         weight, name = graph.tensors[node.input[1]], node.input[1]
         if attributes.get("transB"):
-            name = graph.weight(f"{name}.T", np.ascontiguousarray(weight.T))
+            name = graph.weight(f"{name}.T", weight.T)
         bias = node.input[2] if len(node.input) > 2 else ""
         y = graph.node("MatMul", [node.input[0], name], out="" if bias else node.output[0])
         if bias:

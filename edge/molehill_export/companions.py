@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from molehill_edge.manifest import GRAPH, TOKENIZER
+from molehill_export.base import GENAI
+from molehill_export.graph import Graph
 from molehill_export.source import Source
 from molehill_protos.v1 import bundle_pb2 as pb
 
-_GENAI, _TOKENIZER_CONFIG = "genai_config.json", "tokenizer_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def write(source: Source, manifest: pb.Manifest, folder: Path) -> None:
+def write(source: Source, graph: Graph, manifest: pb.Manifest, folder: Path) -> None:
     """Write the tokenizer and, for a causal LM, what onnxruntime-genai wants beside it.
 
     Args:
         source: What is exported.
+        graph: The bundle's.
         manifest: Of the bundle.
         folder: The bundle.
     """
@@ -35,17 +39,15 @@ def write(source: Source, manifest: pb.Manifest, folder: Path) -> None:
     if manifest.task.generation.template:
         about["chat_template"] = manifest.task.generation.chat_template
     _json(folder / _TOKENIZER_CONFIG, about)
-    _json(folder / _GENAI, _genai(manifest.task, source))
+    _json(folder / GENAI, _genai(manifest.task, source, graph))
 
 
-def _genai(task: pb.Task, source: Source) -> Mapping[str, Any]:
+def _genai(task: pb.Task, source: Source, graph: Graph) -> Mapping[str, Any]:
     """Configuration of onnxruntime-genai: the builder's, or one like it for a traced graph."""
-    built = source.work / _GENAI
     generation = task.generation
     settings = source.text
-    if built.is_file():
-        found: dict[str, Any] = json.loads(built.read_text(encoding="utf-8"))
-    else:
+    found = copy.deepcopy(graph.genai)
+    if found is None:
         names = {
             "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"
         }  # fmt: skip

@@ -22,7 +22,7 @@ from molehill import __version__
 from molehill.errors import ConfigError, ModelError
 from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
-from molehill.molora.targets import find_sites
+from molehill.molora.unwrap import unwrapped
 from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.devices import window
 from molehill.wire.keys import NO_EXPERT, Key
@@ -190,7 +190,7 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
                 gate_values(model, inserted),
                 gates.metadata(gate, manifest),
             )
-    companions.write(source, manifest, folder)
+    companions.write(source, graph, manifest, folder)
     progress("Comparing with the original")
     runner = parity_of.Runner(folder / GRAPH, manifest)
     with source.gate(options.gates[0]) as model, _only(model, slots):
@@ -215,17 +215,10 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
 def traced(source: Source) -> Graph:
     """The base of a source as a graph, made once."""
     if source.graph is None:
-        source.graph = _base_graph(source, source.work)
+        names, head = list(source.model.sites), source.model.head
+        with unwrapped(source.model) as base:
+            source.graph = decoder(base, source.stored, names) if head is None else classifier(base, head, names)
     return source.graph
-
-
-def _base_graph(source: Source, work: Path) -> Graph:
-    base = source.plain()
-    names = [site.name for site in find_sites(base, source.adapter.molora.targets, source.adapter.molora.layers)]
-    if source.task.kind == "causal-lm":
-        return decoder(base, source.stored, names, work)
-    assert source.model.head is not None
-    return classifier(base, source.model.head, names)
 
 
 def _task(source: Source, graph: Graph) -> pb.Task:

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+
+from molehill_export.deferred import Weight
 
 MICROSOFT = "com.microsoft"
 _PAGE = 4096  # external tensors begin on a page, so that the runtime can map them
@@ -58,39 +61,45 @@ class Graph:
         outputs: Its outputs.
         places: Its linears that can be adapted, by the name of the module; one place for every time that it runs.
         opsets: Version of every operator domain.
+        genai: The configuration of onnxruntime-genai for it, by what built it; None where it was traced.
     """
 
     nodes: list[onnx.NodeProto]
-    tensors: dict[str, NDArray[Any]]
+    tensors: dict[str, Weight]
     inputs: list[onnx.ValueInfoProto]
     outputs: list[onnx.ValueInfoProto]
     opsets: dict[str, int]
     places: dict[str, tuple[Place, ...]] = field(default_factory=dict)
+    genai: dict[str, Any] | None = None
     _names: int = 0
 
     @classmethod
-    def read(cls, model: onnx.ModelProto, folder: Path | None = None) -> Graph:
+    def of(cls, model: ir.Model, weights: Mapping[str, Weight] | None = None) -> Graph:
         """Take a model apart.
 
         Args:
-            model: The model; its nodes are used as they are.
-            folder: Where its external tensors are; they are mapped, not read.
+            model: The model; it is used up. Tensors share the memory of what it was made from.
+            weights: Tensors to take in place of the model's.
         """
-        graph = model.graph
-        for node in graph.node:  # where it came from: paths of this machine
+        constants = {name: value.const_value for name, value in model.graph.initializers.items()}
+        given = weights or {}
+        tensors = {name: given[name] if name in given else constant.numpy()
+                   for name, constant in constants.items() if constant is not None}  # fmt: skip
+        model.graph.initializers.clear()  # so that they are not copied
+        proto = ir.serde.serialize_model(model)
+        for node in proto.graph.node:  # where it came from: paths of this machine
             node.ClearField("metadata_props")
             node.ClearField("doc_string")
-        for value in [*graph.input, *graph.output]:
+        for value in [*proto.graph.input, *proto.graph.output]:
             value.ClearField("metadata_props")
-        tensors = {i.name: _array(i, folder) for i in graph.initializer}
-        opsets = {entry.domain: entry.version for entry in model.opset_import}
-        return cls(list(graph.node), tensors, list(graph.input), list(graph.output), opsets)
+        opsets = {entry.domain: entry.version for entry in proto.opset_import}
+        return cls(list(proto.graph.node), tensors, list(proto.graph.input), list(proto.graph.output), opsets)
 
     def copy(self) -> Graph:
         """The same graph, to be changed; weights are shared."""
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
         tensors, places, opsets = dict(self.tensors), dict(self.places), dict(self.opsets)
-        return Graph(nodes, tensors, list(self.inputs), list(self.outputs), opsets, places, self._names)
+        return Graph(nodes, tensors, list(self.inputs), list(self.outputs), opsets, places, self.genai, self._names)
 
     # ---- building --------------------------------------------------------------------------------------------
 
@@ -121,7 +130,7 @@ class Graph:
         self.tensors.setdefault(name, array)
         return name
 
-    def weight(self, name: str, value: NDArray[Any]) -> str:
+    def weight(self, name: str, value: Weight) -> str:
         """Add a weight by name and return the name."""
         self.tensors[name] = value
         return name
@@ -240,7 +249,7 @@ def hash_of(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
-def write_weights(tensors: Mapping[str, NDArray[Any]], path: Path) -> dict[str, External]:
+def write_weights(tensors: Mapping[str, Weight], path: Path) -> dict[str, External]:
     """Write weights one after the other, each from a page on; equal ones lie there once.
 
     Args:
@@ -257,20 +266,11 @@ def write_weights(tensors: Mapping[str, NDArray[Any]], path: Path) -> dict[str, 
             if value.nbytes < _INLINE:
                 continue
             data = np.ascontiguousarray(value)
-            key = hashlib.sha256(data.tobytes()).hexdigest()
+            view = data.reshape(-1).view(np.uint8).data  # no copy
+            key = hashlib.sha256(view).hexdigest()
             if key not in known:
                 file.write(b"\0" * (-file.tell() % _PAGE))
                 known[key] = External(path.name, file.tell(), data.nbytes)
-                file.write(data.tobytes())
+                file.write(view)
             places[name] = known[key]
     return places
-
-
-def _array(tensor: onnx.TensorProto, folder: Path | None) -> NDArray[Any]:
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
-    assert folder is not None
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    shape, offset = tuple(tensor.dims), int(entries.get("offset", 0))
-    return np.memmap(folder / entries["location"], dtype, "r", offset, shape)

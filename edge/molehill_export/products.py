@@ -128,7 +128,7 @@ class Products:
         scales = self._work.keep(
             f"{name}.scale", np.ascontiguousarray(np.concatenate([each.a_scale for each in q], 1).T)
         )
-        return self._block_product(x, weight, scales, len(parts[0][0]), len(graph.tensors[weight]), block)
+        return self._block_product(x, weight, scales, len(parts[0][0]), graph.tensors[weight].shape[0], block)
 
     def _second_product(self, h: str, name: str, f: Factors, scale: Array) -> str:
         graph = self._work.graph

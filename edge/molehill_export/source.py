@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import unicodedata
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from molehill import config, files
 from molehill.errors import AdapterError, ConfigError, DataError, ModelError
@@ -51,7 +48,6 @@ class Source:
         base: Which base.
         stored: The base's files.
         limit: The longest input the base takes, in tokens.
-        settings: What the base is loaded by.
         task: What the adapter does.
         model: Base and adapter.
         tokenizer: Of the base.
@@ -66,7 +62,6 @@ class Source:
     base: BaseInfo
     stored: Stored
     limit: int
-    settings: config.Base
     task: config.Task
     model: MoLoRAModel
     tokenizer: PreTrainedTokenizerBase
@@ -75,24 +70,11 @@ class Source:
     state: Path | None
     graph: Graph | None = None
 
-    def __post_init__(self) -> None:
-        self._work = Path(tempfile.mkdtemp(prefix="molehill-export-"))
-        weakref.finalize(self, shutil.rmtree, self._work, ignore_errors=True)
-
-    @property
-    def work(self) -> Path:
-        """A folder for what tracing writes; the graph's weights may be mapped from there."""
-        return self._work
-
     @property
     def text(self) -> Any:
         """Configuration of the base, or of the language model in it."""
         base: Any = self.model.base
         return base.config.get_text_config()
-
-    def plain(self) -> PreTrainedModel:
-        """The base once more, without experts."""
-        return load_base(self.settings, self.task).model
 
     def client(self, gate: str) -> str | None:
         """Whose gate a name means; None for the one that all share.
@@ -247,8 +229,7 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
         load_adapter(folder, model, base_digest=loaded.info.digest, weights_digest=older)
     name = run.run.name if run is not None else path.resolve().name
     return Source(
-        name, adapter, loaded.info, loaded.stored, loaded.limit, settings, task, model, loaded.tokenizer, run, out,
-        state,
+        name, adapter, loaded.info, loaded.stored, loaded.limit, task, model, loaded.tokenizer, run, out, state
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnxscript.onnx_opset import opset21 as op
 from torch import nn
@@ -74,7 +75,7 @@ def piece(key: Hashable, module: nn.Module, args: tuple[Any, ...], dynamic: Sequ
         dynamic: The axes of every input that vary, nested as the inputs are.
     """
     if key not in _cache:
-        _cache[key] = Piece(_with_short_zeros(export(module, args, dynamic)))
+        _cache[key] = Piece(_with_short_zeros(ir.serde.serialize_model(export(module, args, dynamic))))
     return _cache[key]
 
 
@@ -104,7 +105,7 @@ def export(
     dynamic: Sequence[Any],
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
-) -> onnx.ModelProto:
+) -> ir.Model:
     """Trace a module with torch's exporter.
 
     Args:
@@ -133,7 +134,7 @@ def export(
             mend="`molehill check` says beforehand which bases are known to go to devices.",
         ) from error
     assert program is not None
-    return program.model_proto
+    return program.model
 
 
 @contextlib.contextmanager

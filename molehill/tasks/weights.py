@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -39,6 +39,24 @@ _PACKED = frozenset({
 })  # fmt: skip
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _NUMBERS = _FLOATS | {"I64", "I32", "I16", "I8", "U8", "BOOL"}
+
+
+class Place(NamedTuple):
+    """Where a stored tensor lies.
+
+    Attributes:
+        path: Its file.
+        start: First byte.
+        stop: One past the last byte.
+        dtype: Type of its numbers, as safetensors call it.
+        shape: Its shape.
+    """
+
+    path: Path
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,27 +114,31 @@ class Stored:
                 (Path(name) / _INDEX).unlink(missing_ok=True)
             yield Path(name)
 
+    def places(self) -> dict[str, Place]:
+        """Where every stored tensor lies, by name."""
+        found: dict[str, Place] = {}
+        for path in self.files:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                found[name] = Place(path, begin, end, entry["dtype"], tuple(entry["shape"]))
+        return found
+
     def digest(self, *, settings: bool = True) -> str:
         """SHA-256 (hex) over the settings that shape the model and the tensors, in the order of their names.
 
         Args:
             settings: False leaves them out, as adapters of format 1 do.
         """
-        where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        for path in self.files:
-            with path.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            where.update({name: (path, 8 + length, entry) for name, entry in header.items()})
         total = hashlib.sha256(json.dumps(_shaping(self.settings), sort_keys=True).encode() if settings else b"")
-        for name in sorted(where):
-            path, start, entry = where[name]
-            begin, end = entry["data_offsets"]
-            total.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-            with path.open("rb") as stream:
-                stream.seek(start + begin)
-                left = end - begin
+        for name, place in sorted(self.places().items()):
+            total.update(json.dumps([name, place.dtype, place.shape]).encode())
+            with place.path.open("rb") as stream:
+                stream.seek(place.start)
+                left = place.stop - place.start
                 while left:
                     chunk = stream.read(min(left, 1 << 20))
                     total.update(chunk)

@@ -274,7 +274,7 @@ def test_a_window_limits_the_context(tmp_path):
     assert window(Qwen2Config(**tiny_world.SIZES)) is None
     slides = Qwen2Config(**tiny_world.SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=0)
     with pytest.raises(ModelError, match="slides over a window"):
-        decoder(type("Base", (), {"config": slides})(), Stored(tmp_path, "qwen", {}, ()), [], tmp_path)
+        decoder(type("Base", (), {"config": slides})(), Stored(tmp_path, "qwen", {}, ()), [])
 
 
 def test_a_bundle_that_differs_is_refused_unless_forced(opened, tmp_path, monkeypatch):

@@ -91,9 +91,7 @@ def traced(architecture: str) -> Graph:
     top = head(architecture)
     if top is not None:
         return classifier(model, top, names)
-    work = _kept / f"{architecture}-built"
-    work.mkdir()
-    return decoder(model, look_up(folder(architecture), architecture), names, work)
+    return decoder(model, look_up(folder(architecture), architecture), names)
 
 
 def adapted(architecture: str, **keys: Any) -> tuple[MoLoRAModel, config.MoLoRA]:
