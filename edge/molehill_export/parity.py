@@ -27,8 +27,8 @@ FLOORS = {"fp32": (1e-5, 0.99), "int8": (0.1, 0.9), "int4": (0.2, 0.8)}
 
 
 @dataclass
-class _Sum:
-    """Differences, added up."""
+class Difference:
+    """Differences of logits and of routes, added up over texts."""
 
     texts: int = 0
     square: float = 0.0
@@ -105,7 +105,7 @@ def compare(
     Returns:
         The figures, and some inputs with what the bundle answered.
     """
-    total = _Sum()
+    total = Difference()
     golden: list[pb.Golden] = []
     for ids in encoded:
         original, routes = _original(model, ids)

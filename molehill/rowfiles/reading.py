@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from molehill.errors import DataError
-from molehill.rowfiles import objects, tables
+from molehill.rowfiles import arrow, objects, tables
 from molehill.rowfiles.values import Record, require_text, text_of
 
 STDIN = "-"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _GZIP = ".gz"
 _GZIPPED = b"\x1f\x8b"
-_OTHERS = {b"PAR1": "Parquet", b"PK\x03\x04": "spreadsheet or zip", b"ARRO": "Arrow"}  # by their first bytes
+_OTHERS = {arrow.MAGIC: "Parquet", b"PK\x03\x04": "spreadsheet or zip", b"ARRO": "Arrow"}  # by their first bytes
 
 
 def suffix(path: Path) -> str:
@@ -44,22 +44,20 @@ def read(path: Path) -> Iterator[Record]:
 def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
     """Yield rows that have a text, from a file or standard input; plain lines are texts as well.
 
-    A file with one of `SUFFIXES` is what that says. Any other, and standard input, is JSON when its first character is
-    ``{`` or it is an array of objects, and else one text a line.
+    A file with one of `SUFFIXES`, or that of Parquet, is what that says. Any other, and standard input, is Parquet when
+    it begins like it, JSON when its first character is ``{`` or it is an array of objects, and else one text a line.
 
     Args:
         path: The file; `STDIN` for standard input.
         column: Where the text is.
 
     Raises:
+        ConfigError: It is Parquet, and pyarrow is not installed.
         DataError: The file cannot be read, or something in it is no row or has no text.
     """
-    where = str(path)
+    where, place = str(path), ""
     data = sys.stdin.buffer.read() if where == STDIN else contents(path)
-    text = _text(path, data)
-    reader = _READERS.get(suffix(path)) or _READERS.get(_guess(text), _plain)
-    place = ""
-    for place, row in reader(text, where):
+    for place, row in _records(path, data):
         if column not in row:
             mend = f"Columns there: {', '.join(row)}. Name the text so."
             raise DataError(f"the row has no {column!r}", where=place, mend=mend)
@@ -68,6 +66,14 @@ def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
     if not place:
         what = f"there are no rows; a CSV or TSV file begins with the names of its columns, one of them {column!r}"
         raise DataError(what, where=where, mend="Give a file with at least one row.")
+
+
+def _records(path: Path, data: bytes) -> Iterator[Record]:
+    if path.suffix.lower() == arrow.PARQUET or (suffix(path) not in _READERS and data.startswith(arrow.MAGIC)):
+        return arrow.rows(data, str(path))
+    text = _text(path, data)
+    reader = _READERS.get(suffix(path)) or _READERS.get(_guess(text), _plain)
+    return reader(text, str(path))
 
 
 def _guess(text: str) -> str:

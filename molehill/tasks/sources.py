@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from molehill.errors import DataError, first_line
 from molehill.files import place_of
-from molehill.rowfiles import reading
-from molehill.rowfiles.values import require_text
+from molehill.rowfiles import arrow, reading
 from molehill.tasks import samples
 from molehill.tasks.rows import Rows
 
@@ -67,62 +65,7 @@ def _read(source: str, split: str) -> Rows:
 
 
 def _parquet(path: Path) -> Rows:
-    import pyarrow as pa  # noqa: PLC0415  (heavy; only this format needs it)
-    import pyarrow.parquet as pq  # noqa: PLC0415  (the same)
-
-    data = reading.contents(path)
-    if not data:
-        raise DataError("the file is empty", where=str(path), mend="Give a file with at least one row.")
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"not a Parquet file: {first_line(error)}", where=str(path), mend="Write it anew.") from None
-    return _checked({name: table.column(i) for i, name in enumerate(table.column_names)}, str(path))
-
-
-def _checked(columns: Mapping[str, Any], source: str) -> Rows:
-    """Rows of Arrow columns, in which every string is text.
-
-    Raises:
-        DataError: A string is no Unicode text; names row and column.
-    """
-    where = tuple(f"{source}:{n}" for n in range(1, len(next(iter(columns.values()), ())) + 1))
-    found = {name: _values(column, name, where) for name, column in columns.items()}
-    for name, values in found.items():
-        for place, value in zip(where, values, strict=True):
-            require_text(value, name, place)
-    return Rows(found, where, source)
-
-
-def _values(column: Any, name: str, where: Sequence[str]) -> tuple[Any, ...]:
-    """Values of an Arrow column as Python's; those that Python cannot hold, such as nanoseconds, in Arrow's words."""
-    import pyarrow as pa  # noqa: PLC0415  (heavy; few sources need it)
-
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # text, unless it is none
-        with contextlib.suppress(pa.ArrowException):
-            column = column.cast(pa.large_string())
-    try:
-        found = column.to_pylist()
-        return tuple(map(_without_nulls, found)) if pa.types.is_nested(column.type) else tuple(found)
-    except UnicodeDecodeError:
-        for place, cell in zip(where, column, strict=True):
-            try:
-                cell.as_py()
-            except UnicodeDecodeError:
-                raise DataError(f"{name!r} is not UTF-8 text", where=place, mend="Write the text anew.") from None
-        raise
-    except (pa.ArrowException, ValueError, TypeError, OverflowError, ImportError):
-        try:
-            return tuple(column.cast(pa.string()).to_pylist())
-        except pa.ArrowException:
-            return tuple(str(cell) for cell in column)
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without the keys that Arrow fills in with null, since others of its column have them."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    return Rows(*arrow.parquet(reading.contents(path), str(path)), str(path))
 
 
 def _folder(path: Path, split: str) -> Rows:
@@ -174,8 +117,8 @@ def _hub(name: str, split: str) -> Rows:
 
 def _dataset(table: Any, source: str) -> Rows:
     """Rows of a `datasets.Dataset`; class labels become their names."""
-    arrow = table.with_format("arrow")[:]  # as stored: images and sounds would be decoded, by libraries not here
-    rows = _checked({name: arrow.column(name) for name in table.column_names}, source)
+    stored = table.with_format("arrow")[:]  # as stored: images and sounds would be decoded, by libraries not here
+    rows = Rows(*arrow.checked({name: stored.column(name) for name in table.column_names}, source), source)
     named = {
         name: [feature.int2str(v) if v is not None and v >= 0 else None for v in rows[name]]
         for name, feature in table.features.items()
@@ -188,4 +131,4 @@ def _rows(path: Path) -> Rows:
     return Rows.from_records(reading.read(path), str(path))
 
 
-_FILES: dict[str, Callable[[Path], Rows]] = {**dict.fromkeys(reading.SUFFIXES, _rows), ".parquet": _parquet}
+_FILES: dict[str, Callable[[Path], Rows]] = {**dict.fromkeys(reading.SUFFIXES, _rows), arrow.PARQUET: _parquet}

@@ -247,6 +247,25 @@ def test_a_file_is_read_as_in_training(molehill, tmp_path, name, content, texts)
         assert [row["text"] for row in told["predictions"]] == texts
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "rows", "-"])
+def test_texts_of_a_parquet_file(molehill, tmp_path, name):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["the film was great", "awful plot"]
+    pq.write_table(pa.table({"text": texts, "label": ["good", "bad"]}), tmp_path / "rows")
+    data = (tmp_path / "rows").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(data)
+    told = json.loads(done(molehill("run", "@reviews", "--file", name, "--json", stdin=data if name == "-" else None)))
+    assert [row["text"] for row in told["predictions"]] == texts
+
+
+def test_parquet_without_its_library_says_what_brings_it(molehill, tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(molehill("run", "@reviews", "--file", "rows.parquet"), "pip install 'molehill[parquet]'", 2)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [

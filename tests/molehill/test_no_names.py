@@ -37,15 +37,17 @@ REASONS = {
         "edge/molehill_export/beside.py": "fp32*2",
         "edge/molehill_export/commands/export.py": "fp32 int8*2 int4",
         "edge/molehill_export/export.py": "fp32*3 int8*2 int4*2",
+        "edge/molehill_export/gguf_lora.py": "int4",
         "edge/molehill_export/parity.py": "fp32 int8 int4",
         "edge/molehill_export/products.py": "fp32*3 int8*3 int4*2",
         "edge/molehill_export/source.py": "fp32",
         "edge/molehill_web/commands/site.py": "int4",
     },
-    "a word of OpenAI's API or of a web server": {
+    "a word of OpenAI's API, of llama.cpp's files or of a web server": {
         "edge/molehill_edge/commands/serve.py": "none",
         "edge/molehill_edge/serving/replies.py": "param",
         "edge/molehill_edge/serving/requests.py": "none*2 temperature*2 top_p*2 top_k*2",
+        "edge/molehill_export/gguf_lora.py": "lora",
     },
     "where clients run": {
         "simulation/molehill_simulation/commands/simulate.py": "local*3",

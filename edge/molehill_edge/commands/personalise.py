@@ -25,7 +25,8 @@ def personalise(
         typer.Option(
             "--rows",
             metavar="FILE",
-            help='JSON lines, JSON, CSV or TSV with "text" and, for a classifier, perhaps "label"; or one text a line.',
+            help='JSON lines, JSON, CSV, TSV or Parquet with "text" and, for a classifier, perhaps "label"; or one '
+            "text a line.",
             show_default=False,
         ),
     ],

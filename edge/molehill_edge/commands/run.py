@@ -46,7 +46,7 @@ def run(
         typer.Option(
             "--file",
             metavar="FILE",
-            help='JSON lines, JSON, CSV or TSV with "text", or one text a line; - reads standard input.',
+            help='JSON lines, JSON, CSV, TSV or Parquet with "text", or one text a line; - reads standard input.',
             show_default=False,
         ),
     ] = None,

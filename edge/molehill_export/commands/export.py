@@ -1,8 +1,9 @@
-"""``molehill export``: a run or adapter becomes a bundle."""
+"""``molehill export``: a run or adapter becomes a bundle, or a LoRA for llama.cpp."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,8 +28,11 @@ def export(
         Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a finished run, an adapter, or a LoRA of peft.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="BUNDLE", help="Folder to write; with the suffix .molehill, one file.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out", metavar="BUNDLE", help="Folder to write; with the suffix .molehill, one file.", show_default=False
+        ),
+    ] = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,11 +64,25 @@ def export(
         Path | None,
         typer.Option(metavar="DIR", help="Write every expert as a file too, to add on a device.", show_default=False),
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a LoRA that llama.cpp reads instead: one --expert, or the mean weights of one --gate.",
+            show_default=False,
+        ),
+    ] = None,
+    expert: Annotated[str | None, typer.Option(help="The expert of --gguf.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Also when it differs too much from the original.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a quantised ONNX bundle that runs without torch, and measure it against the original."""
     with explained(as_json):
+        if gguf is not None or out is None:
+            _lora(source, out, gguf, expert, gate or [], rows, force, base, state, as_json)
+            return
+        if expert is not None:
+            raise ConfigError("--expert goes with --gguf", mend="Choose those of a bundle with --experts.")
         with needs(EXTRA):
             from molehill_edge import archive
             from molehill_export.export import Options, export_experts
@@ -109,6 +127,57 @@ def export(
             print_json({"bundle": str(out), **told})
         else:
             _show(told, out)
+
+
+def _lora(
+    source: Path,
+    out: Path | None,
+    gguf: Path | None,
+    expert: str | None,
+    gates: Sequence[str],
+    rows: Path | None,
+    force: bool,
+    base: str | None,
+    state: Path | None,
+    as_json: bool,
+) -> None:
+    """Write a LoRA for llama.cpp, and say what is in it."""
+    if gguf is None or out is not None:
+        raise ConfigError(
+            "nothing to write" if gguf is None else "--out and --gguf exclude each other",
+            mend="Give --out for a bundle, or --gguf for a LoRA that llama.cpp reads.",
+        )
+    if len(gates) > 1:
+        raise ConfigError("a LoRA has one gate", where="--gate", mend="Give one of them.")
+    with needs("gguf"):
+        from molehill_export.gguf_lora import Wanted, export_lora
+        from molehill_export.source import open_source
+
+    with Console(stderr=True, quiet=as_json).status("Loading the model"):
+        wanted = Wanted(expert, gates[0] if gates else None, rows, force)
+        made = export_lora(open_source(source, base, state), gguf, wanted)
+    fixed = made.fixed
+    told: dict[str, Any] = {
+        "gguf": str(gguf),
+        "bytes": gguf.stat().st_size,
+        "experts": list(made.experts),
+        "rank": made.rank,
+        "linears": made.linears,
+    }
+    if fixed is not None:
+        told["static"] = {
+            "exact": fixed.exact, "texts": fixed.texts, "logit_error": fixed.error, "agreement": fixed.agreement
+        }  # fmt: skip
+    if as_json:
+        print_json(told)
+        return
+    typer.echo(f"{', '.join(made.experts)}: rank {made.rank} at {made.linears} linears, {told['bytes'] / 1e6:.2f} MB")
+    if fixed is not None and not fixed.exact:
+        typer.echo(
+            f"The mixture is static: all tokens get the mean weights of {fixed.texts} texts. The likeliest token is "
+            f"that of the routed model in {fixed.agreement:.1%}, the relative logit error {fixed.error:.1e}."
+        )
+    typer.echo(f"Written to {gguf}")
 
 
 def _told(manifest: Manifest) -> dict[str, Any]:

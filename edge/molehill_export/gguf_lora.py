@@ -1,0 +1,252 @@
+"""An expert, or a gate as a fixed mixture of all experts, as a LoRA that llama.cpp reads (GGUF).
+
+Names and layout are those of llama.cpp's ``convert_lora_to_gguf.py``: ``blk.N.attn_q.weight.lora_a`` ``[r, d_in]`` and
+``.lora_b`` ``[d_out, r]``, in float32. Of a mixture the factors of all experts follow each other on the rank axis, with
+each expert's weight in its B. All linears get the same rank, filled with zeros, and ``alpha`` is that rank, so that
+readers scale by 1.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from molehill import files
+from molehill.errors import BundleError, ConfigError, ModelError
+from molehill.molora.banks import PairBank
+from molehill.molora.layer import MoLoRALinear
+from molehill.molora.model import MoLoRAModel
+from molehill_export.insertion import Array
+from molehill_export.parity import FLOORS, calibration
+from molehill_export.rows import labelled
+from molehill_export.source import GLOBAL, Source
+from molehill_export.stacks import expert_tensors
+from molehill_export.static import Fixed, fix
+
+_ROWS = 128  # of a client's, to take the mean over
+_FLOOR = FLOORS["int4"]  # what a fixed mixture may change at most, as for bundles
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How llama.cpp stores the models of a family.
+
+    Attributes:
+        architecture: Its name for them.
+        turned: Whether queries and keys have the two halves of every rotated pair side by side.
+    """
+
+    architecture: str
+    turned: bool = False
+
+
+# By the model type of transformers: those whose files were compared with it here.
+_FAMILIES = {
+    "llama": _Family("llama", turned=True),
+    "mistral": _Family("llama", turned=True),
+    "qwen2": _Family("qwen2"),
+    "qwen3": _Family("qwen3"),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        experts: Ids of the experts in it.
+        rank: Of every linear.
+        linears: How many there are.
+        fixed: How the experts are weighed; None for one expert.
+    """
+
+    experts: tuple[str, ...]
+    rank: int
+    linears: int
+    fixed: Fixed | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written.
+
+    Attributes:
+        expert: Its id; None for a mixture, or where there is one only.
+        gate: Whose gate the mixture has, as for `Source.client`; None where no router decides.
+        rows: Labelled rows to take the mean over; None for those of a simulation, or the public texts.
+        force: Also a mixture that differs much from the routed model.
+    """
+
+    expert: str | None = None
+    gate: str | None = None
+    rows: Path | None = None
+    force: bool = False
+
+
+def export_lora(source: Source, out: Path, wanted: Wanted) -> Written:
+    """Write a LoRA for llama.cpp.
+
+    Args:
+        source: The run or adapter, of a causal LM.
+        out: The file to write, whole or not at all.
+        wanted: What is to be in it.
+
+    Raises:
+        BundleError: A fixed mixture differs too much from the routed model.
+        ConfigError: The run is no causal LM, or what is wanted makes no sense for it.
+        ModelError: llama.cpp has no LoRA for such experts or such a base.
+    """
+    if source.task.kind != "causal-lm":
+        raise ConfigError("llama.cpp reads adapters of causal language models only", where="--gguf")
+    if wanted.expert is not None and wanted.gate is not None:
+        raise ConfigError("--expert and --gate exclude each other", mend="Give the one or the other.")
+    model = source.model
+    fixed = None
+    if wanted.expert is None and len(model.experts) > 1:
+        experts = model.experts
+        fixed = _weigh(source, wanted)
+        factors = _mixture(model, fixed)
+    else:
+        experts = (wanted.expert or model.experts[0],)
+        if experts[0] not in model.experts:
+            raise ConfigError(f"there is no expert {experts[0]!r}", where="--expert", mend=_those(model.experts))
+        factors = _pairs(model, experts[0])
+    rank = max(len(a) for a, _ in factors.values())
+    _write(source, out, _stored(source, factors), rank)
+    return Written(experts, rank, len(factors), fixed)
+
+
+def _weigh(source: Source, wanted: Wanted) -> Fixed:
+    """Fixed weights of all experts by somebody's gate.
+
+    Raises:
+        BundleError: They change too much.
+        ConfigError: Nobody said whose, and the routers decide token by token.
+    """
+    gate = wanted.gate or GLOBAL
+    with source.gate(gate) as model:
+        texts = [example.input_ids for example in labelled(source, gate, wanted.rows, _ROWS)]
+        fixed = fix(model, texts or calibration(source.tokenizer, source.task.max_length))
+    if fixed.exact:
+        return fixed
+    if wanted.gate is None:
+        raise ConfigError(
+            "the routers choose experts token by token, and a LoRA of llama.cpp has one weight for all tokens",
+            where="--gguf",
+            mend=f"Give --expert ({', '.join(source.model.experts)}), or --gate CLIENT|global for its mean weights.",
+        )
+    error, agreement = _FLOOR
+    if not wanted.force and (fixed.error > error or fixed.agreement < agreement):
+        raise BundleError(
+            f"a fixed mixture would not be this model: with the mean weights of gate {gate} the relative logit error "
+            f"is {fixed.error:.2g} (at most {error:g}), the likeliest token the same in {fixed.agreement:.1%} (at "
+            f"least {agreement:.0%}), since its routers choose token by token",
+            mend="Take one expert with --expert, ship a bundle with --out, or insist with --force.",
+        )
+    return fixed
+
+
+def _pairs(model: MoLoRAModel, expert: str) -> dict[str, tuple[Array, Array]]:
+    """A ``[r, d_in]`` and B ``[d_out, r]`` of an expert by site, scale absorbed.
+
+    Raises:
+        ModelError: It is no low-rank expert.
+    """
+    for name, (bank, _) in model.banks_of(expert).items():
+        if not isinstance(bank, PairBank):
+            raise ModelError(f"{bank.noun} experts cannot become a LoRA", where=f"{expert} at {name}")
+    values = expert_tensors(model, expert)
+    return {name: (values[f"{name}/A"], values[f"{name}/B"]) for name in model.banks_of(expert)}
+
+
+def _mixture(model: MoLoRAModel, fixed: Fixed) -> dict[str, tuple[Array, Array]]:
+    """All experts at their weights as one LoRA by site.
+
+    Raises:
+        ModelError: Their mixture is none.
+    """
+    pairs = {expert: _pairs(model, expert) for expert in model.experts}
+    found = {}
+    for name, site in model.sites.items():
+        if type(site) is not MoLoRALinear:
+            raise ModelError("experts that are whole blocks mix their outputs, which no LoRA does", where=name)
+        weights = np.ones(site.shared, np.float32)
+        if site.group is not None:
+            routed = fixed.weights[site.group.site.name].numpy()
+            if routed.ndim > 1:
+                raise ModelError("heads weigh parts of an expert apart, which no LoRA of llama.cpp does", where=name)
+            weights = np.concatenate([weights, routed])
+        else:
+            weights = np.ones(site.bank.n_experts, np.float32)
+        parts = [pairs[expert][name] for expert in model.expert_ids(site)]
+        if site.mixer.mixes == "parameters":
+            mixed = [sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in (0, 1)]
+            found[name] = np.asarray(mixed[0]), np.asarray(mixed[1])
+        else:
+            b = np.concatenate([w * b for w, (_, b) in zip(weights, parts, strict=True)], 1)
+            found[name] = np.concatenate([a for a, _ in parts]), b
+    return found
+
+
+def _stored(source: Source, factors: Mapping[str, tuple[Array, Array]]) -> dict[str, tuple[Array, Array]]:
+    """Factors under llama.cpp's names, with B's rows as it stores a linear's.
+
+    Raises:
+        ModelError: It has no such family, or no such linear.
+    """
+    shape = source.text
+    family = _FAMILIES.get(shape.model_type)
+    if family is None:
+        raise ModelError(
+            f"bases of type {shape.model_type!r} cannot become a GGUF LoRA here",
+            where=source.base.id,
+            mend=f"Known are {', '.join(_FAMILIES)}.",
+        )
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[family.architecture], shape.num_hidden_layers)
+    found = {}
+    for site, (a, b) in factors.items():
+        name = names.get_name(f"{site}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise ModelError(f"llama.cpp has no name for it in {family.architecture}", where=site)
+        if family.turned:
+            b = _turned(b, name, shape.num_attention_heads, shape.num_key_value_heads)  # noqa: PLW2901
+        found[name] = a, b
+    return found
+
+
+def _turned(b: Array, name: str, heads: int, key_heads: int) -> Array:
+    """Rows of B in the order that llama.cpp has of queries and keys; others as they are."""
+    part = name.split(".")[2]
+    if part not in {"attn_q", "attn_k"}:
+        return b
+    n = heads if part == "attn_q" else key_heads
+    return b.reshape(n, 2, len(b) // n // 2, -1).swapaxes(1, 2).reshape(b.shape)
+
+
+def _write(source: Source, out: Path, factors: Mapping[str, tuple[Array, Array]], rank: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="molehill-gguf-") as scratch:
+        path = Path(scratch) / "lora.gguf"
+        writer = gguf.GGUFWriter(path, _FAMILIES[source.text.model_type].architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(source.name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+        for name, (a, b) in sorted(factors.items()):
+            more = rank - len(a)
+            writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(np.pad(a, ((0, more), (0, 0))), np.float32))
+            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(np.pad(b, ((0, 0), (0, more))), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        files.write(out, path.read_bytes())
+
+
+def _those(experts: Sequence[str]) -> str:
+    return f"There are: {', '.join(experts)}."
