@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,13 +110,14 @@ def parts(folder: Path | None = None) -> Iterator[Part]:
     """
     for package in PACKAGES:
         data = _given(package, folder) if folder is not None else _cached(package)
-        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            for name in (*package.files, *package.lazy):
-                path = f"vendor/{package.folder}/{name.rpartition('/')[2]}"
-                yield Part(path, _member(archive, name), name in package.lazy)
-            licence = _LICENCES / f"{package.folder}.txt"
-            text = _member(archive, package.licence) if package.licence else licence.read_bytes()
-            yield Part(f"vendor/{package.folder}/LICENSE.txt", text, lazy=False)
+        wanted = (*package.files, *package.lazy, *([package.licence] if package.licence else []))
+        found = _members(data, wanted)
+        for name in (*package.files, *package.lazy):
+            path = f"vendor/{package.folder}/{name.rpartition('/')[2]}"
+            yield Part(path, found[name], name in package.lazy)
+        licence = _LICENCES / f"{package.folder}.txt"
+        text = found[package.licence] if package.licence else licence.read_bytes()
+        yield Part(f"vendor/{package.folder}/LICENSE.txt", text, lazy=False)
 
 
 def _given(package: Package, folder: Path) -> bytes:
@@ -183,7 +184,12 @@ def _check(package: Package, data: bytes, where: str) -> None:
         raise DeployError(what, where=where, mend="Get it from another registry; what is pinned does not change.")
 
 
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    stream = archive.extractfile(f"package/{name}")
-    assert stream is not None  # the archive's hash is pinned, so what it holds is known
-    return stream.read()
+def _members(data: bytes, names: Collection[str]) -> dict[str, bytes]:
+    """Files of an archive, unpacked once from its beginning; its hash is pinned, so what it holds is known."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r|gz") as archive:
+        for member in archive:
+            name = member.name.removeprefix("package/")
+            if name in names and (stream := archive.extractfile(member)) is not None:
+                found[name] = stream.read()
+    return found

@@ -159,7 +159,11 @@ class Page:
     def there(self, selector: str, *, text: str = "") -> str:
         """Wait until an element is there and has this in it; what it says."""
         place = f"document.querySelector({json.dumps(selector)})"
-        self.until(f"Boolean({place}?.innerText.includes({json.dumps(text)}))")
+        try:
+            self.until(f"Boolean({place}?.innerText.includes({json.dumps(text)}))")
+        except AssertionError:
+            assert text in self.text(selector)
+            raise
         return self.text(selector)
 
     def text(self, selector: str) -> str:

@@ -46,22 +46,3 @@ export class Storage {
     await caches.delete(this.name);
   }
 }
-
-/** The same in memory, for tests and for browsers that keep nothing. */
-export class Memory extends Map {
-  async get(name) {
-    return super.get(name) ?? null;
-  }
-
-  async put(name, bytes) {
-    super.set(name, bytes);
-  }
-
-  async remove(name) {
-    super.delete(name);
-  }
-
-  async names() {
-    return [...super.keys()];
-  }
-}

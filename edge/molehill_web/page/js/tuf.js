@@ -102,8 +102,7 @@ export class Repository {
     this.targets = await this.#part(root, 'targets', 'targets', meta['targets.json']);
     refuseExpired(this.targets, 'targets', this.now());
     await this.#keep('targets', this.targets);
-    this.meta = meta;
-    this.root = root;
+    [this.meta, this.root, this.bins] = [meta, root, new Map()];
   }
 
   /** Whether a root is one of those that follow from the pinned one, as far as they are kept. */
@@ -141,7 +140,6 @@ export class Repository {
     const first = parseInt((await sha256(utf8(path))).slice(0, 8), 16);
     const width = (2 ** bins.bit_length - 1).toString(16).length;
     const name = `${bins.name_prefix}-${(first >>> (32 - bins.bit_length)).toString(16).padStart(width, '0')}`;
-    this.bins ??= new Map();
     if (!this.bins.has(name)) {
       const made = await this.#fetched('targets', name, this.meta[`${name}.json`], (bin) => verify(bin, delegations.keys, bins, name));
       refuseExpired(made, name, this.now());
