@@ -19,6 +19,10 @@ class Chat:
         cache: An empty one.
         system: What the model is told first.
         sampling: How tokens are drawn.
+
+    Attributes:
+        cache: What was read; another one of the bundle may take its place.
+        messages: What was said.
     """
 
     def __init__(
@@ -26,9 +30,20 @@ class Chat:
     ) -> None:
         self._engine = engine
         self._bound = bound
-        self._cache = cache
+        self.cache = cache
         self._sampling = sampling
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the conversation up to the answer to a text.
+
+        Raises:
+            BundleError: The chat template or the tokenizer refuses it.
+        """
+        engine = self._engine
+        assert engine.prompts is not None
+        prompt = engine.prompts.before_answer([*self.messages, {"role": "user", "content": text}])
+        return encode(engine.tokenizer, prompt, special=engine.prompts.special)
 
     def stream(self, text: str, *, max_new_tokens: int | None = None, stop: Sequence[str] = ()) -> Stream:
         """Answer piece by piece; the arguments are those of `say`.
@@ -36,18 +51,15 @@ class Chat:
         Raises:
             BundleError: As `say`.
         """
-        engine = self._engine
-        assert engine.prompts is not None
+        engine, ids = self._engine, self.encode(text)
         asked = Asked(max_new_tokens, self._sampling, tuple(stop))
         turn = {"role": "user", "content": text}
-        prompt = engine.prompts.before_answer([*self.messages, turn])
-        ids = encode(engine.tokenizer, prompt, special=engine.prompts.special)
 
         def done(answer: Answer) -> None:
             if answer.tokens:
                 self.messages += [turn, {"role": "assistant", "content": answer.text}]
 
-        return Stream(self._cache, ids, self._bound().inputs, engine.tokenizer, engine.manifest.task, asked, done)
+        return Stream(self.cache, ids, self._bound().inputs, engine.tokenizer, engine.manifest.task, asked, done)
 
     def say(
         self,

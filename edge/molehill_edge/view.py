@@ -17,7 +17,7 @@ from molehill_edge.chat import Chat
 from molehill_edge.classify import Prediction
 from molehill_edge.engine import Binding, Engine, find_expert
 from molehill_edge.gates import Gate
-from molehill_edge.generate import Answer, Asked, Cache, Stream
+from molehill_edge.generate import Answer, Asked, Cache, Stream, common
 from molehill_edge.personalise import Outcome
 from molehill_edge.routes import RouterReport
 from molehill_edge.sampling import Sampling, check_finite
@@ -257,8 +257,9 @@ class View:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        cache: Cache | None = None,
     ) -> Stream:
-        """Answer a prompt piece by piece; the arguments are those of `generate`.
+        """Answer a prompt piece by piece; the arguments are those of `generate`, and a cache to use, as of `cache`.
 
         Raises:
             BundleError: As `generate`.
@@ -267,7 +268,14 @@ class View:
         engine = self._causal()
         task = engine.manifest.task
         ids = self.encode(prompt, raw=raw)
-        return Stream(Cache(engine.session, task), ids, self._bound.inputs, engine.tokenizer, task, asked)
+        return Stream(
+            Cache(engine.session, task) if cache is None else cache,
+            ids,
+            self._bound.inputs,
+            engine.tokenizer,
+            task,
+            asked,
+        )
 
     def generate(
         self,
@@ -312,6 +320,10 @@ class View:
         """
         engine = self._causal()
         return Cache(engine.session, engine.manifest.task)
+
+    def kept(self, cache: Cache, ids: Sequence[int]) -> int:
+        """How many of the first of some tokens a cache of this bundle need not read again with the gate in use."""
+        return common(cache.tokens, ids[:-1]) if cache.gate is self._bound.inputs() else 0
 
     def read(self, cache: Cache, ids: Sequence[int]) -> Array:
         """Logits after the last of some tokens, ``[vocabulary]``; only those that the cache lacks are computed.

@@ -175,6 +175,30 @@ def test_contents_may_come_in_parts_and_developers_are_the_system(talk):
     assert client.chat.completions.create(model="tiny-causal", messages=again, max_tokens=1).choices
 
 
+def test_a_turn_reads_only_what_is_new_whoever_asks_between(talk, local):
+    client = talk.client()
+
+    def ask(messages, gate="default"):
+        found = client.chat.completions.create(
+            model=f"tiny-causal@{gate}", messages=messages, temperature=0, max_tokens=12
+        )
+        return found.choices[0].message.content, found.usage.prompt_tokens, found.usage.prompt_tokens_details
+
+    first = [{"role": "user", "content": "a conversation of its own"}]
+    said, *_ = ask(first)
+    second = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "and now?"}]
+    others = [[{"role": "user", "content": "z"}], HELLO]
+    for messages, gate in ((others[0], "ann"), (others[1], "default")):  # two caches: one of them is taken
+        assert ask(messages, gate)[0] == said_locally(local.with_gate(gate), messages, max_new_tokens=12).text
+    want = said_locally(local, second, max_new_tokens=12)
+    assert ask(second)[:2] == (want.text, want.prompt_tokens)
+    third = [*second, {"role": "assistant", "content": want.text}, {"role": "user", "content": "more"}]
+    answer, tokens, details = ask(third)
+    assert answer == said_locally(local, third, max_new_tokens=12).text
+    assert want.prompt_tokens <= details.cached_tokens < tokens
+    assert ask(third, "ann")[2].cached_tokens < 10  # what another gate has read counts for nothing
+
+
 ASK = {"model": "tiny-causal", "messages": HELLO}
 
 
@@ -206,6 +230,7 @@ ASK = {"model": "tiny-causal", "messages": HELLO}
         ({"stop": list("abcde")}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, 400, "stream_options"),
         ({"n": 2}, 400, "n"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),

@@ -20,14 +20,15 @@ from molehill.errors import BundleError
 from molehill_edge import classify
 from molehill_edge.bundle import Bundle
 from molehill_edge.gates import Gate
-from molehill_edge.generate import Stream
+from molehill_edge.generate import Cache, Stream
 from molehill_edge.serving import replies
 from molehill_edge.serving import requests as asks
 from molehill_edge.serving.guard import HEALTH, Guard
 from molehill_edge.serving.requests import Asked, Fields, RefusedError
-from molehill_edge.serving.room import Room, Turn
+from molehill_edge.serving.room import Caches, Room, Turn
 from molehill_edge.view import DEFAULT, View
 
+Begun = tuple[Cache, list[Stream]]  # answers, and the cache that they are drawn with one after another
 _PATIENCE = 30  # seconds in which the body of a request must have come
 
 
@@ -61,20 +62,21 @@ class Models:
 
     def __init__(self, bundle: Bundle, experts: Sequence[str] | None = None) -> None:
         self._bundle = bundle
-        self._gates: dict[str, Gate] = {"": self._chosen(bundle.gate, experts)}
-        self._gates |= {name: self._chosen(bundle.read_gate(name), experts) for name in (DEFAULT, *bundle.gates())}
+        self._views: dict[str, View] = {"": self._chosen(bundle.gate, experts)}
+        self._views |= {name: self._chosen(bundle.read_gate(name), experts) for name in (DEFAULT, *bundle.gates())}
 
-    def _chosen(self, gate: Gate, experts: Sequence[str] | None) -> Gate:
+    def _chosen(self, gate: Gate, experts: Sequence[str] | None) -> View:
+        """A view that nothing changes any more, so that several threads may use it."""
         view = self._bundle.with_gate(gate)
         if experts is not None:
             view.choose_experts(experts)
-        return view.gate
+        return view
 
     @property
     def names(self) -> list[str]:
         """What a request may call them."""
         name = self._bundle.manifest.id
-        return [f"{name}@{gate}" if gate else name for gate in self._gates]
+        return [f"{name}@{gate}" if gate else name for gate in self._views]
 
     def require(self, name: str) -> None:
         """Refuse a name that nobody has.
@@ -87,7 +89,7 @@ class Models:
             raise RefusedError(404, f"There is no model {name!r}, only {known}.", field="model", code="model_not_found")
 
     def find(self, name: str, kind: str) -> View:
-        """A view of the bundle for one request.
+        """The bundle with a gate.
 
         Args:
             name: Of the model.
@@ -101,7 +103,7 @@ class Models:
         if does != kind:
             what = f"The model is for {does}, and this path for {kind}."
             raise RefusedError(400, what, field="model", code="unsupported_model")
-        return self._bundle.with_gate(self._gates[name.partition("@")[2]])
+        return self._views[name.partition("@")[2]]
 
     def about(self, name: str) -> dict[str, Any]:
         """What a list of models says of one."""
@@ -121,6 +123,7 @@ class Paths:
         self._models = models
         self._limits = limits
         self._room = Room(limits.at_once, limits.waiting)
+        self._caches = Caches()
 
     async def health(self, request: Request) -> Response:
         """``GET /health``."""
@@ -146,12 +149,14 @@ class Paths:
         view = self._models.find(asked.model, "causal-lm")
         *before, last = messages
 
-        def begin() -> Stream:
+        def begin() -> Begun:
             chat = view.chat(**asked.sampling)
             chat.messages = before
-            return chat.stream(last["content"], max_new_tokens=asked.most, stop=asked.stop)
+            chat.cache = self._caches.take(chat.encode(last["content"]), view)
+            with self._caches.back_unless_begun(chat.cache):
+                return chat.cache, [chat.stream(last["content"], max_new_tokens=asked.most, stop=asked.stop)]
 
-        return Turn(self._room, lambda: _written(asked, [begin], "messages"))
+        return Turn(self._room, lambda: self._written(asked, begin, "messages"))
 
     async def complete(self, request: Request) -> Turn:
         """``POST /v1/completions``."""
@@ -160,11 +165,13 @@ class Paths:
         fields.end()
         view = self._models.find(asked.model, "causal-lm")
 
-        def of(prompt: str) -> Callable[[], Stream]:
+        def begin() -> Begun:
             options = {**asked.sampling, "max_new_tokens": asked.most, "stop": asked.stop}
-            return lambda: view.stream(prompt, raw=True, **options)
+            cache = self._caches.take(view.encode(prompts[0], raw=True), view)
+            with self._caches.back_unless_begun(cache):
+                return cache, [view.stream(prompt, raw=True, cache=cache, **options) for prompt in prompts]
 
-        return Turn(self._room, lambda: _written(asked, [of(prompt) for prompt in prompts], "prompt"))
+        return Turn(self._room, lambda: self._written(asked, begin, "prompt"))
 
     async def classify(self, request: Request) -> Turn:
         """``POST /v1/classifications``, a path of ours."""
@@ -185,6 +192,38 @@ class Paths:
             return replies.Json(await to_thread.run_sync(compute))
 
         return Turn(self._room, answer)
+
+    async def _written(self, asked: Asked, begin: Callable[[], Begun], field: str) -> Response:
+        """Texts, in pieces or whole.
+
+        Args:
+            asked: What is asked for.
+            begin: Reads the prompts, and takes a cache for their answers.
+            field: Where the prompts are: the messages of a conversation, or texts that go on.
+
+        Raises:
+            RefusedError: A prompt cannot be answered.
+        """
+        shape = replies.Shape(asked.model, chat=field == "messages")
+        cache, streams = await to_thread.run_sync(_begun, begin, field)
+        if asked.stream:
+            events, headers = self._until_done(cache, _events(asked, streams, shape)), {"Cache-Control": "no-cache"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        try:
+            for stream in streams:
+                async for _ in _pieces(stream):
+                    pass
+        finally:
+            self._caches.give(cache)
+        return replies.Json(shape.whole([stream.answer for stream in streams]))
+
+    async def _until_done(self, cache: Cache, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Events, after which a cache is free again."""
+        try:
+            async for event in events:
+                yield event
+        finally:
+            self._caches.give(cache)
 
     async def _fields(self, request: Request) -> Fields:
         """The fields of a request.
@@ -208,29 +247,7 @@ class Paths:
         return Fields(bytes(data))
 
 
-async def _written(asked: Asked, begins: Sequence[Callable[[], Stream]], field: str) -> Response:
-    """Texts, in pieces or whole.
-
-    Args:
-        asked: What is asked for.
-        begins: Read a prompt each, and begin its answer.
-        field: Where the prompts are: the messages of a conversation, or texts that go on.
-
-    Raises:
-        RefusedError: A prompt cannot be answered.
-    """
-    shape = replies.Shape(asked.model, chat=field == "messages")
-    streams = [await to_thread.run_sync(_begun, begin, field) for begin in begins]
-    if asked.stream:
-        headers = {"Cache-Control": "no-cache"}
-        return StreamingResponse(_events(asked, streams, shape), media_type="text/event-stream", headers=headers)
-    for stream in streams:
-        async for _ in _pieces(stream):
-            pass
-    return replies.Json(shape.whole([stream.answer for stream in streams]))
-
-
-def _begun(begin: Callable[[], Stream], field: str) -> Stream:
+def _begun(begin: Callable[[], Begun], field: str) -> Begun:
     with _asked_wrongly(field):
         return begin()
 

@@ -49,7 +49,10 @@ def event(document: Mapping[str, Any]) -> bytes:
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
     """The tokens of some answers."""
     read, drawn = sum(each.prompt_tokens for each in answers), sum(each.tokens for each in answers)
-    return {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
+    told: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
+    if len(answers) == 1:  # of several, the later ones find another cache than when they began
+        told["prompt_tokens_details"] = {"cached_tokens": read - answers[0].fed}
+    return told
 
 
 @dataclass(frozen=True)

@@ -206,8 +206,8 @@ def read_asked(fields: Fields, most: int) -> Asked:
     """
     model, stream = fields.text("model"), fields.flag("stream")
     options = fields.take("stream_options") or {}
-    if not isinstance(options, dict) or not set(options) <= {"include_usage", "include_obfuscation"}:
-        raise wrong("stream_options", 'must be an object such as {"include_usage": true}')
+    if not isinstance(options, dict) or not set(options) <= {"include_usage"}:
+        raise wrong("stream_options", 'must be {"include_usage": true} or {"include_usage": false}')
     if options and not stream:
         raise wrong("stream_options", "goes with 'stream': true")
     older, newer = fields.integer("max_tokens", 1, most), fields.integer("max_completion_tokens", 1, most)

@@ -1,16 +1,19 @@
-"""How many requests are computed at once, how many may wait, and what becomes of those whose client has gone."""
+"""How many requests are computed at once, how many may wait, what becomes of those whose client has gone; caches."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import anyio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from molehill_edge.generate import Cache
 from molehill_edge.serving import replies
 from molehill_edge.serving.requests import RefusedError
+from molehill_edge.view import View
 
 
 class Room:
@@ -73,6 +76,44 @@ class Turn:
                 headers = {"Retry-After": "1"} if error.status == 503 else None
                 await replies.refusal(error, headers)(scope, _nothing, send)
             group.cancel_scope.cancel()
+
+
+class Caches:
+    """Caches that no request uses, each with what it has read: a turn of a conversation reads only what is new in it.
+
+    There are never more than requests that were computed at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Cache] = []  # the one that was used last is the last
+        self._lock = threading.Lock()
+
+    def take(self, ids: Sequence[int], view: View) -> Cache:
+        """The cache that has most of a prompt's beginning, read with the same gate, or else the one unused for longest.
+
+        Args:
+            ids: The prompt.
+            view: Has the gate.
+        """
+        with self._lock:
+            if not self._free:
+                return view.cache()
+            kept = [view.kept(cache, ids) for cache in self._free]
+            return self._free.pop(kept.index(max(kept)))
+
+    @contextmanager
+    def back_unless_begun(self, cache: Cache) -> Iterator[None]:
+        """Put a cache back if what it was taken for is refused."""
+        try:
+            yield
+        except BaseException:
+            self.give(cache)
+            raise
+
+    def give(self, cache: Cache) -> None:
+        """Put one back."""
+        with self._lock:
+            self._free.append(cache)
 
 
 async def _nothing() -> Message:
