@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`; `make check` is the quick half of the gate.
+# The two commands of the README are `make demo` and `make test`; `make page` shows the demo in a browser; `make check` is the quick half of the gate.
 # Each creates .venv by itself and installs again only when pyproject.toml or constraints.txt changed.
 
 SHELL := /bin/bash
@@ -8,7 +8,7 @@ PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: benchmarks demo test check nightly docs clean
+.PHONY: benchmarks demo page test check nightly docs clean
 
 demo: .venv/demo.stamp  ## Fine-tune a small encoder across eight data owners and show what each gained
 	@out=runs/demo; number=1; \
@@ -16,6 +16,12 @@ demo: .venv/demo.stamp  ## Fine-tune a small encoder across eight data owners an
 	[ $$number = 1 ] || echo "Earlier demos are finished; see their report.html. This one goes to $$out."; \
 	resume=; [ ! -e $$out/config.toml ] || { resume=--resume; echo "Going on with the demo in $$out."; }; \
 	$(BIN)/molehill simulate --out $$out $$resume
+
+page: .venv/demo.stamp  ## Run the finished demo in your browser, with gates of its owners and one of your own
+	@test -e runs/demo/summary.json || { echo "There is no finished demo yet: make demo" >&2; exit 1; }
+	@test -e bundles/page/manifest.pb || $(BIN)/molehill export runs/demo --out bundles/page --id demo \
+		--gate global --gate amazon-1 --gate movie-1 --gate nyt-1 --gate tweets-1
+	$(BIN)/molehill edge site bundles/page --insecure-local --out site --open
 
 test: .venv/dev.stamp  ## The whole gate: what CI runs
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from molehill_edge.fetch import read_manifest, read_root
 from molehill_edge.signatures import Known
 from molehill_edge.store import target
 from molehill_protos.v1.bundle_pb2 import Manifest
-from molehill_web.vendor import parts
+from molehill_web.vendor import Part, parts
 
 if TYPE_CHECKING:
     from molehill_edge.trust import Admitted
@@ -64,18 +64,20 @@ def of_bundle(admitted: Admitted, out: Path, vendor: Path | None = None) -> Writ
         vendor: Of the libraries' archives, see `molehill_web.vendor.parts`.
 
     Raises:
+        BundleError: The folder is that of a bundle.
         DeployError: A library is not to be had.
     """
+    libraries = list(parts(vendor))
     data = (admitted.folder / manifests.NAME).read_bytes()
     about = {"bundle": admitted.manifest.id, "manifest": hashlib.sha256(data).hexdigest()}
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     place = out / BUNDLE
     shutil.rmtree(place, ignore_errors=True)
     for name in (manifests.NAME, *(file.path for file in admitted.manifest.files)):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(admitted.folder / name, place / name)
     size = len(data) + sum(file.length for file in admitted.manifest.files)
-    count, length = _write(out, about, {}, vendor)
+    count, length = _write(out, about, {}, libraries)
     return Written(out, out, admitted.manifest, signed=False, files=count, bytes=length + size)
 
 
@@ -90,14 +92,16 @@ def of_repository(bundle: str, repository: Path, root: Path, out: Path, vendor: 
         vendor: As for `of_bundle`.
 
     Raises:
-        TrustError: The repository does not show the bundle signed by the keys of this root.
+        BundleError: The repository has no such bundle, or the folder is that of one.
+        TrustError: What the repository shows is not signed by the keys of this root.
         DeployError: A library is not to be had.
     """
     pinned = read_root(root)
     manifest = _shown(bundle, repository, pinned)
-    out.mkdir(parents=True, exist_ok=True)
+    libraries = list(parts(vendor))
+    _make(out)
     way = os.path.relpath(repository.resolve(), out.resolve()).replace(os.sep, "/") + "/"
-    count, length = _write(out, {"bundle": bundle, "repository": way}, {"root.json": pinned}, vendor)
+    count, length = _write(out, {"bundle": bundle, "repository": way}, {"root.json": pinned}, libraries)
     serve = Path(os.path.commonpath([repository.resolve(), out.resolve()]))
     return Written(out, serve, manifest, signed=True, files=count, bytes=length)
 
@@ -125,7 +129,13 @@ def _shown(bundle: str, repository: Path, pinned: bytes) -> Manifest:
         return manifests.read(read_manifest(client, entry), where)
 
 
-def _write(out: Path, about: dict[str, Any], more: dict[str, bytes], vendor: Path | None) -> tuple[int, int]:
+def _make(out: Path) -> None:
+    if (out / manifests.NAME).exists():
+        raise BundleError("this is the folder of a bundle", where=str(out), mend="Name another one for the page.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _write(out: Path, about: dict[str, Any], more: dict[str, bytes], libraries: Sequence[Part]) -> tuple[int, int]:
     """Write the page; returns how many files it has, and their bytes.
 
     The list of its files comes last: until then a browser that knows the page keeps to the former.
@@ -136,7 +146,7 @@ def _write(out: Path, about: dict[str, Any], more: dict[str, bytes], vendor: Pat
         path.relative_to(PAGE).as_posix(): path.read_bytes() for path in sorted(PAGE.rglob("*")) if path.is_file()
     }
     lazy: dict[str, bytes] = {}
-    for part in parts(vendor):
+    for part in libraries:
         (lazy if part.lazy else eager)[part.path] = part.data
     everything = eager | lazy
     before = _listed(out)

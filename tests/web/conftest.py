@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import chromium
+import page_libraries
 import pytest
-
-from molehill.errors import DeployError
-from molehill_web import vendor
 
 
 @pytest.fixture(scope="session")
 def libraries():
-    """The libraries of the page: from the cache or npm."""
-    try:
-        return list(vendor.parts())
-    except DeployError as error:
-        pytest.skip(str(error))
+    """The libraries of the page are there."""
+    if reason := page_libraries.lacking():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
