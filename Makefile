@@ -24,6 +24,7 @@ page: .venv/demo.stamp  ## Run the finished demo in your browser, with gates of 
 	$(BIN)/molehill edge site bundles/page --insecure-local --out site --open
 
 test: .venv/dev.stamp  ## The whole gate: what CI runs
+	@test -z "$$CI" || scripts/browser
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
 check: .venv/dev.stamp  ## The gate without the tests: seconds
