@@ -72,15 +72,21 @@ def in_own_process(*arguments: str) -> str:
 
 def grown_by(call: Callable[[], Any]) -> float:
     """MiB by which this process grows at most while ``call`` runs (Linux)."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = resident("VmRSS")
+    reset_peak()
     call()
-    return (_status("VmHWM") - before) / 1024
+    return (resident("VmHWM") - before) / 2**20
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if field in line)
+def resident(field: str) -> int:
+    """Bytes of memory that this process has (``VmRSS``) or had at most (``VmHWM``; Linux)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if field in line) * 1024
+
+
+def reset_peak() -> None:
+    """Let ``VmHWM`` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def fill(page: Path, name: str, text: str) -> None:

@@ -23,7 +23,7 @@ Scheme = Literal["fp32", "int8", "int4"]
 BLOCK = 128
 _ACCURACY = 4  # activations of block products in int8; without it the 8-bit product is slower than float32
 _SMALLEST = 1 << 14  # weights; below, quantising costs more than it saves
-_PART, _COLUMNS = 1 << 22, 16  # weights that are rounded at once, and columns at least
+_PART, _COLUMNS = 1 << 18, 16  # weights that are rounded at once, so that they stay in the cache; columns at least
 
 
 def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:

@@ -180,7 +180,8 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
         manifest.routers.extend(inserted.routers)
         manifest.gate.extend(inserted.gate)
         manifest.layout = layout_digest(manifest)
-        progress("Writing")
+        size = sum(value.nbytes for value in graph.tensors.values())
+        progress(f"Writing {size / 1e6:,.0f} MB to {folder.parent}, which goes when the bundle is whole")
         _files(graph, model, inserted, manifest, options.gates[0], folder)
     for gate in options.gates[1:]:
         (folder / "gates").mkdir(exist_ok=True)
@@ -191,11 +192,13 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
                 gates.metadata(gate, manifest),
             )
     companions.write(source, graph, manifest, folder)
+    graph.tensors.clear()  # they are written
+    inserted.experts.clear()
     progress("Comparing with the original")
-    runner = parity_of.Runner(folder / GRAPH, manifest)
+    texts = parity_of.calibration(source.tokenizer, manifest.task.max_length)
     with source.gate(options.gates[0]) as model, _only(model, slots):
-        ids = parity_of.calibration(source.tokenizer, manifest.task.max_length)
-        figures, golden = parity_of.compare(model, runner, ids, labelled(source, options.gates[0], options.rows, _ROWS))
+        original = parity_of.originals(model, texts, labelled(source, options.gates[0], options.rows, _ROWS))
+    figures, golden = parity_of.compare(original, parity_of.Runner(folder / GRAPH, manifest))
     parity_of.require(figures, options.scheme, force=options.force)
     manifest.parity.CopyFrom(figures)
     manifest.golden.extend(golden)

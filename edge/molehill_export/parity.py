@@ -20,6 +20,7 @@ from molehill_protos.v1 import bundle_pb2 as pb
 
 Array = NDArray[Any]
 _LONG, _SHORT = 512, 64  # tokens
+_TOGETHER = 512  # tokens of the original at once, with padding
 GOLDEN, SHOWN = 4, 32  # texts and logits that the manifest keeps
 
 # Largest logit error and least agreement, by scheme: some times what healthy models show.
@@ -41,12 +42,13 @@ class Difference:
     def add(self, original: Array, other: Array) -> None:
         """Two ``[n, C]``."""
         self.texts += 1
-        original, other = original.astype(np.float64), other.astype(np.float64)
-        self.square += float(np.square(original - other).sum())
-        for i, power in enumerate((np.ones_like(original), original, np.square(original))):
-            self.values[i] += float(power.sum())
-        self.same += int((original.argmax(-1) == other.argmax(-1)).sum())
-        self.predictions += len(original)
+        for a, b in zip(original, other, strict=True):  # one by one, since vocabularies are large
+            one, two = a.astype(np.float64), b.astype(np.float64)
+            self.square += float(np.square(one - two).sum())
+            for i, total in enumerate((one.size, one.sum(), np.square(one).sum())):
+                self.values[i] += float(total)
+            self.same += int(a.argmax() == b.argmax())
+            self.predictions += 1
 
     @property
     def error(self) -> float:
@@ -72,7 +74,7 @@ class Runner:
         self._routes = [f"route.{i}" for i in range(len(manifest.routers))]
 
     def __call__(self, ids: Sequence[int]) -> tuple[Array, list[Array]]:
-        """Logits ``[C]`` or ``[T, V]`` of one text, and the weights of every router."""
+        """Logits ``[1, C]`` or ``[T, V]`` of one text, and the weights of every router."""
         feed: dict[str, Array] = {
             "input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)
         }  # fmt: skip
@@ -84,51 +86,72 @@ class Runner:
                 for part in ("key", "value")
             }
         logits, *routes = self._session.run(["logits", *self._routes], feed)
-        return logits[0], routes
+        return logits if self._generation is None else logits[0], routes
+
+
+@dataclass(frozen=True)
+class Originals:
+    """What the model says that a bundle is made from.
+
+    Attributes:
+        texts: Token ids of the calibration text.
+        answers: For each of them the logits, ``[T, V]`` or ``[1, C]``, and the weights of every router.
+        examples: Labelled rows of the run, for the accuracies; only figures of them are kept.
+        best: Its predictions for each of these, ``[T]`` or ``[1]``.
+    """
+
+    texts: Sequence[Sequence[int]]
+    answers: list[tuple[Array, list[Array]]]
+    examples: Sequence[Example]
+    best: list[Array]
 
 
 @torch.no_grad()
-def compare(
-    model: MoLoRAModel,
-    runner: Runner,
-    encoded: Sequence[Sequence[int]],
-    examples: Sequence[Example],
-) -> tuple[pb.Parity, list[pb.Golden]]:
+def originals(model: MoLoRAModel, texts: Sequence[Sequence[int]], examples: Sequence[Example]) -> Originals:
+    """Run the original.
+
+    Args:
+        model: In float32, with the bundle's default gate and experts.
+        texts: Token ids of the calibration text.
+        examples: Labelled rows of the run.
+    """
+    answers = list(_answers(model, texts))
+    rows = [example.input_ids for example in examples]
+    return Originals(texts, answers, examples, [logits.argmax(-1) for logits, _ in _answers(model, rows)])
+
+
+def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Golden]]:
     """Measure a bundle.
 
     Args:
-        model: The original in float32, with the bundle's default gate and experts.
+        original: What it was made from.
         runner: The bundle.
-        encoded: Token ids of the calibration text.
-        examples: Labelled rows of the run, for the accuracies; only figures of them are kept.
 
     Returns:
         The figures, and some inputs with what the bundle answered.
     """
     total = Difference()
     golden: list[pb.Golden] = []
-    for ids in encoded:
-        original, routes = _original(model, ids)
-        other, others = runner(ids)
-        total.add(original if original.ndim == 2 else original[None], other if other.ndim == 2 else other[None])
+    for ids, (wanted, routes) in zip(original.texts, original.answers, strict=True):
+        found, others = runner(ids)
+        total.add(wanted, found)
         for a, b in zip(routes, others, strict=True):
             same = a.argmax(-1) == b.argmax(-1)
             total.routed += same.size
             total.routes_same += int(same.sum())
         if len(golden) < GOLDEN:
-            last = other[-1] if other.ndim == 2 else other
+            last = found[-1]
             golden.append(pb.Golden(input_ids=ids, logits=last[:SHOWN], best=int(last.argmax())))
     parity = pb.Parity(
         texts=total.texts, logit_error=total.error, agreement=total.same / total.predictions,
         router_agreement=total.routes_same / total.routed if total.routed else 1.0,
     )  # fmt: skip
     right: list[tuple[bool, bool]] = []
-    for example in examples:
-        one, other = _original(model, example.input_ids)[0], runner(example.input_ids)[0]
-        right.extend(_right(example, one, other))
+    for example, best in zip(original.examples, original.best, strict=True):
+        right.extend(_right(example, best, runner(example.input_ids)[0].argmax(-1)))
     if right:
         ours, theirs = zip(*right, strict=True)
-        parity.rows = len(examples)
+        parity.rows = len(original.examples)
         parity.accuracy_original, parity.accuracy_bundle = float(np.mean(ours)), float(np.mean(theirs))
     return parity, golden
 
@@ -163,26 +186,53 @@ def calibration(tokenizer: Any, max_length: int) -> list[list[int]]:
     return sorted(found, key=lambda each: (len(each) > _SHORT, -len(each), each))
 
 
-def _original(model: MoLoRAModel, ids: Sequence[int]) -> tuple[Array, list[Array]]:
-    tokens = torch.tensor([list(ids)])
-    mask = torch.ones_like(tokens, dtype=torch.bool)
+def _answers(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> Iterator[tuple[Array, list[Array]]]:
+    """Logits and the weights of every router for each text, a few texts at once where rows do not see each other."""
+    start = 0
+    while start < len(texts):
+        stop = start + 1
+        longest = len(texts[start])
+        while model.head is None and stop < len(texts):
+            longest = max(longest, len(texts[stop]))
+            if longest * (stop + 1 - start) > _TOGETHER:
+                break
+            stop += 1
+        logits, routes = _pass(model, texts[start:stop])
+        for row, ids in enumerate(texts[start:stop]):
+            tokens = len(ids) if model.head is None else 1
+            yield logits[row, :tokens].copy(), [_of_row(weights, row, len(ids)) for weights in routes]
+        start = stop
+
+
+def _pass(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> tuple[Array, list[Array]]:
+    """Logits ``[B, T, V]`` or ``[B, 1, C]`` and the weights of every router, of texts padded on the right."""
+    longest = max(map(len, texts))
+    tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts])
+    mask = torch.tensor([[i < len(ids) for i in range(longest)] for ids in texts])
     model.state.collect = True
     try:
         if model.head is not None:
-            logits = model.head(model.head.pool(model.hidden(tokens, mask), mask))
+            logits = model.head(model.head.pool(model.hidden(tokens, mask), mask)).unsqueeze(1)
         else:
             model.state.announce(mask, None)
             logits = model.base(input_ids=tokens, attention_mask=mask.long()).logits
     finally:
         model.state.collect = False
     by_site = {record.site.name: record.route.weights.numpy() for record in model.state.records}
-    return logits[0].float().numpy(), [by_site[group.site.name] for group in model.routers.values()]
+    return logits.float().numpy(), [by_site[group.site.name] for group in model.routers.values()]
+
+
+def _of_row(weights: Array, row: int, tokens: int) -> Array:
+    """What a router says of one text: of ``[B|1, T|1, ...]`` the part ``[1, T|1, ...]``."""
+    own = weights[row : row + 1] if len(weights) > 1 else weights
+    return own[:, :tokens].copy()
 
 
 def _right(example: Example, original: Array, other: Array) -> Iterator[tuple[bool, bool]]:
+    """Whether original and bundle are right, of the best classes or tokens that they say."""
     if isinstance(example.labels, int):
-        yield bool(original.argmax() == example.labels), bool(other.argmax() == example.labels)
+        yield bool(original[0] == example.labels), bool(other[0] == example.labels)
         return
     for position, label in enumerate(example.labels[1:]):
         if label != -100:
-            yield bool(original[position].argmax() == label), bool(other[position].argmax() == label)
+            yield bool(original[position] == label), bool(other[position] == label)

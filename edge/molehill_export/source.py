@@ -172,13 +172,15 @@ class Source:
         return " or ".join(self.clients()[:3]) or "CLIENT, and --state of that client's machine"
 
 
-def open_source(path: Path, base: str | None = None, state: Path | None = None) -> Source:
+def open_source(path: Path, base: str | None = None, state: Path | None = None, *, streamed: bool = False) -> Source:
     """Open a run folder, an adapter folder, or a PEFT folder of a LoRA for a causal language model.
 
     Args:
         path: The folder.
         base: Where the base is, when it is not where the run had it.
         state: ``--state`` of a lab machine, for its personal gate.
+        streamed: Leave the weights of a base in their files whose graph can be made of them there: less memory, and
+            slow to run.
 
     Raises:
         AdapterError: There is no adapter, it is damaged, or it belongs to another base.
@@ -207,7 +209,7 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None) 
         model=where, revision=None if where.startswith("sample:") else revision, precision="fp32", device="cpu"
     )
     task = run.task.model_copy(update={"labels": adapter.labels}) if run is not None else _task(adapter)
-    loaded = load_base(settings, task)
+    loaded = load_base(settings, task, streamed=_is_built if streamed and task.kind == "causal-lm" else lambda _: False)
     head = None
     if task.kind == "classification":
         pooling: Literal["mean", "cls", "last"] = adapter.pooling  # type: ignore[assignment]  # as it was saved
@@ -257,6 +259,12 @@ def _key_of(state: Path) -> KeySource:
             mend="Export on that lab's own machine and account, with the --state that it joins with.",
         )  # fmt: skip
     return ring
+
+
+def _is_built(settings: Any) -> bool:
+    from molehill_export.base import is_built  # noqa: PLC0415  (which needs more than looking at an adapter does)
+
+    return is_built(settings)
 
 
 def _task(adapter: Manifest) -> config.Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from molehill.files import place_of
 from molehill.tasks import kernels
 from molehill.tasks.base_fit import check_fit, require_floats, require_used
 from molehill.tasks.kernels import Kernels
+from molehill.tasks.streamed import stand_ins, stream
 from molehill.tasks.weights import Stored, cannot_load, end_tokens, is_whole, look_up
 
 _SAMPLE = "sample:minilm"
@@ -89,13 +90,21 @@ def stored_bytes(base: config.Base) -> int | None:
         return None
 
 
-def load_base(base: config.Base, task: config.Task, *, offline: bool = False) -> LoadedBase:
+def load_base(
+    base: config.Base,
+    task: config.Task,
+    *,
+    offline: bool = False,
+    streamed: Callable[[transformers.PretrainedConfig], bool] = lambda _: False,
+) -> LoadedBase:
     """Load the base model of a run.
 
     Args:
         base: Which model, in which precision, on which device.
         task: Classification loads the backbone alone, causal LM the head as well.
         offline: Take a hub model as it is on this machine.
+        streamed: Whether the weights of a model of this configuration stay in their files (`molehill.tasks.streamed`),
+            where that can be: in float32 on the CPU, stored under the names that the model has for them.
 
     Returns:
         The frozen model with its tokenizer.
@@ -113,7 +122,11 @@ def load_base(base: config.Base, task: config.Task, *, offline: bool = False) ->
         tokenizer = _tokenizer(folder, base.model)
         chosen = kernels.choose(base.precision, device, width_of(settings))
         kernels.use(chosen)
-        model = _model(stored, settings, task, torch.bfloat16 if chosen.precision == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
+        plain = dtype == torch.float32 and device.type == "cpu"
+        model = _streamed(stored, settings, task) if plain and streamed(settings) else None
+        if model is None:
+            model = _model(stored, settings, task, dtype, stored.tensors())
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False  # the cache of keys and values only serves generation
         part.pad_token_id = tokenizer.pad_token_id
@@ -254,8 +267,19 @@ def _tokenizer(folder: Path, origin: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _streamed(stored: Stored, settings: transformers.PretrainedConfig, task: config.Task) -> PreTrainedModel | None:
+    """The model with its weights in their files; None where it has to be loaded."""
+    stored.tensors()  # which checks the files
+    model = _model(stored, settings, task, torch.float32, stand_ins(stored))
+    return model if stream(model, stored) else None
+
+
 def _model(
-    stored: Stored, settings: transformers.PretrainedConfig, task: config.Task, dtype: torch.dtype
+    stored: Stored,
+    settings: transformers.PretrainedConfig,
+    task: config.Task,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Any],
 ) -> PreTrainedModel:
     # Without a folder transformers cannot look for adapters, other weights or generation settings beside these.
     family = transformers.MODEL_MAPPING if task.kind == "classification" else _writer(settings)
@@ -270,7 +294,7 @@ def _model(
         model, found = kind.from_pretrained(
             None,
             config=settings.get_text_config() if kind.config_class is text else settings,
-            state_dict=stored.tensors(),
+            state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,
             **options,

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 
 import edge_export
 import numpy as np
 import onnx
 import pytest
+import tiny_models
+import tiny_world
 import torch
+import transformers
 
+from molehill import config
+from molehill.molora.adapter import Manifest, save_adapter
+from molehill.molora.build import wrap
+from molehill.tasks.base_model import load_base
 from molehill.tasks.weights import look_up
-from molehill_export import base_quantise
+from molehill_export import base_quantise, parity
 from molehill_export.base import decoder
 from molehill_export.deferred import Deferred
+from molehill_export.export import Options, export
+from molehill_export.source import open_source
 from molehill_export.trace import quiet
+
+TASK = config.Task(kind="causal-lm", max_length=32)
 
 
 @pytest.mark.parametrize("family", ["llama", "tied", "qwen2"])
@@ -52,3 +64,60 @@ def test_weights_rounded_in_parts_are_those_rounded_at_once(dtype, monkeypatch):
     for pair, other in zip(wanted, found, strict=True):
         for one, two in zip(pair, other, strict=True):
             np.testing.assert_array_equal(one, two)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A folder with an adapter of a Llama in bfloat16, and its base."""
+    folder = tmp_path_factory.mktemp("lean")
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+    path = tiny_world.save_base(folder / "base", "llama", **sizes, initializer_range=0.1)
+    transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    loaded = load_base(config.Base(model=str(path), precision="fp32", device="cpu"), TASK)
+    section = config.parse({"molora": {"targets": "all-linear", "experts": 3, "rank": 2, "scope": "layer"}}).molora
+    model = tiny_models.shake(wrap(loaded.model, section), scale=0.05)
+    about = {"id": str(path), "digest": loaded.info.digest}
+    save_adapter(folder / "adapter", model, Manifest(base=about, task="causal-lm", molora=section, ranks={}))
+    return folder
+
+
+def test_weights_that_stay_in_their_files_give_the_same_bundle(adapter, tmp_path):
+    told = []
+    for name, streamed in (("loaded", False), ("lean", True)):
+        source = open_source(adapter / "adapter", str(adapter / "base"), streamed=streamed)
+        assert ({each.dtype for each in source.model.base.lm_head.parameters()} == {torch.bfloat16}) == streamed
+        steps = []
+        export(source, tmp_path / name, Options(scheme="int4", id="one", force=True), progress=steps.append)
+        told.append([step for step in steps if step.startswith("Writing")])
+    loaded, lean = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("loaded", "lean")
+    )
+    assert loaded == lean
+    assert told[1][0].startswith(f"Writing 0 MB to {tmp_path / '.lean.'}")
+
+
+@pytest.mark.parametrize("stage", ["Quantising", "Writing", "Comparing"])
+def test_an_export_that_is_broken_off_leaves_nothing(adapter, tmp_path, monkeypatch, stage):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    def stop(step):
+        if step.startswith(stage):
+            raise KeyboardInterrupt
+
+    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=True)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, tmp_path / "out" / "bundle", Options(force=True), progress=stop)
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp", "out"]
+
+
+def test_texts_at_once_are_answered_as_one_by_one(adapter, monkeypatch):
+    model = open_source(adapter / "adapter", str(adapter / "base")).model
+    texts = [[5, 9, 17, 21, 8], [3, 4], [7, 7, 7], [30, 2, 11, 6]]
+    together = parity.originals(model, texts, []).answers
+    monkeypatch.setattr(parity, "_TOGETHER", 1)
+    for (logits, routes), (one, its) in zip(together, parity.originals(model, texts, []).answers, strict=True):
+        np.testing.assert_allclose(logits, one, atol=1e-5)
+        for each, other in zip(routes, its, strict=True):
+            np.testing.assert_allclose(each, other, atol=1e-5)
+            assert each.shape == other.shape

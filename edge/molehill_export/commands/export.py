@@ -106,7 +106,7 @@ def export(
         console = Console(stderr=True, quiet=as_json)
         try:
             with console.status("Loading the model") as status:
-                found = open_source(source, base, state)
+                found = open_source(source, base, state, streamed=True)
 
                 def progress(step: str) -> None:
                     status.update(step)
