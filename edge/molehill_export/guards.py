@@ -40,7 +40,7 @@ def drop_nan_guards(graph: Graph) -> int:
 def _is_finite(graph: Graph, mask: onnx.NodeProto | None) -> bool:
     """Whether a mask is a choice between numbers that are finite."""
     values = [graph.tensors.get(name) for name in mask.input[1:]] if mask is not None and _is(mask, "Where") else []
-    return bool(values) and all(value is not None and np.isfinite(value).all() for value in values)
+    return bool(values) and all(value is not None and np.isfinite(np.asarray(value)).all() for value in values)
 
 
 def _is(node: onnx.NodeProto | None, op: str) -> bool:

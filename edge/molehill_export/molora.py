@@ -16,6 +16,7 @@ from molehill_export.base_quantise import Scheme
 from molehill_export.beside import Beside
 from molehill_export.graph import Graph
 from molehill_export.insertion import Array, Inserted, Work
+from molehill_export.joined import pack_attention
 from molehill_export.products import Products
 from molehill_export.routers import Routers, effective
 from molehill_protos.v1 import bundle_pb2 as pb
@@ -76,6 +77,7 @@ def insert(graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[
             beside.other(name, site)
         elif not work.plain(site):
             beside.low_rank(name, site)
+    pack_attention(graph)
     order = {name: i for i, name in enumerate(model.sites)}
     work.out.sites.sort(key=lambda site: order[site.name])
     return work.out

@@ -1,6 +1,7 @@
 """Low-rank experts in a graph as products: one with all A that read a tensor, one with each B.
 
-The dense form: all of them are multiplied, and the weights of those not chosen are zero.
+The dense form: all of them are multiplied, and the weights of those not chosen are zero. In 4 bits B goes into the
+product of the base.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from molehill.molora.banks import PairBank
 from molehill.molora.layer import MoLoRALinear
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge.quantise import block_of, output_scale, pack4, quantise
+from molehill_export import joined
 from molehill_export.base_quantise import Activations
 from molehill_export.graph import MICROSOFT
 from molehill_export.insertion import Array, Work
@@ -94,11 +96,9 @@ class Products:
                 gate = self._routers.gate(group, call)
                 gates = self._routers.spread(gate, [(f.slots, f.ranks) for f in factors])
                 h = graph.node("Mul", [h, self._routers.for_rows(gates, sum(sizes), gate, place, names[0])])
-            parts = [h] if len(names) == 1 else graph.split(
-                "Split", [h, graph.const(sizes, np.int64)], len(names), axis=-1
-            )  # fmt: skip
-            for name, f, scale, part in zip(names, factors, b_scales, parts, strict=True):
-                self._work.add(graph.places[name][call], self._second_product(part, f"{name}/B", f, scale))
+            for name, f, scale in zip(names, factors, b_scales, strict=True):
+                self._keep_second(f"{name}/B", f, scale)
+            self._second_products(names, sizes, call, h)
         start = 0
         for name, f, size in zip(names, factors, sizes, strict=True):
             b_block = block_of(size, BLOCK_B) if self._work.scheme == "int4" else 0
@@ -130,21 +130,45 @@ class Products:
         )
         return self._block_product(x, weight, scales, len(parts[0][0]), graph.tensors[weight].shape[0], block)
 
-    def _second_product(self, h: str, name: str, f: Factors, scale: Array) -> str:
+    def _second_products(self, names: list[str], sizes: list[int], call: int, h: str) -> None:
+        """Products of weighted ranks ``h [..., Q]`` with every B, inside those of the base where these have 4 bits."""
+        graph, places = self._work.graph, [self._work.graph.places[name][call] for name in names]
+        inside = [joined.product_of(graph, place.y) for place in places]
+        nodes = [node for node in inside if node is not None]
+        if len(nodes) == len(names) and joined.share(graph, [place.y for place in places], sizes):
+            x = joined.widened(graph, places[0].x, h, sum(sizes))
+            for i, (name, product) in enumerate(zip(names, nodes, strict=True)):
+                joined.join(graph, product, x, f"{name}/B", sum(sizes[:i]), sum(sizes))
+            return
+        parts = [h] if len(names) == 1 else graph.split(
+            "Split", [h, graph.const(sizes, np.int64)], len(names), axis=-1
+        )  # fmt: skip
+        for name, size, place, part, node in zip(names, sizes, places, parts, inside, strict=True):
+            if node is None:
+                self._work.add(place, self._second_product(part, f"{name}/B", size))
+            else:
+                joined.join(graph, node, joined.widened(graph, place.x, part, size), f"{name}/B", 0, size)
+
+    def _keep_second(self, name: str, f: Factors, scale: Array) -> None:
+        """B of a site in ``experts.safetensors``."""
+        if self._work.scheme == "fp32":
+            self._work.keep(name, f.b)
+        elif self._work.scheme == "int8":
+            self._work.keep(name, quantise(f.a.T, f.b, scale, 8).b)
+            self._work.keep(f"{name}.scale", scale)
+        else:
+            block = block_of(len(f.b), BLOCK_B)
+            weight = pack4(quantise(f.a.T, f.b, scale, 4).b, block)
+            self._work.keep(name, weight)
+            self._work.keep(f"{name}.scale", np.repeat(scale[:, None], weight.shape[1], 1))
+
+    def _second_product(self, h: str, name: str, R: int) -> str:
         graph = self._work.graph
         if self._work.scheme == "fp32":
-            return graph.node("MatMul", [h, self._work.keep(name, f.b)])
+            return graph.node("MatMul", [h, name])
         if self._work.scheme == "int8":
-            weight = self._work.keep(name, quantise(f.a.T, f.b, scale, 8).b)
-            return graph.node(
-                "DynamicQuantizeMatMul", [h, weight, self._work.keep(f"{name}.scale", scale)], domain=MICROSOFT
-            )
-        R = len(f.b)
-        block = block_of(R, BLOCK_B)
-        weight = self._work.keep(name, pack4(quantise(f.a.T, f.b, scale, 4).b, block))
-        scales = np.repeat(scale[:, None], weight_blocks := -(-R // block), 1)
-        assert weight_blocks == graph.tensors[weight].shape[1]
-        return self._block_product(h, weight, self._work.keep(f"{name}.scale", scales), R, f.b.shape[1], block)
+            return graph.node("DynamicQuantizeMatMul", [h, name, f"{name}.scale"], domain=MICROSOFT)
+        return self._block_product(h, name, f"{name}.scale", R, graph.tensors[name].shape[0], block_of(R, BLOCK_B))
 
     def _block_product(self, x: str, weight: str, scale: str, K: int, N: int, block: int) -> str:
         return self._work.graph.node(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import edge_export
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
 from molehill_edge.manifest import LOGITS_FROM
+from molehill_export import joined
+from molehill_export.graph import write_weights
 from molehill_export.guards import drop_nan_guards
 from molehill_export.head import cut_head
+from molehill_export.molora import choose_slots, gate_values, insert
 
 
 def _opened(architecture, scheme, change):
@@ -75,3 +80,70 @@ def test_a_guard_stays_where_a_row_may_be_masked_by_infinity():
         if value.shape == () and value.dtype == np.float32 and value < -1e38:
             guarded.tensors[name] = np.float32(-np.inf) * np.ones_like(value)
     assert drop_nan_guards(guarded) == 0
+
+
+def _inserted(architecture, **molora):
+    """The graph of an adapter in 4 bits, opened, and what its experts' file has."""
+    keys = {"targets": "all-linear", "scope": "layer", **molora}
+    model, section = edge_export.adapted(architecture, **keys)
+    base, external, place = edge_export.quantised(architecture, "int4")
+    graph = base.copy()
+    found = insert(graph, model, section.scorer, choose_slots(model, None, 1), "int4")
+    graph.tensors.update(gate_values(model, found))
+    return model, edge_export.opened(graph, external, place), found, graph
+
+
+@pytest.mark.parametrize(
+    ("architecture", "molora"),
+    [
+        ("wide", {"experts": 4, "rank": 4}),
+        ("wide", {"experts": 3, "rank": 3}),  # odd ranks cannot share
+        ("wide", {"experts": 7, "rank": 20}),  # more than one block of ranks
+        ("wide", {"experts": 3, "rank": 8, "targets": ["q_proj", "v_proj"]}),
+        ("wide-qwen2", {"experts": 3, "rank": 8}),
+        ("minilm", {"experts": 3, "rank": 8}),
+    ],
+)
+def test_experts_inside_the_products_of_the_base_are_those_beside_it(architecture, molora, monkeypatch):
+    model, joint, found, _ = _inserted(architecture, **molora)
+    ids, mask = edge_export.batch(architecture)
+    together = edge_export.exported(joint, ids, mask)
+    monkeypatch.setattr(joined, "product_of", lambda *_: None)
+    _, apart, beside, _ = _inserted(architecture, **molora)
+    assert found.sites == beside.sites
+    assert _bytes(found) == _bytes(beside)  # the files are the same; only the graph says where B goes
+    assert edge_export.error(edge_export.exported(apart, ids, mask), together) < 0.01
+    assert edge_export.error(edge_export.original(model, ids, mask), together) < 0.25
+
+
+def _bytes(found):
+    return {name: value.tobytes() for name, value in found.experts.items()}
+
+
+def test_a_runtime_puts_them_together_once_when_it_opens_the_graph(tmp_path):
+    _, _, _, graph = _inserted("wide-qwen2", experts=4, rank=4)
+    layers = sum(node.op_type == "GroupQueryAttention" for node in graph.nodes)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graph.model(write_weights(graph.tensors, tmp_path / "base.bin")).SerializeToString())
+    ort.InferenceSession(path, options)
+    model = onnx.load(tmp_path / "optimised.onnx")
+    constant = {tensor.name for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    assert all(set(node.input[1:3]) <= constant for node in products)
+    # of each layer: queries, keys and values; what follows attention; two and one of the block; and four A
+    assert len(products) == layers * (1 + 1 + 2 + 1 + 4)
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert [list(node.input[1:3]) for node in attention] == [["", ""]] * layers
+
+
+@pytest.mark.parametrize("architecture", ["wide", "wide-qwen2"])
+def test_attention_without_experts_gets_one_product(architecture):
+    graph, external, place = edge_export.quantised(architecture, "int4")
+    ids, mask = edge_export.batch(architecture)
+    wanted = edge_export.exported(edge_export.opened(graph.copy(), external, place), ids, mask)
+    packed = graph.copy()
+    assert joined.pack_attention(packed) == 2
+    assert (edge_export.exported(edge_export.opened(packed, external, place), ids, mask) == wanted).all()

@@ -39,7 +39,7 @@ REASONS = {
         "edge/molehill_export/export.py": "fp32*3 int8*2 int4*2",
         "edge/molehill_export/gguf_lora.py": "int4",
         "edge/molehill_export/parity.py": "fp32 int8 int4",
-        "edge/molehill_export/products.py": "fp32*3 int8*3 int4*2",
+        "edge/molehill_export/products.py": "fp32*4 int8*4 int4*2",
         "edge/molehill_export/source.py": "fp32",
         "edge/molehill_web/commands/site.py": "int4",
     },

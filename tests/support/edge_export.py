@@ -33,6 +33,7 @@ ARCHITECTURES = ("llama", "gpt2", "minilm")
 # Heads of 16 (for grouped-query attention); a vocabulary that is not the width, which the builder confuses.
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 48, "initializer_range": 0.1}
 _LLAMA = {"num_key_value_heads": 2, "head_dim": 16}
+_WIDE = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 256}
 _kept = Path(tempfile.mkdtemp(prefix="molehill-bases-"))  # mapped weights must stay while graphs are used
 atexit.register(shutil.rmtree, _kept, ignore_errors=True)
 
@@ -51,15 +52,20 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
                             "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
     }),
 }  # fmt: skip
+# Wide enough for whole blocks of 4-bit weights, without biases and with them.
+WIDE: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "wide": (transformers.LlamaConfig, _WIDE),
+    "wide-qwen2": (transformers.Qwen2Config, _WIDE),
+}
 
 
 @functools.cache
 def folder(architecture: str) -> Path:
     """A saved tiny checkpoint."""
     path = _kept / architecture
-    if architecture in FAMILIES:
+    if architecture in FAMILIES | WIDE:
         tiny_world.save_base(path, "llama", **SIZES, **_LLAMA)  # the tokenizer
-        make, keys = FAMILIES[architecture]
+        make, keys = (FAMILIES | WIDE)[architecture]
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(make(**tiny_world.SIZES | SIZES | _LLAMA | keys))
         for name, parameter in model.named_parameters():
