@@ -9,6 +9,7 @@ import edge_graphs
 import pytest
 
 from molehill_edge import Bundle
+from molehill_edge.personalise import _Loss
 from molehill_edge.trust import InsecureLocal
 from molehill_web import site
 
@@ -90,3 +91,21 @@ def test_a_draw_of_a_seed_is_repeated(opened):
     page.do("globalThis.chat.messages = [], true")
     other = say(page, "Hello", {**how, "seed": 6})
     assert (other == first) == (kind == "parrot")  # which says one thing only
+
+
+def test_a_gate_is_judged_and_fitted_on_texts_without_labels(opened):
+    kind, page, bundle = opened
+    texts = ["the first of them", "another one", "and a third", "the last", "no more"]
+    found = page.do(
+        f"""import(new URL('js/personalise.js', location.href)).then(({{ Loss }}) =>
+        new Loss(molehill.engine, {json.dumps([{"text": text} for text in texts])}, false)
+        .score(molehill.engine.gate))"""
+    )
+    assert found["loss"] == pytest.approx(_Loss(bundle, texts, None).score(bundle.gate).loss, rel=1e-5)
+    for text in texts:
+        page.fill("#row-text", text)
+        page.click("#add")
+    page.click("#fit")
+    said = page.there("#fitted", text="readings")
+    assert "Fitted to 3 texts, judged on 2 held out" in said
+    assert ("No gain" in said) or kind != "parrot"  # which no gate can change

@@ -13,6 +13,7 @@ import pytest
 
 from molehill_edge import Bundle, routes
 from molehill_edge import manifest as manifests
+from molehill_edge.personalise import _Loss
 from molehill_edge.trust import InsecureLocal
 from molehill_web import site
 
@@ -104,8 +105,26 @@ def test_what_a_visitor_sees(opened):
     page.fill("#gate", "default")
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_gate_is_judged_as_in_python(opened, labelled):
+    _, page, bundle = opened
+    texts, labels = zip(*MINE, strict=True)
+    for gate in ("ann", "bob"):
+        page.fill("#gate", gate)
+        page.until(f"molehill.engine.gate.name === {gate!r}")
+        wanted = _Loss(bundle, texts, labels if labelled else None).score(bundle.read_gate(gate))
+        found = page.do(
+            f"""import(new URL('js/personalise.js', location.href)).then(({{ Loss }}) =>
+            new Loss(molehill.engine, {json.dumps([{"text": text, "label": label} for text, label in MINE])},
+            {json.dumps(labelled)}).score(molehill.engine.gate))"""
+        )
+        assert found["loss"] == pytest.approx(wanted.loss, abs=1e-6)
+        assert found["accuracy"] == wanted.accuracy
+
+
 def test_a_gate_that_is_fitted_here_is_one_for_python_too(opened, tmp_path):
     _, page, bundle = opened
+    page.fill("#gate", "default")
     for text, label in MINE:
         page.fill("#row-text", text)
         page.fill("#row-label", label)
@@ -182,3 +201,16 @@ def test_a_file_that_was_changed_in_the_browser_is_refused_and_got_anew(classifi
     assert page.reload() == "refused"
     assert "it was changed in this browser" in page.text("#status")
     assert page.reload() == "ready"
+
+
+def test_a_visitor_removes_all_of_it(classifier, browser, served):
+    page = browser.page()
+    assert page.open(served(classifier / "site").url) == "ready"
+    assert len(page.do("caches.keys()")) == 2
+    page.fill("#row-text", "the film")
+    page.click("#add")
+    assert page.there("#rows", text="the film")
+    page.do("document.documentElement.dataset.state = ''")
+    page.click("#remove")
+    assert page.until("document.documentElement.dataset.state") == "ready"
+    assert page.text("#rows") == ""

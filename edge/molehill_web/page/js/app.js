@@ -61,13 +61,16 @@ async function keepPage() {
   }
 }
 
+/** Change what is kept, while no other tab does. */
+const alone = (work) => navigator.locks.request(app.storage.name, work);
+
 async function download() {
   status.textContent = 'Downloading';
   try {
-    await app.source.update((done, total) => {
+    await alone(() => app.source.update((done, total) => {
       [progress.max, progress.value] = [Math.max(total, 1), done];
       status.textContent = `Downloading: ${megabytes(done)} of ${megabytes(total)}`;
-    });
+    }));
   } finally {
     progress.removeAttribute('value');
   }
@@ -88,6 +91,7 @@ async function open(bundle) {
         return;
       }
       await engine.close();
+      throw new Refusal('it answers otherwise there than where the bundle was made.');
     } catch (error) {
       console.warn(`not on the graphics card: ${error}`);
     }
@@ -131,9 +135,16 @@ function chip(text, kind = '', id = '') {
 
 /** Ask the repository for a newer version; the one that is open stays until the page is loaded again. */
 app.update = async (place) => {
-  const { version, before } = await app.source.update();
+  const { version, before } = await alone(() => app.source.update());
   const text = version === before ? `Version ${version} is the newest.` : `Version ${version} is here: load the page again to use it.`;
   tell(place, text);
+};
+
+/** Remove all that this browser keeps of the page, and begin anew. */
+app.forget = async () => {
+  await app.storage.clear();
+  await (await navigator.serviceWorker.getRegistration())?.unregister();
+  location.reload();
 };
 
 async function lookForNewer() {
@@ -153,6 +164,6 @@ start().catch((error) => {
   status.textContent = error instanceof Refusal ? error.message : `This page fails: ${error?.message ?? error}`;
   status.className = 'notice bad';
   const again = el('button', { onclick: () => location.reload() }, 'Try again');
-  const clear = el('button', { className: 'plain', onclick: () => app.storage.clear().then(() => location.reload()) }, 'Remove all data');
+  const clear = el('button', { className: 'plain', onclick: () => app.forget() }, 'Remove all data');
   status.after(el('div', { className: 'row' }, again, clear));
 });

@@ -49,7 +49,7 @@ export async function personalise(engine, rows, { seed = 0, budget = 80, progres
 }
 
 /** The loss of a gate on some texts. */
-class Loss {
+export class Loss {
   constructor(engine, rows, labelled) {
     const { maxLength, labels } = engine.manifest.task;
     Object.assign(this, { engine, rows, labelled });

@@ -1,5 +1,7 @@
 // What a browser keeps of a bundle: its files by SHA-256, and a few small things by name.
 
+import { Refusal } from './bytes.js';
+
 const PREFIX = 'molehill kept ';
 
 /** A place to keep bytes by name, which ends with the visitor's data of this page. */
@@ -28,7 +30,12 @@ export class Storage {
 
   /** Keep bytes: whole or not at all. */
   async put(name, bytes) {
-    await (await this.#cache()).put(this.#url(name), new Response(bytes, { headers: { 'content-length': bytes.length } }));
+    try {
+      await (await this.#cache()).put(this.#url(name), new Response(bytes));
+    } catch (error) {
+      if (error.name !== 'QuotaExceededError') throw error;
+      throw new Refusal(`this browser gives the page no room for ${(bytes.length / 1e6).toFixed(1)} MB more: make room, or leave private mode.`);
+    }
   }
 
   async remove(name) {
@@ -40,9 +47,10 @@ export class Storage {
     return keys.map(({ url }) => decodeURIComponent(url.slice(url.lastIndexOf('/') + 1)));
   }
 
-  /** Forget everything. */
+  /** Forget everything, the page itself as well. */
   async clear() {
     this.opened = undefined;
-    await caches.delete(this.name);
+    const page = `molehill page ${this.base.pathname} `; // as the service worker calls it
+    for (const name of await caches.keys()) if (name === this.name || name.startsWith(page)) await caches.delete(name);
   }
 }

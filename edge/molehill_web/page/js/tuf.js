@@ -29,10 +29,20 @@ export async function verify(metadata, keys, role, name) {
   for (const { keyid, sig } of metadata.signatures ?? []) {
     const key = keys?.[keyid];
     if (!keyids.includes(keyid) || key?.keytype !== 'ed25519' || key.scheme !== 'ed25519') continue;
-    const made = await crypto.subtle.importKey('raw', unhex(key.keyval?.public), { name: 'Ed25519' }, false, ['verify']);
-    if (await crypto.subtle.verify({ name: 'Ed25519' }, made, unhex(sig), signed)) good.add(key.keyval.public);
+    if (await holds(key.keyval?.public, sig, signed)) good.add(key.keyval.public);
   }
   if (good.size < threshold) throw new Refusal(`refused what is not signed by the keys of its owner: ${name}.`);
+}
+
+async function holds(key, signature, signed) {
+  const algorithm = { name: 'Ed25519' };
+  try {
+    const made = await crypto.subtle.importKey('raw', unhex(key), algorithm, false, ['verify']);
+    return await crypto.subtle.verify(algorithm, made, unhex(signature), signed);
+  } catch (error) {
+    if (error.name === 'NotSupportedError') throw new Refusal('this browser cannot check signatures (Ed25519): update it.');
+    return false; // no key, or no signature
+  }
 }
 
 /** Metadata of a type, parsed; its signatures are not checked. */

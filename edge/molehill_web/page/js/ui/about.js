@@ -4,7 +4,7 @@ import { check } from '../classify.js';
 import { attempt, card, el, megabytes, percent, tell } from './dom.js';
 
 export function aboutCard(app) {
-  const { engine, source, storage } = app;
+  const { engine, source } = app;
   const { manifest } = engine;
   const { base, task, quantisation, parity, provenance } = manifest;
   const said = el('div', { id: 'said', ariaLive: 'polite' });
@@ -32,11 +32,7 @@ export function aboutCard(app) {
       ? `It answers here as where it was made: ${found.inputs} inputs, error ${found.error.toExponential(1)}.`
       : `It answers otherwise than where it was made: ${percent(found.agreement)} alike, error ${found.error.toExponential(1)}. Use another browser.`, !found.passed);
   }) }, 'Check its answers');
-  const remove = el('button', { id: 'remove', className: 'plain', onclick: async () => {
-    await storage.clear();
-    for (const each of await navigator.serviceWorker.getRegistrations()) await each.unregister();
-    location.reload();
-  } }, 'Remove all data');
+  const remove = el('button', { id: 'remove', className: 'plain', onclick: () => app.forget() }, 'Remove all data');
   const rows = Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => [el('dt', {}, name), el('dd', {}, value)]);
   const licence = (folder, name) => el('a', { href: `vendor/${folder}/LICENSE.txt` }, name);
   return card('About this bundle', 'side', el('dl', {}, ...rows),
