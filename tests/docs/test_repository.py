@@ -98,6 +98,24 @@ def test_the_demo_can_be_made_again(tmp_path):
     assert "This one goes to runs/demo-2" in said[1]
 
 
+def test_the_page_of_the_demo_is_one_command(tmp_path):
+    program = tmp_path / "bin" / "molehill"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\necho "$1" "$2" >> calls\n[ "$1" = edge ] || { mkdir -p "$4"; touch "$4/manifest.pb"; }\n'
+    )
+    program.chmod(0o755)
+    make = ["make", "-C", tmp_path, "-f", ROOT / "Makefile", "-o", ".venv/demo.stamp", "page", "BIN=bin"]
+    early = subprocess.run(make, capture_output=True, text=True, check=False)
+    assert early.returncode != 0
+    assert "There is no finished demo yet: make demo" in early.stderr
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo/summary.json").touch()
+    for _ in range(2):
+        subprocess.run(make, capture_output=True, check=True)
+    assert (tmp_path / "calls").read_text().splitlines() == ["export runs/demo", "edge site", "edge site"]
+
+
 def test_ci_runs_what_people_run():
     commands = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert commands[-1] == "make test"

@@ -80,7 +80,7 @@ def test_weights_that_are_slow_in_a_browser_are_said_to_be(tmp_path, libraries):
     manifest.quantisation.base, manifest.quantisation.block = "int4", 32
     edge_graphs.sign(tmp_path / "bundle", manifest)
     said = site(tmp_path / "bundle", "--insecure-local", "--out", tmp_path / "site")
-    assert "int4 takes about five times as long as int8" in said
+    assert "int4 takes several times as long as int8" in said
 
 
 @pytest.mark.parametrize(

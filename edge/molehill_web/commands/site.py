@@ -136,7 +136,7 @@ def _tell(made: Written) -> None:
     else:
         typer.echo("It runs the bundle that it brings: whoever serves the page decides which.")
     if weights == "int4":
-        typer.echo("int4 takes about five times as long as int8 on a browser's processor: export with int8.")
+        typer.echo("int4 takes several times as long as int8 on a browser's processor: export with int8.")
     typer.echo(f"Serve {made.serve} with any web server; browsers want HTTPS for it, except on this machine.")
 
 

@@ -116,7 +116,7 @@ async function cards() {
   if (source.signed) chip('signed', 'good');
   else chip('not signed', 'bad');
   if (manifest.quantisation.base === 'int4' && app.computes.includes('processor')) {
-    main.append(el('p', { className: 'notice wide' }, 'The weights of this bundle are int4, which take about five times as long on a browser’s processor as int8.'));
+    main.append(el('p', { className: 'notice wide' }, 'The weights of this bundle are int4, which take several times as long on a browser’s processor as int8.'));
   }
   if (isCausal(manifest)) {
     const { Template } = await import(new URL('jinja/index.js', VENDOR));
