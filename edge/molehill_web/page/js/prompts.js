@@ -14,8 +14,7 @@ export class Prompts {
     this.names = { bos_token: generation.bosToken, eos_token: generation.eosToken };
     if (!generation.template) return;
     try {
-      // The mark of what the assistant writes means nothing here.
-      this.template = new Template(generation.chatTemplate.replaceAll(/\{%-?\s*(end)?generation\s*-?%\}/g, ''));
+      this.template = new Template(generation.chatTemplate);
     } catch (error) {
       throw new Refusal(`this page cannot render the bundle's chat template: ${String(error?.message ?? error).slice(0, 200)}`);
     }

@@ -8,7 +8,7 @@ export class Tokens {
   /** @param {object} about  tokenizer.json; truncation and padding in it do not count */
   constructor(Tokenizer, about) {
     try {
-      this.inner = new Tokenizer({ ...about, truncation: null, padding: null }, {});
+      this.inner = new Tokenizer({ ...about, truncation: null, padding: null }, { clean_up_tokenization_spaces: false });
       this.decode(this.plain(TRIAL)); // much of what is wrong with one shows only in use
     } catch (error) {
       throw new Refusal(`this page has no tokenizer like the bundle's: ${String(error?.message ?? error).slice(0, 200)}`);
