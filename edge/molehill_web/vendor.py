@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import tarfile
@@ -18,6 +19,15 @@ from molehill.errors import DeployError
 
 _LICENCES = Path(__file__).parent / "licences"
 _PATIENCE = 600  # seconds for one package: 33 MB over a slow line
+# One more try, soon: without a network npm would wait for a minute.
+_OPTIONS = (
+    "--ignore-scripts",
+    "--loglevel=error",
+    "--no-progress",
+    "--fetch-retries=1",
+    "--fetch-retry-mintimeout=1000",
+)
+_ABOUT = re.compile(r"npm error (?:code|syscall|errno)\b")  # lines that say less than the one after them
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ def _download(package: Package) -> bytes:
     if npm is None:
         raise DeployError(f"npm, which fetches {package.pin}, is not installed", mend=mend)
     with tempfile.TemporaryDirectory(prefix="molehill-npm-") as folder:
-        command = [npm, "pack", package.pin, "--pack-destination", folder, "--ignore-scripts", "--silent"]
+        command = [npm, "pack", package.pin, "--pack-destination", folder, *_OPTIONS]
         try:
             done = subprocess.run(  # noqa: S603  (fixed arguments, no shell)
                 command, cwd=folder, capture_output=True, text=True, check=False, timeout=_PATIENCE
@@ -165,7 +175,7 @@ def _download(package: Package) -> bytes:
             raise DeployError(f"npm does not fetch {package.pin}: {error}", mend=mend) from None
         path = Path(folder) / package.archive
         if done.returncode or not path.is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            lines = [line for line in done.stderr.splitlines() if line.strip() and not _ABOUT.match(line)]
             reason = lines[0].removeprefix("npm error ") if lines else f"it ended with {done.returncode}"
             raise DeployError(f"npm does not fetch {package.pin}: {reason[:200]}", mend=mend)
         data = path.read_bytes()

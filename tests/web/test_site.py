@@ -139,23 +139,33 @@ shutil.copy({str(archives)!r} + "/" + archive, sys.argv[sys.argv.index("--pack-d
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent))
     monkeypatch.setenv("MOLEHILL_CACHE", str(tmp_path / "cache"))
-    words = (bundle, "--insecure-local", "--out", tmp_path / "site")
-    site(*words)
-    site(*words)
+    for _ in range(2):
+        assert len({part.path for part in vendor.parts()}) == 11
     pins = [package.pin for package in vendor.PACKAGES]
     assert log.read_text().split() == pins
     damaged = tmp_path / "cache/npm" / vendor.PACKAGES[2].archive
     damaged.write_bytes(b"cut")
-    site(*words)  # gets it anew
+    list(vendor.parts())  # gets it anew
     assert log.read_text().split() == [*pins, pins[2]]
     damaged.write_bytes(b"cut")
     (archives / vendor.PACKAGES[2].archive).unlink()
+    words = (bundle, "--insecure-local", "--out", tmp_path / "site")
     said = site(*words, code=11)
-    assert f"npm does not fetch {pins[2]}" in said
+    assert f"npm does not fetch {pins[2]}: " in said
     tool.unlink()
     said = site(*words, code=11)
     assert f"npm, which fetches {pins[2]}, is not installed." in said
     assert f"npm pack {pins[2]}, and give --vendor DIR." in said
+
+
+def test_what_npm_says_is_passed_on(bundle, tmp_path, monkeypatch):
+    if shutil.which("npm") is None:
+        pytest.skip("there is no npm here")
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    monkeypatch.setenv("MOLEHILL_CACHE", str(tmp_path / "cache"))
+    said = site(bundle, "--insecure-local", "--out", tmp_path / "site", code=11)
+    assert f"npm does not fetch {vendor.PACKAGES[0].pin}: FetchError: request to http://127.0.0.1:9" in said
+    assert not (tmp_path / "site").exists()
 
 
 def test_it_is_served_to_this_machine_until_ctrl_c(bundle, tmp_path, libraries):
