@@ -1,7 +1,7 @@
 """Speed and size of bundles: ratios, measured side by side in one run (A B A B, medians).
 
-    python benchmarks/edge.py decoder [--layers 12] [--experts 8] [--threads 1]
-    python benchmarks/edge.py encoder [--threads 1]
+    python benchmarks/edge.py decoder [--size 102M] [--experts 8] [--threads 1 2] [--llama]
+    python benchmarks/edge.py encoder [--threads 1 2]
     python benchmarks/edge.py device --bundle bundles/demo --expert experts/e3.expert.safetensors
 
 `device` opens an exported bundle (one with an empty slot) in a process of its own, as a device does.
@@ -9,8 +9,13 @@
 "x faster" is the time of the same graph in float32 over this one's, "x base" this one's over the base alone in
 as many bits.
 
-The decoder is a Llama of 768 x 12 with random weights and a vocabulary of 16384 (102 million parameters); the encoder
-is the MiniLM of the demo. MoLoRA: rank 8, top-2, one router per layer, on all linears.
+The decoder is a Llama with random weights: 102 million parameters (768 x 12, vocabulary 16384) or 452 million (1536 x
+16, vocabulary 32000); the encoder is the MiniLM of the demo. MoLoRA: rank 8, top-2, one router per layer, on all
+linears. One thread is measured in processor time, several in wall time. A prompt is read for its last logits, as
+generation does.
+
+llama.cpp runs the base alone, twice: as it comes, which packs weights anew for the processor when it loads them, and
+with that switched off (``use_extra_bufts``), which some processors or builds need. Which is which is printed.
 """
 
 from __future__ import annotations
@@ -22,12 +27,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401 - finds the packages
+import common
 
 # isort: split
 
@@ -44,12 +48,22 @@ from molehill.molora.targets import find_sites
 from molehill.tasks.base_model import load_base
 from molehill.tasks.weights import look_up
 from molehill_edge import tensors
+from molehill_edge.manifest import LOGITS_FROM
 from molehill_export.base import classifier, decoder
 from molehill_export.base_quantise import quantise_base
 from molehill_export.graph import External, Graph, write_weights
+from molehill_export.head import cut_head
+from molehill_export.joined import pack_attention
 from molehill_export.molora import choose_slots, gate_values, insert
 
 CONTEXT, PROMPT = 128, 128
+SIZES: dict[str, dict[str, int]] = {
+    "102M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
+             "intermediate_size": 2560, "vocab_size": 16384},
+    "452M": {"hidden_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 24, "num_key_value_heads": 8,
+             "intermediate_size": 4096, "vocab_size": 32000},
+}  # fmt: skip
+LLAMA = {"llama.cpp, as it comes": True, "llama.cpp, not repacked": False}
 
 
 def main() -> None:
@@ -57,9 +71,9 @@ def main() -> None:
     parser.add_argument("what", choices=["decoder", "encoder", "device"])
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--expert", type=Path)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--size", choices=list(SIZES), default="102M")
     parser.add_argument("--experts", type=int, nargs="*", default=[8])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="*", default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--llama", action="store_true", help="llama.cpp beside it: needs llama-cpp-python and gguf")
     parser.add_argument("--schemes", nargs="*", default=["fp32", "int8", "int4"])
@@ -70,10 +84,7 @@ def main() -> None:
 
 
 def decoders(options: argparse.Namespace, work: Path) -> None:
-    shape = transformers.LlamaConfig(
-        hidden_size=768, num_hidden_layers=options.layers, num_attention_heads=12, num_key_value_heads=4,
-        intermediate_size=2560, vocab_size=16384, max_position_embeddings=1024, tie_word_embeddings=True,
-    )  # fmt: skip
+    shape = transformers.LlamaConfig(**SIZES[options.size], max_position_embeddings=1024, tie_word_embeddings=True)
     base = transformers.LlamaForCausalLM(shape)
     base.save_pretrained(work / "base")
     _tokenizer().save_pretrained(work / "base")
@@ -84,34 +95,39 @@ def decoders(options: argparse.Namespace, work: Path) -> None:
     for scheme in options.schemes:
         cases[scheme] = _write(plain.copy(), work / scheme, scheme, "logits")
         for experts in options.experts:
-            model = _adapted(base, experts)
+            model = _adapted(transformers.LlamaForCausalLM(shape), experts)
             cases[f"{scheme} E={experts}"] = _write(plain.copy(), work / f"{scheme}-{experts}", scheme, "logits", model)
-            base = transformers.LlamaForCausalLM(shape)
-    sessions = {name: _session(folder, options.threads) for name, (folder, _) in cases.items()}
-    runs = {name: _decoding(session, shape) for name, session in sessions.items()}
     if options.llama:
         _gguf(base, shape, work / "base.gguf")
-        runs["llama.cpp q4_0"] = _llama(work / "base.gguf", shape, options.threads)
-    decode = _interleaved({name: run[0] for name, run in runs.items()}, options.rounds)
-    prefill = _interleaved({name: run[1] for name, run in runs.items()}, max(3, options.rounds // 3))
-    print(f"{options.threads} threads; one token after {CONTEXT}; prefill of {PROMPT}; fp16: {size16 / 1e6:.1f} MB")
-    heads = ("decode ms", "x faster", "x base", "prefill ms", "x faster", "x base", "MB", "x fp16", "experts")
-    widths = (10, 9, 8, 12, 9, 8, 8, 8, 9)
-    print(f"{'':14}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
+    for threads in options.threads:
+        runs = {name: _decoding(_session(folder, threads), shape) for name, (folder, _) in cases.items()}
+        if options.llama:
+            runs |= {name: _llama(work / "base.gguf", shape, threads, repack=on) for name, on in LLAMA.items()}
+        clock = common.clock_for(threads)
+        decode = common.alternate({name: run[0] for name, run in runs.items()}, 4 * options.rounds, clock)
+        prefill = common.alternate({name: run[1] for name, run in runs.items()}, max(3, options.rounds // 2), clock)
+        title = f"{options.size}; {threads} threads; one token after {CONTEXT}; a prompt of {PROMPT}"
+        _tell(title, cases, decode, prefill, size16)
+
+
+def _tell(title: str, cases: dict[str, Any], decode: dict[str, float], prefill: dict[str, float], size16: int) -> None:
+    """Print a table of bundles, and how they stand to llama.cpp."""
+    rows = []
     for name, (_, sizes) in cases.items():
-        scheme = name.partition(" ")[0]
-        total = sum(sizes.values())
-        rivals = [(times[name], times[name.replace(scheme, "fp32")], times[scheme]) for times in (decode, prefill)]
-        (d, d32, d0), (p, p32, p0) = rivals
-        speed = f"{d * 1e3:10.2f}{d32 / d:9.2f}{d / d0:8.2f}{p * 1e3:12.1f}{p32 / p:9.2f}{p / p0:8.2f}"
-        part = sizes.get("experts.safetensors", 0) / total
-        print(f"{name:14}{speed}{total / 1e6:8.1f}{total / size16:8.3f}{part:9.1%}")
-    if options.llama:
-        name = "llama.cpp q4_0"
-        times = f"{decode[name] * 1e3:10.2f}{'':17}{prefill[name] * 1e3:12.1f}{'':17}"
-        print(f"{name:14}{times}{(work / 'base.gguf').stat().st_size / 1e6:8.1f}   no experts, no repacked weights")
-        for case in (each for each in cases if each.startswith("int4")):
-            print(f"{case}: one token {decode[name] / decode[case]:.2f} x as fast as {name}")
+        scheme, total = name.partition(" ")[0], sum(sizes.values())
+        row = [name]
+        for times in (decode, prefill):
+            full = times.get(name.replace(scheme, "fp32"))
+            faster = f"{full / times[name]:.2f}" if full else "-"
+            row += [f"{times[name] * 1e3:.2f}", faster, f"{times[name] / times[scheme]:.2f}"]
+        rows.append([*row, f"{total / 1e6:.1f}", f"{total / size16:.3f}"])
+    common.show(title, ["", "token ms", "x faster", "x base", "prompt ms", "x faster", "x base", "MB", "x fp16"], rows)
+    rows = [
+        [case, name, f"{decode[name] / decode[case]:.2f}", f"{prefill[name] / prefill[case]:.2f}"]
+        for case in cases if case.startswith("int4") for name in LLAMA if name in decode
+    ]  # fmt: skip
+    if rows:
+        common.show("times as fast as q4_0 of the base alone", ["", "", "token", "prompt"], rows)
 
 
 def encoders(options: argparse.Namespace, work: Path) -> None:
@@ -126,18 +142,20 @@ def encoders(options: argparse.Namespace, work: Path) -> None:
         for experts in options.experts:
             model = _adapted(load_base(settings, task).model, experts, head)
             cases[f"{scheme} E={experts}"] = _write(plain.copy(), work / f"{scheme}-{experts}", scheme, "", model)
-    sessions = {name: _session(folder, options.threads) for name, (folder, _) in cases.items()}
     shapes = [(1, 32), (1, 128), (8, 128)]
-    found = [
-        _interleaved({name: _classifying(session, *shape) for name, session in sessions.items()}, options.rounds)
-        for shape in shapes
-    ]
-    print(f"{options.threads} threads; times over the float32 base without experts")
-    print(f"{'':14}" + "".join(f"{shape!s:>12}" for shape in shapes) + f"{'MB':>8}")
-    for name, (_, sizes) in cases.items():
-        print(
-            f"{name:14}" + "".join(f"{f[name] / f['fp32']:12.2f}" for f in found) + f"{sum(sizes.values()) / 1e6:8.1f}"
-        )
+    for threads in options.threads:
+        sessions = {name: _session(folder, threads) for name, (folder, _) in cases.items()}
+        clock = common.clock_for(threads)
+        found = [
+            common.alternate({n: _classifying(each, *shape) for n, each in sessions.items()}, options.rounds, clock)
+            for shape in shapes
+        ]
+        rows = [
+            [name, *(f"{times[name] / times['fp32']:.2f}" for times in found), f"{sum(sizes.values()) / 1e6:.1f}"]
+            for name, (_, sizes) in cases.items()
+        ]
+        title = f"{threads} threads; times over the float32 base without experts, by texts and their tokens"
+        common.show(title, ["", *map(str, shapes), "MB"], rows)
 
 
 _DEVICE = """
@@ -166,7 +184,7 @@ print(opened, resident, sorted(swaps)[rounds // 2], sorted(adds)[rounds // 2])
 
 
 def device(options: argparse.Namespace, _: Path) -> None:
-    command = [sys.executable, "-c", _DEVICE, str(options.bundle), str(options.expert), str(options.threads), "9"]
+    command = [sys.executable, "-c", _DEVICE, str(options.bundle), str(options.expert), str(options.threads[0]), "9"]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
     opened, resident, swap, add = (statistics.median(map(float, column)) for column in zip(*runs, strict=True))
     files = sum(path.stat().st_size for path in options.bundle.rglob("*") if path.is_file())
@@ -196,6 +214,10 @@ def _write(graph: Graph, folder: Path, scheme: Any, head: str = "", model: Any =
         graph.tensors.update(gate_values(model, inserted))
         offsets = tensors.write(folder / "experts.safetensors", inserted.experts, {})
         external = {k: External("experts.safetensors", at, inserted.experts[k].nbytes) for k, at in offsets.items()}
+    else:
+        pack_attention(graph)  # as where there are experts
+    if head:
+        cut_head(graph)
     for value in graph.inputs:
         if value.name.startswith("head/"):
             shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -223,15 +245,23 @@ def _decoding(session: ort.InferenceSession, shape: Any) -> tuple[Callable[[], N
 
     def run(tokens: int, past: int) -> Callable[[], None]:
         binding = session.io_binding()
-        ids = rng.integers(0, shape.vocab_size, (1, tokens))
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", np.ones((1, tokens + past), np.int64))
+        given = {  # kept: a binding only points at them
+            "input_ids": rng.integers(0, shape.vocab_size, (1, tokens)),
+            "attention_mask": np.ones((1, tokens + past), np.int64),
+            LOGITS_FROM: np.array([-1]),
+        }
+        for name, array in given.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for i, value in enumerate(values):
             name = f"{i // 2}.{('key', 'value')[i % 2]}"
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         binding.bind_output("logits")
-        return lambda: session.run_with_iobinding(binding)
+
+        def call(_: object = given) -> None:
+            session.run_with_iobinding(binding)
+
+        return call
 
     return run(1, CONTEXT), run(PROMPT, 0)
 
@@ -277,12 +307,12 @@ def _gguf(base: Any, shape: Any, path: Path) -> None:
     writer.close()
 
 
-def _llama(path: Path, shape: Any, threads: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def _llama(path: Path, shape: Any, threads: int, *, repack: bool) -> tuple[Callable[[], None], Callable[[], None]]:
     import llama_cpp
 
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
-    settings.use_extra_bufts = False
+    settings.use_extra_bufts = repack
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
     context = llama_cpp.llama_context_default_params()
     context.n_ctx, context.n_batch, context.n_threads, context.n_threads_batch = 512, 512, threads, threads
@@ -309,18 +339,6 @@ def _classifying(session: ort.InferenceSession, rows: int, tokens: int) -> Calla
     ids = np.random.default_rng(0).integers(1000, 20000, (rows, tokens))
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     return lambda: session.run(["logits"], feed)
-
-
-def _interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 2):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            run()
-            if round_ > 1:
-                times[name].append((time.perf_counter() - start) / 2)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def _tokenizer() -> Any:

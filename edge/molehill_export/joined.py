@@ -130,22 +130,20 @@ def pack_attention(graph: Graph) -> int:
 def share(graph: Graph, outputs: Sequence[str], sizes: Sequence[int]) -> bool:
     """Whether linears that read one tensor read the ranks of all of them too.
 
-    That spares a split and, for queries, keys and values, all products but one (`pack_attention`); but it multiplies
-    with the zeros that stand for the ranks of the others.
+    That spares a split and, for queries, keys and values, all products but one (`pack_attention`). But zeros stand for
+    the ranks of the others: more than one block of them costs more than it spares.
 
     Args:
         graph: A quantised base.
         outputs: Of the linears.
         sizes: Ranks of each.
     """
-    if any(size % 2 for size in sizes):  # two weights to a byte
+    more = blocks(sum(sizes)) - blocks(max(sizes))
+    if any(size % 2 for size in sizes) or more > 1:  # there are two weights to a byte
         return False
-    if blocks(sum(sizes)) == blocks(max(sizes)):
-        return True
     readers = {id(node): node for y in outputs for node in graph.consumers()[y]}
-    node = next(iter(readers.values()), None)
-    only = len(readers) == 1 and node is not None and node.op_type == "GroupQueryAttention"
-    return only and node is not None and set(node.input[:3]) == set(outputs)
+    attention = [set(node.input[:3]) for node in readers.values() if node.op_type == "GroupQueryAttention"]
+    return more == 0 or (len(readers) == 1 and attention == [set(outputs)])
 
 
 def _alike(nodes: Sequence[onnx.NodeProto]) -> bool:

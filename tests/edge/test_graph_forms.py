@@ -97,6 +97,7 @@ def _inserted(architecture, **molora):
     ("architecture", "molora"),
     [
         ("wide", {"experts": 4, "rank": 4}),
+        ("wide", {"experts": 4, "rank": 16}),  # two blocks in one product
         ("wide", {"experts": 3, "rank": 3}),  # odd ranks cannot share
         ("wide", {"experts": 7, "rank": 20}),  # more than one block of ranks
         ("wide", {"experts": 3, "rank": 8, "targets": ["q_proj", "v_proj"]}),
