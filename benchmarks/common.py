@@ -60,13 +60,16 @@ def clock_for(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def in_own_process(*arguments: str) -> str:
+def in_own_process(*arguments: str, returning: bool = True) -> str:
     """Run the calling script again with ``arguments`` and return what it prints.
 
-    The allocator gives large blocks back at once there, so that a peak is what was held and not what it kept.
+    Args:
+        arguments: Of the script.
+        returning: The allocator gives large blocks back at once there, so that a peak is what was held and not what it
+            kept, which takes time.
     """
     command = [sys.executable, sys.argv[0], *arguments]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(2**16)} if returning else {})
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 

@@ -4,7 +4,7 @@
 
 The bases are Llamas of random weights in bfloat16, written file by file; the adapter is MoLoRA of rank 8, top-2, one
 router per layer, on all linears. Each export is a process of its own. "peak" is resident memory, mapped files among it;
-"bound" is 1.5 x the bundle + 2 GB.
+"bound" is 1.5 x the bundle + 2 GB; bytes a parameter are counted over what the packages take once they are imported.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ SIZES = {
 
 
 def main() -> None:
-    if sys.argv[1] == "make":
+    if sys.argv[1:2] == ["make"]:
         make(Path(sys.argv[2]), SIZES[sys.argv[3]], int(sys.argv[4]))
         return
-    if sys.argv[1] == "export":
+    if sys.argv[1:2] == ["export"]:
         measure(Path(sys.argv[2]), sys.argv[3])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,53 +56,50 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=["int4"])
     parser.add_argument("--experts", type=int, default=8)
     options = parser.parse_args()
+    rows, stages = [], []
     for size in options.sizes:
         with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="export-memory-") as work:
             common.in_own_process("make", work, size, str(options.experts))
             for scheme in options.schemes:
-                told = json.loads(common.in_own_process("export", work, scheme).splitlines()[-1])
-                tell(f"{size}, {scheme}", told)
+                told = json.loads(common.in_own_process("export", work, scheme, returning=False).splitlines()[-1])
+                rows.append([f"{size}, {scheme}", *summary(told)])
+                stages += [[f"{size}, {scheme}", *row] for row in told["stages"]]
+    common.show("An export", ["base", "parameters", "adapter", "bundle", "peak", "bound", "bytes a parameter"], rows)
+    common.show("Its stages", ["base", "stage", "peak, GB", "s of processor time"], stages)
 
 
-def tell(title: str, told: dict[str, Any]) -> None:
-    peak, before, parameters = max(told["stages"].values()), told["before"], told["parameters"]
-    rows = [[stage, f"{size / 1e9:.2f}"] for stage, size in told["stages"].items()]
-    common.show(
-        f"{title}: {parameters / 1e9:.2f}B parameters and {told['adapter'] / 1e6:.0f}M of the adapter, bundle of "
-        f"{told['bundle'] / 1e9:.2f} GB, {told['seconds']:.0f} s of processor time; peak {peak / 1e9:.2f} GB, "
-        f"bound {1.5 * told['bundle'] / 1e9 + 2:.2f} GB, {(peak - before) / parameters:.2f} bytes a parameter over the "
-        f"{before / 1e9:.2f} GB of the packages",
-        ["stage", "GB"], rows,
-    )  # fmt: skip
+def summary(told: dict[str, Any]) -> list[str]:
+    peak = max(float(stage[1]) for stage in told["stages"])
+    billions = [told[name] / 1e9 for name in ("parameters", "adapter", "bundle", "before")]
+    parameters, adapter, bundle, before = billions
+    over = (peak - before) / parameters
+    return [
+        f"{parameters:.3f}B", f"{adapter:.3f}B", f"{bundle:.2f} GB", f"{peak:.2f} GB", f"{1.5 * bundle + 2:.2f} GB",
+        f"{over:.2f} over {before:.2f} GB",
+    ]  # fmt: skip
 
 
 def measure(work: Path, scheme: Any) -> None:
-    import time
-
-    stages: dict[str, int] = {}
-    stage = ["Opening"]
+    stages: list[tuple[str, str, str]] = []
+    stage = ["Opening", time.process_time()]
     before = common.resident("VmRSS")
-    begin = time.process_time()
 
     def enter(name: str) -> None:
-        stages[stage[0]] = common.resident("VmHWM")
+        title, begin = stage
+        stages.append((title, f"{common.resident('VmHWM') / 1e9:.2f}", f"{time.process_time() - begin:.0f}"))
         common.reset_peak()
-        stage[0] = name
+        stage[:] = name.partition(" to /")[0], time.process_time()
 
     common.reset_peak()
     source = open_source(work / "adapter", str(work / "base"), streamed=True)
-    parameters = source.model.base_parameters
     out = work / "bundle"
     export(source, out, Options(scheme=scheme, force=True, id="big"), progress=enter)
     enter("")
     bundle = sum(path.stat().st_size for path in out.iterdir())
     shutil.rmtree(out)
-    print(
-        json.dumps({
-            "stages": stages, "before": before, "parameters": parameters, "bundle": bundle,
-            "adapter": source.model.n_parameters, "seconds": time.process_time() - begin,
-        })
-    )  # fmt: skip
+    parameters, adapter = source.model.base_parameters, source.model.n_parameters
+    told = {"stages": stages, "before": before, "parameters": parameters, "adapter": adapter, "bundle": bundle}
+    print(json.dumps(told))
 
 
 def make(work: Path, size: tuple[int, ...], experts: int) -> None:
