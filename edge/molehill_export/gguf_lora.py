@@ -45,7 +45,7 @@ class _Family:
     turned: bool = False
 
 
-# By the model type of transformers. Files of llama and qwen3 were compared with peft; the other two follow the same rules.
+# By the model type of transformers. Files of llama and qwen3 were compared with peft; the others follow the same rules.
 _FAMILIES = {
     "llama": _Family("llama", turned=True),
     "mistral": _Family("llama", turned=True),
