@@ -57,7 +57,7 @@ class Watched:
         monkeypatch.setattr(simulation, "run_local", self._engine)
         simulation.simulate(config, out)
 
-    def _engine(self, config, out, client_app, server, observer, importable):
+    def _engine(self, config, out, client_app, server, observer, importable, crew):
         def app(message, context):
             self.exchange.who = "client"
             reply = client_app(message, context)
@@ -71,6 +71,7 @@ class Watched:
         assert server is server_app
         assert observer is None
         assert importable
+        assert crew is None
         run_config = _run_config(config, out, f"memory:{out.resolve()}")
         server(LocalGrid(app, config.data.clients, run_config), context_of(1, SERVER_NODE, {}, run_config))
 
