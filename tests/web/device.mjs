@@ -1,6 +1,7 @@
 // A browser without a page: what the page does with a repository, whose files and whose memory come from a test.
 //
-// Reads {pinned, bundle, files, cut, kept, open} as JSON, bytes in base64; writes {version | bundle | refused, asked, kept}.
+// Reads {pinned, bundle, files, cut, kept, update} as JSON, bytes in base64. Updates if it is to, then opens what is kept, and
+// writes what came of both, what was asked for meanwhile, and what is kept.
 
 import { readFileSync } from 'node:fs';
 
@@ -36,16 +37,20 @@ const storage = {
   names: async () => [...kept.keys()],
 };
 
-let said;
-try {
-  const source = new Signed({ bundle: asked.bundle, repository: '../' }, storage, bytes(asked.pinned));
-  if (asked.open) {
-    const { manifest, files } = await source.open();
-    said = { bundle: manifest.id, version: manifest.version, files: [...files.keys()] };
-  } else said = await source.update();
-} catch (error) {
-  if (!(error instanceof Refusal)) throw error;
-  said = { refused: error.message };
-}
+const source = () => new Signed({ bundle: asked.bundle, repository: '../' }, storage, bytes(asked.pinned));
+const attempt = async (work) => {
+  try {
+    return await work();
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    return { refused: error.message };
+  }
+};
+const said = asked.update ? await attempt(() => source().update()) : {};
+const looked = requests.splice(0);
+const opened = await attempt(async () => {
+  const { manifest } = await source().open();
+  return { bundle: manifest.id, version: manifest.version };
+});
 const memory = Object.fromEntries([...kept].map(([name, data]) => [name, Buffer.from(data).toString('base64')]));
-process.stdout.write(JSON.stringify({ ...said, asked: requests, kept: memory }));
+process.stdout.write(JSON.stringify({ said, opened, asked: looked, asked_to_open: requests, kept: memory }));

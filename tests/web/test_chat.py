@@ -6,6 +6,7 @@ import json
 
 import chromium
 import edge_graphs
+import numpy as np
 import pytest
 
 from molehill_edge import Bundle
@@ -65,6 +66,18 @@ def test_a_conversation_is_that_of_python(opened):
         if kind == "parrot":
             assert wanted.text == SAYS
             assert pieces == list(SAYS)  # whole characters, as they come
+
+
+def test_a_cache_is_checked_as_well(opened):
+    _, page, bundle = opened
+    ids = bundle.encode("Hello", raw=True)
+    both = page.do(
+        f"""Promise.all([molehill.engine.logits({ids}), molehill.engine.logitsAfterCache({ids})]).then((both) =>
+        both.map((logits) => [...logits]))"""
+    )
+    wanted = bundle.read(bundle.cache(), ids)
+    for logits in both:
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_visitor_talks(opened):

@@ -86,7 +86,7 @@ async function open(bundle) {
     try {
       const runtime = await load('ort.webgpu.min.mjs');
       const engine = await Engine.open(runtime, bundle, { providers: ['webgpu', 'wasm'], Tokenizer });
-      if ((await check(engine)).passed) {
+      if ((await check(engine)).passed && (!engine.causal || (await check(engine, { written: true })).passed)) {
         [app.engine, app.computes] = [engine, 'on the graphics card'];
         return;
       }

@@ -54,13 +54,13 @@ export function usage(manifest, reports) {
 
 const [EXACT, ROUNDED, FLIPS] = [1e-6, 2e-2, 0.1]; // as molehill_edge.golden has them
 
-/** Whether a bundle with its own gate answers here as it did where it was made: {passed, inputs, error, agreement}. */
-export async function check(engine) {
+/** Whether a bundle with its own gate answers here as it did where it was made, read at once or `written` token by token. */
+export async function check(engine, { written = false } = {}) {
   const { golden, quantisation } = engine.manifest;
   const feeds = engine.feeds(engine.default);
   let [error, same] = [0, 0];
   for (const { inputIds, logits: wanted, best } of golden) {
-    const logits = await engine.logits(inputIds, feeds);
+    const logits = await (written && inputIds.length > 1 ? engine.logitsAfterCache(inputIds, feeds) : engine.logits(inputIds, feeds));
     const mean = wanted.reduce((a, b) => a + b, 0) / wanted.length;
     const variance = wanted.reduce((sum, x) => sum + (x - mean) ** 2, 0) / wanted.length;
     const distance = wanted.reduce((sum, x, i) => sum + (x - logits[i]) ** 2, 0) / wanted.length;

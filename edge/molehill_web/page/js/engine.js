@@ -95,6 +95,14 @@ export class Engine {
     return logits.data.slice(-logits.dims.at(-1));
   }
 
+  /** The same for a causal LM as answers are written: the last token after a cache that holds the others. */
+  async logitsAfterCache(ids, feeds = this.fed) {
+    const { logits: _, ...present } = await this.run(ids.slice(0, -1), this.session.outputNames.filter((name) => !name.startsWith('route.')), { feeds, cache: this.noCache() });
+    const cache = Object.fromEntries(Object.entries(present).map(([name, value]) => [name.replace('present', 'past_key_values'), value]));
+    const { logits } = await this.run(ids.slice(-1), ['logits'], { past: ids.length - 1, cache, feeds });
+    return logits.data.slice(-logits.dims.at(-1));
+  }
+
   close() {
     return this.session.release();
   }
