@@ -269,18 +269,9 @@ def _decoding(session: ort.InferenceSession, shape: Any) -> tuple[Callable[[], N
 def _gguf(base: Any, shape: Any, path: Path) -> None:
     """The base alone for llama.cpp: linears in q4_0, table and tied output head in q8_0."""
     import gguf
+    import llama_gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(shape.max_position_embeddings)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_block_count(shape.num_hidden_layers)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    writer.add_rope_dimension_count(shape.hidden_size // shape.num_attention_heads)
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer = llama_gguf.begin(path, shape)
     names = {
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -301,10 +292,7 @@ def _gguf(base: Any, shape: Any, path: Path) -> None:
             else:
                 kind = gguf.GGMLQuantizationType.Q4_0
                 writer.add_tensor(short, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    llama_gguf.end(writer)
 
 
 def _llama(path: Path, shape: Any, threads: int, *, repack: bool) -> tuple[Callable[[], None], Callable[[], None]]:

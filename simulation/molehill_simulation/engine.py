@@ -100,12 +100,14 @@ def crew_of(workers: int, importable: str) -> Workers:
 
 def sure_workers(config: Config) -> int:
     """How many processes will share the clients' work, where that is sure before anything is loaded; else 1."""
-    given = config.engine.workers
-    if given != "auto":
-        return given
     large = (stored_bytes(config.base) or 0) >= _WIDEST * SMALL
     on_cpu = config.base.device == "cpu" or (config.base.device == "auto" and not torch.cuda.is_available())
-    return min(cores(), config.data.clients) if large and on_cpu else 1
+    return _workers(config, config.data.clients, alone=not (large and on_cpu))
+
+
+def _workers(config: Config, clients: int, *, alone: bool) -> int:
+    given = config.engine.workers
+    return given if given != "auto" else 1 if alone else min(cores(), clients)
 
 
 def machine_of(config: Config, model: MoLoRAModel, kernels: Kernels, lengths: Lengths, clients: int) -> Machine:
@@ -120,7 +122,7 @@ def machine_of(config: Config, model: MoLoRAModel, kernels: Kernels, lengths: Le
     """
     given, small, gpu = config.engine, model.base_parameters < SMALL, model.flat.is_cuda
     alone = small or gpu  # one GPU holds one base
-    workers = given.workers if given.workers != "auto" else 1 if alone else min(cores(), clients)
+    workers = _workers(config, clients, alone=alone)
     together, why = given.together, ""
     if together == "auto":
         most = 1 if small else _ON_A_GPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import gguf
+import llama_gguf
 import numpy as np
 import peft
 import pytest
@@ -230,28 +231,14 @@ def write_base(path, base):
     """A Llama as llama.cpp reads it, without a tokenizer."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     shape = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(shape.max_position_embeddings)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_block_count(shape.num_hidden_layers)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(float(shape.rope_parameters["rope_theta"]))
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer = llama_gguf.begin(path, shape)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
     for name, value in model.state_dict().items():
         there, array = names.get_name(name, try_suffixes=(".weight",)), value.numpy()
         if "_proj" in name:
             there, array = stored(name.removesuffix(".weight"), array)
         writer.add_tensor(there, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    llama_gguf.end(writer)
 
 
 def test_llama_cpp_computes_what_the_fixed_mixture_is(run, base, tmp_path):
