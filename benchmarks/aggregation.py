@@ -7,7 +7,7 @@
    (`flwr.server.strategy.aggregate`). Peak memory is that of a process of its own, above what it held before.
 2. Bringing a sum of products back to rank 8: QR of the stacked factors against an SVD of the dense matrix.
 
-Both sides run alternately (A B A B) on one thread; figures are medians.
+Both sides run in turns on one thread; figures are medians.
 """
 
 from __future__ import annotations

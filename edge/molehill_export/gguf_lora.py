@@ -214,9 +214,8 @@ def _stored(source: Source, factors: Mapping[str, tuple[Array, Array]]) -> dict[
         name = names.get_name(f"{site}.weight", try_suffixes=(".weight",))
         if name is None:
             raise ModelError(f"llama.cpp has no name for it in {family.architecture}", where=site)
-        if family.turned:
-            b = _turned(b, name, shape.num_attention_heads, shape.num_key_value_heads)  # noqa: PLW2901
-        found[name] = a, b
+        heads, key_heads = shape.num_attention_heads, shape.num_key_value_heads
+        found[name] = a, _turned(b, name, heads, key_heads) if family.turned else b
     return found
 
 
