@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--llama", action="store_true", help="llama.cpp beside it: needs llama-cpp-python and gguf")
+    parser.add_argument("--block", type=int, choices=[128, 256], default=128, help="of the base in int4")
     parser.add_argument("--schemes", nargs="*", default=["fp32", "int8", "int4"])
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -84,23 +85,12 @@ def main() -> None:
 
 
 def decoders(options: argparse.Namespace, work: Path) -> None:
-    shape = transformers.LlamaConfig(**SIZES[options.size], max_position_embeddings=1024, tie_word_embeddings=True)
-    base = transformers.LlamaForCausalLM(shape)
-    base.save_pretrained(work / "base")
-    _tokenizer().save_pretrained(work / "base")
-    names = [site.name for site in find_sites(base, "all-linear")]
-    plain = decoder(base, look_up(work / "base", "base"), names)
-    size16 = sum(p.numel() for p in base.parameters()) * 2
-    cases: dict[str, Any] = {}
-    for scheme in options.schemes:
-        cases[scheme] = _write(plain.copy(), work / scheme, scheme, "logits")
-        for experts in options.experts:
-            model = _adapted(transformers.LlamaForCausalLM(shape), experts)
-            cases[f"{scheme} E={experts}"] = _write(plain.copy(), work / f"{scheme}-{experts}", scheme, "logits", model)
+    base, cases = decoder_graphs(work, options.size, options.schemes, options.experts, options.block)
+    shape, size16 = base.config, sum(p.numel() for p in base.parameters()) * 2
     if options.llama:
         _gguf(base, shape, work / "base.gguf")
     for threads in options.threads:
-        runs = {name: _decoding(_session(folder, threads), shape) for name, (folder, _) in cases.items()}
+        runs = {name: decoding(open_graph(folder, threads), shape) for name, (folder, _) in cases.items()}
         if options.llama:
             runs |= {name: _llama(work / "base.gguf", shape, threads, repack=on) for name, on in LLAMA.items()}
         clock = common.clock_for(threads)
@@ -108,6 +98,26 @@ def decoders(options: argparse.Namespace, work: Path) -> None:
         prefill = common.alternate({name: run[1] for name, run in runs.items()}, max(3, options.rounds // 2), clock)
         title = f"{options.size}; {threads} threads; one token after {CONTEXT}; a prompt of {PROMPT}"
         _tell(title, cases, decode, prefill, size16)
+
+
+def decoder_graphs(
+    work: Path, size: str, schemes: list[str], experts: list[int], block: int = 128
+) -> tuple[Any, dict[str, Any]]:
+    """A Llama of random weights, and its graphs: the base's and with so many experts, by scheme."""
+    shape = transformers.LlamaConfig(**SIZES[size], max_position_embeddings=1024, tie_word_embeddings=True)
+    base = transformers.LlamaForCausalLM(shape)
+    base.save_pretrained(work / "base")
+    _tokenizer().save_pretrained(work / "base")
+    names = [site.name for site in find_sites(base, "all-linear")]
+    plain = decoder(base, look_up(work / "base", "base"), names)
+    cases: dict[str, Any] = {}
+    for scheme in schemes:
+        cases[scheme] = _write(plain.copy(), work / scheme, scheme, "logits", block=block)
+        for count in experts:
+            model = _adapted(transformers.LlamaForCausalLM(shape), count)
+            folder = work / f"{scheme}-{count}"
+            cases[f"{scheme} E={count}"] = _write(plain.copy(), folder, scheme, "logits", model, block)
+    return base, cases
 
 
 def _tell(title: str, cases: dict[str, Any], decode: dict[str, float], prefill: dict[str, float], size16: int) -> None:
@@ -131,23 +141,13 @@ def _tell(title: str, cases: dict[str, Any], decode: dict[str, float], prefill: 
 
 
 def encoders(options: argparse.Namespace, work: Path) -> None:
-    settings, task = config.Base(precision="fp32"), config.Task(labels=("a", "b", "c"))
-    base = load_base(settings, task).model
-    head = Head(int(base.config.hidden_size), 3, "mean", anchored=False)
-    names = [site.name for site in find_sites(base, "all-linear")]
-    plain = classifier(base, head, names)
-    cases: dict[str, Any] = {}
-    for scheme in options.schemes:
-        cases[scheme] = _write(plain.copy(), work / scheme, scheme)
-        for experts in options.experts:
-            model = _adapted(load_base(settings, task).model, experts, head)
-            cases[f"{scheme} E={experts}"] = _write(plain.copy(), work / f"{scheme}-{experts}", scheme, "", model)
+    cases = encoder_graphs(work, options.schemes, options.experts)
     shapes = [(1, 32), (1, 128), (8, 128)]
     for threads in options.threads:
-        sessions = {name: _session(folder, threads) for name, (folder, _) in cases.items()}
+        sessions = {name: open_graph(folder, threads) for name, (folder, _) in cases.items()}
         clock = common.clock_for(threads)
         found = [
-            common.alternate({n: _classifying(each, *shape) for n, each in sessions.items()}, options.rounds, clock)
+            common.alternate({n: classifying(each, *shape) for n, each in sessions.items()}, options.rounds, clock)
             for shape in shapes
         ]
         rows = [
@@ -156,6 +156,23 @@ def encoders(options: argparse.Namespace, work: Path) -> None:
         ]
         title = f"{threads} threads; times over the float32 base without experts, by texts and their tokens"
         common.show(title, ["", *map(str, shapes), "MB"], rows)
+
+
+def encoder_graphs(work: Path, schemes: list[str], experts: list[int]) -> dict[str, Any]:
+    """The demo's MiniLM: its graphs alone and with so many experts, by scheme."""
+    settings, task = config.Base(precision="fp32"), config.Task(labels=("a", "b", "c"))
+    base = load_base(settings, task).model
+    head = Head(int(base.config.hidden_size), 3, "mean", anchored=False)
+    names = [site.name for site in find_sites(base, "all-linear")]
+    plain = classifier(base, head, names)
+    cases: dict[str, Any] = {}
+    for scheme in schemes:
+        cases[scheme] = _write(plain.copy(), work / f"encoder-{scheme}", scheme)
+        for count in experts:
+            model = _adapted(load_base(settings, task).model, count, head)
+            folder = work / f"encoder-{scheme}-{count}"
+            cases[f"{scheme} E={count}"] = _write(plain.copy(), folder, scheme, "", model)
+    return cases
 
 
 _DEVICE = """
@@ -205,9 +222,11 @@ def _adapted(base: Any, experts: int, head: Any = None) -> Any:
     return model
 
 
-def _write(graph: Graph, folder: Path, scheme: Any, head: str = "", model: Any = None) -> tuple[Path, dict[str, int]]:
+def _write(
+    graph: Graph, folder: Path, scheme: Any, head: str = "", model: Any = None, block: int = 128
+) -> tuple[Path, dict[str, int]]:
     folder.mkdir()
-    quantise_base(graph, scheme, head)
+    quantise_base(graph, scheme, head, block)
     external: dict[str, External] = {}
     if model is not None:
         inserted = insert(graph, model, model.scorer, choose_slots(model, None, 0), scheme)
@@ -228,14 +247,14 @@ def _write(graph: Graph, folder: Path, scheme: Any, head: str = "", model: Any =
     return folder, {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
-def _session(folder: Path, threads: int) -> ort.InferenceSession:
+def open_graph(folder: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     return ort.InferenceSession(folder / "model.onnx", options)
 
 
-def _decoding(session: ort.InferenceSession, shape: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+def decoding(session: ort.InferenceSession, shape: Any) -> tuple[Callable[[], None], Callable[[], None]]:
     rng = np.random.default_rng(0)
     size = shape.hidden_size // shape.num_attention_heads
     caches = [
@@ -323,7 +342,7 @@ def _llama(path: Path, shape: Any, threads: int, *, repack: bool) -> tuple[Calla
     return decode, prefill
 
 
-def _classifying(session: ort.InferenceSession, rows: int, tokens: int) -> Callable[[], None]:
+def classifying(session: ort.InferenceSession, rows: int, tokens: int) -> Callable[[], None]:
     ids = np.random.default_rng(0).integers(1000, 20000, (rows, tokens))
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     return lambda: session.run(["logits"], feed)

@@ -2,8 +2,8 @@
 
 ``int8``: activations are quantised as they come (one scale per tensor), weights are signed, with one scale per output:
 the form that vector units multiply fastest. An input is quantised once for all products that read it.
-``int4``: weights alone, in blocks of 128 inputs; the head of a language model, which decides its quality, in 8 bits.
-Embeddings have 8 bits per weight in both, and share their bytes with a tied head.
+``int4``: weights alone, in blocks of 128 inputs or 256; the head of a language model, which decides its quality, in
+8 bits. Embeddings have 8 bits per weight in both, and share their bytes with a tied head.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ _SMALLEST = 1 << 14  # weights; below, quantising costs more than it saves
 _PART, _COLUMNS = 1 << 18, 16  # weights that are rounded at once, so that they stay in the cache; columns at least
 
 
-def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
+def quantise_base(graph: Graph, scheme: Scheme, head: str = "", largest: int = BLOCK) -> None:
     """Replace the products with weights, and the look-ups in tables, of a graph.
 
     Args:
         graph: Changed in place.
         scheme: To what.
         head: Name of the output that the head of a language model writes; empty for a classifier.
+        largest: Inputs that share a scale in 4 bits, where a weight's are a multiple of so many.
     """
     if scheme == "fp32":
         return
@@ -48,7 +49,8 @@ def quantise_base(graph: Graph, scheme: Scheme, head: str = "") -> None:
         if node.op_type == "MatMul" and weight is not None and weight.ndim == 2 and weight.size >= _SMALLEST:
             if scheme == "int4":
                 bits: Literal[4, 8] = 8 if node.output[0] == head else 4
-                block_product(graph, node.input[0], weight, bits, node.input[1], node.output[0])
+                block = BLOCK if bits == 8 else largest
+                block_product(graph, node.input[0], weight, bits, node.input[1], node.output[0], block)
                 continue
             bias, out = "", node.output[0]
             readers = consumers.get(out, [])
@@ -99,7 +101,9 @@ def int8_columns(weight: Weight) -> tuple[NDArray[np.int8], NDArray[np.float32]]
     return q, scale
 
 
-def block_product(graph: Graph, x: str, weight: Weight, bits: Literal[4, 8], name: str, out: str = "") -> str:
+def block_product(
+    graph: Graph, x: str, weight: Weight, bits: Literal[4, 8], name: str, out: str = "", largest: int = BLOCK
+) -> str:
     """``x @ weight`` with weights rounded in blocks along the inputs; the name of the result.
 
     Args:
@@ -109,9 +113,10 @@ def block_product(graph: Graph, x: str, weight: Weight, bits: Literal[4, 8], nam
         bits: Per weight.
         name: Of the weight.
         out: Name for the result.
+        largest: Inputs of a block, as for `quantise_base`.
     """
     K, N = weight.shape
-    block = block_of(K, BLOCK)
+    block = largest if K % largest == 0 else block_of(K, BLOCK)
     q, scale = _in_blocks(weight, block, bits)
     inputs = [x, graph.weight(f"{name}.int{bits}", q), graph.weight(f"{name}.scale", scale)]
     return graph.node(

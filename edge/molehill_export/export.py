@@ -55,6 +55,7 @@ class Options:
     Attributes:
         gates: Clients, or ``global``; the first is the default gate.
         scheme: Bits of base and experts.
+        block: Weights of the base that share a scale in 4 bits.
         experts: Ids of the experts to take; all when None.
         spare: Empty slots for experts that a device may add.
         id: Name of the bundle; that of the run when empty.
@@ -66,6 +67,7 @@ class Options:
 
     gates: tuple[str, ...] = (GLOBAL,)
     scheme: Scheme = "int8"
+    block: int = BLOCK
     experts: tuple[str, ...] | None = None
     spare: int = 0
     id: str = ""
@@ -144,6 +146,10 @@ def _check(source: Source, out: Path, options: Options) -> None:
     for gate in options.gates:
         with source.gate(gate):
             pass  # it is there
+    if options.block != BLOCK and options.scheme != "int4":
+        raise ConfigError(
+            f"only int4 has blocks, and this is {options.scheme}", where="--block", mend="Add --quantize int4."
+        )
     if options.id and not manifests.valid_id(options.id):
         mend = "Use letters, digits, dot, dash and underscore."
         raise ConfigError(f"{options.id!r} cannot name a bundle", where="--id", mend=mend)
@@ -157,14 +163,14 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
     graph = traced(source).copy()
     if options.scheme != "fp32":
         progress(f"Quantising the base to {options.scheme}")
-    quantise_base(graph, options.scheme, "logits" if causal else "")
+    quantise_base(graph, options.scheme, "logits" if causal else "", options.block)
     progress("Adding experts and routers")
     slots = choose_slots(source.model, options.experts, options.spare)
     manifest = pb.Manifest(
         format=FORMAT, id=options.id or _plain_name(source.name), version=options.version, expires=options.expires,
         base=pb.Base(id=source.base.id, revision=source.base.revision or "", digest=source.base.digest), slots=slots,
         quantisation=pb.Quantisation(
-            base=options.scheme, experts=options.scheme, block=BLOCK if options.scheme == "int4" else 0,
+            base=options.scheme, experts=options.scheme, block=options.block if options.scheme == "int4" else 0,
             head=("int8" if options.scheme == "int4" else options.scheme) if causal else "fp32",
         ),
         task=_task(source, graph),

@@ -15,12 +15,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from molehill_export.base_quantise import BLOCK
 from molehill_export.graph import MICROSOFT, Graph
 
 _PRODUCT = "MatMulNBits"
 _ZEROS = 0x88  # two weights of zero
-_BYTES = BLOCK // 2  # of a block
+_BLOCKS = (128, 256)  # sizes that experts may fill; smaller ones are of inputs too few for them
 
 
 def product_of(graph: Graph, y: str) -> onnx.NodeProto | None:
@@ -41,7 +40,8 @@ def product_of(graph: Graph, y: str) -> onnx.NodeProto | None:
     if node is None or node.op_type != _PRODUCT or len(node.input) > 3:
         return None
     said = attributes(node)
-    return node if said["bits"] == 4 and said["block_size"] == BLOCK and said["K"] % BLOCK == 0 else None
+    fits = said["block_size"] in _BLOCKS and said["K"] % said["block_size"] == 0
+    return node if said["bits"] == 4 and fits else None
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -49,21 +49,22 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 
-def blocks(ranks: int) -> int:
+def _blocks(ranks: int, block: int) -> int:
     """How many blocks so many ranks fill."""
-    return -(-ranks // BLOCK)
+    return -(-ranks // block)
 
 
-def widened(graph: Graph, x: str, h: str, ranks: int) -> str:
+def widened(graph: Graph, node: onnx.NodeProto, x: str, h: str, ranks: int) -> str:
     """``[x, h]`` with whole blocks behind x: kernels of some processors want nothing less.
 
     Args:
         graph: Receives the nodes.
+        node: Of `product_of`, that reads it.
         x: ``[..., K]``.
         h: ``[..., ranks]``.
         ranks: Width of h.
     """
-    short = blocks(ranks) * BLOCK - ranks
+    short = -ranks % attributes(node)["block_size"]
     if short % ranks == 0:  # what meets weights of zero may be any number of like size
         return graph.node("Concat", [x, *[h] * (1 + short // ranks)], axis=-1)
     pads, axes = graph.const([0, short], np.int64), graph.const([-1], np.int64)
@@ -82,18 +83,18 @@ def join(graph: Graph, node: onnx.NodeProto, x: str, b: str, begin: int, ranks: 
         ranks: All of those of x.
     """
     (rows, *block), scale, said = graph.tensors[b].shape, f"{b}.scale", attributes(node)
-    n = blocks(ranks)
+    n, size = _blocks(ranks, said["block_size"]), said["block_size"] // 2
     flat = graph.node("Reshape", [b, graph.const([rows, -1], np.int64)])
-    ends = [begin // 2, n * _BYTES - begin // 2 - math.prod(block)]
+    ends = [begin // 2, n * size - begin // 2 - math.prod(block)]
     if any(ends):
         pads = graph.const([0, ends[0], 0, ends[1]], np.int64)
         flat = graph.node("Pad", [flat, pads, graph.const(_ZEROS, np.uint8)])
-    whole = graph.node("Reshape", [flat, graph.const([rows, n, _BYTES], np.int64)])
+    whole = graph.node("Reshape", [flat, graph.const([rows, n, size], np.int64)])
     scales = graph.node("Gather", [scale, graph.const([0] * n, np.int64)], axis=1)
     node.input[0] = x
     node.input[1] = graph.node("Concat", [node.input[1], whole], axis=1)
     node.input[2] = graph.node("Concat", [node.input[2], scales], axis=1)
-    _set(node, K=said["K"] + n * BLOCK)
+    _set(node, K=said["K"] + n * said["block_size"])
 
 
 def pack_attention(graph: Graph) -> int:
@@ -127,7 +128,7 @@ def pack_attention(graph: Graph) -> int:
     return packed
 
 
-def share(graph: Graph, outputs: Sequence[str], sizes: Sequence[int]) -> bool:
+def share(graph: Graph, nodes: Sequence[onnx.NodeProto], outputs: Sequence[str], sizes: Sequence[int]) -> bool:
     """Whether linears that read one tensor read the ranks of all of them too.
 
     That spares a split and, for queries, keys and values, all products but one (`pack_attention`). But zeros stand for
@@ -135,10 +136,12 @@ def share(graph: Graph, outputs: Sequence[str], sizes: Sequence[int]) -> bool:
 
     Args:
         graph: A quantised base.
+        nodes: Of `product_of`, one a linear.
         outputs: Of the linears.
         sizes: Ranks of each.
     """
-    more = blocks(sum(sizes)) - blocks(max(sizes))
+    block = attributes(nodes[0])["block_size"]
+    more = _blocks(sum(sizes), block) - _blocks(max(sizes), block)
     if any(size % 2 for size in sizes) or more > 1:  # there are two weights to a byte
         return False
     readers = {id(node): node for y in outputs for node in graph.consumers()[y]}

@@ -135,8 +135,8 @@ class Products:
         graph, places = self._work.graph, [self._work.graph.places[name][call] for name in names]
         inside = [joined.product_of(graph, place.y) for place in places]
         nodes = [node for node in inside if node is not None]
-        if len(nodes) == len(names) and joined.share(graph, [place.y for place in places], sizes):
-            x = joined.widened(graph, places[0].x, h, sum(sizes))
+        if len(nodes) == len(names) and joined.share(graph, nodes, [place.y for place in places], sizes):
+            x = joined.widened(graph, nodes[0], places[0].x, h, sum(sizes))
             for i, (name, product) in enumerate(zip(names, nodes, strict=True)):
                 joined.join(graph, product, x, f"{name}/B", sum(sizes[:i]), sum(sizes))
             return
@@ -147,7 +147,7 @@ class Products:
             if node is None:
                 self._work.add(place, self._second_product(part, f"{name}/B", size))
             else:
-                joined.join(graph, node, joined.widened(graph, place.x, part, size), f"{name}/B", 0, size)
+                joined.join(graph, node, joined.widened(graph, node, place.x, part, size), f"{name}/B", 0, size)
 
     def _keep_second(self, name: str, f: Factors, scale: Array) -> None:
         """B of a site in ``experts.safetensors``."""

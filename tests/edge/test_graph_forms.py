@@ -82,11 +82,11 @@ def test_a_guard_stays_where_a_row_may_be_masked_by_infinity():
     assert drop_nan_guards(guarded) == 0
 
 
-def _inserted(architecture, **molora):
+def _inserted(architecture, block=128, **molora):
     """The graph of an adapter in 4 bits, opened, and what its experts' file has."""
     keys = {"targets": "all-linear", "scope": "layer", **molora}
     model, section = edge_export.adapted(architecture, **keys)
-    base, external, place = edge_export.quantised(architecture, "int4")
+    base, external, place = edge_export.quantised(architecture, "int4", block)
     graph = base.copy()
     found = insert(graph, model, section.scorer, choose_slots(model, None, 1), "int4")
     graph.tensors.update(gate_values(model, found))
@@ -103,6 +103,8 @@ def _inserted(architecture, **molora):
         ("wide", {"experts": 3, "rank": 8, "targets": ["q_proj", "v_proj"]}),
         ("wide-qwen2", {"experts": 3, "rank": 8}),
         ("minilm", {"experts": 3, "rank": 8}),
+        ("wider", {"experts": 4, "rank": 8, "block": 256}),  # of the base: where 256 do not fit there are blocks of 128
+        ("wider", {"experts": 7, "rank": 40, "block": 256}),
     ],
 )
 def test_experts_inside_the_products_of_the_base_are_those_beside_it(architecture, molora, monkeypatch):
@@ -148,3 +150,17 @@ def test_attention_without_experts_gets_one_product(architecture):
     packed = graph.copy()
     assert joined.pack_attention(packed) == 2
     assert (edge_export.exported(edge_export.opened(packed, external, place), ids, mask) == wanted).all()
+
+
+def test_a_base_in_blocks_of_256_has_half_as_many_scales_and_is_about_as_close():
+    ids, mask = edge_export.batch("wider")
+    wanted = edge_export.exported(edge_export.opened(edge_export.traced("wider").copy()), ids, mask)
+    errors = {}
+    for block in (128, 256):
+        graph, external, place = edge_export.quantised("wider", "int4", block)
+        scales = {name: value.shape for name, value in graph.tensors.items() if name.endswith(".scale")}
+        assert {shape[1] for name, shape in scales.items() if "q_proj" in name} == {256 // block}
+        assert {shape[1] for name, shape in scales.items() if "down_proj" in name} == {3}  # of 384 inputs
+        found = edge_export.exported(edge_export.opened(graph.copy(), external, place), ids, mask)
+        errors[block] = edge_export.error(wanted, found)
+    assert 0.8 * errors[128] < errors[256] < 1.5 * errors[128] < 0.4

@@ -24,7 +24,7 @@ from molehill.molora.targets import find_sites
 from molehill.tasks.base_model import load_base
 from molehill.tasks.weights import look_up
 from molehill_export.base import classifier, decoder
-from molehill_export.base_quantise import quantise_base
+from molehill_export.base_quantise import BLOCK, quantise_base
 from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import choose_slots, gate_values, insert
 
@@ -56,6 +56,10 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
 WIDE: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "wide": (transformers.LlamaConfig, _WIDE),
     "wide-qwen2": (transformers.Qwen2Config, _WIDE),
+    "wider": (
+        transformers.LlamaConfig,
+        _WIDE | {"hidden_size": 256, "num_attention_heads": 16, "intermediate_size": 384},
+    ),
 }
 
 
@@ -124,12 +128,11 @@ def frozen(architecture: str) -> np.ndarray:
 
 
 @functools.cache
-def quantised(architecture: str, scheme: Any) -> tuple[Graph, dict[str, External], Path]:
+def quantised(architecture: str, scheme: Any, block: int = BLOCK) -> tuple[Graph, dict[str, External], Path]:
     """The base in fewer bits, its weights in a file: where they are, and the file's folder."""
     graph = traced(architecture).copy()
-    quantise_base(graph, scheme, "" if architecture == "minilm" else "logits")
-    place = _kept / f"{architecture}-{scheme}"
-    place.mkdir()
+    quantise_base(graph, scheme, "" if architecture == "minilm" else "logits", block)
+    place = Path(tempfile.mkdtemp(prefix=f"{architecture}-{scheme}-", dir=_kept))
     return graph, write_weights(graph.tensors, place / "base.bin"), place
 
 

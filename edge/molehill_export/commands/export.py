@@ -42,6 +42,10 @@ def export(
         ),
     ] = None,
     quantize: Annotated[Literal["fp32", "int8", "int4"], typer.Option(help="Bits of base and experts.")] = "int8",
+    block: Annotated[
+        Literal["128", "256"],
+        typer.Option(help="Weights of an int4 base that share a scale; 256 is smaller, and faster with few experts."),
+    ] = "128",
     experts: Annotated[str | None, typer.Option(metavar="A,B,...", help="Experts to take.", show_default="all")] = None,
     spare_slots: Annotated[
         int, typer.Option(min=0, max=64, help="Empty places for experts that a device may add.")
@@ -95,6 +99,7 @@ def export(
         options = Options(
             gates=tuple(gate or ("global",)),
             scheme=quantize,
+            block=int(block),
             experts=None if experts is None else tuple(name.strip() for name in experts.split(",")),
             spare=spare_slots,
             id=bundle_id,
