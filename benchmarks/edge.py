@@ -49,6 +49,7 @@ from molehill.tasks.base_model import load_base
 from molehill.tasks.weights import look_up
 from molehill_edge import tensors
 from molehill_edge.manifest import LOGITS_FROM
+from molehill_edge.pool import Pool
 from molehill_export.base import classifier, decoder
 from molehill_export.base_quantise import quantise_base
 from molehill_export.graph import External, Graph, write_weights
@@ -250,7 +251,7 @@ def _write(
 def open_graph(folder: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
+    Pool(threads, spin=threads > 1).apply(options)
     return ort.InferenceSession(folder / "model.onnx", options)
 
 

@@ -19,6 +19,7 @@ from molehill_edge import manifest as manifests
 from molehill_edge.engine import Binding, Engine, Numbers, check_mask, find_expert
 from molehill_edge.experts import Expert
 from molehill_edge.gates import Gate
+from molehill_edge.pool import Pool, choose
 from molehill_edge.prompts import Prompts
 from molehill_edge.session import Session
 from molehill_edge.view import View
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 _STRICT = "this device takes signed experts only"
+_TEXT = 8  # tokens, for which threads are measured where a text is read at once
 _STATE, _OWN_GATE = "state.json", "gate.safetensors"
 
 
@@ -42,8 +44,9 @@ class Bundle(View):
 
     @classmethod
     def open(
-        cls, name: Path | str, *, trust: Trust, threads: int | None = None, memory_mb: int | None = None
-    ) -> Bundle:
+        cls, name: Path | str, *, trust: Trust, threads: int | None = None, spin: bool | None = None,
+        memory_mb: int | None = None,
+    ) -> Bundle:  # fmt: skip
         """Check a bundle and open it.
 
         Nothing of it is opened before everything was checked.
@@ -51,7 +54,8 @@ class Bundle(View):
         Args:
             name: A folder, an archive or an id, whatever ``trust`` admits.
             trust: Says which bundles may be opened.
-            threads: For one operator; all cores of this process when None.
+            threads: For one operator; when None, one or all that this process may use, whatever is faster now.
+            spin: Whether they wait for work awake during a call; whatever is faster now when None.
             memory_mb: Memory that the bundle may take, in MiB. Inputs that would need more are refused.
 
         Raises:
@@ -62,11 +66,12 @@ class Bundle(View):
         try:
             folder, manifest = admitted.folder, admitted.manifest
             default = gates.read(folder / manifests.GATE, manifest)
-            prompts = None
+            prompts, rows = None, _TEXT
             if manifest.task.kind == "causal-lm":
+                rows = 1
                 prompts = Prompts(manifest.task.generation, manifest.id)
             tokenizer = tokens.load(folder / manifests.TOKENIZER)
-            session = Session(folder, manifest, threads=threads, memory_mb=memory_mb)
+            session = Session(folder, manifest, pool=choose(rows, threads, spin=spin), memory_mb=memory_mb)
             _check_graph(session, manifest)
             opened = cls(Engine(admitted, _copy(manifest), session, tokenizer, prompts), default)
         except BaseException:
@@ -78,6 +83,11 @@ class Bundle(View):
             opened.close()
             raise
         return opened
+
+    @property
+    def pool(self) -> Pool:
+        """Threads that compute it."""
+        return self._engine.session.pool
 
     def _take_up(self) -> None:
         """Put the experts that this device adds into their slots."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import onnxruntime as ort
 
 from molehill.errors import BundleError
 from molehill_edge import manifest as manifests
+from molehill_edge.pool import Pool
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 Array = np.ndarray[Any, Any]
@@ -50,16 +50,16 @@ class Session:
     Args:
         folder: A folder whose files were all checked.
         manifest: Of that folder.
-        threads: Within one operator; all cores that this process may use when None.
+        pool: Threads within one operator.
         memory_mb: Memory that the bundle may take; no limit when None.
 
     Raises:
         BundleError: The bundle needs more memory than that, or ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None, memory_mb: int | None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, pool: Pool, memory_mb: int | None) -> None:
         self.folder = folder
-        self._threads = threads or _cores()
+        self.pool = pool
         self._limit = None if memory_mb is None else memory_mb * _MEGABYTE
         self._running = 0
         self._waiting = 0  # changes; calls that begin give way to them
@@ -81,10 +81,8 @@ class Session:
 
     def _open(self, folder: Path) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
         options.log_severity_level = _FATAL_ONLY
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a device's cores are not ours alone
+        self.pool.apply(options)
         if self._spare is not None:
             _share_arena(self._spare)
             options.add_session_config_entry("session.use_env_allocators", "1")
@@ -179,11 +177,6 @@ class Session:
         with self.alone():
             self._graph = None
             self._bindings.clear()
-
-
-def _cores() -> int:
-    """Cores that this process may use; 0 leaves it to ONNX Runtime."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
 
 def _share_arena(size: int) -> None:

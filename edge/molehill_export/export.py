@@ -76,6 +76,11 @@ class Options:
     force: bool = False
     rows: Path | None = None
 
+    @property
+    def blocks(self) -> int:
+        """Weights of a block; 0 where there are none."""
+        return self.block if self.scheme == "int4" else 0
+
 
 def export(
     source: Source, out: Path, options: Options | None = None, *, progress: Callable[[str], None] = lambda _: None
@@ -146,7 +151,7 @@ def _check(source: Source, out: Path, options: Options) -> None:
     for gate in options.gates:
         with source.gate(gate):
             pass  # it is there
-    if options.block != BLOCK and options.scheme != "int4":
+    if options.block != BLOCK and not options.blocks:
         raise ConfigError(
             f"only int4 has blocks, and this is {options.scheme}", where="--block", mend="Add --quantize int4."
         )
@@ -170,8 +175,8 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
         format=FORMAT, id=options.id or _plain_name(source.name), version=options.version, expires=options.expires,
         base=pb.Base(id=source.base.id, revision=source.base.revision or "", digest=source.base.digest), slots=slots,
         quantisation=pb.Quantisation(
-            base=options.scheme, experts=options.scheme, block=options.block if options.scheme == "int4" else 0,
-            head=("int8" if options.scheme == "int4" else options.scheme) if causal else "fp32",
+            base=options.scheme, experts=options.scheme, block=options.blocks,
+            head=("int8" if options.blocks else options.scheme) if causal else "fp32",
         ),
         task=_task(source, graph),
     )  # fmt: skip

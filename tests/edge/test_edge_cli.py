@@ -176,8 +176,11 @@ def test_bench(molehill, name, wanted):
     told = json.loads(done(molehill("bench", name, "--rounds", "2", "--json")))
     assert [figure["name"] for figure in told["figures"]] == wanted
     assert all(0 < figure["low"] <= figure["median"] <= figure["high"] for figure in told["figures"])
+    assert told["threads"]["threads"] >= 1
     assert told["memory_mib"]["peak"] >= told["memory_mib"]["resident"] > 0
-    assert "swap a gate" in done(molehill("bench", name, "--rounds", "1"))
+    shown = done(molehill("bench", name, "--rounds", "1", "--threads", "2", "--no-spin"))
+    assert "swap a gate" in shown
+    assert "2, sleeping" in shown
 
 
 def test_personalise(molehill, tmp_path):

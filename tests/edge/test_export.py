@@ -299,6 +299,7 @@ def test_what_cannot_be_exported(run, writer, tmp_path):
         (Options(gates=("../x",)), tmp_path / "a", "no personal gate of"),
         (Options(gates=("client-1", "client-1")), tmp_path / "a", "twice"),
         (Options(id="a b"), tmp_path / "a", "cannot name a bundle"),
+        (Options(block=256), tmp_path / "a", "only int4 has blocks"),
         (Options(expires=1), tmp_path / "a", "expired already"),
     ):
         with pytest.raises(ConfigError, match=words):

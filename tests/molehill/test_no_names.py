@@ -36,7 +36,7 @@ REASONS = {
         "edge/molehill_export/base_quantise.py": "fp32*2 int8 int4*2",
         "edge/molehill_export/beside.py": "fp32*2",
         "edge/molehill_export/commands/export.py": "fp32 int8*2 int4",
-        "edge/molehill_export/export.py": "fp32*3 int8*2 int4*2",
+        "edge/molehill_export/export.py": "fp32*3 int8*2 int4",
         "edge/molehill_export/gguf_lora.py": "int4",
         "edge/molehill_export/parity.py": "fp32 int8 int4",
         "edge/molehill_export/products.py": "fp32*4 int8*4 int4*2",

@@ -16,6 +16,7 @@ from molehill_edge.commands.opening import (
     Insecure,
     Memory,
     Name,
+    Spin,
     StoreFolder,
     Threads,
     opened,
@@ -28,6 +29,7 @@ def bench(
     gate: GateOption = None,
     rounds: Annotated[int, typer.Option(min=1, max=10000, help="How often each thing is done.")] = 10,
     threads: Threads = None,
+    spin: Spin = None,
     memory_mb: Memory = None,
     insecure_local: Insecure = False,
     store: StoreFolder = None,
@@ -37,7 +39,7 @@ def bench(
     with explained(as_json):
         begin = time.perf_counter()
         with opened(
-            name, insecure=insecure_local, store=store, threads=threads, memory_mb=memory_mb, gate=gate
+            name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate
         ) as bundle:
             took = time.perf_counter() - begin
             from molehill_edge import bench as benches
@@ -46,11 +48,12 @@ def bench(
             figures = benches.measure(bundle, rounds=rounds)
             used = benches.memory()
             files = sum(file.length for file in bundle.manifest.files) / (1 << 20)
-            name_of = who(bundle)
+            name_of, pool = who(bundle), bundle.pool
         if as_json:
             print_json(
                 {
                     "bundle": name_of,
+                    "threads": dataclasses.asdict(pool),
                     "open_seconds": took,
                     "files_mib": files,
                     "memory_mib_after_open": after_open,
@@ -63,6 +66,8 @@ def bench(
         table = Table(box=SIMPLE_HEAD)
         for column in ("", "median", "quartiles", "unit"):
             table.add_column(column, justify="right" if column in {"median", "quartiles"} else "left")
+        chosen = f"{pool.threads}, {'spinning' if pool.spin else 'sleeping'}"
+        table.add_row("threads", chosen, "", "measured" if pool.measured else "")
         table.add_row("open, with imports", f"{1e3 * took:.0f}", "", "ms")
         table.add_row("files", f"{files:.1f}", "", "MiB")
         for key, value in used.items():

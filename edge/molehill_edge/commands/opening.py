@@ -42,7 +42,11 @@ Experts = Annotated[
     str | None,
     typer.Option("--experts", metavar="A,B,...", help="Choose from these experts only.", show_default=False),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="all")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="1 or all: the faster")]
+Spin = Annotated[
+    bool | None,
+    typer.Option("--spin/--no-spin", help="Threads wait for work awake, not asleep.", show_default="the faster"),
+]
 Memory = Annotated[int | None, typer.Option(min=1, help="Refuse what needs more MiB.", show_default="no limit")]
 
 
@@ -53,6 +57,7 @@ def opened(
     insecure: bool,
     store: Path | None,
     threads: int | None = None,
+    spin: bool | None = None,
     memory_mb: int | None = None,
     gate: str | None = None,
     experts: str | None = None,
@@ -61,7 +66,8 @@ def opened(
     with needs(EXTRA):
         from molehill_edge.bundle import Bundle
 
-    with Bundle.open(name, trust=_trust(insecure, store), threads=threads, memory_mb=memory_mb) as bundle:
+    trust = _trust(insecure, store)
+    with Bundle.open(name, trust=trust, threads=threads, spin=spin, memory_mb=memory_mb) as bundle:
         if gate is not None:
             bundle.swap_gate(gate)
         if experts is not None:

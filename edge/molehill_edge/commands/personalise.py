@@ -12,7 +12,7 @@ from molehill.errors import DataError
 from molehill.rowfiles.reading import read_texts
 from molehill.rowfiles.values import label_of
 from molehill.terminal import Json, explained, print_json
-from molehill_edge.commands.opening import GateOption, Insecure, Memory, Name, StoreFolder, Threads, opened, who
+from molehill_edge.commands.opening import GateOption, Insecure, Memory, Name, Spin, StoreFolder, Threads, opened, who
 
 if TYPE_CHECKING:
     from molehill_edge.personalise import Outcome
@@ -37,6 +37,7 @@ def personalise(
     seed: Annotated[int, typer.Option(min=0, help="Of the split and the search.")] = 0,
     budget: Annotated[int, typer.Option(min=1, help="How many times the texts may be read.")] = 80,
     threads: Threads = None,
+    spin: Spin = None,
     memory_mb: Memory = None,
     insecure_local: Insecure = False,
     store: StoreFolder = None,
@@ -53,7 +54,7 @@ def personalise(
             bare = next(where for where, row in read if row.get("label") is None)
             raise DataError("some rows have a label, and this one has none", where=bare, mend="Give all of them one.")
         with opened(
-            name, insecure=insecure_local, store=store, threads=threads, memory_mb=memory_mb, gate=gate
+            name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate
         ) as bundle:
             labels = found_labels if found_labels and bundle.manifest.task.kind == "classification" else None
             found = bundle.personalise([row["text"] for _, row in read], labels, seed=seed, budget=budget)

@@ -24,6 +24,7 @@ from molehill_edge.commands.opening import (
     Insecure,
     Memory,
     Name,
+    Spin,
     StoreFolder,
     Threads,
     opened,
@@ -70,6 +71,7 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draws.", show_default="a new one")] = None,
     threads: Threads = None,
+    spin: Spin = None,
     memory_mb: Memory = None,
     insecure_local: Insecure = False,
     store: StoreFolder = None,
@@ -82,7 +84,7 @@ def run(
             if chat and (text or file or as_json):
                 raise BundleError("--chat goes without --text, --file and --json")
             with opened(
-                name, insecure=insecure_local, store=store, threads=threads, memory_mb=memory_mb, gate=gate,
+                name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate,
                 experts=experts,
             ) as bundle:  # fmt: skip
                 sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

@@ -50,6 +50,10 @@ def serve(
     gate: GateOption = None,
     experts: Experts = None,
     threads: Threads = None,
+    spin: Annotated[
+        bool,
+        typer.Option("--spin/--no-spin", help="Threads wait for work awake; requests at the same time share them."),
+    ] = False,
     memory_mb: Memory = None,
     insecure_local: Insecure = False,
     store: StoreFolder = None,
@@ -71,7 +75,7 @@ def serve(
         with (
             socket.create_server((place, port), family=socket.AF_INET6 if ":" in place else socket.AF_INET) as listener,
             opened(
-                name, insecure=insecure_local, store=store, threads=threads, memory_mb=memory_mb, gate=gate
+                name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate
             ) as bundle,
         ):
             models = app.Models(bundle, None if experts is None else named(experts))
