@@ -89,7 +89,6 @@ REASONS = {
     },
     "a function or an option of a verb": {
         "molehill/config/__init__.py": "load",
-        "edge/molehill_edge/commands/opening.py": "all",
         "edge/molehill_edge/commands/run.py": "temperature top_k top_p",
         "edge/molehill_export/commands/export.py": "all",
     },
