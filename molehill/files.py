@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -91,6 +92,61 @@ def write(path: Path, data: bytes | Iterable[bytes | memoryview], *, mode: int =
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside a file for others to write to: it becomes that file when the block ends well, else it goes.
+
+    Args:
+        path: The file; its folder must exist.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        with placed(path):
+            yield part
+            sync(part)
+            part.replace(path)
+            sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def placed(path: Path) -> Iterator[None]:
+    """Let an OSError say where something was written: a disk that is full does not, or names a file that has gone."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error) or not error.filename:
+            error.filename = str(path)
+        raise
+
+
+def require_room(what: str, *needed: tuple[Path, int], kind: type[MolehillError], mend: str) -> None:
+    """Refuse to begin what a disk has no room for.
+
+    Args:
+        what: What is to be written, as the subject of a sentence.
+        needed: Folders, which need not exist yet, and the bytes that go into each.
+        kind: What to raise.
+        mend: How to mend it.
+
+    Raises:
+        MolehillError: Of that kind: a disk has less free than what goes there.
+    """
+    disks: dict[int, tuple[Path, Path, int]] = {}
+    for folder, size in needed:
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        disk = there.stat().st_dev
+        first, _, before = disks.get(disk, (folder, there, 0))
+        disks[disk] = first, there, before + size
+    for folder, there, size in disks.values():
+        room = shutil.disk_usage(there)
+        if room.total and size > room.free:  # some file systems say nothing of their size
+            raise kind(
+                f"{what} needs {size:,} bytes, and {room.free:,} are free", where=str(folder.absolute()), mend=mend
+            )
+
+
 def sweep(folder: Path) -> None:
     """Remove what `write` left half done, in a folder where nobody writes, because its process was killed."""
     for path in folder.rglob(".*.part"):
@@ -159,6 +215,16 @@ def told(who: str, folder: Path) -> Iterator[None]:
 def is_full(error: OSError) -> bool:
     """Whether there is no room left, on the disk or of what this user may have of it."""
     return error.errno in {errno.ENOSPC, errno.EDQUOT}
+
+
+def cure(error: OSError, otherwise: str = "") -> str:
+    """How to mend what the system refuses.
+
+    Args:
+        error: What it says.
+        otherwise: The sentence where the disk is not full.
+    """
+    return "Make room on that disk." if is_full(error) else otherwise
 
 
 def parse_json(text: str | bytes) -> Any:

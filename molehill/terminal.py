@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from molehill import logs
+from molehill import files, logs
 from molehill.characters import harmless
 from molehill.errors import DeployError, IdentityError, MolehillError
 
@@ -51,7 +51,8 @@ def explained(as_json: bool = False) -> Iterator[None]:
 
 def _refused(error: OSError) -> DeployError:
     what = f"the system refuses it: {error.strerror or error}"
-    return DeployError(what, where=str(error.filename or ""), mend="Mend that, then try again.")
+    mend = files.cure(error, "Mend that, then try again.")
+    return DeployError(what, where=str(error.filename or ""), mend=mend)
 
 
 def _tell(error: MolehillError, as_json: bool) -> None:
@@ -75,7 +76,8 @@ def on_disk(as_json: bool = False) -> Iterator[None]:
             yield
         except OSError as error:
             where = str(error.filename or "")
-            raise IdentityError(f"cannot read or write there: {error.strerror}", where=where) from None
+            what = f"cannot read or write there: {error.strerror}"
+            raise IdentityError(what, where=where, mend=files.cure(error)) from None
 
 
 def say(text: Text, **facts: Any) -> None:

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+from molehill import files
 from molehill.errors import BundleError
 from molehill_edge import manifest as manifests
 from molehill_protos.v1.bundle_pb2 import File, Manifest
@@ -38,12 +39,13 @@ def pack(folder: Path, path: Path, *, now: float | None = None) -> Manifest:
         now: Seconds since 1970; the clock's when None.
 
     Raises:
-        BundleError: The bundle is damaged or cannot be read, or the archive cannot be written.
+        BundleError: The bundle is damaged or cannot be read, the archive cannot be written, or there is no room for it.
     """
     manifest, data = manifests.load(folder, now=now)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    size = _size(manifest, data) + _MAX_DIRECTORY
+    files.require_room("the archive", (path.parent, size), kind=BundleError, mend="Make room, or choose another place.")
     try:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        with files.replacing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(_entry(manifests.NAME, len(data)), data)
             for file in manifest.files:
                 source = folder / file.path
@@ -51,12 +53,9 @@ def pack(folder: Path, path: Path, *, now: float | None = None) -> Manifest:
                     _require(os.fstat(stream.fileno()).st_size == file.length, "is not of its length", source)
                     with archive.open(_entry(file.path, file.length), "w") as target:
                         _copy(stream, target, file, str(source))
-        part.replace(path)
     except OSError as error:
-        where = str(error.filename or path)
-        raise BundleError(f"cannot pack the bundle: {error.strerror}", where=where) from None
-    finally:
-        part.unlink(missing_ok=True)
+        what = f"cannot pack the bundle: {error.strerror or error}"
+        raise BundleError(what, where=str(error.filename or path), mend=files.cure(error)) from None
     return manifest
 
 
@@ -72,7 +71,8 @@ def unpack(path: Path, folder: Path, *, now: float | None = None) -> Manifest:
         Manifest: Of the bundle.
 
     Raises:
-        BundleError: The archive is damaged, holds anything but the files of its manifest, or its manifest is refused.
+        BundleError: The archive is damaged, holds anything but the files of its manifest, its manifest is refused, or
+            there is no room for its files.
     """
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     try:
@@ -80,8 +80,9 @@ def unpack(path: Path, folder: Path, *, now: float | None = None) -> Manifest:
         manifest = _unpack(path, part, now)
         part.replace(folder)
     except OSError as error:
-        where = str(error.filename or path)
-        raise BundleError(f"cannot unpack the archive: {error.strerror or error}", where=where, mend=_AGAIN) from None
+        what = f"cannot unpack the archive: {error.strerror or error}"
+        where = str(folder.parent if files.is_full(error) else error.filename or path)
+        raise BundleError(what, where=where, mend=files.cure(error, _AGAIN)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return manifest
@@ -99,6 +100,9 @@ def _unpack(path: Path, folder: Path, now: float | None) -> Manifest:
                 data = archive.read(entries[0])
                 manifest = manifests.read(data, f"{where}, {manifests.NAME}", now=now)
                 _check_against(manifest, entries, where)
+                wanted = (folder.parent, _size(manifest, data))
+                mend = "Make room there; if it is a temporary folder, TMPDIR in the environment names another."
+                files.require_room("what the archive holds", wanted, kind=BundleError, mend=mend)
                 (folder / manifests.NAME).write_bytes(data)
                 for file, entry in zip(manifest.files, entries[1:], strict=True):
                     target = folder / file.path
@@ -114,6 +118,11 @@ def _unpack(path: Path, folder: Path, now: float | None) -> Manifest:
                 raise
             raise BundleError("the archive is damaged, or not an archive at all", where=where, mend=_AGAIN) from None
     return manifest
+
+
+def _size(manifest: Manifest, data: bytes) -> int:
+    """Bytes of the files of a bundle, the manifest ``data`` among them."""
+    return len(data) + sum(file.length for file in manifest.files)
 
 
 def _check_directory(stream: IO[bytes], size: int, where: str) -> None:

@@ -249,7 +249,8 @@ class Bundle(View):
             gates.write(folder / _OWN_GATE, own, engine.manifest)
             files.write(folder / _STATE, json.dumps(state).encode(), mode=files.PRIVATE)
         except OSError as error:
-            raise BundleError(f"cannot write it: {error.strerror}", where=str(folder)) from None
+            what = f"cannot write it: {error.strerror}"
+            raise BundleError(what, where=str(folder), mend=files.cure(error)) from None
 
     def load_state(self, folder: Path) -> None:
         """Take up what `save_state` kept; the bundle must be as it was opened.

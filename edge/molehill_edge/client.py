@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -31,7 +30,6 @@ _LIMITS = UpdaterConfig(
     snapshot_max_length=256_000,
     targets_max_length=8_000_000,
 )
-_ROOM = 64 << 20  # bytes that a download leaves free
 _GRACE = 60.0  # seconds after which a file must have come at least at this pace
 _SLOWEST = 1024  # bytes a second
 
@@ -128,7 +126,11 @@ def _check_pace(length: int, taken: float, url: str) -> None:
 
 
 def download(
-    store: Store, client: Client, lacking: Sequence[tuple[File, TargetFile]], progress: Progress | None
+    store: Store,
+    client: Client,
+    lacking: Sequence[tuple[File, TargetFile]],
+    progress: Progress | None,
+    more: int = 0,
 ) -> None:
     """Turn files into blobs of the store, each only once all of it is there and right.
 
@@ -137,15 +139,14 @@ def download(
         client: Shows them.
         lacking: The files, each with what is signed about it.
         progress: Called with the bytes that are there and those of the whole download.
+        more: Bytes that will be written besides.
 
     Raises:
         BundleError: There is no room for them.
     """
     done, total = 0, sum(file.length for file, _ in lacking)
-    free = shutil.disk_usage(store.folder).free
-    if lacking and total + _ROOM > free:
-        what = f"the download needs {total >> 20} MiB, and {free >> 20} MiB are free"
-        raise BundleError(what, where=str(store.folder), mend="Make room, or choose another --store.")
+    if total + more:
+        store.require_room("the download", total + more)
     for file, entry in lacking:
         with store.incoming(file) as path:
             digest, length = hashlib.sha256(), 0
@@ -204,7 +205,8 @@ def refusals(url: str, stays: Callable[[], str]) -> Iterator[None]:
         raise BundleError(error.what, where=error.where, mend=mend) from None
     except OSError as error:
         what = f"cannot use the store: {error.strerror or error}"
-        raise BundleError(what, where=str(error.filename or ""), mend=stays()) from None
+        mend = f"{files.cure(error)} {stays()}".strip()
+        raise BundleError(what, where=str(error.filename or ""), mend=mend) from None
     except (tuf_errors.RepositoryError, tuf_errors.DownloadError, ValueError) as error:
         said = next(said for kind, said in _SAID if isinstance(error, kind))
         detail = (str(error).splitlines() or [""])[0][:200]

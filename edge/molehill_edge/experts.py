@@ -263,7 +263,7 @@ class RunFolder:
             raise BundleError(
                 f"cannot make a folder for other experts: {error.strerror}",
                 where=str(self.path),
-                mend="Open the bundle from a folder whose parent can be written to.",
+                mend=files.cure(error, "Open the bundle from a folder whose parent can be written to."),
             ) from None
 
     def remove(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from tuf.api.metadata import TargetFile
 from tuf.ngclient import FetcherInterface
 
+from molehill import files
 from molehill.errors import BundleError, TrustError
 from molehill_edge import fetch_experts
 from molehill_edge import manifest as manifests
@@ -75,7 +76,7 @@ def pull(
     url = _checked_url(url)
     if bundle is not None and not manifests.valid_id(bundle):
         raise BundleError(f"{bundle[:80]!r} cannot be the id of a bundle")
-    with refusals(url, lambda: _stays(store, url, bundle)), store.locked():
+    with refusals(url, lambda: _stays(store, url, bundle)), files.placed(store.folder), store.locked():
         known, pinned, new = _known(store, url, root)
         try:
             client = Client(known, url, pinned, fetcher)
@@ -136,15 +137,20 @@ def _pull(store: Store, client: Client, known: Known, bundle: str, progress: Pro
     now = Current(bundle, version, folder, digest, known.name, client.root, client.targets.version)
     same = before is not None and digest == before.manifest and _is_sound(store, bundle)
     lacking = [] if same else _lacking(store, client, manifest)
-    download(store, client, lacking, progress)
-    renewed = fetch_experts.renew(
-        store, client, manifest, progress
-    )  # before the switch: a refusal leaves all as it was
-    if same:
-        store.confirm(client.listed, now)
-    else:
-        store.install(manifest, data, client.listed, now)
-    fetch_experts.settle(store, client, bundle, renewed)
+    try:
+        download(store, client, lacking, progress, 0 if same else store.copied(manifest))
+        # before the switch: a refusal leaves all as it was
+        renewed = fetch_experts.renew(store, client, manifest, progress)
+        if same:
+            store.confirm(client.listed, now)
+        else:
+            store.install(manifest, data, client.listed, now)
+        fetch_experts.settle(store, client, bundle, renewed)
+    except OSError as error:
+        if files.is_full(error):
+            with contextlib.suppress(OSError):
+                store.collect()  # what has come so far would only keep the disk full
+        raise
     store.collect()
     size = sum(file.length for file, _ in lacking)
     came = before.version if before else None

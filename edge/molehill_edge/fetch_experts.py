@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tuf.ngclient import FetcherInterface
 
+from molehill import files
 from molehill.errors import BundleError, TrustError
 from molehill_edge import experts, offers
 from molehill_edge import manifest as manifests
@@ -161,6 +162,7 @@ def add_file(store: Store, bundle: str, path: Path) -> Added:
         others = [experts.parse(old, manifest, added.id) for added, old in given]
         _fit(store, [*others, expert], manifest, str(path))
         added = Added(expert.id, bundle, hashlib.sha256(data).hexdigest())
+        store.require_room("the expert", len(data))
         with store.incoming(_file(added, len(data))) as incoming:
             incoming.write_bytes(data)
         store.keep_expert(added, None)
@@ -237,7 +239,8 @@ def _home(store: Store, bundle: str) -> tuple[Current, Known]:
 def _shown(store: Store, bundle: str, fetcher: FetcherInterface | None) -> Iterator[tuple[Client, Current]]:
     """The newest state of the repository that a bundle is from, while nobody else changes the store."""
     current, known = _home(store, bundle)
-    with refusals(known.url, lambda: f"Bundle {bundle} stays as it was."), store.locked():
+    stays = f"Bundle {bundle} stays as it was."
+    with refusals(known.url, lambda: stays), files.placed(store.folder), store.locked():
         yield Client(known, known.url, known.pinned.read_bytes(), fetcher), current
 
 

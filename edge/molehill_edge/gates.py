@@ -141,7 +141,7 @@ def write(path: Path, gate: Gate, manifest: Manifest) -> None:
     try:
         files.write(path, data, mode=files.PRIVATE)  # it says something about its owner's texts
     except OSError as error:
-        raise BundleError(f"cannot write it: {error.strerror}", where=str(path)) from None
+        raise BundleError(f"cannot write it: {error.strerror}", where=str(path), mend=files.cure(error)) from None
 
 
 def load(path: Path, kind: str) -> tuple[dict[str, Array], dict[str, str]]:

@@ -22,6 +22,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ from molehill_protos.v1.bundle_pb2 import File, Manifest
 
 VARIABLE = "MOLEHILL_STORE"
 _PATIENCE = 10.0  # seconds that a command waits for another one at the same store
+_ROOM = 64 << 20  # bytes that what comes into the store leaves free
 _UPDATE = "Run: molehill edge update"
 
 
@@ -281,6 +283,31 @@ class Store:
             files.sync(self._blobs)
         finally:
             path.unlink(missing_ok=True)
+
+    def require_room(self, what: str, needed: int) -> None:
+        """Refuse to begin what this disk has no room for.
+
+        Args:
+            what: What is to come into the store, as the subject of a sentence.
+            needed: Its bytes.
+
+        Raises:
+            BundleError: Less is free, or so little that nothing else could be written.
+        """
+        what = f"{what}, with what stays free,"
+        mend = "Make room, or choose another --store."
+        files.require_room(what, (self.folder, needed + _ROOM), kind=BundleError, mend=mend)
+
+    def copied(self, manifest: Manifest) -> int:
+        """Bytes that `install` writes beside the blobs: those of a bundle, where the file system has no links."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".link-") as probe:
+            other = Path(f"{probe.name}-2")
+            try:
+                other.hardlink_to(probe.name)
+            except OSError:
+                return sum(file.length for file in manifest.files)
+            other.unlink()
+        return 0
 
     def install(self, manifest: Manifest, data: bytes, listed: bytes, now: Current) -> None:
         """Assemble a version from its blobs and switch to it, at once or not at all; `collect` comes after.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import time
 import unicodedata
@@ -18,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from molehill import __version__
-from molehill.errors import ConfigError, ModelError
+from molehill import __version__, files
+from molehill.errors import ConfigError, DeployError, ModelError
 from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.unwrap import unwrapped
 from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.devices import window
 from molehill.wire.keys import NO_EXPERT, Key
-from molehill_edge import gates, tensors
+from molehill_edge import archive, gates, tensors
 from molehill_edge import manifest as manifests
 from molehill_edge.manifest import BASE, EXPERTS, FORMAT, GATE, GRAPH, NAME, layout_digest
 from molehill_edge.view import DEFAULT
@@ -34,7 +35,7 @@ from molehill_export import companions
 from molehill_export import parity as parity_of
 from molehill_export.base import cache_shape, classifier, decoder, has_shared_buffer
 from molehill_export.base_quantise import BLOCK, Scheme, quantise_base
-from molehill_export.graph import External, Graph, write_weights
+from molehill_export.graph import PAGE, External, Graph, write_weights
 from molehill_export.head import cut_head
 from molehill_export.insertion import Inserted
 from molehill_export.molora import choose_slots, gate_values, insert
@@ -46,6 +47,8 @@ from molehill_protos.v1 import bundle_pb2 as pb
 
 _OLDEST_RUNTIME = "1.24"  # golden outputs were compared from there on
 _ROWS = 400  # labelled rows behind an accuracy
+_HEADER = 512  # bytes that a tensor has in the header of its file, at most
+_SMALL = 4 << 20  # bytes: the manifest, which may have 2 MiB, and configurations
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Options:
         expires: Seconds since 1970 from when on it is refused; 0 for never.
         force: Write it also when it differs too much from the original.
         rows: Labelled rows for the accuracies; those of the run when None.
+        expert_files: Folder for a file of every expert as well, see `export_experts`; none when None.
     """
 
     gates: tuple[str, ...] = (GLOBAL,)
@@ -75,6 +79,7 @@ class Options:
     expires: int = 0
     force: bool = False
     rows: Path | None = None
+    expert_files: Path | None = None
 
     @property
     def blocks(self) -> int:
@@ -85,11 +90,11 @@ class Options:
 def export(
     source: Source, out: Path, options: Options | None = None, *, progress: Callable[[str], None] = lambda _: None
 ) -> pb.Manifest:
-    """Write a bundle folder, whole or not at all.
+    """Write a bundle, whole or not at all.
 
     Args:
         source: What to export.
-        out: The folder; must not exist, or be empty.
+        out: A folder, which must not exist, or be empty; or, with the suffix .molehill, one file of it all.
         options: What goes in.
         progress: Told what is done next.
 
@@ -99,18 +104,26 @@ def export(
     Raises:
         BundleError: The bundle differs too much from the original.
         ConfigError: An option does not fit the run.
+        DeployError: There is no room for it.
         ModelError: The base or this kind of experts cannot be exported.
+        OSError: The disk is full all the same, or fails.
     """
     options = options or Options()
     _check(source, out, options)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with files.placed(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
-        manifest = _write(source, folder, options, progress)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        manifest = _write(source, folder, out, options, progress)
+        if out.suffix == archive.SUFFIX:
+            progress("Packing")
+            archive.pack(folder, out)
+        else:
+            if out.exists():
+                out.rmdir()
+            folder.rename(out)
+    if options.expert_files is not None:
+        export_experts(source, options.expert_files, options.gates[0])
     return manifest
 
 
@@ -121,20 +134,39 @@ def export_experts(source: Source, folder: Path, gate: str = GLOBAL) -> list[Pat
         source: The run.
         folder: Created when missing.
         gate: Whose router the rows for the experts are from.
+
+    Raises:
+        DeployError: There is no room for them.
+        OSError: The disk is full all the same, or fails.
     """
+    _require_room((folder, _size_of_experts(source)))
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for expert in source.model.experts:
-        if not expert.startswith("shared"):
-            path = folder / f"{expert}.expert.safetensors"
-            about = {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest}
-            tensors.write(path, _expert(source, expert, gate), about)
-            written.append(path)
-    return written
+    with files.placed(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".experts.") as scratch:
+        written = []
+        for expert in source.model.experts:
+            if not expert.startswith("shared"):
+                path = Path(scratch) / f"{expert}.expert.safetensors"
+                about = {"format": "1", "kind": "expert", "id": expert, "base": source.base.digest}
+                tensors.write(path, _expert(source, expert, gate), about)
+                written.append(path)
+        return [path.replace(folder / path.name) for path in written]  # all, or none of them
+
+
+def _size_of_experts(source: Source) -> int:
+    """Bytes that the files of all routed experts have at most."""
+    model = source.model
+    own = model.layout.where(lambda key: key.site != "head" and not key.expert.startswith("shared"))
+    patches = sum(value.numel() for site in model.sites.values() for value in site.bank.buffers())
+    return 4 * (own.size + patches) + _HEADER * len(own)
+
+
+def _require_room(*needed: tuple[Path, int]) -> None:
+    mend = "Make room, or write to another disk."
+    files.require_room("the export", *needed, kind=DeployError, mend=mend)
 
 
 def _check(source: Source, out: Path, options: Options) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (out.suffix == archive.SUFFIX or not out.is_dir() or any(out.iterdir())):
         raise ConfigError("there is something already", where=str(out), mend="Choose another --out.")
     routers = [group.router for group in source.model.routers.values()]
     if source.task.kind == "causal-lm" and not all(router.selector.causal for router in routers):
@@ -162,7 +194,7 @@ def _check(source: Source, out: Path, options: Options) -> None:
         raise ConfigError("the bundle would have expired already", where="--expires")
 
 
-def _write(source: Source, folder: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
+def _write(source: Source, folder: Path, out: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
     causal = source.task.kind == "causal-lm"
     progress("Tracing the base")
     graph = traced(source).copy()
@@ -192,6 +224,10 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
         manifest.gate.extend(inserted.gate)
         manifest.layout = layout_digest(manifest)
         size = sum(value.nbytes for value in graph.tensors.values())
+        _require_room(
+            (out.parent, _size(source, graph, inserted, options) * (2 if out.suffix == archive.SUFFIX else 1)),
+            *([] if options.expert_files is None else [(options.expert_files, _size_of_experts(source))]),
+        )
         progress(f"Writing {size / 1e6:,.0f} MB to {folder.parent}, which goes when the bundle is whole")
         _files(graph, model, inserted, manifest, options.gates[0], folder)
     for gate in options.gates[1:]:
@@ -224,6 +260,14 @@ def _write(source: Source, folder: Path, options: Options, progress: Callable[[s
     manifests.read(data, str(folder / NAME))  # what a device will say of it
     (folder / NAME).write_bytes(data)
     return manifest
+
+
+def _size(source: Source, graph: Graph, inserted: Inserted, options: Options) -> int:
+    """Bytes of a bundle at most."""
+    weights = sum(value.nbytes + PAGE for value in graph.tensors.values())
+    further = (len(options.gates) - 1) * sum(4 * math.prod(tensor.shape) + _HEADER for tensor in inserted.gate)
+    beside = len(source.tokenizer.backend_tokenizer.to_str().encode()) + sum(node.ByteSize() for node in graph.nodes)
+    return weights + further + beside + _SMALL
 
 
 def traced(source: Source) -> Graph:

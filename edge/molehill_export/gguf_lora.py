@@ -8,7 +8,6 @@ readers scale by 1.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import gguf
 import numpy as np
 
 from molehill import files
-from molehill.errors import BundleError, ConfigError, ModelError
+from molehill.errors import BundleError, ConfigError, DeployError, ModelError
 from molehill.molora.banks import PairBank
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
@@ -29,6 +28,7 @@ from molehill_export.stacks import expert_tensors
 from molehill_export.static import Fixed, fix
 
 _ROWS = 128  # of a client's, to take the mean over
+_HEADER = 512  # bytes of the file that are no numbers, for each tensor and for the whole, at most
 _FLOOR = FLOORS["int4"]  # what a fixed mixture may change at most, as for bundles
 
 
@@ -99,7 +99,9 @@ def export_lora(source: Source, out: Path, wanted: Wanted) -> Written:
     Raises:
         BundleError: A fixed mixture differs too much from the routed model.
         ConfigError: The run is no causal LM, or what is wanted makes no sense for it.
+        DeployError: There is no room for it.
         ModelError: llama.cpp has no LoRA for such experts or such a base.
+        OSError: The disk is full all the same, or fails.
     """
     if source.task.kind != "causal-lm":
         raise ConfigError("llama.cpp reads adapters of causal language models only", where="--gguf")
@@ -229,8 +231,10 @@ def _turned(b: Array, name: str, heads: int, key_heads: int) -> Array:
 
 
 def _write(source: Source, out: Path, factors: Mapping[str, tuple[Array, Array]], rank: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="molehill-gguf-") as scratch:
-        path = Path(scratch) / "lora.gguf"
+    size = sum(4 * rank * (a.shape[1] + len(b)) + 2 * _HEADER for a, b in factors.values()) + _HEADER
+    mend = "Make room, or write to another disk."
+    files.require_room("the LoRA", (out.parent, size), kind=DeployError, mend=mend)
+    with files.replacing(out) as path:
         writer = gguf.GGUFWriter(path, _FAMILIES[source.text.model_type].architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(source.name)
@@ -240,11 +244,12 @@ def _write(source: Source, out: Path, factors: Mapping[str, tuple[Array, Array]]
             more = rank - len(a)
             writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(np.pad(a, ((0, more), (0, 0))), np.float32))
             writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(np.pad(b, ((0, 0), (0, more))), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        files.write(out, path.read_bytes())
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
 
 
 def _those(experts: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from molehill_export.deferred import Weight
 
 MICROSOFT = "com.microsoft"
-_PAGE = 4096  # external tensors begin on a page, so that the runtime can map them
+PAGE = 4096  # external tensors begin on a page, so that the runtime can map them
 _INLINE = 1024  # bytes; smaller tensors stay in the graph
 
 
@@ -269,7 +269,7 @@ def write_weights(tensors: Mapping[str, Weight], path: Path) -> dict[str, Extern
             view = data.reshape(-1).view(np.uint8).data  # no copy
             key = hashlib.sha256(view).hexdigest()
             if key not in known:
-                file.write(b"\0" * (-file.tell() % _PAGE))
+                file.write(b"\0" * (-file.tell() % PAGE))
                 known[key] = External(path.name, file.tell(), data.nbytes)
                 file.write(view)
             places[name] = known[key]

@@ -34,6 +34,7 @@ from molehill_export.metadata import Lifetimes, SignedFolder, State
 from molehill_protos.v1.bundle_pb2 import Manifest
 
 _CHUNK = 1 << 20
+_ROOM = 32 << 20  # bytes for what is signed: the list of bundles has 8 MB at most, and its older versions stay
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Repository:
 
         Raises:
             BundleError: The bundle is damaged or expired, or not newer than the one that is published; or an expert is
-                damaged or does not fit.
+                damaged or does not fit; or there is no room for them.
             TrustError: The repository is damaged, or other keys have signed it.
             IdentityError: A key is missing or cannot be read.
         """
@@ -116,6 +117,7 @@ class Repository:
             elif not experts:
                 state.resign |= {Targets.type, *state.bins}
             offered = self._offered(state, made, experts, fits)  # all is checked before anything is written
+            self._require_room(made if changed else None, experts)
             if changed:
                 assert made is not None
                 count, size = self._add(state, folder, made, data)
@@ -184,6 +186,19 @@ class Repository:
             mend = "Put back a copy of the repository."
             raise TrustError("a published manifest is lost or damaged", where=str(path), mend=mend) from None
         return Manifest.FromString(known)
+
+    def _require_room(self, made: Manifest | None, experts: Sequence[Path]) -> None:
+        """Refuse to copy what there is no room for; what the repository has already is not copied.
+
+        Raises:
+            BundleError: There is none.
+        """
+        found = [] if made is None else made.files
+        entries = [TargetFile(file.length, {"sha256": file.sha256.hex()}, blob_target(file)) for file in found]
+        size = sum(entry.length for entry in entries if not self._stored(entry).is_file())
+        size += sum(path.stat().st_size for path in experts)
+        what, mend = "the publication", "Make room there, or move the repository."
+        files.require_room(what, (self.folder, size + _ROOM), kind=BundleError, mend=mend)
 
     def _offered(
         self, state: State, made: Manifest | None, experts: Sequence[Path], fits: str | None
@@ -259,8 +274,9 @@ class Repository:
                 finally:
                     part.unlink(missing_ok=True)
         except OSError as error:
-            where = str(error.filename or source)
-            raise BundleError(f"cannot copy a file of the bundle: {error.strerror}", where=where) from None
+            what = f"cannot copy a file of the bundle: {error.strerror}"
+            where = str(self.folder if files.is_full(error) else error.filename or source)
+            raise BundleError(what, where=where, mend=files.cure(error)) from None
         files.sync(path.parent)
         return True
 

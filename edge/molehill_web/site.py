@@ -64,19 +64,21 @@ def of_bundle(admitted: Admitted, out: Path, vendor: Path | None = None) -> Writ
         vendor: Of the libraries' archives, see `molehill_web.vendor.parts`.
 
     Raises:
-        BundleError: The folder is that of a bundle.
+        BundleError: The folder is that of a bundle, or there is no room in it.
         DeployError: A library is not to be had.
     """
     libraries = list(parts(vendor))
     data = (admitted.folder / manifests.NAME).read_bytes()
     about = {"bundle": admitted.manifest.id, "manifest": hashlib.sha256(data).hexdigest()}
-    _make(out)
-    place = out / BUNDLE
-    shutil.rmtree(place, ignore_errors=True)
-    for name in (manifests.NAME, *(file.path for file in admitted.manifest.files)):
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(admitted.folder / name, place / name)
     size = len(data) + sum(file.length for file in admitted.manifest.files)
+    _make(out, libraries, size)
+    with files.placed(out), tempfile.TemporaryDirectory(dir=out, prefix=f".{BUNDLE}.") as scratch:
+        place = Path(scratch) / BUNDLE
+        for name in (manifests.NAME, *(file.path for file in admitted.manifest.files)):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(admitted.folder / name, place / name)
+        shutil.rmtree(out / BUNDLE, ignore_errors=True)
+        place.rename(out / BUNDLE)
     count, length = _write(out, about, {}, libraries)
     return Written(out, out, admitted.manifest, signed=False, files=count, bytes=length + size)
 
@@ -92,14 +94,14 @@ def of_repository(bundle: str, repository: Path, root: Path, out: Path, vendor: 
         vendor: As for `of_bundle`.
 
     Raises:
-        BundleError: The repository has no such bundle, or the folder is that of one.
+        BundleError: The repository has no such bundle, the folder is that of one, or there is no room in it.
         TrustError: What the repository shows is not signed by the keys of this root.
         DeployError: A library is not to be had.
     """
     pinned = read_root(root)
     manifest = _shown(bundle, repository, pinned)
     libraries = list(parts(vendor))
-    _make(out)
+    _make(out, libraries, 0)
     way = os.path.relpath(repository.resolve(), out.resolve()).replace(os.sep, "/") + "/"
     count, length = _write(out, {"bundle": bundle, "repository": way}, {"root.json": pinned}, libraries)
     serve = Path(os.path.commonpath([repository.resolve(), out.resolve()]))
@@ -129,9 +131,13 @@ def _shown(bundle: str, repository: Path, pinned: bytes) -> Manifest:
         return manifests.read(read_manifest(client, entry), where)
 
 
-def _make(out: Path) -> None:
+def _make(out: Path, libraries: Sequence[Part], more: int) -> None:
+    """Make the folder of a page that has ``more`` bytes beside libraries and its own files."""
     if (out / manifests.NAME).exists():
         raise BundleError("this is the folder of a bundle", where=str(out), mend="Name another one for the page.")
+    own = sum(path.stat().st_size for path in PAGE.rglob("*") if path.is_file())
+    size = more + own + sum(len(part.data) for part in libraries)
+    files.require_room("the page", (out, size), kind=BundleError, mend="Make room, or choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
+import re
+import shutil
 import tempfile
+from types import SimpleNamespace
 
 import edge_export
 import numpy as np
@@ -14,8 +19,11 @@ import tiny_models
 import tiny_world
 import torch
 import transformers
+from typer.testing import CliRunner
 
 from molehill import config
+from molehill.cli import app
+from molehill.errors import DeployError
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.build import wrap
 from molehill.tasks.base_model import load_base
@@ -23,7 +31,7 @@ from molehill.tasks.weights import look_up
 from molehill_export import base_quantise, parity
 from molehill_export.base import decoder
 from molehill_export.deferred import Deferred
-from molehill_export.export import Options, export
+from molehill_export.export import Options, export, export_experts
 from molehill_export.source import open_source
 from molehill_export.trace import quiet
 
@@ -109,6 +117,52 @@ def test_an_export_that_is_broken_off_leaves_nothing(adapter, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         export(source, tmp_path / "out" / "bundle", Options(force=True), progress=stop)
     assert [path.name for path in tmp_path.rglob("*")] == ["tmp", "out"]
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=0))
+        yield
+
+
+def test_what_there_is_no_room_for_is_not_written(adapter, tmp_path, monkeypatch):
+    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=True)
+
+    def needed(name, **options):
+        with full_disk(monkeypatch), pytest.raises(DeployError) as caught:
+            export(source, tmp_path / name, Options(scheme="int4", force=True, **options))
+        assert not list(tmp_path.iterdir())
+        words = rf"{tmp_path}: the export needs ([\d,]+) bytes, and 0 are free\. Make room, or write to another disk\."
+        return int(re.fullmatch(words, str(caught.value))[1].replace(",", ""))
+
+    one, files, both = needed("b"), needed("b.molehill"), needed("b", expert_files=tmp_path / "e")
+    export(source, tmp_path / "b", Options(scheme="int4", force=True, expert_files=tmp_path / "e"))
+    bundle, experts = (sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("b", "e"))
+    assert files == 2 * one
+    assert bundle < one < bundle + (8 << 20)
+    assert experts < both - one < 2 * experts
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == [f"e{i}.expert.safetensors" for i in range(3)]
+    with full_disk(monkeypatch), pytest.raises(DeployError, match=f"{tmp_path / 'f'}: the export needs"):
+        export_experts(source, tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_disk_that_is_full_before_its_time_is_told_and_left_as_it_was(adapter, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    words = ["export", str(adapter / "adapter"), "--base", str(adapter / "base"), "--out", str(tmp_path / "b")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 11
+    said = f"error: {tmp_path / 'b'}: the system refuses it: No space left on device. Make room on that disk."
+    assert done.stderr.strip() == said
+    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=True)
+    with pytest.raises(OSError, match="No space left") as caught:
+        export_experts(source, tmp_path / "e")
+    assert caught.value.filename == str(tmp_path / "e")
+    assert [path.name for path in tmp_path.rglob("*")] == ["e"]
 
 
 def test_texts_at_once_are_answered_as_one_by_one(adapter, monkeypatch):

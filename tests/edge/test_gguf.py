@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
 import gguf
 import llama_gguf
@@ -121,11 +124,13 @@ def test_an_expert_is_what_peft_makes_of_its_folder(base, tmp_path, family, turn
         assert np.abs(change).max() > 0.01
 
 
-def test_an_expert_of_a_run_is_what_peft_makes_of_its_folder(run, base, tmp_path):
+def test_an_expert_of_a_run_is_what_peft_makes_of_its_folder(run, base, tmp_path, monkeypatch):
     words = ["export", str(run), "--gguf", str(tmp_path / "e1.gguf"), "--expert", "e1", "--json"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["experts"] == ["e1"]
+    size = (tmp_path / "e1.gguf").stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["e1.gguf"]
     _, found = read(tmp_path / "e1.gguf")
     want = dict(stored(*item) for item in of_peft(run / "adapter/experts/e1", base).items())
     assert found.keys() == want.keys()
@@ -134,6 +139,13 @@ def test_an_expert_of_a_run_is_what_peft_makes_of_its_folder(run, base, tmp_path
     first = (tmp_path / "e1.gguf").read_bytes()
     assert CliRunner().invoke(app, words).exit_code == 0
     assert (tmp_path / "e1.gguf").read_bytes() == first
+    (tmp_path / "e1.gguf").unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=size - 1))
+    done = CliRunner().invoke(app, words[:-1])
+    assert done.exit_code == 11
+    needs = rf"error: {tmp_path}: the LoRA needs ([\d,]+) bytes, and {size - 1:,} are free\. Make room"
+    assert size <= int(re.match(needs, done.stderr)[1].replace(",", "")) < size + 32_000
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gate_is_the_mean_of_what_its_routers_say(run, tmp_path):

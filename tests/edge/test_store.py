@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -260,9 +262,42 @@ def test_a_file_system_without_links(empty, monkeypatch):
 
 
 def test_no_room(empty, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    with pytest.raises(BundleError, match="the download needs 0 MiB, and 1 MiB are free"):
+    size = sum(map(len, FILES.values()))
+    room = SimpleNamespace(total=1 << 30, free=(64 << 20) + size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    need = rf"store: the download, with what stays free, needs {(64 << 20) + size:,} bytes, and {room.free:,} are free"
+    with pytest.raises(BundleError, match=need):
         empty.pull(root=empty.root)
+    assert not (empty.store.folder / "blobs").exists()
+    room.free += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+        with pytest.raises(BundleError, match=f"needs {(64 << 20) + 2 * size:,} bytes"):  # it would be there twice
+            empty.pull(root=empty.root)
+    empty.pull(root=empty.root)
+    assert empty.opened() == 1
+
+
+def test_a_disk_that_is_full_before_its_time(empty, monkeypatch):
+    """Others write there as well: nothing of the download stays to keep it full."""
+    sync, home = os.fsync, empty.store.folder
+
+    def full(handle):
+        if list(home.glob("partial/*")) and list(home.glob("blobs/sha256/*")):  # at the second file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(BundleError) as caught:
+            empty.pull(root=empty.root)
+    said = "cannot use the store: No space left on device. Make room on that disk. Nothing was installed."
+    assert str(caught.value) == f"{home}: {said}"
+    assert not [
+        path for name in ("partial", "blobs", "bundles") for path in home.glob(f"{name}/**/*") if path.is_file()
+    ]
+    empty.pull(root=empty.root)
+    assert empty.opened() == 1
 
 
 def test_two_at_one_store(world, monkeypatch):

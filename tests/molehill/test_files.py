@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +67,42 @@ def test_a_full_disk_says_which_file(tmp_path):
         files.write(tmp_path / "x", full())
     assert caught.value.filename == str(tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_what_others_write_is_there_whole_or_not_at_all(tmp_path, number):
+    path = tmp_path / "x"
+    with files.replacing(path) as part:
+        part.write_bytes(b"one")
+        assert not path.exists()
+
+    def fail():
+        with files.replacing(path) as part:
+            part.write_bytes(b"two")
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        fail()
+    assert caught.value.filename == str(path)
+    assert files.cure(caught.value, "Mend it.") == ("Make room on that disk." if number == errno.ENOSPC else "Mend it.")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("x", b"one")]
+
+
+def test_what_there_is_no_room_for_is_not_begun(tmp_path, monkeypatch):
+    room, asked = SimpleNamespace(total=1000, free=300), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or room)
+
+    def begin(*needed):
+        files.require_room("the thing", *needed, kind=DeployError, mend="Make room.")
+
+    begin((tmp_path / "a" / "b", 300))
+    begin((tmp_path, 300), (Path("/proc"), 300))  # each on a disk of its own
+    assert asked == [tmp_path, tmp_path, Path("/proc")]
+    with pytest.raises(DeployError) as caught:
+        begin((tmp_path / "a", 1_000_000), (tmp_path, 1))
+    assert str(caught.value) == f"{tmp_path / 'a'}: the thing needs 1,000,001 bytes, and 300 are free. Make room."
+    room.total = 0  # a file system that does not say
+    begin((tmp_path, 301))
 
 
 def test_json_without_end_is_a_value_error():

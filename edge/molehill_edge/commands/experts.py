@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from molehill import files
 from molehill.errors import BundleError, ConfigError
 from molehill.extras import needs
 from molehill.terminal import Json, explained, print_json, show_table
@@ -146,7 +147,8 @@ def _opened(folder: Path | None, as_json: bool) -> Iterator[Store]:
             yield held
         except OSError as error:
             what = f"cannot use the store: {error.strerror or error}"
-            raise BundleError(what, where=str(error.filename or held.folder), mend="Choose another --store.") from None
+            mend = files.cure(error, "Choose another --store.")
+            raise BundleError(what, where=str(error.filename or held.folder), mend=mend) from None
 
 
 def told(added: Added) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from molehill_protos.v1.bundle_pb2 import Manifest
 
 EXTRA = "export"
-SUFFIX = ".molehill"
 
 
 def export(
@@ -88,14 +86,10 @@ def export(
         if expert is not None:
             raise ConfigError("--expert goes with --gguf", mend="Choose those of a bundle with --experts.")
         with needs(EXTRA):
-            from molehill_edge import archive
-            from molehill_export.export import Options, export_experts
+            from molehill_export.export import Options
             from molehill_export.export import export as write
             from molehill_export.source import open_source
 
-        one_file = out.suffix == SUFFIX
-        if one_file and out.exists():
-            raise ConfigError("there is something already", where=str(out), mend="Choose another --out.")
         options = Options(
             gates=tuple(gate or ("global",)),
             scheme=quantize,
@@ -107,24 +101,13 @@ def export(
             expires=0 if expires is None else int(expires.replace(tzinfo=UTC).timestamp()),
             force=force,
             rows=rows,
+            expert_files=expert_files,
         )
         console = Console(stderr=True, quiet=as_json)
         try:
             with console.status("Loading the model") as status:
                 found = open_source(source, base, state, streamed=True)
-
-                def progress(step: str) -> None:
-                    status.update(step)
-
-                if one_file:
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-                        manifest = write(found, Path(scratch) / "bundle", options, progress=progress)
-                        archive.pack(Path(scratch) / "bundle", out)
-                else:
-                    manifest = write(found, out, options, progress=progress)
-                if expert_files is not None:
-                    export_experts(found, expert_files, options.gates[0])
+                manifest = write(found, out, options, progress=status.update)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         told = _told(manifest)
