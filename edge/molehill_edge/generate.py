@@ -332,10 +332,19 @@ class Stream(Iterator[str]):
         self._pieces = self._draw(cache, list(ids), current, most)
 
     def __next__(self) -> str:
+        while not (piece := self.step()):
+            if piece is None:
+                raise StopIteration
+        return piece
+
+    def step(self) -> str | None:
+        """Draw one token: the text that it completes, which may be none; None after the last.
+
+        Raises:
+            BundleError: The graph cannot be computed.
+        """
         try:
-            return next(self._pieces)
-        except StopIteration:
-            raise
+            return next(self._pieces, None)
         except BaseException:  # also Ctrl-C: what came so far is the answer
             self._finish()
             raise
@@ -371,8 +380,7 @@ class Stream(Iterator[str]):
                 break
             piece = self._stops.push(self._text.push(token))
             self._note(piece, drawn, "stop" if self._stops.hit else "length")
-            if piece:
-                yield piece
+            yield piece
             if self._stops.hit:
                 break
         if not self._stops.hit:

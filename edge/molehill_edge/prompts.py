@@ -5,6 +5,7 @@ What comes before an answer is what training saw there: `molehill.tasks.causal_l
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from molehill_protos.v1.bundle_pb2 import Generation
 
 Message = dict[str, str]
 _LONGEST = 4 << 20  # characters that a chat template may write
+_FRAMES = 64  # shapes of conversations that are remembered: a server sees ever new ones
 Messages = Sequence[Message]
 
 
@@ -39,7 +41,7 @@ class Prompts:
         self.special = not generation.template  # a template writes its own special tokens
         self._where = where
         self._names = {"bos_token": generation.bos_token, "eos_token": generation.eos_token}
-        self._frames: dict[tuple[str, ...], list[str]] = {}
+        self._frame = functools.lru_cache(_FRAMES)(self._framed)
         self._template = None
         if generation.template:
             environment = ImmutableSandboxedEnvironment(
@@ -94,17 +96,17 @@ class Prompts:
             return f"{intro}### Instruction:\n{instruction}{about}\n\n### Response:\n"
         return self.before_answer([{"role": "user", "content": f"{instruction}\n\n{context}".strip()}])
 
-    def _frame(self, roles: tuple[str, ...]) -> list[str]:
+    def _framed(self, roles: tuple[str, ...]) -> list[str]:
         """What the template writes before, between and after messages of these roles."""
-        if roles not in self._frames:
-            marks = [f"<mark {i} of {len(roles)}>" for i in range(len(roles))]
-            rest = self._render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
-            frame = []
-            for mark in marks:
-                before, _, rest = rest.partition(mark)
-                frame.append(before)
-            self._frames[roles] = [*frame, rest]
-        return self._frames[roles]
+        marks = [f"<mark {i} of {len(roles)}>" for i in range(len(roles))]
+        text = self._render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
+        frame, at = [], 0
+        for mark in marks:
+            found = text.find(mark, at)
+            end = found if found >= 0 else len(text)
+            frame.append(text[at:end])
+            at = end + len(mark)
+        return [*frame, text[at:]]
 
     def _render(self, messages: Messages, *, prompt: bool = False) -> str:
         assert self._template is not None

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 
+import anyio
 import edge_graphs
 import httpx
 import openai
 import pytest
 
 from molehill_edge.bundle import Bundle
+from molehill_edge.serving import replies
 from molehill_edge.trust import InsecureLocal
 
 KEY = "a-key-of-32-letters-and-more-than"
@@ -228,14 +230,21 @@ ASK = {"model": "tiny-causal", "messages": HELLO}
         ({"seed": -1}, 400, "seed"),
         ({"stop": ["a", 1]}, 400, "stop"),
         ({"stop": list("abcde")}, 400, "stop"),
+        ({"stop": 0}, 400, "stop"),
+        ({"stop": ""}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, 400, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, 400, "stream_options"),
+        ({"stream": True, "stream_options": []}, 400, "stream_options"),
         ({"n": 2}, 400, "n"),
+        ({"n": True}, 400, "n"),
+        ({"logprobs": 0}, 400, "logprobs"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"temprature": 1}, 400, "temprature"),
+        ({"half \ud800": 1}, 400, "half \ud800"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_name_of_the_field(talk, change, status, field):
@@ -245,6 +254,13 @@ def test_what_cannot_be_done_is_refused_with_the_name_of_the_field(talk, change,
     assert (found.status_code, said["param"]) == (status, field)
     assert said["type"] == "invalid_request_error"
     assert said["message"]
+
+
+def test_an_answer_of_no_said_length_is_as_long_as_fits(talk):
+    client = talk.client()
+    for prompt, most in (("x", 64), ("x" * 240, 16)):
+        found = client.completions.create(model="tiny-causal", prompt=prompt, temperature=0)
+        assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", most)
 
 
 def test_what_changes_nothing_may_be_asked_for(talk):
@@ -294,6 +310,17 @@ def test_classes(reviews, folder):
         client.chat.completions.create(model="tiny-classifier", messages=HELLO)
 
 
+def free(client, asked):
+    """Wait until there is a place."""
+    end = time.monotonic() + 20
+    while True:
+        try:
+            return client.completions.create(**asked)
+        except openai.InternalServerError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 def test_a_key_a_full_room_and_a_quiet_end(folder):
     """One place, nobody waits: who comes meanwhile is turned away, until the first has gone."""
     server = Server(
@@ -312,15 +339,12 @@ def test_a_key_a_full_room_and_a_quiet_end(folder):
         client.completions.create(**short)
     assert (caught.value.status_code, caught.value.body["code"]) == (503, "overloaded")
     stream.close()
-    end = time.monotonic() + 20
-    while True:
-        try:
-            client.completions.create(**short)
-        except openai.InternalServerError:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        else:
-            break
+    free(client, short)
+    silent = {**long, "temperature": 0}  # soon its bytes are no characters any more: there is nothing to send
+    stream = client.completions.create(**silent, max_tokens=20000, stream=True)
+    next(stream)
+    stream.close()
+    free(client, short)
     with client.completions.create(**long, max_tokens=300, stream=True) as stream:
         next(stream)
         server.process.send_signal(signal.SIGTERM)
@@ -329,6 +353,53 @@ def test_a_key_a_full_room_and_a_quiet_end(folder):
     assert (server.process.returncode, said.count("Traceback")) == (0, 0)
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(server.root.rpartition(":")[2])), 1)
+
+
+def test_answers_that_the_end_of_the_server_cuts_say_so(folder):
+    """The second signal leaves them no time."""
+    server = Server(folder, "long", "--max-tokens", "20000")
+    asked = {"model": "tiny-causal", "prompt": "x", "temperature": 0, "max_tokens": 20000}
+    whole = []
+    thread = threading.Thread(
+        target=lambda: whole.append(httpx.post(f"{server.url}/completions", json=asked, timeout=60))
+    )
+    thread.start()
+    with httpx.stream("POST", f"{server.url}/completions", json={**asked, "stream": True}, timeout=60) as answer:
+        events = answer.iter_lines()
+        next(events)
+        time.sleep(0.3)  # both are computed
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGINT)
+        *_, last = filter(None, events)
+    thread.join()
+    _, said = server.process.communicate(timeout=30)
+    assert (server.process.returncode, said.count("Traceback")) == (0, 0)
+    assert whole[0].status_code == 503
+    for document in (json.loads(last.removeprefix("data: ")), whole[0].json()):
+        assert (document["error"]["type"], document["error"]["code"]) == ("server_error", "server_ends")
+
+
+def test_events_are_closed_before_their_reader_is_let_go():
+    closed = []
+
+    async def events():
+        try:
+            yield b"one"
+            yield b"two"
+        finally:
+            closed.append(True)
+
+    async def stuck(message):
+        if message.get("body") == b"one":
+            await anyio.sleep_forever()
+
+    async def main():
+        with anyio.move_on_after(0.05):
+            await replies.Events(events())({"type": "http"}, anyio.sleep_forever, stuck)
+        return list(closed)
+
+    assert anyio.run(main) == [True]
 
 
 @pytest.mark.parametrize(

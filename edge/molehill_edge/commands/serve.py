@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molehill import address
+from molehill.characters import harmless
 from molehill.errors import ConfigError
 from molehill.extras import needs
 from molehill.terminal import explained
@@ -80,7 +81,7 @@ def serve(
         ):
             models = app.Models(bundle, None if experts is None else named(experts))
             where = address.join(place, listener.getsockname()[1])
-            typer.echo(f"http://{where}/v1 answers as {', '.join(models.names)}")
+            typer.echo(f"http://{where}/v1 answers as {harmless(', '.join(models.names))}")
             _run(app.make(models, limits, key), listener, at_once + queue + _IDLE)
 
 

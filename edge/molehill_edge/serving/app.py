@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,14 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from molehill.errors import BundleError
 from molehill_edge import classify
 from molehill_edge.bundle import Bundle
 from molehill_edge.gates import Gate
-from molehill_edge.generate import Cache, Stream
+from molehill_edge.generate import ANSWER, Cache, Stream
 from molehill_edge.serving import replies
 from molehill_edge.serving import requests as asks
 from molehill_edge.serving.guard import HEALTH, Guard
@@ -152,9 +153,11 @@ class Paths:
         def begin() -> Begun:
             chat = view.chat(**asked.sampling)
             chat.messages = before
-            chat.cache = self._caches.take(chat.encode(last["content"]), view)
+            ids = chat.encode(last["content"])
+            most = self._longest(asked, view, ids)
+            chat.cache = self._caches.take(ids, view)
             with self._caches.back_unless_begun(chat.cache):
-                return chat.cache, [chat.stream(last["content"], max_new_tokens=asked.most, stop=asked.stop)]
+                return chat.cache, [chat.stream(last["content"], max_new_tokens=most, stop=asked.stop)]
 
         return Turn(self._room, lambda: self._written(asked, begin, "messages"))
 
@@ -166,10 +169,14 @@ class Paths:
         view = self._models.find(asked.model, "causal-lm")
 
         def begin() -> Begun:
-            options = {**asked.sampling, "max_new_tokens": asked.most, "stop": asked.stop}
-            cache = self._caches.take(view.encode(prompts[0], raw=True), view)
+            read = [view.encode(prompt, raw=True) for prompt in prompts]
+            options = {**asked.sampling, "raw": True, "stop": asked.stop}
+            cache = self._caches.take(read[0], view)
             with self._caches.back_unless_begun(cache):
-                return cache, [view.stream(prompt, raw=True, cache=cache, **options) for prompt in prompts]
+                return cache, [
+                    view.stream(prompt, max_new_tokens=self._longest(asked, view, ids), cache=cache, **options)
+                    for prompt, ids in zip(prompts, read, strict=True)
+                ]
 
         return Turn(self._room, lambda: self._written(asked, begin, "prompt"))
 
@@ -193,6 +200,11 @@ class Paths:
 
         return Turn(self._room, answer)
 
+    def _longest(self, asked: Asked, view: View, ids: Sequence[int]) -> int:
+        """Tokens of the answer to a prompt: as many as were asked for, or else some that fit."""
+        left = view.manifest.task.max_length - len(ids)
+        return asked.most or max(1, min(ANSWER, self._limits.answer, left))
+
     async def _written(self, asked: Asked, begin: Callable[[], Begun], field: str) -> Response:
         """Texts, in pieces or whole.
 
@@ -207,8 +219,7 @@ class Paths:
         shape = replies.Shape(asked.model, chat=field == "messages")
         cache, streams = await to_thread.run_sync(_begun, begin, field)
         if asked.stream:
-            events, headers = self._until_done(cache, _events(asked, streams, shape)), {"Cache-Control": "no-cache"}
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return replies.Events(self._until_done(cache, _events(asked, streams, shape)))
         try:
             for stream in streams:
                 async for _ in _pieces(stream):
@@ -217,11 +228,12 @@ class Paths:
             self._caches.give(cache)
         return replies.Json(shape.whole([stream.answer for stream in streams]))
 
-    async def _until_done(self, cache: Cache, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _until_done(self, cache: Cache, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """Events, after which a cache is free again."""
         try:
-            async for event in events:
-                yield event
+            async with aclosing(events):
+                async for event in events:
+                    yield event
         finally:
             self._caches.give(cache)
 
@@ -252,14 +264,15 @@ def _begun(begin: Callable[[], Begun], field: str) -> Begun:
         return begin()
 
 
-async def _events(asked: Asked, streams: Sequence[Stream], shape: replies.Shape) -> AsyncIterator[bytes]:
+async def _events(asked: Asked, streams: Sequence[Stream], shape: replies.Shape) -> AsyncGenerator[bytes]:
     """The answers as events. The head of the response has gone, so what fails is an event too."""
     try:
         if first := shape.begin():
             yield first
         for index, stream in enumerate(streams):
-            async for piece in _pieces(stream):
-                yield shape.piece(index, piece)
+            async with aclosing(_pieces(stream)) as pieces:
+                async for piece in pieces:
+                    yield shape.piece(index, piece)
             yield shape.end(index, stream.answer)
     except RefusedError as error:
         yield replies.event(replies.told(error))
@@ -269,18 +282,21 @@ async def _events(asked: Asked, streams: Sequence[Stream], shape: replies.Shape)
     yield replies.DONE
 
 
-async def _pieces(stream: Stream) -> AsyncIterator[str]:
-    """The pieces of an answer, each computed in a thread; who goes away between two of them ends it."""
+async def _pieces(stream: Stream) -> AsyncGenerator[str]:
+    """The pieces of an answer, each token computed in a thread; who goes away between two of them ends it."""
+    busy = threading.Lock()
 
     def following() -> str | None:
-        with _failing():
-            return next(stream, None)
+        with busy, _failing():
+            return stream.step()
 
     try:
         while (piece := await to_thread.run_sync(following)) is not None:
-            yield piece
+            if piece:
+                yield piece
     finally:
-        stream.close()
+        with busy:  # a server whose patience is over does not wait for the thread
+            stream.close()
 
 
 @contextmanager
@@ -289,7 +305,7 @@ def _asked_wrongly(field: str) -> Iterator[None]:
     try:
         yield
     except BundleError as error:
-        raise RefusedError(400, str(error), field=field, code="invalid_value") from None
+        raise RefusedError(400, _said(error), field=field, code="invalid_value") from None
 
 
 @contextmanager
@@ -298,7 +314,12 @@ def _failing() -> Iterator[None]:
     try:
         yield
     except BundleError as error:
-        raise RefusedError(500, str(error), code="cannot_compute") from None
+        raise RefusedError(500, _said(error), code="cannot_compute") from None
+
+
+def _said(error: BundleError) -> str:
+    """What is wrong and how to mend it, without the place: folders of the server are nothing to its callers."""
+    return str(BundleError(error.what, mend=error.mend))
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
@@ -308,7 +329,7 @@ async def _refuse(_: Request, error: Exception) -> Response:
 
 async def _no_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"There is no {request.method} {request.url.path}."
+    what = f"There is no {request.method} {request.scope['path']}."
     return replies.refusal(RefusedError(error.status_code, what, code="not_found"), error.headers)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.responses import Response
+import anyio
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from molehill_edge.classify import Prediction
 from molehill_edge.generate import Answer
@@ -26,8 +28,28 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The document as bytes; numbers that JSON does not have are a mistake of ours."""
-        return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+        """See `encoded`."""
+        return encoded(content)
+
+
+class Events(StreamingResponse):
+    """Events of an answer, which are closed before anything else when their reader has gone.
+
+    Args:
+        events: Made by `event`, and `DONE`.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as any application of ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
 
 
 def refusal(error: RefusedError, headers: Mapping[str, str] | None = None) -> Json:
@@ -41,9 +63,15 @@ def told(error: RefusedError) -> dict[str, Any]:
     return {"error": {"message": error.what, "type": kind, "param": error.field, "code": error.code}}
 
 
+def encoded(document: Any) -> bytes:
+    """A document as bytes; numbers that JSON does not have are a mistake of ours."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace")  # half a character, from a caller: JSON writes it as Python does
+
+
 def event(document: Mapping[str, Any]) -> bytes:
     """A document as an event of a stream."""
-    return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    return b"data: " + encoded(document) + b"\n\n"
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:

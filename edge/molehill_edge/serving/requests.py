@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molehill_edge.generate import ANSWER
 from molehill_edge.prompts import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -165,7 +164,7 @@ class Fields:
         """
         for name, value in self._left.items():
             if name in _UNCHANGED:
-                if value not in _UNCHANGED[name]:
+                if not any(_same(value, known) for known in _UNCHANGED[name]):
                     raise RefusedError(
                         400, f"This server has no {name!r}: leave it out.", field=name, code="unsupported_parameter"
                     )
@@ -181,7 +180,7 @@ class Asked:
         model: Name of the bundle and perhaps of a gate.
         stream: Answer piece by piece.
         usage: Tell the tokens at the end of a stream.
-        most: Longest answer in tokens; None for some that fit.
+        most: Longest answer in tokens; None when it is not said.
         sampling: How tokens are drawn: the arguments of `View.chat` and `View.stream`.
         stop: Strings that end the answer.
     """
@@ -205,8 +204,10 @@ def read_asked(fields: Fields, most: int) -> Asked:
         RefusedError: A field is missing, of another type or out of its range.
     """
     model, stream = fields.text("model"), fields.flag("stream")
-    options = fields.take("stream_options") or {}
-    if not isinstance(options, dict) or not set(options) <= {"include_usage"}:
+    options = fields.take("stream_options")
+    options = {} if options is None else options
+    known = isinstance(options, dict) and set(options) <= {"include_usage"}
+    if not known or not isinstance(options.get("include_usage"), bool | None):
         raise wrong("stream_options", 'must be {"include_usage": true} or {"include_usage": false}')
     if options and not stream:
         raise wrong("stream_options", "goes with 'stream': true")
@@ -218,12 +219,10 @@ def read_asked(fields: Fields, most: int) -> Asked:
         "seed": fields.integer("seed", 0, (1 << 63) - 1),
     }
     stop = fields.take("stop")
-    stops = fields.texts("stop", stop, _STOPS) if stop else []
+    stops = [] if stop in (None, []) else fields.texts("stop", stop, _STOPS)
     if not all(stops):
         raise wrong("stop", "has an empty string")
     wanted = newer if newer is not None else older
-    if wanted is None and most < ANSWER:
-        wanted = most
     return Asked(model, stream, bool(options.get("include_usage")), wanted, sampling, tuple(stops))
 
 
@@ -283,6 +282,11 @@ def read_inputs(fields: Fields) -> Sequence[str]:
     return fields.texts("input", fields.needed("input"), _TEXTS)
 
 
+def _same(value: Any, known: Any) -> bool:
+    """Whether two values are one in JSON, where 0 is not false."""
+    return bool(value == known) and isinstance(value, bool) == isinstance(known, bool)
+
+
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
+    kinds = {bool: "true or false", int: "a number", float: "a fraction", str: "a string", list: "a list"}
     return "nothing" if value is None else kinds.get(type(value), "an object")

@@ -60,6 +60,25 @@ class Turn:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as any application of ASGI."""
+        more: bool | None = None  # whether the answer goes on; None before it begins
+
+        async def sending(message: Message) -> None:
+            nonlocal more
+            more = bool(message.get("more_body"))
+            await send(message)
+
+        try:
+            await self._answered(scope, receive, sending)
+        except anyio.get_cancelled_exc_class():  # by the server, which ends and has been patient
+            error = RefusedError(503, "The server ends.", code="server_ends")
+            if more is None:
+                await replies.refusal(error)(scope, _nothing, send)
+            elif more:
+                last = replies.event(replies.told(error))
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or leave when the client does."""
         async with anyio.create_task_group() as group:
 
             async def leave() -> None:
