@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from tuf.api.exceptions import DownloadHTTPError
 from tuf.ngclient import FetcherInterface
@@ -41,6 +43,7 @@ class Written:
     Attributes:
         folder: Where it is.
         serve: The folder that a web server must show, so that the page finds the repository.
+        shown: Of that folder, what has to be there: it may hold other things, which are not for everybody.
         manifest: Of the bundle that it runs.
         signed: Whether a repository vouches for it.
         files: How many the page has.
@@ -53,6 +56,7 @@ class Written:
     signed: bool
     files: int
     bytes: int
+    shown: tuple[Path, ...]
 
 
 def of_bundle(admitted: Admitted, out: Path, vendor: Path | None = None) -> Written:
@@ -64,23 +68,25 @@ def of_bundle(admitted: Admitted, out: Path, vendor: Path | None = None) -> Writ
         vendor: Of the libraries' archives, see `molehill_web.vendor.parts`.
 
     Raises:
-        BundleError: The folder is that of a bundle, or there is no room in it.
+        BundleError: The folder is that of a bundle, has other things where the page would be, or no room for it.
         DeployError: A library is not to be had.
     """
     libraries = list(parts(vendor))
     data = (admitted.folder / manifests.NAME).read_bytes()
     about = {"bundle": admitted.manifest.id, "manifest": hashlib.sha256(data).hexdigest()}
-    size = len(data) + sum(file.length for file in admitted.manifest.files)
-    _make(out, libraries, size)
-    with files.placed(out), tempfile.TemporaryDirectory(dir=out, prefix=f".{BUNDLE}.") as scratch:
-        place = Path(scratch) / BUNDLE
-        for name in (manifests.NAME, *(file.path for file in admitted.manifest.files)):
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(admitted.folder / name, place / name)
-        shutil.rmtree(out / BUNDLE, ignore_errors=True)
-        place.rename(out / BUNDLE)
-    count, length = _write(out, about, {}, libraries)
-    return Written(out, out, admitted.manifest, signed=False, files=count, bytes=length + size)
+    page = _Page(about, {}, libraries)
+    size = page.bytes + len(data) + sum(file.length for file in admitted.manifest.files)
+    with _place(out, {*page.files, BUNDLE}, size) as before:
+        # Copied, then moved there: what is copied may be the copy of before.
+        with tempfile.TemporaryDirectory(dir=out, prefix=f".{BUNDLE}.") as scratch:
+            copy = Path(scratch) / BUNDLE
+            for name in (manifests.NAME, *(file.path for file in admitted.manifest.files)):
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(admitted.folder / name, copy / name)
+            shutil.rmtree(out / BUNDLE, ignore_errors=True)
+            copy.rename(out / BUNDLE)
+        page.write(out, before - {BUNDLE})
+    return Written(out, out, admitted.manifest, signed=False, files=len(page.files), bytes=size, shown=(out,))
 
 
 def of_repository(bundle: str, repository: Path, root: Path, out: Path, vendor: Path | None = None) -> Written:
@@ -94,18 +100,22 @@ def of_repository(bundle: str, repository: Path, root: Path, out: Path, vendor: 
         vendor: As for `of_bundle`.
 
     Raises:
-        BundleError: The repository has no such bundle, the folder is that of one, or there is no room in it.
+        BundleError: The repository has no such bundle, the folder is that of one, has other things where the page
+            would be, or no room for it.
         TrustError: What the repository shows is not signed by the keys of this root.
         DeployError: A library is not to be had.
     """
     pinned = read_root(root)
     manifest = _shown(bundle, repository, pinned)
     libraries = list(parts(vendor))
-    _make(out, libraries, 0)
     way = os.path.relpath(repository.resolve(), out.resolve()).replace(os.sep, "/") + "/"
-    count, length = _write(out, {"bundle": bundle, "repository": way}, {"root.json": pinned}, libraries)
-    serve = Path(os.path.commonpath([repository.resolve(), out.resolve()]))
-    return Written(out, serve, manifest, signed=True, files=count, bytes=length)
+    page = _Page({"bundle": bundle, "repository": quote(way)}, {"root.json": pinned}, libraries)
+    with _place(out, page.files.keys(), page.bytes) as before:
+        page.write(out, before)
+    both = repository.resolve(), out.resolve()
+    serve = Path(os.path.commonpath(both))
+    shown = (serve,) if serve in both else both
+    return Written(out, serve, manifest, signed=True, files=len(page.files), bytes=page.bytes, shown=shown)
 
 
 class _Folder(FetcherInterface):
@@ -131,38 +141,75 @@ def _shown(bundle: str, repository: Path, pinned: bytes) -> Manifest:
         return manifests.read(read_manifest(client, entry), where)
 
 
-def _make(out: Path, libraries: Sequence[Part], more: int) -> None:
-    """Make the folder of a page that has ``more`` bytes beside libraries and its own files."""
+@contextmanager
+def _place(out: Path, names: Collection[str], size: int) -> Iterator[set[str]]:
+    """The folder of a page, made if it is not there; with what of it is of a page that was written there before.
+
+    Args:
+        out: The folder.
+        names: What will be written into it.
+        size: Bytes of that.
+
+    Raises:
+        BundleError: The folder is that of a bundle, has other things of these names, or no room.
+    """
     if (out / manifests.NAME).exists():
         raise BundleError("this is the folder of a bundle", where=str(out), mend="Name another one for the page.")
-    own = sum(path.stat().st_size for path in PAGE.rglob("*") if path.is_file())
-    size = more + own + sum(len(part.data) for part in libraries)
+    before = _written_before(out)
+    for name in sorted(names):
+        if name not in before and os.path.lexists(out / name):
+            mend = "Name a folder for the page alone, or remove this."
+            raise BundleError("something else has this place", where=str(out / name), mend=mend)
     files.require_room("the page", (out, size), kind=BundleError, mend="Make room, or choose another --out.")
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.placed(out):
+            yield before
+    except BaseException:
+        if new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
-def _write(out: Path, about: dict[str, Any], more: dict[str, bytes], libraries: Sequence[Part]) -> tuple[int, int]:
-    """Write the page; returns how many files it has, and their bytes.
+class _Page:
+    """The files of a page.
 
-    The list of its files comes last: until then a browser that knows the page keeps to the former.
+    Args:
+        about: What it says in ``site.json``.
+        more: Files beside its own.
+        libraries: Its libraries.
+
+    Attributes:
+        files: What they hold, by path; the list of them comes last.
+        bytes: Of all but that list.
     """
-    said = json.dumps({"format": 1, "molehill": __version__, **about}, indent=2) + "\n"
-    eager = {"site.json": said.encode(), **more}
-    eager |= {
-        path.relative_to(PAGE).as_posix(): path.read_bytes() for path in sorted(PAGE.rglob("*")) if path.is_file()
-    }
-    lazy: dict[str, bytes] = {}
-    for part in libraries:
-        (lazy if part.lazy else eager)[part.path] = part.data
-    everything = eager | lazy
-    before = _listed(out)
-    for path, data in everything.items():
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        files.write(out / path, data)
-    files.write(out / SHELL, _shell(eager, lazy))
-    for path in before - everything.keys():
-        (out / path).unlink(missing_ok=True)
-    return len(everything) + 1, sum(map(len, everything.values()))
+
+    def __init__(self, about: dict[str, Any], more: dict[str, bytes], libraries: Sequence[Part]) -> None:
+        said = json.dumps({"format": 1, "molehill": __version__, **about}, indent=2) + "\n"
+        eager = {"site.json": said.encode(), **more}
+        eager |= {
+            path.relative_to(PAGE).as_posix(): path.read_bytes() for path in sorted(PAGE.rglob("*")) if path.is_file()
+        }
+        lazy: dict[str, bytes] = {}
+        for part in libraries:
+            (lazy if part.lazy else eager)[part.path] = part.data
+        self.bytes = sum(map(len, (eager | lazy).values()))
+        self.files = {**eager, **lazy, SHELL: _shell(eager, lazy)}
+
+    def write(self, out: Path, before: set[str]) -> None:
+        """Write them, and remove those of before that are not among them.
+
+        The list of files comes last: until then a browser that knows the page keeps to the former.
+        """
+        for path, data in self.files.items():
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            files.write(out / path, data)
+        for path in before - self.files.keys():
+            if path == BUNDLE:
+                shutil.rmtree(out / path, ignore_errors=True)
+            else:
+                (out / path).unlink(missing_ok=True)
 
 
 def _shell(eager: dict[str, bytes], lazy: dict[str, bytes]) -> bytes:
@@ -178,12 +225,12 @@ def _shell(eager: dict[str, bytes], lazy: dict[str, bytes]) -> bytes:
     return f"self.SHELL = {json.dumps(shell, indent=2)};\n".encode()
 
 
-def _listed(out: Path) -> set[str]:
-    """The files of a page that was written here before."""
+def _written_before(out: Path) -> set[str]:
+    """Files of a page that was written here before, and the folder of its bundle if it brought one."""
     try:
-        text = (out / SHELL).read_text(encoding="utf-8")
-        shell = json.loads(text.removeprefix("self.SHELL = ").rstrip().rstrip(";"))
-        names = [*shell["files"], *shell["lazy"]]
+        shell = (out / SHELL).read_text(encoding="utf-8").removeprefix("self.SHELL = ").rstrip().rstrip(";")
+        listed, about = json.loads(shell), json.loads((out / "site.json").read_bytes())
+        names = [SHELL, *listed["files"], *listed["lazy"], *([BUNDLE] if "manifest" in about else [])]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {

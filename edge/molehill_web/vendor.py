@@ -123,7 +123,8 @@ def parts(folder: Path | None = None) -> Iterator[Part]:
         wanted = (*package.files, *package.lazy, *([package.licence] if package.licence else []))
         found = _members(data, wanted)
         for name in (*package.files, *package.lazy):
-            path = f"vendor/{package.folder}/{name.rpartition('/')[2]}"
+            # Browsers run what a server calls a script, and many do not know the suffix .mjs.
+            path = f"vendor/{package.folder}/{name.rpartition('/')[2].replace('.mjs', '.js')}"
             yield Part(path, found[name], name in package.lazy)
         licence = _LICENCES / f"{package.folder}.txt"
         text = found[package.licence] if package.licence else licence.read_bytes()

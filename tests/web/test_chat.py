@@ -89,6 +89,12 @@ def test_a_visitor_talks(opened):
     assert page.text(".turn.user") == "Hello"
     wanted = bundle.chat().say("Hello", max_new_tokens=8).text
     assert page.do("document.querySelector('.turn.assistant').textContent") == wanted
+    page.fill("#temperature", "-1")
+    page.fill("#text", "And then?")
+    page.click("#send")
+    page.there("section.first", text="Temperature: a number from 0 to 2.")
+    assert page.do("document.querySelector('#text').value") == "And then?"
+    page.fill("#temperature", "0")
     page.click("#fresh")
     assert page.text("#talk") == ""
     assert page.do("document.documentElement.scrollWidth <= innerWidth")

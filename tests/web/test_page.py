@@ -182,6 +182,34 @@ def test_it_fits_a_phone_and_a_desk(opened, width, tmp_path):
     assert min(height for height in heights if height) >= 32  # for fingers
 
 
+def test_names_of_all_kinds(browser, served, tmp_path):
+    """Long ones, some that look like HTML, and gates that are called like those of the page."""
+    labels = ("<script>alert(1)</script>", "\"quoted\" 'label' & more", "l" * 120)
+    long, kinds = "x" * 90, edge_graphs.pieces_tokenizer()
+    manifest = edge_graphs.classifier(tmp_path / "bundle", gates=("default", "mine", long), tokenizer=kinds)
+    manifest.task.labels[:] = labels
+    edge_graphs.sign(tmp_path / "bundle", manifest)
+    write(tmp_path / "bundle", tmp_path / "site")
+    page = browser.page()
+    assert page.open(served(tmp_path / "site").url) == "ready", page.text("#status")
+    gates = page.do("[...document.querySelectorAll('#gate option')].map((each) => [each.value, each.textContent])")
+    same = "gates/default.safetensors"
+    assert sorted(gates) == [["default", "default (global)"], [same, f"{same} (default)"], ["mine", "mine"], [long] * 2]
+    page.do("molehill.addGate('my own', molehill.engine.gate)")
+    page.fill("#gate", "mine")
+    page.until("molehill.engine.gate.name === 'mine'")
+    page.fill("#text", TEXTS[0])
+    page.click("#classify")
+    with Bundle.open(tmp_path / "bundle", trust=TRUST, threads=1) as bundle:
+        view = bundle.with_gate(tmp_path / "bundle/gates/mine.safetensors")
+        assert page.there("#label") == view.classify([TEXTS[0]])[0].label
+    for text in ("the film", "w" * 90):
+        page.fill("#row-text", text)
+        page.click("#add")
+    page.picture(tmp_path / "page.png", 390)
+    assert page.do("document.documentElement.scrollWidth") == 390
+
+
 def test_a_file_that_was_changed_on_the_server_is_refused(classifier, browser, served, tmp_path):
     shutil.copytree(classifier / "site", tmp_path / "site")
     path = tmp_path / "site/bundle/experts.safetensors"

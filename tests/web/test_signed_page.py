@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import edge_graphs
 import pytest
@@ -48,6 +49,29 @@ def test_a_page_follows_its_repository(owner, browser, served):
     server.stop()
     assert page.reload() == "ready"
     assert page.there("#network") == "no network"
+
+
+def test_a_bundle_that_has_expired_gives_way_to_a_newer_one(owner, browser, served):
+    """A day later, by the page's clock."""
+    folder, repository = owner
+    manifest = edge_graphs.classifier(folder / "three", tokenizer=edge_graphs.pieces_tokenizer(), version=3)
+    manifest.expires = int(time.time()) + 3600
+    edge_graphs.sign(folder / "three", manifest)
+    repository.publish(folder / "three")
+    server, page = served(folder / "repo"), browser.page()
+    assert page.open(f"{server.url}page/") == "ready", page.text("#status")
+    later = "Date.now = ((now) => () => now() + 7200e3)(Date.now)"
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=later)
+    assert page.reload() == "refused"
+    assert "the bundle expired on" in page.text("#status")
+    server.stop()
+    assert page.reload() == "refused"
+    assert page.text("#status").endswith("its owner must give a newer version. the server cannot be reached.")
+    server.start()
+    edge_graphs.classifier(folder / "four", tokenizer=edge_graphs.pieces_tokenizer(), version=4)
+    repository.publish(folder / "four")
+    assert page.reload() == "ready", page.text("#status")
+    assert "version 4" in page.text("#chips")
 
 
 def test_a_repository_that_does_not_vouch_for_the_bundle_is_refused(owner):

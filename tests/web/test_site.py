@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,15 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import edge_graphs
+import httpx
 import pytest
 from typer.testing import CliRunner
 
 from molehill.cache import cache_folder
 from molehill.cli import app
+from molehill_export.keys import Keys
+from molehill_export.repository import Repository
 from molehill_web import vendor
 from molehill_web.site import PAGE
 
@@ -122,6 +125,66 @@ def test_a_page_does_not_go_into_a_bundle(bundle, libraries):
     assert digests(bundle) == before
 
 
+@pytest.mark.parametrize("theirs", ["index.html", "bundle/mine.txt", "js/app.js"])
+def test_what_is_not_of_a_page_is_not_written_over(bundle, tmp_path, libraries, theirs):
+    path = tmp_path / "site" / theirs
+    path.parent.mkdir(parents=True)
+    path.write_text("of somebody else")
+    before = digests(tmp_path)
+    said = site(bundle, "--insecure-local", "--out", tmp_path / "site", code=13)
+    assert f"{tmp_path / 'site' / theirs.removesuffix('/mine.txt')}: something else has this place." in said
+    assert digests(tmp_path) == before
+
+
+def test_a_bundle_may_lie_where_the_page_keeps_its_own(bundle, tmp_path, libraries):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    before = digests(tmp_path)
+    said = site(tmp_path / "bundle", "--insecure-local", "--out", tmp_path, code=13)
+    assert "something else has this place" in said
+    assert digests(tmp_path) == before
+    site(bundle, "--insecure-local", "--out", tmp_path / "site")
+    first = digests(tmp_path / "site")
+    site(tmp_path / "site/bundle", "--insecure-local", "--out", tmp_path / "site")
+    assert digests(tmp_path / "site") == first
+
+
+def test_a_page_that_is_not_finished_leaves_nothing(bundle, tmp_path, libraries, monkeypatch):
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left on device" in site(bundle, "--insecure-local", "--out", tmp_path / "site", code=11)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_beside_a_page_is_not_for_everybody(tmp_path, libraries):
+    """The repository is found under any name, and of the folder that has both nothing else is shown."""
+    (tmp_path / "keys").mkdir()
+    keys = Keys.create(tmp_path / "keys/owner", b"secret")
+    edge_graphs.classifier(tmp_path / "one")
+    Repository(tmp_path / "my 100% #1", keys).publish(tmp_path / "one")
+    words = ["--repo", tmp_path / "my 100% #1", "--root", tmp_path / "keys/owner/root.json", "--out", tmp_path / "page"]
+    told = site("tiny-classifier", *words)
+    assert f"Serve my 100% #1 and page of {tmp_path}, beside each other" in told
+    way = json.loads((tmp_path / "page/site.json").read_text())["repository"]
+    assert way == "../my%20100%25%20%231/"
+    with served("tiny-classifier", *words) as address:
+        assert address.endswith("/page/")
+        there, elsewhere = ("", f"{way}metadata/timestamp.json"), ("../keys/owner/root.json", "..")
+        for path, status in [*((path, 200) for path in there), *((path, 404) for path in elsewhere)]:
+            assert httpx.get(httpx.URL(address).join(path)).status_code == status
+
+
+@contextlib.contextmanager
+def served(*words):
+    """The address at which the command serves a page."""
+    start = [sys.executable, "-c", "from molehill.cli import main; main()", "edge", "site"]
+    command = [*start, *map(str, words), "--open"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "BROWSER": "true"}
+    ) as process:
+        yield next(found[1] for line in process.stdout if (found := re.match(r"(http:\S+) until Ctrl-C", line)))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
 def test_the_libraries_come_through_npm_once(bundle, tmp_path, archives, monkeypatch):
     """A program in npm's place, so that nothing is asked of a registry: it does what ``npm pack`` does."""
     tool = tmp_path / "bin/npm"
@@ -169,16 +232,10 @@ def test_what_npm_says_is_passed_on(bundle, tmp_path, monkeypatch):
 
 
 def test_it_is_served_to_this_machine_until_ctrl_c(bundle, tmp_path, libraries):
-    command = [sys.executable, "-c", "from molehill.cli import main; main()", "edge", "site", str(bundle)]
-    with subprocess.Popen(
-        [*command, "--insecure-local", "--out", str(tmp_path / "site"), "--open"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "BROWSER": "true"},
-    ) as process:  # fmt: skip
-        address = next(found[1] for line in process.stdout if (found := re.match(r"(http:\S+) until Ctrl-C", line)))
-        with urllib.request.urlopen(f"{address}vendor/onnxruntime-web/ort.wasm.min.mjs") as answer:
-            assert answer.headers["Content-Type"] == "text/javascript"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+    with served(bundle, "--insecure-local", "--out", tmp_path / "site") as address:
+        answer = httpx.get(f"{address}vendor/onnxruntime-web/ort.wasm.min.js")
+    assert answer.headers["Content-Type"] == "text/javascript"
+    assert not [*(tmp_path / "site").rglob("*.mjs")]  # which many servers do not take for scripts
 
 
 def test_the_files_of_the_page_are_short_and_name_no_other_server():

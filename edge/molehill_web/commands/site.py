@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
+import io
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from urllib.parse import quote
 
 import typer
 from rich.text import Text
@@ -137,24 +140,49 @@ def _tell(made: Written) -> None:
         typer.echo("It runs the bundle that it brings: whoever serves the page decides which.")
     if weights == "int4":
         typer.echo("int4 takes several times as long as int8 on a browser's processor: export with int8.")
-    typer.echo(f"Serve {made.serve} with any web server; browsers want HTTPS for it, except on this machine.")
+    if made.shown == (made.serve,):
+        typer.echo(f"Serve {made.serve} with any web server; browsers want HTTPS for it, except on this machine.")
+    else:
+        both = " and ".join(str(folder.relative_to(made.serve)) for folder in made.shown)
+        typer.echo(
+            f"Serve {both} of {made.serve}, beside each other as they are there and without the rest of it; browsers "
+            "want HTTPS, except on this machine."
+        )
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and says nothing."""
+    """Serves files of some folders, and says nothing.
+
+    Args:
+        more: Of any handler.
+        shown: The folders.
+        directory: A folder that has them all.
+    """
+
+    def __init__(self, *more: Any, shown: Sequence[Path], directory: str) -> None:
+        self._shown = [folder.resolve() for folder in shown]
+        super().__init__(*more, directory=directory)
+
+    def send_head(self) -> io.BytesIO | BinaryIO | None:
+        """Of what is in the folders; anything else is as if it were not there."""
+        path = Path(self.translate_path(self.path))
+        if not any(path.is_relative_to(folder) for folder in self._shown):
+            self.send_error(http.HTTPStatus.NOT_FOUND)
+            return None
+        return super().send_head()
 
     def log_message(self, *_: object) -> None:
         """Not on this terminal."""
 
 
 def _serve(made: Written, port: int) -> None:
-    handler = functools.partial(_Handler, directory=str(made.serve))
+    handler = functools.partial(_Handler, shown=made.shown, directory=str(made.serve.resolve()))
     try:
         server = http.server.ThreadingHTTPServer((_LOCAL, port), handler)
     except OSError as error:
         raise DeployError(f"cannot listen: {error.strerror}", where=f"{_LOCAL}:{port}", mend="Choose --port.") from None
     way = made.folder.resolve().relative_to(made.serve.resolve()).as_posix()
-    address = f"http://localhost:{server.server_address[1]}/{'' if way == '.' else f'{way}/'}"
+    address = f"http://localhost:{server.server_address[1]}/{'' if way == '.' else quote(f'{way}/')}"
     typer.echo(f"{address} until Ctrl-C")
     webbrowser.open(address)
     with server, contextlib.suppress(KeyboardInterrupt):

@@ -3,7 +3,7 @@
 import { Refusal, json } from './bytes.js';
 import { check } from './classify.js';
 import { Engine } from './engine.js';
-import { isCausal } from './manifest.js';
+import { Expired, isCausal } from './manifest.js';
 import { Prompts } from './prompts.js';
 import { Brought, Signed, Unreachable } from './source.js';
 import { Storage } from './storage.js';
@@ -31,8 +31,7 @@ async function start() {
   const ready = keepPage();
   app.source = about.repository ? new Signed(about, app.storage, await bytesOf('root.json')) : new Brought(about, app.storage);
   if (await app.source.isStale()) await download();
-  status.textContent = 'Checking what is kept';
-  const bundle = await app.source.open();
+  const bundle = await kept();
   status.textContent = 'Opening';
   await open(bundle);
   document.getElementById('loading').remove();
@@ -41,6 +40,20 @@ async function start() {
   if (app.source.signed) lookForNewer();
   if (await ready) chip('works offline', 'good', 'offline');
   document.documentElement.dataset.state = 'ready';
+}
+
+/** The bundle that is kept, every file checked; one that has expired gives way to a newer version. */
+async function kept() {
+  status.textContent = 'Checking what is kept';
+  try {
+    return await app.source.open();
+  } catch (error) {
+    if (!(error instanceof Expired && app.source.signed)) throw error;
+    await download().catch((why) => {
+      throw why instanceof Unreachable ? new Refusal(`${error.message} ${why.message}`) : why;
+    });
+    return app.source.open();
+  }
 }
 
 /** A file of the page. */
@@ -79,12 +92,12 @@ async function download() {
 /** Open the bundle on the processor, or on the graphics card where that pays and answers alike. */
 async function open(bundle) {
   const { manifest } = bundle;
-  const { Tokenizer } = await import(new URL('tokenizers/tokenizers.min.mjs', VENDOR));
+  const { Tokenizer } = await import(new URL('tokenizers/tokenizers.min.js', VENDOR));
   app.files = bundle.files;
   if (manifest.quantisation.base !== 'int8' && (await navigator.gpu?.requestAdapter())) {
     // int8 has no kernels there; fp32 and int4 have.
     try {
-      const runtime = await load('ort.webgpu.min.mjs');
+      const runtime = await load('ort.webgpu.min.js', 'ort-wasm-simd-threaded.asyncify');
       const engine = await Engine.open(runtime, bundle, { providers: ['webgpu', 'wasm'], Tokenizer });
       if ((await check(engine)).passed && (!engine.causal || (await check(engine, { written: true })).passed)) {
         [app.engine, app.computes] = [engine, 'on the graphics card'];
@@ -96,15 +109,16 @@ async function open(bundle) {
       console.warn(`not on the graphics card: ${error}`);
     }
   }
-  const runtime = await load('ort.wasm.min.mjs');
+  const runtime = await load('ort.wasm.min.js', 'ort-wasm-simd-threaded');
   app.engine = await Engine.open(runtime, bundle, { providers: ['wasm'], Tokenizer });
   app.computes = `on the processor, ${runtime.env.wasm.numThreads === 1 ? 'one thread' : `${runtime.env.wasm.numThreads} threads`}`;
 }
 
-async function load(name) {
-  const runtime = await import(new URL(`onnxruntime-web/${name}`, VENDOR));
+async function load(name, core) {
+  const place = new URL('onnxruntime-web/', VENDOR);
+  const runtime = await import(new URL(name, place));
   runtime.env.logLevel = 'error';
-  runtime.env.wasm.wasmPaths = new URL('onnxruntime-web/', VENDOR).href;
+  runtime.env.wasm.wasmPaths = { mjs: new URL(`${core}.js`, place).href, wasm: new URL(`${core}.wasm`, place).href };
   runtime.env.wasm.numThreads = crossOriginIsolated ? Math.max(1, Math.min(MOST_THREADS, Math.ceil(navigator.hardwareConcurrency / 2))) : 1;
   return runtime;
 }

@@ -43,6 +43,9 @@ const MANIFEST = {
   17: ['created', 'int'], 18: ['expires', 'int'],
 };
 
+/** A bundle that its owner lets nobody use any more. */
+export class Expired extends Refusal {}
+
 /**
  * Read a manifest, and refuse one that is damaged, too new, expired or implausible.
  *
@@ -86,7 +89,7 @@ export function readManifest(bytes, now = Date.now() / 1000) {
   }
   if (manifest.expires && manifest.expires <= now) {
     const day = new Date(manifest.expires * 1000).toISOString().slice(0, 10);
-    throw new Refusal(`the bundle expired on ${day}: check for a newer version.`);
+    throw new Expired(`the bundle expired on ${day}: its owner must give a newer version.`);
   }
   manifest.numbers = routers.flatMap((router, index) => router.slots.map((slot) => ({ router: index, slot })));
   manifest.layoutHex = hex(manifest.layout);

@@ -27,9 +27,9 @@ export async function personalise(engine, rows, { seed = 0, budget = 80, progres
   const { manifest, gate: start } = engine;
   if (!manifest.routers.length) throw new Refusal('the bundle has no router to fit.');
   const labelled = !engine.causal && rows.some((row) => row.label);
-  if (labelled && !rows.every((row) => manifest.task.labels.includes(row.label))) {
-    throw new Refusal('some texts have a label and others none: give all of them one.');
-  }
+  if (labelled && !rows.every((row) => row.label)) throw new Refusal('some texts have a label and others none: give all of them one.');
+  const odd = labelled && rows.find((row) => !manifest.task.labels.includes(row.label));
+  if (odd) throw new Refusal(`this version of the bundle has no label ${odd.label}: remove the text, or add it with another.`);
   const random = seeded(seed);
   const [fit, held] = split(rows, random).map((part) => new Loss(engine, part, labelled));
   const search = new Search(manifest, start, fit, random, budget, progress);

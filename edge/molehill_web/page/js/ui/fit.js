@@ -6,7 +6,7 @@ import { personalise } from '../personalise.js';
 import { attempt, card, el, opener, percent, save, tell } from './dom.js';
 
 const [ROWS, OWN] = ['own rows', 'own gate'];
-const MINE = 'mine';
+const MINE = 'my own'; // no gate of a bundle is called so
 
 export async function fitCard(app) {
   const { engine, storage } = app;

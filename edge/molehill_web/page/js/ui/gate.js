@@ -9,7 +9,7 @@ export function gateCard(app) {
   const { manifest } = engine;
   const said = el('div');
   const gates = new Map([['default', { ...engine.default, name: engine.default.name || 'default' }]]);
-  for (const { path, name } of gatesOf(manifest)) gates.set(name, readGate(files.get(path), manifest, path));
+  for (const { path, name } of gatesOf(manifest)) gates.set(gates.has(name) ? path : name, readGate(files.get(path), manifest, path));
   const picker = el('select', { id: 'gate', ariaLabel: 'Gate', onchange: () => use() });
   const boxes = el('div', { id: 'experts' });
   const may = usable(manifest);

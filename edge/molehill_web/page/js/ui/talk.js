@@ -1,9 +1,17 @@
 // The card for conversations with a causal LM.
 
+import { Refusal } from '../bytes.js';
 import { routes } from '../classify.js';
 import { Chat } from '../generate.js';
 import { routeView } from './ask.js';
 import { attempt, card, el } from './dom.js';
+
+/** The number in a field; undefined when it is empty. */
+function number(field, name) {
+  if (!field.value && !field.validity.badInput) return undefined;
+  if (!field.checkValidity()) throw new Refusal(`${name}: a ${field.step === 'any' ? '' : 'whole '}number from ${field.min} to ${field.max}.`);
+  return field.valueAsNumber;
+}
 
 export function talkCard(app, prompts) {
   const { manifest } = app.engine;
@@ -14,7 +22,7 @@ export function talkCard(app, prompts) {
   const send = el('button', { id: 'send', type: 'submit' }, 'Send');
   const stop = el('button', { id: 'stop', type: 'button', className: 'plain', hidden: true, onclick: () => ending?.abort() }, 'Stop');
   const system = el('input', { type: 'text', ariaLabel: 'What the model is told first', placeholder: 'What the model is told first' });
-  const temperature = el('input', { id: 'temperature', type: 'number', min: 0, max: 2, step: 0.1, value: 0 });
+  const temperature = el('input', { id: 'temperature', type: 'number', min: 0, max: 2, step: 'any', value: 0 });
   const most = el('input', { id: 'most', type: 'number', min: 1, max: manifest.task.maxLength, value: Math.min(256, manifest.task.maxLength) });
   const said = el('div');
   const fresh = () => {
@@ -28,6 +36,7 @@ export function talkCard(app, prompts) {
     const content = text.value.trim();
     if (!content || ending) return undefined;
     return attempt(said, send, async () => {
+      const how = { system: system.value.trim(), temperature: number(temperature, 'Temperature'), maxNewTokens: number(most, 'Longest answer') };
       const turn = el('div', { className: 'turn assistant' });
       const mine = el('div', { className: 'turn user' }, content);
       talk.append(mine, turn);
@@ -35,7 +44,6 @@ export function talkCard(app, prompts) {
       ending = new AbortController();
       stop.hidden = false;
       const begin = performance.now();
-      const how = { system: system.value.trim(), temperature: Number(temperature.value) || 0, maxNewTokens: Number(most.value) || undefined };
       try {
         for await (const piece of chat.say(content, how, ending.signal)) {
           turn.textContent += piece;
