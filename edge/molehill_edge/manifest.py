@@ -358,9 +358,14 @@ def _check_runtime(needed: str, where: str) -> None:
     if here is None:
         mend = "Run: pip install 'molehill[edge]'"
         raise BundleError("onnxruntime is not installed on this machine", where=where, mend=mend)
-    if _release(here) < _release(needed):
+    if is_older(here, needed):
         what = f"the bundle needs onnxruntime {needed} or newer, and {here} is installed"
         raise BundleError(what, where=where, mend=f"Run: pip install 'onnxruntime>={needed}'")
+
+
+def is_older(version: str, other: str) -> bool:
+    """Whether a version, such as ``1.9.2``, comes before another."""
+    return _release(version) < _release(other)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from molehill_edge.fetch import read_manifest, read_root
 from molehill_edge.signatures import Known
 from molehill_edge.store import target
 from molehill_protos.v1.bundle_pb2 import Manifest
-from molehill_web.vendor import Part, parts
+from molehill_web.vendor import RUNTIME, Part, parts
 
 if TYPE_CHECKING:
     from molehill_edge.trust import Admitted
@@ -68,9 +68,11 @@ def of_bundle(admitted: Admitted, out: Path, vendor: Path | None = None) -> Writ
         vendor: Of the libraries' archives, see `molehill_web.vendor.parts`.
 
     Raises:
-        BundleError: The folder is that of a bundle, has other things where the page would be, or no room for it.
+        BundleError: The folder is that of a bundle, has other things where the page would be, or no room for it; or the
+            bundle needs a newer runtime than the page has.
         DeployError: A library is not to be had.
     """
+    _require_runtime(admitted.manifest, str(admitted.folder))
     libraries = list(parts(vendor))
     data = (admitted.folder / manifests.NAME).read_bytes()
     about = {"bundle": admitted.manifest.id, "manifest": hashlib.sha256(data).hexdigest()}
@@ -100,13 +102,14 @@ def of_repository(bundle: str, repository: Path, root: Path, out: Path, vendor: 
         vendor: As for `of_bundle`.
 
     Raises:
-        BundleError: The repository has no such bundle, the folder is that of one, has other things where the page
-            would be, or no room for it.
+        BundleError: The repository has no such bundle or one that needs a newer runtime than the page has; or the
+            folder is that of one, has other things where the page would be, or no room for it.
         TrustError: What the repository shows is not signed by the keys of this root.
         DeployError: A library is not to be had.
     """
     pinned = read_root(root)
     manifest = _shown(bundle, repository, pinned)
+    _require_runtime(manifest, f"{repository}/")
     libraries = list(parts(vendor))
     way = os.path.relpath(repository.resolve(), out.resolve()).replace(os.sep, "/") + "/"
     page = _Page({"bundle": bundle, "repository": quote(way)}, {"root.json": pinned}, libraries)
@@ -139,6 +142,14 @@ def _shown(bundle: str, repository: Path, pinned: bytes) -> Manifest:
         if entry is None:
             raise BundleError(f"the repository has no bundle {bundle}", where=where)
         return manifests.read(read_manifest(client, entry), where)
+
+
+def _require_runtime(manifest: Manifest, where: str) -> None:
+    """Refuse a bundle that the page would refuse."""
+    needed = manifest.runtime.onnxruntime
+    if manifests.is_older(RUNTIME.version, needed):
+        what = f"the bundle needs onnxruntime {needed} or newer, and the page has {RUNTIME.version}"
+        raise BundleError(what, where=where, mend="Update molehill, which brings the page.")
 
 
 @contextmanager
@@ -186,7 +197,8 @@ class _Page:
     """
 
     def __init__(self, about: dict[str, Any], more: dict[str, bytes], libraries: Sequence[Part]) -> None:
-        said = json.dumps({"format": 1, "molehill": __version__, **about}, indent=2) + "\n"
+        head = {"format": 1, "molehill": __version__, "onnxruntime": RUNTIME.version}
+        said = json.dumps(head | about, indent=2) + "\n"
         eager = {"site.json": said.encode(), **more}
         eager |= {
             path.relative_to(PAGE).as_posix(): path.read_bytes() for path in sorted(PAGE.rglob("*")) if path.is_file()

@@ -63,20 +63,21 @@ class Package:
         return f"{self.name}@{self.version}"
 
 
-PACKAGES = (
-    Package(
-        "onnxruntime-web",
-        "1.30.0",
-        "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
-        "onnxruntime-web",
-        ("dist/ort.wasm.min.mjs", "dist/ort-wasm-simd-threaded.mjs", "dist/ort-wasm-simd-threaded.wasm"),
-        (
-            "dist/ort.webgpu.min.mjs",
-            "dist/ort-wasm-simd-threaded.asyncify.mjs",
-            "dist/ort-wasm-simd-threaded.asyncify.wasm",
-        ),
-        licence="",
+RUNTIME = Package(
+    "onnxruntime-web",
+    "1.30.0",
+    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
+    "onnxruntime-web",
+    ("dist/ort.wasm.min.mjs", "dist/ort-wasm-simd-threaded.mjs", "dist/ort-wasm-simd-threaded.wasm"),
+    (
+        "dist/ort.webgpu.min.mjs",
+        "dist/ort-wasm-simd-threaded.asyncify.mjs",
+        "dist/ort-wasm-simd-threaded.asyncify.wasm",
     ),
+    licence="",
+)
+PACKAGES = (
+    RUNTIME,
     Package(
         "@huggingface/tokenizers",
         "0.2.0",

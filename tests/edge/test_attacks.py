@@ -14,13 +14,15 @@ from edge_bundles import FILES, Memory, make_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
 from molehill.errors import BundleError, TrustError
 from molehill_edge import fetch
+from molehill_edge import manifest as manifests
 from molehill_edge.store import Store
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
+from molehill_protos.v1.bundle_pb2 import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +107,7 @@ def test_an_owner_who_lists_an_older_bundle(world):
         (4, "it shows version 4 of bundle reviews, older than the one in use"),
         (5, "it shows another bundle reviews as version 5"),
     ):
-        bundle = make_bundle(world.folder / f"other-{version}", NEW, version=version)
-        data = (bundle / "manifest.pb").read_bytes()
-        made = world.signed("targets")
-        entry = TargetFile.from_data("bundles/reviews/manifest.pb", data, ["sha256"])
-        made.signed.targets[entry.path] = entry
-        made.signed.version += 1
-        world.server.files[f"targets/{entry.get_prefixed_paths()[0]}"] = data
-        world.put("targets", made)
+        world.list(make_bundle(world.folder / f"other-{version}", NEW, version=version))
         world.refused(what, before=5)
 
 
@@ -353,7 +348,7 @@ def test_a_cut_look(world):
 
 
 def test_the_bundle_in_use_is_refused_by_the_new_manifest_only(world):
-    """What is not plausible, has expired or needs a newer runtime is refused before anything of it is downloaded."""
+    """What is not plausible or has expired is refused before anything of it is downloaded."""
     world.publish(2, NEW, expires=int(ago(1).timestamp()), now=ago(2))
     world.refresh()
     world.show()
@@ -362,15 +357,18 @@ def test_the_bundle_in_use_is_refused_by_the_new_manifest_only(world):
     assert not [path for path in world.server.asked if "blobs/" in path]
 
 
+def test_nothing_of_a_bundle_for_a_newer_runtime_is_downloaded(world):
+    world.list(make_bundle(world.folder / "newer", NEW, version=2, runtime=Runtime(onnxruntime="99.1")))
+    world.server.asked.clear()
+    here = manifests.installed_runtime()
+    what = f"the bundle needs onnxruntime 99.1 or newer, and {here} is installed. Run: pip install 'onnxruntime>=99.1'"
+    world.refused(what, BundleError)
+    assert not [path for path in world.server.asked if "blobs/" in path]
+    world.still(1)
+
+
 def test_a_bundle_under_the_name_of_another(world):
-    other = make_bundle(world.folder / "other", id="other", version=7)
-    data = (other / "manifest.pb").read_bytes()
-    made = world.signed("targets")
-    entry = TargetFile.from_data("bundles/reviews/manifest.pb", data, ["sha256"])
-    made.signed.targets[entry.path] = entry
-    made.signed.version += 1
-    world.server.files[f"targets/{entry.get_prefixed_paths()[0]}"] = data
-    world.put("targets", made)
+    world.list(make_bundle(world.folder / "other", id="other", version=7))
     world.refused("what it shows as bundle reviews is bundle other")
 
 

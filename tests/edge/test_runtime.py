@@ -10,12 +10,14 @@ import threading
 import edge_graphs
 import numpy as np
 import pytest
+from edge_bundles import make_bundle
 
 from molehill.errors import BundleError
 from molehill_edge import classify, golden, routes, tokens
 from molehill_edge import manifest as manifests
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
+from molehill_protos.v1.bundle_pb2 import Runtime
 
 TEXTS = ["the film was great", "awful plot", "lovely music and lovely plot", "boring", "the the the"]
 TRUST = InsecureLocal(lambda _: None)
@@ -176,6 +178,15 @@ def test_a_graph_that_runtime_refuses(tmp_path):
     folder = _resigned(tmp_path, lambda path: (path / manifests.GRAPH).write_bytes(b"no graph"))
     with pytest.raises(BundleError, match="ONNX Runtime cannot open the graph"):
         Bundle.open(folder, trust=TRUST)
+
+
+def test_a_bundle_for_a_newer_runtime_is_refused_before_its_files_are_looked_at(tmp_path):
+    make_bundle(tmp_path / "newer", runtime=Runtime(onnxruntime="99.1"))
+    (tmp_path / "newer" / manifests.BASE).unlink()
+    here = manifests.installed_runtime()
+    what = rf"needs onnxruntime 99.1 or newer, and {here} is installed. Run: pip install 'onnxruntime>=99.1'"
+    with pytest.raises(BundleError, match=what):
+        Bundle.open(tmp_path / "newer", trust=TRUST)
 
 
 def test_a_graph_that_is_not_what_the_manifest_says(tmp_path):

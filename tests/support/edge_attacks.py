@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from edge_bundles import Memory, make_bundle
-from tuf.api.metadata import Metadata, MetaFile
+from tuf.api.metadata import Metadata, MetaFile, TargetFile
 
 from molehill.errors import TrustError
 from molehill_edge import fetch
@@ -68,6 +68,16 @@ class World:
             parent.signed.meta[f"{role}.json"] = meta
         parent.signed.version += 1
         self.put(above, parent)
+
+    def list(self, bundle):
+        """Show the folder of a bundle as the newest, under the usual name, whatever its manifest says."""
+        data = (bundle / "manifest.pb").read_bytes()
+        made = self.signed("targets")
+        entry = TargetFile.from_data("bundles/reviews/manifest.pb", data, ["sha256"])
+        made.signed.targets[entry.path] = entry
+        made.signed.version += 1
+        self.server.files[f"targets/{entry.get_prefixed_paths()[0]}"] = data
+        self.put("targets", made)
 
     def refused(self, what, kind=TrustError, before=1, **options):
         """A pull is refused in one sentence, and the device goes on with what it had."""

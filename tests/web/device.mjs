@@ -1,7 +1,7 @@
 // A browser without a page: what the page does with a repository, whose files and whose memory come from a test.
 //
-// Reads {pinned, bundle, files, cut, kept, update} as JSON, bytes in base64. Updates if it is to, then opens what is kept, and
-// writes what came of both, what was asked for meanwhile, and what is kept.
+// Reads {pinned, bundle, onnxruntime, files, cut, kept, update} as JSON, bytes in base64. Updates if it is to, then opens what
+// is kept, and writes what came of both, what was asked for meanwhile, and what is kept.
 
 import { readFileSync } from 'node:fs';
 
@@ -37,7 +37,7 @@ const storage = {
   names: async () => [...kept.keys()],
 };
 
-const source = () => new Signed({ bundle: asked.bundle, repository: '../' }, storage, bytes(asked.pinned));
+const source = () => new Signed({ bundle: asked.bundle, onnxruntime: asked.onnxruntime, repository: '../' }, storage, bytes(asked.pinned));
 const attempt = async (work) => {
   try {
     return await work();

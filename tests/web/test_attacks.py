@@ -13,11 +13,13 @@ import pytest
 from edge_attacks import NEW, World
 from edge_bundles import FILES, make_bundle
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, MetaFile, Root, TargetFile
+from tuf.api.metadata import Metadata, MetaFile, Root
 
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
+from molehill_protos.v1.bundle_pb2 import Runtime
 from molehill_web.site import PAGE
+from molehill_web.vendor import RUNTIME
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="there is no node here, which runs the page's code without a page")
@@ -42,8 +44,8 @@ class Visited(World):
     def look(self, *, root=None, update=True, bundle="reviews"):
         """Ask the repository, if it is to, then open what is kept; returns what came of the first."""
         asked = {
-            "pinned": base64.b64encode(root or self.root).decode(), "bundle": bundle, "files": coded(self.server.files),
-            "cut": self.server.cut, "kept": self.kept, "update": update,
+            "pinned": base64.b64encode(root or self.root).decode(), "bundle": bundle, "onnxruntime": RUNTIME.version,
+            "files": coded(self.server.files), "cut": self.server.cut, "kept": self.kept, "update": update,
         }  # fmt: skip
         command = [NODE, "--no-warnings", Path(__file__).with_name("device.mjs"), f"{PAGE.as_uri()}/js/"]
         done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
@@ -162,13 +164,7 @@ def test_an_owner_who_lists_an_older_bundle(world):
     world.show()
     world.pull()
     for version, what in ((4, "it shows version 4, older than the one in use"), (5, "another bundle as version 5")):
-        data = (make_bundle(world.folder / f"other-{version}", NEW, version=version) / "manifest.pb").read_bytes()
-        made = world.signed("targets")
-        entry = TargetFile.from_data("bundles/reviews/manifest.pb", data, ["sha256"])
-        made.signed.targets[entry.path] = entry
-        made.signed.version += 1
-        world.server.files[f"targets/{entry.get_prefixed_paths()[0]}"] = data
-        world.put("targets", made)
+        world.list(make_bundle(world.folder / f"other-{version}", NEW, version=version))
         world.refused(what, before=5)
 
 
@@ -331,14 +327,29 @@ def test_nothing_of_an_expired_bundle_is_downloaded(world):
     world.still(1)
 
 
+@pytest.mark.parametrize(
+    ("needed", "what"),
+    [
+        ("99.1", f"the bundle needs onnxruntime 99.1 or newer, and this page has {RUNTIME.version}"),
+        (f"{RUNTIME.version}.1", f"the bundle needs onnxruntime {RUNTIME.version}.1 or newer"),
+        ("new", "the manifest is not plausible: it does not say which onnxruntime it needs"),
+    ],
+)
+def test_nothing_of_a_bundle_for_a_newer_runtime_is_downloaded(world, needed, what):
+    world.list(make_bundle(world.folder / "newer", NEW, version=2, runtime=Runtime(onnxruntime=needed)))
+    world.refused(what)
+    assert not [path for path in world.asked if path.startswith("targets/blobs/")]
+
+
+def test_the_runtime_that_a_bundle_needs_is_the_oldest(world):
+    for version, needed in enumerate(("1.9.9", RUNTIME.version.rpartition(".")[0], RUNTIME.version), start=2):
+        world.publish(version, NEW, runtime=Runtime(onnxruntime=needed))
+        world.show()
+        assert world.pull()["version"] == version
+
+
 def test_a_bundle_under_the_name_of_another(world):
-    data = (make_bundle(world.folder / "other", id="other", version=7) / "manifest.pb").read_bytes()
-    made = world.signed("targets")
-    entry = TargetFile.from_data("bundles/reviews/manifest.pb", data, ["sha256"])
-    made.signed.targets[entry.path] = entry
-    made.signed.version += 1
-    world.server.files[f"targets/{entry.get_prefixed_paths()[0]}"] = data
-    world.put("targets", made)
+    world.list(make_bundle(world.folder / "other", id="other", version=7))
     world.refused("what it shows as bundle reviews is other")
 
 

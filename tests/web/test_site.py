@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from molehill.cache import cache_folder
 from molehill.cli import app
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
+from molehill_web import site as pages
 from molehill_web import vendor
 from molehill_web.site import PAGE
 
@@ -117,6 +119,13 @@ def test_an_archive_of_other_bytes_is_refused(bundle, tmp_path, archives):
     path.unlink()
     said = site(bundle, "--insecure-local", "--out", tmp_path / "site", "--vendor", archives, code=11)
     assert f"{path}: cannot read it: No such file or directory. Make it on a machine with npm: npm pack" in said
+
+
+def test_a_page_is_not_written_for_a_bundle_that_it_would_refuse(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "RUNTIME", dataclasses.replace(vendor.RUNTIME, version="1.19.2"))
+    said = site(bundle, "--insecure-local", "--out", tmp_path / "site", code=13)
+    assert "the bundle needs onnxruntime 1.20 or newer, and the page has 1.19.2. Update molehill" in said
+    assert not (tmp_path / "site").exists()
 
 
 def test_a_page_does_not_go_into_a_bundle(bundle, libraries):

@@ -11,6 +11,7 @@ const MAX_FILE = 2 ** 31; // bytes; more than a browser gives to one buffer
 const MAX_TEMPLATE = 64 << 10;
 const ID = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
 const FIXED = /^(model\.onnx|base\.bin|(experts|gate)\.safetensors|(tokenizer|genai_config|tokenizer_config)\.json)$/;
+const RELEASE = /^\d{1,6}(\.\d{1,6}){0,3}$/;
 const GATE = /^gates\/([A-Za-z0-9][A-Za-z0-9._-]{0,127})\.safetensors$/;
 
 const GENERATION = {
@@ -35,6 +36,7 @@ const MANIFEST = {
     5: ['accuracyOriginal', 'double'], 6: ['accuracyBundle', 'double'],
   }],
   13: ['golden', { 1: ['inputIds', 'int', true], 2: ['logits', 'float', true], 3: ['best', 'int'] }, true],
+  14: ['runtime', { 1: ['onnxruntime', 'string'] }],
   15: ['provenance', {
     1: ['run', 'string'], 2: ['rounds', 'uint'], 4: ['federation', 'string'], 5: ['epsilon', 'double'],
     6: ['gate', 'string'], 7: ['exporter', 'string'],
@@ -47,11 +49,14 @@ const MANIFEST = {
 export class Expired extends Refusal {}
 
 /**
- * Read a manifest, and refuse one that is damaged, too new, expired or implausible.
+ * Read a manifest, and refuse one that is damaged, too new, expired, implausible, or for another runtime than the page's.
+ *
+ * @param {Uint8Array} bytes
+ * @param {string} runtime  the version of onnxruntime-web that the page has
  *
  * Beside the fields it gets `numbers`: for every number of `router_bias` and `expert_mask` its router and its slot.
  */
-export function readManifest(bytes, now = Date.now() / 1000) {
+export function readManifest(bytes, runtime, now = Date.now() / 1000) {
   if (bytes.length > MAX_BYTES) throw new Refusal('the manifest is longer than any.');
   const manifest = read(MANIFEST, bytes);
   if (manifest.format > FORMAT) throw new Refusal(`the bundle has format ${manifest.format}: this page is too old for it.`);
@@ -91,9 +96,21 @@ export function readManifest(bytes, now = Date.now() / 1000) {
     const day = new Date(manifest.expires * 1000).toISOString().slice(0, 10);
     throw new Expired(`the bundle expired on ${day}: its owner must give a newer version.`);
   }
+  const needed = manifest.runtime?.onnxruntime ?? '';
+  must(RELEASE.test(needed), 'it does not say which onnxruntime it needs');
+  if (isOlder(runtime, needed)) {
+    throw new Refusal(`the bundle needs onnxruntime ${needed} or newer, and this page has ${runtime}: its owner has to write the page anew, with a newer molehill.`);
+  }
   manifest.numbers = routers.flatMap((router, index) => router.slots.map((slot) => ({ router: index, slot })));
   manifest.layoutHex = hex(manifest.layout);
   return manifest;
+}
+
+/** Whether a version, such as 1.9.2, comes before another. */
+function isOlder(version, other) {
+  const [ours, theirs] = [version, other].map((each) => each.match(/^\d+(\.\d+)*/)[0].split('.').map(Number));
+  const at = theirs.findIndex((number, i) => number !== (ours[i] ?? 0));
+  return at >= 0 && (ours[at] ?? 0) < theirs[at];
 }
 
 /** Whether a text may be the id of a bundle. */

@@ -56,6 +56,11 @@ class Source {
     if (!validId(about.bundle)) throw new Refusal('site.json does not name a bundle.');
   }
 
+  /** The manifest that bytes are, see `readManifest`. */
+  read(bytes) {
+    return readManifest(bytes, this.about.onnxruntime);
+  }
+
   /** {version, manifest} of what is in use; null before the first download. */
   async current() {
     const kept = await this.storage.get(CURRENT);
@@ -66,7 +71,7 @@ class Source {
   async update(progress = () => {}) {
     const { bytes, get } = await this.newest(progress);
     const digest = await sha256(bytes);
-    const manifest = readManifest(bytes);
+    const manifest = this.read(bytes);
     if (manifest.id !== this.about.bundle) throw new Refusal(`what it shows as bundle ${this.about.bundle} is ${manifest.id}.`);
     const before = await this.current();
     this.admit(manifest, digest, before);
@@ -97,7 +102,7 @@ class Source {
     if (!current) throw new Refusal('nothing is kept here yet.');
     const bytes = await this.#kept(current.manifest, MANIFEST);
     await this.vouch(bytes, current);
-    const manifest = readManifest(bytes);
+    const manifest = this.read(bytes);
     const files = new Map();
     for (const file of manifest.files) {
       if (await this.storage.has(blob(hex(file.sha256)))) files.set(file.path, await this.#kept(hex(file.sha256), file.path));
@@ -141,7 +146,7 @@ export class Brought extends Source {
     const report = (more) => progress((done += more), total);
     const bytes = await fetcher(new URL('bundle/', this.storage.base))(MANIFEST, MAX_MANIFEST);
     if (!bytes || (await sha256(bytes)) !== this.about.manifest) throw new Refusal(`refused a file other than the page's: ${MANIFEST}.`);
-    total = readManifest(bytes).files.reduce((sum, file) => sum + file.length, 0);
+    total = this.read(bytes).files.reduce((sum, file) => sum + file.length, 0);
     const get = fetcher(new URL('bundle/', this.storage.base), report);
     return { bytes, get: (file) => get(file.path, file.length) };
   }
@@ -193,7 +198,7 @@ export class Signed extends Source {
     if (!entry || entry.length > MAX_MANIFEST) throw new Refusal(`the repository has no bundle ${this.about.bundle}.`);
     const bytes = await this.#read(entry, fetcher(this.base));
     let done = 0;
-    const total = readManifest(bytes).files.reduce((sum, file) => sum + file.length, 0);
+    const total = this.read(bytes).files.reduce((sum, file) => sum + file.length, 0);
     const read = fetcher(this.base, (more) => progress((done += more), total));
     const get = async (file) => {
       const found = await this.repository.findBlob(`blobs/${hex(file.sha256)}`);
