@@ -316,8 +316,6 @@ def test_what_cannot_be_exported(run, writer, tmp_path):
 
 @pytest.mark.parametrize("kind", ["writer", "gpt2"])
 def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(kind, request, tmp_path, monkeypatch):
-    import onnxruntime_genai as og
-
     source = open_source(request.getfixturevalue(kind))
     export(source, tmp_path / "bundle", Options(scheme="fp32"))
     with Bundle.open(tmp_path / "bundle", trust=TRUST, threads=1) as bundle:
@@ -341,14 +339,34 @@ def test_a_causal_bundle_writes_what_torch_writes_and_runs_in_genai(kind, reques
         monkeypatch.setattr(bundle_generate, "_CHUNK", 7)
         assert manifests.LOGITS_FROM in bundle._engine.session.overridable
         assert np.abs(bundle.read(bundle.cache(), wanted) - last).max() < 1e-4
-    model = og.Model(str(tmp_path / "bundle"))
+    assert _genai(tmp_path / "bundle", ids, 60) == [token for token in wanted if token != eos]
+
+
+def _genai(folder, ids, length):
+    """The likeliest tokens from these on, as onnxruntime-genai finds them."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
     params = og.GeneratorParams(model)
-    params.set_search_options(max_length=60, do_sample=False)
+    params.set_search_options(max_length=length, do_sample=False)
     generator = og.Generator(model, params)
     generator.append_tokens(np.array([ids], np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    assert [*generator.get_sequence(0)] == [token for token in wanted if token != eos]
+    return [*generator.get_sequence(0)]
+
+
+@pytest.mark.parametrize("block", [128, 256])
+def test_genai_puts_experts_into_products_as_we_do(block, tmp_path):
+    molora = {"targets": "all-linear", "experts": 4, "rank": 4, "scope": "layer"}
+    edge_export.write(tmp_path / "bundle", "bytes", "int4", block, **molora)
+    assert edge_export.joined(tmp_path / "bundle") == 2 * 7  # every linear of its layers
+    with Bundle.open(tmp_path / "bundle", trust=TRUST, threads=1) as bundle:
+        wanted = ids = bundle.encode("Tell me more")
+        cache = bundle.cache()
+        while len(wanted) < len(ids) + 40:
+            wanted = [*wanted, int(bundle.read(cache, wanted).argmax())]
+    assert _genai(tmp_path / "bundle", ids, len(wanted)) == wanted
 
 
 def test_a_device_stops_where_the_template_ends_an_answer(writer):

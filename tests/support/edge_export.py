@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import edge_graphs
 import numpy as np
+import onnx
 import onnxruntime as ort
 import tiny_models
 import tiny_world
@@ -17,16 +19,20 @@ import torch
 import transformers
 
 from molehill import config
+from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.targets import find_sites
 from molehill.tasks.base_model import load_base
 from molehill.tasks.weights import look_up
+from molehill_edge.manifest import GRAPH
 from molehill_export.base import classifier, decoder
 from molehill_export.base_quantise import BLOCK, quantise_base
+from molehill_export.export import Options, export
 from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import choose_slots, gate_values, insert
+from molehill_export.source import open_source
 
 Session = ort.InferenceSession
 ARCHITECTURES = ("llama", "gpt2", "minilm")
@@ -60,7 +66,12 @@ WIDE: dict[str, tuple[type[Any], dict[str, Any]]] = {
         transformers.LlamaConfig,
         _WIDE | {"hidden_size": 256, "num_attention_heads": 16, "intermediate_size": 384},
     ),
-}
+    # whole blocks of 256 too, and a tokenizer that every runtime knows
+    "bytes": (transformers.LlamaConfig, {
+        **_WIDE, "hidden_size": 256, "num_attention_heads": 16, "intermediate_size": 512, "vocab_size": 259,
+        "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 257,
+    }),
+}  # fmt: skip
 
 
 @functools.cache
@@ -76,6 +87,11 @@ def folder(architecture: str) -> Path:
             if name.endswith(("bias", "norm.weight")):  # which start as zeros and ones
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
         model.save_pretrained(path)
+        if architecture == "bytes":
+            names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=edge_graphs.bytes_tokenizer(), **names)
+            tokenizer.chat_template = edge_graphs.CHATML
+            tokenizer.save_pretrained(path)
         return path
     return tiny_world.save_base(path, architecture, **SIZES, **(_LLAMA if architecture == "llama" else {}))
 
@@ -159,6 +175,32 @@ def opened(
     path = (place or _kept) / "model.onnx"
     path.write_bytes(graph.model(there).SerializeToString())
     return ort.InferenceSession(path, options)
+
+
+def write(out: Path, architecture: str, scheme: Any, block: int = BLOCK, **molora: Any) -> None:
+    """Export a causal bundle of a base and an adapter of random numbers that matter."""
+    model, section = adapted(architecture, **molora)
+    path = folder(architecture)
+    about = Manifest(
+        base={"id": str(path), "digest": look_up(path, architecture).digest()},
+        task="causal-lm",
+        molora=section,
+        ranks={},
+    )
+    with tempfile.TemporaryDirectory() as place:
+        save_adapter(Path(place), model, about)
+        export(open_source(Path(place)), out, Options(scheme=scheme, block=block, id=architecture, force=True))
+
+
+def joined(bundle: Path) -> int:
+    """How many linears of a bundle have their experts inside, which a runtime has to put there."""
+    graph = onnx.load(bundle / GRAPH, load_external_data=False).graph
+    made = {name: node for node in graph.node for name in node.output}
+    weights = [node.input[1] for node in graph.node if node.op_type == "MatMulNBits"]
+    for name in weights:  # grows: products that became one have their weights one after the other
+        if name in made and made[name].attribute[0].i == 0:
+            weights.extend(made[name].input)
+    return sum(name in made and made[name].attribute[0].i == 1 for name in weights)
 
 
 def batch(architecture: str, rows: int = 0, tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
