@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import chromium
+import edge_export
 import edge_graphs
 import numpy as np
+import onnx
 import pytest
 
 from molehill_edge import Bundle
+from molehill_edge import manifest as manifests
 from molehill_edge.personalise import _Loss
 from molehill_edge.trust import InsecureLocal
 from molehill_web import site
@@ -128,3 +132,91 @@ def test_a_gate_is_judged_and_fitted_on_texts_without_labels(opened):
     said = page.there("#fitted", text="readings")
     assert "Fitted to 3 texts, judged on 2 held out" in said
     assert ("No gain" in said) or kind != "parrot"  # which no gate can change
+
+
+@pytest.fixture(scope="module", params=[128, 256])
+def four_bits(request, tmp_path_factory, libraries, browser):
+    """A bundle with experts inside products, by blocks, and its page, which keeps what its console is told."""
+    folder = tmp_path_factory.mktemp("int4")
+    molora = {"targets": "all-linear", "experts": 4, "rank": 4, "scope": "layer"}
+    edge_export.write(folder / "bundle", "bytes", "int4", request.param, **molora)
+    assert edge_export.joined(folder / "bundle") == 2 * 7  # every linear of its layers
+    with TRUST.admit(folder / "bundle") as admitted:
+        site.of_bundle(admitted, folder / "site")
+    server, page = chromium.Server(folder / "site"), browser.page()
+    told = "globalThis.told = []; console.log = (...words) => { told.push(words.join(' ')); };"
+    page.call("Page.addScriptToEvaluateOnNewDocument", source=told)
+    assert page.open(server.url) == "ready", page.text("#status")
+    yield folder / "bundle", page
+    server.stop()
+
+
+def _unrounded(folder, copy):
+    """A bundle whose products of 4 bits take activations as they are, which WebAssembly always does."""
+    shutil.copytree(folder, copy)
+    model = onnx.load(copy / manifests.GRAPH, load_external_data=False)
+    levels = [each for node in model.graph.node for each in node.attribute if each.name == "accuracy_level"]
+    for level in levels:
+        level.i = 0
+    (copy / manifests.GRAPH).write_bytes(model.SerializeToString())
+    edge_graphs.sign(copy, manifests.load(copy)[0])
+    return copy
+
+
+def test_experts_inside_products_of_four_bits_answer_as_in_python(four_bits, tmp_path):
+    folder, page = four_bits
+    assert "int4, which take several times as long" in page.text(".notice")
+    with Bundle.open(_unrounded(folder, tmp_path / "copy"), trust=TRUST, threads=1) as bundle:
+        ids = bundle.encode("Tell me more")
+        wanted, logits, cache = list(ids), [], bundle.cache()
+        for _ in range(24):
+            logits.append(bundle.read(cache, wanted).copy())
+            wanted.append(int(logits[-1].argmax()))
+    found = page.do(
+        f"""(async (ids) => {{
+        const [{{ Cache }}, {{ argmax }}] = await Promise.all(['generate', 'classify'].map((name) =>
+          import(new URL(`js/${{name}}.js`, location.href))));
+        const [cache, logits] = [new Cache(molehill.engine), []];
+        for (let i = 0; i < 24; i++) {{
+          logits.push([...await cache.read(ids)]);
+          ids.push(argmax(logits[i]));
+        }}
+        return {{ ids, logits }};
+        }})({ids})"""
+    )
+    assert found["ids"] == wanted
+    np.testing.assert_allclose(found["logits"], logits, atol=1e-4 * np.std(logits))
+
+
+def test_it_answers_there_nearly_as_on_a_device(four_bits):
+    """Whose processors round activations to 8 bits, which may turn the near ties of random weights."""
+    _, page = four_bits
+    checked = page.do(
+        """import(new URL('js/classify.js', location.href)).then(({ check }) =>
+        Promise.all([check(molehill.engine), check(molehill.engine, { written: true })]))"""
+    )
+    assert all(each["error"] < 0.02 and each["inputs"] for each in checked), checked
+
+
+def test_a_browser_puts_experts_into_products_once(four_bits):
+    _, page = four_bits
+    lines = page.do(
+        """(async () => {
+        const parts = ['js/engine.js', 'vendor/tokenizers/tokenizers.min.js'];
+        const [{ Engine }, how] = await Promise.all(parts.map((path) => import(new URL(path, location.href))));
+        const { runtime } = molehill.engine;
+        const session = runtime.InferenceSession;
+        const create = (graph, options) => session.create(graph, { ...options, enableProfiling: true });
+        const profiled = { ...runtime, InferenceSession: { create } };
+        const engine = await Engine.open(profiled, await molehill.source.open(), { ...how, providers: ['wasm'] });
+        await engine.logits([5, 6, 7]);
+        engine.session.endProfiling();
+        return told.join('\\n').split('\\n');
+        })()"""
+    )
+    ran = [json.loads(line.rstrip(",")) for line in lines if line.startswith('{"cat" : "Node"')]
+    bits = [event["args"]["op_name"] for event in ran if "uint8" in json.dumps(event["args"]["input_type_shape"])]
+    assert set(bits) == {"GatherBlockQuantized", "MatMulNBits"}
+    assert len(bits) == len([each for each in ran if each["args"]["op_name"] in bits])
+    # of each layer: queries, keys and values; what follows attention; three of the block; and four A; and the head
+    assert bits.count("MatMulNBits") == 2 * (1 + 1 + 3 + 4) + 1
