@@ -107,6 +107,7 @@ def export_lora(source: Source, out: Path, wanted: Wanted) -> Written:
         raise ConfigError("llama.cpp reads adapters of causal language models only", where="--gguf")
     if wanted.expert is not None and wanted.gate is not None:
         raise ConfigError("--expert and --gate exclude each other", mend="Give the one or the other.")
+    family = _family(source)
     model = source.model
     fixed = None
     if wanted.expert is None and len(model.experts) > 1:
@@ -117,9 +118,11 @@ def export_lora(source: Source, out: Path, wanted: Wanted) -> Written:
         experts = (wanted.expert or model.experts[0],)
         if experts[0] not in model.experts:
             raise ConfigError(f"there is no expert {experts[0]!r}", where="--expert", mend=_those(model.experts))
+        if wanted.gate is not None:
+            raise ConfigError("there is one expert, and no gate to weigh it", where="--gate", mend="Leave it out.")
         factors = _pairs(model, experts[0])
     rank = max(len(a) for a, _ in factors.values())
-    _write(source, out, _stored(source, factors), rank)
+    _write(source, out, _stored(source, family, factors), rank)
     return Written(experts, rank, len(factors), fixed)
 
 
@@ -195,20 +198,31 @@ def _mixture(model: MoLoRAModel, fixed: Fixed) -> dict[str, tuple[Array, Array]]
     return found
 
 
-def _stored(source: Source, factors: Mapping[str, tuple[Array, Array]]) -> dict[str, tuple[Array, Array]]:
-    """Factors under llama.cpp's names, with B's rows as it stores a linear's.
+def _family(source: Source) -> _Family:
+    """What llama.cpp has for a base.
 
     Raises:
-        ModelError: It has no such family, or no such linear.
+        ModelError: Nothing that is known here.
     """
-    shape = source.text
-    family = _FAMILIES.get(shape.model_type)
-    if family is None:
+    kind = source.text.model_type
+    if kind not in _FAMILIES:
         raise ModelError(
-            f"bases of type {shape.model_type!r} cannot become a GGUF LoRA here",
+            f"bases of type {kind!r} cannot become a GGUF LoRA here",
             where=source.base.id,
             mend=f"Known are {', '.join(_FAMILIES)}.",
         )
+    return _FAMILIES[kind]
+
+
+def _stored(
+    source: Source, family: _Family, factors: Mapping[str, tuple[Array, Array]]
+) -> dict[str, tuple[Array, Array]]:
+    """Factors under llama.cpp's names, with B's rows as it stores a linear's.
+
+    Raises:
+        ModelError: It has no such linear.
+    """
+    shape = source.text
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[family.architecture], shape.num_hidden_layers)
     found = {}

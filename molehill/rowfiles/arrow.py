@@ -24,7 +24,7 @@ def parquet(data: bytes, source: str) -> tuple[Columns, tuple[str, ...]]:
 
     Raises:
         ConfigError: pyarrow is not installed.
-        DataError: It is no such file, or holds a string that is no text.
+        DataError: It is no such file, names a column twice, or holds a string that is no text.
     """
     with needs("parquet"):
         import pyarrow as pa  # noqa: PLC0415  (heavy; only this format needs it)
@@ -33,6 +33,10 @@ def parquet(data: bytes, source: str) -> tuple[Columns, tuple[str, ...]]:
     if not data:
         raise DataError("the file is empty", where=source, mend="Give a file with at least one row.")
     try:
+        names = pq.read_schema(pa.BufferReader(data)).names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"two columns are called {twice!r}", where=source, mend="Remove one of them.")
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"not a Parquet file: {first_line(error)}", where=source, mend="Write it anew.") from None

@@ -18,7 +18,7 @@ STDIN = "-"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _GZIP = ".gz"
 _GZIPPED = b"\x1f\x8b"
-_OTHERS = {arrow.MAGIC: "Parquet", b"PK\x03\x04": "spreadsheet or zip", b"ARRO": "Arrow"}  # by their first bytes
+_OTHERS = {arrow.MAGIC: "a Parquet", b"PK\x03\x04": "a spreadsheet or zip", b"ARRO": "an Arrow"}  # by their first bytes
 
 
 def suffix(path: Path) -> str:
@@ -103,7 +103,7 @@ def _text(path: Path, data: bytes) -> str:
     other = _OTHERS.get(data[:4])
     if other:
         mend = "Write it as JSON lines or CSV."
-        raise DataError(f"a {other} file where rows of text are read", where=str(path), mend=mend)
+        raise DataError(f"{other} file where rows of text are read", where=str(path), mend=mend)
     try:
         packed = data.startswith(_GZIPPED) or path.name.lower().endswith(_GZIP)
         text = (gzip.decompress(data) if packed else data).decode("utf-8-sig")

@@ -114,6 +114,8 @@ def test_an_expert_is_what_peft_makes_of_its_folder(base, tmp_path, family, turn
     model.save_pretrained(tmp_path / "lora")
     made = export_lora(open_source(tmp_path / "lora"), tmp_path / "lora.gguf", Wanted())
     assert (made.experts, made.rank, made.linears, made.fixed) == (("e0",), 4, 14, None)
+    with pytest.raises(ConfigError, match="there is one expert, and no gate to weigh it"):
+        export_lora(open_source(tmp_path / "lora"), tmp_path / "lora.gguf", Wanted(gate="nobody"))
     fields, found = read(tmp_path / "lora.gguf")
     assert (fields["general.architecture"], fields["general.type"]) == (family, "adapter")
     assert (fields["adapter.type"], fields["adapter.lora.alpha"]) == ("lora", 4.0)
@@ -137,9 +139,13 @@ def test_an_expert_of_a_run_is_what_peft_makes_of_its_folder(run, base, tmp_path
     for name, change in want.items():
         np.testing.assert_allclose(found[name], change, rtol=1e-4, atol=1e-7)
     first = (tmp_path / "e1.gguf").read_bytes()
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, json.loads(done.stdout)["error"]["what"]) == (2, "there is something already")
+    words[3] = str(tmp_path / "again.gguf")
     assert CliRunner().invoke(app, words).exit_code == 0
-    assert (tmp_path / "e1.gguf").read_bytes() == first
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "e1.gguf").read_bytes() == first
     (tmp_path / "e1.gguf").unlink()
+    (tmp_path / "again.gguf").unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, free=size - 1))
     done = CliRunner().invoke(app, words[:-1])
     assert done.exit_code == 11
@@ -217,6 +223,9 @@ def test_routing_by_token_without_a_gate_is_refused_and_so_is_a_mean_that_is_ano
         (["--gguf", "x", "--gate", "a", "--gate", "b"], 2, "a LoRA has one gate"),
         (["--gguf", "x", "--gate", "nobody"], 2, "there is no personal gate of 'nobody'"),
         (["--out", "x", "--expert", "e1"], 2, "--expert goes with --gguf"),
+        (["--gguf", "x", "--experts", "e1"], 2, "--experts: a LoRA for llama.cpp has no such thing"),
+        (["--gguf", "x", "--expert", "e1", "--quantize", "int8"], 2, "--quantize: a LoRA for llama.cpp has no such"),
+        (["--gguf", "x", "--expert", "e1", "--id", "mine"], 2, "--id: a LoRA for llama.cpp has no such thing"),
         (["--gguf", "nowhere/x", "--expert", "e1"], 11, "the system refuses it: No such file or directory"),
     ],
 )

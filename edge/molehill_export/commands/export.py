@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 EXTRA = "export"
 
 
+# What only a bundle has, by the name of the parameter.
+_BUNDLES = (
+    "quantize", "block", "experts", "spare_slots", "bundle_id", "version", "expires", "expert_files"
+)  # fmt: skip
+
+
 def export(
+    context: typer.Context,
     source: Annotated[
         Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a finished run, an adapter, or a LoRA of peft.")
     ],
@@ -81,6 +88,7 @@ def export(
     """Make a quantised ONNX bundle that runs without torch, and measure it against the original."""
     with explained(as_json):
         if gguf is not None or out is None:
+            _refuse_those_of_bundles(context)
             _lora(source, out, gguf, expert, gate or [], rows, force, base, state, as_json)
             return
         if expert is not None:
@@ -117,6 +125,14 @@ def export(
             _show(told, out)
 
 
+def _refuse_those_of_bundles(context: typer.Context) -> None:
+    """Refuse options that change nothing in a LoRA."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in _BUNDLES and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError("a LoRA for llama.cpp has no such thing", where=parameter.opts[0], mend="Leave it out.")
+
+
 def _lora(
     source: Path,
     out: Path | None,
@@ -137,13 +153,18 @@ def _lora(
         )
     if len(gates) > 1:
         raise ConfigError("a LoRA has one gate", where="--gate", mend="Give one of them.")
+    if gguf.exists():
+        raise ConfigError("there is something already", where=str(gguf), mend="Choose another --gguf.")
     with needs("gguf"):
         from molehill_export.gguf_lora import Wanted, export_lora
         from molehill_export.source import open_source
 
     with Console(stderr=True, quiet=as_json).status("Loading the model"):
         wanted = Wanted(expert, gates[0] if gates else None, rows, force)
-        made = export_lora(open_source(source, base, state), gguf, wanted)
+        try:
+            made = export_lora(open_source(source, base, state), gguf, wanted)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
     fixed = made.fixed
     told: dict[str, Any] = {
         "gguf": str(gguf),

@@ -165,6 +165,16 @@ def test_what_a_library_cannot_take_is_no_mistake(write, tmp_path):
     assert read_rows(str(tmp_path / "ns.parquet"))["text"] == ("x",)
 
 
+def test_a_column_of_parquet_that_is_there_twice(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "twice.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"twice\.parquet: two columns are called 'text'"):
+        read_rows(str(path))
+
+
 def test_rows_of_parquet_that_are_no_text(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
