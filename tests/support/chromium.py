@@ -175,6 +175,18 @@ class Page:
         place = f"document.querySelector({json.dumps(selector)})"
         self.do(f"{place}.value = {json.dumps(text)}, {place}.dispatchEvent(new Event('change')), true")
 
+    def give(self, selector: str, name: str, data: bytes) -> None:
+        """Choose a file."""
+        coded = base64.b64encode(data).decode()
+        self.do(
+            f"""(() => {{
+            const [field, chosen] = [document.querySelector({json.dumps(selector)}), new DataTransfer()];
+            chosen.items.add(new File([Uint8Array.from(atob({coded!r}), (c) => c.charCodeAt(0))], {json.dumps(name)}));
+            field.files = chosen.files;
+            field.dispatchEvent(new Event('change'));
+            }})()"""
+        )
+
     def click(self, selector: str) -> None:
         """Press a button."""
         self.do(f"document.querySelector({json.dumps(selector)}).click()")

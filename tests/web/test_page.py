@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+from pathlib import Path
 
 import chromium
 import edge_graphs
@@ -180,6 +181,70 @@ def test_it_fits_a_phone_and_a_desk(opened, width, tmp_path):
     assert page.do("document.documentElement.scrollWidth") == width
     heights = page.do("[...document.querySelectorAll('button')].map((each) => each.offsetHeight)")
     assert min(height for height in heights if height) >= 32  # for fingers
+
+
+def tensors_file(header):
+    text = header.encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        ("a.txt", b"\xff\xfea", "a.txt is no text in UTF-8."),
+        ("a.jsonl", b'{"text": "x", "label": "good"}\n{"text"', "a.jsonl, line 2, is no JSON."),
+        ("a.jsonl", b'{"text": "x", "label": "great"}', "a.jsonl, line 1: no label great. There are: bad, good, odd."),
+        ("a.jsonl", b'{"text": " "}', 'a.jsonl, line 1, has no "text".'),
+        ("a.json", b'[{"text": "x"}]', "a.json is one JSON array: write an object a line."),
+        *(
+            ("a.safetensors", data, "a.safetensors is damaged, or no file of tensors.")
+            for data in (
+                b"",
+                b"x" * 20,
+                tensors_file("null"),
+                tensors_file('{"a": {"shape": 3, "data_offsets": [0, 0]}}'),
+            )
+        ),
+        ("a.safetensors", tensors_file("{}"), "a.safetensors: not a gate file."),
+        ("a.safetensors", tensors_file('{"__metadata__": null}'), "a.safetensors: not a gate file."),
+        ("a.safetensors", tensors_file("{"), "a.safetensors is no JSON."),
+    ],
+)
+def test_files_that_are_none(opened, name, data, what):
+    _, page, _ = opened
+    accept = ".safetensors" if name.endswith(".safetensors") else ".jsonl,.txt"
+    page.give(f"input[accept='{accept}']", name, data)
+    place = "[...document.querySelectorAll('.notice.bad')].map((each) => each.innerText).join()"
+    page.until(f"({place}).includes({json.dumps(what)})")
+    page.do("document.querySelectorAll('.notice').forEach((each) => each.remove())")
+
+
+def test_rows_of_a_file(opened):
+    _, page, _ = opened
+    data = b'{"text": "x y", "label": "good"}\r\n\nplain\n{"text": "z", "label": null}\n'
+    page.give("input[accept='.jsonl,.txt']", "a.jsonl", data)
+    shown = "[...document.querySelectorAll('#rows li')].map((each) => [...each.children].map((part) => part.innerText))"
+    page.until(f"({shown}).some(([text]) => text === 'z')")
+    assert [row[:2] for row in page.do(shown)][-3:] == [["x y", "good"], ["plain", ""], ["z", ""]]
+    for _ in range(3):
+        page.click("#rows li:last-child button")
+
+
+@pytest.mark.parametrize("name", ["mixture", "vectors"])
+def test_a_bundle_of_the_first_version(browser, served, tmp_path, name):
+    """With a tokenizer that the page has; what its graph computes is what it did."""
+    samples = Path(__file__).parents[1] / "samples/format_1"
+    said = json.loads((samples / "logits.json").read_text(encoding="utf-8"))
+    shutil.copytree(samples / name / "bundle", tmp_path / "bundle")
+    manifest, _ = manifests.load(tmp_path / "bundle")
+    edge_graphs.pieces_tokenizer().save(str(tmp_path / "bundle" / manifests.TOKENIZER))
+    edge_graphs.sign(tmp_path / "bundle", manifest)
+    write(tmp_path / "bundle", tmp_path / "site")
+    page = browser.page()
+    assert page.open(served(tmp_path / "site").url) == "ready", page.text("#status")
+    for ids, wanted in zip(said["ids"], said[name]["bundle"], strict=True):
+        found = page.do(f"molehill.engine.logits({ids}).then((logits) => [...logits])")
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_names_of_all_kinds(browser, served, tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.server
 import io
+import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,10 +176,19 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         """Not on this terminal."""
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """Has nothing to tell of those who go away while they are answered."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say what is wrong here, and only that."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def _serve(made: Written, port: int) -> None:
     handler = functools.partial(_Handler, shown=made.shown, directory=str(made.serve.resolve()))
     try:
-        server = http.server.ThreadingHTTPServer((_LOCAL, port), handler)
+        server = _Server((_LOCAL, port), handler)
     except OSError as error:
         raise DeployError(f"cannot listen: {error.strerror}", where=f"{_LOCAL}:{port}", mend="Choose --port.") from None
     way = made.folder.resolve().relative_to(made.serve.resolve()).as_posix()

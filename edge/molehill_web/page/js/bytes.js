@@ -8,7 +8,14 @@ export class Refusal extends Error {
   }
 }
 
-export const text = (bytes) => new TextDecoder('utf-8', { fatal: true }).decode(bytes);
+/** Text of bytes, or a refusal that names them. */
+export function text(bytes, name = 'a name') {
+  try {
+    return new TextDecoder('utf-8', { fatal: true }).decode(bytes);
+  } catch {
+    throw new Refusal(`${name} is no text in UTF-8.`);
+  }
+}
 export const utf8 = (string) => new TextEncoder().encode(string);
 export const hex = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('');
 

@@ -11,16 +11,18 @@ export function readTensors(bytes, name) {
   if (bytes.length < 8) throw damaged;
   const length = Number(new DataView(bytes.buffer, bytes.byteOffset, 8).getBigUint64(0, true));
   if (!(length <= MAX_HEADER && 8 + length <= bytes.length)) throw damaged;
-  const { __metadata__: metadata = {}, ...listed } = json(bytes.subarray(8, 8 + length), name);
+  const header = json(bytes.subarray(8, 8 + length), name);
+  if (header === null || typeof header !== 'object') throw damaged;
+  const { __metadata__: metadata, ...listed } = header;
   const tensors = new Map();
   for (const [key, about] of Object.entries(listed)) {
     const Kind = KINDS[about?.dtype];
     const [begin, end] = about?.data_offsets ?? [];
-    const size = (about?.shape ?? [NaN]).reduce((product, each) => product * each, 1);
+    const size = (Array.isArray(about?.shape) ? about.shape : [NaN]).reduce((product, each) => product * each, 1);
     if (!Kind || !(begin >= 0) || !(8 + length + end <= bytes.length) || end - begin !== size * Kind.BYTES_PER_ELEMENT) throw damaged;
     tensors.set(key, { data: new Kind(bytes.slice(8 + length + begin, 8 + length + end).buffer), shape: about.shape });
   }
-  return { tensors, metadata };
+  return { tensors, metadata: metadata ?? {} };
 }
 
 /** The bytes of a file of tensors ([name, {data, shape}]). */

@@ -8,6 +8,14 @@ import { attempt, card, el, opener, percent, save, tell } from './dom.js';
 const [ROWS, OWN] = ['own rows', 'own gate'];
 const MINE = 'my own'; // no gate of a bundle is called so
 
+function isList(text) {
+  try {
+    return Array.isArray(JSON.parse(text));
+  } catch {
+    return false;
+  }
+}
+
 export async function fitCard(app) {
   const { engine, storage } = app;
   const { manifest } = engine;
@@ -41,12 +49,16 @@ export async function fitCard(app) {
   }
 
   const read = (bytes, name) => attempt(said, null, async () => {
-    const lines = textOf(bytes).split('\n').filter((line) => line.trim());
+    const all = textOf(bytes, name);
+    if (isList(all)) throw new Refusal(`${name} is one JSON array: write an object a line.`);
+    const lines = all.split('\n').filter((line) => line.trim());
     const found = lines.map((line, i) => {
       const row = line.trim().startsWith('{') ? json(utf8(line), `${name}, line ${i + 1},`) : { text: line.trim() };
-      if (typeof row.text !== 'string') throw new Refusal(`${name}, line ${i + 1}, has no "text".`);
-      if (row.label !== undefined && !engine.causal && !manifest.task.labels.includes(row.label)) throw new Refusal(`${name}, line ${i + 1}: no label ${row.label}. There are: ${manifest.task.labels.join(', ')}.`);
-      return { text: row.text, ...(row.label !== undefined && !engine.causal ? { label: row.label } : {}) };
+      if (typeof row.text !== 'string' || !row.text.trim()) throw new Refusal(`${name}, line ${i + 1}, has no "text".`);
+      if (engine.causal || (row.label ?? null) === null) return { text: row.text };
+      const named = String(row.label); // as a device reads numbers, and true and false
+      if (!manifest.task.labels.includes(named)) throw new Refusal(`${name}, line ${i + 1}: no label ${named}. There are: ${manifest.task.labels.join(', ')}.`);
+      return { text: row.text, label: named };
     });
     await changed([...rows, ...found]);
   });
