@@ -261,6 +261,8 @@ def test_an_answer_of_no_said_length_is_as_long_as_fits(talk):
     for prompt, most in (("x", 64), ("x" * 240, 16)):
         found = client.completions.create(model="tiny-causal", prompt=prompt, temperature=0)
         assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", most)
+    with pytest.raises(openai.BadRequestError, match="the prompt has 300 tokens, where 256 fit together"):
+        client.completions.create(model="tiny-causal", prompt="x" * 300)
 
 
 def test_what_changes_nothing_may_be_asked_for(talk):

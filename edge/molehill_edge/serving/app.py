@@ -200,10 +200,10 @@ class Paths:
 
         return Turn(self._room, answer)
 
-    def _longest(self, asked: Asked, view: View, ids: Sequence[int]) -> int:
-        """Tokens of the answer to a prompt: as many as were asked for, or else some that fit."""
+    def _longest(self, asked: Asked, view: View, ids: Sequence[int]) -> int | None:
+        """Tokens of the answer to a prompt: as many as were asked for, or else some that fit; None where none do."""
         left = view.manifest.task.max_length - len(ids)
-        return asked.most or max(1, min(ANSWER, self._limits.answer, left))
+        return asked.most or (min(ANSWER, self._limits.answer, left) if left > 0 else None)
 
     async def _written(self, asked: Asked, begin: Callable[[], Begun], field: str) -> Response:
         """Texts, in pieces or whole.
