@@ -286,6 +286,16 @@ def test_a_file_that_was_changed_on_the_server_is_refused(classifier, browser, s
     assert page.text("#status") == "refused a file other than its manifest says: experts.safetensors."
 
 
+def test_a_page_that_cannot_be_kept_works_and_says_so(classifier, browser, served, tmp_path):
+    """Some hosts change what they serve."""
+    shutil.copytree(classifier / "site", tmp_path / "site")
+    with (tmp_path / "site/style.css").open("a") as file:
+        file.write("/* smaller */")
+    page = browser.page()
+    assert page.open(served(tmp_path / "site").url) == "ready"
+    assert page.text("#offline") == "needs the network"
+
+
 def test_a_file_that_was_changed_in_the_browser_is_refused_and_got_anew(classifier, browser, served):
     page = browser.page()
     assert page.open(served(classifier / "site").url) == "ready"

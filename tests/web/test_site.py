@@ -17,10 +17,12 @@ from pathlib import Path
 import edge_graphs
 import httpx
 import pytest
+from edge_attacks import World
 from typer.testing import CliRunner
 
 from molehill.cache import cache_folder
 from molehill.cli import app
+from molehill_edge import fetch_experts
 from molehill_export.keys import Keys
 from molehill_export.repository import Repository
 from molehill_web import site as pages
@@ -179,6 +181,22 @@ def test_what_lies_beside_a_page_is_not_for_everybody(tmp_path, libraries):
         there, elsewhere = ("", f"{way}metadata/timestamp.json"), ("../keys/owner/root.json", "..")
         for path, status in [*((path, 200) for path in there), *((path, 404) for path in elsewhere)]:
             assert httpx.get(httpx.URL(address).join(path)).status_code == status
+
+
+def test_a_page_of_a_bundle_in_the_store_says_what_it_leaves_out(tmp_path, libraries):
+    Keys.create(tmp_path / "keys", b"secret")
+    world = World(tmp_path)
+    manifest = edge_graphs.classifier(tmp_path / "one")
+    Repository(world.repo, world.keys).publish(tmp_path / "one")
+    world.show()
+    world.pull(root=world.root)
+    edge_graphs.write_expert(tmp_path / "owls.expert.safetensors", manifest)
+    fetch_experts.add_file(world.store, "tiny-classifier", tmp_path / "owls.expert.safetensors")
+    words = ["tiny-classifier", "--store", tmp_path / "store", "--out", tmp_path / "site"]
+    result = CliRunner().invoke(app, ["edge", "site", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    assert "without owls, added on this device" in result.stderr
+    assert digests(tmp_path / "site/bundle") == digests(tmp_path / "one")
 
 
 @contextlib.contextmanager

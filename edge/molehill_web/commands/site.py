@@ -113,6 +113,8 @@ def _of_bundle(bundle: str, out: Path, vendor: Path | None, *, insecure: bool, s
 
     trust: Trust = InsecureLocal(lambda warning: say(Text(warning, "bold red"))) if insecure else Store(store)
     with trust.admit(bundle) as admitted:
+        if names := ", ".join(added.id for added, _ in admitted.experts):
+            say(Text(f"The page has the bundle as it was published: without {names}, added on this device."))
         return of_bundle(admitted, out, vendor)
 
 

@@ -39,6 +39,7 @@ async function start() {
   navigator.storage?.persist?.();
   if (app.source.signed) lookForNewer();
   if (await ready) chip('works offline', 'good', 'offline');
+  else chip('needs the network', '', 'offline');
   document.documentElement.dataset.state = 'ready';
 }
 
@@ -66,8 +67,12 @@ async function bytesOf(path) {
 /** Let the browser keep the page; returns whether it does. */
 async function keepPage() {
   try {
-    await navigator.serviceWorker.register(new URL('../sw.js', import.meta.url), { updateViaCache: 'none' });
-    return Boolean(await navigator.serviceWorker.ready);
+    const { active, waiting, installing } = await navigator.serviceWorker.register(new URL('../sw.js', import.meta.url), { updateViaCache: 'none' });
+    const worker = active ?? waiting ?? installing;
+    while (!['activated', 'redundant'].includes(worker.state)) {
+      await new Promise((resolve) => worker.addEventListener('statechange', resolve, { once: true }));
+    }
+    return worker.state === 'activated'; // else a file of the page was not to be had, or another than was written
   } catch (error) {
     console.warn(`the page is not kept: ${error}`);
     return false;
