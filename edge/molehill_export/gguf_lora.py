@@ -45,7 +45,7 @@ class _Family:
     turned: bool = False
 
 
-# By the model type of transformers. Files of llama and qwen3 were compared with peft; the others follow the same rules.
+# By the model type of transformers. Files of all of them are compared with what peft makes of the same expert.
 _FAMILIES = {
     "llama": _Family("llama", turned=True),
     "mistral": _Family("llama", turned=True),

@@ -99,14 +99,19 @@ def shaken(folder, scale=0.05, gate=0.0):
     return source
 
 
-@pytest.mark.parametrize(("family", "turned"), [("llama", True), ("qwen3", False)])
-def test_an_expert_is_what_peft_makes_of_its_folder(base, tmp_path, family, turned):
-    if family == "qwen3":
+@pytest.mark.parametrize(
+    ("family", "architecture", "turned"),
+    [("llama", "llama", True), ("mistral", "llama", True), ("qwen2", "qwen2", False), ("qwen3", "qwen3", False)],
+)
+def test_an_expert_is_what_peft_makes_of_its_folder(base, tmp_path, family, architecture, turned):
+    if family != "llama":
         base = tmp_path / "base"
         tiny_world.save_base(base, "llama", **SHAPE)  # the tokenizer
         torch.manual_seed(0)
-        shape = transformers.Qwen3Config(**tiny_world.SIZES | SHAPE)
-        transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(base)
+        shape = transformers.AutoConfig.for_model(family, **tiny_world.SIZES | SHAPE)
+        made = transformers.AutoModelForCausalLM.from_config(shape)
+        assert any(name.endswith("q_proj.bias") for name, _ in made.named_parameters()) == (family == "qwen2")
+        made.save_pretrained(base)
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", use_rslora=True,
                                init_lora_weights=False, rank_pattern={"v_proj": 2})  # fmt: skip
@@ -117,7 +122,7 @@ def test_an_expert_is_what_peft_makes_of_its_folder(base, tmp_path, family, turn
     with pytest.raises(ConfigError, match="there is one expert, and no gate to weigh it"):
         export_lora(open_source(tmp_path / "lora"), tmp_path / "lora.gguf", Wanted(gate="nobody"))
     fields, found = read(tmp_path / "lora.gguf")
-    assert (fields["general.architecture"], fields["general.type"]) == (family, "adapter")
+    assert (fields["general.architecture"], fields["general.type"]) == (architecture, "adapter")
     assert (fields["adapter.type"], fields["adapter.lora.alpha"]) == ("lora", 4.0)
     want = dict(stored(*item, turned) for item in of_peft(tmp_path / "lora", base).items())
     assert found.keys() == want.keys()
