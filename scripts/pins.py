@@ -24,7 +24,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 HASHED = ROOT / "requirements"
-EXTRAS = ("client", "simulation", "edge", "demo,privacy")
+EXTRAS = ("client", "simulation", "edge", "edge,parquet", "serve", "export,gguf", "demo,privacy")
 HEADER = """\
 # Exact versions of everything `molehill[dev]` needs, by scripts/pins.py. pip install -c constraints.txt -e ".[demo]"
 """

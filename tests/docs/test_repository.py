@@ -19,6 +19,9 @@ PINS = [
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if not line.startswith("#")
 ]
+SPEC = importlib.util.spec_from_file_location("pins", ROOT / "scripts/pins.py")
+SCRIPT = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(SCRIPT)
 DIRECT = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
 
 
@@ -56,14 +59,17 @@ def test_every_hashed_requirement_is_the_pinned_one_and_has_hashes(path):
         assert all(re.fullmatch("sha256:[0-9a-f]{64}", each) for each in hashes)
 
 
-@pytest.mark.parametrize("extras", ["client", "simulation", "edge", "demo,privacy"])
+def test_what_people_install_can_be_installed_by_hash():
+    named = {extra for extras in SCRIPT.EXTRAS for extra in extras.split(",")}
+    assert {"client", "simulation", "edge", "parquet", "serve", "export", "gguf", "demo", "privacy"} == named
+    files = {path.stem for path in (ROOT / "requirements").glob("*.txt")}
+    assert files == {*(extras.replace(",", "-") for extras in SCRIPT.EXTRAS), "torch", "build"}
+
+
+@pytest.mark.parametrize("extras", SCRIPT.EXTRAS)
 def test_a_hashed_file_has_all_that_its_extra_needs(extras):
-    spec = importlib.util.spec_from_file_location("pins", ROOT / "scripts/pins.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert extras in script.EXTRAS
     needed: dict[str, frozenset[str]] = {}
-    script.needed("molehill", frozenset(extras.split(",")), needed)
+    SCRIPT.needed("molehill", frozenset(extras.split(",")), needed)
     files = [ROOT / "requirements" / f"{name}.txt" for name in (extras.replace(",", "-"), "torch")]
     named = {canonicalize_name(each.name) for path in files for each, _ in entries(path)}
     assert set(needed) - named == {"molehill"}
