@@ -101,6 +101,14 @@ def test_a_visitor_talks(opened):
     page.fill("#temperature", "0")
     page.click("#fresh")
     assert page.text("#talk") == ""
+    if opened[0] == "chat":  # which has much to say
+        page.fill("#most", "200")
+        page.fill("#text", "Hello")
+        page.click("#send")
+        page.until("!document.querySelector('#stop').hidden")
+        page.click("#fresh")
+        page.until("!document.querySelector('#send').disabled")
+        assert page.text("#talk") == page.text("#route") == ""
     assert page.do("document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -155,6 +155,7 @@ def _lora(
         raise ConfigError("a LoRA has one gate", where="--gate", mend="Give one of them.")
     if gguf.exists():
         raise ConfigError("there is something already", where=str(gguf), mend="Choose another --gguf.")
+    gguf.absolute().parent.stat()  # a folder that there is not is refused now, and not after minutes
     with needs("gguf"):
         from molehill_export.gguf_lora import Wanted, export_lora
         from molehill_export.source import open_source

@@ -59,6 +59,7 @@ export function talkCard(app, prompts) {
       } finally {
         [ending, stop.hidden] = [null, true];
       }
+      if (!turn.isConnected) return; // a new conversation has begun meanwhile
       const ids = app.engine.tokens.begun(content, prompts.special).slice(0, manifest.task.maxLength);
       const seconds = (performance.now() - begin) / 1000;
       said.replaceChildren(el('p', { className: 'dim' }, `${seconds.toFixed(1)} s, gate ${app.engine.gate.name || 'none'}`), routeView(manifest, await routes(app.engine, ids)) ?? '');
