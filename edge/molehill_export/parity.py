@@ -21,7 +21,8 @@ from molehill_protos.v1 import bundle_pb2 as pb
 Array = NDArray[Any]
 _LONG, _SHORT = 512, 64  # tokens
 _TOGETHER = 512  # tokens of the original at once, with padding
-GOLDEN, SHOWN = 4, 32  # texts and logits that the manifest keeps
+GOLDEN, SHOWN = 4, 32  # short texts and logits that the manifest keeps
+_BEGINNINGS = (128, 112, 96, 80)  # tokens of the one text that is long, since kernels differ with the length
 
 # Largest logit error and least agreement, by scheme: some times what healthy models show.
 FLOORS = {"fp32": (1e-5, 0.99), "int8": (0.1, 0.9), "int4": (0.2, 0.8)}
@@ -128,10 +129,10 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
         runner: The bundle.
 
     Returns:
-        The figures, and some inputs with what the bundle answered.
+        The figures, and some inputs with what the bundle answered: short ones, and a long one where there is any.
     """
     total = Difference()
-    golden: list[pb.Golden] = []
+    short: list[_Answered] = []
     for ids, (wanted, routes) in zip(original.texts, original.answers, strict=True):
         found, others = runner(ids)
         total.add(wanted, found)
@@ -139,9 +140,8 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
             same = a.argmax(-1) == b.argmax(-1)
             total.routed += same.size
             total.routes_same += int(same.sum())
-        if len(golden) < GOLDEN:
-            last = found[-1]
-            golden.append(pb.Golden(input_ids=ids, logits=last[:SHOWN], best=int(last.argmax())))
+        if len(ids) <= _SHORT:
+            short.append((ids, found[-1].copy()))
     parity = pb.Parity(
         texts=total.texts, logit_error=total.error, agreement=total.same / total.predictions,
         router_agreement=total.routes_same / total.routed if total.routed else 1.0,
@@ -153,7 +153,24 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
         ours, theirs = zip(*right, strict=True)
         parity.rows = len(original.examples)
         parity.accuracy_original, parity.accuracy_bundle = float(np.mean(ours)), float(np.mean(theirs))
-    return parity, golden
+    longest = max(original.texts, key=len)
+    beginnings = [longest[:length] for length in _BEGINNINGS if length <= len(longest)]
+    long = [(ids, runner(ids)[0][-1]) for ids in beginnings]
+    return parity, [*_clearest(short, GOLDEN), *_clearest(long, 1)]
+
+
+_Answered = tuple[Sequence[int], Array]  # token ids, and logits after the last or of the class
+
+
+def _clearest(answered: Sequence[_Answered], count: int) -> list[pb.Golden]:
+    """Those whose best is furthest ahead of the next: near ties turn where another processor rounds."""
+
+    def lead(each: _Answered) -> float:
+        best = np.sort(each[1])[-2:]
+        return float(best[-1] - best[0])
+
+    chosen = sorted(answered, key=lead, reverse=True)[:count]
+    return [pb.Golden(input_ids=ids, logits=logits[:SHOWN], best=int(logits.argmax())) for ids, logits in chosen]
 
 
 def require(parity: pb.Parity, scheme: str, *, force: bool) -> None:
