@@ -98,7 +98,7 @@ async function download() {
 async function open(bundle) {
   const { manifest } = bundle;
   const { Tokenizer } = await import(new URL('tokenizers/tokenizers.min.js', VENDOR));
-  app.files = bundle.files;
+  app.gates = new Map([...bundle.files].filter(([path]) => path.startsWith('gates/'))); // the graph has the rest
   if (manifest.quantisation.base !== 'int8' && (await navigator.gpu?.requestAdapter())) {
     // int8 has no kernels there; fp32 and int4 have.
     try {

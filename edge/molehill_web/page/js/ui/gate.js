@@ -5,11 +5,11 @@ import { gatesOf } from '../manifest.js';
 import { attempt, card, el, opener } from './dom.js';
 
 export function gateCard(app) {
-  const { engine, files } = app;
+  const { engine } = app;
   const { manifest } = engine;
   const said = el('div');
   const gates = new Map([['default', { ...engine.default, name: engine.default.name || 'default' }]]);
-  for (const { path, name } of gatesOf(manifest)) gates.set(gates.has(name) ? path : name, readGate(files.get(path), manifest, path));
+  for (const { path, name } of gatesOf(manifest)) gates.set(gates.has(name) ? path : name, readGate(app.gates.get(path), manifest, path));
   const picker = el('select', { id: 'gate', ariaLabel: 'Gate', onchange: () => use() });
   const boxes = el('div', { id: 'experts' });
   const may = usable(manifest);
