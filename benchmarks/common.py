@@ -81,9 +81,9 @@ def grown_by(call: Callable[[], Any]) -> float:
     return (resident("VmHWM") - before) / 2**20
 
 
-def resident(field: str) -> int:
-    """Bytes of memory that this process has (``VmRSS``) or had at most (``VmHWM``; Linux)."""
-    status = Path("/proc/self/status").read_text().splitlines()
+def resident(field: str, process: int | str = "self") -> int:
+    """Bytes of memory that a process has (``VmRSS``) or had at most (``VmHWM``; Linux)."""
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if field in line) * 1024
 
 
