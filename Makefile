@@ -30,9 +30,9 @@ test: .venv/dev.stamp  ## The whole gate: what CI runs
 check: .venv/dev.stamp  ## The gate without the tests: seconds
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check static
 
-nightly: .venv/dev.stamp  ## Kills of processes at random moments, 29 of deployments and 500 of simulations, with what became of them, and every family of decoders: an hour
+nightly: .venv/dev.stamp  ## Kills of processes at random moments, 29 of deployments and 500 of simulations, with what became of them, every family of decoders, and a graphics card of software: an hour
 	PATH="$(CURDIR)/$(BIN):$$PATH" MOLEHILL_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -s tests/deploy/test_faults.py tests/e2e/test_kills.py \
-		tests/deploy/test_surroundings.py tests/edge/test_export_families.py
+		tests/deploy/test_surroundings.py tests/edge/test_export_families.py tests/web/test_graphics.py
 
 benchmarks: .venv/benchmarks.stamp  ## Measure all speeds and fill docs/reference/speed.md: an hour on a quiet machine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py

@@ -21,17 +21,22 @@ from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--headless", "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
-    *("--no-default-browser-check", "--remote-debugging-pipe", "about:blank"),
+    *("--no-default-browser-check", "--remote-debugging-pipe"),
+)
+# A graphics card made of software, which computes on the processor what a page asks of it.
+_GRAPHICS = (
+    *("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"),
+    *("--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
 )
 _PATIENCE = 60.0  # seconds for whatever a page does
 
 
 class Chromium:
-    """One browser with an empty profile."""
+    """One browser with an empty profile, without a graphics card or with one of software."""
 
-    def __init__(self, profile: Path) -> None:
+    def __init__(self, profile: Path, *, graphics: bool) -> None:
         (reads, self._out), (self._in, writes) = _pipe(), _pipe()
         # The protocol's pipes are descriptors 3 and 4 of the browser, which bash gives them whatever they are here.
         command = [
@@ -41,6 +46,8 @@ class Chromium:
             PROGRAM,
             f"--user-data-dir={profile}",
             *_FLAGS,
+            *(_GRAPHICS if graphics else ("--disable-gpu",)),
+            "about:blank",
         ]
         self._process = subprocess.Popen(
             command, pass_fds=(reads, writes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -201,10 +208,10 @@ class Page:
 
 
 @contextmanager
-def browser() -> Iterator[Chromium]:
+def browser(*, graphics: bool = False) -> Iterator[Chromium]:
     """A browser for a while."""
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
-        opened = Chromium(Path(profile))
+        opened = Chromium(Path(profile), graphics=graphics)
         try:
             yield opened
         finally:
