@@ -22,7 +22,7 @@ Array = NDArray[Any]
 _LONG, _SHORT = 512, 64  # tokens
 _TOGETHER = 512  # tokens of the original at once, with padding
 GOLDEN, SHOWN = 4, 32  # short texts and logits that the manifest keeps
-_BEGINNINGS = (128, 112, 96, 80)  # tokens of the one text that is long, since kernels differ with the length
+_BEGINNINGS = (128, 112, 96, 80, 64, 48, 32)  # tokens of the longest text, since kernels differ with the length
 
 # Largest logit error and least agreement, by scheme: some times what healthy models show.
 FLOORS = {"fp32": (1e-5, 0.99), "int8": (0.1, 0.9), "int4": (0.2, 0.8)}
@@ -129,10 +129,10 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
         runner: The bundle.
 
     Returns:
-        The figures, and some inputs with what the bundle answered: short ones, and a long one where there is any.
+        The figures, and some inputs with what the bundle answered: short ones, and one as long as it takes, up to 128.
     """
     total = Difference()
-    short: list[_Answered] = []
+    longest, short = max(original.texts, key=len), list[_Answered]()
     for ids, (wanted, routes) in zip(original.texts, original.answers, strict=True):
         found, others = runner(ids)
         total.add(wanted, found)
@@ -140,7 +140,7 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
             same = a.argmax(-1) == b.argmax(-1)
             total.routed += same.size
             total.routes_same += int(same.sum())
-        if len(ids) <= _SHORT:
+        if len(ids) <= _SHORT and ids is not longest:
             short.append((ids, found[-1].copy()))
     parity = pb.Parity(
         texts=total.texts, logit_error=total.error, agreement=total.same / total.predictions,
@@ -153,8 +153,7 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
         ours, theirs = zip(*right, strict=True)
         parity.rows = len(original.examples)
         parity.accuracy_original, parity.accuracy_bundle = float(np.mean(ours)), float(np.mean(theirs))
-    longest = max(original.texts, key=len)
-    beginnings = [longest[:length] for length in _BEGINNINGS if length <= len(longest)]
+    beginnings = [longest[:length] for length in _BEGINNINGS if length <= len(longest)][:4] or [longest]
     long = [(ids, runner(ids)[0][-1]) for ids in beginnings]
     return parity, [*_clearest(short, GOLDEN), *_clearest(long, 1)]
 

@@ -1,7 +1,7 @@
 // The page: gets the bundle, keeps it, opens it, and puts the cards up.
 
 import { Refusal, json } from './bytes.js';
-import { check } from './classify.js';
+import { check, showsLong } from './classify.js';
 import { Engine } from './engine.js';
 import { Expired, isCausal } from './manifest.js';
 import { Prompts } from './prompts.js';
@@ -99,7 +99,7 @@ async function open(bundle) {
   const { manifest } = bundle;
   const { Tokenizer } = await import(new URL('tokenizers/tokenizers.min.js', VENDOR));
   app.gates = new Map([...bundle.files].filter(([path]) => path.startsWith('gates/'))); // the graph has the rest
-  if (manifest.quantisation.base !== 'int8' && (await navigator.gpu?.requestAdapter())) {
+  if (manifest.quantisation.base !== 'int8' && showsLong(manifest) && (await navigator.gpu?.requestAdapter())) {
     // int8 has no kernels there; fp32 and int4 have.
     try {
       const runtime = await load('ort.webgpu.min.js', 'ort-wasm-simd-threaded.asyncify');

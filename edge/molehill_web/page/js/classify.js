@@ -54,6 +54,11 @@ export function usage(manifest, reports) {
 
 const [EXACT, ROUNDED, FLIPS] = [1e-6, 2e-2, 0.1]; // as molehill_edge.golden has them
 
+const LONG = 48; // tokens
+
+/** Whether the golden inputs say anything of long texts, for which kernels are others; those of earlier versions do not. */
+export const showsLong = ({ golden, task }) => golden.some(({ inputIds }) => inputIds.length >= Math.min(LONG, task.maxLength));
+
 /** Whether a bundle with its own gate answers here as it did where it was made, read at once or `written` token by token. */
 export async function check(engine, { written = false } = {}) {
   const { golden, quantisation } = engine.manifest;
