@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from molehill.errors import BundleError, ModelError
+from molehill.molora.interfaces import RouteRecord
 from molehill.molora.model import MoLoRAModel
-from molehill.tasks.batches import Example
+from molehill.tasks.batches import IGNORE, Example, alike, pad
+from molehill_edge.manifest import LOGITS_FROM
 from molehill_export.texts import CALIBRATION
 from molehill_protos.v1 import bundle_pb2 as pb
 
 Array = NDArray[Any]
 _LONG, _SHORT = 512, 64  # tokens
-_TOGETHER = 512  # tokens of the original at once, with padding
+_TOGETHER = 1024, 1 << 25  # tokens, and logits, of the original at once, with padding
+_START = 32  # tokens that cost as much as reading the weights of a base that stays in its files
 GOLDEN, SHOWN = 4, 32  # short texts and logits that the manifest keeps
 _BEGINNINGS = (128, 112, 96, 80, 64, 48, 32)  # tokens of the longest text, since kernels differ with the length
 
@@ -70,12 +75,14 @@ class Runner:
     def __init__(self, graph: Path, manifest: pb.Manifest) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # products are long, and waits few
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._generation = manifest.task.generation if manifest.task.kind == "causal-lm" else None
         self._routes = [f"route.{i}" for i in range(len(manifest.routers))]
+        self._cuts = LOGITS_FROM in {value.name for value in self._session.get_overridable_initializers()}
 
-    def __call__(self, ids: Sequence[int]) -> tuple[Array, list[Array]]:
-        """Logits ``[1, C]`` or ``[T, V]`` of one text, and the weights of every router."""
+    def __call__(self, ids: Sequence[int], begin: int = 0) -> tuple[Array, list[Array]]:
+        """Logits ``[1, C]`` or, from a position on, ``[T - begin, V]`` of one text, and the weights of every router."""
         feed: dict[str, Array] = {
             "input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)
         }  # fmt: skip
@@ -86,8 +93,12 @@ class Runner:
                 for i in range(self._generation.layers)
                 for part in ("key", "value")
             }
+        if begin and self._cuts:
+            feed[LOGITS_FROM] = np.array([begin], np.int64)
         logits, *routes = self._session.run(["logits", *self._routes], feed)
-        return logits if self._generation is None else logits[0], routes
+        if self._generation is None:
+            return logits, routes
+        return logits[0] if self._cuts else logits[0, begin:], routes
 
 
 @dataclass(frozen=True)
@@ -98,13 +109,13 @@ class Originals:
         texts: Token ids of the calibration text.
         answers: For each of them the logits, ``[T, V]`` or ``[1, C]``, and the weights of every router.
         examples: Labelled rows of the run, for the accuracies; only figures of them are kept.
-        best: Its predictions for each of these, ``[T]`` or ``[1]``.
+        right: For each of these, which of its labels the model predicts.
     """
 
     texts: Sequence[Sequence[int]]
     answers: list[tuple[Array, list[Array]]]
     examples: Sequence[Example]
-    best: list[Array]
+    right: list[Array]
 
 
 @torch.no_grad()
@@ -116,9 +127,7 @@ def originals(model: MoLoRAModel, texts: Sequence[Sequence[int]], examples: Sequ
         texts: Token ids of the calibration text.
         examples: Labelled rows of the run.
     """
-    answers = list(_answers(model, texts))
-    rows = [example.input_ids for example in examples]
-    return Originals(texts, answers, examples, [logits.argmax(-1) for logits, _ in _answers(model, rows)])
+    return Originals(texts, _answers(model, texts), examples, _right(model, examples))
 
 
 def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Golden]]:
@@ -146,13 +155,15 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
         texts=total.texts, logit_error=total.error, agreement=total.same / total.predictions,
         router_agreement=total.routes_same / total.routed if total.routed else 1.0,
     )  # fmt: skip
-    right: list[tuple[bool, bool]] = []
-    for example, best in zip(original.examples, original.best, strict=True):
-        right.extend(_right(example, best, runner(example.input_ids)[0].argmax(-1)))
-    if right:
-        ours, theirs = zip(*right, strict=True)
+    if original.examples:
+        theirs = [_labels(example) for example in original.examples]
+        right = [
+            runner(example.input_ids, int(positions[0]))[0].argmax(-1)[positions - positions[0]] == labels
+            for example, (positions, labels) in zip(original.examples, theirs, strict=True)
+        ]
         parity.rows = len(original.examples)
-        parity.accuracy_original, parity.accuracy_bundle = float(np.mean(ours)), float(np.mean(theirs))
+        parity.accuracy_original = float(np.concatenate(original.right).mean())
+        parity.accuracy_bundle = float(np.concatenate(right).mean())
     beginnings = [longest[:length] for length in _BEGINNINGS if length <= len(longest)][:4] or [longest]
     long = [(ids, runner(ids)[0][-1]) for ids in beginnings]
     return parity, [*_clearest(short, GOLDEN), *_clearest(long, 1)]
@@ -202,40 +213,77 @@ def calibration(tokenizer: Any, max_length: int) -> list[list[int]]:
     return sorted(found, key=lambda each: (len(each) > _SHORT, -len(each), each))
 
 
-def _answers(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> Iterator[tuple[Array, list[Array]]]:
-    """Logits and the weights of every router for each text, a few texts at once where rows do not see each other."""
-    start = 0
-    while start < len(texts):
-        stop = start + 1
-        longest = len(texts[start])
-        while model.head is None and stop < len(texts):
-            longest = max(longest, len(texts[stop]))
-            if longest * (stop + 1 - start) > _TOGETHER:
-                break
-            stop += 1
-        logits, routes = _pass(model, texts[start:stop])
-        for row, ids in enumerate(texts[start:stop]):
-            tokens = len(ids) if model.head is None else 1
-            yield logits[row, :tokens].copy(), [_of_row(weights, row, len(ids)) for weights in routes]
-        start = stop
+def passes(model: MoLoRAModel, lengths: Sequence[int]) -> list[list[int]]:
+    """Which texts go through the original together: of like length, where rows do not see each other.
+
+    Args:
+        model: The original.
+        lengths: Of the texts, in tokens.
+
+    Returns:
+        Indices of the texts of every pass.
+    """
+    if model.head is not None:
+        return [[text] for text in range(len(lengths))]
+    base: Any = model.base
+    tokens, logits = _TOGETHER
+    most = min(tokens, logits // base.config.get_text_config().vocab_size)
+    found = []
+    for run in alike(lengths, _START, len(lengths)):
+        rows = max(1, most // lengths[run[0]])
+        found += [run[start : start + rows] for start in range(0, len(run), rows)]
+    return found
+
+
+def decode(model: MoLoRAModel, texts: Sequence[Sequence[int]], **how: Any) -> tuple[Tensor, list[RouteRecord]]:
+    """Logits ``[B, T, V]`` of texts, padded on the right, and the routes of the pass.
+
+    Args:
+        model: Of a causal LM.
+        texts: Token ids.
+        how: Further arguments of the base.
+    """
+    batch = pad([Example(list(ids), list(ids)) for ids in texts], 0)
+    with _recorded(model):
+        model.state.announce(batch.attention_mask, None)
+        mask = batch.attention_mask.long()
+        logits = model.base(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **how).logits
+    return logits.float(), model.state.records
+
+
+@contextmanager
+def _recorded(model: MoLoRAModel) -> Iterator[None]:
+    model.state.collect = True
+    try:
+        yield
+    finally:
+        model.state.collect = False
+
+
+def _answers(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> list[tuple[Array, list[Array]]]:
+    """Logits and the weights of every router for each text."""
+    found: dict[int, tuple[Array, list[Array]]] = {}
+    for run in passes(model, [len(ids) for ids in texts]):
+        logits, routes = _pass(model, [texts[text] for text in run])
+        for row, text in enumerate(run):  # logits are parts of those of the pass, of which little is padding
+            tokens = len(texts[text])
+            own = logits[row, : tokens if model.head is None else 1]
+            found[text] = own, [_of_row(weights, row, tokens) for weights in routes]
+    return [found[text] for text in range(len(texts))]
 
 
 def _pass(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> tuple[Array, list[Array]]:
     """Logits ``[B, T, V]`` or ``[B, 1, C]`` and the weights of every router, of texts padded on the right."""
-    longest = max(map(len, texts))
-    tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts])
-    mask = torch.tensor([[i < len(ids) for i in range(longest)] for ids in texts])
-    model.state.collect = True
-    try:
-        if model.head is not None:
-            logits = model.head(model.head.pool(model.hidden(tokens, mask), mask)).unsqueeze(1)
-        else:
-            model.state.announce(mask, None)
-            logits = model.base(input_ids=tokens, attention_mask=mask.long()).logits
-    finally:
-        model.state.collect = False
-    by_site = {record.site.name: record.route.weights.numpy() for record in model.state.records}
-    return logits.float().numpy(), [by_site[group.site.name] for group in model.routers.values()]
+    if model.head is None:
+        logits, records = decode(model, texts)
+    else:
+        batch = pad([Example(list(ids), 0) for ids in texts], 0)
+        with _recorded(model):
+            states = model.hidden(batch.input_ids, batch.attention_mask)
+            logits = model.head(model.head.pool(states, batch.attention_mask)).unsqueeze(1).float()
+        records = model.state.records
+    by_site = {record.site.name: record.route.weights.numpy() for record in records}
+    return logits.numpy(), [by_site[group.site.name] for group in model.routers.values()]
 
 
 def _of_row(weights: Array, row: int, tokens: int) -> Array:
@@ -244,11 +292,21 @@ def _of_row(weights: Array, row: int, tokens: int) -> Array:
     return own[:, :tokens].copy()
 
 
-def _right(example: Example, original: Array, other: Array) -> Iterator[tuple[bool, bool]]:
-    """Whether original and bundle are right, of the best classes or tokens that they say."""
+def _right(model: MoLoRAModel, examples: Sequence[Example]) -> list[Array]:
+    """Which labels of each row the original predicts; the head runs where there are some."""
+    found: dict[int, Array] = {}
+    for run in passes(model, [len(example.input_ids) for example in examples]):
+        batch = pad([examples[row] for row in run], 0)
+        forward = model(batch.input_ids, batch.attention_mask, batch.labels)
+        right = (forward.scores.argmax(-1) == forward.labels).numpy()
+        found |= {row: right[(forward.rows == i).numpy()] for i, row in enumerate(run)}
+    return [found[row] for row in range(len(examples))]
+
+
+def _labels(example: Example) -> tuple[Array, Array]:
+    """Where an output has a label, and which."""
     if isinstance(example.labels, int):
-        yield bool(original[0] == example.labels), bool(other[0] == example.labels)
-        return
-    for position, label in enumerate(example.labels[1:]):
-        if label != -100:
-            yield bool(original[position] == label), bool(other[position] == label)
+        return np.zeros(1, np.int64), np.array([example.labels])
+    after = np.array(example.labels[1:])  # what a token is followed by
+    positions = np.flatnonzero(after != IGNORE)
+    return positions, after[positions]

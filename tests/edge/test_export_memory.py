@@ -26,12 +26,18 @@ from molehill.cli import app
 from molehill.errors import DeployError
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.build import wrap
+from molehill.tasks import base_model
 from molehill.tasks.base_model import load_base
+from molehill.tasks.batches import Example
+from molehill.tasks.streamed import stream
 from molehill.tasks.weights import look_up
+from molehill_edge import manifest as manifests
+from molehill_edge.manifest import GRAPH
 from molehill_export import base_quantise, parity
 from molehill_export.base import decoder
 from molehill_export.deferred import Deferred
 from molehill_export.export import Options, export, export_experts
+from molehill_export.gguf_lora import Wanted, export_lora
 from molehill_export.source import open_source
 from molehill_export.trace import quiet
 
@@ -102,6 +108,35 @@ def test_weights_that_stay_in_their_files_give_the_same_bundle(adapter, tmp_path
     )
     assert loaded == lean
     assert told[1][0].startswith(f"Writing 0 MB to {tmp_path / '.lean.'}")
+    runner, ids = parity.Runner(tmp_path / "lean" / GRAPH, manifests.load(tmp_path / "lean")[0]), [5, 9, 17, 21, 8]
+    np.testing.assert_array_equal(runner(ids, 3)[0], runner(ids)[0][3:])
+
+
+def test_a_lora_for_llama_cpp_is_made_of_weights_that_stay_in_their_files(adapter, tmp_path, monkeypatch):
+    streamed = []
+    monkeypatch.setattr(base_model, "stream", lambda *given: streamed.append(stream(*given)) or streamed[-1])
+    words = ["export", str(adapter / "adapter"), "--base", str(adapter / "base"), "--force"]
+    done = CliRunner().invoke(app, [*words, "--gguf", str(tmp_path / "lean.gguf"), "--gate", "global"])
+    assert done.exit_code == 0, done.output
+    assert streamed == [True]
+    source = open_source(adapter / "adapter", str(adapter / "base"))
+    export_lora(source, tmp_path / "loaded.gguf", Wanted(gate="global", force=True))
+    assert (tmp_path / "lean.gguf").read_bytes() == (tmp_path / "loaded.gguf").read_bytes()
+
+
+@torch.no_grad()
+def test_rows_are_right_where_their_labels_are_predicted(adapter):
+    source = open_source(adapter / "adapter", str(adapter / "base"))
+    texts = [[5, 9, 17, 21, 8], [3, 4], [7, 7, 7, 12, 6, 1], [30, 2, 11]]
+    best = [source.model.base(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist() for ids in texts]
+    said = [best[0][1], (best[1][0] + 1) % 64, best[2][4], best[3][1]]  # of a position each; the second is wrong
+    labels = [[-100, -100, said[0], -100, 63], [-100, said[1]], [*[-100] * 5, said[2]], [-100, 63, said[3]]]
+    found = parity.originals(source.model, [], [Example(*pair) for pair in zip(texts, labels, strict=True)])
+    wanted = [[True, best[0][3] == 63], [False], [True], [best[3][0] == 63, True]]
+    assert [right.tolist() for right in found.right] == wanted
+    assert [tuple(map(list, parity._labels(example))) for example in found.examples] == [
+        ([1, 3], [said[0], 63]), ([0], [said[1]]), ([4], [said[2]]), ([0, 1], [63, said[3]])
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", ["Quantising", "Writing", "Comparing"])
@@ -169,7 +204,9 @@ def test_texts_at_once_are_answered_as_one_by_one(adapter, monkeypatch):
     model = open_source(adapter / "adapter", str(adapter / "base")).model
     texts = [[5, 9, 17, 21, 8], [3, 4], [7, 7, 7], [30, 2, 11, 6]]
     together = parity.originals(model, texts, []).answers
-    monkeypatch.setattr(parity, "_TOGETHER", 1)
+    assert len(parity.passes(model, [len(ids) for ids in texts])) == 1
+    monkeypatch.setattr(parity, "_TOGETHER", (1, 1 << 25))
+    assert [len(run) for run in parity.passes(model, [len(ids) for ids in texts])] == [1] * 4
     for (logits, routes), (one, its) in zip(together, parity.originals(model, texts, []).answers, strict=True):
         np.testing.assert_allclose(logits, one, atol=1e-5)
         for each, other in zip(routes, its, strict=True):
