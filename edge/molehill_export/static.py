@@ -12,7 +12,8 @@ from torch import Tensor
 from molehill.molora.interfaces import Route, RouteContext, Scorer, Selector
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.router import Router
-from molehill_export.parity import Difference
+from molehill.molora.trial import keeps_logits
+from molehill_export.parity import Difference, decode, passes
 
 _SAME = 1e-5  # weights that differ by no more are one
 
@@ -49,38 +50,29 @@ def fix(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> Fixed:
         model: Of a causal LM, with the gate in use.
         texts: Token ids of at least one text.
     """
-    routed = [_pass(model, ids) for ids in texts]
-    weights: dict[str, Tensor] = {}
-    tokens = sum(len(ids) for ids in texts)
-    for (_, routes), ids in zip(routed, texts, strict=True):
-        for name, found in routes.items():
-            spread = found.expand(found.shape[0], len(ids), *found.shape[2:])
-            weights[name] = weights.get(name, 0) + spread.mean(0).sum(0) / tokens
+    runs = passes(model, [len(ids) for ids in texts])
+    seen: dict[str, list[Tensor]] = {}
+    last = {"logits_to_keep": 1} if keeps_logits(model.base) else {}  # nobody reads them yet
+    for run in runs:
+        for record in decode(model, [texts[text] for text in run], **last)[1]:
+            assert record.mask is not None
+            of_tokens = record.route.weights.expand(*record.mask.shape, *record.route.weights.shape[2:])
+            seen.setdefault(record.site.name, []).append(of_tokens[record.mask])
+    weights = {name: torch.cat(parts).mean(0) for name, parts in seen.items()}
     varies = max(
-        (float((found - weights[name]).abs().max()) for _, routes in routed for name, found in routes.items()),
-        default=0.0,
+        (float((part - weights[name]).abs().max()) for name, parts in seen.items() for part in parts), default=0.0
     )
+    if varies <= _SAME:
+        return Fixed(weights, varies, len(texts), error=0.0, agreement=1.0)
     total = Difference()
-    with _fixed(model, weights):
-        for (original, _), ids in zip(routed, texts, strict=True):
-            total.add(original.numpy(), _pass(model, ids)[0].numpy())
+    for run in runs:  # once more, since the logits of all texts may be more than memory holds
+        some = [texts[text] for text in run]
+        routed, _ = decode(model, some)
+        with _fixed(model, weights):
+            fixed, _ = decode(model, some)
+        for ids, one, other in zip(some, routed.numpy(), fixed.numpy(), strict=True):
+            total.add(one[: len(ids)], other[: len(ids)])
     return Fixed(weights, varies, total.texts, total.error, total.same / total.predictions)
-
-
-def _pass(model: MoLoRAModel, ids: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits ``[T, V]`` of a text, and the weights of every route ``[calls, T|1, (H,) E]``."""
-    tokens = torch.tensor([list(ids)])
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    model.state.collect = True
-    try:
-        model.state.announce(mask, None)
-        logits = model.base(input_ids=tokens, attention_mask=mask.long()).logits
-    finally:
-        model.state.collect = False
-    found: dict[str, list[Tensor]] = {}
-    for record in model.state.records:
-        found.setdefault(record.site.name, []).append(record.route.weights)
-    return logits[0].float(), {name: torch.cat(weights) for name, weights in found.items()}
 
 
 @contextmanager

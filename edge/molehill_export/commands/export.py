@@ -163,7 +163,7 @@ def _lora(
     with Console(stderr=True, quiet=as_json).status("Loading the model"):
         wanted = Wanted(expert, gates[0] if gates else None, rows, force)
         try:
-            made = export_lora(open_source(source, base, state), gguf, wanted)
+            made = export_lora(open_source(source, base, state, streamed=True), gguf, wanted)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
     fixed = made.fixed
