@@ -15,7 +15,7 @@ from molehill_export.source import open_source
 from molehill_simulation.data import deal
 from molehill_simulation.simulate import simulate
 
-# Points of accuracy that may be lost, for all that so many rows can tell: what is lost on them, less two standard errors.
+# Points of accuracy that may be lost: what is lost on so many rows, less two standard errors.
 LIMITS = {"int8": 0.5, "int4": 1.0}
 
 
