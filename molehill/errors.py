@@ -16,6 +16,7 @@ MolehillError
 ├── DeployError       a process of a deployment cannot start or be reached, or the system refuses something
 ├── PrivacyError      the privacy budget is spent
 ├── BundleError       a bundle, gate or expert of a device
+├── AnswerError       what is asked of a model: a strategy, how tokens are drawn, a text that does not fit
 ├── TrustError        a signature, a repository of bundles, or what it says
 └── ConsentError      a run or plan that asks for more than the owner of the rows agreed to
 """
@@ -133,6 +134,12 @@ class BundleError(MolehillError):
     """A bundle, gate or expert is damaged, expired, too new, or does not fit; or an input does not fit the bundle."""
 
     exit_code = 13
+
+
+class AnswerError(MolehillError):
+    """What is asked of a model cannot be answered so."""
+
+    exit_code = 16
 
 
 class TrustError(MolehillError):

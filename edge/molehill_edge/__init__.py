@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from molehill.decoding.stream import Answer
     from molehill_edge.added import Added
     from molehill_edge.bundle import Bundle
     from molehill_edge.chat import Chat
     from molehill_edge.classify import Prediction
     from molehill_edge.gates import Gate
-    from molehill_edge.generate import Answer
     from molehill_edge.personalise import Outcome
     from molehill_edge.routes import RouterReport
     from molehill_edge.store import Store
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "Added": "added",
     "Admitted": "trust",
-    "Answer": "generate",
+    "Answer": "molehill.decoding.stream",
     "Bundle": "bundle",
     "Chat": "chat",
     "Gate": "gates",
@@ -49,4 +49,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    return getattr(importlib.import_module(home if "." in home else f"{__name__}.{home}"), name)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from molehill.decoding.sampling import Sampling
+from molehill.decoding.stream import Answer, Asked, Stream
 from molehill_edge.engine import Binding, Engine
-from molehill_edge.generate import Answer, Asked, Cache, Stream, encode
+from molehill_edge.generate import Cache, answering, encode, reader
 from molehill_edge.prompts import Message
-from molehill_edge.sampling import Sampling
 
 
 class Chat:
@@ -59,7 +60,8 @@ class Chat:
             if answer.tokens:
                 self.messages += [turn, {"role": "assistant", "content": answer.text}]
 
-        return Stream(self.cache, ids, self._bound().inputs, engine.tokenizer, engine.manifest.task, asked, done)
+        read = reader(engine.tokenizer, engine.manifest.task)
+        return answering(self.cache, ids, self._bound().inputs, read, asked, done)
 
     def say(
         self,

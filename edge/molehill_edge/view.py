@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from molehill.decoding.sampling import Sampling, check_finite
+from molehill.decoding.stream import Answer, Asked, Stream
 from molehill.errors import BundleError
 from molehill_edge import classify, gates, generate, personalise, routes, tokens
 from molehill_edge import manifest as manifests
@@ -17,10 +19,9 @@ from molehill_edge.chat import Chat
 from molehill_edge.classify import Prediction
 from molehill_edge.engine import Binding, Engine, find_expert
 from molehill_edge.gates import Gate
-from molehill_edge.generate import Answer, Asked, Cache, Stream, common
+from molehill_edge.generate import Cache, answering, common, reader
 from molehill_edge.personalise import Outcome
 from molehill_edge.routes import RouterReport
-from molehill_edge.sampling import Sampling, check_finite
 from molehill_edge.session import value
 from molehill_protos.v1.bundle_pb2 import Manifest
 
@@ -268,14 +269,8 @@ class View:
         engine = self._causal()
         task = engine.manifest.task
         ids = self.encode(prompt, raw=raw)
-        return Stream(
-            Cache(engine.session, task) if cache is None else cache,
-            ids,
-            self._bound.inputs,
-            engine.tokenizer,
-            task,
-            asked,
-        )
+        cache = Cache(engine.session, task) if cache is None else cache
+        return answering(cache, ids, self._bound.inputs, reader(engine.tokenizer, task), asked)
 
     def generate(
         self,

@@ -50,12 +50,15 @@ class Overrides:
     """What a caller may change in a trained router without touching its weights.
 
     Attributes:
-        bias: Added to the logits, ``[E]``.
-        expert_mask: True for the experts that may be chosen, ``[E]`` bool.
+        bias: Added to the logits, ``[E]``, or ``[B, 1, E]`` for every row.
+        expert_mask: True for the experts that may be chosen, ``[E]`` or ``[B, 1, E]`` bool.
+        ranks: Places of the experts that a token chooses, in place of the selector's choice: those from the first
+            number to before the second, the best at 0. They share the weight by the softmax of their logits.
     """
 
     bias: Tensor | None = None
     expert_mask: Tensor | None = None
+    ranks: tuple[int, int] | None = None
 
 
 @dataclass

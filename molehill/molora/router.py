@@ -98,10 +98,14 @@ class Router(nn.Module):
             z = transform(z, ctx)
         over = ctx.overrides
         if over.bias is not None:
-            z = z + over.bias
+            z = z + self._by_row(over.bias)
         if over.expert_mask is not None:
-            z = z.masked_fill(~over.expert_mask, torch.finfo(z.dtype).min)
-        return self.selector(z, ctx)
+            z = z.masked_fill(~self._by_row(over.expert_mask), torch.finfo(z.dtype).min)
+        return self.selector(z, ctx) if over.ranks is None else _window(z, *over.ranks)
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """Values of experts, ``[E]`` or ``[B, 1, E]``, as they meet logits ``[B, T, (H,) E]``."""
+        return values.unsqueeze(-2) if self.heads > 1 and values.dim() > 1 else values
 
     def _score(self, ctx: RouteContext) -> Tensor:
         if not (self.residual and self.personal):
@@ -111,3 +115,12 @@ class Router(nn.Module):
             for name, parameter in self.scorer.named_parameters()
         }
         return functional_call(self.scorer, effective, (ctx,)).float()  # type: ignore[no-any-return]  # its callee is untyped
+
+
+def _window(z: Tensor, first: int, stop: int) -> Route:
+    """The route of the experts at some places, by the softmax of their logits."""
+    chosen = z.argsort(dim=-1, descending=True, stable=True)[..., first:stop]
+    kept = torch.zeros_like(z, dtype=torch.bool).scatter(-1, chosen, value=True)
+    # masked, and not divided by what is left of a softmax over all, which may be nothing
+    weights = torch.where(kept, z.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1), 0.0)
+    return Route(z, weights, aux={"selected": kept})

@@ -9,10 +9,10 @@ import edge_graphs
 import numpy as np
 import pytest
 
-from molehill.errors import BundleError
+from molehill.decoding.text import Stops, Text
+from molehill.errors import AnswerError, BundleError
 from molehill_edge import generate
 from molehill_edge.bundle import Bundle
-from molehill_edge.generate import Stops, Text
 from molehill_edge.trust import InsecureLocal
 
 TRUST = InsecureLocal(lambda _: None)
@@ -201,7 +201,7 @@ def test_stop_strings_against_a_search_of_the_whole_text():
 def test_tokens_that_read_otherwise_alone():
     tokenizer = edge_graphs.bytes_tokenizer()
     text = "hé €\N{CAT}\N{REPLACEMENT CHARACTER}x"
-    pieces = Text(tokenizer)
+    pieces = Text(tokenizer.decode)
     out = [pieces.push(token) for token in tokenizer.encode(text).ids]
     assert "".join(out) + pieces.flush() == text
 
@@ -219,13 +219,13 @@ def test_a_stream_may_be_left(opened):
 def test_what_does_not_fit_is_refused(opened):
     bundle = opened("plain")
     prompt = len(bundle.encode("x"))
-    with pytest.raises(BundleError, match=f"the prompt has {prompt} tokens and 256 for the answer, where 256 fit"):
+    with pytest.raises(AnswerError, match=f"the prompt has {prompt} tokens and 256 for the answer, where 256 fit"):
         bundle.generate("x", max_new_tokens=256)
-    with pytest.raises(BundleError, match="the prompt has 300 tokens, where 256 fit together"):
+    with pytest.raises(AnswerError, match="the prompt has 300 tokens, where 256 fit together"):
         bundle.generate("x" * 300, raw=True)
-    with pytest.raises(BundleError, match="at least one token"):
+    with pytest.raises(AnswerError, match="at least one token"):
         bundle.generate("x", max_new_tokens=0)
-    with pytest.raises(BundleError, match="stop string is empty"):
+    with pytest.raises(AnswerError, match="stop string is empty"):
         bundle.generate("x", stop=[""])
     with pytest.raises(BundleError, match="no tokens"):
         bundle.generate("", raw=True)
@@ -284,7 +284,7 @@ def test_a_conversation_that_is_too_long_stays_as_it_was(opened):
     chat = opened("chat").chat()
     chat.say("hello", max_new_tokens=4)
     before = list(chat.messages)
-    with pytest.raises(BundleError, match="where 256 fit together"):
+    with pytest.raises(AnswerError, match="where 256 fit together"):
         chat.say("x" * 300)
     assert chat.messages == before
     chat.say("go on", max_new_tokens=4)

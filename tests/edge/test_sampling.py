@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from molehill.errors import BundleError
-from molehill_edge.sampling import Sampler, Sampling
+from molehill.decoding.sampling import Sampler, Sampling
+from molehill.errors import AnswerError
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32))
 DRAWS = 4000
@@ -65,7 +65,7 @@ def test_masked_tokens_are_never_drawn():
 
 @pytest.mark.parametrize("logits", [[np.nan, 1.0], [-np.inf, -np.inf], [np.inf, 0.0]])
 def test_numbers_that_are_none(logits):
-    with pytest.raises(BundleError, match="not finite"):
+    with pytest.raises(AnswerError, match="not finite"):
         Sampler(Sampling())(np.array(logits, np.float32))
 
 
@@ -82,5 +82,5 @@ def test_numbers_that_are_none(logits):
     ],
 )
 def test_options_out_of_range(how, what):
-    with pytest.raises(BundleError, match=what):
+    with pytest.raises(AnswerError, match=what):
         Sampling(**how)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehill.characters import harmless, recovered
-from molehill.errors import BundleError
+from molehill.errors import AnswerError, BundleError
 from molehill.rowfiles.reading import read_texts
 from molehill.rowfiles.values import require_text
 from molehill.terminal import INTERRUPTED, Json, explained, print_json, say, show_table
@@ -32,8 +32,8 @@ from molehill_edge.commands.opening import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from molehill.decoding.stream import Answer
     from molehill_edge.bundle import Bundle
-    from molehill_edge.generate import Answer
     from molehill_edge.routes import RouterReport
 
 
@@ -167,7 +167,7 @@ def _converse(
         except KeyboardInterrupt:
             if not people:
                 raise
-        except BundleError as error:
+        except (AnswerError, BundleError) as error:
             if not people:
                 raise
             say(Text(f"{error} /new begins a new conversation."))

@@ -17,11 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from molehill.errors import BundleError
+from molehill.decoding.stream import ANSWER, Stream
+from molehill.errors import AnswerError, BundleError, MolehillError
 from molehill_edge import classify
 from molehill_edge.bundle import Bundle
 from molehill_edge.gates import Gate
-from molehill_edge.generate import ANSWER, Cache, Stream
+from molehill_edge.generate import Cache
 from molehill_edge.serving import replies
 from molehill_edge.serving import requests as asks
 from molehill_edge.serving.guard import HEALTH, Guard
@@ -304,7 +305,7 @@ def _asked_wrongly(field: str) -> Iterator[None]:
     """What the bundle refuses, as a mistake of the caller."""
     try:
         yield
-    except BundleError as error:
+    except (AnswerError, BundleError) as error:
         raise RefusedError(400, _said(error), field=field, code="invalid_value") from None
 
 
@@ -313,13 +314,13 @@ def _failing() -> Iterator[None]:
     """What the bundle cannot compute, as a mistake of the server."""
     try:
         yield
-    except BundleError as error:
+    except (AnswerError, BundleError) as error:
         raise RefusedError(500, _said(error), code="cannot_compute") from None
 
 
-def _said(error: BundleError) -> str:
+def _said(error: MolehillError) -> str:
     """What is wrong and how to mend it, without the place: folders of the server are nothing to its callers."""
-    return str(BundleError(error.what, mend=error.mend))
+    return str(MolehillError(error.what, mend=error.mend))
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

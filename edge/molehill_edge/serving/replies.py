@@ -13,8 +13,8 @@ import anyio
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from molehill.decoding.stream import Answer
 from molehill_edge.classify import Prediction
-from molehill_edge.generate import Answer
 from molehill_edge.serving.requests import RefusedError
 
 DONE = b"data: [DONE]\n\n"

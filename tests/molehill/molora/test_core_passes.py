@@ -9,9 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from molehill import registry
 from molehill.config import MoLoRA
-from molehill.errors import ConfigError
 from molehill.molora.build import wrap
-from molehill.molora.inference.greedy import Greedy
 
 
 def _model(**values):
@@ -46,27 +44,6 @@ def test_generation_with_a_cache_equals_generation_without():
         for cache in (True, False)
     ]
     assert torch.equal(*texts)
-
-
-def test_greedy_steps_are_the_generated_tokens():
-    model = _model()
-    greedy = Greedy()
-    text = torch.randint(3, 48, (1, 5))
-    generated = model.base.generate(
-        text, attention_mask=torch.ones_like(text), max_new_tokens=4, do_sample=False, eos_token_id=None
-    )
-    for _ in range(4):
-        logits = greedy.step(model.base, text, torch.ones_like(text, dtype=torch.bool))
-        text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(text, generated)
-
-
-def test_selectors_that_look_ahead_do_not_generate():
-    model = _model()
-    next(iter(model.routers.values())).router.selector.causal = False
-    text = torch.randint(3, 48, (1, 5))
-    with pytest.raises(ConfigError, match="is not causal"):
-        Greedy().step(model.base, text, torch.ones_like(text, dtype=torch.bool))
 
 
 def test_patches_of_a_routed_block_are_ranks_that_do_not_learn():

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from molehill import registry
-from molehill.molora.inference.greedy import Greedy
 from molehill.molora.interfaces import Route, Site
 
 
@@ -75,20 +72,3 @@ def test_coactivation_equals_a_count(record, context):
                 either = sum(c[i] or c[j] for c in chosen)
                 expected = sum(c[i] and c[j] for c in chosen) / either if either else 0.0
                 assert both.report()[f"{r.site.name}/e{i}/e{j}"] == pytest.approx(expected)
-
-
-class _Toy(nn.Module):
-    """A causal model whose next-token logits are one-hot at the last token's successor."""
-
-    def forward(self, input_ids, attention_mask):
-        assert attention_mask.shape == input_ids.shape
-        return SimpleNamespace(logits=nn.functional.one_hot((input_ids + 1) % 10, 10).float())
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_reads_the_last_real_token_on_either_side_of_padding(side):
-    ids, mask = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
-    if side == "left":
-        ids[1], mask[1] = ids[1].flip(0), mask[1].flip(0)
-    logits = Greedy().step(_Toy(), ids, mask)
-    assert logits.argmax(-1).tolist() == [4, 5]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from molehill.errors import BundleError
+from molehill.errors import AnswerError
 
 Array = np.ndarray[Any, Any]
 
@@ -16,11 +16,11 @@ def check_finite(logits: Array | np.floating[Any]) -> None:
     """Refuse what a model says when its numbers ran over.
 
     Raises:
-        BundleError: The logits are not numbers, or infinite.
+        AnswerError: The logits are not numbers, or infinite.
     """
     if not np.isfinite(logits).all():
-        mend = "Use another gate, expert or bundle."
-        raise BundleError("the model answers with numbers that are not finite", mend=mend)
+        mend = "Use another gate or expert, or another model."
+        raise AnswerError("the model answers with numbers that are not finite", mend=mend)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sampling:
         seed: Equal seeds draw equal tokens; None draws anew each time.
 
     Raises:
-        BundleError: A number out of its range.
+        AnswerError: A number out of its range.
     """
 
     temperature: float = 0.0
@@ -44,13 +44,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise BundleError("temperature must be 0 or more", mend="0 takes the likeliest token each time.")
+            raise AnswerError("temperature must be 0 or more", mend="0 takes the likeliest token each time.")
         if self.top_k < 0:
-            raise BundleError("top-k must be 0 or more", mend="0 draws from all tokens.")
+            raise AnswerError("top-k must be 0 or more", mend="0 draws from all tokens.")
         if not 0 < self.top_p <= 1:
-            raise BundleError("top-p must be above 0 and at most 1", mend="1 draws from all tokens.")
+            raise AnswerError("top-p must be above 0 and at most 1", mend="1 draws from all tokens.")
         if self.seed is not None and self.seed < 0:
-            raise BundleError("a seed must be 0 or more")
+            raise AnswerError("a seed must be 0 or more")
 
 
 class Sampler:
@@ -68,7 +68,7 @@ class Sampler:
         """Return the next token, given logits ``[vocabulary]``.
 
         Raises:
-            BundleError: The logits are not numbers.
+            AnswerError: The logits are not numbers.
         """
         best = int(logits.argmax())  # NaN counts as largest
         check_finite(logits[best])

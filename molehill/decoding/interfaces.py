@@ -1,0 +1,139 @@
+"""What a strategy asks of a model, and what it is.
+
+`Passes` are those of one model for one text at a time: `molehill.molora.decode.TorchPasses` on a host, the view of a
+bundle on a device. A strategy sees numbers only, so it needs neither torch nor a runtime.
+
+Shapes: S routed experts of all routers one after another, V tokens of the vocabulary (or classes).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How routers choose in a pass; what is None is as the gate in use has it.
+
+    Attributes:
+        bias: Added to the logits of routers, S numbers.
+        mask: Which experts may be chosen, S truth values.
+        ranks: Tokens choose the experts at these places, from the best at 0: ``(1, 3)`` are the second and third. They
+            share the weight by the softmax of their logits.
+        base: The frozen base alone, without any expert.
+    """
+
+    bias: tuple[float, ...] | None = None
+    mask: tuple[bool, ...] | None = None
+    ranks: tuple[int, int] | None = None
+    base: bool = False
+
+
+OWN = Setting()
+BASE = Setting(base=True)
+
+
+class Passes(Protocol):
+    """Passes of one model."""
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Ids of the routed experts."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """S."""
+        ...
+
+    @property
+    def answers(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is a causal LM; else it classifies."""
+        ...
+
+    def only(self, experts: Iterable[str]) -> Setting:
+        """The setting in which none but these experts may be chosen.
+
+        Raises:
+            AnswerError: There is no such expert, or a router would be left without.
+        """
+        ...
+
+    def logits(self, ids: Sequence[int], setting: Setting = OWN, lane: str = "") -> Array:
+        """Logits after the last of some tokens, or of the classes, float32 ``[V]``; valid until the next call.
+
+        Args:
+            ids: At least one.
+            setting: How routers choose.
+            lane: What was read in one is not read again there; every setting of a strategy has its own.
+
+        Raises:
+            AnswerError: The model cannot do this setting.
+        """
+        ...
+
+    def losses(self, ids: Sequence[int], setting: Setting = OWN) -> Array:
+        """Minus the log probability of every token but the first, given those before, float32 ``[len(ids) - 1]``.
+
+        Raises:
+            AnswerError: The model classifies, or cannot do this setting.
+        """
+        ...
+
+
+@runtime_checkable
+class Conditions(Protocol):
+    """Passes that tell what a text is like."""
+
+    def condition(self, ids: Sequence[int]) -> Array:
+        """The mean of the last states of the base without experts, float32 ``[d]``."""
+        ...
+
+
+Scores: TypeAlias = Callable[[Sequence[int]], Array]
+
+
+class Strategy(ABC):
+    """Turns passes into scores of the next token, or of the classes.
+
+    Attributes:
+        on_device: Whether bundles can do it: with what a device's passes have, and nothing fitted on a host.
+        routed: It needs routers to choose otherwise.
+        writes: It is for causal LMs only.
+    """
+
+    on_device: ClassVar[bool] = True
+    routed: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
+
+    @abstractmethod
+    def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:
+        """Begin an answer.
+
+        Args:
+            passes: Of the model.
+            prompt: Ids of the prompt, or of the text that is classified.
+
+        Returns:
+            What gives the scores ``[V]`` after all tokens so far: prompt and answer. -inf is never chosen.
+        """
+
+
+def log_softmax(logits: Array) -> Array:
+    """Log probabilities over the last axis, in float64."""
+    z = logits.astype(np.float64)
+    z = z - z.max(-1, keepdims=True)
+    found: Array = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    return found

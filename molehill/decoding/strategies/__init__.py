@@ -1,0 +1,8 @@
+"""Strategies: how the next token, or a class, follows from passes of a model."""
+
+from __future__ import annotations
+
+from molehill.decoding.interfaces import Strategy
+
+INTERFACE = Strategy
+WORDS = ("decoding", "inference")

@@ -1,0 +1,17 @@
+"""The model's own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from molehill.decoding.interfaces import Passes, Scores, Strategy
+from molehill.methods import register
+
+
+@register("strategy", "plain", paper="house: one pass, the model's own logits")
+class Plain(Strategy):
+    """One pass for each token, as the model was trained: greedy at temperature 0, else sampling."""
+
+    def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:  # noqa: ARG002  (of the interface)
+        """See `Strategy.begin`."""
+        return passes.logits

@@ -1,0 +1,185 @@
+"""One answer, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from molehill.decoding.interfaces import Scores
+from molehill.decoding.sampling import Sampler, Sampling
+from molehill.decoding.text import Stops, Text
+from molehill.errors import AnswerError
+
+ANSWER = 256  # tokens of an answer when nobody says how many
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a causal LM said.
+
+    Attributes:
+        text: Without the stop string or special tokens.
+        tokens: How many tokens were drawn, the one that ended it included.
+        prompt_tokens: Length of the prompt.
+        fed: Tokens of the prompt that were not in the cache.
+        reason: Why it ended: the model ended it, a stop string came, or it is as long as it may be.
+    """
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    fed: int
+    reason: Literal["end", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What an answer has to know of a model's tokens.
+
+    Attributes:
+        decode: The text of tokens, without special ones.
+        ends: Tokens that end an answer.
+        longest: Tokens of prompt and answer together.
+    """
+
+    decode: Callable[[list[int]], str]
+    ends: frozenset[int]
+    longest: int
+
+
+def room(prompt: int, wanted: int | None, most: int) -> int:
+    """How many tokens an answer may have.
+
+    Args:
+        prompt: Tokens of the prompt.
+        wanted: What was asked for; None for some that fit.
+        most: What the model takes, prompt and answer together.
+
+    Raises:
+        AnswerError: Prompt and answer do not fit.
+    """
+    if wanted is not None and wanted < 1:
+        raise AnswerError("an answer must have room for at least one token")
+    if prompt + (wanted or 1) > most:
+        answer = f" and {wanted} for the answer" if wanted else ""
+        raise AnswerError(
+            f"the prompt has {prompt} tokens{answer}, where {most} fit together",
+            mend="Give a shorter text or begin a new conversation." if prompt >= most else "Ask for a shorter answer.",
+        )
+    return wanted or min(ANSWER, most - prompt)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Everything that decides an answer but its prompt."""
+
+    max_new_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+
+
+class Stream(Iterator[str]):
+    """An answer as pieces of text; `answer` holds what came so far, all of it at the end.
+
+    Args:
+        scores: What gives the logits after all tokens so far.
+        ids: The prompt.
+        reader: Of the model's tokens.
+        asked: How to answer.
+        fed: Tokens of the prompt that are to be read.
+        done: Called once, at the end or when the stream is closed before.
+
+    Raises:
+        AnswerError: Prompt and answer are too long, or an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        scores: Scores,
+        ids: Sequence[int],
+        reader: Reader,
+        asked: Asked,
+        *,
+        fed: int | None = None,
+        done: Callable[[Answer], None] = lambda _: None,
+    ) -> None:
+        most = room(len(ids), asked.max_new_tokens, reader.longest)
+        self.answer = Answer("", 0, len(ids), len(ids) if fed is None else fed, "length")
+        self._done = done
+        self._ends = reader.ends
+        self._stops = Stops(asked.stop)
+        self._text = Text(reader.decode)
+        self._sampler = Sampler(asked.sampling)
+        self._pieces = self._draw(scores, list(ids), most)
+
+    def __next__(self) -> str:
+        while not (piece := self.step()):
+            if piece is None:
+                raise StopIteration
+        return piece
+
+    def step(self) -> str | None:
+        """Draw one token: the text that it completes, which may be none; None after the last.
+
+        Raises:
+            MolehillError: The model cannot be computed.
+        """
+        try:
+            return next(self._pieces, None)
+        except BaseException:  # also Ctrl-C: what came so far is the answer
+            self._finish()
+            raise
+
+    def close(self) -> None:
+        """End the answer here."""
+        self._pieces.close()
+        self._finish()
+
+    def rest(self, on_text: Callable[[str], None] | None = None) -> Answer:
+        """Draw all that is left.
+
+        Args:
+            on_text: Called with each piece.
+
+        Raises:
+            MolehillError: The model cannot be computed.
+        """
+        try:
+            for piece in self:
+                if on_text is not None:
+                    on_text(piece)
+        finally:
+            self.close()
+        return self.answer
+
+    def _draw(self, scores: Scores, ids: list[int], most: int) -> Generator[str]:
+        for drawn in range(1, most + 1):
+            token = self._sampler(scores(ids))
+            ids.append(token)
+            if token in self._ends:
+                self._note("", drawn, "end")
+                break
+            piece = self._stops.push(self._text.push(token))
+            self._note(piece, drawn, "stop" if self._stops.hit else "length")
+            yield piece
+            if self._stops.hit:
+                break
+        if not self._stops.hit:
+            piece = self._stops.push(self._text.flush())
+            if self._stops.hit:
+                self._note(piece, self.answer.tokens, "stop")
+            else:
+                piece += self._stops.flush()
+                self._note(piece, self.answer.tokens, self.answer.reason)
+            if piece:
+                yield piece
+        self._finish()
+
+    def _note(self, piece: str, drawn: int, reason: Literal["end", "stop", "length"]) -> None:
+        before = self.answer
+        self.answer = Answer(before.text + piece, drawn, before.prompt_tokens, before.fed, reason)
+
+    def _finish(self) -> None:
+        done, self._done = self._done, lambda _: None
+        done(self.answer)

@@ -1,0 +1,335 @@
+"""Passes of a MoLoRA model on a host: one text at a time with a cache for every lane, or many rows at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from molehill.decoding.interfaces import OWN, Array, Setting
+from molehill.decoding.sampling import Sampler, Sampling
+from molehill.decoding.stream import Asked, Reader, room
+from molehill.errors import AnswerError
+from molehill.molora.interfaces import Overrides
+from molehill.molora.model import MoLoRAModel
+
+
+def require_causal(model: MoLoRAModel) -> None:
+    """Refuse routers that look at tokens which are not there yet.
+
+    Raises:
+        AnswerError: A selector is not causal.
+    """
+    for group in model.routers.values():
+        selector = group.router.selector
+        if not selector.causal:
+            raise AnswerError(
+                f"selector {type(selector).__name__} looks at later tokens, which do not exist while a text is written",
+                where="molora.selector", mend="Train with another selector.",
+            )  # fmt: skip
+
+
+def routed(model: MoLoRAModel) -> list[tuple[str, ...]]:
+    """Ids of the experts of every router, in the order of its logits."""
+    found = []
+    for group in model.routers.values():
+        site = next(site for site in model.sites.values() if site.group is group)
+        found.append(model.expert_ids(site)[site.shared :])
+    return found
+
+
+def only(model: MoLoRAModel, experts: Iterable[str]) -> Setting:
+    """The setting in which none but some experts may be chosen.
+
+    Raises:
+        AnswerError: There is no such expert, or a router would be left without.
+    """
+    wanted, ids = set(experts), routed(model)
+    known = {each for router in ids for each in router}
+    if unknown := sorted(wanted - known):
+        names = ", ".join(sorted(known)) or "none that are routed"
+        raise AnswerError(f"there is no expert {unknown[0]!r} to choose", mend=f"There are {names}.")
+    if any(not wanted & set(router) for router in ids):
+        raise AnswerError(f"a router has none of the experts {', '.join(sorted(wanted))}", mend="Choose more of them.")
+    return Setting(mask=tuple(each in wanted for router in ids for each in router))
+
+
+@contextmanager
+def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
+    """Let routers choose as settings say: one for all rows of a pass, or one for each, all with or without experts.
+
+    Raises:
+        AnswerError: A setting does not fit the model.
+    """
+    sizes = [len(router) for router in routed(model)]
+    for setting in settings:
+        for values in (setting.bias, setting.mask):
+            if values is not None and len(values) != sum(sizes):
+                raise AnswerError(f"a setting has {len(values)} numbers, the routers have {sum(sizes)}")
+        if setting.ranks is not None and not 0 <= setting.ranks[0] < min(setting.ranks[1], min(sizes, default=0)):
+            raise AnswerError(
+                f"no router has an expert at place {setting.ranks[0] + 1}",
+                mend="Choose an earlier place, or a model with more experts." if sizes else "It has no routers.",
+            )
+    before = [group.overrides for group in model.routers.values()]
+    enabled = model.state.enabled
+    bias = _stacked([setting.bias for setting in settings], 0.0, sizes, torch.float32)
+    mask = _stacked([setting.mask for setting in settings], True, sizes, torch.bool)  # noqa: FBT003  (a fill value)
+    windows = {setting.ranks for setting in settings}
+    if len(windows) > 1 or len({setting.base for setting in settings}) > 1:
+        raise AnswerError("rows of one pass have experts or none, and the same places")
+    (ranks,) = windows
+    try:
+        at = 0
+        for group, size in zip(model.routers.values(), sizes, strict=True):
+            mine = slice(at, at + size)
+            kept = group.overrides
+            group.overrides = Overrides(
+                bias=_sum(kept.bias, None if bias is None else bias[..., mine].to(group.costs.device)),
+                expert_mask=_both(kept.expert_mask, None if mask is None else mask[..., mine].to(group.costs.device)),
+                ranks=ranks,
+            )
+            at += size
+        model.state.enabled = enabled and not settings[0].base
+        yield
+    finally:
+        model.state.enabled = enabled
+        for group, kept in zip(model.routers.values(), before, strict=True):
+            group.overrides = kept
+
+
+def _stacked(
+    rows: Sequence[Sequence[Any] | None], fill: Any, sizes: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """``[S]`` where all rows agree, ``[rows, 1, S]`` where they do not, None where nobody says anything."""
+    if all(row is None for row in rows):
+        return None
+    full = [tuple([fill] * sum(sizes)) if row is None else tuple(row) for row in rows]
+    if len(set(full)) == 1:
+        return torch.tensor(full[0], dtype=dtype)
+    return torch.tensor(full, dtype=dtype).unsqueeze(1)
+
+
+def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    return two if one is None else one if two is None else one + two
+
+
+def _both(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    return two if one is None else one if two is None else one & two
+
+
+@dataclass
+class _Lane:
+    setting: Setting = OWN
+    ids: list[int] = field(default_factory=list)
+    cache: Any = None
+
+
+class TorchPasses:
+    """Passes of a MoLoRA model; implements `molehill.decoding.interfaces.Passes` and `Conditions`.
+
+    Args:
+        model: In eval mode, with the gate that is to be used.
+
+    Raises:
+        AnswerError: It is a causal LM with a router that looks at later tokens.
+    """
+
+    def __init__(self, model: MoLoRAModel) -> None:
+        self._model = model
+        self._lanes: dict[str, _Lane] = {}
+        routers = routed(model)
+        self.experts = tuple(dict.fromkeys(each for router in routers for each in router))
+        self.size = sum(map(len, routers))
+        self.writes = model.head is None
+        settings = _settings(model)
+        self.answers = int(settings.vocab_size) if model.head is None else int(model.head.weight.shape[0])
+        if self.writes:
+            require_causal(model)
+
+    def only(self, experts: Iterable[str]) -> Setting:
+        """See `Passes.only`."""
+        return only(self._model, experts)
+
+    def forget(self) -> None:
+        """Let go of all caches: after another gate, say."""
+        self._lanes.clear()
+
+    def kept(self, ids: Sequence[int], lane: str = "") -> int:
+        """How many of the first tokens the cache of a lane has."""
+        known = self._lanes.get(lane, _Lane()).ids
+        return _common(known, ids[:-1])
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int], setting: Setting = OWN, lane: str = "") -> Array:
+        """See `Passes.logits`."""
+        with applied(self._model, [setting]):
+            if not self.writes:
+                return self._classes(ids)
+            known = self._lanes.get(lane)
+            if known is None or known.setting != setting:
+                known = self._lanes[lane] = _Lane(setting)
+            self._cut(known, _common(known.ids, ids[:-1]))
+            fresh = list(ids[len(known.ids) :])
+            if known.cache is None:
+                known.cache = DynamicCache()
+            extra = {"logits_to_keep": 1} if _keeps(self._model.base) else {}
+            try:
+                out = self._model.base(input_ids=self._row(fresh), past_key_values=known.cache, use_cache=True, **extra)
+            except BaseException:
+                del self._lanes[lane]  # what is in the cache is not known
+                raise
+            known.ids = list(ids)
+            found: Array = out.logits[0, -1].float().cpu().numpy()
+            return found
+
+    @torch.no_grad()
+    def losses(self, ids: Sequence[int], setting: Setting = OWN) -> Array:
+        """See `Passes.losses`."""
+        if not self.writes:
+            raise AnswerError("a classifier gives tokens no probability", mend="Use another strategy or picker.")
+        if len(ids) < 2:
+            return np.zeros(0, np.float32)
+        with applied(self._model, [setting]):
+            logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
+        taken = torch.tensor(list(ids[1:]), device=logits.device)
+        return torch.nn.functional.cross_entropy(logits, taken, reduction="none").cpu().numpy()  # type: ignore[no-any-return]  # numpy's arrays are Any
+
+    @torch.no_grad()
+    def condition(self, ids: Sequence[int]) -> Array:
+        """See `Conditions.condition`."""
+        with applied(self._model, [Setting(base=True)]):
+            out = self._model.base(input_ids=self._row(ids), output_hidden_states=True)
+        last = out.last_hidden_state if self._model.head is not None else out.hidden_states[-1]
+        return last[0].float().mean(0).cpu().numpy()  # type: ignore[no-any-return]  # numpy's arrays are Any
+
+    def _classes(self, ids: Sequence[int]) -> Array:
+        model, row = self._model, self._row(ids)
+        assert model.head is not None
+        mask = torch.ones_like(row, dtype=torch.bool)
+        found: Array = model.head(model.head.pool(model.hidden(row, mask), mask))[0].float().cpu().numpy()
+        return found
+
+    def _cut(self, lane: _Lane, length: int) -> None:
+        """Forget all tokens of a lane after the first so many."""
+        if length == len(lane.ids):
+            return
+        whole = lane.cache is not None and all(not getattr(layer, "is_sliding", False) for layer in lane.cache.layers)
+        if whole:
+            lane.cache.crop(length - len(lane.ids))
+            lane.ids = lane.ids[:length]
+        else:  # what slid out of the window is gone
+            lane.cache, lane.ids = None, []
+
+    def _row(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], device=self._model.flat.device)
+
+
+@torch.no_grad()
+def write(
+    model: MoLoRAModel, prompts: Sequence[Sequence[int]], reader: Reader, asked: Asked,
+    settings: Sequence[Setting] | None = None, at_once: int = 8,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Answer many prompts, those of like length in one pass.
+
+    Rows of one pass may have settings of their own, so that one batch asks different experts; those without any
+    expert have passes of their own.
+
+    Args:
+        model: A causal LM in eval mode.
+        prompts: Ids of each.
+        reader: Of its tokens.
+        asked: How to answer; stop strings are left to who shows the text. A seed is that of the first row, the next
+            has the next.
+        settings: One for each prompt; the model's own for all when None.
+        at_once: Rows of one pass.
+
+    Yields:
+        Tokens of the answers in the order of the prompts, without the one that ended them.
+
+    Raises:
+        AnswerError: A router looks at later tokens, or a prompt does not fit.
+    """
+    require_causal(model)
+    said = [OWN] * len(prompts) if settings is None else list(settings)
+    most = [room(len(ids), asked.max_new_tokens, reader.longest) for ids in prompts]
+    done: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: (said[i].base, str(said[i].ranks), len(prompts[i])))
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i in order:
+        groups.setdefault((said[i].base, said[i].ranks), []).append(i)
+    for rows in groups.values():
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
+            samplers = [Sampler(_seeded(asked, i)) for i in part]
+            with applied(model, [said[i] for i in part]):
+                found = _written(
+                    model, [list(prompts[i]) for i in part], [most[i] for i in part], samplers, reader.ends
+                )
+            done |= dict(zip(part, found, strict=True))
+    yield from (done[i] for i in range(len(prompts)))
+
+
+def _seeded(asked: Asked, row: int) -> Sampling:
+    seed = asked.sampling.seed
+    return asked.sampling if seed is None else replace(asked.sampling, seed=seed + row)
+
+
+def _written(
+    model: MoLoRAModel, prompts: list[list[int]], most: list[int], samplers: list[Sampler], ends: frozenset[int]
+) -> list[list[int]]:
+    """Tokens of answers to the prompts of one pass, which are padded on the left."""
+    device, width = model.flat.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    placed, keeps = _takes(model.base, "position_ids"), _keeps(model.base)
+    cache = DynamicCache()
+    found: list[list[int]] = [[] for _ in prompts]
+    open_ = set(range(len(prompts)))
+    while True:
+        extra: dict[str, Any] = {"position_ids": positions} if placed else {}
+        if keeps:
+            extra["logits_to_keep"] = 1
+        out = model.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        logits = out.logits[:, -1].float().cpu().numpy()
+        step = [0] * len(prompts)
+        for row in sorted(open_):
+            token = samplers[row](logits[row])
+            step[row] = token
+            if token in ends:
+                open_.discard(row)
+                continue
+            found[row].append(token)
+            if len(found[row]) == most[row]:
+                open_.discard(row)
+        if not open_:
+            return found
+        ids = torch.tensor(step, device=device).unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+        positions = positions[:, -1:] + 1
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
+def _settings(model: MoLoRAModel) -> Any:
+    base: Any = model.base
+    return base.config.get_text_config()
+
+
+def _keeps(base: Any) -> bool:
+    return _takes(base, "logits_to_keep")
+
+
+def _takes(base: Any, name: str) -> bool:
+    return name in inspect.signature(base.forward).parameters
