@@ -33,7 +33,7 @@ from molehill.molora.build import wrap
 from molehill.tasks.base_model import load_base
 from molehill_export.base import is_built
 from molehill_export.export import Options, export
-from molehill_export.source import open_source
+from molehill_simulation.source import open_source
 
 # layers, hidden size, heads, heads of keys and values, intermediate size, vocabulary
 SIZES = {
@@ -91,7 +91,7 @@ def measure(work: Path, scheme: Any) -> None:
         stage[:] = name.partition(" to /")[0], time.process_time()
 
     common.reset_peak()
-    source = open_source(work / "adapter", str(work / "base"), streamed=True)
+    source = open_source(work / "adapter", str(work / "base"), streamed=is_built)
     out = work / "bundle"
     export(source, out, Options(scheme=scheme, force=True, id="big"), progress=enter)
     enter("")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from molehill import files
+from molehill.decoding.prompts import Prompts
 from molehill.errors import BundleError, TrustError
 from molehill_edge import experts, gates, routes, tokens
 from molehill_edge import manifest as manifests
@@ -20,7 +21,6 @@ from molehill_edge.engine import Binding, Engine, Numbers, check_mask, find_expe
 from molehill_edge.experts import Expert
 from molehill_edge.gates import Gate
 from molehill_edge.pool import Pool, choose
-from molehill_edge.prompts import Prompts
 from molehill_edge.session import Session
 from molehill_edge.view import View
 from molehill_protos.v1.bundle_pb2 import Manifest

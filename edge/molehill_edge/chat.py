@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from molehill.decoding.prompts import Message
 from molehill.decoding.sampling import Sampling
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill_edge.engine import Binding, Engine
 from molehill_edge.generate import Cache, answering, encode, reader
-from molehill_edge.prompts import Message
 
 
 class Chat:

@@ -11,10 +11,10 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from molehill.decoding.prompts import Prompts
 from molehill.errors import BundleError
 from molehill_edge import experts, gates
 from molehill_edge.gates import Gate
-from molehill_edge.prompts import Prompts
 from molehill_edge.session import Session, value
 from molehill_protos.v1.bundle_pb2 import Manifest
 

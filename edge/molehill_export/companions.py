@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from molehill_edge.manifest import GRAPH, TOKENIZER
 from molehill_export.base import GENAI
 from molehill_export.graph import Graph
-from molehill_export.source import Source
 from molehill_protos.v1 import bundle_pb2 as pb
+from molehill_simulation.source import Source
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 

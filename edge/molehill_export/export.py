@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from molehill import __version__, files
-from molehill.errors import ConfigError, DeployError, ModelError
+from molehill.errors import ConfigError, DeployError
 from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.unwrap import unwrapped
-from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.devices import window
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge import archive, gates, tensors
@@ -41,9 +40,9 @@ from molehill_export.insertion import Inserted
 from molehill_export.molora import choose_slots, gate_values, insert
 from molehill_export.routers import effective
 from molehill_export.rows import labelled
-from molehill_export.source import CLIENT, GLOBAL, Source, finished
 from molehill_export.stacks import expert_tensors, stacks
 from molehill_protos.v1 import bundle_pb2 as pb
+from molehill_simulation.source import CLIENT, GLOBAL, Source, finished
 
 _OLDEST_RUNTIME = "1.24"  # golden outputs were compared from there on
 _ROWS = 400  # labelled rows behind an accuracy
@@ -272,11 +271,14 @@ def _size(source: Source, graph: Graph, inserted: Inserted, options: Options) ->
 
 def traced(source: Source) -> Graph:
     """The base of a source as a graph, made once."""
-    if source.graph is None:
+    if "graph" not in source.made:
         names, head = list(source.model.sites), source.model.head
         with unwrapped(source.model) as base:
-            source.graph = decoder(base, source.stored, names) if head is None else classifier(base, head, names)
-    return source.graph
+            source.made["graph"] = (
+                decoder(base, source.stored, names) if head is None else classifier(base, head, names)
+            )
+    graph: Graph = source.made["graph"]
+    return graph
 
 
 def _task(source: Source, graph: Graph) -> pb.Task:
@@ -293,29 +295,16 @@ def _task(source: Source, graph: Graph) -> pb.Task:
     tokenizer = source.tokenizer
     keys = [value for value in graph.inputs if value.name.endswith(".key")]
     _, heads, size = cache_shape(cast("PreTrainedModel", source.model.base))
-    try:
-        template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    except ValueError as error:  # several templates, and none of them the default
-        raise ModelError(f"which chat template to use is not clear: {error}", where=str(source.stored.folder)) from None
+    template = source.template()
     task.generation.CopyFrom(
         pb.Generation(
-            eos=answer_ends(source), pad=tokenizer.pad_token_id or 0,
+            eos=source.ends(), pad=tokenizer.pad_token_id or 0,
             template=bool(template), chat_template=template,
             bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or "", layers=len(keys), heads=heads,
             head_dim=size, vocabulary=settings.vocab_size, shared_buffer=has_shared_buffer(graph),
         )
     )  # fmt: skip
     return task
-
-
-def answer_ends(source: Source) -> list[int]:
-    """Ids of the tokens that end an answer of a causal LM: what was trained to, and what the base knows."""
-    settings = source.text
-    tokenizer = source.tokenizer
-    eos = {tokenizer.eos_token_id, CausalLM(tokenizer, source.task.max_length).end}
-    configured = getattr(getattr(source.model.base, "generation_config", None), "eos_token_id", None)
-    eos |= set(configured if isinstance(configured, list) else [configured])
-    return sorted(int(token) for token in eos if token is not None and token < settings.vocab_size)
 
 
 def _files(

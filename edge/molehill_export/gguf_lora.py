@@ -23,9 +23,9 @@ from molehill.molora.model import MoLoRAModel
 from molehill_export.insertion import Array
 from molehill_export.parity import FLOORS, calibration
 from molehill_export.rows import labelled
-from molehill_export.source import GLOBAL, Source
 from molehill_export.stacks import expert_tensors
 from molehill_export.static import Fixed, fix
+from molehill_simulation.source import GLOBAL, Source
 
 _ROWS = 128  # of a client's, to take the mean over
 _HEADER = 512  # bytes of the file that are no numbers, for each tensor and for the whole, at most

@@ -16,7 +16,7 @@ from molehill.molora.passes import start_of
 from molehill.tasks.batches import eval_batches
 from molehill.tasks.task import make_task
 from molehill_export.rows import labelled
-from molehill_export.source import GLOBAL, Source
+from molehill_simulation.source import GLOBAL, Source
 
 _BATCH = 32
 

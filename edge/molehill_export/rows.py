@@ -10,8 +10,8 @@ from molehill.errors import DataError
 from molehill.tasks.batches import Example
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
-from molehill_export.source import Source
 from molehill_simulation.data import deal
+from molehill_simulation.source import Source
 
 _log = logging.getLogger(__name__)
 

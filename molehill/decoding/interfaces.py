@@ -9,8 +9,8 @@ Shapes: S routed experts of all routers one after another, V tokens of the vocab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -103,6 +103,43 @@ class Conditions(Protocol):
 
 
 Scores: TypeAlias = Callable[[Sequence[int]], Array]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row that a strategy learns from.
+
+    Attributes:
+        ids: Of the prompt, or of the text.
+        answer: Ids of the answer, or the number of the class; empty where the row has none.
+        columns: What else the row says.
+    """
+
+    ids: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A strategy that is fitted to a few rows before the first answer; they stay where they are."""
+
+    @property
+    def rows(self) -> str:
+        """The file of rows; empty for none."""
+        ...
+
+    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+        """Be fitted.
+
+        Args:
+            passes: Of the model.
+            examples: The rows of the file.
+
+        Raises:
+            AnswerError: They are not what it needs.
+        """
+        ...
 
 
 class Strategy(ABC):

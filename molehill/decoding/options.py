@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 import annotated_types
@@ -13,11 +14,11 @@ from molehill import methods
 from molehill.errors import AnswerError
 from molehill.methods import Method, NoParams
 
-_LIMITS = {
-    annotated_types.Ge: ("ge", "at least", lambda value, limit: value >= limit),
-    annotated_types.Gt: ("gt", "more than", lambda value, limit: value > limit),
-    annotated_types.Le: ("le", "at most", lambda value, limit: value <= limit),
-    annotated_types.Lt: ("lt", "less than", lambda value, limit: value < limit),
+_LIMITS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
+    annotated_types.Ge: ("ge", "at least", operator.ge),
+    annotated_types.Gt: ("gt", "more than", operator.gt),
+    annotated_types.Le: ("le", "at most", operator.le),
+    annotated_types.Lt: ("lt", "less than", operator.lt),
 }
 
 

@@ -94,7 +94,7 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
             group.overrides = Overrides(
                 bias=_sum(kept.bias, None if bias is None else bias[..., mine].to(group.costs.device)),
                 expert_mask=_both(kept.expert_mask, None if mask is None else mask[..., mine].to(group.costs.device)),
-                ranks=ranks,
+                ranks=kept.ranks if ranks is None else ranks,
             )
             at += size
         model.state.enabled = enabled and not settings[0].base
@@ -137,13 +137,14 @@ class TorchPasses:
 
     Args:
         model: In eval mode, with the gate that is to be used.
+        within: Holds in all passes, whatever a setting says.
 
     Raises:
         AnswerError: It is a causal LM with a router that looks at later tokens.
     """
 
-    def __init__(self, model: MoLoRAModel) -> None:
-        self._model = model
+    def __init__(self, model: MoLoRAModel, *, within: Setting = OWN) -> None:
+        self._model, self._within = model, within
         self._lanes: dict[str, _Lane] = {}
         routers = routed(model)
         self.experts = tuple(dict.fromkeys(each for router in routers for each in router))
@@ -170,7 +171,7 @@ class TorchPasses:
     @torch.no_grad()
     def logits(self, ids: Sequence[int], setting: Setting = OWN, lane: str = "") -> Array:
         """See `Passes.logits`."""
-        with applied(self._model, [setting]):
+        with self._as(setting):
             if not self.writes:
                 return self._classes(ids)
             known = self._lanes.get(lane)
@@ -197,10 +198,10 @@ class TorchPasses:
             raise AnswerError("a classifier gives tokens no probability", mend="Use another strategy or picker.")
         if len(ids) < 2:
             return np.zeros(0, np.float32)
-        with applied(self._model, [setting]):
+        with self._as(setting):
             logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
         taken = torch.tensor(list(ids[1:]), device=logits.device)
-        return torch.nn.functional.cross_entropy(logits, taken, reduction="none").cpu().numpy()  # type: ignore[no-any-return]  # numpy's arrays are Any
+        return torch.nn.functional.cross_entropy(logits, taken, reduction="none").cpu().numpy()
 
     @torch.no_grad()
     def condition(self, ids: Sequence[int]) -> Array:
@@ -217,6 +218,11 @@ class TorchPasses:
         found: Array = model.head(model.head.pool(model.hidden(row, mask), mask))[0].float().cpu().numpy()
         return found
 
+    @contextmanager
+    def _as(self, setting: Setting) -> Iterator[None]:
+        with applied(self._model, [self._within]), applied(self._model, [setting]):
+            yield
+
     def _cut(self, lane: _Lane, length: int) -> None:
         """Forget all tokens of a lane after the first so many."""
         if length == len(lane.ids):
@@ -232,11 +238,29 @@ class TorchPasses:
         return torch.tensor([list(ids)], device=self._model.flat.device)
 
 
+@dataclass(frozen=True)
+class Written:
+    """Tokens of one answer.
+
+    Attributes:
+        tokens: Without the one that ended it.
+        ended: Whether the model ended it.
+    """
+
+    tokens: list[int]
+    ended: bool
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens were drawn."""
+        return len(self.tokens) + self.ended
+
+
 @torch.no_grad()
 def write(
     model: MoLoRAModel, prompts: Sequence[Sequence[int]], reader: Reader, asked: Asked,
     settings: Sequence[Setting] | None = None, at_once: int = 8,
-) -> Iterator[list[int]]:  # fmt: skip
+) -> Iterator[Written]:  # fmt: skip
     """Answer many prompts, those of like length in one pass.
 
     Rows of one pass may have settings of their own, so that one batch asks different experts; those without any
@@ -252,7 +276,7 @@ def write(
         at_once: Rows of one pass.
 
     Yields:
-        Tokens of the answers in the order of the prompts, without the one that ended them.
+        The answers in the order of the prompts.
 
     Raises:
         AnswerError: A router looks at later tokens, or a prompt does not fit.
@@ -260,7 +284,7 @@ def write(
     require_causal(model)
     said = [OWN] * len(prompts) if settings is None else list(settings)
     most = [room(len(ids), asked.max_new_tokens, reader.longest) for ids in prompts]
-    done: dict[int, list[int]] = {}
+    done: dict[int, Written] = {}
     order = sorted(range(len(prompts)), key=lambda i: (said[i].base, str(said[i].ranks), len(prompts[i])))
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in order:
@@ -284,7 +308,7 @@ def _seeded(asked: Asked, row: int) -> Sampling:
 
 def _written(
     model: MoLoRAModel, prompts: list[list[int]], most: list[int], samplers: list[Sampler], ends: frozenset[int]
-) -> list[list[int]]:
+) -> list[Written]:
     """Tokens of answers to the prompts of one pass, which are padded on the left."""
     device, width = model.flat.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
@@ -293,7 +317,7 @@ def _written(
     placed, keeps = _takes(model.base, "position_ids"), _keeps(model.base)
     cache = DynamicCache()
     found: list[list[int]] = [[] for _ in prompts]
-    open_ = set(range(len(prompts)))
+    open_, ended = set(range(len(prompts))), set()
     while True:
         extra: dict[str, Any] = {"position_ids": positions} if placed else {}
         if keeps:
@@ -306,12 +330,13 @@ def _written(
             step[row] = token
             if token in ends:
                 open_.discard(row)
+                ended.add(row)
                 continue
             found[row].append(token)
             if len(found[row]) == most[row]:
                 open_.discard(row)
         if not open_:
-            return found
+            return [Written(tokens, row in ended) for row, tokens in enumerate(found)]
         ids = torch.tensor(step, device=device).unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
         positions = positions[:, -1:] + 1

@@ -55,13 +55,28 @@ def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
         ConfigError: It is Parquet, and pyarrow is not installed.
         DataError: The file cannot be read, or something in it is no row or has no text.
     """
-    where, place = str(path), ""
-    data = sys.stdin.buffer.read() if where == STDIN else contents(path)
-    for place, row in _records(path, data):
+    for place, row in read_any(path, column):
         if column not in row:
             mend = f"Columns there: {', '.join(row)}. Name the text so."
             raise DataError(f"the row has no {column!r}", where=place, mend=mend)
         text_of(row[column], column, place)
+        yield place, row
+
+
+def read_any(path: Path, column: str = "text") -> Iterator[Record]:
+    """Yield the rows of a file of any form, as `read_texts` tells them apart, whatever their columns.
+
+    Args:
+        path: The file; `STDIN` for standard input.
+        column: One that rows have, for the message where there are none.
+
+    Raises:
+        ConfigError: It is Parquet, and pyarrow is not installed.
+        DataError: The file cannot be read, or something in it is no row, or there is none.
+    """
+    where, place = str(path), ""
+    data = sys.stdin.buffer.read() if where == STDIN else contents(path)
+    for place, row in _records(path, data):
         yield place, row
     if not place:
         what = f"there are no rows; a CSV or TSV file begins with the names of its columns, one of them {column!r}"

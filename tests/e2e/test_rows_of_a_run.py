@@ -13,10 +13,10 @@ from molehill.errors import DataError
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
 from molehill_export.export import Options, export
-from molehill_export.source import open_source
 from molehill_simulation.describe import describe
 from molehill_simulation.report import render
 from molehill_simulation.simulate import simulate
+from molehill_simulation.source import open_source
 from molehill_simulation.ui import RunView, show_summary
 
 # Of an answer that others follow its thoughts are left out, all but its last word.

@@ -21,9 +21,9 @@ from molehill_edge import generate as bundle_generate
 from molehill_edge import manifest as manifests
 from molehill_edge.tensors import read
 from molehill_export import trace
-from molehill_export.export import Options, answer_ends, export, export_experts, traced
-from molehill_export.source import open_source
+from molehill_export.export import Options, export, export_experts, traced
 from molehill_simulation.simulate import simulate
+from molehill_simulation.source import open_source
 
 TRUST = InsecureLocal(lambda _: None)
 TEXTS = ["the scene was very good", "it was a dull page and so poor", "plain author saw all"]
@@ -230,7 +230,7 @@ def test_an_adapter_alone_needs_its_base(run, opened, tmp_path):
         open_source(run / "adapter")
     base = run.parent / "base"
     source = open_source(run / "adapter", str(base))
-    source.graph = traced(opened)  # of the same base
+    source.made["graph"] = traced(opened)  # of the same base
     manifest = export(source, tmp_path / "bundle", Options(scheme="fp32"))
     assert manifest.created == 0
     with source.gate("global") as model:
@@ -372,9 +372,9 @@ def test_genai_puts_experts_into_products_as_we_do(block, tmp_path):
 def test_a_device_stops_where_the_template_ends_an_answer(writer):
     source = open_source(writer)
     user, eos = source.tokenizer.convert_tokens_to_ids(["<|user|>", "</s>"])
-    assert answer_ends(source) == [eos]
+    assert source.ends() == [eos]
     source.tokenizer.chat_template = source.tokenizer.chat_template.replace("eos_token", "'<|user|>'")
-    assert answer_ends(source) == sorted([eos, user])
+    assert source.ends() == sorted([eos, user])
 
 
 def test_spare_slots_change_nothing(writer, tmp_path):

@@ -11,9 +11,9 @@ from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
 from molehill_edge import Bundle, InsecureLocal
 from molehill_export.export import Options, export
-from molehill_export.source import open_source
 from molehill_simulation.data import deal
 from molehill_simulation.simulate import simulate
+from molehill_simulation.source import open_source
 
 # Points of accuracy that may be lost: what is lost on so many rows, less two standard errors.
 LIMITS = {"int8": 0.5, "int4": 1.0}

@@ -34,12 +34,12 @@ from molehill.tasks.weights import look_up
 from molehill_edge import manifest as manifests
 from molehill_edge.manifest import GRAPH
 from molehill_export import base_quantise, parity
-from molehill_export.base import decoder
+from molehill_export.base import decoder, is_built
 from molehill_export.deferred import Deferred
 from molehill_export.export import Options, export, export_experts
 from molehill_export.gguf_lora import Wanted, export_lora
-from molehill_export.source import open_source
 from molehill_export.trace import quiet
+from molehill_simulation.source import open_source
 
 TASK = config.Task(kind="causal-lm", max_length=32)
 
@@ -148,7 +148,7 @@ def test_an_export_that_is_broken_off_leaves_nothing(adapter, tmp_path, monkeypa
         if step.startswith(stage):
             raise KeyboardInterrupt
 
-    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=True)
+    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=is_built)
     with pytest.raises(KeyboardInterrupt):
         export(source, tmp_path / "out" / "bundle", Options(force=True), progress=stop)
     assert [path.name for path in tmp_path.rglob("*")] == ["tmp", "out"]
@@ -162,7 +162,7 @@ def full_disk(monkeypatch):
 
 
 def test_what_there_is_no_room_for_is_not_written(adapter, tmp_path, monkeypatch):
-    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=True)
+    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=is_built)
 
     def needed(name, **options):
         with full_disk(monkeypatch), pytest.raises(DeployError) as caught:
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_before_its_time_is_told_and_left_as_it_was(adapter,
     assert done.exit_code == 11
     said = f"error: {tmp_path / 'b'}: the system refuses it: No space left on device. Make room on that disk."
     assert done.stderr.strip() == said
-    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=True)
+    source = open_source(adapter / "adapter", str(adapter / "base"), streamed=is_built)
     with pytest.raises(OSError, match="No space left") as caught:
         export_experts(source, tmp_path / "e")
     assert caught.value.filename == str(tmp_path / "e")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from molehill.errors import AdapterError, ConfigError
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
-from molehill_export.source import GLOBAL, open_source
+from molehill_simulation.source import GLOBAL, open_source
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "format_1"
 SAID = json.loads((SAMPLES / "logits.json").read_text(encoding="utf-8"))

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from molehill.cli import app
 from molehill.errors import BundleError, ConfigError, ModelError
 from molehill_export.gguf_lora import Wanted, export_lora
-from molehill_export.source import open_source
 from molehill_export.static import fix
 from molehill_simulation.simulate import simulate
+from molehill_simulation.source import open_source
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),

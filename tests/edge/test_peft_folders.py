@@ -16,8 +16,8 @@ from molehill.errors import AdapterError, BundleError
 from molehill.molora.unwrap import unwrapped
 from molehill_edge import experts
 from molehill_edge import manifest as manifests
-from molehill_export.source import open_source
 from molehill_simulation.simulate import simulate
+from molehill_simulation.source import open_source
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),

@@ -14,9 +14,9 @@ import pytest
 import tiny_world
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from molehill.decoding.prompts import Prompts
 from molehill.errors import BundleError
 from molehill_edge import classify, generate, tokens
-from molehill_edge.prompts import Prompts
 from molehill_export.texts import CALIBRATION
 from molehill_protos.v1.bundle_pb2 import Generation
 from molehill_web import vendor

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molehill_edge.prompts import Message
+from molehill.decoding.prompts import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _PROMPTS, _STOPS, _TEXTS = 16, 4, 256  # of one request, at most

@@ -94,9 +94,10 @@ def export(
         if expert is not None:
             raise ConfigError("--expert goes with --gguf", mend="Choose those of a bundle with --experts.")
         with needs(EXTRA):
+            from molehill_export.base import is_built
             from molehill_export.export import Options
             from molehill_export.export import export as write
-            from molehill_export.source import open_source
+            from molehill_simulation.source import open_source
 
         options = Options(
             gates=tuple(gate or ("global",)),
@@ -114,7 +115,7 @@ def export(
         console = Console(stderr=True, quiet=as_json)
         try:
             with console.status("Loading the model") as status:
-                found = open_source(source, base, state, streamed=True)
+                found = open_source(source, base, state, streamed=is_built)
                 manifest = write(found, out, options, progress=status.update)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
@@ -158,7 +159,7 @@ def _lora(
     gguf.absolute().parent.stat()  # a folder that there is not is refused now, and not after minutes
     with needs("gguf"):
         from molehill_export.gguf_lora import Wanted, export_lora
-        from molehill_export.source import open_source
+        from molehill_simulation.source import open_source
 
     with Console(stderr=True, quiet=as_json).status("Loading the model"):
         wanted = Wanted(expert, gates[0] if gates else None, rows, force)

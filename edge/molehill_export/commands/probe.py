@@ -46,7 +46,7 @@ def probe(
     with explained(as_json):
         with needs(EXTRA):
             from molehill_export.probe import look
-            from molehill_export.source import open_source
+            from molehill_simulation.source import open_source
 
         console = Console(stderr=True, quiet=as_json)
         with console.status("Reading the rows"):

@@ -108,7 +108,7 @@ def test_a_classifier_gives_classes_and_no_losses():
 
 
 def _answers(model, prompts, **keys):
-    return list(write(model, prompts, READER, Asked(max_new_tokens=9), **keys))
+    return [each.tokens for each in write(model, prompts, READER, Asked(max_new_tokens=9), **keys)]
 
 
 @ARCHITECTURES

@@ -1,15 +1,15 @@
-"""What is exported: a finished run, or an adapter folder with its base."""
+"""What was trained: a finished run, or an adapter folder, with its base."""
 
 from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,14 +22,12 @@ from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import is_peft
 from molehill.molora.trial import trial_of
 from molehill.tasks.base_model import BaseInfo, load_base
+from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.weights import Stored
 from molehill.wire.tree import Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_server.events import read
-
-if TYPE_CHECKING:
-    from molehill_export.graph import Graph
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class Source:
         run: The run's configuration; None for an adapter alone.
         out: The run folder; None for an adapter alone.
         state: Folder of a lab machine's personal state; None to look in the run folder.
-        graph: The base as a graph, once it was traced.
+        made: What others made of it, to be used again.
     """
 
     name: str
@@ -68,13 +66,33 @@ class Source:
     run: config.Config | None
     out: Path | None
     state: Path | None
-    graph: Graph | None = None
+    made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> Any:
         """Configuration of the base, or of the language model in it."""
         base: Any = self.model.base
         return base.config.get_text_config()
+
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer of a causal LM: what was trained to, and what the base knows."""
+        tokenizer = self.tokenizer
+        eos = {tokenizer.eos_token_id, CausalLM(tokenizer, self.task.max_length).end}
+        configured = getattr(getattr(self.model.base, "generation_config", None), "eos_token_id", None)
+        eos |= set(configured if isinstance(configured, list) else [configured])
+        return sorted(int(token) for token in eos if token is not None and token < self.text.vocab_size)
+
+    def template(self) -> str:
+        """The chat template of the tokenizer; empty where it has none.
+
+        Raises:
+            ModelError: It has several, and none of them is the default.
+        """
+        try:
+            return str(self.tokenizer.get_chat_template()) if self.tokenizer.chat_template else ""
+        except ValueError as error:
+            where = str(self.stored.folder)
+            raise ModelError(f"which chat template to use is not clear: {error}", where=where) from None
 
     def client(self, gate: str) -> str | None:
         """Whose gate a name means; None for the one that all share.
@@ -172,15 +190,21 @@ class Source:
         return " or ".join(self.clients()[:3]) or "CLIENT, and --state of that client's machine"
 
 
-def open_source(path: Path, base: str | None = None, state: Path | None = None, *, streamed: bool = False) -> Source:
+def open_source(
+    path: Path,
+    base: str | None = None,
+    state: Path | None = None,
+    *,
+    streamed: Callable[[Any], bool] = lambda _: False,
+) -> Source:
     """Open a run folder, an adapter folder, or a PEFT folder of a LoRA for a causal language model.
 
     Args:
         path: The folder.
         base: Where the base is, when it is not where the run had it.
         state: ``--state`` of a lab machine, for its personal gate.
-        streamed: Leave the weights of a base in their files whose graph can be made of them there: less memory, and
-            slow to run.
+        streamed: Whether a causal LM with some configuration leaves its weights in their files: less memory, and slow
+            to run.
 
     Raises:
         AdapterError: There is no adapter, it is damaged, or it belongs to another base.
@@ -209,7 +233,7 @@ def open_source(path: Path, base: str | None = None, state: Path | None = None, 
         model=where, revision=None if where.startswith("sample:") else revision, precision="fp32", device="cpu"
     )
     task = run.task.model_copy(update={"labels": adapter.labels}) if run is not None else _task(adapter)
-    loaded = load_base(settings, task, streamed=_is_built if streamed and task.kind == "causal-lm" else lambda _: False)
+    loaded = load_base(settings, task, streamed=streamed if task.kind == "causal-lm" else lambda _: False)
     head = None
     if task.kind == "classification":
         pooling: Literal["mean", "cls", "last"] = adapter.pooling  # type: ignore[assignment]  # as it was saved
@@ -259,12 +283,6 @@ def _key_of(state: Path) -> KeySource:
             mend="Export on that lab's own machine and account, with the --state that it joins with.",
         )  # fmt: skip
     return ring
-
-
-def _is_built(settings: Any) -> bool:
-    from molehill_export.base import is_built  # noqa: PLC0415  (which needs more than looking at an adapter does)
-
-    return is_built(settings)
 
 
 def _task(adapter: Manifest) -> config.Task:

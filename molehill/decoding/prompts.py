@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from molehill.alpaca import HEADINGS, INTRO, INTRO_INPUT
-from molehill.errors import BundleError
+from molehill.errors import AnswerError
 from molehill_protos.v1.bundle_pb2 import Generation
 
 Message = dict[str, str]
@@ -34,7 +34,7 @@ class Prompts:
         where: The bundle, for errors.
 
     Raises:
-        BundleError: The chat template is not Jinja.
+        AnswerError: The chat template is not Jinja.
     """
 
     def __init__(self, generation: Generation, where: str) -> None:
@@ -53,7 +53,7 @@ class Prompts:
             try:
                 self._template = environment.from_string(generation.chat_template)
             except TemplateError as error:
-                raise BundleError(f"its chat template cannot be read: {error}", where=where) from None
+                raise AnswerError(f"its chat template cannot be read: {error}", where=where) from None
 
     def before_answer(self, messages: Messages) -> str:
         """The text of a conversation up to where the assistant begins to answer.
@@ -62,7 +62,7 @@ class Prompts:
             messages: Turns with ``role`` and ``content``; the last is not the assistant's.
 
         Raises:
-            BundleError: The chat template refuses the conversation or writes too much, or a role is unknown.
+            AnswerError: The chat template refuses the conversation or writes too much, or a role is unknown.
         """
         if self._template is None:
             return _alpaca(messages)
@@ -75,10 +75,10 @@ class Prompts:
             if shown + frame[-1] == self._render(answered):
                 return shown[: -len(mark)]
             return self._render(turns, prompt=True)  # the template edits earlier turns
-        except BundleError:
+        except AnswerError:
             raise
         except Exception as error:  # noqa: BLE001  # a template may fail in any way
-            raise BundleError(f"its chat template refuses the conversation: {error}", where=self._where) from None
+            raise AnswerError(f"its chat template refuses the conversation: {error}", where=self._where) from None
 
     def single(self, instruction: str, context: str = "") -> str:
         """The text before the answer to one instruction.
@@ -88,7 +88,7 @@ class Prompts:
             context: A text that it is about.
 
         Raises:
-            BundleError: The chat template refuses it.
+            AnswerError: The chat template refuses it.
         """
         if self._template is None:
             about = f"\n\n### Input:\n{context}" if context else ""
@@ -117,7 +117,7 @@ class Prompts:
             length += len(piece)
             if length > _LONGEST:
                 what = f"its chat template writes more than {_LONGEST} characters"
-                raise BundleError(what, where=self._where, mend="Give a shorter text.")
+                raise AnswerError(what, where=self._where, mend="Give a shorter text.")
             pieces.append(piece)
         return "".join(pieces)
 
@@ -127,7 +127,7 @@ def _alpaca(messages: Messages) -> str:
     for message in messages:
         heading = HEADINGS.get(message["role"])
         if heading is None:
-            raise BundleError(f"unknown role {message['role']!r}", mend=f"Use one of {', '.join(HEADINGS)}.")
+            raise AnswerError(f"unknown role {message['role']!r}", mend=f"Use one of {', '.join(HEADINGS)}.")
         text += f"### {heading}:\n{message['content'].strip()}\n\n"
     return f"{text}### {HEADINGS['assistant']}:\n"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import edge_graphs
 import pytest
 
-from molehill.errors import BundleError
+from molehill.decoding.prompts import Prompts
+from molehill.errors import AnswerError
 from molehill_edge import generate
-from molehill_edge.prompts import Prompts
 from molehill_protos.v1.bundle_pb2 import Generation
 
 
@@ -27,7 +27,7 @@ def test_alpaca_is_as_in_training():
     ]
     text, spans = _alpaca({"messages": [*messages, {"role": "assistant", "content": "no"}]}, "")
     assert prompts.before_answer(messages) == text[: spans[-1][0]]
-    with pytest.raises(BundleError, match="unknown role 'cat'"):
+    with pytest.raises(AnswerError, match="unknown role 'cat'"):
         prompts.before_answer([{"role": "cat", "content": "x"}])
 
 
@@ -100,12 +100,12 @@ def test_a_template_that_edits_earlier_turns_is_asked_for_its_own_prompt():
     ],
 )
 def test_templates_that_fail(template, what):
-    with pytest.raises(BundleError, match=what):
+    with pytest.raises(AnswerError, match=what):
         Prompts(Generation(template=True, chat_template=template), "bundle").single("hi")
 
 
 def test_a_chat_template_that_writes_too_much():
     endless = "{% for i in range(90000) %}{% for m in messages %}{{ m.content * 9 }}{% endfor %}{% endfor %}"
     prompts = Prompts(Generation(template=True, chat_template=endless), "tiny")
-    with pytest.raises(BundleError, match="tiny: its chat template writes more than 4194304 characters"):
+    with pytest.raises(AnswerError, match="tiny: its chat template writes more than 4194304 characters"):
         prompts.single("hello")

@@ -1,0 +1,79 @@
+"""What ``molehill generate`` and ``molehill chat`` share: their options, and how a trained model is opened by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from molehill.characters import harmless
+from molehill.extras import needs
+from molehill.terminal import show_table
+
+if TYPE_CHECKING:
+    from molehill_simulation.loaded import Loaded
+
+EXTRA = "simulation"
+
+Trained = Annotated[
+    Path, typer.Argument(metavar="RUN|ADAPTER", help="Folder of a finished run, an adapter, or a LoRA of peft.")
+]
+As = Annotated[
+    str, typer.Option("--as", metavar="WHO", help="Whose gate: global, a client, an expert alone, or base for none.")
+]
+StrategyName = Annotated[
+    str, typer.Option("--strategy", metavar="NAME", help="How an answer follows; see: molehill methods strategy.")
+]
+Assigned = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy; repeatable.", show_default=False),
+]
+Longest = Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.", show_default="256, or what fits")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Draw from tokens of this probability together.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End an answer before this string; may be repeated.", show_default=False)
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of the draws.", show_default="a new one")]
+Base = Annotated[str | None, typer.Option(help="Where the base model is now.", show_default="as in the run")]
+State = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="--state of a lab machine, for its own gate.", show_default=False)
+]
+
+
+def opened(path: Path, who: str, base: str | None, state: Path | None, *, quiet: bool) -> Loaded:
+    """A trained model; says meanwhile that it is loaded."""
+    with needs(EXTRA), Console(stderr=True, quiet=quiet).status("Loading the model"):
+        from molehill_simulation.loaded import Loaded
+        from molehill_simulation.source import open_source
+
+        return Loaded(open_source(path, base, state), who)
+
+
+def told(model: Loaded) -> dict[str, Any]:
+    """What programs are told of the model that answered."""
+    return {"name": model.source.name, "as": model.who}
+
+
+def show_routes(shares: dict[str, dict[str, float]]) -> None:
+    """One line per router: the shares of its experts, in columns."""
+    experts = list(dict.fromkeys(name for router in shares.values() for name in router))
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("router", overflow="fold")
+    for name in experts:
+        table.add_column(Text(harmless(name)), justify="right")
+    for router, found in shares.items():
+        table.add_row(Text(harmless(router)), *(f"{found[name]:.1%}" if name in found else "" for name in experts))
+    show_table(table)
+
+
+def short(text: str) -> str:
+    """A text as one line of a terminal."""
+    line = harmless(" ".join(text.split()))
+    return line if len(line) <= 100 else f"{line[:99]}…"

@@ -1,0 +1,461 @@
+"""A trained model that is asked: by its own gate, a client's, or as one expert alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from molehill.decoding import options
+from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, log_softmax
+from molehill.decoding.prompts import Prompts
+from molehill.decoding.sampling import Sampling, check_finite
+from molehill.decoding.stream import Answer, Asked, Reader, Stream
+from molehill.decoding.text import Stops
+from molehill.errors import AnswerError, ConfigError
+from molehill.molora.decode import TorchPasses, only, write
+from molehill_protos.v1.bundle_pb2 import Generation
+from molehill_simulation.prompts import examples_of
+from molehill_simulation.source import GLOBAL, Source, open_source
+
+PLAIN = "plain"  # the strategy that is the model itself
+_EXPERT = "expert:"
+_BASE = "base"  # nobody's gate: the model without experts
+
+
+@dataclass(frozen=True)
+class Class:
+    """What a classifier says of one text.
+
+    Attributes:
+        label: The likeliest.
+        probability: Of that label.
+        probabilities: Of all labels.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+
+class Loaded:
+    """A trained model; close it, or use it as a context manager. Made by `load`.
+
+    Args:
+        source: The run or adapter.
+        who: Whose gate: ``global``, a client, an expert (``expert:`` before one that is called like a client) for that
+            expert alone, or ``base`` for the base without experts.
+
+    Raises:
+        AnswerError: Routers look at later tokens and it is to write.
+        ConfigError: There is nobody of this name.
+    """
+
+    def __init__(self, source: Source, who: str = GLOBAL) -> None:
+        self.source, self.who = source, who
+        self._enter()
+
+    def _enter(self) -> None:
+        source = self.source
+        self._held = ExitStack()
+        self._within, gate = self._resolved(self.who)
+        self._model = self._held.enter_context(source.gate(gate))
+        try:
+            self._passes = TorchPasses(self._model, within=self._within)
+            self._prompts: Prompts | None = None
+            self._reader: Reader | None = None
+            if self.writes:
+                self._prompts = Prompts(_generation(source), str(source.name))
+                self._reader = Reader(self._decode, frozenset(source.ends()), self._longest)
+        except BaseException:
+            self.close()
+            raise
+
+    def _resolved(self, who: str) -> tuple[Setting, str]:
+        source, name = self.source, who.removeprefix(_EXPERT)
+        known = source.model.experts
+        if who == _BASE and _BASE not in (*known, *source.clients()):
+            return BASE, self._any_gate()
+        if who.startswith(_EXPERT) or (name in known and name != GLOBAL and name not in source.clients()):
+            if name not in known:
+                raise ConfigError(f"there is no expert {name!r}", where="--as", mend=f"There are {', '.join(known)}.")
+            shared = name.startswith("shared")
+            return (OWN if shared else only(source.model, [name])), self._any_gate()
+        return OWN, who
+
+    def _any_gate(self) -> str:
+        """A gate to be with, where it decides nothing: the shared one, or a client's where there is none."""
+        try:
+            with self.source.gate(GLOBAL):
+                return GLOBAL
+        except ConfigError:
+            names = self.source.clients()
+            if not names:
+                raise
+            return names[0]
+
+    # ---- what it is ------------------------------------------------------------------------------------------
+
+    @property
+    def hf(self) -> nn.Module:
+        """The Transformers module with its experts in place."""
+        return self._model.base
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes text; else it classifies."""
+        return self._model.head is None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of a classifier."""
+        return tuple(self.source.adapter.labels)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Ids of its experts."""
+        return tuple(self._model.experts)
+
+    @property
+    def passes(self) -> TorchPasses:
+        """What strategies ask."""
+        return self._passes
+
+    def expert(self, name: str) -> Loaded:
+        """The same model as one expert alone, in place of this one.
+
+        Raises:
+            ConfigError: There is no such expert.
+        """
+        return self.instead(f"{_EXPERT}{name}")
+
+    def instead(self, who: str) -> Loaded:
+        """The same model with another gate. This one is closed: two gates cannot be in one model.
+
+        Raises:
+            ConfigError: There is nobody of this name; this one goes on.
+        """
+        self.close()
+        try:
+            return Loaded(self.source, who)
+        except BaseException:
+            self._enter()
+            raise
+
+    def close(self) -> None:
+        """Put the model back to what it was loaded with."""
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- writing ---------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: str, *, about: str = "", raw: bool = False) -> list[int]:
+        """Ids that a causal LM reads for a prompt: in the format of training, or as it is.
+
+        Args:
+            prompt: An instruction.
+            about: A text that it is about.
+            raw: Go on with the prompt as it is instead.
+
+        Raises:
+            AnswerError: It has no tokens, or the chat template refuses it.
+        """
+        prompts, _ = self._writer()
+        if raw:
+            return self._ids(prompt, special=True)
+        return self._ids(prompts.single(prompt, about), special=prompts.special)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation up to where the answer to its last message begins.
+
+        Args:
+            messages: Turns with ``role`` and ``content``; the last is not the assistant's.
+
+        Raises:
+            AnswerError: It has no tokens, a role is unknown, or the chat template refuses it.
+        """
+        prompts, _ = self._writer()
+        return self._ids(prompts.before_answer([dict(turn) for turn in messages]), special=prompts.special)
+
+    def setting(self, expert: str) -> Setting:
+        """The setting of one expert, for `generate_all`; that of the base for no name.
+
+        Raises:
+            AnswerError: There is no such expert.
+        """
+        return only(self._model, [expert]) if expert else BASE
+
+    def require_writes(self) -> None:
+        """Refuse a classifier where text is wanted.
+
+        Raises:
+            AnswerError: The model classifies.
+        """
+        self._writer()
+
+    def stream(
+        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = PLAIN, set: Mapping[str, Any] | None = None,  # noqa: A002  (as on the command line)
+        max_new_tokens: int | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        stop: Sequence[str] = (), seed: int | None = None,
+    ) -> Stream:  # fmt: skip
+        """Answer a prompt piece by piece; arguments as of `generate`.
+
+        Raises:
+            AnswerError: As `generate`.
+        """
+        asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop))
+        return self.answering(self.encode(prompt, raw=raw), asked, self.strategy(strategy, set))
+
+    def answering(
+        self, ids: Sequence[int], asked: Asked, strategy: Strategy, done: Callable[[Answer], None] = lambda _: None
+    ) -> Stream:
+        """Answer tokens.
+
+        Args:
+            ids: Of a prompt.
+            asked: How.
+            strategy: Of `strategy`.
+            done: Called once at the end.
+
+        Raises:
+            AnswerError: Prompt and answer are too long, or the strategy cannot be done with this model.
+        """
+        _, reader = self._writer()
+        return Stream(
+            strategy.begin(self._passes, ids), ids, reader, asked, fed=len(ids) - self._passes.kept(ids), done=done
+        )
+
+    def generate(
+        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = PLAIN, set: Mapping[str, Any] | None = None,  # noqa: A002  (as on the command line)
+        max_new_tokens: int | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        stop: Sequence[str] = (), seed: int | None = None, on_text: Callable[[str], None] | None = None,
+    ) -> Answer:  # fmt: skip
+        """Answer a prompt.
+
+        Args:
+            prompt: An instruction; it is put into the format of training.
+            raw: Go on with the prompt as it is instead.
+            strategy: How the next token follows from the model's passes; ``molehill methods strategy`` lists them.
+            set: Parameters of the strategy.
+            max_new_tokens: Longest answer; when None, up to 256 that fit.
+            temperature: 0 takes the likeliest token each time.
+            top_k: Draw from this many likeliest tokens; 0 for all.
+            top_p: Draw from the fewest likeliest tokens that have this probability together.
+            stop: Strings that end the answer and are not shown.
+            seed: Equal seeds give equal answers.
+            on_text: Called with each piece of text as it comes.
+
+        Raises:
+            AnswerError: The model classifies, prompt and answer are too long together, or an option makes no sense.
+        """
+        stream = self.stream(
+            prompt, raw=raw, strategy=strategy, set=set, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, stop=stop, seed=seed,
+        )  # fmt: skip
+        return stream.rest(on_text)
+
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], asked: Asked, settings: Sequence[Setting] | None = None,
+        at_once: int = 8,
+    ) -> Iterator[Answer]:  # fmt: skip
+        """Answer many prompts by the model's own logits, several in one pass, which may ask different experts each.
+
+        Args:
+            prompts: Ids, as of `encode`.
+            asked: How.
+            settings: One for each; that of this model for all when None.
+            at_once: Rows of one pass.
+
+        Yields:
+            Answers in the order of the prompts.
+
+        Raises:
+            AnswerError: A prompt does not fit.
+        """
+        _, reader = self._writer()
+        said = [self._within] * len(prompts) if settings is None else list(settings)
+        for ids, found in zip(prompts, write(self._model, prompts, reader, asked, said, at_once), strict=True):
+            text, stops = self._decode(found.tokens), Stops(asked.stop)
+            shown = stops.push(text)
+            if stops.hit:
+                yield Answer(shown, found.drawn, len(ids), len(ids), "stop")
+            else:
+                yield Answer(text, found.drawn, len(ids), len(ids), "end" if found.ended else "length")
+
+    # ---- classifying -----------------------------------------------------------------------------------------
+
+    def classify(
+        self, texts: Sequence[str], *, strategy: str | Strategy = PLAIN, set: Mapping[str, Any] | None = None,  # noqa: A002  (as on the command line)
+        truncate: bool = False,
+    ) -> list[Class]:  # fmt: skip
+        """Say which label each text has.
+
+        Args:
+            texts: The texts.
+            strategy: How the classes follow from the model's passes.
+            set: Parameters of the strategy.
+            truncate: Let texts that are too long lose their end.
+
+        Raises:
+            AnswerError: The model writes, a text is too long or has no tokens, or the strategy is none for classes.
+        """
+        chosen, found = self.strategy(strategy, set), []
+        for number, text in enumerate(texts):
+            scores = chosen.begin(self._passes, ids := self._text(text, number, truncate=truncate))(ids)
+            check_finite(scores[np.isfinite(scores)] if np.isfinite(scores).any() else scores)
+            p = np.exp(log_softmax(scores))
+            best = int(p.argmax())
+            each = dict(zip(self.labels, map(float, p), strict=True))
+            found.append(Class(self.labels[best], float(p[best]), each))
+        return found
+
+    def _text(self, text: str, number: int, *, truncate: bool) -> list[int]:
+        if self.writes:
+            raise AnswerError("the model writes text; it does not classify", where=self.source.name)
+        ids = self._encoded(text)
+        if len(ids) > self._longest:
+            if not truncate:
+                mend = "Give a shorter text, or let it lose its end (--truncate)."
+                raise AnswerError(f"text {number + 1} has {len(ids)} tokens, where {self._longest} fit", mend=mend)
+            ids = list(self.source.tokenizer(text, truncation=True, max_length=self._longest)["input_ids"])
+        if not ids:
+            raise AnswerError(f"text {number + 1} has no tokens", mend="Leave it out.")
+        return ids
+
+    # ---- both ------------------------------------------------------------------------------------------------
+
+    def strategy(self, name: str | Strategy, values: Mapping[str, Any] | None = None) -> Strategy:
+        """Build a strategy, if it is one for this model.
+
+        Raises:
+            AnswerError: A parameter is wrong, or the model is not of the kind that it is for.
+            ConfigError: There is no such strategy.
+        """
+        if isinstance(name, Strategy):
+            return name
+        made: Strategy = options.build("strategy", name, values)
+        if isinstance(made, Learns) and made.rows:
+            made.learn(self._passes, examples_of(self.source, Path(made.rows)))
+        if made.writes and not self.writes:
+            raise AnswerError(f"strategy {name} is for models that write text", where="--strategy")
+        if made.routed and not self._passes.size:
+            raise AnswerError(f"strategy {name} needs experts that a router chooses", where="--strategy")
+        return made
+
+    @torch.no_grad()
+    def route(self, text: str, *, raw: bool = False, truncate: bool = False) -> dict[str, dict[str, float]]:
+        """The share of every expert in what each router gave a text, by router.
+
+        Args:
+            text: A text, or a prompt.
+            raw: As of `encode`.
+            truncate: As of `classify`.
+
+        Raises:
+            AnswerError: The text is too long or has no tokens.
+        """
+        ids = self.encode(text, raw=raw) if self.writes else self._text(text, 0, truncate=truncate)
+        with self.counting() as shares:
+            self._passes.forget()
+            self._passes.logits(ids)
+        return shares
+
+    def counting(self, *, on: bool = True) -> Counting:
+        """A context in which shares of experts are counted over all that is computed."""
+        return Counting(self, on)
+
+    def counted(self) -> dict[str, dict[str, float]]:
+        """Shares of the experts since counting began, by router."""
+        model, found = self._model, {}
+        masses = model.tokens()
+        for name, group in model.routers.items():
+            site = next(site for site in model.sites.values() if site.group is group)
+            ids = model.expert_ids(site)[site.shared :]
+            mass = np.array([masses.get((site.site.name, each), 0.0) for each in ids])
+            found[name] = dict(zip(ids, (mass / max(mass.sum(), 1e-12)).tolist(), strict=True))
+        return found
+
+    @property
+    def _longest(self) -> int:
+        source = self.source
+        return min(source.limit, getattr(source.text, "max_position_embeddings", source.limit)) if self.writes else min(
+            source.limit, source.task.max_length
+        )  # fmt: skip
+
+    def _writer(self) -> tuple[Prompts, Reader]:
+        if self._prompts is None or self._reader is None:
+            raise AnswerError("the model classifies; it does not write text", where=self.source.name)
+        return self._prompts, self._reader
+
+    def _encoded(self, text: str, *, special: bool = True) -> list[int]:
+        return list(self.source.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        """Ids of a text that goes on: without the special tokens that the tokenizer writes at an end."""
+        found = self.source.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        ids, places = list(found["input_ids"]), found["offset_mapping"]
+        while special and len(ids) > 1 and tuple(places[len(ids) - 1]) == (0, 0):
+            ids.pop()
+        if not ids:
+            raise AnswerError("the text has no tokens", mend="Give a text.")
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.source.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+
+class Counting:
+    """Counts the experts' shares inside a ``with``; the dictionary it gives is filled at the end."""
+
+    def __init__(self, loaded: Loaded, on: bool) -> None:
+        self._loaded, self._on = loaded, on
+        self._found: dict[str, dict[str, float]] = {}
+
+    def __enter__(self) -> dict[str, dict[str, float]]:
+        self._loaded._model.count_tokens(on=self._on)  # noqa: SLF001  (of the same file)
+        return self._found
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._found.update(self._loaded.counted() if self._on else {})
+        self._loaded._model.count_tokens(on=False)  # noqa: SLF001  (of the same file)
+
+
+def load(path: Path | str, client: str | None = None, *, base: str | None = None, state: Path | None = None) -> Loaded:
+    """Load a finished run, an adapter folder, or a LoRA of peft, with its base.
+
+    Args:
+        path: The folder.
+        client: Whose gate, as of `Loaded`; what all share when None.
+        base: Where the base is, when it is not where the run had it.
+        state: ``--state`` of a lab machine, for its personal gate.
+
+    Raises:
+        AdapterError: There is no adapter, it is damaged, or it belongs to another base.
+        ConfigError: There is nobody of this name.
+        ModelError: The base cannot be loaded.
+    """
+    return Loaded(open_source(Path(path), base, state), client or GLOBAL)
+
+
+def _generation(source: Source) -> Generation:
+    tokenizer, template = source.tokenizer, source.template()
+    return Generation(
+        template=bool(template), chat_template=template, bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token or "",
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""``molehill generate`` and ``molehill chat`` on finished runs, as the same bundle answers on a device."""
+
+from __future__ import annotations
+
+import json
+
+import edge_export
+import pytest
+import tiny_world
+import typer
+from typer.testing import CliRunner
+
+from molehill.errors import AnswerError, ConfigError
+from molehill_edge.bundle import Bundle
+from molehill_edge.trust import InsecureLocal
+from molehill_export.export import Options, export
+from molehill_simulation.commands.chat import chat
+from molehill_simulation.commands.generate import generate
+from molehill_simulation.loaded import load
+from molehill_simulation.simulate import simulate
+from molehill_simulation.source import open_source
+
+TEXT = "the scene was very good"
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A causal run."""
+    folder = tmp_path_factory.mktemp("writer")
+    base = tiny_world.save_base(folder / "base", "llama", **edge_export.SIZES, num_key_value_heads=2, head_dim=16)
+    rows = tiny_world.write_rows(folder / "rows.jsonl", tiny_world.rows(60, "llama"))
+    config = tiny_world.config(
+        base, rows, task={"kind": "causal-lm", "max_length": 48},
+        molora={"targets": "all-linear", "experts": 4, "scope": "layer", "rank": 4, "selector": "top_k"},
+        train={"steps": 60, "lr": 2e-2, "batch_size": 8},
+    )  # fmt: skip
+    simulate(config, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """A classifier with gates of its own."""
+    folder = tmp_path_factory.mktemp("reviews")
+    base = tiny_world.save_base(folder / "base", "bert", hidden_size=32, initializer_range=0.2)
+    rows = tiny_world.write_rows(folder / "rows.jsonl", tiny_world.rows(90))
+    config = tiny_world.config(
+        base, rows, molora={"targets": "all-linear", "experts": 3, "rank": 2, "scope": "layer", "alpha": 16.0},
+        personal={"steps": 30, "gate_lr": 0.3, "head_lr": 0.3}, train={"steps": 20, "lr": 2e-2, "batch_size": 8},
+    )  # fmt: skip
+    simulate(config, folder / "run")
+    return folder / "run"
+
+
+def ask(verb, *words, stdin=None):
+    app = typer.Typer()
+    app.command()(verb)
+    return CliRunner().invoke(app, list(map(str, words)), input=stdin)
+
+
+def done(result):
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_host_answers_as_a_device_does(writer, tmp_path):
+    export(open_source(writer), tmp_path / "bundle", Options(scheme="fp32"))
+    with load(writer) as model, Bundle.open(tmp_path / "bundle", trust=InsecureLocal(lambda _: None)) as bundle:
+        for prompt, raw in ((TEXT, False), ("it was", True)):
+            here = model.generate(prompt, raw=raw, max_new_tokens=12)
+            there = bundle.generate(prompt, raw=raw, max_new_tokens=12)
+            assert (here.text, here.tokens, here.reason) == (there.text, there.tokens, there.reason)
+        assert model.encode(TEXT) == bundle.encode(TEXT)
+        shares = bundle.route_report(TEXT)
+        found = model.route(TEXT)
+        for report in shares:
+            assert [found[report.router][each] for each in report.experts] == pytest.approx(report.shares, abs=1e-4)
+
+
+def test_generate_prints_answers_and_streams_what_rows_ask(writer, tmp_path):
+    told = json.loads(done(ask(generate, writer, "--prompt", TEXT, "--max-new-tokens", 5, "--json")))
+    (answer,) = told["answers"]
+    assert told["model"] == {"name": "tiny", "as": "global"}
+    assert answer["prompt"] == TEXT
+    assert answer["answer"] in done(ask(generate, writer, "--prompt", TEXT, "--max-new-tokens", 5))
+    rows = tmp_path / "rows.jsonl"
+    asked = [
+        {"text": TEXT}, {"instruction": "the scene", "input": "was good"},
+        {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "good"}]},
+    ]  # fmt: skip
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    many = json.loads(done(ask(generate, writer, "--rows", rows, "--max-new-tokens", 5, "--json")))["answers"]
+    assert [row["prompt"] for row in many] == [TEXT, "the scene\n\nwas good", TEXT]
+    assert many[0] == many[2] == answer
+    assert TEXT in done(ask(generate, writer, "--rows", rows, "--max-new-tokens", 5))
+
+
+def test_each_row_may_name_its_expert(writer, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": TEXT, "who": who}) + "\n" for who in ("e0", "e3", "", "e0")))
+    told = json.loads(done(ask(generate, writer, "--rows", rows, "--column", "who", "--max-new-tokens", 8, "--json")))
+    found = [row["answer"] for row in told["answers"]]
+    for who, answer in zip(("e0", "e3", "base"), found, strict=False):
+        alone = ask(generate, writer, "--prompt", TEXT, "--as", who, "--max-new-tokens", 8, "--json")
+        assert json.loads(done(alone))["answers"][0]["answer"] == answer
+    assert found[0] == found[3]
+
+
+def test_draws_strategies_and_routes(writer):
+    words = [generate, writer, "--prompt", TEXT, "--max-new-tokens", 6]
+    drawn = done(ask(*words, "--temperature", 1, "--seed", 4, "--n", 3, "--json"))
+    assert drawn == done(ask(*words, "--temperature", 1, "--seed", 4, "--n", 3, "--json"))
+    assert len(json.loads(drawn)["answers"]) == 3
+    plain = json.loads(done(ask(*words, "--json")))["answers"]
+    same = done(ask(*words, "--strategy", "self_contrast", "--set", "beta=0", "--json"))
+    assert json.loads(same)["answers"] == plain
+    done(ask(*words, "--strategy", "self_contrast", "--set", "beta=2.5"))
+    routed = json.loads(done(ask(*words, "--route", "--json")))["answers"][0]
+    assert routed["answer"] == plain[0]["answer"]
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in routed["routes"].values())
+    assert "router" in done(ask(*words, "--route"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "what"),
+    [
+        ((), 16, "there is nothing to answer"),
+        (("--prompt", "a", "--rows", "b"), 16, "exclude each other"),
+        (("--prompt", "a", "--n", "2"), 16, "would be the same"),
+        (("--prompt", "a", "--as", "nobody"), 2, "no personal gate of 'nobody'"),
+        (("--prompt", "a", "--as", "expert:e9"), 2, "no expert 'e9'"),
+        (("--prompt", "a", "--strategy", "clever"), 2, "unknown strategy 'clever'"),
+        (("--prompt", "a", "--set", "beta=1"), 16, "unknown key 'beta' for strategy plain"),
+        (("--prompt", "a", "--strategy", "self_contrast", "--set", "alpha=2"), 16, "must be at most 1"),
+        (("--prompt", "a", "--strategy", "self_contrast", "--set", "first=9"), 16, "no router has an expert at place"),
+        (("--prompt", "a", "--set", "beta"), 16, "no key=value"),
+        (("--prompt", "good " * 70), 16, "where 64 fit together"),
+        (("--rows", "nothing.jsonl"), 3, "nothing.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked(writer, words, code, what):
+    result = ask(generate, writer, *words)
+    assert result.exit_code == code, result.output
+    assert what in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+def test_classes_by_ones_own_gate(reviews, tmp_path):
+    export(open_source(reviews), tmp_path / "bundle", Options(scheme="fp32", gates=("client-1",), force=True))
+    texts = [TEXT, "it was a dull page and so poor"]
+    words = [word for text in texts for word in ("--prompt", text)]
+    told = json.loads(done(ask(generate, reviews, *words, "--as", "client-1", "--json")))["predictions"]
+    with Bundle.open(tmp_path / "bundle", trust=InsecureLocal(lambda _: None)) as bundle:
+        for row, there in zip(told, bundle.classify(texts), strict=True):
+            assert row["label"] == there.label
+            assert list(row["probabilities"].values()) == pytest.approx(there.probabilities, abs=1e-4)
+    shown = done(ask(generate, reviews, *words, "--as", "client-1", "--route"))
+    assert told[0]["label"] in shown
+    assert "router" in shown
+    with load(reviews, "client-1") as model, pytest.raises(AnswerError, match="it does not write text"):
+        model.generate("a")
+
+
+def test_one_model_after_another_gate(reviews):
+    with load(reviews) as model:
+        first = model.classify([TEXT])
+        one = model.expert("e1")
+        with pytest.raises(ConfigError, match="no expert 'e9'"):
+            one.expert("e9")
+        assert one.classify([TEXT]) != first
+        assert one.instead("global").classify([TEXT]) == first
+        assert model.hf is one.hf
+
+
+def test_chat_keeps_what_was_said(writer):
+    talk = [TEXT, "/route", "and so it was", "/as e1", TEXT, "/system the author", TEXT, "/reset", TEXT, "/help"]
+    shown = done(ask(chat, writer, "--max-new-tokens", 4, stdin="\n".join(talk) + "\n"))
+    assert "router" in shown
+    assert "/system TEXT" in shown
+    with load(writer, "e1") as model:
+        assert model.generate(TEXT, max_new_tokens=4).text in shown
+    refused = ask(chat, writer, stdin="/as nobody\n")
+    assert refused.exit_code == 2
+    assert "no personal gate of 'nobody'" in " ".join(refused.stderr.split())
