@@ -149,11 +149,13 @@ class Strategy(ABC):
         on_device: Whether bundles can do it: with what a device's passes have, and nothing fitted on a host.
         routed: It needs routers to choose otherwise.
         writes: It is for causal LMs only.
+        own: Scores are the model's own logits, so that several rows may go in one pass.
     """
 
     on_device: ClassVar[bool] = True
     routed: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    own: ClassVar[bool] = False
 
     @abstractmethod
     def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:

@@ -47,7 +47,7 @@ def build(axis: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
     """Build a method of decoding.
 
     Args:
-        axis: ``strategy`` or ``picker``.
+        axis: ``decoding`` or ``picker``.
         name: Of the method.
         values: Its parameters.
 
@@ -65,8 +65,8 @@ def _params(method: Method, values: dict[str, Any]) -> Any:
     known = {field.name: field for field in dataclasses.fields(method.params)}
     for key, value in values.items():
         if key not in known:
-            takes = ", ".join(known) or "none"
-            raise AnswerError(f"unknown key {key!r} for {method.axis} {method.name}", mend=f"Keys it takes: {takes}.")
+            takes = ", ".join(known) or "no keys"
+            raise AnswerError(f"unknown key {key!r} for {method.axis} {method.name}", mend=f"It takes {takes}.")
         values[key] = _checked(f"{method.axis} {method.name}, key {key!r}", value, hints[key])
     lacks = [
         name for name, field in known.items()

@@ -200,8 +200,9 @@ class TorchPasses:
             return np.zeros(0, np.float32)
         with self._as(setting):
             logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
-        taken = torch.tensor(list(ids[1:]), device=logits.device)
-        return torch.nn.functional.cross_entropy(logits, taken, reduction="none").cpu().numpy()
+        taken = torch.tensor(list(ids[1:]), device=logits.device).unsqueeze(-1)
+        found: Array = -logits.log_softmax(-1).gather(-1, taken)[:, 0].cpu().numpy()
+        return found
 
     @torch.no_grad()
     def condition(self, ids: Sequence[int]) -> Array:

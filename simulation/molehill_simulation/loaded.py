@@ -17,6 +17,7 @@ from molehill.decoding import options
 from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, log_softmax
 from molehill.decoding.prompts import Prompts
 from molehill.decoding.sampling import Sampling, check_finite
+from molehill.decoding.strategies import DEFAULT
 from molehill.decoding.stream import Answer, Asked, Reader, Stream
 from molehill.decoding.text import Stops
 from molehill.errors import AnswerError, ConfigError
@@ -25,7 +26,6 @@ from molehill_protos.v1.bundle_pb2 import Generation
 from molehill_simulation.prompts import examples_of
 from molehill_simulation.source import GLOBAL, Source, open_source
 
-PLAIN = "plain"  # the strategy that is the model itself
 _EXPERT = "expert:"
 _BASE = "base"  # nobody's gate: the model without experts
 
@@ -208,7 +208,7 @@ class Loaded:
         self._writer()
 
     def stream(
-        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = PLAIN, set: Mapping[str, Any] | None = None,  # noqa: A002  (as on the command line)
+        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         stop: Sequence[str] = (), seed: int | None = None,
     ) -> Stream:  # fmt: skip
@@ -218,7 +218,7 @@ class Loaded:
             AnswerError: As `generate`.
         """
         asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop))
-        return self.answering(self.encode(prompt, raw=raw), asked, self.strategy(strategy, set))
+        return self.answering(self.encode(prompt, raw=raw), asked, self.strategy(strategy, params))
 
     def answering(
         self, ids: Sequence[int], asked: Asked, strategy: Strategy, done: Callable[[Answer], None] = lambda _: None
@@ -240,7 +240,7 @@ class Loaded:
         )
 
     def generate(
-        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = PLAIN, set: Mapping[str, Any] | None = None,  # noqa: A002  (as on the command line)
+        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         stop: Sequence[str] = (), seed: int | None = None, on_text: Callable[[str], None] | None = None,
     ) -> Answer:  # fmt: skip
@@ -249,8 +249,8 @@ class Loaded:
         Args:
             prompt: An instruction; it is put into the format of training.
             raw: Go on with the prompt as it is instead.
-            strategy: How the next token follows from the model's passes; ``molehill methods strategy`` lists them.
-            set: Parameters of the strategy.
+            strategy: How the next token follows from the model's passes; ``molehill methods decoding`` lists them.
+            params: Parameters of the strategy.
             max_new_tokens: Longest answer; when None, up to 256 that fit.
             temperature: 0 takes the likeliest token each time.
             top_k: Draw from this many likeliest tokens; 0 for all.
@@ -263,7 +263,7 @@ class Loaded:
             AnswerError: The model classifies, prompt and answer are too long together, or an option makes no sense.
         """
         stream = self.stream(
-            prompt, raw=raw, strategy=strategy, set=set, max_new_tokens=max_new_tokens, temperature=temperature,
+            prompt, raw=raw, strategy=strategy, params=params, max_new_tokens=max_new_tokens, temperature=temperature,
             top_k=top_k, top_p=top_p, stop=stop, seed=seed,
         )  # fmt: skip
         return stream.rest(on_text)
@@ -299,7 +299,7 @@ class Loaded:
     # ---- classifying -----------------------------------------------------------------------------------------
 
     def classify(
-        self, texts: Sequence[str], *, strategy: str | Strategy = PLAIN, set: Mapping[str, Any] | None = None,  # noqa: A002  (as on the command line)
+        self, texts: Sequence[str], *, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
         truncate: bool = False,
     ) -> list[Class]:  # fmt: skip
         """Say which label each text has.
@@ -307,13 +307,13 @@ class Loaded:
         Args:
             texts: The texts.
             strategy: How the classes follow from the model's passes.
-            set: Parameters of the strategy.
+            params: Parameters of the strategy.
             truncate: Let texts that are too long lose their end.
 
         Raises:
             AnswerError: The model writes, a text is too long or has no tokens, or the strategy is none for classes.
         """
-        chosen, found = self.strategy(strategy, set), []
+        chosen, found = self.strategy(strategy, params), []
         for number, text in enumerate(texts):
             scores = chosen.begin(self._passes, ids := self._text(text, number, truncate=truncate))(ids)
             check_finite(scores[np.isfinite(scores)] if np.isfinite(scores).any() else scores)
@@ -347,7 +347,7 @@ class Loaded:
         """
         if isinstance(name, Strategy):
             return name
-        made: Strategy = options.build("strategy", name, values)
+        made: Strategy = options.build("decoding", name, values)
         if isinstance(made, Learns) and made.rows:
             made.learn(self._passes, examples_of(self.source, Path(made.rows)))
         if made.writes and not self.writes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from molehill.config import Data
 from molehill.decoding.interfaces import Example
@@ -13,17 +13,26 @@ from molehill.rowfiles.values import text_of
 from molehill.tasks.batches import IGNORE
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
-
-if TYPE_CHECKING:
-    from molehill_simulation.loaded import Loaded
-    from molehill_simulation.source import Source
+from molehill_simulation.source import Source
 
 
-def prompt_of(loaded: Loaded, row: Mapping[str, Any], where: str, *, raw: bool) -> tuple[str, list[int]]:
+class Encoder(Protocol):
+    """What makes ids of a prompt."""
+
+    def encode(self, prompt: str, *, about: str = "", raw: bool = False) -> list[int]:
+        """Ids of an instruction, or of a text as it is."""
+        ...
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation."""
+        ...
+
+
+def prompt_of(encoder: Encoder, row: Mapping[str, Any], where: str, *, raw: bool) -> tuple[str, list[int]]:
     """The text that a row asks, and its ids.
 
     Args:
-        loaded: Writes text.
+        encoder: Of a model that writes text.
         row: With ``text``, ``instruction`` (and ``input``) or ``messages``.
         where: Its place.
         raw: Take a text as it is.
@@ -43,13 +52,13 @@ def prompt_of(loaded: Loaded, row: Mapping[str, Any], where: str, *, raw: bool) 
             said.pop()
         if not said:
             raise DataError("nothing is asked", where=where, mend="End the messages with one of the user.")
-        return said[-1]["content"], loaded.encode_messages(said)
+        return said[-1]["content"], encoder.encode_messages(said)
     if row.get("instruction"):
         text, about = text_of(row["instruction"], "instruction", where), str(row.get("input") or "")
-        return f"{text}\n\n{about}".strip(), loaded.encode(text, about=about)
+        return f"{text}\n\n{about}".strip(), encoder.encode(text, about=about)
     if "text" in row:
         text = text_of(row["text"], "text", where)
-        return text, loaded.encode(text, raw=raw)
+        return text, encoder.encode(text, raw=raw)
     mend = f"Columns there: {', '.join(row)}."
     raise DataError("the row has neither 'text', 'instruction' nor 'messages'", where=where, mend=mend)
 

@@ -40,7 +40,7 @@ REASONS = {
         "edge/molehill_export/gguf_lora.py": "int4",
         "edge/molehill_export/parity.py": "fp32 int8 int4",
         "edge/molehill_export/products.py": "fp32*4 int8*4 int4*2",
-        "edge/molehill_export/source.py": "fp32",
+        "simulation/molehill_simulation/source.py": "fp32",
         "edge/molehill_web/commands/site.py": "int4",
     },
     "a word of OpenAI's API, of llama.cpp's files or of a web server": {
@@ -70,7 +70,7 @@ REASONS = {
         "molehill/molora/head.py": "mean",
         "molehill/tasks/base_model.py": "mean*3",
         "edge/molehill_edge/manifest.py": "mean",
-        "edge/molehill_export/source.py": "mean",
+        "simulation/molehill_simulation/source.py": "mean",
     },
     "an operator of a graph": {"edge/molehill_export/routers.py": "Mean"},
     "a column of rows or of a table": {
@@ -87,8 +87,10 @@ REASONS = {
         "molehill/config/whole.py": "molora",
         "simulation/molehill_simulation/report.py": "molora*2",
     },
+    "what answers when nobody chooses": {"molehill/decoding/strategies/__init__.py": "own_logits"},
     "a function or an option of a verb": {
         "molehill/config/__init__.py": "load",
+        "molehill/registry.py": "load",
         "edge/molehill_edge/commands/run.py": "temperature top_k top_p",
         "edge/molehill_export/commands/export.py": "all",
     },
@@ -124,7 +126,7 @@ REASONS = {
     "a figure of a round": {"server/molehill_server/aggregate.py": "residual"},
     "an older name of a gate policy": {
         "molehill/config/sections.py": "mixture",
-        "edge/molehill_export/source.py": "mixture",
+        "simulation/molehill_simulation/source.py": "mixture",
     },
 }
 

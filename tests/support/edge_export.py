@@ -32,7 +32,7 @@ from molehill_export.base_quantise import BLOCK, quantise_base
 from molehill_export.export import Options, export
 from molehill_export.graph import External, Graph, write_weights
 from molehill_export.molora import choose_slots, gate_values, insert
-from molehill_export.source import open_source
+from molehill_simulation.source import open_source
 
 Session = ort.InferenceSession
 ARCHITECTURES = ("llama", "gpt2", "minilm")

@@ -1,8 +1,9 @@
-"""Strategies: how the next token, or a class, follows from passes of a model."""
+"""Decoding: how the next token, or a class, follows from passes of a model."""
 
 from __future__ import annotations
 
 from molehill.decoding.interfaces import Strategy
 
 INTERFACE = Strategy
-WORDS = ("decoding", "inference")
+WORDS = ("decoder", "inference", "generation")
+DEFAULT = "own_logits"

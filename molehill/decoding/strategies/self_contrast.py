@@ -31,7 +31,7 @@ class SelfContrastParams:
 
 
 @register(
-    "strategy",
+    "decoding",
     "self_contrast",
     params=SelfContrastParams,
     paper="Shi et al. 2024, Unchosen Experts Can Contribute Too: Unleashing MoE Models' Power by Self-Contrast",

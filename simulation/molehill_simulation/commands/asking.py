@@ -27,7 +27,7 @@ As = Annotated[
     str, typer.Option("--as", metavar="WHO", help="Whose gate: global, a client, an expert alone, or base for none.")
 ]
 StrategyName = Annotated[
-    str, typer.Option("--strategy", metavar="NAME", help="How an answer follows; see: molehill methods strategy.")
+    str, typer.Option("--strategy", metavar="NAME", help="How an answer follows; see: molehill methods decoding.")
 ]
 Assigned = Annotated[
     list[str] | None,

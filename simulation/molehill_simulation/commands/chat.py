@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from molehill.characters import harmless, recovered
+from molehill.decoding.strategies import DEFAULT
 from molehill.errors import MolehillError
 from molehill.extras import needs
 from molehill.terminal import INTERRUPTED, explained, say
@@ -48,7 +49,7 @@ def chat(
     model: Trained,
     system: Annotated[str, typer.Option(help="What a conversation begins with.", show_default=False)] = "",
     who: As = "global",
-    strategy: StrategyName = "plain",
+    strategy: StrategyName = DEFAULT,
     assigned: Assigned = None,
     max_new_tokens: Longest = None,
     temperature: Temperature = 0.0,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from molehill.characters import harmless, recovered
+from molehill.decoding.strategies import DEFAULT
 from molehill.errors import AnswerError
 from molehill.extras import needs
 from molehill.rowfiles.values import require_text
@@ -38,6 +39,7 @@ from molehill_simulation.commands.asking import (
 )
 
 if TYPE_CHECKING:
+    from molehill.decoding.interfaces import Strategy
     from molehill.decoding.stream import Answer, Asked
     from molehill_simulation.loaded import Loaded
 
@@ -72,7 +74,7 @@ def generate(
         typer.Option(metavar="NAME", help="Column of --rows that names the expert of each row.", show_default=False),
     ] = None,
     who: As = "global",
-    strategy: StrategyName = "plain",
+    strategy: StrategyName = DEFAULT,
     assigned: Assigned = None,
     n: Annotated[int, typer.Option("--n", min=1, max=1000, help="Answers to each prompt.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Go on with the text as it is, not as an instruction.")] = False,
@@ -113,13 +115,14 @@ def generate(
                 questions = list(_questions(loaded, texts, rows, column, raw=raw))
                 if n > 1:
                     questions = [question for question in questions for _ in range(n)]
-                plain = strategy == "plain" and not values and not route and len(questions) > 1
-                if any(question.who for question in questions) and not plain:
-                    raise AnswerError("--column goes with the plain strategy and several rows, without --route")
-                if plain:
-                    _together(loaded, questions, asked, as_json=as_json)
+                chosen = loaded.strategy(strategy, values)
+                together = chosen.own and not route
+                if column is not None and not together:
+                    raise AnswerError("--column goes with the model's own logits, without --strategy and --route")
+                if together and (len(questions) > 1 or column is not None):
+                    _together(loaded, questions, asked, column=column is not None, as_json=as_json)
                 else:
-                    _one_by_one(loaded, questions, asked, strategy, values, route=route, as_json=as_json)
+                    _one_by_one(loaded, questions, asked, chosen, route=route, as_json=as_json)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
@@ -144,10 +147,10 @@ def _questions(
         yield _Question(text, ids, name)
 
 
-def _together(loaded: Loaded, questions: Sequence[_Question], asked: Asked, *, as_json: bool) -> None:
+def _together(loaded: Loaded, questions: Sequence[_Question], asked: Asked, *, column: bool, as_json: bool) -> None:
     """Several in one pass: the answers come in their order, when all before are there."""
     settings = None
-    if any(question.who for question in questions):
+    if column:
         settings = [loaded.setting(question.who) for question in questions]
     answers = loaded.generate_all([question.ids for question in questions], asked, settings)
     console = Console(stderr=True, quiet=as_json)
@@ -162,11 +165,10 @@ def _together(loaded: Loaded, questions: Sequence[_Question], asked: Asked, *, a
 
 
 def _one_by_one(
-    loaded: Loaded, questions: Sequence[_Question], asked: Asked, strategy: str, values: dict[str, Any], *,
-    route: bool, as_json: bool,
-) -> None:  # fmt: skip
+    loaded: Loaded, questions: Sequence[_Question], asked: Asked, chosen: Strategy, *, route: bool, as_json: bool
+) -> None:
     """Each as it comes."""
-    chosen, rows = loaded.strategy(strategy, values), []
+    rows = []
     for number, question in enumerate(questions):
         if not as_json and len(questions) > 1:
             typer.echo(f"{chr(10) if number else ''}> {short(question.text)}")
@@ -192,7 +194,7 @@ def _classify(
         from molehill.rowfiles.reading import read_texts
 
         texts = [row["text"] for _, row in read_texts(rows)]
-    found = loaded.classify(texts, strategy=strategy, set=values, truncate=truncate)
+    found = loaded.classify(texts, strategy=strategy, params=values, truncate=truncate)
     routes = [loaded.route(text, truncate=truncate) for text in texts] if route else None
     if as_json:
         told_rows = [

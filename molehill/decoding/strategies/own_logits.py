@@ -8,9 +8,11 @@ from molehill.decoding.interfaces import Passes, Scores, Strategy
 from molehill.methods import register
 
 
-@register("strategy", "plain", paper="house: one pass, the model's own logits")
-class Plain(Strategy):
+@register("decoding", "own_logits", paper="house: one pass, the model's own logits")
+class OwnLogits(Strategy):
     """One pass for each token, as the model was trained: greedy at temperature 0, else sampling."""
+
+    own = True
 
     def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:  # noqa: ARG002  (of the interface)
         """See `Strategy.begin`."""
