@@ -208,8 +208,9 @@ class Loaded:
         self._writer()
 
     def stream(
-        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
-        max_new_tokens: int | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = DEFAULT,
+        params: Mapping[str, Any] | None = None, max_new_tokens: int | None = None,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         stop: Sequence[str] = (), seed: int | None = None,
     ) -> Stream:  # fmt: skip
         """Answer a prompt piece by piece; arguments as of `generate`.
@@ -240,8 +241,9 @@ class Loaded:
         )
 
     def generate(
-        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
-        max_new_tokens: int | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        self, prompt: str, *, raw: bool = False, strategy: str | Strategy = DEFAULT,
+        params: Mapping[str, Any] | None = None, max_new_tokens: int | None = None,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         stop: Sequence[str] = (), seed: int | None = None, on_text: Callable[[str], None] | None = None,
     ) -> Answer:  # fmt: skip
         """Answer a prompt.
