@@ -215,14 +215,17 @@ def test_personalise(molehill, tmp_path):
         (("run", "@reviews", "--text", "x", "--gate", "carl"), "no gate 'carl'"),
         (("run", "@reviews", "--text", "x", "--experts", "cats,owls"), "no expert 'owls'"),
         (("run", "@reviews", "--text", "x", "--memory-mb", "10"), "more than the 10 MB allowed"),
-        (("run", "@talk", "--text", "x", "--top-p", "0"), "top-p must be above 0"),
-        (("run", "@talk", "--text", "x" * 300), "where 256 fit"),
         (("run", "nowhere", "--text", "x"), "nowhere"),
         (("info", "@reviews/tokenizer.json"), "tokenizer.json"),
     ],
 )
 def test_a_mistake_is_one_paragraph(molehill, words, what):
     refused(molehill(*words), what)
+
+
+def test_what_cannot_be_asked_has_a_code_of_its_own(molehill):
+    refused(molehill("run", "@talk", "--text", "x", "--top-p", "0"), "top-p must be above 0", 16)
+    refused(molehill("run", "@talk", "--text", "x" * 300), "where 256 fit", 16)
 
 
 def test_a_mistake_as_json(molehill):
