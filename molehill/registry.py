@@ -2,7 +2,7 @@
 
     registry.build("selector", "top_k", {"k": 2})   ->  TopK(TopKParams(k=2))
 
-What methods are is in `molehill.methods`, whose names are here too.
+What methods are is in `molehill.catalogue`, whose names are here too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import with_config as _with_config
 
-from molehill.errors import ConfigError
-from molehill.methods import (
+from molehill.catalogue import (
     Method,
     NoParams,
     axes,
@@ -31,6 +30,7 @@ from molehill.methods import (
     those,
     words,
 )
+from molehill.errors import ConfigError
 
 __all__ = [
     "Method", "NoParams", "axes", "build", "declared", "either", "first_error", "get", "load", "meaning", "methods",

@@ -10,9 +10,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import annotated_types
 
-from molehill import methods
+from molehill import catalogue
+from molehill.catalogue import Method, NoParams
 from molehill.errors import AnswerError
-from molehill.methods import Method, NoParams
 
 _LIMITS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
     annotated_types.Ge: ("ge", "at least", operator.ge),
@@ -55,7 +55,7 @@ def build(axis: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
         AnswerError: A parameter is unknown, or out of its range.
         ConfigError: There is no such method.
     """
-    method = methods.get(axis, name)
+    method = catalogue.get(axis, name)
     params = _params(method, dict(values or {}))
     return method.target() if method.params is NoParams else method.target(params)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from molehill import methods, registry
+from molehill import catalogue, registry
 from molehill.errors import ModelError
 from molehill.molora.banks import Bank, Part
 from molehill_edge import experts, tensors
@@ -65,7 +65,7 @@ def gated():
     """The kind among the registered ones."""
     registry.register("expert", "gated", paper="house: a test")(Gated)
     yield
-    del methods._registry.methods["expert", "gated"]
+    del catalogue._registry.methods["expert", "gated"]
 
 
 def _adapted(**keys):

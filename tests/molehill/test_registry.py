@@ -7,7 +7,7 @@ import importlib
 import plug_in
 import pytest
 
-from molehill import methods, registry
+from molehill import catalogue, registry
 from molehill.errors import ConfigError
 from molehill.extras import bringing, lacking, needs
 
@@ -129,7 +129,7 @@ def test_a_plug_in_that_ends_the_program_is_left_out(tmp_path, ending):
 
 # Every axis whose methods are classes, and where their class is.
 INTERFACES = {
-    axis: wanted for axis in registry.axes() if (wanted := getattr(methods._package(axis), "INTERFACE", None))
+    axis: wanted for axis in registry.axes() if (wanted := getattr(catalogue._package(axis), "INTERFACE", None))
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from molehill.catalogue import register
 from molehill.decoding.interfaces import Passes, Scores, Strategy
-from molehill.methods import register
 
 
 @register("decoding", "own_logits", paper="house: one pass, the model's own logits")

@@ -9,8 +9,8 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge, Gt, Le
 
+from molehill.catalogue import register
 from molehill.decoding.interfaces import Array, Passes, Scores, Setting, Strategy
-from molehill.methods import register
 
 
 @dataclass(frozen=True)
