@@ -24,7 +24,7 @@ from molehill.cli import app
 from molehill.config import load
 
 ROOT = Path(__file__).parents[2]
-README, PAGE = "README.md", "docs/how-to/edge.md"
+README, PAGE, AFTER = "README.md", "docs/how-to/edge.md", "docs/how-to/after-training.md"
 FENCE = re.compile(r"^```(sh|python) (owner|device)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INSTALL = 'python3 -m venv device && device/bin/pip install -c constraints.txt ".[edge]"'
 MORE = 'device/bin/pip install -c constraints.txt ".[serve]"'
@@ -244,6 +244,18 @@ def test_the_page_works_as_typed(desk):
     assert list((desk.folder / "keys/retired").iterdir())
     if not page_libraries.lacking():
         assert all((desk.folder / page / "shell.js").is_file() for page in ("repo/page", "site"))
+
+
+def test_what_was_trained_is_asked_as_typed(desk):
+    said = desk.play(AFTER)
+    shown = dict(said)
+    (two,) = (text for line, text in said if line.endswith('"It does what it says."'))
+    assert [line.split()[0] in tiny_world.LABELS for line in two.splitlines()] == [True, True]
+    rows = [json.loads(text) for line, text in said if line.endswith(" --json")]
+    assert [len(found.get("predictions") or found["answers"]) for found in rows] == [MINE.count("\n")] * 2
+    assert "self_contrast" in shown["molehill methods decoding"]
+    (talk,) = (text for line, text in said if line.startswith("printf "))
+    assert "router" in talk
 
 
 def test_messages_of_the_page_are_those_of_the_code():
