@@ -259,7 +259,7 @@ def test_what_was_trained_is_asked_as_typed(desk):
 
 
 def test_messages_of_the_page_are_those_of_the_code():
-    folders = ("edge", "molehill")
+    folders = ("edge", "molehill", "simulation")
     code = "\n".join(path.read_text(encoding="utf-8") for name in folders for path in (ROOT / name).rglob("*.py"))
     rows = re.findall(r"^\| (`.*?) \| .* \|$", (ROOT / PAGE).read_text(encoding="utf-8"), re.MULTILINE)
     messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
