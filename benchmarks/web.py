@@ -41,7 +41,7 @@ from molehill_edge import Bundle
 from molehill_edge.trust import InsecureLocal
 from molehill_export.base import is_built
 from molehill_export.export import Options, export
-from molehill_export.source import open_source
+from molehill_simulation.source import open_source
 from molehill_web import site
 
 TRUST = InsecureLocal(lambda _: None)
