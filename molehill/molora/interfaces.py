@@ -7,7 +7,7 @@ their interfaces in `molehill.molora.banks`.
 A site pipes ``Scorer -> LogitTransform* -> Selector`` into a bank of experts. Where to put a new method:
 *changes z?* Scorer or LogitTransform; *z -> w?* Selector; *what is computed?* Expert; *how outputs meet weights?*
 Mixer; *in what order?* Topology; *how many and where?* Allocation; *start values?* InitStrategy; *extra gradient?*
-RoutingLoss; *decode time only?* InferenceStrategy; *only looks?* Diagnostic.
+RoutingLoss; *decode time only?* a strategy of `molehill.decoding`; *only looks?* Diagnostic.
 
 Shapes: B batch, T tokens, d features, E routed experts, H heads of a multi-head route, r rank, R sum of ranks.
 Router arithmetic is float32.
@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -275,16 +275,6 @@ class RoutingLoss(ABC):
     @abstractmethod
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:
         """Return an unweighted scalar, the mean over records."""
-
-
-class InferenceStrategy(Protocol):
-    """Changes decoding, for example by contrasting two routes."""
-
-    export: Literal["graph_input", "two_pass", "host_only"]
-
-    def step(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return next-token logits ``[B, V]``."""
-        ...
 
 
 class Diagnostic(ABC):
