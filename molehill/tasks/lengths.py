@@ -43,6 +43,16 @@ class Lengths:
         return ", ".join([parts[0].replace("up", "have up", 1) + " tokens", *parts[1:], f"the longest {ordered[-1]}"])
 
     @property
+    def enough(self) -> str:
+        """Which ``task.max_length`` keeps 95% of the rows whole, and which all; empty where all are."""
+        if not self.cut:
+            return ""
+        ordered = sorted(self.tokens)
+        most = ordered[max(0, -int(-0.95 * len(ordered) // 1) - 1)]
+        part = f"{most} keeps 95% of them whole, " if self.limit < most < ordered[-1] else ""
+        return f"task.max_length = {part}{ordered[-1]} keeps all"
+
+    @property
     def loss(self) -> str:
         """What is cut or not learnt, in words; empty when nothing is."""
         return loss_in_words(self.cut, self.lost, len(self.tokens), self.unlearnt, self.limit)

@@ -102,7 +102,10 @@ def describe(config: Config) -> list[tuple[str, str]]:
         known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")
         rows += [("warning", f"base.model: {known}")] if known else []
     else:
-        rows.append(("warning", f"base.model: {config.base.model} is not on this machine; nothing of it was checked"))
+        unseen = "targets, parameters, lengths of rows and how many clients share a pass were not looked at"
+        rows.append(("warning", f"base.model: {config.base.model} is not on this machine; {unseen}"))
+    if owners is None:
+        rows.append(("warning", f"data.source: {data.source} is not on this machine; its rows were not looked at"))
     return rows
 
 
@@ -145,7 +148,11 @@ def _lengths(owners: Sequence[ClientRows], task: Task) -> Lengths:
 def _in_words(lengths: Lengths) -> list[tuple[str, str]]:
     """How long the rows are, and what is cut."""
     found = [("tokens", f"of a row: {lengths.quantiles}")]
-    return [*found, ("cut", lengths.loss)] if lengths.loss else found
+    if lengths.loss:
+        found.append(("cut", lengths.loss))
+    if lengths.enough:
+        found.append(("enough", lengths.enough))
+    return found
 
 
 def _rows(owners: Sequence[ClientRows] | None) -> str:

@@ -30,6 +30,19 @@ def test_check_prints_the_plan(tmp_path):
         assert text in result.stdout
 
 
+def test_check_takes_overrides_and_speaks_to_programs(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[base]\nmodel = "someone/some-model"\n[data]\nsource = "someone/rows"\n')
+    told = json.loads(run("check", path, "--set", "molora.rank=3", "--set", "run.rounds=9", "--json").stdout)
+    assert "9 rounds" in told["plan"]["run"]
+    assert "rank 3" in told["plan"]["experts"]
+    assert ["some-model" in text or "someone/rows" in text for text in told["warnings"]] == [True, True]
+    assert "not looked at" in told["warnings"][0]
+    refused = run("check", path, "--set", "federation.rule=krum", "--set", "privacy.secure_aggregation=true", "--json")
+    assert refused.exit_code == 2
+    assert json.loads(refused.stdout)["error"]["kind"] == "ConfigError"
+
+
 def test_into_a_pipe_every_line_of_the_plan_and_every_warning_is_one(tmp_path, monkeypatch):
     path = tmp_path / "run.toml"
     path.write_text('[base]\nmodel = "someone/some-model"\n[federation]\npreset = "flexlora"\n')

@@ -12,38 +12,42 @@ from rich.text import Text
 
 from molehill.errors import ConfigError
 from molehill.extras import needs
-from molehill.terminal import explained, show_table
+from molehill.terminal import Json, explained, print_json, show_table
+from molehill_simulation.commands.running import EXTRA, Overrides
 
-EXTRA = "simulation"
+__all__ = ["EXTRA", "check"]
 
 
-def check(config: Annotated[Path, typer.Argument(help="TOML file.")]) -> None:
+def check(
+    config: Annotated[Path, typer.Argument(help="TOML file.")], overrides: Overrides = None, as_json: Json = False
+) -> None:
     """Print what a configuration comes to, and refuse what cannot work."""
-    with explained():
+    with explained(as_json):
         from molehill.config import load
 
         with needs(EXTRA):
             from molehill_server.check import check as find_conflicts
             from molehill_simulation.describe import describe
 
-        resolved = load(config)
+        resolved = load(config, tuple(overrides or ()))
         conflicts = find_conflicts(resolved)
+        plan = describe(resolved)
+        refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
+        warnings = [text for label, text in plan if label == "warning"]
+        warnings += [f"{' with '.join(each.keys)}: {each.why}" for each in conflicts if each not in refused]
+        if as_json and not refused:
+            print_json({"plan": {label: text for label, text in plan if label != "warning"}, "warnings": warnings})
+            return
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="dim")
-        plan = describe(resolved)
         for label, text in plan:
             if label != "warning":
                 table.add_row(label, Text(text))
-        show_table(table)
-        console = Console()
-        for label, text in plan:
-            if label == "warning":
+        if not as_json:
+            show_table(table)
+            console = Console()
+            for text in warnings:
                 console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
-        refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
-        for conflict in conflicts:
-            if conflict not in refused:
-                keys = " with ".join(conflict.keys)
-                console.print(Text.assemble(("warning: ", "bold yellow"), f"{keys}: {conflict.why}"), soft_wrap=True)
         if refused:
             reasons = "; ".join(f"{' with '.join(conflict.keys)}: {conflict.why}" for conflict in refused)
             mend = refused[0].mend if len(refused) == 1 else "Change one key of each."

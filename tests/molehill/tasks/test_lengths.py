@@ -20,6 +20,12 @@ def test_quantiles_and_what_is_cut():
     assert Lengths((), 3).quantiles == ""
 
 
+def test_the_length_that_keeps_rows_whole():
+    assert Lengths((5, 9), 9).enough == ""
+    assert Lengths(tuple(range(1, 101)), 90).enough == "task.max_length = 95 keeps 95% of them whole, 100 keeps all"
+    assert Lengths(tuple(range(1, 101)), 97).enough == "task.max_length = 100 keeps all"
+
+
 def test_texts_are_measured_before_they_are_cut(tokenizer):
     rows = Rows({"text": ("a b", "a " * 20, "c"), "label": ("x", "y", "x")}, ("f:1", "f:2", "f:3"), "f")
     examples = Classification(tokenizer, ("x", "y"), 8).encode(rows)
