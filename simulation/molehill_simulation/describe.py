@@ -101,12 +101,19 @@ def describe(config: Config) -> list[tuple[str, str]]:
         settings: Any = model.base.config
         known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")
         rows += [("warning", f"base.model: {known}")] if known else []
-    else:
-        unseen = "targets, parameters, lengths of rows and how many clients share a pass were not looked at"
-        rows.append(("warning", f"base.model: {config.base.model} is not on this machine; {unseen}"))
-    if owners is None:
-        rows.append(("warning", f"data.source: {data.source} is not on this machine; its rows were not looked at"))
-    return rows
+    return rows + _unseen(config, base=model is not None, rows=owners is not None)
+
+
+def _unseen(config: Config, *, base: bool, rows: bool) -> list[tuple[str, str]]:
+    """What was not looked at, since it is elsewhere."""
+    found = []
+    if not base:
+        what = "targets, parameters, lengths of rows and how many clients share a pass were not looked at"
+        found.append(("warning", f"base.model: {config.base.model} is not on this machine; {what}"))
+    if not rows:
+        what = f"{config.data.source} is not on this machine; its rows were not looked at"
+        found.append(("warning", f"data.source: {what}"))
+    return found
 
 
 def _spent(config: Config) -> Iterator[tuple[str, str]]:
