@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from molehill.errors import AnswerError
+
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
@@ -102,6 +104,49 @@ class Conditions(Protocol):
         ...
 
 
+@runtime_checkable
+class Gradients(Protocol):
+    """Passes that tell how the loss of a text follows the routers."""
+
+    def slope(self, ids: Sequence[int], setting: Setting) -> Array:
+        """The gradient of the mean of `Passes.losses` by the setting's bias, float32 ``[S]``.
+
+        Args:
+            ids: At least two.
+            setting: How routers choose; no bias counts as zeros.
+
+        Raises:
+            AnswerError: The model classifies, or cannot do this setting.
+        """
+        ...
+
+
+@runtime_checkable
+class Aided(Protocol):
+    """Passes beside those of other models."""
+
+    @property
+    def others(self) -> Mapping[str, Passes]:
+        """Other models that read the same tokens, by what they are here."""
+        ...
+
+
+def other(passes: Passes, name: str) -> Passes:
+    """Another model beside the one that was trained.
+
+    Args:
+        passes: Of the trained model.
+        name: What the other is to it.
+
+    Raises:
+        AnswerError: There is none.
+    """
+    found = passes.others.get(name) if isinstance(passes, Aided) else None
+    if found is None:
+        raise AnswerError(f"there is no {name} model beside this one", where="--strategy", mend=f"Give --{name} MODEL.")
+    return found
+
+
 Scores: TypeAlias = Callable[[Sequence[int]], Array]
 
 
@@ -150,12 +195,14 @@ class Strategy(ABC):
         routed: It needs routers to choose otherwise.
         writes: It is for causal LMs only.
         own: Scores are the model's own logits, so that several rows may go in one pass.
+        asks: What other models it asks (`Aided`), by name.
     """
 
     on_device: ClassVar[bool] = True
     routed: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     own: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:

@@ -107,6 +107,11 @@ def wrap(
     return model
 
 
+def bare(base: nn.Module) -> MoLoRAModel:
+    """A causal LM without an adapter, for what asks it as it asks one with an adapter."""
+    return MoLoRAModel(base, {}, {}, (), None, ForwardState())
+
+
 def _join(sites: Mapping[str, MoLoRALinear], found: Trial) -> None:
     """Compute sites that read one tensor at once; with dropout every site reads another."""
     for names in found.together:

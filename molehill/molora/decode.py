@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from molehill.decoding.interfaces import OWN, Array, Setting
+from molehill.decoding.interfaces import OWN, Array, Passes, Setting
 from molehill.decoding.sampling import Sampler, Sampling
 from molehill.decoding.stream import Asked, Reader, room
 from molehill.errors import AnswerError
@@ -45,6 +45,11 @@ def routed(model: MoLoRAModel) -> list[tuple[str, ...]]:
     return found
 
 
+def _sizes(model: MoLoRAModel) -> list[int]:
+    """How many experts every router chooses among, in the order of its logits."""
+    return [len(router) for router in routed(model)]
+
+
 def only(model: MoLoRAModel, experts: Iterable[str]) -> Setting:
     """The setting in which none but some experts may be chosen.
 
@@ -68,7 +73,7 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
     Raises:
         AnswerError: A setting does not fit the model.
     """
-    sizes = [len(router) for router in routed(model)]
+    sizes = _sizes(model)
     for setting in settings:
         for values in (setting.bias, setting.mask):
             if values is not None and len(values) != sum(sizes):
@@ -91,9 +96,12 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
         for group, size in zip(model.routers.values(), sizes, strict=True):
             mine = slice(at, at + size)
             kept = group.overrides
+            may = _both(kept.expert_mask, None if mask is None else mask[..., mine].to(group.costs.device))
+            if may is not None and not bool(may.any(-1).all()):
+                raise AnswerError("a router would be left without experts", mend="Choose from more experts.")
             group.overrides = Overrides(
                 bias=_sum(kept.bias, None if bias is None else bias[..., mine].to(group.costs.device)),
-                expert_mask=_both(kept.expert_mask, None if mask is None else mask[..., mine].to(group.costs.device)),
+                expert_mask=may,
                 ranks=kept.ranks if ranks is None else ranks,
             )
             at += size
@@ -133,18 +141,22 @@ class _Lane:
 
 
 class TorchPasses:
-    """Passes of a MoLoRA model; implements `molehill.decoding.interfaces.Passes` and `Conditions`.
+    """Passes of a MoLoRA model; implements `molehill.decoding.interfaces.Passes` and what some strategies need beside.
 
     Args:
         model: In eval mode, with the gate that is to be used.
         within: Holds in all passes, whatever a setting says.
+        others: Models that read the same tokens, see `molehill.decoding.interfaces.Aided`.
 
     Raises:
         AnswerError: It is a causal LM with a router that looks at later tokens.
     """
 
-    def __init__(self, model: MoLoRAModel, *, within: Setting = OWN) -> None:
+    def __init__(
+        self, model: MoLoRAModel, *, within: Setting = OWN, others: Mapping[str, Passes] | None = None
+    ) -> None:
         self._model, self._within = model, within
+        self.others = dict(others or {})
         self._lanes: dict[str, _Lane] = {}
         routers = routed(model)
         self.experts = tuple(dict.fromkeys(each for router in routers for each in router))
@@ -194,14 +206,22 @@ class TorchPasses:
     @torch.no_grad()
     def losses(self, ids: Sequence[int], setting: Setting = OWN) -> Array:
         """See `Passes.losses`."""
-        if not self.writes:
-            raise AnswerError("a classifier gives tokens no probability", mend="Use another strategy or picker.")
-        if len(ids) < 2:
-            return np.zeros(0, np.float32)
         with self._as(setting):
-            logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
-        taken = torch.tensor(list(ids[1:]), device=logits.device).unsqueeze(-1)
-        found: Array = -logits.log_softmax(-1).gather(-1, taken)[:, 0].cpu().numpy()
+            found: Array = self._losses(ids).cpu().numpy()
+        return found
+
+    def slope(self, ids: Sequence[int], setting: Setting) -> Array:
+        """See `Gradients.slope`."""
+        model = self._model
+        added = [torch.zeros(size, device=model.flat.device, requires_grad=True) for size in _sizes(model)]
+        with self._as(setting), torch.enable_grad():
+            for group, part in zip(model.routers.values(), added, strict=True):
+                group.overrides = replace(group.overrides, bias=_sum(group.overrides.bias, part))
+            loss = self._losses(ids).mean()
+            if not loss.requires_grad:  # no router has a say
+                return np.zeros(self.size, np.float32)
+            slopes = torch.autograd.grad(loss, added, allow_unused=True, materialize_grads=True)
+        found: Array = torch.cat(slopes).cpu().numpy()
         return found
 
     @torch.no_grad()
@@ -211,6 +231,16 @@ class TorchPasses:
             out = self._model.base(input_ids=self._row(ids), output_hidden_states=True)
         last = out.last_hidden_state if self._model.head is not None else out.hidden_states[-1]
         return last[0].float().mean(0).cpu().numpy()  # type: ignore[no-any-return]  # numpy's arrays are Any
+
+    def _losses(self, ids: Sequence[int]) -> Tensor:
+        if not self.writes:
+            raise AnswerError("a classifier gives tokens no probability", mend="Use another strategy or picker.")
+        if len(ids) < 2:
+            return torch.zeros(0)
+        logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
+        taken = torch.tensor(list(ids[1:]), device=logits.device).unsqueeze(-1)
+        found: Tensor = -logits.log_softmax(-1).gather(-1, taken)[:, 0]
+        return found
 
     def _classes(self, ids: Sequence[int]) -> Array:
         model, row = self._model, self._row(ids)

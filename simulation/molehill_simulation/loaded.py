@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from molehill.decoding import options
-from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, log_softmax
+from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, log_softmax, other
 from molehill.decoding.prompts import Prompts
 from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.strategies import DEFAULT
@@ -23,6 +23,7 @@ from molehill.decoding.text import Stops
 from molehill.errors import AnswerError, ConfigError
 from molehill.molora.decode import TorchPasses, only, write
 from molehill_protos.v1.bundle_pb2 import Generation
+from molehill_simulation.beside import Beside, open_beside
 from molehill_simulation.prompts import examples_of
 from molehill_simulation.source import GLOBAL, Source, open_source
 
@@ -52,14 +53,15 @@ class Loaded:
         source: The run or adapter.
         who: Whose gate: ``global``, a client, an expert (``expert:`` before one that is called like a client) for that
             expert alone, or ``base`` for the base without experts.
+        others: Models that strategies may ask beside it, by what they call them.
 
     Raises:
         AnswerError: Routers look at later tokens and it is to write.
         ConfigError: There is nobody of this name.
     """
 
-    def __init__(self, source: Source, who: str = GLOBAL) -> None:
-        self.source, self.who = source, who
+    def __init__(self, source: Source, who: str = GLOBAL, others: Mapping[str, Beside] | None = None) -> None:
+        self.source, self.who, self._others = source, who, dict(others or {})
         self._enter()
 
     def _enter(self) -> None:
@@ -68,7 +70,9 @@ class Loaded:
         self._within, gate = self._resolved(self.who)
         self._model = self._held.enter_context(source.gate(gate))
         try:
-            self._passes = TorchPasses(self._model, within=self._within)
+            self._passes = TorchPasses(
+                self._model, within=self._within, others={name: each.passes for name, each in self._others.items()}
+            )
             self._prompts: Prompts | None = None
             self._reader: Reader | None = None
             if self.writes:
@@ -144,7 +148,7 @@ class Loaded:
         """
         self.close()
         try:
-            return Loaded(self.source, who)
+            return Loaded(self.source, who, self._others)
         except BaseException:
             self._enter()
             raise
@@ -350,12 +354,16 @@ class Loaded:
         if isinstance(name, Strategy):
             return name
         made: Strategy = options.build("decoding", name, values)
-        if isinstance(made, Learns) and made.rows:
-            made.learn(self._passes, examples_of(self.source, Path(made.rows)))
         if made.writes and not self.writes:
             raise AnswerError(f"strategy {name} is for models that write text", where="--strategy")
         if made.routed and not self._passes.size:
             raise AnswerError(f"strategy {name} needs experts that a router chooses", where="--strategy")
+        for each in made.asks:
+            other(self._passes, each)
+        if idle := [each for each in self._others if each not in made.asks]:
+            raise AnswerError(f"strategy {name} asks no {idle[0]} model", where=f"--{idle[0]}", mend="Leave it out.")
+        if isinstance(made, Learns) and made.rows:
+            made.learn(self._passes, examples_of(self.source, Path(made.rows)))
         return made
 
     @torch.no_grad()
@@ -394,9 +402,10 @@ class Loaded:
     @property
     def _longest(self) -> int:
         source = self.source
-        return min(source.limit, getattr(source.text, "max_position_embeddings", source.limit)) if self.writes else min(
-            source.limit, source.task.max_length
-        )  # fmt: skip
+        if not self.writes:
+            return min(source.limit, source.task.max_length)
+        own = min(source.limit, getattr(source.text, "max_position_embeddings", source.limit))
+        return min([own, *(each.limit for each in self._others.values())])
 
     def _writer(self) -> tuple[Prompts, Reader]:
         if self._prompts is None or self._reader is None:
@@ -438,7 +447,10 @@ class Counting:
         self._loaded._model.count_tokens(on=False)  # noqa: SLF001  (of the same file)
 
 
-def load(path: Path | str, client: str | None = None, *, base: str | None = None, state: Path | None = None) -> Loaded:
+def load(
+    path: Path | str, client: str | None = None, *, base: str | None = None, state: Path | None = None,
+    others: Mapping[str, str] | None = None,
+) -> Loaded:  # fmt: skip
     """Load a finished run, an adapter folder, or a LoRA of peft, with its base.
 
     Args:
@@ -446,13 +458,17 @@ def load(path: Path | str, client: str | None = None, *, base: str | None = None
         client: Whose gate, as of `Loaded`; what all share when None.
         base: Where the base is, when it is not where the run had it.
         state: ``--state`` of a lab machine, for its personal gate.
+        others: Folders or hub ids of causal LMs that a strategy asks beside it, by what it calls them.
 
     Raises:
         AdapterError: There is no adapter, it is damaged, or it belongs to another base.
+        AnswerError: Another model has other tokens.
         ConfigError: There is nobody of this name.
-        ModelError: The base cannot be loaded.
+        ModelError: The base or another model cannot be loaded.
     """
-    return Loaded(open_source(Path(path), base, state), client or GLOBAL)
+    source = open_source(Path(path), base, state)
+    beside = {name: open_beside(source, model, f"--{name}") for name, model in (others or {}).items()}
+    return Loaded(source, client or GLOBAL, beside)
 
 
 def _generation(source: Source) -> Generation:

@@ -40,6 +40,7 @@ REASONS = {
         "edge/molehill_export/gguf_lora.py": "int4",
         "edge/molehill_export/parity.py": "fp32 int8 int4",
         "edge/molehill_export/products.py": "fp32*4 int8*4 int4*2",
+        "simulation/molehill_simulation/beside.py": "fp32",
         "simulation/molehill_simulation/source.py": "fp32",
         "edge/molehill_web/commands/site.py": "int4",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,14 +47,21 @@ State = Annotated[
     Path | None, typer.Option(metavar="DIR", help="--state of a lab machine, for its own gate.", show_default=False)
 ]
 
+Large = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="A larger base with the same tokenizer, to be steered.", show_default=False),
+]
 
-def opened(path: Path, who: str, base: str | None, state: Path | None, *, quiet: bool) -> Loaded:
-    """A trained model; says meanwhile that it is loaded."""
+
+def opened(
+    path: Path, who: str, base: str | None, state: Path | None, others: Mapping[str, str | None], *, quiet: bool
+) -> Loaded:
+    """A trained model, with those of other models that are given; says meanwhile that it is loaded."""
     with needs(EXTRA), Console(stderr=True, quiet=quiet).status("Loading the model"):
-        from molehill_simulation.loaded import Loaded
-        from molehill_simulation.source import open_source
+        from molehill_simulation.loaded import load
 
-        return Loaded(open_source(path, base, state), who)
+        given = {name: model for name, model in others.items() if model is not None}
+        return load(path, who, base=base, state=state, others=given)
 
 
 def told(model: Loaded) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from molehill_simulation.commands.asking import (
     As,
     Assigned,
     Base,
+    Large,
     Longest,
     Seed,
     State,
@@ -59,6 +60,7 @@ def chat(
     seed: Seed = None,
     base: Base = None,
     state: State = None,
+    large: Large = None,
 ) -> None:
     """Talk with a trained model; /help says what else can be typed. Ctrl-C ends an answer, Ctrl-D the conversation."""
     with explained():
@@ -70,7 +72,7 @@ def chat(
 
             asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()))
             with contextlib.ExitStack() as held:
-                loaded = held.enter_context(opened(model, who, base, state, quiet=False))
+                loaded = held.enter_context(opened(model, who, base, state, {"large": large}, quiet=False))
                 talk = _Talk(loaded, asked, strategy, parsed(assigned or ()), system)
                 held.callback(talk.close)
                 people = sys.stdin.isatty()

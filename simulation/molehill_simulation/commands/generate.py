@@ -23,6 +23,7 @@ from molehill_simulation.commands.asking import (
     As,
     Assigned,
     Base,
+    Large,
     Longest,
     Seed,
     State,
@@ -88,6 +89,7 @@ def generate(
     route: Annotated[bool, typer.Option("--route", help="Show which experts answered.")] = False,
     base: Base = None,
     state: State = None,
+    large: Large = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with a trained model, or classify texts, without exporting it."""
@@ -108,7 +110,7 @@ def generate(
 
             asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()))
             values = parsed(assigned or ())
-            with opened(model, who, base, state, quiet=as_json) as loaded:
+            with opened(model, who, base, state, {"large": large}, quiet=as_json) as loaded:
                 if not loaded.writes:
                     _classify(loaded, texts, rows, strategy, values, truncate=truncate, route=route, as_json=as_json)
                     return
