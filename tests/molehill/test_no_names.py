@@ -91,6 +91,7 @@ REASONS = {
     "what answers when nobody chooses": {"molehill/decoding/strategies/__init__.py": "own_logits"},
     "a function or an option of a verb": {
         "molehill/config/__init__.py": "load",
+        "molehill/__init__.py": "load",
         "molehill/registry.py": "load",
         "edge/molehill_edge/commands/run.py": "temperature top_k top_p",
         "edge/molehill_export/commands/export.py": "all",
