@@ -39,11 +39,10 @@ class EmulatedFtParams:
 class EmulatedFt(Strategy):
     """A large model that nobody trained, steered by what training changed in a small one; it needs ``--large MODEL``.
 
-    ``log p = log p_large + beta (log p_tuned - log p_small)``, anew normalised: up-scaling, equation 4. Tuned is the
+    ``log p = log p_large + beta (log p_tuned - log p_small)``, anew normalised: up-scaling. Tuned is the
     model that was trained, small its base without experts. Both models read the same tokens; where one has more
-    logits, for tokens that no text has, these are left out. Differs: tokens outside the large model's top p cannot be
-    chosen, where the paper's filter changes the weights of up-scaling; every token is asked of all three, where the
-    paper may let the small model write ahead.
+    logits, for tokens that no text has, these are left out. Tokens outside the large model's top p cannot be chosen.
+    Differs: every token is asked of all three, where the paper may let the small model write ahead.
     """
 
     on_device = False
