@@ -1,0 +1,177 @@
+"""A first configuration for rows that somebody has: commented, and one that `molehill check` takes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from molehill import config
+from molehill.errors import DataError
+from molehill.rowfiles.values import label_of
+from molehill.tasks.rows import Rows
+from molehill.tasks.sources import read_rows
+
+Kind = Literal["classification", "causal-lm"]
+
+_TEXT = ("text", "sentence", "review", "content", "body", "comment")
+_LABEL = ("label", "class", "category", "sentiment", "target", "stars")
+_ASKED = {"instruction": ("instruction", "prompt", "question", "query"), "output": ("output", "response", "answer")}
+_OWNERS = ("owner", "client", "site", "hospital", "user", "domain", "shop", "author", "source")
+_MOST = 50  # classes, and owners; what has more values is text
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a first configuration has to know.
+
+    Attributes:
+        source: The rows.
+        kind: What is learnt.
+        columns: Columns of the rows, ours to theirs, where the names differ.
+        owners: Column by whose values rows belong to owners; empty to deal them at random.
+        clients: How many owners.
+        base: The base model.
+        name: Of the run.
+    """
+
+    source: str
+    kind: Kind
+    columns: dict[str, str]
+    owners: str
+    clients: int
+    base: str
+    name: str
+
+
+def guess(source: str, kind: Kind | None = None) -> tuple[Answers, list[str]]:
+    """What rows look like.
+
+    Args:
+        source: As of ``data.source``.
+        kind: What is to be learnt, where that is known.
+
+    Returns:
+        The likely answers, and sentences that say what they rest on.
+
+    Raises:
+        DataError: The rows cannot be read, or have nothing to learn from.
+    """
+    rows = read_rows(source)
+    names, why = list(rows.columns), []
+    text, label = _first(_TEXT, names), _first(_LABEL, names)
+    asked = {ours: found for ours, near in _ASKED.items() if (found := _first(near, names))}
+    if kind is None:
+        kind = "classification" if text and label and "messages" not in names else "causal-lm"
+    columns: dict[str, str] = {}
+    if kind == "classification":
+        if not text or not label:
+            lacks = "text" if not text else "label"
+            raise DataError(
+                f"none of the columns looks like a {lacks}", where=source,
+                mend=f"There are {', '.join(names)}. Rename one, or write data.columns yourself.",
+            )  # fmt: skip
+        columns = {ours: theirs for ours, theirs in (("text", text), ("label", label)) if ours != theirs}
+        classes = {label_of(value, where) for value, where in zip(rows[label], rows.where, strict=True)}
+        if len(classes) > _MOST:
+            why.append(f"{label!r} has {len(classes)} different values, which is many for classes")
+        why.append(f"{len(rows)} rows of {len(classes)} classes, from the columns {text!r} and {label!r}")
+    elif "messages" in names:
+        why.append(f"{len(rows)} conversations, from the column 'messages'")
+    elif len(asked) == len(_ASKED):
+        columns = {ours: theirs for ours, theirs in asked.items() if ours != theirs}
+        why.append(f"{len(rows)} instructions with answers, from the columns {' and '.join(map(repr, asked.values()))}")
+    else:
+        raise DataError(
+            "none of the columns looks like instructions and answers", where=source,
+            mend=f"There are {', '.join(names)}. Name them instruction and output, or messages.",
+        )  # fmt: skip
+    owners, clients = _owners(rows, {text, label, *asked.values()})
+    if owners:
+        why.append(f"{clients} owners, the values of the column {owners!r}")
+    else:
+        why.append("no column looks like owners: rows are dealt at random")
+    base = "sentence-transformers/all-MiniLM-L6-v2" if kind == "classification" else "HuggingFaceTB/SmolLM2-135M"
+    return Answers(source, kind, columns, owners, clients, base, _name(source)), why
+
+
+def written(said: Answers) -> str:
+    """The configuration as TOML with comments.
+
+    Raises:
+        ConfigError: It would be none that can be run.
+    """
+    classes = said.kind == "classification"
+    partition = f'{{ name = "by_column", column = {_toml(said.owners)} }}' if said.owners else '"iid"'
+    columns = ", ".join(f"{ours} = {_toml(theirs)}" for ours, theirs in said.columns.items())
+    shape = 'scorer = "linear"                  # one product of a token decides who answers\n' if classes else ""
+    lines = f"""\
+# Look at what this comes to: molehill check FILE      Run it: molehill simulate FILE --out runs/{said.name}
+# Every key: docs/reference/config.md; what can be named: molehill methods
+
+[run]
+name = {_toml(said.name)}
+rounds = 8                         # how often experts are merged
+
+[base]
+model = {_toml(said.base)}  # any Hugging Face model of this kind, or a folder
+
+[task]
+kind = {_toml(said.kind)}
+max_length = {64 if classes else 512}{" " * (19 if classes else 18)}  # tokens; `molehill check` says what longer rows lose
+
+[data]
+source = {_toml(said.source)}
+{f"columns = {{ {columns} }}  # your names of the columns" + chr(10) if columns else ""}\
+clients = {said.clients}
+partition = {partition}  # whose rows are whose
+
+[molora]
+targets = "all-linear"             # the linears that get experts
+experts = 4
+rank = 8
+scope = "layer"                    # one router for all linears of a layer
+{shape}selector = {'"dense"' if classes else '{ name = "top_k", k = 2 }'}
+
+[personal]
+gate = "anchored"                  # every owner's own gate is what all share and a residual of its own
+{'head = "anchored"' + chr(10) if classes else ""}\
+
+[train]
+steps = {12 if classes else 20}                         # of every owner in every round
+batch_size = {16 if classes else 4}
+lr = {"2e-3" if classes else "5e-4"}
+
+[federation]
+preset = "fedit"                   # how experts are merged: molehill methods federation
+
+[wire]
+up = "int8"                        # bits of what leaves an owner
+"""
+    config.parse(tomllib.loads(lines))
+    return lines
+
+
+def _owners(rows: Rows, taken: set[str]) -> tuple[str, int]:
+    """A column that says whose rows are whose, and how many they are."""
+    name = _first(_OWNERS, [each for each in rows.columns if each not in taken])
+    if not name or any(value is None for value in rows[name]):
+        return "", 4
+    values = {str(value) for value in rows[name]}
+    return (name, len(values)) if 1 < len(values) <= _MOST else ("", 4)
+
+
+def _first(wanted: Sequence[str], there: Sequence[str]) -> str:
+    plain = {name.casefold().strip(): name for name in there}
+    return next((plain[name] for name in wanted if name in plain), "")
+
+
+def _name(source: str) -> str:
+    stem = source.replace("\\", "/").rstrip("/").rpartition("/")[2].partition(".")[0]
+    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "-" for char in stem) or "run"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings are JSON's

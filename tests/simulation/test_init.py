@@ -1,0 +1,76 @@
+"""``molehill init``: a first configuration for rows of every shape, which `molehill check` takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from molehill.cli import app
+from molehill.config import load
+
+ROWS = {
+    "classes": [{"Review": f"word {i}", "stars": i % 3, "shop": f"s{i % 4}"} for i in range(24)],
+    "plain": [{"text": f"word {i}", "label": "ab"[i % 2]} for i in range(24)],
+    "asked": [{"question": f"word {i}", "answer": "yes"} for i in range(24)],
+    "talks": [
+        {"messages": [{"role": "user", "content": f"w {i}"}, {"role": "assistant", "content": "y"}]} for i in range(24)
+    ],
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def write(folder, name):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "columns", "clients", "partition"),
+    [
+        ("classes", "classification", {"text": "Review", "label": "stars"}, 4, "by_column"),
+        ("plain", "classification", {}, 4, "iid"),
+        ("asked", "causal-lm", {"instruction": "question", "output": "answer"}, 4, "iid"),
+        ("talks", "causal-lm", {}, 4, "iid"),
+    ],
+)
+def test_what_is_written_is_what_the_rows_are(tmp_path, name, kind, columns, clients, partition):
+    out = tmp_path / "run.toml"
+    done = run("init", write(tmp_path, name), "--out", out, "--base", "someone/some-model")
+    assert done.exit_code == 0, done.output
+    assert "24" in done.stdout
+    found = load(out)
+    assert (found.task.kind, found.base.model, found.run.name) == (kind, "someone/some-model", name)
+    assert dict(found.data.columns) == columns
+    assert (found.data.clients, found.data.partition.name) == (clients, partition)
+    assert "#" in out.read_text()
+    checked = run("check", out)
+    assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "what"),
+    [
+        ([{"a": 1}], (), "none of the columns looks like instructions and answers"),
+        ([{"text": "x"}], ("--kind", "classification"), "none of the columns looks like a label"),
+    ],
+)
+def test_rows_that_look_like_nothing(tmp_path, rows, words, what):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("init", path, "--out", tmp_path / "run.toml", *words)
+    assert done.exit_code == 3, done.output
+    assert what in " ".join(done.stderr.split())
+    assert not (tmp_path / "run.toml").exists()
+
+
+def test_nothing_is_written_over(tmp_path):
+    (tmp_path / "run.toml").write_text("mine")
+    done = run("init", write(tmp_path, "plain"), "--out", tmp_path / "run.toml")
+    assert done.exit_code == 2
+    assert (tmp_path / "run.toml").read_text() == "mine"
