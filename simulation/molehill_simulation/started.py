@@ -120,7 +120,7 @@ model = {_toml(said.base)}  # any Hugging Face model of this kind, or a folder
 
 [task]
 kind = {_toml(said.kind)}
-max_length = {64 if classes else 512}{" " * (19 if classes else 18)}  # tokens; `molehill check` says what longer rows lose
+max_length = {64 if classes else 512}{" " * (19 if classes else 18)}# tokens; `molehill check` says what is cut
 
 [data]
 source = {_toml(said.source)}
