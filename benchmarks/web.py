@@ -150,7 +150,7 @@ def decoders(work: Path, options: argparse.Namespace) -> list[Path]:
     about = {"id": where.model, "digest": loaded.info.digest}
     save_adapter(work / "adapter", model, Manifest(base=about, task=task.kind, molora=section, ranks={}))
     for weights in options.weights:
-        source = open_source(work / "adapter", streamed=True)
+        source = open_source(work / "adapter", streamed=is_built)
         export(source, work / weights, Options(scheme=weights, id="web", force=True))
     return [work / weights for weights in options.weights]
 

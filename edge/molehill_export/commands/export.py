@@ -158,13 +158,14 @@ def _lora(
         raise ConfigError("there is something already", where=str(gguf), mend="Choose another --gguf.")
     gguf.absolute().parent.stat()  # a folder that there is not is refused now, and not after minutes
     with needs("gguf"):
+        from molehill_export.base import is_built
         from molehill_export.gguf_lora import Wanted, export_lora
         from molehill_simulation.source import open_source
 
     with Console(stderr=True, quiet=as_json).status("Loading the model"):
         wanted = Wanted(expert, gates[0] if gates else None, rows, force)
         try:
-            made = export_lora(open_source(source, base, state, streamed=True), gguf, wanted)
+            made = export_lora(open_source(source, base, state, streamed=is_built), gguf, wanted)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
     fixed = made.fixed
