@@ -29,12 +29,14 @@ class Setting:
         mask: Which experts may be chosen, S truth values.
         ranks: Tokens choose the experts at these places, from the best at 0: ``(1, 3)`` are the second and third. They
             share the weight by the softmax of their logits.
+        weights: Those of the experts for all tokens, in place of what routers say, S numbers: the experts as one.
         base: The frozen base alone, without any expert.
     """
 
     bias: tuple[float, ...] | None = None
     mask: tuple[bool, ...] | None = None
     ranks: tuple[int, int] | None = None
+    weights: tuple[float, ...] | None = None
     base: bool = False
 
 
@@ -79,7 +81,7 @@ class Passes(Protocol):
         Args:
             ids: At least one.
             setting: How routers choose.
-            lane: What was read in one is not read again there; every setting of a strategy has its own.
+            lane: What was read in one is not read again there; another setting begins it anew.
 
         Raises:
             AnswerError: The model cannot do this setting.
@@ -117,6 +119,19 @@ class Gradients(Protocol):
 
         Raises:
             AnswerError: The model classifies, or cannot do this setting.
+        """
+        ...
+
+
+@runtime_checkable
+class Likeness(Protocol):
+    """Passes that tell how alike experts are."""
+
+    def likeness(self) -> Array:
+        """The sum over tensors of the absolute cosine of every two experts, float64 ``[E, E]``, E as in `experts`.
+
+        Raises:
+            AnswerError: Their tensors differ in shape.
         """
         ...
 
@@ -194,6 +209,7 @@ class Strategy(ABC):
         on_device: Whether bundles can do it: with what a device's passes have, and nothing fitted on a host.
         routed: It needs routers to choose otherwise.
         writes: It is for causal LMs only.
+        classifies: It is for classifiers only.
         own: Scores are the model's own logits, so that several rows may go in one pass.
         asks: What other models it asks (`Aided`), by name.
     """
@@ -201,6 +217,7 @@ class Strategy(ABC):
     on_device: ClassVar[bool] = True
     routed: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
     own: ClassVar[bool] = False
     asks: ClassVar[tuple[str, ...]] = ()
 
@@ -215,6 +232,46 @@ class Strategy(ABC):
         Returns:
             What gives the scores ``[V]`` after all tokens so far: prompt and answer. -inf is never chosen.
         """
+
+
+class Picker(ABC):
+    """Says how good every expert is for a text.
+
+    Attributes:
+        on_device: As of `Strategy`.
+        fitted: It learns from rows, and knows nothing without.
+        weigh: How several experts share a text when nobody says: as the ``router`` chooses among them, by the
+            ``softmax`` of their scores, or by their ``mean``.
+    """
+
+    on_device: ClassVar[bool] = True
+    fitted: ClassVar[bool] = True
+    weigh: ClassVar[str] = "router"
+
+    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+        """See `Learns.learn`."""
+        del passes, examples
+
+    @abstractmethod
+    def scores(self, passes: Passes, prompt: Sequence[int]) -> Array:
+        """How good the experts are, ``[E]`` as in `Passes.experts`: more is better, -inf is never picked.
+
+        Args:
+            passes: Of the model.
+            prompt: Ids of the text.
+
+        Raises:
+            AnswerError: The text, or the model, is none for it.
+        """
+
+    def group(self, scores: Array, k: int) -> list[int]:
+        """The places of the experts that answer together: the best, of equals the first.
+
+        Args:
+            scores: Of `scores`; at least k are finite.
+            k: How many.
+        """
+        return [int(place) for place in np.argsort(-scores, kind="stable")[:k]]
 
 
 def log_softmax(logits: Array) -> Array:

@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 import annotated_types
@@ -13,6 +14,12 @@ import annotated_types
 from molehill import catalogue
 from molehill.catalogue import Method, NoParams
 from molehill.errors import AnswerError
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Marks the field of parameters, a mapping, that takes all keys which no other field has."""
+
 
 _LIMITS: dict[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
     annotated_types.Ge: ("ge", "at least", operator.ge),
@@ -63,6 +70,10 @@ def build(axis: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
 def _params(method: Method, values: dict[str, Any]) -> Any:
     hints = get_type_hints(method.params, include_extras=True)
     known = {field.name: field for field in dataclasses.fields(method.params)}
+    rest = {}
+    for name in [name for name, hint in hints.items() if Rest() in getattr(hint, "__metadata__", ())]:
+        del known[name]
+        rest[name] = {key: values.pop(key) for key in [*values] if key not in known}
     for key, value in values.items():
         if key not in known:
             takes = ", ".join(known) or "no keys"
@@ -74,7 +85,7 @@ def _params(method: Method, values: dict[str, Any]) -> Any:
     ]  # fmt: skip
     if lacks:
         raise AnswerError(f"{method.axis} {method.name} needs {lacks[0]}", mend=f"Add --set {lacks[0]}=...")
-    return method.params(**values)
+    return method.params(**values, **rest)
 
 
 def _checked(where: str, value: Any, hint: Any) -> Any:

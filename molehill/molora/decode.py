@@ -75,7 +75,7 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
     """
     sizes = _sizes(model)
     for setting in settings:
-        for values in (setting.bias, setting.mask):
+        for values in (setting.bias, setting.mask, setting.weights):
             if values is not None and len(values) != sum(sizes):
                 raise AnswerError(f"a setting has {len(values)} numbers, the routers have {sum(sizes)}")
         if setting.ranks is not None and not 0 <= setting.ranks[0] < min(setting.ranks[1], min(sizes, default=0)):
@@ -87,10 +87,11 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
     enabled = model.state.enabled
     bias = _stacked([setting.bias for setting in settings], 0.0, sizes, torch.float32)
     mask = _stacked([setting.mask for setting in settings], True, sizes, torch.bool)  # noqa: FBT003  (a fill value)
-    windows = {setting.ranks for setting in settings}
-    if len(windows) > 1 or len({setting.base for setting in settings}) > 1:
-        raise AnswerError("rows of one pass have experts or none, and the same places")
-    (ranks,) = windows
+    alike = {(setting.base, setting.ranks, setting.weights) for setting in settings}
+    if len(alike) > 1:
+        raise AnswerError("rows of one pass have experts or none, and the same places and weights")
+    ((_, ranks, weights),) = alike
+    fixed = None if weights is None else torch.tensor(weights, dtype=torch.float32)
     try:
         at = 0
         for group, size in zip(model.routers.values(), sizes, strict=True):
@@ -103,6 +104,7 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
                 bias=_sum(kept.bias, None if bias is None else bias[..., mine].to(group.costs.device)),
                 expert_mask=may,
                 ranks=kept.ranks if ranks is None else ranks,
+                weights=kept.weights if fixed is None else fixed[mine].to(group.costs.device),
             )
             at += size
         model.state.enabled = enabled and not settings[0].base
@@ -242,6 +244,21 @@ class TorchPasses:
         found: Tensor = -logits.log_softmax(-1).gather(-1, taken)[:, 0]
         return found
 
+    def likeness(self) -> Array:
+        """See `Likeness.likeness`."""
+        found = np.zeros((len(self.experts), len(self.experts)))
+        tensors: dict[tuple[str, str], dict[str, Array]] = {}
+        for key, value in self._model.tree(lambda key: key.expert in self.experts).items():
+            tensors.setdefault((key.site, key.role), {})[key.expert] = value
+        for (site, role), values in tensors.items():
+            if len({value.shape for value in values.values()}) > 1:
+                raise AnswerError(f"experts differ in size at {site} ({role})", mend="Ask for one expert.")
+            places = [self.experts.index(name) for name in values]
+            rows = np.stack([value.ravel() for value in values.values()]).astype(np.float64)
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-8)
+            found[np.ix_(places, places)] += abs(rows @ rows.T)
+        return found
+
     def _classes(self, ids: Sequence[int]) -> Array:
         model, row = self._model, self._row(ids)
         assert model.head is not None
@@ -316,10 +333,9 @@ def write(
     said = [OWN] * len(prompts) if settings is None else list(settings)
     most = [room(len(ids), asked.max_new_tokens, reader.longest) for ids in prompts]
     done: dict[int, Written] = {}
-    order = sorted(range(len(prompts)), key=lambda i: (said[i].base, str(said[i].ranks), len(prompts[i])))
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for i in order:
-        groups.setdefault((said[i].base, said[i].ranks), []).append(i)
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        groups.setdefault((said[i].base, said[i].ranks, said[i].weights), []).append(i)
     for rows in groups.values():
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]

@@ -54,11 +54,13 @@ class Overrides:
         expert_mask: True for the experts that may be chosen, ``[E]`` or ``[B, 1, E]`` bool.
         ranks: Places of the experts that a token chooses, in place of the selector's choice: those from the first
             number to before the second, the best at 0. They share the weight by the softmax of their logits.
+        weights: Those of the experts, ``[E]``, for all tokens, in place of the selector's.
     """
 
     bias: Tensor | None = None
     expert_mask: Tensor | None = None
     ranks: tuple[int, int] | None = None
+    weights: Tensor | None = None
 
 
 @dataclass

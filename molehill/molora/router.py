@@ -88,15 +88,17 @@ class Router(nn.Module):
         Returns:
             Weights ``[B|1, T|1, (H,) E]`` in float32.
         """
-        if self.uniform:
+        over = ctx.overrides
+        if self.uniform or over.weights is not None:
             heads = (self.heads,) if self.heads > 1 else ()
             z = torch.zeros(1, 1, *heads, self.n_experts, device=ctx.x.device)
-            weights = torch.full_like(z, 1 / self.n_experts)
+            weights = torch.full_like(z, 1 / self.n_experts) if over.weights is None else over.weights.expand_as(z)
+            if over.weights is not None and over.expert_mask is not None:
+                weights = torch.where(self._by_row(over.expert_mask), weights, 0.0)
             return Route(z, weights, weights)
         z = self._score(ctx) if logits is None else logits
         for transform in self.transforms:
             z = transform(z, ctx)
-        over = ctx.overrides
         if over.bias is not None:
             z = z + self._by_row(over.bias)
         if over.expert_mask is not None:

@@ -356,6 +356,8 @@ class Loaded:
         made: Strategy = options.build("decoding", name, values)
         if made.writes and not self.writes:
             raise AnswerError(f"strategy {name} is for models that write text", where="--strategy")
+        if made.classifies and self.writes:
+            raise AnswerError(f"strategy {name} is for models that classify", where="--strategy")
         if made.routed and not self._passes.size:
             raise AnswerError(f"strategy {name} needs experts that a router chooses", where="--strategy")
         for each in made.asks:

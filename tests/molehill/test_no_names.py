@@ -128,6 +128,7 @@ REASONS = {
         "server/molehill_server/check/model.py": "dense",
     },
     "a kind of sampling, as the field calls it": {"molehill/draws.py": "poisson*4"},
+    "a field of a message": {"molehill/evidence.py": "tree"},
     "a figure of a round": {"server/molehill_server/aggregate.py": "residual"},
     "an older name of a gate policy": {
         "molehill/config/sections.py": "mixture",

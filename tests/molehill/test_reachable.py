@@ -11,7 +11,7 @@ from molehill.config import Config, MethodRef, method_refs, parse
 from molehill.decoding import options
 from molehill_simulation.commands.generate import generate
 
-_OPTIONS = {"decoding": (generate, "strategy")}  # of a command, by axis
+_OPTIONS = {"decoding": (generate, "strategy"), "picker": (generate, "assigned")}  # of a command, by axis
 _PRESETS = {"preset": "molora.preset", "federation": "federation.preset"}  # whose keys hold a plain name
 
 

@@ -121,6 +121,35 @@ def test_draws_strategies_and_routes(writer):
     assert "router" in done(ask(*words, "--route"))
 
 
+def test_the_expert_that_suits_a_prompt_answers_it(writer, tmp_path):
+    words = [generate, writer, "--prompt", TEXT, "--max-new-tokens", 6, "--json"]
+    alone = {
+        who: json.loads(done(ask(*words, "--as", who)))["answers"][0]["answer"] for who in ("e0", "e1", "e2", "e3")
+    }
+    rows = tmp_path / "rows.jsonl"
+    said = [
+        {"instruction": text, "output": "good", "expert": who}
+        for text, who in ((TEXT, "e2"), ("dull and poor", "e1"), ("a poor page", "e1"))
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in said))
+    for picker in ("ppl", "classifier", "centroid", "kshot", "tree"):
+        learns = () if picker == "ppl" else ("--set", f"rows={rows}")
+        found = json.loads(done(ask(*words, "--strategy", "pick", "--set", f"by={picker}", *learns)))["answers"]
+        assert found[0]["answer"] in alone.values()
+        done(ask(*words, "--strategy", "pick", "--set", f"by={picker}", "--set", "k=2", "--set", "weigh=mean", *learns))
+    named = ("--set", "by=classifier", "--set", f"rows={rows}")
+    found = json.loads(done(ask(*words, "--strategy", "pick", *named)))["answers"]
+    assert found[0]["answer"] == alone["e2"]
+
+
+def test_what_experts_say_of_classes_is_fused(reviews, tmp_path):
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(20))
+    fuse = ("--strategy", "fuse_outputs", "--set", f"rows={rows}", "--set", "risk=0.2")
+    told = json.loads(done(ask(generate, reviews, "--prompt", TEXT, *fuse, "--json")))["predictions"][0]
+    assert sum(told["probabilities"].values()) == pytest.approx(1)
+    assert told["label"] in told["probabilities"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "what"),
     [
@@ -134,6 +163,9 @@ def test_draws_strategies_and_routes(writer):
         (("--prompt", "a", "--strategy", "self_contrast", "--set", "alpha=2"), 16, "must be at most 1"),
         (("--prompt", "a", "--strategy", "self_contrast", "--set", "first=9"), 16, "no router has an expert at place"),
         (("--prompt", "a", "--set", "beta"), 16, "no key=value"),
+        (("--prompt", "a", "--strategy", "fuse_outputs"), 16, "is for models that classify"),
+        (("--prompt", "a", "--strategy", "pick", "--set", "by=tree"), 16, "picker tree learns from rows"),
+        (("--prompt", "a", "--strategy", "pick", "--set", "k=5"), 16, "there are 4 experts, not 5"),
         (("--prompt", "good " * 70), 16, "where 64 fit together"),
         (("--rows", "nothing.jsonl"), 3, "nothing.jsonl"),
     ],
