@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from molehill.decoding.interfaces import Strategy
 from molehill.decoding.prompts import Message
 from molehill.decoding.sampling import Sampling
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill_edge.engine import Binding, Engine
 from molehill_edge.generate import Cache, answering, encode, reader
+from molehill_edge.passes import EdgePasses
 
 
 class Chat:
@@ -20,6 +22,7 @@ class Chat:
         cache: An empty one.
         system: What the model is told first.
         sampling: How tokens are drawn.
+        strategy: How they follow from passes of the model, with caches of its own; by its own logits when None.
 
     Attributes:
         cache: What was read; another one of the bundle may take its place.
@@ -27,12 +30,14 @@ class Chat:
     """
 
     def __init__(
-        self, engine: Engine, bound: Callable[[], Binding], cache: Cache, system: str, sampling: Sampling
-    ) -> None:
+        self, engine: Engine, bound: Callable[[], Binding], cache: Cache, system: str, sampling: Sampling,
+        strategy: Strategy | None = None,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._bound = bound
         self.cache = cache
         self._sampling = sampling
+        self._strategy, self._passes = strategy, EdgePasses(engine, bound)
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def encode(self, text: str) -> list[int]:
@@ -61,6 +66,8 @@ class Chat:
                 self.messages += [turn, {"role": "assistant", "content": answer.text}]
 
         read = reader(engine.tokenizer, engine.manifest.task)
+        if self._strategy is not None:
+            return self._passes.answering(self._strategy, ids, read, asked, done)
         return answering(self.cache, ids, self._bound().inputs, read, asked, done)
 
     def say(

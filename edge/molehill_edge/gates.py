@@ -21,6 +21,7 @@ from molehill_protos.v1.bundle_pb2 import Manifest
 Array = np.ndarray[Any, Any]
 
 BIAS, MASK = "router_bias", "expert_mask"
+PLACES = "router_ranks"  # input of graphs in which experts may be chosen by their places among the logits
 FORMAT = "1"
 LARGEST = 1 << 30  # bytes of a gate or expert file
 

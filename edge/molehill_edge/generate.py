@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from molehill.decoding.interfaces import log_softmax
 from molehill.decoding.stream import Answer, Asked, Reader, Stream
 from molehill.errors import BundleError
 from molehill_edge import tokens
@@ -22,7 +23,7 @@ Current = Callable[[], Inputs]  # of the gate, for the experts that are there wh
 
 _CHUNK = 512  # tokens read at once; bounds what the attention of a long prompt takes
 _LOGITS = 1 << 23  # float32 numbers of one chunk's logits, where the graph gives all of them: 32 MB
-_LAST = np.array([-1], np.int64)
+_LAST, _ALL = np.array([-1], np.int64), np.array([0], np.int64)
 _STEP = 256  # the cache grows by at least this many tokens
 
 
@@ -76,16 +77,13 @@ class Cache:
         Raises:
             BundleError: The tokens are too many, or the graph cannot be computed.
         """
-        if len(ids) > self._most:
-            raise BundleError(f"{len(ids)} tokens, where {self._most} fit", mend="Give a shorter text.")
+        self._require_room(ids)
         chunk = _CHUNK if self._last_only else max(1, min(_CHUNK, _LOGITS // max(1, self._shape.vocabulary)))
         while True:
             with self._session.use() as graph:  # experts may change between two chunks, and only there
                 inputs = current()
                 if inputs is not self._inputs:
-                    self.cut(0)
-                    self._inputs = inputs
-                    self._session.unbind(self)
+                    self._begin_with(inputs)
                 self.cut(common(self.tokens, ids[:-1]))
                 begin = len(self.tokens)
                 logits = self._feed(graph, list(ids[begin : begin + chunk]), inputs)
@@ -93,7 +91,45 @@ class Cache:
                 last: Array = logits[0, -1]
                 return last
 
-    def _feed(self, graph: ort.InferenceSession, ids: list[int], inputs: Inputs) -> Array:
+    def losses(self, ids: Sequence[int], current: Current) -> Array:
+        """Minus the log probability of every token but the first, given those before, float32 ``[len(ids) - 1]``.
+
+        All of them are read anew, and the cache holds all but the last.
+
+        Args:
+            ids: At least two tokens.
+            current: The gate; with other experts meanwhile, all are read again.
+
+        Raises:
+            BundleError: The tokens are too many, or the graph cannot be computed.
+        """
+        self._require_room(ids)
+        chunk = max(1, min(_CHUNK, _LOGITS // max(1, self._shape.vocabulary)))
+        found = np.empty(len(ids) - 1, np.float32)
+        self.cut(0)
+        while (begin := len(self.tokens)) < len(found):
+            with self._session.use() as graph:
+                if (inputs := current()) is not self._inputs:
+                    self._begin_with(inputs)
+                    begin = 0
+                part = list(ids[begin : min(begin + chunk, len(found))])
+                shares = log_softmax(self._feed(graph, part, inputs, every=True)[0])
+            end = begin + len(part)
+            found[begin:end] = -shares[np.arange(len(part)), list(ids[begin + 1 : end + 1])]
+        return found
+
+    def _require_room(self, ids: Sequence[int]) -> None:
+        if len(ids) > self._most:
+            raise BundleError(f"{len(ids)} tokens, where {self._most} fit", mend="Give a shorter text.")
+
+    def _begin_with(self, inputs: Inputs) -> None:
+        """Forget what another gate has computed."""
+        self.cut(0)
+        self._inputs = inputs
+        self._session.unbind(self)
+
+    def _feed(self, graph: ort.InferenceSession, ids: list[int], inputs: Inputs, *, every: bool = False) -> Array:
+        """Read further tokens: logits ``[1, tokens, vocabulary]``, perhaps of the last alone unless of every one."""
         tokens, arrays = self._state
         total = len(tokens) + len(ids)
         binding, new = self._session.binding(self, graph)
@@ -101,9 +137,10 @@ class Cache:
             self._held = {}
             for name, bound in inputs.items():
                 binding.bind_ortvalue_input(name, bound)
-            if self._last_only:
-                self._hold(binding.bind_ortvalue_input, LOGITS_FROM, _LAST)
-        given = 1 if self._last_only else len(ids)
+        begin = _ALL if every else _LAST
+        if self._last_only and self._held.get(LOGITS_FROM) is not begin:
+            self._hold(binding.bind_ortvalue_input, LOGITS_FROM, begin)
+        given = 1 if self._last_only and not every else len(ids)
         if self._logits.shape[1] != given or new:
             self._logits = np.empty((1, given, self._shape.vocabulary), np.float32)
             self._hold(binding.bind_ortvalue_output, "logits", self._logits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from molehill.decoding import options
+from molehill.decoding.interfaces import Learns, Strategy
 from molehill.decoding.sampling import Sampling, check_finite
+from molehill.decoding.strategies import DEFAULT as OWN_LOGITS
 from molehill.decoding.stream import Answer, Asked, Stream
-from molehill.errors import BundleError
-from molehill_edge import classify, gates, generate, personalise, routes, tokens
+from molehill.errors import AnswerError, BundleError
+from molehill_edge import classify, examples, gates, generate, personalise, routes, tokens
 from molehill_edge import manifest as manifests
 from molehill_edge.chat import Chat
 from molehill_edge.classify import Prediction
 from molehill_edge.engine import Binding, Engine, find_expert
 from molehill_edge.gates import Gate
 from molehill_edge.generate import Cache, answering, common, reader
+from molehill_edge.passes import EdgePasses
 from molehill_edge.personalise import Outcome
 from molehill_edge.routes import RouterReport
 from molehill_edge.session import value
@@ -136,7 +140,50 @@ class View:
     def _resolve(self, gate: Gate | Path | str) -> Gate:
         return gate if isinstance(gate, Gate) else self.read_gate(gate)
 
-    def classify(self, texts: Sequence[str], *, truncate: bool = False) -> list[Prediction]:
+    def passes(self) -> EdgePasses:
+        """What strategies ask: passes of the bundle with the gate in use."""
+        return EdgePasses(self._engine, lambda: self._bound)
+
+    def strategy(self, name: str | Strategy | None = None, params: Mapping[str, Any] | None = None) -> Strategy:
+        """Build a strategy, if this bundle can do it; one that learns reads its rows here.
+
+        Args:
+            name: Of a method of decoding, the model's own logits when None; what was built is checked, and taken as it
+                is.
+            params: Its parameters.
+
+        Raises:
+            AnswerError: A parameter is wrong, or the strategy is for another kind of model or for hosts only.
+            BundleError: A row that it learns from has no tokens.
+            ConfigError: There is no such strategy.
+            DataError: The rows that it learns from cannot be read.
+        """
+        if isinstance(name, Strategy):
+            made, called = name, type(name).__name__
+            if params:
+                raise AnswerError("a strategy that is built already takes no parameters")
+        else:
+            called = OWN_LOGITS if name is None else name
+            made = options.build("decoding", called, params)
+        if not made.on_device:
+            raise AnswerError(
+                f"strategy {called} is host_only: it asks for more of a model than a bundle gives",
+                where="--strategy", mend="Ask the run: molehill generate.",
+            )  # fmt: skip
+        passes = self.passes()
+        options.require_fits(made, called, passes)
+        if made is not name and isinstance(made, Learns) and made.rows:
+            made.learn(passes, examples.read(self._engine, Path(made.rows)))
+        return made
+
+    def classify(
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool = False,
+        strategy: str | Strategy | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> list[Prediction]:
         """Say which label each text has.
 
         A text may come out a little differently in a batch when the bundle is int8, since activations are rounded
@@ -145,13 +192,21 @@ class View:
         Args:
             texts: The texts.
             truncate: Let texts that are too long lose their end.
+            strategy: How the classes follow from passes of the model; its own logits when None.
+            params: Parameters of the strategy.
 
         Raises:
+            AnswerError: The strategy is none for this bundle, or a parameter is wrong.
             BundleError: The bundle generates text, a text is too long or has no tokens, or the graph cannot be computed
                 or answers with numbers that are not finite.
         """
-        labels = self._labels()
-        return classify.predictions(labels, self.logits(self.encode_all(texts, truncate=truncate)))
+        labels, encoded = self._labels(), self.encode_all(texts, truncate=truncate)
+        if strategy is None and not params:
+            return classify.predictions(labels, self.logits(encoded))
+        chosen, passes = self.strategy(strategy, params), self.passes()
+        scores = np.array([chosen.begin(passes, ids)(ids) for ids in encoded])
+        check_finite(scores.max(-1))  # others may be -inf
+        return classify.predictions(labels, scores)
 
     def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
         """Logits of texts of a classifier.
@@ -259,18 +314,26 @@ class View:
         stop: Sequence[str] = (),
         seed: int | None = None,
         cache: Cache | None = None,
+        strategy: str | Strategy | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> Stream:
         """Answer a prompt piece by piece; the arguments are those of `generate`, and a cache to use, as of `cache`.
 
+        A strategy has caches of its own.
+
         Raises:
+            AnswerError: As `generate`.
             BundleError: As `generate`.
         """
         asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop))
         engine = self._causal()
         task = engine.manifest.task
         ids = self.encode(prompt, raw=raw)
+        read = reader(engine.tokenizer, task)
+        if strategy is not None or params:
+            return self.passes().answering(self.strategy(strategy, params), ids, read, asked)
         cache = Cache(engine.session, task) if cache is None else cache
-        return answering(cache, ids, self._bound.inputs, reader(engine.tokenizer, task), asked)
+        return answering(cache, ids, self._bound.inputs, read, asked)
 
     def generate(
         self,
@@ -284,6 +347,8 @@ class View:
         stop: Sequence[str] = (),
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        strategy: str | Strategy | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Answer a prompt.
 
@@ -297,13 +362,18 @@ class View:
             stop: Strings that end the answer and are not shown.
             seed: Equal seeds give equal answers.
             on_text: Called with each piece of text as it comes.
+            strategy: How the next token follows from passes of the model (``molehill methods decoding``); its own
+                logits when None.
+            params: Parameters of the strategy.
 
         Raises:
-            BundleError: The bundle classifies, prompt and answer are too long together, or an option makes no sense.
+            AnswerError: Prompt and answer are too long together, an option makes no sense, or the strategy is none for
+                this bundle.
+            BundleError: The bundle classifies, or the graph cannot be computed.
         """
         stream = self.stream(
             prompt, raw=raw, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            stop=stop, seed=seed,
+            stop=stop, seed=seed, strategy=strategy, params=params,
         )  # fmt: skip
         return stream.rest(on_text)
 
@@ -340,6 +410,8 @@ class View:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        strategy: str | Strategy | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> Chat:
         """Begin a conversation.
 
@@ -349,13 +421,17 @@ class View:
             top_k: Likeliest tokens to draw from.
             top_p: Their probability together.
             seed: Of the draws.
+            strategy: As for `generate`.
+            params: Parameters of the strategy.
 
         Raises:
-            BundleError: The bundle classifies, or an option makes no sense.
+            AnswerError: An option makes no sense, or the strategy is none for this bundle.
+            BundleError: The bundle classifies.
         """
         engine = self._causal()
         cache, sampling = Cache(engine.session, engine.manifest.task), Sampling(temperature, top_k, top_p, seed)
-        return Chat(engine, lambda: self._bound, cache, system, sampling)
+        chosen = self.strategy(strategy, params) if strategy is not None or params else None
+        return Chat(engine, lambda: self._bound, cache, system, sampling, chosen)
 
     def route_report(self, text: str, *, per_token: bool = False, truncate: bool = False) -> list[RouterReport]:
         """Say which experts a text used, for every router.

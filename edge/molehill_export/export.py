@@ -66,6 +66,7 @@ class Options:
         force: Write it also when it differs too much from the original.
         rows: Labelled rows for the accuracies; those of the run when None.
         expert_files: Folder for a file of every expert as well, see `export_experts`; none when None.
+        router_ranks: Whether devices may choose experts by their places among a router's logits, as some strategies do.
     """
 
     gates: tuple[str, ...] = (GLOBAL,)
@@ -79,6 +80,7 @@ class Options:
     force: bool = False
     rows: Path | None = None
     expert_files: Path | None = None
+    router_ranks: bool = False
 
     @property
     def blocks(self) -> int:
@@ -212,7 +214,9 @@ def _write(source: Source, folder: Path, out: Path, options: Options, progress: 
         task=_task(source, graph),
     )  # fmt: skip
     with source.gate(options.gates[0]) as model:
-        inserted = insert(graph, model, source.adapter.molora.scorer, slots, options.scheme)
+        inserted = insert(
+            graph, model, source.adapter.molora.scorer, slots, options.scheme, by_places=options.router_ranks
+        )
         graph.drop_unused()
         if causal:
             cut_head(graph)

@@ -45,7 +45,10 @@ def choose_slots(model: MoLoRAModel, experts: Sequence[str] | None, spare: int) 
     return [*chosen, *(pb.Slot() for _ in range(spare))]
 
 
-def insert(graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[pb.Slot], scheme: Scheme) -> Inserted:
+def insert(
+    graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[pb.Slot], scheme: Scheme, *,
+    by_places: bool = False,
+) -> Inserted:  # fmt: skip
     """Put experts and routers beside the marked linears.
 
     Args:
@@ -54,6 +57,7 @@ def insert(graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[
         scorer: What its routers were built from.
         slots: Of `choose_slots`.
         scheme: Of the experts.
+        by_places: Give the graph the input by which experts are chosen by their places among a router's logits.
 
     Raises:
         AdapterError: A linear of the adapter is not marked in the graph, or does not run there as often as in training.
@@ -63,7 +67,7 @@ def insert(graph: Graph, model: MoLoRAModel, scorer: MethodRef, slots: Sequence[
         if runs != len(site.calls):
             raise AdapterError(f"{name} runs {len(site.calls)} times in the model and {runs} times in the graph")
     work = Work(graph, model, list(slots), scheme)
-    routers = Routers(work, scorer)
+    routers = Routers(work, scorer, by_places=by_places)
     products, beside = Products(work, routers), Beside(work, routers, graph.consumers())
     together: dict[tuple[Any, ...], list[str]] = {}
     for name, site in model.sites.items():

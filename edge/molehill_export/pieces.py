@@ -15,11 +15,17 @@ from torch.func import functional_call
 from molehill.molora.banks import Bank, Mixer
 from molehill.molora.block import contract, expand, mix
 from molehill.molora.interfaces import RouteContext, Site
-from molehill.molora.router import Router
+from molehill.molora.router import Router, window
 
 
-class Route(nn.Module):
-    """A router as it acts at inference, its parameters given."""
+class Routing(nn.Module):
+    """What routers in graphs share: the parameters are given.
+
+    Args:
+        router: As it was trained.
+        scorer: One for as many experts as the bundle has places.
+        names: Of its parameters.
+    """
 
     def __init__(self, router: Router, scorer: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -28,16 +34,38 @@ class Route(nn.Module):
 
     def key(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
         """All that the traced nodes depend on."""
-        return (fingerprint(self.scorer), *map(fingerprint, self.transforms), fingerprint(self.selector), *shapes)
+        return (
+            type(self).__name__, fingerprint(self.scorer), *map(fingerprint, self.transforms),
+            fingerprint(self.selector), *shapes,
+        )  # fmt: skip
 
-    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> Tensor:
-        """Weights ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added to the logits, ``[E]``."""
+    def scores(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> tuple[Tensor, RouteContext]:
+        """Logits ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added, ``[E]``; and what is known."""
         site = Site(0, "", 1, x.shape[-1], x.shape[-1])
         ctx = RouteContext(x=x, site=site)
         z: Tensor = functional_call(self.scorer, dict(zip(self.names, parameters, strict=True)), (ctx,)).float()
         for transform in self.transforms:
             z = transform(z, ctx)
-        return self.selector(z + limits, ctx).weights
+        return z + limits, ctx
+
+
+class Route(Routing):
+    """A router as it acts at inference."""
+
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> Tensor:
+        """Weights ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added to the logits, ``[E]``."""
+        z, ctx = self.scores(x, limits, parameters)
+        return self.selector(z, ctx).weights
+
+
+class RouteByPlaces(Routing):
+    """A router of whose experts a caller may choose those at some places, in place of the selector's choice."""
+
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], places: Tensor) -> Tensor:
+        """Weights as of `Route`; ``places`` ``[2]`` are the first and the one after the last, or 0 and 0 for none."""
+        z, ctx = self.scores(x, limits, parameters)
+        weights, _ = window(z, places[0], places[1])
+        return torch.where(places[1] > 0, weights, self.selector(z, ctx).weights)
 
 
 class Delta(nn.Module):

@@ -18,9 +18,10 @@ from molehill.molora.layer import MoLoRALinear
 from molehill.molora.router import Router
 from molehill.molora.routes import RouteGroup
 from molehill.wire.keys import NO_EXPERT, Key
+from molehill_edge.gates import PLACES
 from molehill_export.graph import Place
 from molehill_export.insertion import Array, Work
-from molehill_export.pieces import Route
+from molehill_export.pieces import Route, RouteByPlaces, Routing
 from molehill_export.trace import DYNAMIC, piece
 from molehill_protos.v1 import bundle_pb2 as pb
 
@@ -50,15 +51,19 @@ class Routers:
     Args:
         work: The insertion.
         scorer: What they were built from.
+        by_places: Let a caller choose experts by their places among the logits.
     """
 
-    def __init__(self, work: Work, scorer: MethodRef) -> None:
+    def __init__(self, work: Work, scorer: MethodRef, *, by_places: bool = False) -> None:
         self._work, self._scorer = work, scorer
+        self._places = ""  # the input for that, where there is one
         self._gates: dict[tuple[int, int], Gate] = {}  # by router and number of the call
         self._limits: list[str] = []
         groups = list(work.model.routers.values())
         routed = [work.slots_of(work.first(group), routed=True) for group in groups]
         self._overrides([len(slots) for slots in routed])
+        if groups and by_places:
+            self._places = work.graph.default_input(PLACES, np.zeros(2, np.int64))
         for index, (group, slots) in enumerate(zip(groups, routed, strict=True)):
             self._route(index, group, slots)
 
@@ -124,7 +129,10 @@ class Routers:
         router = site.group.router
         ctx = RouteContext(x=torch.zeros(2, 3, site.group.site.d_in), site=site.group.site)
         with torch.no_grad():
-            shape = router.route(ctx).weights.shape
+            route = router.route(ctx)
+            shape = route.weights.shape
+            if self._places:  # which gives every logit a weight
+                shape = torch.Size(np.broadcast_shapes(shape, route.logits.shape))
         return torch.ones(*shape[:-1], n), {axis: DYNAMIC for axis in (0, 1) if shape[axis] > 1}
 
     def _overrides(self, sizes: Sequence[int]) -> None:
@@ -163,15 +171,21 @@ class Routers:
             self._work.out.gate.append(pb.GateTensor(name=key, shape=shape, router=index, expert_axis=axis))
             examples.append(torch.zeros(shape))
         scorer = self._scorer.build("scorer", d_in=group.site.d_in, n_experts=len(slots))
-        module = Route(router, scorer, list(axes))
-        x = torch.zeros(2, 3, group.site.d_in)
-        args = (x, torch.zeros(len(slots)), examples)
-        dynamic = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
-        traced = piece(module.key([tuple(t.shape) for t in (x, args[1], *examples)]), module, args, dynamic)
+        x, limits = torch.zeros(2, 3, group.site.d_in), torch.zeros(len(slots))
+        args: tuple[Any, ...] = (x, limits, examples)
+        dynamic: list[Any] = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
+        if self._places:
+            module: Routing = RouteByPlaces(router, scorer, list(axes))
+            args, dynamic = (*args, torch.zeros(2, dtype=torch.int64)), [*dynamic, {}]
+        else:
+            module = Route(router, scorer, list(axes))
+        traced = piece(module.key([tuple(t.shape) for t in (x, limits, *examples)]), module, args, dynamic)
         shown: list[Gate] = []
         for call, place in enumerate(self._work.graph.places[group.site.name]):
             x_name = self._work.in_rows(place.x) if place.flat else place.x
-            (weights,) = traced.insert(self._work.graph, [x_name, self._limits[index], *inputs])
+            (weights,) = traced.insert(
+                self._work.graph, [x_name, self._limits[index], *inputs, *filter(None, [self._places])]
+            )
             gate = self._gates[id(group), call] = Gate(weights, slots, place.flat)
             if group.calls[call]:
                 shown.append(gate)

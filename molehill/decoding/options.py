@@ -13,6 +13,7 @@ import annotated_types
 
 from molehill import catalogue
 from molehill.catalogue import Method, NoParams
+from molehill.decoding.interfaces import Passes, Strategy
 from molehill.errors import AnswerError
 
 
@@ -65,6 +66,25 @@ def build(axis: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
     method = catalogue.get(axis, name)
     params = _params(method, dict(values or {}))
     return method.target() if method.params is NoParams else method.target(params)
+
+
+def require_fits(strategy: Strategy, name: str, passes: Passes) -> None:
+    """Refuse a strategy that is for models of another kind.
+
+    Args:
+        strategy: That was built.
+        name: Of it.
+        passes: Of the model.
+
+    Raises:
+        AnswerError: It is.
+    """
+    if strategy.writes and not passes.writes:
+        raise AnswerError(f"strategy {name} is for models that write text", where="--strategy")
+    if strategy.classifies and passes.writes:
+        raise AnswerError(f"strategy {name} is for models that classify", where="--strategy")
+    if strategy.routed and not passes.size:
+        raise AnswerError(f"strategy {name} needs experts that a router chooses", where="--strategy")
 
 
 def _params(method: Method, values: dict[str, Any]) -> Any:

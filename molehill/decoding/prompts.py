@@ -80,6 +80,26 @@ class Prompts:
         except Exception as error:  # noqa: BLE001  # a template may fail in any way
             raise AnswerError(f"its chat template refuses the conversation: {error}", where=self._where) from None
 
+    def answered(self, messages: Messages, answer: str) -> str:
+        """The text of a conversation with an answer, and what ends it.
+
+        Args:
+            messages: Turns before the answer.
+            answer: What the assistant says.
+
+        Raises:
+            AnswerError: The chat template refuses the conversation or writes too much, or a role is unknown.
+        """
+        if self._template is None:
+            return self.before_answer(messages) + answer
+        turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
+        try:
+            return self._render([*turns, {"role": "assistant", "content": answer}])
+        except AnswerError:
+            raise
+        except Exception as error:  # noqa: BLE001  # a template may fail in any way
+            raise AnswerError(f"its chat template refuses the conversation: {error}", where=self._where) from None
+
     def single(self, instruction: str, context: str = "") -> str:
         """The text before the answer to one instruction.
 

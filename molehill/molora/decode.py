@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from molehill.decoding.interfaces import OWN, Array, Passes, Setting
 from molehill.decoding.sampling import Sampler, Sampling
+from molehill.decoding.settings import only_of
 from molehill.decoding.stream import Asked, Reader, room
 from molehill.errors import AnswerError
 from molehill.molora.interfaces import Overrides
@@ -56,14 +57,7 @@ def only(model: MoLoRAModel, experts: Iterable[str]) -> Setting:
     Raises:
         AnswerError: There is no such expert, or a router would be left without.
     """
-    wanted, ids = set(experts), routed(model)
-    known = {each for router in ids for each in router}
-    if unknown := sorted(wanted - known):
-        names = ", ".join(sorted(known)) or "none that are routed"
-        raise AnswerError(f"there is no expert {unknown[0]!r} to choose", mend=f"There are {names}.")
-    if any(not wanted & set(router) for router in ids):
-        raise AnswerError(f"a router has none of the experts {', '.join(sorted(wanted))}", mend="Choose more of them.")
-    return Setting(mask=tuple(each in wanted for router in ids for each in router))
+    return only_of(routed(model), experts)
 
 
 @contextmanager

@@ -103,7 +103,10 @@ class Router(nn.Module):
             z = z + self._by_row(over.bias)
         if over.expert_mask is not None:
             z = z.masked_fill(~self._by_row(over.expert_mask), torch.finfo(z.dtype).min)
-        return self.selector(z, ctx) if over.ranks is None else _window(z, *over.ranks)
+        if over.ranks is None:
+            return self.selector(z, ctx)
+        weights, kept = window(z, *over.ranks)
+        return Route(z, weights, aux={"selected": kept})
 
     def _by_row(self, values: Tensor) -> Tensor:
         """Values of experts, ``[E]`` or ``[B, 1, E]``, as they meet logits ``[B, T, (H,) E]``."""
@@ -119,10 +122,19 @@ class Router(nn.Module):
         return functional_call(self.scorer, effective, (ctx,)).float()  # type: ignore[no-any-return]  # its callee is untyped
 
 
-def _window(z: Tensor, first: int, stop: int) -> Route:
-    """The route of the experts at some places, by the softmax of their logits."""
-    chosen = z.argsort(dim=-1, descending=True, stable=True)[..., first:stop]
-    kept = torch.zeros_like(z, dtype=torch.bool).scatter(-1, chosen, value=True)
+def window(z: Tensor, first: int | Tensor, stop: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of the experts at some places, by the softmax of their logits; of equal ones the first is before.
+
+    Args:
+        z: Logits ``[..., E]``.
+        first: The first place, from the best at 0.
+        stop: The place after the last.
+
+    Returns:
+        Weights ``[..., E]``, and which experts they are of.
+    """
+    places = z.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
+    kept = (places >= first) & (places < stop)
     # masked, and not divided by what is left of a softmax over all, which may be nothing
     weights = torch.where(kept, z.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1), 0.0)
-    return Route(z, weights, aux={"selected": kept})
+    return weights, kept

@@ -84,7 +84,7 @@ def examples_of(source: Source, file: Path) -> list[Example]:
         if isinstance(labels, int):
             found.append(Example(tuple(ids), (labels,), columns))
             continue
-        begin = next(n for n, label in enumerate(labels) if label != IGNORE)
-        answer = tuple(label for label in labels[begin:] if label != IGNORE)
-        found.append(Example(tuple(ids[:begin]), answer, columns))
+        end = max(n for n, label in enumerate(labels) if label != IGNORE) + 1  # the last answer of a conversation
+        begin = next((n + 1 for n in reversed(range(end)) if labels[n] == IGNORE), 0)
+        found.append(Example(tuple(ids[:begin]), tuple(labels[begin:end]), columns))
     return found

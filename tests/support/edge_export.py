@@ -153,12 +153,12 @@ def quantised(architecture: str, scheme: Any, block: int = BLOCK) -> tuple[Graph
 
 
 def session(
-    model: MoLoRAModel, section: config.MoLoRA, architecture: str, scheme: Any = "fp32"
+    model: MoLoRAModel, section: config.MoLoRA, architecture: str, scheme: Any = "fp32", **keys: Any
 ) -> ort.InferenceSession:
-    """The adapter in its graph, opened."""
+    """The adapter in its graph, opened; further keys are those of `insert`."""
     base_, external, place = quantised(architecture, scheme)
     graph = base_.copy()
-    inserted = insert(graph, model, section.scorer, choose_slots(model, None, 0), scheme)
+    inserted = insert(graph, model, section.scorer, choose_slots(model, None, 0), scheme, **keys)
     graph.tensors.update(gate_values(model, inserted))
     return opened(graph, external, place)
 
@@ -177,8 +177,11 @@ def opened(
     return ort.InferenceSession(path, options)
 
 
-def write(out: Path, architecture: str, scheme: Any, block: int = BLOCK, **molora: Any) -> None:
-    """Export a causal bundle of a base and an adapter of random numbers that matter."""
+def write(
+    out: Path, architecture: str, scheme: Any, block: int = BLOCK, *, router_ranks: bool = False, spare: int = 0,
+    **molora: Any,
+) -> MoLoRAModel:  # fmt: skip
+    """Export a causal bundle of a base and an adapter of random numbers that matter; returns what it is made from."""
     model, section = adapted(architecture, **molora)
     path = folder(architecture)
     about = Manifest(
@@ -189,7 +192,12 @@ def write(out: Path, architecture: str, scheme: Any, block: int = BLOCK, **molor
     )
     with tempfile.TemporaryDirectory() as place:
         save_adapter(Path(place), model, about)
-        export(open_source(Path(place)), out, Options(scheme=scheme, block=block, id=architecture, force=True))
+        export(
+            open_source(Path(place)),
+            out,
+            Options(scheme=scheme, block=block, id=architecture, force=True, router_ranks=router_ranks, spare=spare),
+        )
+    return model
 
 
 def joined(bundle: Path) -> int:

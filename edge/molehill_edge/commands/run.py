@@ -32,6 +32,7 @@ from molehill_edge.commands.opening import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from molehill.decoding.interfaces import Strategy
     from molehill.decoding.stream import Answer
     from molehill_edge.bundle import Bundle
     from molehill_edge.routes import RouterReport
@@ -70,6 +71,18 @@ def run(
         list[str] | None, typer.Option(help="End an answer before this string; may be repeated.", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draws.", show_default="a new one")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How an answer follows from the model; see: molehill methods decoding.",
+            show_default="the model's own logits",
+        ),
+    ] = None,
+    assigned: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy; repeatable.", show_default=False),
+    ] = None,
     threads: Threads = None,
     spin: Spin = None,
     memory_mb: Memory = None,
@@ -87,11 +100,18 @@ def run(
                 name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate,
                 experts=experts,
             ) as bundle:  # fmt: skip
-                sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+                from molehill.decoding.options import assigned as parsed
+
+                chosen = None
+                if strategy is not None or assigned:
+                    chosen = bundle.strategy(strategy, parsed(assigned or ()))
+                sampling = {
+                    "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "strategy": chosen
+                }  # fmt: skip
                 if chat:
                     _converse(bundle, system, sampling, max_new_tokens, stop or ())
                 elif bundle.manifest.task.kind == "classification":
-                    _classify(bundle, texts, truncate=truncate, route=route, as_json=as_json)
+                    _classify(bundle, texts, chosen, truncate=truncate, route=route, as_json=as_json)
                 else:
                     options = {**sampling, "max_new_tokens": max_new_tokens, "stop": stop or (), "raw": raw}
                     _answer(bundle, texts, options, route=route, as_json=as_json)
@@ -111,8 +131,10 @@ def _texts(given: Sequence[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
-def _classify(bundle: Bundle, texts: list[str], *, truncate: bool, route: bool, as_json: bool) -> None:
-    found = bundle.classify(texts, truncate=truncate)
+def _classify(
+    bundle: Bundle, texts: list[str], strategy: Strategy | None, *, truncate: bool, route: bool, as_json: bool
+) -> None:
+    found = bundle.classify(texts, truncate=truncate, strategy=strategy)
     routes = [bundle.route_report(text, truncate=truncate) for text in texts] if route else None
     if as_json:
         labels = bundle.manifest.task.labels

@@ -23,7 +23,8 @@ EXTRA = "export"
 
 # What only a bundle has, by the name of the parameter.
 _BUNDLES = (
-    "quantize", "block", "experts", "spare_slots", "bundle_id", "version", "expires", "expert_files"
+    "quantize", "block", "experts", "spare_slots", "bundle_id", "version", "expires", "expert_files",
+    "router_ranks",
 )  # fmt: skip
 
 
@@ -73,6 +74,10 @@ def export(
         Path | None,
         typer.Option(metavar="DIR", help="Write every expert as a file too, to add on a device.", show_default=False),
     ] = None,
+    router_ranks: Annotated[
+        bool,
+        typer.Option("--router-ranks", help="Let devices choose experts by their places, as some strategies do."),
+    ] = False,
     gguf: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +116,7 @@ def export(
             force=force,
             rows=rows,
             expert_files=expert_files,
+            router_ranks=router_ranks,
         )
         console = Console(stderr=True, quiet=as_json)
         try:

@@ -1,0 +1,103 @@
+"""Rows that a strategy learns from, read on the device; they stay there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from molehill.decoding.interfaces import Example
+from molehill.decoding.prompts import Message, Prompts
+from molehill.errors import DataError
+from molehill.rowfiles.reading import read_any
+from molehill.rowfiles.values import label_of, text_of
+from molehill_edge import classify, generate, tokens
+from molehill_edge.engine import Engine
+
+
+def read(engine: Engine, file: Path) -> list[Example]:
+    """Rows as the bundle sees them.
+
+    Args:
+        engine: Of the bundle.
+        file: With ``text`` and perhaps ``label`` for a classifier; with ``text``, ``instruction`` (``input`` and
+            ``output``) or ``messages`` for a causal LM. What is too long loses its end.
+
+    Raises:
+        BundleError: A text has no tokens, or the tokenizer fails.
+        DataError: The file cannot be read, or a row does not fit.
+    """
+    found = []
+    for where, row in read_any(file):
+        columns = {name: str(value) for name, value in row.items() if isinstance(value, str | int | float | bool)}
+        ids, answer = _classified(engine, row, where) if engine.prompts is None else _written(engine, row, where)
+        found.append(Example(tuple(ids), tuple(answer), columns))
+    return found
+
+
+def _classified(engine: Engine, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
+    task = engine.manifest.task
+    text = text_of(row.get("text"), "text", where)
+    (ids,) = classify.encode(engine.tokenizer, [text], task.max_length, truncate=True)
+    if row.get("label") is None:
+        return ids, []
+    label = label_of(row["label"], where)
+    if label not in task.labels:
+        raise DataError(f"no label {label!r}", where=where, mend=f"There are: {', '.join(task.labels)}.")
+    return ids, [list(task.labels).index(label)]
+
+
+def _written(engine: Engine, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
+    prompts, task = engine.prompts, engine.manifest.task
+    assert prompts is not None
+    if not row.get("messages") and not row.get("instruction"):
+        text = text_of(row.get("text"), "text", where)
+        return generate.encode(engine.tokenizer, text, special=True)[: task.max_length], []
+    if row.get("tools") is not None:
+        raise DataError("a bundle does not know tools", where=where, mend="Leave the row out.")
+    if row.get("messages"):
+        turns = _turns(row["messages"], where)
+    else:
+        about = str(row.get("input") or "")
+        asked = text_of(row["instruction"], "instruction", where)
+        if prompts.special:  # Alpaca's format has a place of its own for what it is about
+            return _cut(engine, prompts, prompts.single(asked, about), str(row.get("output") or "").strip(), [])
+        turns = [{"role": "user", "content": f"{asked}\n\n{about}".strip()}]
+        if row.get("output"):
+            turns.append({"role": "assistant", "content": text_of(row["output"], "output", where)})
+    answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
+    if not turns:
+        raise DataError("nothing is asked", where=where, mend="Begin the messages with one of the user.")
+    return _cut(engine, prompts, prompts.before_answer(turns), answer.strip(), turns)
+
+
+def _turns(messages: Any, where: str) -> list[Message]:
+    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
+        raise DataError("'messages' must be a list of messages", where=where)
+    return [{"role": str(turn.get("role")), "content": text_of(turn.get("content"), "content", where)}
+            for turn in messages]  # fmt: skip
+
+
+def _cut(
+    engine: Engine, prompts: Prompts, before: str, answer: str, turns: list[Message]
+) -> tuple[list[int], list[int]]:
+    """Ids before an answer, and those of the answer with what ends it, as training learns them."""
+    most, generation = engine.manifest.task.max_length, engine.manifest.task.generation
+    if not answer:
+        return generate.encode(engine.tokenizer, before, special=prompts.special)[:most], []
+    whole = prompts.answered(turns, answer) if turns else ""
+    if not whole.startswith(before + answer):
+        whole = before + answer
+    encoded = tokens.encode(engine.tokenizer, whole, special=prompts.special)
+    begin, end = len(before), len(before) + len(answer)
+    # A token may hold the space before the answer too; special ones that the tokenizer writes are at the empty (0, 0).
+    learnt = [i for i, (at, to) in enumerate(encoded.offsets) if to > at and at < end and to > begin]
+    first, last = learnt[0], learnt[-1] + 1
+    said = list(encoded.ids[first:last])
+    ending = encoded.ids[last : last + 1]
+    if encoded.offsets[last : last + 1] != [(0, 0)] and ending and ending[0] in generation.eos:
+        said += ending
+    elif (closing := engine.tokenizer.token_to_id(generation.eos_token)) is not None:
+        said.append(closing)
+    ids = list(encoded.ids[:first])
+    return ids, said[: max(0, most - len(ids))]
