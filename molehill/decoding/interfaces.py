@@ -212,6 +212,7 @@ class Strategy(ABC):
         classifies: It is for classifiers only.
         own: Scores are the model's own logits, so that several rows may go in one pass.
         asks: What other models it asks (`Aided`), by name.
+        neutral: Parameters under which scores are the model's own logits; None where there are none.
     """
 
     on_device: ClassVar[bool] = True
@@ -220,6 +221,7 @@ class Strategy(ABC):
     classifies: ClassVar[bool] = False
     own: ClassVar[bool] = False
     asks: ClassVar[tuple[str, ...]] = ()
+    neutral: ClassVar[Mapping[str, Any] | None] = None
 
     @abstractmethod
     def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:

@@ -36,6 +36,7 @@ from molehill_simulation.source import open_source
 
 Session = ort.InferenceSession
 ARCHITECTURES = ("llama", "gpt2", "minilm")
+LABELS = ("a", "b", "c")
 # Heads of 16 (for grouped-query attention); a vocabulary that is not the width, which the builder confuses.
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 48, "initializer_range": 0.1}
 _LLAMA = {"num_key_value_heads": 2, "head_dim": 16}
@@ -98,6 +99,9 @@ def folder(architecture: str) -> Path:
 
 def base(architecture: str) -> Any:
     """A base without experts."""
+    if architecture == "bert":
+        settings = config.Base(model=str(folder(architecture)), precision="fp32", device="cpu")
+        return load_base(settings, config.Task(labels=LABELS, max_length=64)).model
     if architecture == "minilm":
         return load_base(config.Base(precision="fp32", device="cpu"), config.Task(labels=("a", "b"))).model
     model = transformers.AutoModelForCausalLM.from_pretrained(folder(architecture), dtype=torch.float32)
@@ -105,8 +109,9 @@ def base(architecture: str) -> Any:
 
 
 def head(architecture: str) -> Head | None:
-    """A head for the encoder."""
-    return Head(384, 3, "mean", anchored=False) if architecture == "minilm" else None
+    """A head for an encoder."""
+    width = {"minilm": 384, "bert": SIZES["hidden_size"]}.get(architecture)
+    return None if width is None else Head(int(width), len(LABELS), "mean", anchored=False)
 
 
 @functools.cache
@@ -124,13 +129,13 @@ def adapted(architecture: str, **keys: Any) -> tuple[MoLoRAModel, config.MoLoRA]
     """A base with an adapter of random numbers that matter but do not drown the base."""
     section = config.parse({"molora": keys}).molora
     model = wrap(base(architecture), section, head=head(architecture)).eval()
-    wide = model.head is not None
+    wide = architecture == "minilm"
     tiny_models.shake(model, scale=0.02 if wide else 0.06)
     with torch.no_grad():
         for group in model.routers.values():
             for parameter in group.router.scorer.parameters():
                 parameter.mul_(20 if wide else 40)
-        if model.head is not None:
+        if wide and model.head is not None:
             model.head.weight.mul_(30)
     return model, section
 
@@ -179,21 +184,24 @@ def opened(
 
 def write(
     out: Path, architecture: str, scheme: Any, block: int = BLOCK, *, router_ranks: bool = False, spare: int = 0,
-    **molora: Any,
+    adapter: Path | None = None, **molora: Any,
 ) -> MoLoRAModel:  # fmt: skip
-    """Export a causal bundle of a base and an adapter of random numbers that matter; returns what it is made from."""
+    """Export a bundle of a base and an adapter of random numbers that matter; returns what it is made from."""
     model, section = adapted(architecture, **molora)
     path = folder(architecture)
     about = Manifest(
         base={"id": str(path), "digest": look_up(path, architecture).digest()},
-        task="causal-lm",
+        task="causal-lm" if model.head is None else "classification",
+        labels=() if model.head is None else LABELS,
+        pooling="" if model.head is None else model.head.pooling,
         molora=section,
         ranks={},
     )
     with tempfile.TemporaryDirectory() as place:
-        save_adapter(Path(place), model, about)
+        kept = adapter or Path(place)
+        save_adapter(kept, model, about)
         export(
-            open_source(Path(place)),
+            open_source(kept),
             out,
             Options(scheme=scheme, block=block, id=architecture, force=True, router_ranks=router_ranks, spare=spare),
         )

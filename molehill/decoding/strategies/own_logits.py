@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from molehill.catalogue import register
 from molehill.decoding.interfaces import Passes, Scores, Strategy
@@ -13,6 +14,7 @@ class OwnLogits(Strategy):
     """One pass for each token, as the model was trained: greedy at temperature 0, else sampling."""
 
     own = True
+    neutral: ClassVar[Mapping[str, Any]] = {}
 
     def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:  # noqa: ARG002  (of the interface)
         """See `Strategy.begin`."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
@@ -46,6 +46,7 @@ class SelfContrast(Strategy):
     """
 
     routed = True
+    neutral: ClassVar[Mapping[str, Any]] = {"beta": 0.0}
 
     def __init__(self, params: SelfContrastParams) -> None:
         self._params = params
