@@ -55,20 +55,19 @@ def _written(engine: Engine, row: Mapping[str, Any], where: str) -> tuple[list[i
         return generate.encode(engine.tokenizer, text, special=True)[: task.max_length], []
     if row.get("tools") is not None:
         raise DataError("a bundle does not know tools", where=where, mend="Leave the row out.")
-    if row.get("messages"):
-        turns = _turns(row["messages"], where)
-    else:
+    if not row.get("messages"):
         about = str(row.get("input") or "")
-        asked = text_of(row["instruction"], "instruction", where)
+        asked, said = text_of(row["instruction"], "instruction", where), row.get("output")
+        answer = "" if said is None else text_of(said, "output", where).strip()
         if prompts.special:  # Alpaca's format has a place of its own for what it is about
-            return _cut(engine, prompts, prompts.single(asked, about), str(row.get("output") or "").strip(), [])
+            return _cut(engine, prompts, prompts.single(asked, about), answer, [], where)
         turns = [{"role": "user", "content": f"{asked}\n\n{about}".strip()}]
-        if row.get("output"):
-            turns.append({"role": "assistant", "content": text_of(row["output"], "output", where)})
+        return _cut(engine, prompts, prompts.before_answer(turns), answer, turns, where)
+    turns = _turns(row["messages"], where)
     answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
     if not turns:
         raise DataError("nothing is asked", where=where, mend="Begin the messages with one of the user.")
-    return _cut(engine, prompts, prompts.before_answer(turns), answer.strip(), turns)
+    return _cut(engine, prompts, prompts.before_answer(turns), answer.strip(), turns, where)
 
 
 def _turns(messages: Any, where: str) -> list[Message]:
@@ -79,7 +78,7 @@ def _turns(messages: Any, where: str) -> list[Message]:
 
 
 def _cut(
-    engine: Engine, prompts: Prompts, before: str, answer: str, turns: list[Message]
+    engine: Engine, prompts: Prompts, before: str, answer: str, turns: list[Message], where: str
 ) -> tuple[list[int], list[int]]:
     """Ids before an answer, and those of the answer with what ends it, as training learns them."""
     most, generation = engine.manifest.task.max_length, engine.manifest.task.generation
@@ -92,6 +91,8 @@ def _cut(
     begin, end = len(before), len(before) + len(answer)
     # A token may hold the space before the answer too; special ones that the tokenizer writes are at the empty (0, 0).
     learnt = [i for i, (at, to) in enumerate(encoded.offsets) if to > at and at < end and to > begin]
+    if not learnt or learnt[0] >= most:
+        raise DataError("no token of the answer fits", where=where, mend="Shorten the row.")
     first, last = learnt[0], learnt[-1] + 1
     said = list(encoded.ids[first:last])
     ending = encoded.ids[last : last + 1]
@@ -99,5 +100,4 @@ def _cut(
         said += ending
     elif (closing := engine.tokenizer.token_to_id(generation.eos_token)) is not None:
         said.append(closing)
-    ids = list(encoded.ids[:first])
-    return ids, said[: max(0, most - len(ids))]
+    return list(encoded.ids[:first]), said[: most - first]

@@ -6,7 +6,11 @@ import edge_export
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from molehill.cli import app
+from molehill.errors import AnswerError
+from molehill_edge import Bundle, InsecureLocal
 from molehill_edge.gates import PLACES
 
 # relative error at most: that of a mixture of all experts in the same bits, see test_export_parity
@@ -21,7 +25,7 @@ def _first(opened, ids, mask, places):
 
 @pytest.mark.parametrize(
     ("architecture", "selector", "schemes"),
-    [("llama", {"name": "top_k", "k": 2}, ("fp32", "int8", "int4")), ("minilm", "dense", ("fp32", "int8"))],
+    [("llama", {"name": "top_k", "k": 2}, ("fp32", "int8", "int4")), ("bert", "dense", ("fp32", "int8", "int4"))],
 )
 def test_places_choose_as_in_training(architecture, selector, schemes):
     keys = {"targets": "all-linear", "experts": 4, "rank": 4, "scope": "layer", "selector": selector}
@@ -62,3 +66,22 @@ def test_equal_logits_keep_their_order():
     feed = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64), PLACES: np.array([1, 2])}
     (weights,) = opened.run(["route.0"], {**feed, **edge_export.no_past(opened, 1)})
     assert weights.tolist() == [[[0.0, 1.0, 0.0, 0.0]] * 3]
+
+
+def test_a_bundle_has_them_when_asked_to(tmp_path):
+    keys = {"targets": "all-linear", "experts": 4, "rank": 4, "selector": "top_k"}
+    edge_export.write(tmp_path / "plain", "llama", "int8", adapter=tmp_path / "adapter", **keys)
+    words = ["export", tmp_path / "adapter", "--out", tmp_path / "asked", "--router-ranks", "--force"]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    weak = {"strategy": "self_contrast", "params": {"beta": 9.0}, "max_new_tokens": 8}
+    with Bundle.open(tmp_path / "asked", trust=InsecureLocal(lambda _: None), threads=1) as bundle:
+        own = bundle.generate("the scene", max_new_tokens=8)
+        assert bundle.generate("the scene", **weak).text != own.text
+    with Bundle.open(tmp_path / "plain", trust=InsecureLocal(lambda _: None), threads=1) as bundle:
+        assert bundle.generate("the scene", max_new_tokens=8) == own  # it changes nothing unless it is used
+        with pytest.raises(AnswerError, match="Export it with --router-ranks"):
+            bundle.generate("the scene", **weak)
+    refused = CliRunner().invoke(app, ["export", str(tmp_path / "adapter"), "--gguf", "x", "--router-ranks"])
+    assert refused.exit_code == 2
+    assert "--router-ranks: a LoRA for llama.cpp has no such thing" in " ".join(refused.stderr.split())

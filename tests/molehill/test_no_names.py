@@ -82,6 +82,7 @@ REASONS = {
         "simulation/molehill_simulation/summary.py": "median",
         "simulation/molehill_simulation/ui.py": "mean",
         "edge/molehill_edge/commands/bench.py": "median*2",
+        "edge/molehill_edge/examples.py": "output*2",
         "edge/molehill_export/commands/probe.py": "mean",
     },
     "a section of the configuration": {

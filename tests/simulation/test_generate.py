@@ -64,12 +64,14 @@ def done(result):
 
 
 def test_a_host_answers_as_a_device_does(writer, tmp_path):
-    export(open_source(writer), tmp_path / "bundle", Options(scheme="fp32"))
+    export(open_source(writer), tmp_path / "bundle", Options(scheme="fp32", router_ranks=True))
+    strategies = [("own_logits", {}), ("self_contrast", {"beta": 2.0, "first": 1})]
     with load(writer) as model, Bundle.open(tmp_path / "bundle", trust=InsecureLocal(lambda _: None)) as bundle:
         for prompt, raw in ((TEXT, False), ("it was", True)):
-            here = model.generate(prompt, raw=raw, max_new_tokens=12)
-            there = bundle.generate(prompt, raw=raw, max_new_tokens=12)
-            assert (here.text, here.tokens, here.reason) == (there.text, there.tokens, there.reason)
+            for name, params in strategies:
+                keys = {"raw": raw, "max_new_tokens": 12, "strategy": name, "params": params}
+                here, there = model.generate(prompt, **keys), bundle.generate(prompt, **keys)
+                assert (here.text, here.tokens, here.reason) == (there.text, there.tokens, there.reason)
         assert model.encode(TEXT) == bundle.encode(TEXT)
         shares = bundle.route_report(TEXT)
         found = model.route(TEXT)

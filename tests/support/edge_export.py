@@ -152,7 +152,7 @@ def frozen(architecture: str) -> np.ndarray:
 def quantised(architecture: str, scheme: Any, block: int = BLOCK) -> tuple[Graph, dict[str, External], Path]:
     """The base in fewer bits, its weights in a file: where they are, and the file's folder."""
     graph = traced(architecture).copy()
-    quantise_base(graph, scheme, "" if architecture == "minilm" else "logits", block)
+    quantise_base(graph, scheme, "logits" if head(architecture) is None else "", block)
     place = Path(tempfile.mkdtemp(prefix=f"{architecture}-{scheme}-", dir=_kept))
     return graph, write_weights(graph.tensors, place / "base.bin"), place
 
