@@ -354,12 +354,7 @@ class Loaded:
         if isinstance(name, Strategy):
             return name
         made: Strategy = options.build("decoding", name, values)
-        if made.writes and not self.writes:
-            raise AnswerError(f"strategy {name} is for models that write text", where="--strategy")
-        if made.classifies and self.writes:
-            raise AnswerError(f"strategy {name} is for models that classify", where="--strategy")
-        if made.routed and not self._passes.size:
-            raise AnswerError(f"strategy {name} needs experts that a router chooses", where="--strategy")
+        options.require_fits(made, name, self._passes)
         for each in made.asks:
             other(self._passes, each)
         if idle := [each for each in self._others if each not in made.asks]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt
@@ -54,6 +54,7 @@ class Reroute(Strategy):
 
     routed = True
     writes = True
+    neutral: ClassVar[Mapping[str, Any]] = {"steps": 0}
 
     def __init__(self, params: RerouteParams) -> None:
         self._params = params

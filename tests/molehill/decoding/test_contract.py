@@ -11,7 +11,7 @@ import torch
 
 from molehill import catalogue
 from molehill.decoding import options
-from molehill.decoding.interfaces import Example, Learns
+from molehill.decoding.interfaces import BASE, Example, Learns
 from molehill.errors import AnswerError
 from molehill.molora.decode import TorchPasses
 from molehill_edge import Bundle, InsecureLocal
@@ -57,8 +57,7 @@ def bundles(tmp_path_factory):
 
 def _host(model, asks=()):
     """Passes of a model; other models are its base, where a strategy asks some."""
-    others = {"others": {name: _Base(TorchPasses(model)) for name in asks}} if asks else {}
-    return TorchPasses(model, **others)
+    return TorchPasses(model, others={name: _Base(TorchPasses(model)) for name in asks})
 
 
 class _Base:
@@ -70,9 +69,7 @@ class _Base:
     def __getattr__(self, name):
         return getattr(self._passes, name)
 
-    def logits(self, ids, setting=None, lane=""):
-        from molehill.decoding.interfaces import BASE
-
+    def logits(self, ids, setting=BASE, lane=""):
         return self._passes.logits(ids, BASE, lane)
 
 
@@ -86,10 +83,6 @@ def _built(name, passes, **values):
     if isinstance(strategy, Learns):
         strategy.learn(passes, _examples(not passes.writes))
     return strategy
-
-
-def _asks(name):
-    return getattr(catalogue.get("decoding", name).target, "asks", ())
 
 
 def _said(strategy, passes, prompt, ids=None):
@@ -107,18 +100,15 @@ def _same(one, two, limit):
     return bool((finite == np.isfinite(two)).all() and np.abs(one[finite] - two[finite]).max() < limit)
 
 
-EVERY = [pytest.mark.parametrize("name", METHODS), pytest.mark.parametrize("kind", KINDS)]
-
-
 def every(test):
-    for mark in EVERY:
-        test = mark(test)
-    return test
+    """Run a test with every strategy and every kind of model."""
+    return pytest.mark.parametrize("kind", KINDS)(pytest.mark.parametrize("name", METHODS)(test))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_there_is_a_model_for_it(models, name):
     strategy = options.build("decoding", name)
+    assert not (strategy.asks and strategy.on_device)  # a bundle is one model
     fits = []
     for model in models.values():
         with contextlib.suppress(AnswerError):
@@ -129,7 +119,7 @@ def test_there_is_a_model_for_it(models, name):
 
 @every
 def test_scores_are_numbers_or_nothing_and_the_same_each_time(models, name, kind):
-    passes = _host(models[kind], _asks(name))
+    passes = _host(models[kind], catalogue.get("decoding", name).target.asks)
     strategy = _built(name, passes)
     prompt = list(PROMPT)
     first, tokens = _said(strategy, passes, prompt)
@@ -141,7 +131,7 @@ def test_scores_are_numbers_or_nothing_and_the_same_each_time(models, name, kind
     again, same = _said(strategy, passes, PROMPT)
     assert tokens == same
     assert _same(first, again, 1e-4)
-    fresh, _ = _said(_built(name, passes), _host(models[kind], _asks(name)), PROMPT, tokens)
+    fresh, _ = _said(_built(name, passes), _host(models[kind], catalogue.get("decoding", name).target.asks), PROMPT, tokens)
     assert _same(first, fresh, 1e-4)
 
 
@@ -152,7 +142,7 @@ def test_nothing_is_left_in_the_model(models, name, kind):
     kept, enabled = [group.overrides for group in groups], model.state.enabled
     before = TorchPasses(model).logits(PROMPT).copy()
     flat = model.flat.clone()
-    passes = _host(model, _asks(name))
+    passes = _host(model, catalogue.get("decoding", name).target.asks)
     strategy = _built(name, passes)
     _said(strategy, passes, PROMPT)
     strategy.begin(passes, PROMPT)(OTHER)  # an answer that nobody goes on with
@@ -176,7 +166,7 @@ def test_neutral_parameters_are_the_model_itself(models, name, kind):
 
 @every
 def test_a_device_says_what_a_host_says(models, bundles, name, kind):
-    host, bundle = _host(models[kind], _asks(name)), bundles[kind]
+    host, bundle = _host(models[kind], catalogue.get("decoding", name).target.asks), bundles[kind]
     strategy = options.build("decoding", name)
     if not strategy.on_device:
         with pytest.raises(AnswerError, match=f"strategy {name} is host_only"):
