@@ -73,16 +73,22 @@ class _Base:
         return self._passes.logits(ids, BASE, lane)
 
 
-def _built(name, passes, **values):
-    """A strategy that has learnt what there is to learn; skips where it is for other models."""
+def _made(name, passes, **values):
+    """A strategy that has learnt what there is to learn and can begin; an AnswerError where it is for other models."""
     strategy = options.build("decoding", name, values)
-    try:
-        options.require_fits(strategy, name, passes)
-    except AnswerError as error:
-        pytest.skip(str(error))
+    options.require_fits(strategy, name, passes)
     if isinstance(strategy, Learns):
         strategy.learn(passes, _examples(not passes.writes))
+    strategy.begin(passes, PROMPT)
     return strategy
+
+
+def _built(name, passes, **values):
+    """The same; skips where it is for other models."""
+    try:
+        return _made(name, passes, **values)
+    except AnswerError as error:
+        pytest.skip(str(error))
 
 
 def _said(strategy, passes, prompt, ids=None):
@@ -107,14 +113,13 @@ def every(test):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_there_is_a_model_for_it(models, name):
-    strategy = options.build("decoding", name)
+    strategy = catalogue.get("decoding", name).target
     assert not (strategy.asks and strategy.on_device)  # a bundle is one model
-    fits = []
+    found = []
     for model in models.values():
         with contextlib.suppress(AnswerError):
-            options.require_fits(strategy, name, TorchPasses(model))
-            fits.append(model)
-    assert fits
+            found.append(_made(name, _host(model, strategy.asks)))
+    assert found
 
 
 @every
@@ -131,7 +136,9 @@ def test_scores_are_numbers_or_nothing_and_the_same_each_time(models, name, kind
     again, same = _said(strategy, passes, PROMPT)
     assert tokens == same
     assert _same(first, again, 1e-4)
-    fresh, _ = _said(_built(name, passes), _host(models[kind], catalogue.get("decoding", name).target.asks), PROMPT, tokens)
+    fresh, _ = _said(
+        _built(name, passes), _host(models[kind], catalogue.get("decoding", name).target.asks), PROMPT, tokens
+    )
     assert _same(first, fresh, 1e-4)
 
 
@@ -172,12 +179,11 @@ def test_a_device_says_what_a_host_says(models, bundles, name, kind):
         with pytest.raises(AnswerError, match=f"strategy {name} is host_only"):
             bundle.strategy(name)
         return
-    device, learn = bundle.passes(), True
+    here, device = _built(name, host), bundle.passes()
     try:
-        there = _built(name, device)
+        there = _made(name, device)
     except AnswerError:  # a host alone has what it learns by; without rows it asks for no more than a device has
-        there, learn = options.build("decoding", name), False
-    here = _built(name, host) if learn else options.build("decoding", name)
+        here, there = (options.build("decoding", name) for _ in range(2))
     assert device.experts == host.experts
     assert (device.size, device.answers, device.writes) == (host.size, host.answers, host.writes)
     wanted, tokens = _said(here, host, PROMPT)
