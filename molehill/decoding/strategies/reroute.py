@@ -13,6 +13,8 @@ from molehill.catalogue import register
 from molehill.decoding.interfaces import OWN, Array, Gradients, Passes, Scores, Setting, Strategy
 from molehill.errors import AnswerError
 
+_GAIN = 1e-5  # of the loss; less is rounding, by which a host and a device would part
+
 
 @dataclass(frozen=True)
 class RerouteParams:
@@ -96,7 +98,7 @@ class Reroute(Strategy):
         if len(ids) < 2:
             return setting
         best = _loss(passes, ids, setting)
-        if setting is not OWN and (own := _loss(passes, ids, OWN)) < best:
+        if setting is not OWN and (own := _loss(passes, ids, OWN)) < best - _GAIN:
             best, setting = own, OWN
         size = self._params.size
         for _ in range(self._params.steps):
@@ -104,7 +106,7 @@ class Reroute(Strategy):
             bias = np.zeros(passes.size) if setting.bias is None else np.array(setting.bias)
             for step in self._ways(passes, ids, setting, random):
                 tried = Setting(bias=tuple((bias + size * step).tolist()))
-                if (loss := _loss(passes, ids, tried)) < best:
+                if (loss := _loss(passes, ids, tried)) < best - _GAIN:
                     best, setting = loss, tried
             if best == before:
                 size /= 2
