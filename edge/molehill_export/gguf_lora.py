@@ -16,20 +16,13 @@ import gguf
 import numpy as np
 
 from molehill import files
-from molehill.errors import BundleError, ConfigError, DeployError, ModelError
-from molehill.molora.banks import PairBank
-from molehill.molora.layer import MoLoRALinear
-from molehill.molora.model import MoLoRAModel
+from molehill.errors import ConfigError, DeployError, ModelError
+from molehill_export.as_one import alone, as_lora, by_routes
 from molehill_export.insertion import Array
-from molehill_export.parity import FLOORS, calibration
-from molehill_export.rows import labelled
-from molehill_export.stacks import expert_tensors
-from molehill_export.static import Fixed, fix
+from molehill_export.static import Fixed, fix_gate
 from molehill_simulation.source import GLOBAL, Source
 
-_ROWS = 128  # of a client's, to take the mean over
 _HEADER = 512  # bytes of the file that are no numbers, for each tensor and for the whole, at most
-_FLOOR = FLOORS["int4"]  # what a fixed mixture may change at most, as for bundles
 
 
 @dataclass(frozen=True)
@@ -113,14 +106,14 @@ def export_lora(source: Source, out: Path, wanted: Wanted) -> Written:
     if wanted.expert is None and len(model.experts) > 1:
         experts = model.experts
         fixed = _weigh(source, wanted)
-        factors = _mixture(model, fixed)
+        factors = as_lora(model, by_routes(model, fixed.weights))
     else:
         experts = (wanted.expert or model.experts[0],)
         if experts[0] not in model.experts:
             raise ConfigError(f"there is no expert {experts[0]!r}", where="--expert", mend=_those(model.experts))
         if wanted.gate is not None:
             raise ConfigError("there is one expert, and no gate to weigh it", where="--gate", mend="Leave it out.")
-        factors = _pairs(model, experts[0])
+        factors = as_lora(model, alone(model, experts[0]))
     rank = max(len(a) for a, _ in factors.values())
     _write(source, out, _stored(source, family, factors), rank)
     return Written(experts, rank, len(factors), fixed)
@@ -134,68 +127,16 @@ def _weigh(source: Source, wanted: Wanted) -> Fixed:
         ConfigError: Nobody said whose, and the routers decide token by token.
     """
     gate = wanted.gate or GLOBAL
-    with source.gate(gate) as model:
-        texts = [example.input_ids for example in labelled(source, gate, wanted.rows, _ROWS)]
-        fixed = fix(model, texts or calibration(source.tokenizer, source.task.max_length))
-    if fixed.exact:
-        return fixed
-    if wanted.gate is None:
+    fixed = fix_gate(source, gate, wanted.rows)
+    if not fixed.exact and wanted.gate is None:
         raise ConfigError(
             "the routers choose experts token by token, and a LoRA of llama.cpp has one weight for all tokens",
             where="--gguf",
             mend=f"Give --expert ({', '.join(source.model.experts)}), or --gate CLIENT|global for its mean weights.",
         )
-    error, agreement = _FLOOR
-    if not wanted.force and (fixed.error > error or fixed.agreement < agreement):
-        raise BundleError(
-            f"a fixed mixture would not be this model: with the mean weights of gate {gate} the relative logit error "
-            f"is {fixed.error:.2g} (at most {error:g}), the likeliest token the same in {fixed.agreement:.1%} (at "
-            f"least {agreement:.0%}), since its routers choose token by token",
-            mend="Take one expert with --expert, ship a bundle with --out, or insist with --force.",
-        )
+    if not wanted.force:
+        fixed.require(gate, "Take one expert with --expert, ship a bundle with --out, or insist with --force.")
     return fixed
-
-
-def _pairs(model: MoLoRAModel, expert: str) -> dict[str, tuple[Array, Array]]:
-    """A ``[r, d_in]`` and B ``[d_out, r]`` of an expert by site, scale absorbed.
-
-    Raises:
-        ModelError: It is no low-rank expert.
-    """
-    for name, (bank, _) in model.banks_of(expert).items():
-        if not isinstance(bank, PairBank):
-            raise ModelError(f"{bank.noun} experts cannot become a LoRA", where=f"{expert} at {name}")
-    values = expert_tensors(model, expert)
-    return {name: (values[f"{name}/A"], values[f"{name}/B"]) for name in model.banks_of(expert)}
-
-
-def _mixture(model: MoLoRAModel, fixed: Fixed) -> dict[str, tuple[Array, Array]]:
-    """All experts at their weights as one LoRA by site.
-
-    Raises:
-        ModelError: Their mixture is none.
-    """
-    pairs = {expert: _pairs(model, expert) for expert in model.experts}
-    found = {}
-    for name, site in model.sites.items():
-        if type(site) is not MoLoRALinear:
-            raise ModelError("experts that are whole blocks mix their outputs, which no LoRA does", where=name)
-        weights = np.ones(site.shared, np.float32)
-        if site.group is not None:
-            routed = fixed.weights[site.group.site.name].numpy()
-            if routed.ndim > 1:
-                raise ModelError("heads weigh parts of an expert apart, which no LoRA of llama.cpp does", where=name)
-            weights = np.concatenate([weights, routed])
-        else:
-            weights = np.ones(site.bank.n_experts, np.float32)
-        parts = [pairs[expert][name] for expert in model.expert_ids(site)]
-        if site.mixer.mixes == "parameters":
-            mixed = [sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in (0, 1)]
-            found[name] = np.asarray(mixed[0]), np.asarray(mixed[1])
-        else:
-            b = np.concatenate([w * b for w, (_, b) in zip(weights, parts, strict=True)], 1)
-            found[name] = np.concatenate([a for a, _ in parts]), b
-    return found
 
 
 def _family(source: Source) -> _Family:

@@ -236,15 +236,18 @@ def passes(model: MoLoRAModel, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def decode(model: MoLoRAModel, texts: Sequence[Sequence[int]], **how: Any) -> tuple[Tensor, list[RouteRecord]]:
-    """Logits ``[B, T, V]`` of texts, padded on the right, and the routes of the pass.
+    """Logits ``[B, T, V]`` or ``[B, 1, C]`` of texts, padded on the right, and the routes of the pass.
 
     Args:
-        model: Of a causal LM.
+        model: The original.
         texts: Token ids.
-        how: Further arguments of the base.
+        how: Further arguments of the base of a causal LM.
     """
-    batch = pad([Example(list(ids), list(ids)) for ids in texts], 0)
+    batch = pad([Example(list(ids), list(ids) if model.head is None else 0) for ids in texts], 0)
     with _recorded(model):
+        if model.head is not None:
+            states = model.hidden(batch.input_ids, batch.attention_mask)
+            return model.head(model.head.pool(states, batch.attention_mask)).unsqueeze(1).float(), model.state.records
         model.state.announce(batch.attention_mask, None)
         mask = batch.attention_mask.long()
         logits = model.base(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **how).logits
@@ -274,14 +277,7 @@ def _answers(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> list[tuple[A
 
 def _pass(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> tuple[Array, list[Array]]:
     """Logits ``[B, T, V]`` or ``[B, 1, C]`` and the weights of every router, of texts padded on the right."""
-    if model.head is None:
-        logits, records = decode(model, texts)
-    else:
-        batch = pad([Example(list(ids), 0) for ids in texts], 0)
-        with _recorded(model):
-            states = model.hidden(batch.input_ids, batch.attention_mask)
-            logits = model.head(model.head.pool(states, batch.attention_mask)).unsqueeze(1).float()
-        records = model.state.records
+    logits, records = decode(model, texts)
     by_site = {record.site.name: record.route.weights.numpy() for record in records}
     return logits.numpy(), [by_site[group.site.name] for group in model.routers.values()]
 

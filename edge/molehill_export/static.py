@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from molehill.errors import BundleError
 from molehill.molora.interfaces import Route, RouteContext, Scorer, Selector
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.router import Router
 from molehill.molora.trial import keeps_logits
-from molehill_export.parity import Difference, decode, passes
+from molehill_export.parity import FLOORS, Difference, calibration, decode, passes
+from molehill_export.rows import labelled
+from molehill_simulation.source import Source
 
+_ROWS = 128  # of a client's, to take the mean over
+_FLOOR = FLOORS["int4"]  # what a fixed mixture may change at most, as for bundles
 _SAME = 1e-5  # weights that differ by no more are one
 
 
@@ -27,7 +33,7 @@ class Fixed:
         varies: By how much a weight differs from its mean at most, over all tokens and routes.
         texts: How many texts were read.
         error: Mean squared difference of the logits from those of the routed model, over their variance.
-        agreement: How often the likeliest token is the same.
+        agreement: How often the likeliest token, or class, is the same.
     """
 
     weights: dict[str, Tensor]
@@ -41,18 +47,55 @@ class Fixed:
         """Whether the routers always say the same."""
         return self.varies <= _SAME
 
+    def require(self, gate: str, mend: str) -> None:
+        """Refuse weights that make another model.
+
+        Args:
+            gate: Whose gate it is.
+            mend: What to do instead.
+
+        Raises:
+            BundleError: They change more than a bundle may, of the fewest bits.
+        """
+        error, agreement = _FLOOR
+        if self.exact or (self.error <= error and self.agreement >= agreement):
+            return
+        raise BundleError(
+            f"a fixed mixture would not be this model: with the mean weights of gate {gate} the relative logit error "
+            f"is {self.error:.2g} (at most {error:g}), the likeliest token or class the same in {self.agreement:.1%} "
+            f"(at least {agreement:.0%}), since its routers choose token by token",
+            mend=mend,
+        )
+
+
+def fix_gate(source: Source, gate: str, rows: Path | None = None) -> Fixed:
+    """Weigh the experts by somebody's gate, over the rows of a run or public texts.
+
+    Args:
+        source: A run or an adapter.
+        gate: Whose gate, as for `Source.client`.
+        rows: Labelled rows to take the mean over; None for those of a simulation, or the public texts.
+
+    Raises:
+        ConfigError: There is no such gate.
+        DataError: The rows cannot be read.
+    """
+    with source.gate(gate) as model:
+        texts = [example.input_ids for example in labelled(source, gate, rows, _ROWS)]
+        return fix(model, texts or calibration(source.tokenizer, source.task.max_length))
+
 
 @torch.no_grad()
 def fix(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> Fixed:
     """Weigh the experts as the routers do on the mean over the tokens of some texts, and measure what that changes.
 
     Args:
-        model: Of a causal LM, with the gate in use.
+        model: With the gate in use.
         texts: Token ids of at least one text.
     """
     runs = passes(model, [len(ids) for ids in texts])
     seen: dict[str, list[Tensor]] = {}
-    last = {"logits_to_keep": 1} if keeps_logits(model.base) else {}  # nobody reads them yet
+    last = {"logits_to_keep": 1} if model.head is None and keeps_logits(model.base) else {}  # nobody reads them yet
     for run in runs:
         for record in decode(model, [texts[text] for text in run], **last)[1]:
             assert record.mask is not None

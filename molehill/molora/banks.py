@@ -110,6 +110,27 @@ class Bank(nn.Module, ABC):
         del expert
         return None
 
+    def folded(self, weights: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """A linear that computes what the frozen one does with the experts at fixed weights.
+
+        Args:
+            weights: Of all experts, ``[E]``.
+            weight: Frozen weight ``[d_out, d_in]``.
+            bias: Frozen bias ``[d_out]``, if there is one.
+
+        Returns:
+            Its weight and bias; None where no linear is that.
+        """
+        for expert in weights.nonzero().flatten().tolist():
+            change = self.weight(expert)
+            if change is None:
+                return None
+            weight = weight + weights[expert] * change[0]
+            if change[1] is not None:
+                moved = weights[expert] * change[1]
+                bias = moved if bias is None else bias + moved
+        return weight, bias
+
 
 class Mixer(ABC):
     """How weights meet experts.

@@ -117,7 +117,7 @@ def load_base(
     device = _device(base.device)
     folder, name, revision = _locate(base, offline=offline)
     stored = look_up(folder, base.model)
-    with _quiet():
+    with quiet():
         settings = _configuration(stored, task)
         tokenizer = _tokenizer(folder, base.model)
         chosen = kernels.choose(base.precision, device, width_of(settings))
@@ -324,7 +324,7 @@ _logging: Any = transformers.utils.logging  # untyped functions
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No load reports and progress bars; restored afterwards, since both settings are global."""
     verbosity, bars = _logging.get_verbosity(), _logging.is_progress_bar_enabled()
     _logging.set_verbosity_error()

@@ -55,3 +55,8 @@ class IA3Bank(Bank):
     def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return ``(sum_e w_e v_e) * y0``, ``[B, T, d_out]``, for weights ``[B|1, T|1, E]``."""
         return (weights @ self.v).to(y0.dtype) * y0
+
+    def folded(self, weights: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The frozen linear with every output rescaled."""
+        scale = 1 + weights @ self.v
+        return scale.unsqueeze(-1) * weight, None if bias is None else scale * bias
