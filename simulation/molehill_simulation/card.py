@@ -30,7 +30,6 @@ _MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~])")
 _WHAT = {  # a kind of tensor in words
     "A": "experts, first factors",
     "B": "experts, second factors",
-    "dense": "experts",
     "gate": "routers",
     "head": "the classifier",
 }
@@ -150,7 +149,7 @@ def _model_card(run: _Run) -> str:
     ]  # fmt: skip
     front = ModelCardData(
         base_model=run.adapter.base["id"] if on_hub else None, library_name="peft", pipeline_tag=task,
-        tags=["molehill", "lora", "mixture-of-experts", "federated-learning"],
+        tags=["molehill", "mixture-of-experts", "federated-learning"],
         model_name=settings.run.name if results else None, eval_results=results or None,
     )  # fmt: skip
     base = run.adapter.base
@@ -194,8 +193,8 @@ def _figures(summary: Summary) -> list[str]:
         rows.append(("Macro-F1", summary.macro_f1.mean, summary.macro_f1.worst))
     lines = [f"| | {' | '.join(stage for stage, _ in shown)} |", f"|---|{'---|' * len(shown)}"]
     for name, mean, worst in rows:
-        for what, figures in (("mean", mean), ("worst", worst)):
-            lines.append(f"| {name}, {what} over owners | {' | '.join(figure(figures.row[at]) for _, at in shown)} |")
+        for what, figures in (("mean over owners", mean), ("worst over owners", worst)):
+            lines.append(f"| {name}, {what} | {' | '.join(figure(figures.row[at]) for _, at in shown)} |")
     tested = sum(client.n_test for client in summary.complete)
     lines += [
         "",
@@ -317,7 +316,7 @@ def _left(run: _Run) -> list[str]:
     for key, value in shared.items():
         if not key.role.startswith("patch."):
             sizes[key.kind] += int(value.size)
-    told = "; ".join(f"{_WHAT.get(kind, kind)} ({count:,} numbers)" for kind, count in sorted(sizes.items()))
+    told = "; ".join(f"{_WHAT.get(kind, 'experts')} ({count:,} numbers)" for kind, count in sorted(sizes.items()))
     masked = run.config.privacy.secure_aggregation
     more = [", its mean loss"] if any(event["loss_by_client"] for event in run.rounds) else []
     if any(event["tokens"] for event in run.rounds):
