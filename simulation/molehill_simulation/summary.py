@@ -6,7 +6,9 @@ round twice; the later event counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,15 +18,75 @@ from pydantic import BaseModel, ConfigDict, Field
 from molehill.errors import DataError
 from molehill.tasks.lengths import loss_in_words
 from molehill_simulation.few import spread
-from molehill_simulation.text import clean, natural
+from molehill_simulation.text import amount, clean, figure, natural
 
 Event: TypeAlias = Mapping[str, Any]
+Kind: TypeAlias = Literal["classification", "causal-lm"]
 
 _NAMED = 5  # clients that are named in a sentence
 
 _QUANTILES = {"10%": 0.1, "25%": 0.25, "median": 0.5, "75%": 0.75, "90%": 0.9}
 
 STAGES = ("base", "local", "global", "personalised")
+
+_LARGEST = 700.0  # a loss whose exponential is a number still
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that is measured of every model.
+
+    Attributes:
+        name: Its key in ``summary.json``.
+        title: As people call it.
+        short: The same in a few letters, beside a bar.
+        of: Takes it from the scores of a stage; None where it is not there.
+        lower: Whether less is better.
+        write: A value as people read it.
+        tabled: Whether tables have a column for it.
+    """
+
+    name: str
+    title: str
+    short: str
+    of: Callable[[Mapping[str, Any]], float | None]
+    lower: bool = False
+    write: Callable[[float | None], str] = figure
+    tabled: bool = True
+
+    @property
+    def best(self) -> Callable[[Iterable[float]], float]:
+        """Picks the best of several values."""
+        return min if self.lower else max
+
+    @property
+    def worst(self) -> Callable[[Iterable[float]], float]:
+        """Picks the worst of several values."""
+        return max if self.lower else min
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """Exponential of a loss in nats; None where that is more than a number can be."""
+    return None if loss is None or loss > _LARGEST else math.exp(loss)
+
+
+_LOSS = Measure("loss", "loss", "loss", lambda scores: scores.get("loss"), lower=True, write=amount)
+
+# The first is what a run is judged by, the others stand beside it.
+MEASURES: dict[str, tuple[Measure, ...]] = {
+    "classification": (
+        Measure("accuracy", "accuracy", "", lambda scores: scores["accuracy"]),
+        Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1")),
+        replace(_LOSS, tabled=False),
+    ),
+    "causal-lm": (
+        Measure("token_accuracy", "token accuracy", "", lambda scores: scores["accuracy"]),
+        Measure(
+            "perplexity", "perplexity", "ppl", lambda scores: _perplexity(scores.get("loss")), lower=True, write=amount
+        ),
+        _LOSS,
+    ),
+}
 
 
 class Figures(BaseModel):
@@ -54,14 +116,14 @@ class Figures(BaseModel):
         """The figure of the last stage that was run."""
         return next((value for value in reversed(self.row) if value is not None), None)
 
-    @property
-    def best(self) -> float | None:
-        """The highest figure."""
-        return max((value for value in self.row if value is not None), default=None)
+    def best(self, measure: Measure) -> float | None:
+        """The best figure of a measure."""
+        known = [value for value in self.row if value is not None]
+        return measure.best(known) if known else None
 
 
 class ClientFigures(Figures):
-    """One client's accuracies, and what goes with them.
+    """One client's accuracies (of a causal LM over answer tokens), and what goes with them.
 
     Attributes:
         id: The client.
@@ -70,7 +132,10 @@ class ClientFigures(Figures):
         cut: Its rows, of both kinds, that are longer than ``task.max_length`` and lost their end.
         lost: Of these, rows that lost their whole answer and were left out.
         unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
+        token_accuracy: The accuracies of a causal LM by their name; None for a classification.
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
+        loss: Mean cross-entropy in nats, of a row or of an answer token.
+        perplexity: Exponential of the loss per answer token; None for a classification.
     """
 
     id: str
@@ -79,15 +144,18 @@ class ClientFigures(Figures):
     cut: int = 0
     lost: int = 0
     unlearnt: int = 0
+    token_accuracy: Figures | None = None
     macro_f1: Figures | None = None
+    loss: Figures | None = None
+    perplexity: Figures | None = None
 
 
 class Spread(BaseModel):
     """One measure over the clients that have a figure for every stage that was run.
 
     Attributes:
-        mean: Unweighted mean.
-        worst: Lowest, stage by stage.
+        mean: Unweighted mean; of perplexities the exponential of the mean loss.
+        worst: Worst, stage by stage: the lowest, or the highest of what should be low.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -144,7 +212,10 @@ class Summary(BaseModel):
         clients: Every client that was there to be scored, sorted by id.
         mean: Unweighted mean over the clients that have a figure for every stage that was run, so that stages compare.
         worst: Lowest of these clients, stage by stage.
+        token_accuracy: ``mean`` and ``worst`` of a causal LM by their name; None for a classification.
         macro_f1: The same two of macro-F1; None for a causal LM.
+        loss: The same two of the mean cross-entropy in nats.
+        perplexity: The same two of the perplexity per answer token; None for a classification.
         classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
             deployment, or have no classes.
         lengths: How many tokens the rows have before they are cut, in words; empty where the rows are not here.
@@ -163,11 +234,14 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: Literal["classification", "causal-lm"] = "classification"
+    task: Kind = "classification"
     clients: tuple[ClientFigures, ...]
     mean: Figures
     worst: Figures
+    token_accuracy: Spread | None = None
     macro_f1: Spread | None = None
+    loss: Spread | None = None
+    perplexity: Spread | None = None
     classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
     lengths: str = ""
     probes: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -204,9 +278,22 @@ class Summary(BaseModel):
         return said
 
     @property
-    def measure(self) -> str:
-        """What its accuracies are called."""
-        return "Answer-token accuracy" if self.task == "causal-lm" else "Accuracy"
+    def measure(self) -> Measure:
+        """What its accuracies are."""
+        return MEASURES[self.task][0]
+
+    @property
+    def columns(self) -> tuple[Measure, ...]:
+        """What tables show, the accuracies first; a summary of an older version has not all of it."""
+        first, *others = MEASURES[self.task]
+        return (first, *(each for each in others if each.tabled and any(getattr(c, each.name) for c in self.clients)))
+
+    def cells(self, of: ClientFigures | Literal["mean", "worst"]) -> tuple[Figures, ...]:
+        """The figures of a client, or over all, in the order of the columns."""
+        if isinstance(of, ClientFigures):
+            return (of, *(getattr(of, each.name) or Figures() for each in self.columns[1:]))
+        spreads = [getattr(self, each.name) for each in self.columns[1:]]
+        return (getattr(self, of), *(Figures() if each is None else getattr(each, of) for each in spreads))
 
     @property
     def complete(self) -> tuple[ClientFigures, ...]:
@@ -232,12 +319,11 @@ class Summary(BaseModel):
         )
 
     @property
-    def quantiles(self) -> tuple[tuple[str, Figures, Figures | None], ...]:
-        """Accuracies, and macro-F1 if there is one, that a part of the clients stays below, stage by stage; by name."""
-        complete = self.complete
-        f1 = [client.macro_f1 for client in complete if client.macro_f1 is not None]
+    def quantiles(self) -> tuple[tuple[str, tuple[Figures, ...]], ...]:
+        """What a part of the clients stays below, column by column and stage by stage; by name."""
+        columns = list(zip(*(self.cells(client) for client in self.complete), strict=True))
         return tuple(
-            (name, _over(complete, partial(_quantile, part)), _over(f1, partial(_quantile, part)) if f1 else None)
+            (name, tuple(_over(column, partial(_quantile, part)) for column in columns))
             for name, part in _QUANTILES.items()
         )
 
@@ -275,7 +361,7 @@ def summarise(
     events: Iterable[Event],
     base_model: BaseModelInfo,
     config_digest: str,
-    task: Literal["classification", "causal-lm"] = "classification",
+    task: Kind = "classification",
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
     probes: Mapping[str, dict[str, float]] | None = None,
@@ -296,6 +382,7 @@ def summarise(
     """
     events = list(events)
     rounds = rounds_of(events)
+    named = [measure for measure in MEASURES[task] if measure.name in ClientFigures.model_fields]
     clients = tuple(
         ClientFigures(
             id=client,
@@ -304,13 +391,12 @@ def summarise(
             cut=evaluation.get("cut", 0),
             lost=evaluation.get("lost", 0),
             unlearnt=evaluation.get("unlearnt", 0),
-            macro_f1=_macro_f1(evaluation["stages"]),
+            **{measure.name: _figures(measure, evaluation["stages"]) for measure in named},
             **{stage: scores["accuracy"] for stage, scores in evaluation["stages"].items()},
         )
         for client, evaluation in evaluations_of(events).items()
     )
     complete = _complete(clients)
-    f1 = [client.macro_f1 for client in complete if client.macro_f1 is not None]
     reasons = {event["client"]: event["reason"] for event in events if event["event"] == "failed"}
     scored = {client.id for client in complete}
     expected = sorted({client.id for client in clients} | joined(events), key=natural)
@@ -320,7 +406,7 @@ def summarise(
         clients=clients,
         mean=_over(complete, _mean),
         worst=_over(complete, min),
-        macro_f1=Spread(mean=_over(f1, _mean), worst=_over(f1, min)) if f1 else None,
+        **{measure.name: _spread(measure, complete) for measure in named},
         classes={client: dict(counts) for client, counts in (classes or {}).items()},
         lengths=lengths,
         probes=dict(probes or {}),
@@ -367,9 +453,17 @@ def _complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
     )
 
 
-def _macro_f1(stages: Mapping[str, Mapping[str, float | None]]) -> Figures | None:
-    found = {stage: scores.get("macro_f1") for stage, scores in stages.items()}
+def _figures(measure: Measure, stages: Mapping[str, Mapping[str, Any]]) -> Figures | None:
+    found = {stage: measure.of(scores) for stage, scores in stages.items()}
     return Figures.model_validate(found) if any(value is not None for value in found.values()) else None
+
+
+def _spread(measure: Measure, clients: Iterable[ClientFigures]) -> Spread | None:
+    rows = [figures for client in clients if (figures := getattr(client, measure.name)) is not None]
+    if not rows:
+        return None
+    fold = _mean if measure.name != "perplexity" else _geometric
+    return Spread(mean=_over(rows, fold), worst=_over(rows, measure.worst))
 
 
 def _quantile(part: float, values: list[float]) -> float:
@@ -378,6 +472,10 @@ def _quantile(part: float, values: list[float]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _geometric(values: list[float]) -> float:
+    return math.exp(_mean([math.log(value) for value in values]))
 
 
 def _over(rows: Iterable[Figures], fold: Callable[[list[float]], float]) -> Figures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,11 +20,12 @@ from rich.text import Text
 
 from molehill.words import counted
 from molehill_simulation.pace import Pace, Work, in_words
-from molehill_simulation.summary import STAGES, Event, Figures, Spread, Summary
+from molehill_simulation.summary import STAGES, Event, Figures, Measure, Summary
 from molehill_simulation.text import clean, duration, figure, megabytes, short_figure
 
 _log = logging.getLogger(__name__)
 
+_BEST = "bold green"
 _NAMES = {"baseline": "Baselines", "train": "Rounds", "evaluate": "Evaluation"}
 
 
@@ -217,7 +218,7 @@ def results_table(summary: Summary) -> Table:
     """The figures of every client, with the best of each row marked, then mean and worst.
 
     Of a classification macro-F1 stands beside every accuracy: a model that gives up a rare class gains in one and
-    loses in the other.
+    loses in the other. Of a causal LM it is the perplexity.
 
     Args:
         summary: A finished run.
@@ -225,37 +226,40 @@ def results_table(summary: Summary) -> Table:
     Returns:
         A table to print.
     """
-    f1 = summary.macro_f1 is not None or any(client.macro_f1 for client in summary.clients)
-    title = f"{summary.measure}{' and macro-F1' if f1 else ''} on each client's own held-out rows"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    shown = summary.columns[:2]
+    title = f"{' and '.join(measure.title for measure in shown)} on each client's own held-out rows"
+    table = Table(title=f"{title[0].upper()}{title[1:]}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("client", overflow="fold")
     table.add_column("rows", justify="right", style="dim", no_wrap=True)
     for stage in STAGES:
         table.add_column(stage, justify="right", no_wrap=True)
     for client in summary.shown:
-        cells = _cells(client, client.macro_f1, f1=f1)
+        cells = _cells(shown, summary.cells(client))
         table.add_row(Text(clean(client.id, 40)), f"{client.n_train}+{client.n_test}", *cells)
     table.add_section()
-    spread = summary.macro_f1 or Spread(mean=Figures(), worst=Figures())
-    table.add_row("mean", "", *_cells(summary.mean, spread.mean, f1=f1), style="bold")
-    table.add_row("worst", "", *_cells(summary.worst, spread.worst, f1=f1))
+    table.add_row("mean", "", *_cells(shown, summary.cells("mean")), style="bold")
+    table.add_row("worst", "", *_cells(shown, summary.cells("worst")))
     return table
 
 
-def _cells(accuracy: Figures, macro_f1: Figures | None, *, f1: bool) -> list[Text]:
-    """Accuracy by stage; with ``f1`` macro-F1 beside it, both short, to fit 80 columns."""
-
-    def text(value: float | None, best: float | None, style: str) -> Text:
-        chosen = "bold green" if value is not None and value == best else style
-        return Text((short_figure if f1 else figure)(value), style=chosen)
-
-    shown = [text(value, accuracy.best, "") for value in accuracy.row]
-    if not f1:
-        return shown
-    other = macro_f1 or Figures()
-    return [
-        Text(" ").join([cell, text(value, other.best, "dim")]) for cell, value in zip(shown, other.row, strict=True)
+def _cells(measures: Sequence[Measure], figures: Sequence[Figures]) -> list[Text]:
+    """The first measure by stage, and beside it the second if there is one, both short, to fit 80 columns."""
+    first, *others = [
+        [
+            Text(
+                _short(value, measure, alone=len(measures) == 1),
+                style=style if value != best or best is None else _BEST,
+            )
+            for value in row.row
+        ]
+        for measure, row, style in zip(measures, figures, ("", "dim"), strict=False)
+        for best in [row.best(measure)]
     ]
+    return first if not others else [Text(" ").join(pair) for pair in zip(first, *others, strict=True)]
+
+
+def _short(value: float | None, measure: Measure, *, alone: bool) -> str:
+    return short_figure(value) if measure.write is figure and not alone else measure.write(value)
 
 
 def show_summary(summary: Summary, console: Console) -> None:
@@ -263,6 +267,10 @@ def show_summary(summary: Summary, console: Console) -> None:
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
     console.print(Text("rows: to train on + held out", style="dim"))
+    if summary.task == "causal-lm" and summary.loss is not None:
+        means = zip(STAGES, summary.loss.mean.row, strict=True)
+        told = ", ".join(f"{stage} {value:.3f}" for stage, value in means if value is not None)
+        console.print(Text(f"mean loss per answer token in nats: {told}", style="dim"), soft_wrap=True)
     if summary.told_shown:
         console.print(Text(summary.told_shown, style="dim"), soft_wrap=True)
     if summary.told_cut:

@@ -222,13 +222,15 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     summary = json.loads(resumed.stdout)
     assert summary == json.loads((out / "summary.json").read_text())
     assert list(summary) == [
-        *("task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "probes", "rounds", "seconds"),
+        *("task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity", "classes"),
+        *("lengths", "probes", "rounds", "seconds"),
         *("bytes_up", "bytes_down", "base_model", "config_digest", "unscored", "anew", "remembered", "machine"),
     ]
     assert summary["rounds"] == 8
     assert set(summary["mean"]) == set(summary["worst"]) == FIGURES
     assert set(summary["base_model"]) == {"id", "revision", "digest", "remarks"}
     assert [set(client) for client in summary["clients"]] == [
-        FIGURES | {"id", "n_train", "n_test", "cut", "lost", "unlearnt", "macro_f1"}
+        FIGURES
+        | {"id", "n_train", "n_test", "cut", "lost", "unlearnt", "token_accuracy", "macro_f1", "loss", "perplexity"}
     ] * 3
     assert (out / "adapter" / "molora.json").is_file()

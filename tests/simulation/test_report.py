@@ -9,7 +9,7 @@ from io import StringIO
 
 import pytest
 from rich.console import Console
-from told_runs import BASE, CLIENTS, HOSTILE, TROUBLES, make_events, make_run, without_scores
+from told_runs import BASE, CLIENTS, HOSTILE, TROUBLES, causal, make_events, make_run, without_scores
 
 from molehill.config import Config, parse
 from molehill.errors import DataError, ResumeError
@@ -109,7 +109,7 @@ def test_of_very_many_clients_so_many_are_shown_as_a_page_can_hold(tmp_path):
     ranked = sorted(summary.clients, key=lambda client: client.personalised)
     assert {ranked[0].id, ranked[-1].id} < {client.id for client in summary.shown}
     assert [client.id for client in summary.shown] == [c for c in clients if c in {s.id for s in summary.shown}]
-    name, median, f1 = summary.quantiles[2]
+    name, (median, f1) = summary.quantiles[2]
     assert (name, median.personalised) == ("median", ranked[124].personalised)
     assert f1.base == pytest.approx(median.base - 0.03)
     assert f"median {median.base:.3f}" in seen
@@ -194,16 +194,6 @@ def test_class_counts_stand_in_the_report(tmp_path):
     assert "<b>bad" not in text
 
 
-def causal(events: list[dict]) -> list[dict]:
-    """The same run of a causal LM, which has no classes."""
-    return [
-        {**event, "stages": {k: {**v, "macro_f1": None} for k, v in event["stages"].items()}}
-        if "stages" in event
-        else event
-        for event in events
-    ]
-
-
 def test_macro_f1_stands_beside_accuracy(tmp_path):
     events = make_events(CLIENTS)
     summary = summarise(events, BASE, "cd")
@@ -235,13 +225,17 @@ def test_a_causal_lm_is_told_in_its_own_words(tmp_path):
     (folder / "summary.json").write_text(summary.to_json(), encoding="utf-8")
     body = write_report(folder).read_text(encoding="utf-8").split("</style>")[1].split("Configuration")[0]
     seen = " ".join(Page(body).text.split())
-    assert "Answer-token accuracy" in seen
+    assert "Token accuracy (bar) and perplexity (beside it)" in seen
+    assert f"perplexity it is {summary.perplexity.mean.personalised:.2f} (worst" in seen
+    assert f"{summary.loss.worst.global_:.2f}" in seen
     assert "head" not in seen
     assert "F1" not in seen
-    console = Console(file=StringIO(), width=100)
+    console = Console(file=StringIO(), width=80)
     show_summary(summary, console)
-    assert "Answer-token accuracy on each client's own held-out rows" in console.file.getvalue()
-    assert f"{summary.mean.personalised:.3f}" in console.file.getvalue()
+    shown = console.file.getvalue()
+    assert "Token accuracy and perplexity on each client's own held-out rows" in shown
+    assert f"{summary.mean.personalised:.3f}"[1:] + f" {summary.perplexity.mean.personalised:.2f}" in shown
+    assert f"personalised {summary.loss.mean.personalised:.3f}" in shown
 
 
 def test_the_report_says_what_adapter_and_federation_are(tmp_path):

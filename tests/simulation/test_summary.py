@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from io import StringIO
 
 import pytest
 from rich.console import Console
-from told_runs import BASE, CLIENTS, make_events, make_run, without_scores
+from told_runs import BASE, CLIENTS, causal, make_events, make_run, without_scores
 
 from molehill.errors import DataError
 from molehill_server import events as events_file
+from molehill_simulation.report import write_report
 from molehill_simulation.summary import read_summary, summarise
 from molehill_simulation.ui import show_summary
 
@@ -19,11 +21,13 @@ def test_summary_has_the_promised_shape_and_figures():
     events = make_events(CLIENTS)
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
-        "task", "clients", "mean", "worst", "macro_f1", "classes", "lengths", "probes", "rounds", "seconds", "bytes_up",
-        "bytes_down", "base_model", "config_digest", "unscored", "anew", "remembered", "machine",
+        "task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity", "classes", "lengths",
+        "probes", "rounds", "seconds", "bytes_up", "bytes_down",
+        "base_model", "config_digest", "unscored", "anew", "remembered", "machine",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
-        "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised", "macro_f1",
+        "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised",
+        "token_accuracy", "macro_f1", "loss", "perplexity",
     }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2
@@ -33,6 +37,44 @@ def test_summary_has_the_promised_shape_and_figures():
         values = [client[stage] for client in summary["clients"]]
         assert summary["mean"][stage] == pytest.approx(sum(values) / len(values))
         assert summary["worst"][stage] == min(values)
+
+
+def test_a_causal_lm_has_loss_perplexity_and_token_accuracy_by_their_names(tmp_path):
+    events = causal(make_events(CLIENTS))
+    told = json.loads(summarise(events, BASE, "cd", "causal-lm").to_json())
+    assert told["macro_f1"] is None
+    losses = [e["stages"]["global"]["loss"] for e in events if "global" in e.get("stages", {})]
+    mean = sum(losses) / len(losses)
+    assert told["loss"]["mean"]["global"] == pytest.approx(mean)
+    assert told["loss"]["worst"]["global"] == max(losses)
+    assert [client["perplexity"]["global"] for client in told["clients"]] == pytest.approx([*map(math.exp, losses)])
+    assert told["perplexity"]["mean"]["global"] == pytest.approx(math.exp(mean))
+    assert told["perplexity"]["worst"]["global"] == pytest.approx(math.exp(max(losses)))
+    assert told["token_accuracy"]["mean"] == told["mean"]
+    assert told["clients"][0]["token_accuracy"]["base"] == told["clients"][0]["base"]
+    events[-2]["stages"]["global"]["loss"] = 1e30  # a client may say so
+    huge = summarise(events, BASE, "cd", "causal-lm")
+    assert (huge.clients[-1].loss.global_, huge.clients[-1].perplexity.global_) == (1e30, None)
+    folder = make_run(tmp_path, events)
+    (folder / "summary.json").write_text(huge.to_json())
+    assert read_summary(folder / "summary.json") == huge
+
+
+def test_the_summary_of_an_older_version_is_read_and_shown(tmp_path):
+    events = make_events(CLIENTS)
+    folder = make_run(tmp_path, events)
+    old = json.loads((folder / "summary.json").read_text())
+    for part in (old, *old["clients"]):
+        for name in ("token_accuracy", "loss", "perplexity"):
+            del part[name]
+    for task in ("classification", "causal-lm"):
+        (folder / "summary.json").write_text(json.dumps({**old, "task": task}))
+        found = read_summary(folder / "summary.json")
+        assert found.mean.personalised == old["mean"]["personalised"]
+        console = Console(file=StringIO(), width=100)
+        show_summary(found, console)
+        assert f"{found.clients[0].personalised:.3f}"[1:] in console.file.getvalue()
+        assert f"{found.mean.personalised:.3f}" in write_report(folder).read_text("utf-8")
 
 
 def test_summary_counts_a_repeated_round_once_and_allows_missing_stages():

@@ -108,3 +108,13 @@ def without_scores(events: list[dict], *clients: str) -> list[dict]:
         else event
         for event in events
     ]
+
+
+def causal(events: list[dict]) -> list[dict]:
+    """The same run of a causal LM, which has no classes."""
+    return [
+        {**event, "stages": {k: {**v, "macro_f1": None} for k, v in event["stages"].items()}}
+        if "stages" in event
+        else event
+        for event in events
+    ]

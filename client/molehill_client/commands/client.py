@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -177,15 +178,16 @@ def evaluate(
             print_json({"n_test": answer["n_test"], "stages": answer["stages"]})
             return
         table = Table(box=SIMPLE_HEAD)
-        for column in ("model", "accuracy", "macro F1", "loss"):
+        causal = all(scores["macro_f1"] is None for scores in answer["stages"].values())
+        shares = ("token accuracy", "perplexity") if causal else ("accuracy", "macro-F1")
+        for column in ("model", *shares, "loss"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for stage in _STAGES:
             if stage in answer["stages"]:
                 scores = answer["stages"][stage]
-                f1 = scores["macro_f1"]
-                table.add_row(
-                    stage, f"{scores['accuracy']:.3f}", "" if f1 is None else f"{f1:.3f}", f"{scores['loss']:.4f}"
-                )
+                loss = scores["loss"]
+                other = f"{math.exp(min(loss, 700)):.4g}" if causal else f"{scores['macro_f1']:.3f}"
+                table.add_row(stage, f"{scores['accuracy']:.3f}", other, f"{loss:.4f}")
         show_table(table)
 
 
