@@ -95,6 +95,14 @@ KINDS = (
         "evaluate",
     ),
     Evidence(
+        "answers",
+        "how alike the answers that the models write to `evaluate.generate` held-out rows are to the right ones, as "
+        "sums; never a text",
+        ("EvaluationReply.answers",),
+        lambda config: config.evaluate.generate > 0,
+        "evaluate",
+    ),
+    Evidence(
         "baselines",
         "the same scores of models that are trained on these rows alone",
         ("EvaluationReply.stages", "EvaluationReply.remembered"),

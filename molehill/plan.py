@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from molehill.config import MethodRef
 from molehill.secure.messages import Company
@@ -152,6 +152,41 @@ class Scores(BaseModel):
     loss: Loss
 
 
+class Answers(BaseModel):
+    """How alike the answers that a model writes are to the right ones: sums over rows, each in [0, 1].
+
+    Attributes:
+        n: Rows that were answered.
+        exact_match: Answers that are the right one.
+        normalised_match: Answers that are so without regard to case, punctuation and articles.
+        rouge_l: Sum of ROUGE-L (F1 of the longest common subsequence of words).
+        rouge_l_squares: Sum of its squares.
+        chrf: Sum of chrF2 (F2 of character n-grams).
+        chrf_squares: Sum of its squares.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n: int = Field(ge=1)
+    exact_match: int = Field(ge=0)
+    normalised_match: int = Field(ge=0)
+    rouge_l: Amount
+    rouge_l_squares: Amount
+    chrf: Amount
+    chrf_squares: Amount
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        more = self.n * (1 + 1e-9)  # sums are rounded
+        if max(self.exact_match, self.normalised_match, self.rouge_l, self.chrf) > more:
+            raise ValueError("a sum is of more than one for each row")
+        for name in ("rouge_l", "chrf"):
+            total, squares = getattr(self, name), getattr(self, f"{name}_squares")
+            if not total**2 / more <= squares + 1e-9 or squares > total + 1e-9:
+                raise ValueError(f"{name} and the sum of its squares are not of numbers between 0 and 1")
+        return self
+
+
 class EvaluationReply(BaseModel):
     """What a client answers to an evaluate or a baseline message.
 
@@ -160,6 +195,8 @@ class EvaluationReply(BaseModel):
         n_train: Training rows.
         n_test: Held-out rows.
         stages: Scores by stage: ``base``, ``local``, ``global``, ``personalised``.
+        answers: How alike the answers to ``evaluate.generate`` held-out rows are to the right ones, by stage; empty
+            where none were asked for, or no row has a whole answer.
         tokens: Tokens of the held-out rows by expert id, summed over sites; from the personalised model. Empty under
             secure aggregation.
         probes: What ``evaluate.probes`` added up over the held-out rows with the personalised model, by name and site;
@@ -175,6 +212,7 @@ class EvaluationReply(BaseModel):
     n_train: int = Field(ge=0)
     n_test: int = Field(ge=0)
     stages: dict[str, Scores]
+    answers: dict[str, Answers] = Field(default_factory=dict)
     tokens: dict[str, Amount] = Field(default_factory=dict)
     probes: dict[str, dict[str, list[Sum]]] = Field(default_factory=dict)
     seconds: Amount

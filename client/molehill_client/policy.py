@@ -89,7 +89,7 @@ class Share(Section):
     tensors: Annotated[tuple[str, ...], _known("kind of tensor", TENSORS)] = TENSORS
     codecs: Annotated[tuple[str, ...], _known("codec", _CODECS)] = _CODECS
     tell: Annotated[tuple[str, ...], _known("kind of evidence", tuple(kind.name for kind in evidence.KINDS))] = (
-        *("rows", "time", "scores", "baselines"),
+        *("rows", "time", "scores", "answers", "baselines"),
     )
 
 

@@ -13,11 +13,13 @@ from molehill.molora import probes
 from molehill.molora.interfaces import Diagnostic
 from molehill.molora.model import seed_for
 from molehill.molora.passes import start_of
-from molehill.plan import ClientPlan, EvaluationReply, Scores
+from molehill.plan import Answers, ClientPlan, EvaluationReply, Scores
 from molehill.tasks.batches import Batch, eval_batches
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
+from molehill_client.answering import answer
 from molehill_client.participant import Participant
+from molehill_client.state import Sample
 from molehill_client.together import fit, personal_steps, residuals, stacked
 from molehill_client.workbench import Workbench
 
@@ -31,7 +33,11 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
     """
     started = time.monotonic()
     plan, model = plans[0], clients[0].bench.model
-    stages = [{"global": _globally(client, own)} for client, own in zip(clients, plans, strict=True)]
+    answers: list[dict[str, Answers]] = [{} for _ in clients]
+    stages = []
+    for client, own, said in zip(clients, plans, answers, strict=True):
+        stages.append({"global": _globally(client, own)})
+        _answer(client, own, "global", said)
     where = f"client {', '.join(client.name for client in clients)}, after round {plan.round}"
     states = []
     with stacked(model, len(clients)):
@@ -44,15 +50,29 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
             fit(clients, seeds, residuals(plan), steps, (0.0, 1.0), where, personal=True)
         trained = model.values.clone()
     replies = []
-    for client, own, values, state, stage in zip(clients, plans, trained, states, stages, strict=True):
+    for client, own, values, state, stage, said in zip(clients, plans, trained, states, stages, answers, strict=True):
         model.flat.copy_(values)
         if steps:
             client.keep(own, state)
         looked = probes.build(client.bench.config.evaluate.probes if evidence.probed(client.bench.config) else ())
         stage["personalised"], tokens = _personally(client, looked)
+        samples = _answer(client, own, "personalised", said)
+        if samples:
+            client.store.save_samples(samples)
         seconds = (time.monotonic() - started) / len(clients)
-        replies.append(client.evaluation(stage, tokens, seconds, state.round, probes.told(looked)))
+        reply = client.evaluation(stage, tokens, seconds, state.round, probes.told(looked), answers=said)
+        replies.append(reply)
     return replies
+
+
+def _answer(client: Participant, plan: ClientPlan, stage: str, answers: dict[str, Answers]) -> list[Sample]:
+    """Add what a model's answers come to, where the run asks for any, and return them."""
+    if not client.bench.config.evaluate.generate:
+        return []
+    sums, samples = answer(client.bench, client.test_rows, plan.seed)
+    if sums is not None:
+        answers[stage] = sums
+    return samples
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from molehill import files
@@ -20,7 +21,7 @@ from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile, KeySource, damaged, seal, unseal
 
 _KEEP = 3  # rounds
-_STATE, _MASKING, _INSTANCE = "state", "masking.sealed", "instance"
+_STATE, _MASKING, _ANSWERS, _INSTANCE = "state", "masking.sealed", "answers.sealed", "instance"
 _PLAIN = re.compile(rb"[0-9a-f]{16}")
 _LENGTH = struct.Struct("<Q")
 
@@ -57,6 +58,21 @@ class PersonalState:
     def empty(cls) -> PersonalState:
         """The state of a client that never trained."""
         return cls(Tree(Layout({})), Tree(Layout({})))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the final model answered to a held-out row; it never leaves the client.
+
+    Attributes:
+        question: What was asked.
+        reference: The right answer.
+        answer: What the model wrote.
+    """
+
+    question: str
+    reference: str
+    answer: str
 
 
 class StateStore:
@@ -137,20 +153,41 @@ class StateStore:
         Raises:
             ResumeError: They belong to another run, base model or client, are damaged, or their key is not here.
         """
-        path = self.folder / _MASKING
+        return self._load(_MASKING)
+
+    def save_secret(self, data: bytes) -> None:
+        """Keep the secrets of secure aggregation in place of the last ones."""
+        self._save(_MASKING, data)
+
+    def load_samples(self) -> list[Sample]:
+        """What the final model answered, as it was kept last; empty where nothing was.
+
+        Raises:
+            ResumeError: They belong to another run, base model or client, are damaged, or their key is not here.
+        """
+        data = self._load(_ANSWERS)
+        try:
+            return [] if data is None else [Sample(*map(str, parts)) for parts in files.parse_json(data)]
+        except (ValueError, TypeError):  # whole, but of another form than is written today
+            raise damaged(str(self.folder / _ANSWERS)) from None
+
+    def save_samples(self, samples: Sequence[Sample]) -> None:
+        """Keep answers in place of the last ones."""
+        self._save(_ANSWERS, json.dumps([astuple(sample) for sample in samples]).encode())
+
+    def _load(self, name: str) -> bytes | None:
+        path = self.folder / name
         if not path.exists():
             return None
         key = self._key.load()
         if key is None:
             raise _no_key(self._key, self.folder)
-        return unseal(path.read_bytes(), {**self._label, "file": _MASKING}, key, str(path))
+        return unseal(path.read_bytes(), {**self._label, "file": name}, key, str(path))
 
-    def save_secret(self, data: bytes) -> None:
-        """Keep the secrets of secure aggregation in place of the last ones."""
+    def _save(self, name: str, data: bytes) -> None:
         key = self._key.load() or self._key.create()
         files.make_folder(self.folder)
-        sealed = seal(data, {**self._label, "file": _MASKING}, key)
-        files.write(self.folder / _MASKING, sealed, mode=files.PRIVATE)
+        files.write(self.folder / name, seal(data, {**self._label, "file": name}, key), mode=files.PRIVATE)
 
     def rounds(self) -> list[int]:
         """Rounds after which a state was kept, in their order."""

@@ -384,11 +384,14 @@ class Evaluate(Section):
         probes: What is looked at while the personalised models read the held-out rows, added up over the clients; in
             ``summary.json`` and the report. Each client's sums are told to the server, so there are none under
             ``privacy``.
+        generate: Held-out rows of every client that the final models of a causal LM answer, to tell how alike the
+            answers are to the right ones; 0 for none. Only sums are told, never a text.
         batch_size: Rows per evaluation batch.
     """
 
     baselines: bool | Literal["anew"] = True
     probes: tuple[Annotated[MethodRef, Axis("diagnostic")], ...] = ()
+    generate: int = Field(default=0, ge=0)
     batch_size: int = Field(default=64, ge=1)
 
     @field_validator("probes")

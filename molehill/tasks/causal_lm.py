@@ -52,6 +52,43 @@ class CausalLM:
         assert isinstance(found, int)  # one token, one id
         return found
 
+    def ends(self, base: Any) -> frozenset[int]:
+        """Ids of the tokens that end an answer: what was trained to, and what the base knows.
+
+        Args:
+            base: The Transformers module.
+        """
+        configured = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+        known = {self._eos, self.end, *(configured if isinstance(configured, list) else [configured])}
+        size = base.config.get_text_config().vocab_size
+        return frozenset(int(token) for token in known if token is not None and token < size)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
+
+    def question(self, prompt: Sequence[int]) -> str:
+        """What a prompt asks, for people: without the words around an instruction of Alpaca's format."""
+        text = self.decode(prompt).strip()
+        if self._chat is not None:
+            return text
+        for intro in (INTRO_INPUT, INTRO):
+            text = text.removeprefix(intro.strip())
+        return text.strip().removeprefix("### Instruction:").removesuffix("### Response:").strip()
+
+    def last_answer(self, example: Example) -> tuple[list[int], list[int]] | None:
+        """Ids before the last answer of a row, and those of the answer; None where it was cut or nothing is before it.
+
+        Args:
+            example: As `encode` makes it.
+        """
+        ids, labels = example.input_ids, example.labels
+        assert not isinstance(labels, int)  # a row of this task
+        end = next(at for at in reversed(range(len(ids))) if labels[at] != IGNORE) + 1
+        begin = next((at + 1 for at in reversed(range(end)) if labels[at] == IGNORE), 0)
+        cut = end == self.max_length and ids[-1] not in self._ends
+        return None if cut or not begin else (ids[:begin], ids[begin:end])
+
     def encode(self, rows: Rows) -> Examples:
         """Tokenise the columns messages, or instruction, input and output (and the task, where there is one).
 

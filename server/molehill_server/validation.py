@@ -84,8 +84,8 @@ def parse_scores(text: str, client: str, kind: str, model: Layout, config: Confi
         config: The run.
 
     Raises:
-        MessageError: It is malformed, of another client, of other stages or probes than those that were asked for, or
-            of experts that the model does not have.
+        MessageError: It is malformed, of another client, of other stages, answers or probes than those that were asked
+            for, or of experts that the model does not have.
     """
     try:
         reply = EvaluationReply.model_validate_json(text)
@@ -95,6 +95,9 @@ def parse_scores(text: str, client: str, kind: str, model: Layout, config: Confi
         raise MessageError(f"the answer is of client {reply.client!r}")
     if reply.stages.keys() != _STAGES[kind]:
         raise MessageError(f"its scores are of {sorted(reply.stages)}, not of {sorted(_STAGES[kind])}")
+    most = config.evaluate.generate if kind == "evaluate" else 0
+    if reply.answers.keys() - reply.stages.keys() or any(said.n > most for said in reply.answers.values()):
+        raise MessageError(f"it has answers of {sorted(reply.answers)}, where those to {most} rows were asked for")
     foreign = reply.tokens.keys() - {key.expert for key in model}
     if foreign:
         raise MessageError(f"it counts tokens for the foreign expert {min(foreign)!r:.80}")

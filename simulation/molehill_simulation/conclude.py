@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from molehill import files
@@ -12,10 +14,13 @@ from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import BaseInfo, place
 from molehill.wire.store import load_tree
+from molehill_client.state import Sample
 from molehill_server.broadcast import tree_patches
 from molehill_server.events import read
 from molehill_simulation.report import write_report
 from molehill_simulation.summary import BaseModelInfo, Machine, Summary, evaluations_of, summarise
+
+SAMPLES = 5  # of a client, at most
 
 
 def conclude(
@@ -26,6 +31,7 @@ def conclude(
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
     machine: Machine | None = None,
+    samples: Mapping[str, Sequence[Sample]] | None = None,
 ) -> Summary:
     """Write what a run that has ended came to.
 
@@ -38,9 +44,10 @@ def conclude(
         classes: Rows of every class to train on and held out, by client, where the rows are on this machine.
         lengths: How many tokens the rows have, where they are on this machine.
         machine: How this machine computed the clients, where it did.
+        samples: What clients' final models answered, where the rows are on this machine.
     """
     with files.private(), files.told("the run", out):
-        return _conclude(config, model, base, out, classes or {}, lengths, machine)
+        return _conclude(config, model, base, out, classes or {}, lengths, machine, samples or {})
 
 
 def _conclude(
@@ -51,6 +58,7 @@ def _conclude(
     classes: Mapping[str, Mapping[str, tuple[int, int]]],
     lengths: str,
     machine: Machine | None,
+    samples: Mapping[str, Sequence[Sample]],
 ) -> Summary:
     final, _ = load_tree(out / "final.safetensors")
     patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
@@ -75,5 +83,8 @@ def _conclude(
     summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked)
     summary = summary.model_copy(update={"machine": machine})
     files.write(out / "summary.json", summary.to_json().encode())
+    if samples:
+        some = [{"client": name, **asdict(each)} for name, them in samples.items() for each in them[:SAMPLES]]
+        files.write(out / "samples.json", json.dumps(some, ensure_ascii=False, indent=1).encode(), mode=files.PRIVATE)
     write_report(out)
     return summary

@@ -10,6 +10,7 @@ import functools
 import math
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from molehill_simulation.summary import (
 from molehill_simulation.text import clean, duration, figure, megabytes, natural
 
 _LINE_COLOURS = 10
+_SAMPLES = 12  # answers that are shown
 _MEAN = "mean of all"  # no client is called so: names have no spaces
 
 T = TypeVar("T")
@@ -84,12 +86,13 @@ def render(folder: Path) -> str:
     summary_file, config_file = folder / "summary.json", folder / "config.toml"
     summary = read_summary(summary_file) if summary_file.exists() else None
     config, values = _read_config(config_file) if config_file.exists() else ("", {})
-    owners = _owners(folder / "owners.json")
+    owners, samples = _owners(folder / "owners.json"), _samples(folder / "samples.json")
+    about = {"config": config, "owners": owners, "samples": samples}
     page = _page()
     try:
         told = _STAGES.get(_task(values), "")
         content = _content(events, summary, values)
-        return page.render(stages=STAGES, told=told, config=config, owners=owners, summary=summary, **content)
+        return page.render(stages=STAGES, told=told, summary=summary, **about, **content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"an event or a section of the configuration is not as Molehill writes it ({error!r})",
@@ -115,6 +118,23 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         return text, tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the run's configuration: {error}", where=str(path)) from None
+
+
+def _samples(path: Path) -> list[dict[str, str]]:
+    """Answers to held-out rows, of as many clients as may be; a deployment has no such file."""
+    try:
+        found = files.parse_json(path.read_bytes()) if path.exists() else []
+        every = [{key: str(each[key]) for key in ("client", "question", "reference", "answer")} for each in found]
+    except OSError as error:
+        mend = "Bring the file back, or remove it."
+        raise DataError(f"cannot read the answers: {error.strerror}", where=str(path), mend=mend) from None
+    except (ValueError, LookupError, TypeError):
+        raise DataError("not what Molehill writes", where=str(path), mend="Was the file edited?") from None
+    by_client: dict[str, list[dict[str, str]]] = {}
+    for each in every:
+        by_client.setdefault(each["client"], []).append(each)
+    turns = [each for turn in zip_longest(*by_client.values()) for each in turn if each is not None][:_SAMPLES]
+    return sorted(turns, key=lambda each: natural(each["client"]))
 
 
 def _owners(path: Path) -> dict[str, str]:

@@ -76,11 +76,7 @@ class Source:
 
     def ends(self) -> list[int]:
         """Ids of the tokens that end an answer of a causal LM: what was trained to, and what the base knows."""
-        tokenizer = self.tokenizer
-        eos = {tokenizer.eos_token_id, CausalLM(tokenizer, self.task.max_length).end}
-        configured = getattr(getattr(self.model.base, "generation_config", None), "eos_token_id", None)
-        eos |= set(configured if isinstance(configured, list) else [configured])
-        return sorted(int(token) for token in eos if token is not None and token < self.text.vocab_size)
+        return sorted(CausalLM(self.tokenizer, self.task.max_length).ends(self.model.base))
 
     def template(self) -> str:
         """The chat template of the tokenizer; empty where it has none.

@@ -29,6 +29,14 @@ _QUANTILES = {"10%": 0.1, "25%": 0.25, "median": 0.5, "75%": 0.75, "90%": 0.9}
 
 STAGES = ("base", "local", "global", "personalised")
 
+# Means over answers that were written, as people call them.
+OF_ANSWERS = {
+    "exact_match": "exact match",
+    "normalised_match": "normalised match",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+}
+
 _LARGEST = 700.0  # a loss whose exponential is a number still
 
 
@@ -70,6 +78,12 @@ def _perplexity(loss: float | None) -> float | None:
     return None if loss is None or loss > _LARGEST else math.exp(loss)
 
 
+def _answered(name: str, scores: Mapping[str, Any]) -> float | None:
+    """A mean over the answers that were written; None where none were."""
+    answers = scores.get("answers")
+    return None if answers is None else answers[name] / answers["n"]
+
+
 _LOSS = Measure("loss", "loss", "loss", lambda scores: scores.get("loss"), lower=True, write=amount)
 
 # The first is what a run is judged by, the others stand beside it.
@@ -85,6 +99,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
             "perplexity", "perplexity", "ppl", lambda scores: _perplexity(scores.get("loss")), lower=True, write=amount
         ),
         _LOSS,
+        *(Measure(name, title, title, partial(_answered, name), tabled=False) for name, title in OF_ANSWERS.items()),
     ),
 }
 
@@ -136,6 +151,11 @@ class ClientFigures(Figures):
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
         loss: Mean cross-entropy in nats, of a row or of an answer token.
         perplexity: Exponential of the loss per answer token; None for a classification.
+        answered: Held-out rows that the final models answered.
+        exact_match: Share of these answers that are the right one; None where none were written, as the next three.
+        normalised_match: Share that is so without regard to case, punctuation and English articles.
+        rouge_l: Mean ROUGE-L, in [0, 1].
+        chrf: Mean chrF2, in [0, 1].
     """
 
     id: str
@@ -148,6 +168,11 @@ class ClientFigures(Figures):
     macro_f1: Figures | None = None
     loss: Figures | None = None
     perplexity: Figures | None = None
+    answered: int = 0
+    exact_match: Figures | None = None
+    normalised_match: Figures | None = None
+    rouge_l: Figures | None = None
+    chrf: Figures | None = None
 
 
 class Spread(BaseModel):
@@ -216,6 +241,11 @@ class Summary(BaseModel):
         macro_f1: The same two of macro-F1; None for a causal LM.
         loss: The same two of the mean cross-entropy in nats.
         perplexity: The same two of the perplexity per answer token; None for a classification.
+        exact_match: The same two of the answers that the final models wrote (``evaluate.generate``), as the next three:
+            share of those that are the right one.
+        normalised_match: Share of those that are so without regard to case, punctuation and English articles.
+        rouge_l: Mean ROUGE-L, in [0, 1].
+        chrf: Mean chrF2, in [0, 1].
         classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
             deployment, or have no classes.
         lengths: How many tokens the rows have before they are cut, in words; empty where the rows are not here.
@@ -242,6 +272,10 @@ class Summary(BaseModel):
     macro_f1: Spread | None = None
     loss: Spread | None = None
     perplexity: Spread | None = None
+    exact_match: Spread | None = None
+    normalised_match: Spread | None = None
+    rouge_l: Spread | None = None
+    chrf: Spread | None = None
     classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
     lengths: str = ""
     probes: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -288,12 +322,30 @@ class Summary(BaseModel):
         first, *others = MEASURES[self.task]
         return (first, *(each for each in others if each.tabled and any(getattr(c, each.name) for c in self.clients)))
 
-    def cells(self, of: ClientFigures | Literal["mean", "worst"]) -> tuple[Figures, ...]:
-        """The figures of a client, or over all, in the order of the columns."""
-        if isinstance(of, ClientFigures):
-            return (of, *(getattr(of, each.name) or Figures() for each in self.columns[1:]))
-        spreads = [getattr(self, each.name) for each in self.columns[1:]]
-        return (getattr(self, of), *(Figures() if each is None else getattr(each, of) for each in spreads))
+    @property
+    def of_answers(self) -> tuple[Measure, ...]:
+        """What was measured of answers that were written; empty where none were."""
+        return tuple(
+            each for each in MEASURES[self.task] if each.name in OF_ANSWERS and getattr(self, each.name) is not None
+        )
+
+    def cells(self, client: ClientFigures) -> tuple[Figures, ...]:
+        """The figures of a client in the order of the columns."""
+        return (client, *(getattr(client, each.name) or Figures() for each in self.columns[1:]))
+
+    @property
+    def means(self) -> tuple[Figures, ...]:
+        """The means in the order of the columns."""
+        return (self.mean, *(each.mean for each in self._spreads))
+
+    @property
+    def worsts(self) -> tuple[Figures, ...]:
+        """The worst figures in the order of the columns."""
+        return (self.worst, *(each.worst for each in self._spreads))
+
+    @property
+    def _spreads(self) -> list[Spread]:
+        return [getattr(self, each.name) or Spread(mean=Figures(), worst=Figures()) for each in self.columns[1:]]
 
     @property
     def complete(self) -> tuple[ClientFigures, ...]:
@@ -350,9 +402,9 @@ def evaluations_of(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
     merged: dict[str, dict[str, Any]] = {}
     for event in events:
         if event["event"] == "evaluation":
-            known = merged.setdefault(event["client"], {"stages": {}, "tokens": {}, "probes": {}})
+            known = merged.setdefault(event["client"], {"stages": {}, "answers": {}, "tokens": {}, "probes": {}})
             stages = {**known["stages"], **event["stages"]}
-            latest = {key: event.get(key) or known[key] for key in ("tokens", "probes")}
+            latest = {key: event.get(key) or known[key] for key in ("answers", "tokens", "probes")}
             merged[event["client"]] = {**event, "stages": stages, **latest}
     return dict(sorted(merged.items(), key=lambda item: natural(item[0])))
 
@@ -391,7 +443,8 @@ def summarise(
             cut=evaluation.get("cut", 0),
             lost=evaluation.get("lost", 0),
             unlearnt=evaluation.get("unlearnt", 0),
-            **{measure.name: _figures(measure, evaluation["stages"]) for measure in named},
+            answered=max((said["n"] for said in evaluation["answers"].values()), default=0),
+            **{measure.name: _figures(measure, evaluation) for measure in named},
             **{stage: scores["accuracy"] for stage, scores in evaluation["stages"].items()},
         )
         for client, evaluation in evaluations_of(events).items()
@@ -453,8 +506,11 @@ def _complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
     )
 
 
-def _figures(measure: Measure, stages: Mapping[str, Mapping[str, Any]]) -> Figures | None:
-    found = {stage: measure.of(scores) for stage, scores in stages.items()}
+def _figures(measure: Measure, evaluation: Mapping[str, Any]) -> Figures | None:
+    answers = evaluation["answers"]
+    found = {
+        stage: measure.of({**scores, "answers": answers.get(stage)}) for stage, scores in evaluation["stages"].items()
+    }
     return Figures.model_validate(found) if any(value is not None for value in found.values()) else None
 
 

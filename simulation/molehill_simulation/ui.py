@@ -237,8 +237,8 @@ def results_table(summary: Summary) -> Table:
         cells = _cells(shown, summary.cells(client))
         table.add_row(Text(clean(client.id, 40)), f"{client.n_train}+{client.n_test}", *cells)
     table.add_section()
-    table.add_row("mean", "", *_cells(shown, summary.cells("mean")), style="bold")
-    table.add_row("worst", "", *_cells(shown, summary.cells("worst")))
+    table.add_row("mean", "", *_cells(shown, summary.means), style="bold")
+    table.add_row("worst", "", *_cells(shown, summary.worsts))
     return table
 
 
@@ -271,6 +271,11 @@ def show_summary(summary: Summary, console: Console) -> None:
         means = zip(STAGES, summary.loss.mean.row, strict=True)
         told = ", ".join(f"{stage} {value:.3f}" for stage, value in means if value is not None)
         console.print(Text(f"mean loss per answer token in nats: {told}", style="dim"), soft_wrap=True)
+    if summary.of_answers:
+        figures = [(each.title, getattr(summary, each.name).mean.personalised) for each in summary.of_answers]
+        told = ", ".join(f"{title} {figure(value)}" for title, value in figures)
+        rows = counted(sum(client.answered for client in summary.clients), "held-out row")
+        console.print(Text(f"mean of personalised answers to {rows}: {told}", style="dim"), soft_wrap=True)
     if summary.told_shown:
         console.print(Text(summary.told_shown, style="dim"), soft_wrap=True)
     if summary.told_cut:

@@ -82,19 +82,22 @@ def _clients(text: str, out: str, exchange: str) -> list[Client]:
     world = world_of(text)
     initial, _ = load_tree(Path(out) / "initial.safetensors")
     remembered = cache_folder() / "baselines"
-    base = world.base.digest
-    bench = Workbench(world.config, world.model, world.task, base, initial, connect(exchange), remembered)
-    run = world.config.run.name
+    bench = Workbench(world.config, world.model, world.task, world.base.digest, initial, connect(exchange), remembered)
     return [
         Client(
             bench,
             owner.name,
             *examples,
-            StateStore(Path(out) / "clients" / owner.name, run, world.base.digest),
+            store_of(world, Path(out), owner.name),
             pulse.of(owner.name),
         )
         for owner, examples in zip(world.owners, world.examples, strict=True)
     ]
+
+
+def store_of(world: World, out: Path, client: str) -> StateStore:
+    """Where a client of a run folder keeps what is its own."""
+    return StateStore(out / "clients" / client, world.config.run.name, world.base.digest)
 
 
 def _open_client(context: Context) -> Client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import count
 
 import numpy as np
@@ -183,5 +184,24 @@ def test_nothing_of_the_rows_leaves(watched, wire):
             needles += [", ".join(map(str, ids)).encode(), ",".join(map(str, ids)).encode()]
         for data in sent:
             assert not [needle for needle in needles if needle in data]
+    words = {word for word in tiny_world.WORDS if len(word) > 5}
+    assert not [word for word in words for text in run.replies if word in text]
+
+
+def test_of_answers_only_sums_leave(watched, tmp_path):
+    """Whatever else: nobody is told a word of a question, a right answer or a written one."""
+    base = tiny_world.save_base(tmp_path / "base", "llama")
+    source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(30, "llama"))
+    run = watched(
+        base={"model": str(base)}, data={"source": str(source)}, task={"kind": "causal-lm", "max_length": 32},
+        molora={"targets": ["q_proj"]}, run={"rounds": 1}, evaluate={"generate": 2},
+    )  # fmt: skip
+    told = [reply for text in run.replies for reply in [json.loads(text)] if reply.get("answers")]
+    assert len(told) == 3
+    for reply in told:
+        assert set(reply["answers"]) == {"global", "personalised"}
+        for sums in reply["answers"].values():
+            assert sums["n"] == 2
+            assert all(isinstance(value, int | float) for value in sums.values())
     words = {word for word in tiny_world.WORDS if len(word) > 5}
     assert not [word for word in words for text in run.replies if word in text]

@@ -33,6 +33,12 @@ def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
     assert run.events("end")
 
 
+ANSWERS = {
+    "n": 2, "exact_match": 1, "normalised_match": 1, "rouge_l": 1.0, "rouge_l_squares": 1.0, "chrf": 1.0,
+    "chrf_squares": 1.0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -43,6 +49,8 @@ def test_a_client_that_cannot_be_scored_is_told_and_keeps_its_place(toy):
         ),
         (lambda said: said["stages"]["global"].update(loss=float("nan")), "stages.global.loss: Input should be"),
         (lambda said: said["stages"]["global"].update(loss=1e300), "stages.global.loss: Input should be less"),
+        (lambda said: said.update(answers={"global": ANSWERS}), "it has answers of ['global'], where those to 0 rows"),
+        (lambda said: said.update(answers={"global": {**ANSWERS, "n": 0}}), "answers.global.n: Input should be"),
         (lambda said: said.update(tokens={"e0": float("inf")}), "tokens.e0: Input should be a finite number"),
         (lambda said: said.update(tokens={"e0": -1.0}), "tokens.e0: Input should be greater"),
         (lambda said: said.update(tokens={"e9": 1.0}), "it counts tokens for the foreign expert 'e9'"),

@@ -177,7 +177,20 @@ def _trains_alone(config: Config) -> Iterator[Conflict]:
         )
 
 
+def _answers(config: Config) -> Iterator[Conflict]:
+    if not config.evaluate.generate:
+        return
+    if config.task.kind != "causal-lm":
+        yield Conflict("refuse", ("evaluate.generate", "task.kind"), "a classification writes no answers")
+    selector, routed = config.molora.selector, config.molora.experts > 1
+    if routed and not selector.declared("selector", "causal"):
+        why = f"selector {selector.name!r} looks at later tokens, which do not exist while an answer is written"
+        able = registry.those("selector", causal=True)
+        yield Conflict("refuse", ("evaluate.generate", "molora.selector"), f"{why}; use selector {able}")
+
+
 RULES: tuple[Rule, ...] = (
+    _answers,
     _split_gate,
     _restart_and_personal_gate,
     _one_expert_at_a_time,

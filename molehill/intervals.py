@@ -1,0 +1,61 @@
+"""Intervals that hold a figure with 95% confidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+Interval: TypeAlias = tuple[float, float]
+
+_Z = 1.959963984540054  # quantile 0.975 of the normal distribution
+
+
+def of_share(share: float, n: float) -> Interval:
+    """Of a share of independent trials, after Wilson (1927).
+
+    Args:
+        share: In [0, 1].
+        n: Trials, above 0; for trials that go together so many as would say as much.
+    """
+    spread = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    centre, scale = share + _Z**2 / (2 * n), 1 + _Z**2 / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def of_mean(mean: float, error: float, low: float = 0.0, high: float = math.inf) -> Interval:
+    """Of a mean by the normal distribution, within what it can be.
+
+    Args:
+        mean: The mean.
+        error: Its standard error.
+        low: Lowest value.
+        high: Highest value.
+    """
+    return max(low, mean - _Z * error), min(high, mean + _Z * error)
+
+
+def standard_error(total: float, squares: float, n: int) -> float | None:
+    """Standard error of the mean of independent values; None of a single one, which says nothing of it.
+
+    Args:
+        total: Their sum.
+        squares: The sum of their squares.
+        n: How many.
+    """
+    if n < 2:
+        return None
+    return math.sqrt(max(0.0, squares / n - (total / n) ** 2) / (n - 1))
+
+
+def of_average(figures: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Of the unweighted mean of independent figures from the interval of each (MOVER, Zou and Donner 2008).
+
+    Args:
+        figures: At least one.
+        intervals: One for each.
+    """
+    n, mean = len(figures), sum(figures) / len(figures)
+    below = math.sqrt(sum((figure - low) ** 2 for figure, (low, _) in zip(figures, intervals, strict=True)))
+    above = math.sqrt(sum((high - figure) ** 2 for figure, (_, high) in zip(figures, intervals, strict=True)))
+    return mean - below / n, mean + above / n
