@@ -89,7 +89,7 @@ KINDS = (
     ),
     Evidence(
         "scores",
-        "accuracy, F1 and loss of the models on the held-out rows",
+        "accuracy, F1 and loss of the models on the held-out rows, each with the interval that it is in",
         ("EvaluationReply.stages",),
         _always,
         "evaluate",

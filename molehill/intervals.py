@@ -35,6 +35,20 @@ def of_mean(mean: float, error: float, low: float = 0.0, high: float = math.inf)
     return max(low, mean - _Z * error), min(high, mean + _Z * error)
 
 
+def of_bounded(mean: float, error: float | None, n: float) -> Interval:
+    """Of a mean of values in [0, 1]: Wilson's of the number of trials that would leave as large an error.
+
+    So it stays within [0, 1], and is no point where all values are 0 or all are 1 (Korn and Graubard 1998 do the same
+    with another interval of shares).
+
+    Args:
+        mean: In [0, 1].
+        error: Its standard error; None where it is not known.
+        n: How many independent values there are, above 0.
+    """
+    return of_share(mean, mean * (1 - mean) / error**2 if error and 0 < mean < 1 else n)
+
+
 def standard_error(total: float, squares: float, n: int) -> float | None:
     """Standard error of the mean of independent values; None of a single one, which says nothing of it.
 
@@ -58,4 +72,7 @@ def of_average(figures: Sequence[float], intervals: Sequence[Interval]) -> Inter
     n, mean = len(figures), sum(figures) / len(figures)
     below = math.sqrt(sum((figure - low) ** 2 for figure, (low, _) in zip(figures, intervals, strict=True)))
     above = math.sqrt(sum((high - figure) ** 2 for figure, (_, high) in zip(figures, intervals, strict=True)))
-    return mean - below / n, mean + above / n
+    # Rounding alone could leave what all of them are within.
+    return max(mean - below / n, min(low for low, _ in intervals)), min(
+        mean + above / n, max(high for _, high in intervals)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from molehill.config import MethodRef
 from molehill.secure.messages import Company
@@ -134,6 +134,15 @@ class ClientReply(BaseModel):
     started: int | None = Field(default=None, ge=0)
 
 
+def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError("its ends are the wrong way round")
+    return interval
+
+
+Within: TypeAlias = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
+
+
 class Scores(BaseModel):
     """Quality on held-out rows.
 
@@ -142,6 +151,10 @@ class Scores(BaseModel):
         accuracy: Fraction right (of rows, or of answer tokens).
         macro_f1: Unweighted mean F1 over classes; None for causal LM.
         loss: Mean cross-entropy in nats.
+        accuracy_interval: Ends of what the accuracy is in with 95% confidence, were the rows drawn anew; here and below
+            None of versions that did not tell.
+        macro_f1_interval: The same of the macro-F1; None for causal LM.
+        loss_interval: The same of the loss; None of a single row, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -150,6 +163,9 @@ class Scores(BaseModel):
     accuracy: Fraction
     macro_f1: Fraction | None = None
     loss: Loss
+    accuracy_interval: Within | None = None
+    macro_f1_interval: Within | None = None
+    loss_interval: Annotated[tuple[Loss, Loss], AfterValidator(_ordered)] | None = None
 
 
 class Answers(BaseModel):

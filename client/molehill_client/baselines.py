@@ -66,7 +66,7 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
         trained = model.values.clone()
     for client, values, stage in zip(clients, trained, stages, strict=True):
         model.flat.copy_(values)
-        stage["local"] = score(client.bench, client.test_rows)
+        stage["local"] = score(client.bench, client.test_rows).scores()
     return stages
 
 
@@ -76,7 +76,7 @@ def _base(client: Participant) -> Scores:
     model = client.bench.model
     model.state.enabled = False
     try:
-        return score(client.bench, client.test_rows) if model.head is None else _head_only(client)
+        return _head_only(client) if model.head is not None else score(client.bench, client.test_rows).scores()
     finally:
         model.state.enabled = True
 

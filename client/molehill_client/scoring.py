@@ -19,7 +19,7 @@ from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
 from molehill_client.answering import answer
 from molehill_client.participant import Participant
-from molehill_client.state import Sample
+from molehill_client.state import Findings, Sample
 from molehill_client.together import fit, personal_steps, residuals, stacked
 from molehill_client.workbench import Workbench
 
@@ -56,13 +56,20 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
             client.keep(own, state)
         looked = probes.build(client.bench.config.evaluate.probes if evidence.probed(client.bench.config) else ())
         stage["personalised"], tokens = _personally(client, looked)
-        samples = _answer(client, own, "personalised", said)
-        if samples:
-            client.store.save_samples(samples)
+        client.store.save_findings(Findings(_answer(client, own, "personalised", said), _confusions(stage)))
         seconds = (time.monotonic() - started) / len(clients)
-        reply = client.evaluation(stage, tokens, seconds, state.round, probes.told(looked), answers=said)
+        reply = client.evaluation(_scores(stage), tokens, seconds, state.round, probes.told(looked), answers=said)
         replies.append(reply)
     return replies
+
+
+def _scores(stages: Mapping[str, ScoreSum]) -> dict[str, Scores]:
+    return {stage: total.scores() for stage, total in stages.items()}
+
+
+def _confusions(stages: Mapping[str, ScoreSum]) -> dict[str, list[list[int]]]:
+    found = {stage: total.confusion for stage, total in stages.items()}
+    return {stage: counts for stage, counts in found.items() if counts is not None}
 
 
 def _answer(client: Participant, plan: ClientPlan, stage: str, answers: dict[str, Answers]) -> list[Sample]:
@@ -76,7 +83,7 @@ def _answer(client: Participant, plan: ClientPlan, stage: str, answers: dict[str
 
 
 @torch.no_grad()
-def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagnostic] | None = None) -> Scores:
+def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagnostic] | None = None) -> ScoreSum:
     """Score the model as it is on some rows, which diagnostics may look at."""
     looked = looked or {}
     model = bench.model
@@ -85,10 +92,11 @@ def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagno
     with probes.looking(model, looked):
         for batch in batches_of(bench, rows):
             forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
-            total.add(forward.logits, forward.labels)
+            total.add(forward.logits, forward.labels, forward.rows)
             for probe in looked.values():
                 probe.update(forward.records)
-    return total.scores()
+    total.require()
+    return total
 
 
 def batches_of(bench: Workbench, rows: Sequence[Example]) -> Iterator[Batch]:
@@ -97,7 +105,7 @@ def batches_of(bench: Workbench, rows: Sequence[Example]) -> Iterator[Batch]:
     return (batch.to(model.flat.device) for batch in eval_batches(rows, most, bench.task, start_of(model)))
 
 
-def _globally(client: Participant, plan: ClientPlan) -> Scores:
+def _globally(client: Participant, plan: ClientPlan) -> ScoreSum:
     """Score what every client gets: no personal tensors.
 
     A head that nobody shares is the exception, since without one there is nothing to score; of a gate that nobody
@@ -117,7 +125,7 @@ def _globally(client: Participant, plan: ClientPlan) -> Scores:
     return score(bench, client.test_rows)
 
 
-def _personally(client: Participant, looked: Mapping[str, Diagnostic]) -> tuple[Scores, dict[str, float]]:
+def _personally(client: Participant, looked: Mapping[str, Diagnostic]) -> tuple[ScoreSum, dict[str, float]]:
     """Score the model with the personal tensors that are in it; also returns the tokens that every expert got."""
     model = client.bench.model
     model.use_uniform_gate(uniform=False)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile, KeySource, damaged, seal, unseal
 
 _KEEP = 3  # rounds
-_STATE, _MASKING, _ANSWERS, _INSTANCE = "state", "masking.sealed", "answers.sealed", "instance"
+_STATE, _MASKING, _FINDINGS, _INSTANCE = "state", "masking.sealed", "evaluation.sealed", "instance"
 _PLAIN = re.compile(rb"[0-9a-f]{16}")
 _LENGTH = struct.Struct("<Q")
 
@@ -73,6 +73,19 @@ class Sample:
     question: str
     reference: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found that never leaves the client.
+
+    Attributes:
+        samples: What the personalised model answered.
+        confusion: By stage, how many held-out rows of each class (row) were taken for each (column).
+    """
+
+    samples: Sequence[Sample] = ()
+    confusion: Mapping[str, list[list[int]]] = field(default_factory=dict)
 
 
 class StateStore:
@@ -159,21 +172,25 @@ class StateStore:
         """Keep the secrets of secure aggregation in place of the last ones."""
         self._save(_MASKING, data)
 
-    def load_samples(self) -> list[Sample]:
-        """What the final model answered, as it was kept last; empty where nothing was.
+    def load_findings(self) -> Findings:
+        """What the last evaluation found; empty where nothing was kept.
 
         Raises:
             ResumeError: They belong to another run, base model or client, are damaged, or their key is not here.
         """
-        data = self._load(_ANSWERS)
+        data = self._load(_FINDINGS)
+        if data is None:
+            return Findings()
         try:
-            return [] if data is None else [Sample(*map(str, parts)) for parts in files.parse_json(data)]
-        except (ValueError, TypeError):  # whole, but of another form than is written today
-            raise damaged(str(self.folder / _ANSWERS)) from None
+            found = files.parse_json(data)
+            return Findings([Sample(*map(str, parts)) for parts in found["samples"]], found["confusion"])
+        except (LookupError, ValueError, TypeError):  # whole, but of another form than is written today
+            raise damaged(str(self.folder / _FINDINGS)) from None
 
-    def save_samples(self, samples: Sequence[Sample]) -> None:
-        """Keep answers in place of the last ones."""
-        self._save(_ANSWERS, json.dumps([astuple(sample) for sample in samples]).encode())
+    def save_findings(self, findings: Findings) -> None:
+        """Keep what an evaluation found in place of the last."""
+        kept = {"samples": [astuple(sample) for sample in findings.samples], "confusion": findings.confusion}
+        self._save(_FINDINGS, json.dumps(kept).encode())
 
     def _load(self, name: str) -> bytes | None:
         path = self.folder / name

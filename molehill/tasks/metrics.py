@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.errors import DataError, TrainingError
+from molehill.intervals import of_bounded, of_mean, of_share
 from molehill.plan import Scores
 
 
@@ -21,22 +22,31 @@ class ScoreSum:
 
     def __init__(self, classes: int | None = None) -> None:
         self._n = 0
-        self._right = 0
-        self._loss = 0.0
+        self._rows = 0
+        self._sums = torch.zeros(3, dtype=torch.float64)  # over predictions: 1, right, loss
+        self._products = torch.zeros(3, 3, dtype=torch.float64)  # the same of every row times themselves
         self._confusion = None if classes is None else torch.zeros(classes, classes, dtype=torch.int64)
 
     @torch.no_grad()
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
         """Count one batch.
 
         Args:
             logits: ``[N, C]``, any float type.
             labels: ``[N]`` int64 in [0, C): a class per row, or the answer token each position predicts.
+            rows: Which row of the batch each is of, ``[N]`` int64; each is a row of its own when None. What is of one
+                row goes together, so that many tokens of few rows say less than as many rows.
         """
         predicted = logits.argmax(-1)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        each = torch.stack([torch.ones_like(losses), (predicted == labels).float(), losses], 1).double().cpu()
+        if rows is not None:
+            _, places = torch.unique(rows.cpu(), return_inverse=True)
+            each = torch.zeros(int(places.max()) + 1, 3, dtype=torch.float64).index_add_(0, places, each)
         self._n += len(labels)
-        self._right += int((predicted == labels).sum())
-        self._loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        self._rows += len(each)
+        self._sums += each.sum(0)
+        self._products += each.T @ each
         if self._confusion is not None:
             size = len(self._confusion)
             counts = torch.bincount(labels * size + predicted, minlength=size * size)
@@ -49,18 +59,62 @@ class ScoreSum:
             DataError: Nothing was counted.
             TrainingError: The loss is not finite.
         """
+        self.require()
+        _, right, total = self._sums.tolist()
+        accuracy, loss, error = right / self._n, total / self._n, self._error(2)
+        macro, spread = self._macro_f1()
+        return Scores(
+            n=self._n,
+            accuracy=accuracy,
+            macro_f1=macro,
+            loss=loss,
+            accuracy_interval=(
+                of_share(accuracy, self._n)
+                if self._rows == self._n
+                else of_bounded(accuracy, self._error(1), self._rows)
+            ),
+            macro_f1_interval=None if macro is None else of_bounded(macro, spread, self._n),
+            loss_interval=None if error is None else of_mean(loss, error),
+        )
+
+    def require(self) -> None:
+        """Refuse what gives no scores.
+
+        Raises:
+            DataError: Nothing was counted.
+            TrainingError: The loss is not finite.
+        """
         if not self._n:
             raise DataError("there is nothing to score", mend="Give every client held-out rows.")
-        if not math.isfinite(self._loss):
+        total = float(self._sums[2])
+        if not math.isfinite(total):
             raise TrainingError(
-                f"the loss on held-out rows is {self._loss}", mend="Lower train.lr, or set base.precision to fp32."
+                f"the loss on held-out rows is {total}", mend="Lower train.lr, or set base.precision to fp32."
             )
-        accuracy, loss = self._right / self._n, self._loss / self._n
-        return Scores(n=self._n, accuracy=accuracy, macro_f1=self._macro_f1(), loss=loss)
 
-    def _macro_f1(self) -> float | None:
-        if self._confusion is None:
+    @property
+    def confusion(self) -> list[list[int]] | None:
+        """How many rows of each class (row) were taken for each (column); None for causal LM."""
+        return None if self._confusion is None else self._confusion.tolist()
+
+    def _error(self, what: int) -> float | None:
+        """Standard error of a mean over predictions, whose rows are independent; None of a single row."""
+        if self._rows < 2:
             return None
-        both = self._confusion.sum(0) + self._confusion.sum(1)  # 2 tp + fp + fn per class
+        mean = float(self._sums[what]) / self._n
+        square = self._products[what, what] - 2 * mean * self._products[what, 0] + mean**2 * self._products[0, 0]
+        return math.sqrt(max(0.0, float(square)) * self._rows / (self._rows - 1)) / self._n
+
+    def _macro_f1(self) -> tuple[float | None, float | None]:
+        """Macro-F1 and its standard error, by how much it changes with each row (the delta method)."""
+        if self._confusion is None:
+            return None, None
+        counts = self._confusion.double()
+        both = counts.sum(0) + counts.sum(1)  # 2 tp + fp + fn per class
         occurs = both > 0
-        return float((2 * self._confusion.diag()[occurs] / both[occurs]).double().mean())
+        weight = torch.where(occurs, 1 / both.clamp_min(1), 0.0)
+        f1 = 2 * counts.diag() * weight
+        # A row of class i that is taken for j adds to the totals of both, and to what is right where they are one.
+        change = torch.diag(2 * weight) - (f1 * weight)[:, None] - (f1 * weight)[None]
+        error = float((counts * change**2).sum().sqrt() / occurs.sum())
+        return float(f1[occurs].mean()), error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import BaseInfo, place
 from molehill.wire.store import load_tree
-from molehill_client.state import Sample
+from molehill_client.state import Findings
 from molehill_server.broadcast import tree_patches
 from molehill_server.events import read
 from molehill_simulation.report import write_report
-from molehill_simulation.summary import BaseModelInfo, Machine, Summary, evaluations_of, summarise
+from molehill_simulation.summary import BaseModelInfo, Confusion, Machine, Summary, evaluations_of, summarise
 
 SAMPLES = 5  # of a client, at most
 
@@ -31,7 +31,7 @@ def conclude(
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
     machine: Machine | None = None,
-    samples: Mapping[str, Sequence[Sample]] | None = None,
+    findings: Mapping[str, Findings] | None = None,
 ) -> Summary:
     """Write what a run that has ended came to.
 
@@ -44,10 +44,10 @@ def conclude(
         classes: Rows of every class to train on and held out, by client, where the rows are on this machine.
         lengths: How many tokens the rows have, where they are on this machine.
         machine: How this machine computed the clients, where it did.
-        samples: What clients' final models answered, where the rows are on this machine.
+        findings: What clients keep of their evaluation, where the rows are on this machine.
     """
     with files.private(), files.told("the run", out):
-        return _conclude(config, model, base, out, classes or {}, lengths, machine, samples or {})
+        return _conclude(config, model, base, out, classes or {}, lengths, machine, findings or {})
 
 
 def _conclude(
@@ -58,7 +58,7 @@ def _conclude(
     classes: Mapping[str, Mapping[str, tuple[int, int]]],
     lengths: str,
     machine: Machine | None,
-    samples: Mapping[str, Sequence[Sample]],
+    findings: Mapping[str, Findings],
 ) -> Summary:
     final, _ = load_tree(out / "final.safetensors")
     patches = tree_patches(final.select(lambda key: key.role.startswith("patch.")))
@@ -80,11 +80,13 @@ def _conclude(
     events = read(out / "metrics.jsonl")
     clients = [evaluation["probes"] for evaluation in evaluations_of(events).values()]
     looked = probes.merged(config.evaluate.probes, clients, model.layout)
-    summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked)
+    confusions = [each.confusion for each in findings.values()]
+    confusion = Confusion.of(config.task.labels, confusions) if any(confusions) else None
+    summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked, confusion)
     summary = summary.model_copy(update={"machine": machine})
     files.write(out / "summary.json", summary.to_json().encode())
-    if samples:
-        some = [{"client": name, **asdict(each)} for name, them in samples.items() for each in them[:SAMPLES]]
+    some = [{"client": name, **asdict(each)} for name, them in findings.items() for each in them.samples[:SAMPLES]]
+    if some:
         files.write(out / "samples.json", json.dumps(some, ensure_ascii=False, indent=1).encode(), mode=files.PRIVATE)
     write_report(out)
     return summary

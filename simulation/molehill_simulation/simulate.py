@@ -17,7 +17,6 @@ from molehill.extras import needs
 from molehill.tasks.lengths import Lengths, together
 from molehill.tasks.schema import class_counts, load_rows
 from molehill.wire.store import load_tree, save_tree
-from molehill_client.state import Sample
 from molehill_server.app import app as server_app
 from molehill_server.check import require
 from molehill_server.folder import require_base, working, write_config
@@ -89,8 +88,9 @@ def _simulate(
         run_local(config.model_copy(update={"engine": chosen}), out, app, server_app, observer, IMPORTABLE, crew)
     else:
         run_ray(config, out, app, server_app, observer)
-    classes, lengths, samples = _classes(world), _lengths(world).quantiles, _samples(world, out)
-    return conclude(config, world.model, world.base, out, classes, lengths, machine, samples)
+    classes, lengths = _classes(world), _lengths(world).quantiles
+    findings = {owner.name: store_of(world, out, owner.name).load_findings() for owner in world.owners}
+    return conclude(config, world.model, world.base, out, classes, lengths, machine, findings)
 
 
 def _about_rows(world: World) -> dict[str, Any]:
@@ -116,14 +116,6 @@ def _classes(world: World) -> dict[str, dict[str, tuple[int, int]]]:
         for name, (train, test) in counts.items()
         if train
     }
-
-
-def _samples(world: World, out: Path) -> dict[str, list[Sample]]:
-    """What every client keeps of the answers to its rows: all of them are on this machine."""
-    if not world.config.evaluate.generate:
-        return {}
-    found = {owner.name: store_of(world, out, owner.name).load_samples() for owner in world.owners}
-    return {name: samples for name, samples in found.items() if samples}
 
 
 def _known_clients(world: World) -> None:

@@ -7,8 +7,8 @@ round twice; the later event counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
+from molehill.intervals import Interval, of_average, of_bounded, of_share, standard_error
 from molehill.tasks.lengths import loss_in_words
 from molehill_simulation.few import spread
 from molehill_simulation.text import amount, clean, figure, natural
@@ -49,7 +50,9 @@ class Measure:
         title: As people call it.
         short: The same in a few letters, beside a bar.
         of: Takes it from the scores of a stage; None where it is not there.
+        within: Takes its interval from them.
         lower: Whether less is better.
+        logarithmic: Whether it is averaged as its logarithm.
         write: A value as people read it.
         tabled: Whether tables have a column for it.
     """
@@ -58,9 +61,15 @@ class Measure:
     title: str
     short: str
     of: Callable[[Mapping[str, Any]], float | None]
+    within: Callable[[Mapping[str, Any]], Interval | None] = lambda scores: None  # noqa: ARG005
     lower: bool = False
+    logarithmic: bool = False
     write: Callable[[float | None], str] = figure
     tabled: bool = True
+
+    def ends(self, interval: Interval) -> tuple[str, ...]:
+        """Both ends of an interval, short."""
+        return tuple(text.removeprefix("0") if text.startswith("0.") else text for text in map(self.write, interval))
 
     @property
     def best(self) -> Callable[[Iterable[float]], float]:
@@ -78,28 +87,64 @@ def _perplexity(loss: float | None) -> float | None:
     return None if loss is None or loss > _LARGEST else math.exp(loss)
 
 
+def _told(name: str) -> Callable[[Mapping[str, Any]], Interval | None]:
+    """Takes an interval that the client has told."""
+
+    def interval(scores: Mapping[str, Any]) -> Interval | None:
+        found = scores.get(f"{name}_interval")
+        return None if found is None else (found[0], found[1])
+
+    return interval
+
+
+def _perplexities(scores: Mapping[str, Any]) -> Interval | None:
+    low, high = (_perplexity(end) for end in scores.get("loss_interval") or (None, None))
+    return None if low is None or high is None else (low, high)
+
+
+def _of_answers(name: str, scores: Mapping[str, Any]) -> Interval | None:
+    """The interval of a mean over answers."""
+    answers = scores.get("answers")
+    if answers is None:
+        return None
+    n, total = answers["n"], answers[name]
+    return of_bounded(min(1.0, total / n), standard_error(total, answers.get(f"{name}_squares", total), n), n)
+
+
 def _answered(name: str, scores: Mapping[str, Any]) -> float | None:
     """A mean over the answers that were written; None where none were."""
     answers = scores.get("answers")
     return None if answers is None else answers[name] / answers["n"]
 
 
-_LOSS = Measure("loss", "loss", "loss", lambda scores: scores.get("loss"), lower=True, write=amount)
+_LOSS = Measure(
+    "loss", "loss", "loss", lambda scores: scores.get("loss"), _told("loss"), lower=True, write=amount, tabled=False
+)
 
 # The first is what a run is judged by, the others stand beside it.
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "classification": (
-        Measure("accuracy", "accuracy", "", lambda scores: scores["accuracy"]),
-        Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1")),
-        replace(_LOSS, tabled=False),
+        Measure("accuracy", "accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
+        Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1"), _told("macro_f1")),
+        _LOSS,
     ),
     "causal-lm": (
-        Measure("token_accuracy", "token accuracy", "", lambda scores: scores["accuracy"]),
+        Measure("token_accuracy", "token accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
         Measure(
-            "perplexity", "perplexity", "ppl", lambda scores: _perplexity(scores.get("loss")), lower=True, write=amount
+            "perplexity",
+            "perplexity",
+            "ppl",
+            lambda scores: _perplexity(scores.get("loss")),
+            _perplexities,
+            lower=True,
+            logarithmic=True,
+            write=amount,
         ),
         _LOSS,
-        *(Measure(name, title, title, partial(_answered, name), tabled=False) for name, title in OF_ANSWERS.items()),
+        *(
+            Measure(name, title, title, partial(_answered, name), partial(_of_answers, name), tabled=False)
+            for name, title in OF_ANSWERS.items()
+        ),
     ),
 }
 
@@ -112,6 +157,8 @@ class Figures(BaseModel):
         local: The same MoLoRA trained on the client alone.
         global_: The federated model (``global`` in JSON).
         personalised: The federated model with the client's own gate and head.
+        interval: By stage, the ends of what a figure is in with 95% confidence, were the held-out rows drawn anew and
+            the models left as they are; empty where that is not known, as of runs of older versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -120,6 +167,12 @@ class Figures(BaseModel):
     local: float | None = None
     global_: float | None = Field(default=None, alias="global")
     personalised: float | None = None
+    interval: dict[str, Interval] = Field(default_factory=dict)
+
+    @property
+    def intervals(self) -> tuple[Interval | None, ...]:
+        """The intervals in the order of `STAGES`."""
+        return tuple(self.interval.get(stage) for stage in STAGES)
 
     @property
     def row(self) -> tuple[float | None, float | None, float | None, float | None]:
@@ -189,6 +242,58 @@ class Spread(BaseModel):
     worst: Figures
 
 
+class Recall(Figures):
+    """Of one class, the share of its held-out rows that the final models take for it, over all clients.
+
+    Attributes:
+        n: Held-out rows of the class.
+    """
+
+    n: int
+
+
+class Confusion(BaseModel):
+    """Which class the final models take for which, over the held-out rows of all clients.
+
+    Attributes:
+        labels: Names of the classes.
+        counts: By stage, how many rows of each class (row) were taken for each (column).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: tuple[str, ...]
+    counts: dict[str, tuple[tuple[int, ...], ...]]
+
+    @classmethod
+    def of(cls, labels: Sequence[str], clients: Iterable[Mapping[str, Sequence[Sequence[int]]]]) -> Confusion:
+        """The sum over clients.
+
+        Args:
+            labels: Names of the classes.
+            clients: The counts of each, by stage.
+        """
+        total: dict[str, list[list[int]]] = {}
+        for counts in clients:
+            for stage, matrix in counts.items():
+                known = total.setdefault(stage, [[0] * len(labels) for _ in labels])
+                total[stage] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(known, matrix, strict=True)]
+        return cls.model_validate({"labels": labels, "counts": total})
+
+    @property
+    def recall(self) -> dict[str, Recall]:
+        """Recall of every class that has held-out rows."""
+        found = {}
+        for at, label in enumerate(self.labels):
+            rows = {stage: counts[at] for stage, counts in self.counts.items()}
+            n = max((sum(row) for row in rows.values()), default=0)
+            if n:
+                shares = {stage: row[at] / sum(row) for stage, row in rows.items()}
+                interval = {stage: of_share(share, n) for stage, share in shares.items()}
+                found[label] = Recall.model_validate({"n": n, **shares, "interval": interval})
+        return found
+
+
 class BaseModelInfo(BaseModel):
     """Which base model: by id, revision and weight digest, never by path alone.
 
@@ -248,6 +353,9 @@ class Summary(BaseModel):
         chrf: Mean chrF2, in [0, 1].
         classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
             deployment, or have no classes.
+        confusion: Which class is taken for which by the final models; None where the rows are not here, or have no
+            classes.
+        recall: Recall of every class, over all clients; empty where that is not known.
         lengths: How many tokens the rows have before they are cut, in words; empty where the rows are not here.
         probes: Figures of ``evaluate.probes`` over the held-out rows of all clients, by name and ``site/figure``.
         rounds: Rounds completed.
@@ -277,6 +385,8 @@ class Summary(BaseModel):
     rouge_l: Spread | None = None
     chrf: Spread | None = None
     classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
+    confusion: Confusion | None = None
+    recall: dict[str, Recall] = Field(default_factory=dict)
     lengths: str = ""
     probes: dict[str, dict[str, float]] = Field(default_factory=dict)
     rounds: int
@@ -417,6 +527,7 @@ def summarise(
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
     probes: Mapping[str, dict[str, float]] | None = None,
+    confusion: Confusion | None = None,
 ) -> Summary:
     """Build the summary of a run.
 
@@ -428,12 +539,14 @@ def summarise(
         classes: Rows of every class to train on and held out, by client, where they are known.
         lengths: How many tokens the rows have, where they are known.
         probes: Figures of the run's probes.
+        confusion: Which class is taken for which, where that is known.
 
     Returns:
         The summary.
     """
     events = list(events)
     rounds = rounds_of(events)
+    first, *_ = MEASURES[task]
     named = [measure for measure in MEASURES[task] if measure.name in ClientFigures.model_fields]
     clients = tuple(
         ClientFigures(
@@ -445,7 +558,7 @@ def summarise(
             unlearnt=evaluation.get("unlearnt", 0),
             answered=max((said["n"] for said in evaluation["answers"].values()), default=0),
             **{measure.name: _figures(measure, evaluation) for measure in named},
-            **{stage: scores["accuracy"] for stage, scores in evaluation["stages"].items()},
+            **_values(first, evaluation),
         )
         for client, evaluation in evaluations_of(events).items()
     )
@@ -457,10 +570,12 @@ def summarise(
     return Summary(
         task=task,
         clients=clients,
-        mean=_over(complete, _mean),
-        worst=_over(complete, min),
+        mean=_average(first, complete),
+        worst=_worst(first, complete),
         **{measure.name: _spread(measure, complete) for measure in named},
         classes={client: dict(counts) for client, counts in (classes or {}).items()},
+        confusion=confusion,
+        recall={} if confusion is None else confusion.recall,
         lengths=lengths,
         probes=dict(probes or {}),
         rounds=len(rounds),
@@ -506,20 +621,47 @@ def _complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
     )
 
 
+def _values(measure: Measure, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """A measure and its interval by stage, as `Figures` have them."""
+    said: dict[str, Mapping[str, Any]] = evaluation["answers"]
+    stages = {stage: {**scores, "answers": said.get(stage)} for stage, scores in evaluation["stages"].items()}
+    interval = {stage: found for stage, scores in stages.items() if (found := measure.within(scores)) is not None}
+    return {**{stage: measure.of(scores) for stage, scores in stages.items()}, "interval": interval}
+
+
 def _figures(measure: Measure, evaluation: Mapping[str, Any]) -> Figures | None:
-    answers = evaluation["answers"]
-    found = {
-        stage: measure.of({**scores, "answers": answers.get(stage)}) for stage, scores in evaluation["stages"].items()
-    }
-    return Figures.model_validate(found) if any(value is not None for value in found.values()) else None
+    found = Figures.model_validate(_values(measure, evaluation))
+    return None if found.last is None else found
 
 
 def _spread(measure: Measure, clients: Iterable[ClientFigures]) -> Spread | None:
     rows = [figures for client in clients if (figures := getattr(client, measure.name)) is not None]
-    if not rows:
-        return None
-    fold = _mean if measure.name != "perplexity" else _geometric
-    return Spread(mean=_over(rows, fold), worst=_over(rows, measure.worst))
+    return Spread(mean=_average(measure, rows), worst=_worst(measure, rows)) if rows else None
+
+
+def _average(measure: Measure, rows: Sequence[Figures]) -> Figures:
+    """The mean by stage; of perplexities that of their logarithms, which are losses."""
+    there, back = (math.log, math.exp) if measure.logarithmic else (float, float)
+    mean = _over(rows, lambda values: back(_mean([there(value) for value in values])))
+    interval = {}
+    for at, stage in enumerate(STAGES):
+        known = [(row.row[at], row.intervals[at]) for row in rows]
+        pairs = [(value, ends) for value, ends in known if value is not None and ends is not None]
+        if pairs and len(pairs) == sum(value is not None for value, _ in known):
+            values = [there(value) for value, _ in pairs]
+            low, high = of_average(values, [(there(low), there(high)) for _, (low, high) in pairs])
+            interval[stage] = (back(low), back(high))
+    return mean.model_copy(update={"interval": interval})
+
+
+def _worst(measure: Measure, rows: Sequence[Figures]) -> Figures:
+    """The worst by stage, with the interval of its client."""
+    worst, interval = _over(rows, measure.worst), {}
+    for at, stage in enumerate(STAGES):
+        ends = next((row.intervals[at] for row in rows if row.row[at] == worst.row[at] is not None), None)
+        if ends is not None:
+            interval[stage] = ends
+    return worst.model_copy(update={"interval": interval})
 
 
 def _quantile(part: float, values: list[float]) -> float:
@@ -528,10 +670,6 @@ def _quantile(part: float, values: list[float]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _geometric(values: list[float]) -> float:
-    return math.exp(_mean([math.log(value) for value in values]))
 
 
 def _over(rows: Iterable[Figures], fold: Callable[[list[float]], float]) -> Figures:

@@ -26,6 +26,7 @@ from molehill_simulation.text import clean, duration, figure, megabytes, short_f
 _log = logging.getLogger(__name__)
 
 _BEST = "bold green"
+_CLASSES = 8  # that the terminal names
 _NAMES = {"baseline": "Baselines", "train": "Rounds", "evaluate": "Evaluation"}
 
 
@@ -258,6 +259,25 @@ def _cells(measures: Sequence[Measure], figures: Sequence[Figures]) -> list[Text
     return first if not others else [Text(" ").join(pair) for pair in zip(first, *others, strict=True)]
 
 
+def _intervals(summary: Summary) -> str:
+    """What the means of the last stage are in, in a line; empty where that is not known."""
+    last = next((stage for stage in reversed(STAGES) if stage in summary.mean.interval), "")
+    told = [
+        f"{measure.title} {measure.write(ends[0])} to {measure.write(ends[1])}"
+        for measure, figures in zip(summary.columns, summary.means, strict=True)
+        if (ends := figures.interval.get(last)) is not None
+    ]
+    return f"95% intervals of the {last} means: {', '.join(told)}" if told else ""
+
+
+def _recall(summary: Summary) -> str:
+    """Recall of the classes by the personalised models, in a line; empty where that is not known."""
+    known = [(label, each) for label, each in summary.recall.items() if each.personalised is not None]
+    told = [f"{clean(label, 40)} {figure(each.personalised)} of {each.n}" for label, each in known[:_CLASSES]]
+    more = [f"and {len(known) - _CLASSES} more"] if len(known) > _CLASSES else []
+    return f"recall of the personalised models: {', '.join([*told, *more])}" if told else ""
+
+
 def _short(value: float | None, measure: Measure, *, alone: bool) -> str:
     return short_figure(value) if measure.write is figure and not alone else measure.write(value)
 
@@ -276,6 +296,9 @@ def show_summary(summary: Summary, console: Console) -> None:
         told = ", ".join(f"{title} {figure(value)}" for title, value in figures)
         rows = counted(sum(client.answered for client in summary.clients), "held-out row")
         console.print(Text(f"mean of personalised answers to {rows}: {told}", style="dim"), soft_wrap=True)
+    for told in (_intervals(summary), _recall(summary)):
+        if told:
+            console.print(Text(told, style="dim"), soft_wrap=True)
     if summary.told_shown:
         console.print(Text(summary.told_shown, style="dim"), soft_wrap=True)
     if summary.told_cut:

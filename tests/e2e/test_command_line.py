@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from molehill.cli import app
 
-FIGURES = {"base", "local", "global", "personalised"}
+FIGURES = {"base", "local", "global", "personalised", "interval"}
 GARBAGE = {
     "client-1": ("nan", "finite"),
     "client-2": ("shape", "shape"),
@@ -223,7 +223,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     assert summary == json.loads((out / "summary.json").read_text())
     assert list(summary) == [
         *("task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity"),
-        *("exact_match", "normalised_match", "rouge_l", "chrf", "classes"),
+        *("exact_match", "normalised_match", "rouge_l", "chrf", "classes", "confusion", "recall"),
         *("lengths", "probes", "rounds", "seconds"),
         *("bytes_up", "bytes_down", "base_model", "config_digest", "unscored", "anew", "remembered", "machine"),
     ]

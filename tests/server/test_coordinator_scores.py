@@ -47,6 +47,14 @@ ANSWERS = {
             lambda said: said["stages"]["global"].update(macro_f1=-0.1),
             "stages.global.macro_f1: Input should be greater",
         ),
+        (
+            lambda said: said["stages"]["global"].update(accuracy_interval=[0.7, 0.6]),
+            "stages.global.accuracy_interval: Value error, its ends are the wrong way round",
+        ),
+        (
+            lambda said: said["stages"]["global"].update(loss_interval=[0.7, 1e300]),
+            "stages.global.loss_interval.1: Input should be less",
+        ),
         (lambda said: said["stages"]["global"].update(loss=float("nan")), "stages.global.loss: Input should be"),
         (lambda said: said["stages"]["global"].update(loss=1e300), "stages.global.loss: Input should be less"),
         (lambda said: said.update(answers={"global": ANSWERS}), "it has answers of ['global'], where those to 0 rows"),

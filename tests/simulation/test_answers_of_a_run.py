@@ -81,7 +81,7 @@ def test_the_sums_are_of_what_was_kept(run):
 def test_the_report_shows_figures_and_some_answers(run):
     text = write_report(run).read_text("utf-8")
     summary, first = read_summary(run / "summary.json"), json.loads((run / "samples.json").read_text())[0]
-    assert f"<td>{summary.chrf.worst.personalised:.3f}</td>" in text
+    assert f"<td>{summary.chrf.worst.personalised:.3f}<small>" in text
     assert f"<dd>{first['reference']}</dd>" in text
     kept = (run / "samples.json").read_bytes()
     try:
@@ -109,7 +109,7 @@ def test_the_texts_stay_with_the_client(run):
     ]
     assert (run / "samples.json").stat().st_mode & 0o77 == 0
     digest = json.loads((run / "summary.json").read_text())["base_model"]["digest"]
-    kept = StateStore(run / "clients" / "client-1", "tiny", digest).load_samples()
+    kept = StateStore(run / "clients" / "client-1", "tiny", digest).load_findings().samples
     assert kept == [Sample(e["question"], e["reference"], e["answer"]) for e in samples if e["client"] == "client-1"]
 
 

@@ -227,7 +227,7 @@ def test_a_causal_lm_is_told_in_its_own_words(tmp_path):
     seen = " ".join(Page(body).text.split())
     assert "Token accuracy (bar) and perplexity (beside it)" in seen
     assert f"perplexity it is {summary.perplexity.mean.personalised:.2f} (worst" in seen
-    assert f"{summary.loss.worst.global_:.2f}" in seen
+    assert f"global {summary.loss.mean.global_:.3f}, personalised {summary.loss.mean.personalised:.3f}." in seen
     assert "head" not in seen
     assert "F1" not in seen
     console = Console(file=StringIO(), width=80)
