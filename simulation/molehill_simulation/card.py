@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +22,8 @@ from molehill.wire.store import load_tree
 from molehill_server import audit
 from molehill_server.events import read
 from molehill_simulation.experts import planned
-from molehill_simulation.summary import STAGES, Event, Summary, joined, read_summary, rounds_of
-from molehill_simulation.text import clean, figure, megabytes, natural
+from molehill_simulation.summary import STAGES, Event, Figures, Measure, Summary, joined, read_summary, rounds_of
+from molehill_simulation.text import clean, megabytes, natural
 
 MODEL, DATA, PRIVACY = "README.md", "data-card.md", "privacy.md"
 _MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~])")
@@ -135,16 +135,13 @@ def _model_card(run: _Run) -> str:
     on_hub = not run.adapter.base["id"].startswith(("local:", "sample:"))
     task, owners = _TASKS[summary.task], len(joined(run.events))
     dataset = f"held-out rows, mean over {_count(len(summary.complete), 'owner')}"
-    measures = [(summary.measure, "accuracy", summary.mean)]
-    if summary.macro_f1 is not None:
-        measures.append(("Macro-F1", "f1", summary.macro_f1.mean))
     results = [
         EvalResult(
-            task_type=task, dataset_type="private", dataset_name=dataset, metric_type=kind,
-            metric_value=round(value, 4), metric_name=f"{name}, {stage}",
+            task_type=task, dataset_type="private", dataset_name=dataset, metric_type=measure.name,
+            metric_value=round(value, 4), metric_name=f"{measure.title}, {stage}",
         )
-        for name, kind, figures in measures
-        for stage, value in zip(STAGES, figures.row, strict=True)
+        for measure, mean, _ in _measured(summary)
+        for stage, value in zip(STAGES, mean.row, strict=True)
         if value is not None and stage in {"global", "personalised"}
     ]  # fmt: skip
     front = ModelCardData(
@@ -184,17 +181,23 @@ def _model_card(run: _Run) -> str:
     return _joined(lines)
 
 
+def _measured(summary: Summary) -> Iterator[tuple[Measure, Figures, Figures]]:
+    """What was measured, with its mean and worst over owners."""
+    for measure in summary.columns:
+        part = summary if measure == summary.measure else getattr(summary, measure.name)
+        if part is not None:
+            yield measure, part.mean, part.worst
+
+
 def _figures(summary: Summary) -> list[str]:
     shown = [(stage, at) for at, stage in enumerate(STAGES) if summary.mean.row[at] is not None]
     if not shown:
         return ["No figures were measured."]
-    rows = [(summary.measure, summary.mean, summary.worst)]
-    if summary.macro_f1 is not None:
-        rows.append(("Macro-F1", summary.macro_f1.mean, summary.macro_f1.worst))
     lines = [f"| | {' | '.join(stage for stage, _ in shown)} |", f"|---|{'---|' * len(shown)}"]
-    for name, mean, worst in rows:
+    for measure, mean, worst in _measured(summary):
         for what, figures in (("mean over owners", mean), ("worst over owners", worst)):
-            lines.append(f"| {name}, {what} | {' | '.join(figure(figures.row[at]) for _, at in shown)} |")
+            cells = " | ".join(measure.write(figures.row[at]) for _, at in shown)
+            lines.append(f"| {measure.title}, {what} | {cells} |")
     tested = sum(client.n_test for client in summary.complete)
     lines += [
         "",

@@ -50,10 +50,10 @@ def test_the_model_card_has_the_figures_of_the_summary_and_names_no_owner(run):
     card = ModelCard.load(names[0])
     said = {each.metric_name: each.metric_value for each in card.data.eval_results}
     assert said == {
-        "Accuracy, global": round(summary.mean.global_, 4),
-        "Accuracy, personalised": round(summary.mean.personalised, 4),
-        "Macro-F1, global": round(summary.macro_f1.mean.global_, 4),
-        "Macro-F1, personalised": round(summary.macro_f1.mean.personalised, 4),
+        "accuracy, global": round(summary.mean.global_, 4),
+        "accuracy, personalised": round(summary.mean.personalised, 4),
+        "macro-F1, global": round(summary.macro_f1.mean.global_, 4),
+        "macro-F1, personalised": round(summary.macro_f1.mean.personalised, 4),
     }
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
     assert card.data.base_model is None  # a folder of this machine says nothing elsewhere
