@@ -72,11 +72,8 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
         for values in (setting.bias, setting.mask, setting.weights):
             if values is not None and len(values) != sum(sizes):
                 raise AnswerError(f"a setting has {len(values)} numbers, the routers have {sum(sizes)}")
-        if setting.ranks is not None and not 0 <= setting.ranks[0] < min(setting.ranks[1], min(sizes, default=0)):
-            raise AnswerError(
-                f"no router has an expert at place {setting.ranks[0] + 1}",
-                mend="Choose an earlier place, or a model with more experts." if sizes else "It has no routers.",
-            )
+        if setting.ranks is not None:
+            _require_place(setting.ranks, min(sizes, default=0))
     before = [group.overrides for group in model.routers.values()]
     enabled = model.state.enabled
     bias = _stacked([setting.bias for setting in settings], 0.0, sizes, torch.float32)
@@ -94,6 +91,8 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
             may = _both(kept.expert_mask, None if mask is None else mask[..., mine].to(group.costs.device))
             if may is not None and not bool(may.any(-1).all()):
                 raise AnswerError("a router would be left without experts", mend="Choose from more experts.")
+            if may is not None and ranks is not None:
+                _require_place(ranks, int(may.sum(-1).min()))
             group.overrides = Overrides(
                 bias=_sum(kept.bias, None if bias is None else bias[..., mine].to(group.costs.device)),
                 expert_mask=may,
@@ -107,6 +106,13 @@ def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
         model.state.enabled = enabled
         for group, kept in zip(model.routers.values(), before, strict=True):
             group.overrides = kept
+
+
+def _require_place(ranks: tuple[int, int], experts: int) -> None:
+    """Refuse places that a router with so many experts to choose from does not have."""
+    if not 0 <= ranks[0] < min(ranks[1], experts):
+        mend = "Choose an earlier place, or from more experts." if experts else "It has no routers."
+        raise AnswerError(f"no router has an expert at place {ranks[0] + 1}", mend=mend)
 
 
 def _stacked(

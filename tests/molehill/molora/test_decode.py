@@ -66,6 +66,11 @@ def test_ranks_are_places_among_the_logits():
     assert np.isfinite(one).all()
     with pytest.raises(AnswerError, match="no router has an expert at place 5"):
         passes.logits(PROMPT, Setting(ranks=(4, 5)))
+    two = passes.only(["e0", "e2"]).mask
+    both = passes.logits(PROMPT, Setting(mask=two, ranks=(0, 2)), "two").copy()
+    assert np.abs(passes.logits(PROMPT, Setting(mask=two), "same") - both).max() < 2e-4
+    with pytest.raises(AnswerError, match="no router has an expert at place 3"):  # and none that is masked
+        passes.logits(PROMPT, Setting(mask=two, ranks=(2, 3)))
 
 
 def test_only_one_expert_is_that_expert():
