@@ -397,7 +397,7 @@ def _stays(run: _Run) -> str:
     personal = run.config.personal
     kept = {"anchored": "its own addition to the shared {}", "personal": "its {}", "split": "its own part of the {}"}
     parts = [("router", personal.gate)] if run.config.molora.experts > 1 else []
-    parts += [("classifier", personal.head)] if run.summary.task == "classification" else []
+    parts += [("classification head", personal.head)] if run.summary.task == "classification" else []
     told = [kept[how].format(what) for what, how in parts if how in kept]
     return " and ".join(told) or "nothing of the model"
 

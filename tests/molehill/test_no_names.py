@@ -92,7 +92,6 @@ REASONS = {
     },
     "a word of a library, or of people": {
         "molehill/tasks/metrics.py": "none",
-        "simulation/molehill_simulation/card.py": "classifier",
         "simulation/molehill_simulation/summary.py": "ppl",
     },
     "what a first configuration begins with": {

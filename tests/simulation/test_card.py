@@ -95,7 +95,7 @@ def test_the_report_says_who_sent_what_in_which_round(run):
     assert "its mean loss, how many tokens each expert got, which tells something about topics" in text
     assert "Nothing bounds it: there was no differential privacy." in text
     assert "There was no secure aggregation" in text
-    assert "its own addition to the shared router and its own addition to the shared classifier" in text
+    assert "its own addition to the shared router and its own addition to the shared classification head" in text
     assert f"`{audit.verify(run / 'audit.jsonl').head}`" in text
 
 
