@@ -38,7 +38,7 @@ class ScoreSum:
                 row goes together, so that many tokens of few rows say less than as many rows.
         """
         predicted = logits.argmax(-1)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        losses = -F.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1))[:, 0]
         each = torch.stack([torch.ones_like(losses), (predicted == labels).float(), losses], 1).double().cpu()
         if rows is not None:
             _, places = torch.unique(rows.cpu(), return_inverse=True)
