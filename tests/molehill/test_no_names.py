@@ -90,10 +90,7 @@ REASONS = {
         "molehill/config/whole.py": "molora",
         "simulation/molehill_simulation/report.py": "molora*2",
     },
-    "a word of a library, or of people": {
-        "molehill/tasks/metrics.py": "none",
-        "simulation/molehill_simulation/summary.py": "ppl",
-    },
+    "a word of people": {"simulation/molehill_simulation/summary.py": "ppl"},
     "what a first configuration begins with": {
         "simulation/molehill_simulation/started.py": "output*2 iid linear fedit int8 by_column dense top_k",
     },
