@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from molehill.decoding import DEFAULT as OWN_LOGITS
 from molehill.decoding import options
 from molehill.decoding.interfaces import Learns, Strategy
 from molehill.decoding.sampling import Sampling, check_finite
-from molehill.decoding.strategies import DEFAULT as OWN_LOGITS
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill.errors import AnswerError, BundleError
 from molehill_edge import classify, examples, gates, generate, personalise, routes, tokens

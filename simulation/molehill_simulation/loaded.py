@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from molehill.decoding import options
+from molehill.decoding import DEFAULT, options
 from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, log_softmax, other
 from molehill.decoding.prompts import Prompts
 from molehill.decoding.sampling import Sampling, check_finite
-from molehill.decoding.strategies import DEFAULT
 from molehill.decoding.stream import Answer, Asked, Reader, Stream
 from molehill.decoding.text import Stops
 from molehill.errors import AnswerError, ConfigError

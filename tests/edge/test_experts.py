@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from molehill.errors import BundleError
+from molehill.errors import AnswerError, BundleError
 from molehill_edge import manifest as manifests
 from molehill_edge import tensors
 from molehill_edge.bundle import Bundle
@@ -265,7 +265,7 @@ def test_a_model_that_runs_over(bundle, tmp_path):
     big = {name: np.where(value > 0, 3e38, -3e38).astype(np.float32) for name, value in found.items()}
     tensors.write(path, big, about)
     bundle.add_expert(path)
-    with pytest.raises(BundleError, match="numbers that are not finite"):
+    with pytest.raises(AnswerError, match="numbers that are not finite"):
         bundle.classify(TEXTS)
     bundle.remove_expert("owls")
     assert np.array_equal(probabilities(bundle), before)

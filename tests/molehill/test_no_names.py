@@ -94,7 +94,7 @@ REASONS = {
     "what a first configuration begins with": {
         "simulation/molehill_simulation/started.py": "output*2 iid linear fedit int8 by_column dense top_k",
     },
-    "what answers when nobody chooses": {"molehill/decoding/strategies/__init__.py": "own_logits"},
+    "what answers when nobody chooses": {"molehill/decoding/__init__.py": "own_logits"},
     "a function or an option of a verb": {
         "molehill/config/__init__.py": "load",
         "molehill/__init__.py": "load",

@@ -15,7 +15,7 @@ import tiny_world
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from molehill.decoding.prompts import Prompts
-from molehill.errors import BundleError
+from molehill.errors import AnswerError
 from molehill_edge import classify, generate, tokens
 from molehill_export.texts import CALIBRATION
 from molehill_protos.v1.bundle_pb2 import Generation
@@ -124,7 +124,7 @@ def test_prompts(came, template):
     for found, turns in zip(came["prompts"][len(TURNS) * template :], TURNS, strict=False):
         try:
             wanted = {"came": prompts.before_answer(turns)}
-        except BundleError:
+        except AnswerError:
             assert "its chat template refuses the conversation" in found["refused"]
         else:
             assert found == wanted

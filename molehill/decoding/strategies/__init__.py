@@ -6,4 +6,3 @@ from molehill.decoding.interfaces import Strategy
 
 INTERFACE = Strategy
 WORDS = ("decoder", "inference", "generation")
-DEFAULT = "own_logits"

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from molehill.characters import harmless, recovered
-from molehill.decoding.strategies import DEFAULT
+from molehill.decoding import DEFAULT
 from molehill.errors import MolehillError
 from molehill.extras import needs
 from molehill.terminal import INTERRUPTED, explained, say

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from molehill.characters import harmless, recovered
-from molehill.decoding.strategies import DEFAULT
+from molehill.decoding import DEFAULT
 from molehill.errors import AnswerError
 from molehill.extras import needs
 from molehill.rowfiles.values import require_text
