@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from molehill import files, logs
-from molehill.characters import harmless
+from molehill.characters import harmless, recovered
 from molehill.errors import DeployError, IdentityError, MolehillError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_LINE = 100  # letters of a text that stands for itself
 _UNBOUND = 100_000  # characters: more than any row has
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -113,3 +114,50 @@ def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def typed_lines(people: bool) -> Iterator[str]:
+    """Lines of standard input that are not empty; people get a prompt, and may edit them."""
+    if people:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401, PLC0415  (it edits what is typed)
+    while True:
+        try:
+            line = recovered(input("> " if people else "").strip())
+        except EOFError:
+            break
+        if line:
+            yield line
+    if people:
+        typer.echo("")
+
+
+def show_piece(piece: str) -> None:
+    """Print part of an answer as it comes."""
+    sys.stdout.write(harmless(piece, lines=True))
+    sys.stdout.flush()
+
+
+def one_line(text: str) -> str:
+    """A text as one line, of at most 100 letters."""
+    line = harmless(" ".join(text.split()))
+    return line if len(line) <= _LINE else f"{line[: _LINE - 1]}…"
+
+
+def show_shares(routers: Mapping[str, Mapping[str, float]]) -> None:
+    """A table of routers and the shares of their experts.
+
+    Args:
+        routers: Shares by expert, by router.
+    """
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415  (not for commands that print none)
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("router", overflow="fold")
+    experts = list(dict.fromkeys(name for shares in routers.values() for name in shares))
+    for name in experts:
+        table.add_column(Text(harmless(name)), justify="right")
+    for router, shares in routers.items():
+        table.add_row(Text(harmless(router)), *(f"{shares[name]:.1%}" if name in shares else "" for name in experts))
+    show_table(table)

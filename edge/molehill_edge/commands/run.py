@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 
 from molehill.characters import harmless, recovered
 from molehill.errors import AnswerError, BundleError
 from molehill.rowfiles.reading import read_texts
 from molehill.rowfiles.values import require_text
-from molehill.terminal import INTERRUPTED, Json, explained, print_json, say, show_table
+from molehill.terminal import (
+    INTERRUPTED,
+    Json,
+    explained,
+    one_line,
+    print_json,
+    say,
+    show_piece,
+    show_shares,
+    typed_lines,
+)
 from molehill_edge.commands.opening import (
     Experts,
     GateOption,
@@ -151,7 +158,7 @@ def _classify(
         return
     width = max(len(each.label) for each in found)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
-        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {_short(text)}")
+        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {one_line(text)}")
         if routes is not None:
             _show_routes(routes[number])
 
@@ -161,8 +168,8 @@ def _answer(bundle: Bundle, texts: list[str], options: dict[str, Any], *, route:
     routes: list[list[RouterReport]] | None = [] if route else None
     for number, text in enumerate(texts):
         if not as_json and len(texts) > 1:
-            typer.echo(f"{'' if number == 0 else chr(10)}> {_short(text)}")
-        answer: Answer = bundle.generate(text, on_text=None if as_json else _show, **options)
+            typer.echo(f"{'' if number == 0 else chr(10)}> {one_line(text)}")
+        answer: Answer = bundle.generate(text, on_text=None if as_json else show_piece, **options)
         rows.append({"text": text, "answer": answer.text, "tokens": answer.tokens, "reason": answer.reason})
         if not as_json:
             typer.echo("")
@@ -180,12 +187,12 @@ def _converse(
     """Read a line, answer it, until the end of input; Ctrl-C ends an answer, and at the prompt the conversation."""
     chat = bundle.chat(system=system, **sampling)
     people = sys.stdin.isatty()
-    for line in _lines(people):
+    for line in typed_lines(people):
         if line == "/new":
             chat = bundle.chat(system=system, **sampling)
             continue
         try:
-            chat.say(line, max_new_tokens=max_new_tokens, stop=stop, on_text=_show)
+            chat.say(line, max_new_tokens=max_new_tokens, stop=stop, on_text=show_piece)
         except KeyboardInterrupt:
             if not people:
                 raise
@@ -197,40 +204,8 @@ def _converse(
         typer.echo("")
 
 
-def _lines(people: bool) -> Iterator[str]:
-    """Lines of standard input that are not empty; people get a prompt, and may edit them."""
-    if people:
-        with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401 - it edits what is typed
-    while True:
-        try:
-            line = recovered(input("> " if people else "").strip())
-        except EOFError:
-            break
-        if line:
-            yield line
-    if people:
-        typer.echo("")
-
-
-def _show(piece: str) -> None:
-    sys.stdout.write(harmless(piece, lines=True))
-    sys.stdout.flush()
-
-
 def _show_routes(reports: Sequence[RouterReport]) -> None:
-    """One line per router: the shares of its experts, in columns."""
-    experts = list(dict.fromkeys(name for report in reports for name in report.experts))
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("router", overflow="fold")
-    for name in experts:
-        table.add_column(Text(harmless(name)), justify="right")
-    for report in reports:
-        shares = dict(zip(report.experts, report.shares, strict=True))
-        table.add_row(
-            Text(harmless(report.router)), *(f"{shares[name]:.1%}" if name in shares else "" for name in experts)
-        )
-    show_table(table)
+    show_shares({each.router: dict(zip(each.experts, each.shares, strict=True)) for each in reports})
 
 
 def _with_routes(rows: list[dict[str, Any]], routes: list[list[RouterReport]] | None) -> list[dict[str, Any]]:
@@ -240,8 +215,3 @@ def _with_routes(rows: list[dict[str, Any]], routes: list[list[RouterReport]] | 
                 {"router": each.router, "shares": dict(zip(each.experts, each.shares, strict=True))} for each in reports
             ]
     return rows
-
-
-def _short(text: str) -> str:
-    line = harmless(" ".join(text.split()))
-    return line if len(line) <= 100 else f"{line[:99]}…"

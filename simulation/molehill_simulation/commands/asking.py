@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from molehill.characters import harmless
 from molehill.extras import needs
-from molehill.terminal import show_table
 
 if TYPE_CHECKING:
     from molehill_simulation.loaded import Loaded
@@ -67,21 +62,3 @@ def opened(
 def told(model: Loaded) -> dict[str, Any]:
     """What programs are told of the model that answered."""
     return {"name": model.source.name, "as": model.who}
-
-
-def show_routes(shares: dict[str, dict[str, float]]) -> None:
-    """One line per router: the shares of its experts, in columns."""
-    experts = list(dict.fromkeys(name for router in shares.values() for name in router))
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("router", overflow="fold")
-    for name in experts:
-        table.add_column(Text(harmless(name)), justify="right")
-    for router, found in shares.items():
-        table.add_row(Text(harmless(router)), *(f"{found[name]:.1%}" if name in found else "" for name in experts))
-    show_table(table)
-
-
-def short(text: str) -> str:
-    """A text as one line of a terminal."""
-    line = harmless(" ".join(text.split()))
-    return line if len(line) <= 100 else f"{line[:99]}…"

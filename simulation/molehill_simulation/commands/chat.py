@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from molehill.characters import harmless, recovered
 from molehill.decoding import DEFAULT
 from molehill.errors import MolehillError
 from molehill.extras import needs
-from molehill.terminal import INTERRUPTED, explained, say
+from molehill.terminal import INTERRUPTED, explained, say, show_piece, show_shares, typed_lines
 from molehill_simulation.commands.asking import (
     EXTRA,
     As,
@@ -31,7 +30,6 @@ from molehill_simulation.commands.asking import (
     TopP,
     Trained,
     opened,
-    show_routes,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +76,7 @@ def chat(
                 people = sys.stdin.isatty()
                 if people:
                     typer.echo(f"{loaded.source.name}, as {who}. /help says what can be typed.")
-                for line in _lines(people):
+                for line in typed_lines(people):
                     talk.take(line, people=people)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
@@ -127,7 +125,7 @@ class _Talk:
             if not self._shares:
                 typer.echo("There is no answer yet, or no router.")
             else:
-                show_routes(self._shares)
+                show_shares(self._shares)
         else:
             typer.echo(_HELP)
 
@@ -138,30 +136,9 @@ class _Talk:
         with self._loaded.counting() as shares:
             stream = self._loaded.answering(ids, self._asked, self._strategy)
             try:
-                stream.rest(_show)
+                stream.rest(show_piece)
             finally:
                 if stream.answer.tokens:
                     self._messages += [turn, {"role": "assistant", "content": stream.answer.text}]
         self._shares = shares
         typer.echo("")
-
-
-def _lines(people: bool) -> Iterator[str]:
-    """Lines of standard input that are not empty; people get a prompt, and may edit them."""
-    if people:
-        with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401 - it edits what is typed
-    while True:
-        try:
-            line = recovered(input("> " if people else "").strip())
-        except EOFError:
-            break
-        if line:
-            yield line
-    if people:
-        typer.echo("")
-
-
-def _show(piece: str) -> None:
-    sys.stdout.write(harmless(piece, lines=True))
-    sys.stdout.flush()

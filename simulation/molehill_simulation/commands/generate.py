@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from molehill.decoding import DEFAULT
 from molehill.errors import AnswerError
 from molehill.extras import needs
 from molehill.rowfiles.values import require_text
-from molehill.terminal import INTERRUPTED, Json, explained, print_json
+from molehill.terminal import INTERRUPTED, Json, explained, one_line, print_json, show_piece, show_shares
 from molehill_simulation.commands.asking import (
     EXTRA,
     As,
@@ -34,8 +33,6 @@ from molehill_simulation.commands.asking import (
     TopP,
     Trained,
     opened,
-    short,
-    show_routes,
     told,
 )
 
@@ -163,7 +160,7 @@ def _together(loaded: Loaded, questions: Sequence[_Question], asked: Asked, *, c
         return
     for number, (question, answer) in enumerate(zip(questions, found, strict=True)):
         who = f" [{harmless(question.who)}]" if question.who else ""
-        typer.echo(f"{chr(10) if number else ''}> {short(question.text)}{who}\n{harmless(answer.text, lines=True)}")
+        typer.echo(f"{chr(10) if number else ''}> {one_line(question.text)}{who}\n{harmless(answer.text, lines=True)}")
 
 
 def _one_by_one(
@@ -173,16 +170,16 @@ def _one_by_one(
     rows = []
     for number, question in enumerate(questions):
         if not as_json and len(questions) > 1:
-            typer.echo(f"{chr(10) if number else ''}> {short(question.text)}")
+            typer.echo(f"{chr(10) if number else ''}> {one_line(question.text)}")
         with loaded.counting(on=route) as shares:
-            answer = loaded.answering(question.ids, asked, chosen).rest(None if as_json else _show)
+            answer = loaded.answering(question.ids, asked, chosen).rest(None if as_json else show_piece)
         row = _row(question, answer)
         if not as_json:
             typer.echo("")
         if route:
             row["routes"] = shares
             if not as_json:
-                show_routes(shares)
+                show_shares(shares)
         rows.append(row)
     if as_json:
         print_json({"model": told(loaded), "answers": rows})
@@ -209,16 +206,11 @@ def _classify(
         return
     width = max(len(each.label) for each in found)
     for number, (text, each) in enumerate(zip(texts, found, strict=True)):
-        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {short(text)}")
+        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {one_line(text)}")
         if routes is not None:
-            show_routes(routes[number])
+            show_shares(routes[number])
 
 
 def _row(question: _Question, answer: Answer) -> dict[str, Any]:
     found = {"prompt": question.text, "answer": answer.text, "tokens": answer.tokens, "reason": answer.reason}
     return {**found, "expert": question.who} if question.who else found
-
-
-def _show(piece: str) -> None:
-    sys.stdout.write(harmless(piece, lines=True))
-    sys.stdout.flush()
