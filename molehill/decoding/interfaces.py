@@ -215,7 +215,7 @@ class Strategy(ABC):
         neutral: Parameters under which scores are the model's own logits; None where there are none.
     """
 
-    on_device: ClassVar[bool] = True
+    on_device: bool = True  # of a class, or of an instance that knows more
     routed: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
@@ -246,7 +246,7 @@ class Picker(ABC):
             ``softmax`` of their scores, or by their ``mean``.
     """
 
-    on_device: ClassVar[bool] = True
+    on_device: bool = True  # of a class, or of an instance that knows more
     fitted: ClassVar[bool] = True
     weigh: ClassVar[str] = "router"
 

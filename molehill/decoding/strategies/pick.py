@@ -52,7 +52,7 @@ class Pick(Strategy):
         self._params = params
         self._picker: Picker = options.build("picker", params.by, params.others)
         self._learnt = not self._picker.fitted
-        self.on_device = self._picker.on_device  # type: ignore[misc]  # an instance knows more than its class
+        self.on_device = self._picker.on_device
         if self._picker.fitted and not params.rows:
             raise AnswerError(f"picker {params.by} learns from rows", where="--strategy", mend="Add --set rows=FILE.")
         if params.rows and not self._picker.fitted:
