@@ -77,7 +77,8 @@ REASONS = {
     "an operator of a graph": {"edge/molehill_export/routers.py": "Mean"},
     "a column of rows or of a table": {
         "molehill/tasks/causal_lm.py": "output*2",
-        "molehill/tasks/schema.py": "output*3",
+        "molehill/tasks/conversations.py": "output*2",
+        "molehill/tasks/schema.py": "output",
         "client/molehill_client/policy.py": "output",
         "simulation/molehill_simulation/describe.py": "output",
         "simulation/molehill_simulation/summary.py": "median",
