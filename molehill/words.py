@@ -1,4 +1,4 @@
-"""Words of sentences for people. Standard library only: devices import it (docs/adr/0006)."""
+"""Words and figures of sentences for people. Standard library only: devices import it (docs/adr/0006)."""
 
 from __future__ import annotations
 
@@ -11,3 +11,20 @@ def counted(number: int, noun: str) -> str:
 def plural(noun: str) -> str:
     """Several of a noun, for example ``rounds`` or ``biases``."""
     return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+
+
+def figure(value: float | None) -> str:
+    """A share with three decimals, or a dash for one that was not measured."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def short_figure(value: float | None) -> str:
+    """The same in four characters, such as ``.712``."""
+    return "   -" if value is None else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]
+
+
+def amount(value: float | None) -> str:
+    """A loss or a perplexity in at most seven characters, or a dash for one that was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"

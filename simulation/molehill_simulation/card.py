@@ -18,11 +18,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from molehill import __version__, config, files
 from molehill.errors import ConfigError, DataError, ResumeError
 from molehill.molora.adapter import Manifest, read_manifest
+from molehill.tasks.measures import Measure
 from molehill.wire.store import load_tree
 from molehill_server import audit
 from molehill_server.events import read
 from molehill_simulation.experts import planned
-from molehill_simulation.summary import STAGES, Event, Figures, Measure, Summary, joined, read_summary, rounds_of
+from molehill_simulation.figures import STAGES, Figures
+from molehill_simulation.summary import Event, Summary, joined, read_summary, rounds_of
 from molehill_simulation.text import clean, megabytes, natural
 
 MODEL, DATA, PRIVACY = "README.md", "data-card.md", "privacy.md"

@@ -17,8 +17,9 @@ from molehill.wire.store import load_tree
 from molehill_client.state import Findings
 from molehill_server.broadcast import tree_patches
 from molehill_server.events import read
+from molehill_simulation.figures import Confusion
 from molehill_simulation.report import write_report
-from molehill_simulation.summary import BaseModelInfo, Confusion, Machine, Summary, evaluations_of, summarise
+from molehill_simulation.summary import BaseModelInfo, Machine, Summary, evaluations_of, summarise
 
 SAMPLES = 5  # of a client, at most
 

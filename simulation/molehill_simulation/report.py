@@ -19,12 +19,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from molehill import files
 from molehill.config import Federation, MoLoRA
 from molehill.errors import DataError, ResumeError
+from molehill.words import figure
 from molehill_server import events as events_file
 from molehill_simulation import experts
 from molehill_simulation.charts import Plot, bar_plot, line_plot
 from molehill_simulation.few import MOST, Few, spread
+from molehill_simulation.figures import STAGES
 from molehill_simulation.summary import (
-    STAGES,
     Event,
     Summary,
     evaluations_of,
@@ -32,7 +33,7 @@ from molehill_simulation.summary import (
     read_summary,
     rounds_of,
 )
-from molehill_simulation.text import clean, duration, figure, megabytes, natural
+from molehill_simulation.text import clean, duration, megabytes, natural
 
 _LINE_COLOURS = 10
 _SAMPLES = 12  # answers that are shown

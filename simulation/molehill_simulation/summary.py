@@ -6,20 +6,28 @@ round twice; the later event counts.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
-from molehill.intervals import Interval, of_average, of_bounded, of_share, standard_error
 from molehill.tasks.lengths import loss_in_words
+from molehill.tasks.measures import MEASURES, OF_ANSWERS, Measure
 from molehill_simulation.few import spread
-from molehill_simulation.text import amount, clean, figure, natural
+from molehill_simulation.figures import (
+    ClientFigures,
+    Confusion,
+    Figures,
+    Recall,
+    Spread,
+    average,
+    complete,
+    quantile,
+    worst,
+)
+from molehill_simulation.text import clean, natural
 
 Event: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["classification", "causal-lm"]
@@ -27,271 +35,6 @@ Kind: TypeAlias = Literal["classification", "causal-lm"]
 _NAMED = 5  # clients that are named in a sentence
 
 _QUANTILES = {"10%": 0.1, "25%": 0.25, "median": 0.5, "75%": 0.75, "90%": 0.9}
-
-STAGES = ("base", "local", "global", "personalised")
-
-# Means over answers that were written, as people call them.
-OF_ANSWERS = {
-    "exact_match": "exact match",
-    "normalised_match": "normalised match",
-    "rouge_l": "ROUGE-L",
-    "chrf": "chrF",
-}
-
-_LARGEST = 700.0  # a loss whose exponential is a number still
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Something that is measured of every model.
-
-    Attributes:
-        name: Its key in ``summary.json``.
-        title: As people call it.
-        short: The same in a few letters, beside a bar.
-        of: Takes it from the scores of a stage; None where it is not there.
-        within: Takes its interval from them.
-        lower: Whether less is better.
-        logarithmic: Whether it is averaged as its logarithm.
-        write: A value as people read it.
-        tabled: Whether tables have a column for it.
-    """
-
-    name: str
-    title: str
-    short: str
-    of: Callable[[Mapping[str, Any]], float | None]
-    within: Callable[[Mapping[str, Any]], Interval | None] = lambda scores: None  # noqa: ARG005
-    lower: bool = False
-    logarithmic: bool = False
-    write: Callable[[float | None], str] = figure
-    tabled: bool = True
-
-    def ends(self, interval: Interval) -> tuple[str, ...]:
-        """Both ends of an interval, short."""
-        return tuple(text.removeprefix("0") if text.startswith("0.") else text for text in map(self.write, interval))
-
-    @property
-    def best(self) -> Callable[[Iterable[float]], float]:
-        """Picks the best of several values."""
-        return min if self.lower else max
-
-    @property
-    def worst(self) -> Callable[[Iterable[float]], float]:
-        """Picks the worst of several values."""
-        return max if self.lower else min
-
-
-def _perplexity(loss: float | None) -> float | None:
-    """Exponential of a loss in nats; None where that is more than a number can be."""
-    return None if loss is None or loss > _LARGEST else math.exp(loss)
-
-
-def _told(name: str) -> Callable[[Mapping[str, Any]], Interval | None]:
-    """Takes an interval that the client has told."""
-
-    def interval(scores: Mapping[str, Any]) -> Interval | None:
-        found = scores.get(f"{name}_interval")
-        return None if found is None else (found[0], found[1])
-
-    return interval
-
-
-def _perplexities(scores: Mapping[str, Any]) -> Interval | None:
-    low, high = (_perplexity(end) for end in scores.get("loss_interval") or (None, None))
-    return None if low is None or high is None else (low, high)
-
-
-def _of_answers(name: str, scores: Mapping[str, Any]) -> Interval | None:
-    """The interval of a mean over answers."""
-    answers = scores.get("answers")
-    if answers is None:
-        return None
-    n, total = answers["n"], answers[name]
-    return of_bounded(min(1.0, total / n), standard_error(total, answers.get(f"{name}_squares", total), n), n)
-
-
-def _answered(name: str, scores: Mapping[str, Any]) -> float | None:
-    """A mean over the answers that were written; None where none were."""
-    answers = scores.get("answers")
-    return None if answers is None else answers[name] / answers["n"]
-
-
-_LOSS = Measure(
-    "loss", "loss", "loss", lambda scores: scores.get("loss"), _told("loss"), lower=True, write=amount, tabled=False
-)
-
-# The first is what a run is judged by, the others stand beside it.
-MEASURES: dict[str, tuple[Measure, ...]] = {
-    "classification": (
-        Measure("accuracy", "accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
-        Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1"), _told("macro_f1")),
-        _LOSS,
-    ),
-    "causal-lm": (
-        Measure("token_accuracy", "token accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
-        Measure(
-            "perplexity",
-            "perplexity",
-            "ppl",
-            lambda scores: _perplexity(scores.get("loss")),
-            _perplexities,
-            lower=True,
-            logarithmic=True,
-            write=amount,
-        ),
-        _LOSS,
-        *(
-            Measure(name, title, title, partial(_answered, name), partial(_of_answers, name), tabled=False)
-            for name, title in OF_ANSWERS.items()
-        ),
-    ),
-}
-
-
-class Figures(BaseModel):
-    """One measure by stage, each on held-out rows; None for a stage that was not run.
-
-    Attributes:
-        base: Frozen base with only a head trained on the client.
-        local: The same MoLoRA trained on the client alone.
-        global_: The federated model (``global`` in JSON).
-        personalised: The federated model with the client's own gate and head.
-        interval: By stage, the ends of what a figure is in with 95% confidence, were the held-out rows drawn anew and
-            the models left as they are; empty where that is not known, as of runs of older versions.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    base: float | None = None
-    local: float | None = None
-    global_: float | None = Field(default=None, alias="global")
-    personalised: float | None = None
-    interval: dict[str, Interval] = Field(default_factory=dict)
-
-    @property
-    def intervals(self) -> tuple[Interval | None, ...]:
-        """The intervals in the order of `STAGES`."""
-        return tuple(self.interval.get(stage) for stage in STAGES)
-
-    @property
-    def row(self) -> tuple[float | None, float | None, float | None, float | None]:
-        """The figures in the order of `STAGES`."""
-        return self.base, self.local, self.global_, self.personalised
-
-    @property
-    def last(self) -> float | None:
-        """The figure of the last stage that was run."""
-        return next((value for value in reversed(self.row) if value is not None), None)
-
-    def best(self, measure: Measure) -> float | None:
-        """The best figure of a measure."""
-        known = [value for value in self.row if value is not None]
-        return measure.best(known) if known else None
-
-
-class ClientFigures(Figures):
-    """One client's accuracies (of a causal LM over answer tokens), and what goes with them.
-
-    Attributes:
-        id: The client.
-        n_train: Its training rows.
-        n_test: Its held-out rows.
-        cut: Its rows, of both kinds, that are longer than ``task.max_length`` and lost their end.
-        lost: Of these, rows that lost their whole answer and were left out.
-        unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
-        token_accuracy: The accuracies of a causal LM by their name; None for a classification.
-        macro_f1: Unweighted mean F1 over classes; None for a causal LM.
-        loss: Mean cross-entropy in nats, of a row or of an answer token.
-        perplexity: Exponential of the loss per answer token; None for a classification.
-        answered: Held-out rows that the final models answered.
-        exact_match: Share of these answers that are the right one; None where none were written, as the next three.
-        normalised_match: Share that is so without regard to case, punctuation and English articles.
-        rouge_l: Mean ROUGE-L, in [0, 1].
-        chrf: Mean chrF2, in [0, 1].
-    """
-
-    id: str
-    n_train: int
-    n_test: int
-    cut: int = 0
-    lost: int = 0
-    unlearnt: int = 0
-    token_accuracy: Figures | None = None
-    macro_f1: Figures | None = None
-    loss: Figures | None = None
-    perplexity: Figures | None = None
-    answered: int = 0
-    exact_match: Figures | None = None
-    normalised_match: Figures | None = None
-    rouge_l: Figures | None = None
-    chrf: Figures | None = None
-
-
-class Spread(BaseModel):
-    """One measure over the clients that have a figure for every stage that was run.
-
-    Attributes:
-        mean: Unweighted mean; of perplexities the exponential of the mean loss.
-        worst: Worst, stage by stage: the lowest, or the highest of what should be low.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    mean: Figures
-    worst: Figures
-
-
-class Recall(Figures):
-    """Of one class, the share of its held-out rows that the final models take for it, over all clients.
-
-    Attributes:
-        n: Held-out rows of the class.
-    """
-
-    n: int
-
-
-class Confusion(BaseModel):
-    """Which class the final models take for which, over the held-out rows of all clients.
-
-    Attributes:
-        labels: Names of the classes.
-        counts: By stage, how many rows of each class (row) were taken for each (column).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    labels: tuple[str, ...]
-    counts: dict[str, tuple[tuple[int, ...], ...]]
-
-    @classmethod
-    def of(cls, labels: Sequence[str], clients: Iterable[Mapping[str, Sequence[Sequence[int]]]]) -> Confusion:
-        """The sum over clients.
-
-        Args:
-            labels: Names of the classes.
-            clients: The counts of each, by stage.
-        """
-        total: dict[str, list[list[int]]] = {}
-        for counts in clients:
-            for stage, matrix in counts.items():
-                known = total.setdefault(stage, [[0] * len(labels) for _ in labels])
-                total[stage] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(known, matrix, strict=True)]
-        return cls.model_validate({"labels": labels, "counts": total})
-
-    @property
-    def recall(self) -> dict[str, Recall]:
-        """Recall of every class that has held-out rows."""
-        found = {}
-        for at, label in enumerate(self.labels):
-            rows = {stage: counts[at] for stage, counts in self.counts.items()}
-            n = max((sum(row) for row in rows.values()), default=0)
-            if n:
-                shares = {stage: row[at] / sum(row) for stage, row in rows.items()}
-                interval = {stage: of_share(share, n) for stage, share in shares.items()}
-                found[label] = Recall.model_validate({"n": n, **shares, "interval": interval})
-        return found
 
 
 class BaseModelInfo(BaseModel):
@@ -460,7 +203,7 @@ class Summary(BaseModel):
     @property
     def complete(self) -> tuple[ClientFigures, ...]:
         """The clients that ``mean`` and ``worst`` are over."""
-        return _complete(self.clients)
+        return complete(self.clients)
 
     @property
     def shown(self) -> tuple[ClientFigures, ...]:
@@ -484,10 +227,7 @@ class Summary(BaseModel):
     def quantiles(self) -> tuple[tuple[str, tuple[Figures, ...]], ...]:
         """What a part of the clients stays below, column by column and stage by stage; by name."""
         columns = list(zip(*(self.cells(client) for client in self.complete), strict=True))
-        return tuple(
-            (name, tuple(_over(column, partial(_quantile, part)) for column in columns))
-            for name, part in _QUANTILES.items()
-        )
+        return tuple((name, tuple(quantile(part, column) for column in columns)) for name, part in _QUANTILES.items())
 
     @property
     def told_cut(self) -> str:
@@ -562,17 +302,17 @@ def summarise(
         )
         for client, evaluation in evaluations_of(events).items()
     )
-    complete = _complete(clients)
+    scored = complete(clients)
     reasons = {event["client"]: event["reason"] for event in events if event["event"] == "failed"}
-    scored = {client.id for client in complete}
+    known = {client.id for client in scored}
     expected = sorted({client.id for client in clients} | joined(events), key=natural)
     ends = [event["seconds"] for event in events if event["event"] == "end"]
     return Summary(
         task=task,
         clients=clients,
-        mean=_average(first, complete),
-        worst=_worst(first, complete),
-        **{measure.name: _spread(measure, complete) for measure in named},
+        mean=average(first, scored),
+        worst=worst(first, scored),
+        **{measure.name: _spread(measure, scored) for measure in named},
         classes={client: dict(counts) for client, counts in (classes or {}).items()},
         confusion=confusion,
         recall={} if confusion is None else confusion.recall,
@@ -584,7 +324,7 @@ def summarise(
         bytes_down=sum(event["bytes_down"] for event in rounds),
         base_model=base_model,
         config_digest=config_digest,
-        unscored={c: reasons.get(c, "it has not all figures") for c in expected if c not in scored},
+        unscored={c: reasons.get(c, "it has not all figures") for c in expected if c not in known},
         anew=tuple(sorted({event["client"] for event in events if event["event"] == "anew"}, key=natural)),
         remembered=sum(bool(part.get("remembered")) for part in evaluations_of(events).values()),
     )
@@ -611,16 +351,6 @@ def read_summary(path: Path) -> Summary:
         raise DataError("not the summary of a run", where=str(path), mend="Was the file edited?") from None
 
 
-def _complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
-    """The clients that have every stage that any of them has."""
-    run = {stage for client in clients for stage, value in zip(STAGES, client.row, strict=True) if value is not None}
-    return tuple(
-        client
-        for client in clients
-        if run and all(value is not None for stage, value in zip(STAGES, client.row, strict=True) if stage in run)
-    )
-
-
 def _values(measure: Measure, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """A measure and its interval by stage, as `Figures` have them."""
     said: dict[str, Mapping[str, Any]] = evaluation["answers"]
@@ -636,43 +366,4 @@ def _figures(measure: Measure, evaluation: Mapping[str, Any]) -> Figures | None:
 
 def _spread(measure: Measure, clients: Iterable[ClientFigures]) -> Spread | None:
     rows = [figures for client in clients if (figures := getattr(client, measure.name)) is not None]
-    return Spread(mean=_average(measure, rows), worst=_worst(measure, rows)) if rows else None
-
-
-def _average(measure: Measure, rows: Sequence[Figures]) -> Figures:
-    """The mean by stage; of perplexities that of their logarithms, which are losses."""
-    there, back = (math.log, math.exp) if measure.logarithmic else (float, float)
-    mean = _over(rows, lambda values: back(_mean([there(value) for value in values])))
-    interval = {}
-    for at, stage in enumerate(STAGES):
-        known = [(row.row[at], row.intervals[at]) for row in rows]
-        pairs = [(value, ends) for value, ends in known if value is not None and ends is not None]
-        if pairs and len(pairs) == sum(value is not None for value, _ in known):
-            values = [there(value) for value, _ in pairs]
-            low, high = of_average(values, [(there(low), there(high)) for _, (low, high) in pairs])
-            interval[stage] = (back(low), back(high))
-    return mean.model_copy(update={"interval": interval})
-
-
-def _worst(measure: Measure, rows: Sequence[Figures]) -> Figures:
-    """The worst by stage, with the interval of its client."""
-    worst, interval = _over(rows, measure.worst), {}
-    for at, stage in enumerate(STAGES):
-        ends = next((row.intervals[at] for row in rows if row.row[at] == worst.row[at] is not None), None)
-        if ends is not None:
-            interval[stage] = ends
-    return worst.model_copy(update={"interval": interval})
-
-
-def _quantile(part: float, values: list[float]) -> float:
-    return sorted(values)[round(part * (len(values) - 1))]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _over(rows: Iterable[Figures], fold: Callable[[list[float]], float]) -> Figures:
-    columns = zip(STAGES, zip(*(figures.row for figures in rows), strict=True), strict=False)
-    known = {stage: [value for value in values if value is not None] for stage, values in columns}
-    return Figures.model_validate({stage: fold(values) for stage, values in known.items() if values})
+    return Spread(mean=average(measure, rows), worst=worst(measure, rows)) if rows else None

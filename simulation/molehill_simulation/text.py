@@ -39,20 +39,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def figure(value: float | None) -> str:
-    """A share with three decimals, or a dash for one that was not measured."""
-    return "-" if value is None else f"{value:.3f}"
-
-
-def short_figure(value: float | None) -> str:
-    """The same in four characters, such as ``.712``."""
-    return "   -" if value is None else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]
-
-
-def amount(value: float | None) -> str:
-    """A loss or a perplexity in at most seven characters, or a dash for one that was not measured."""
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"

@@ -18,10 +18,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from molehill.words import counted
+from molehill.tasks.measures import Measure
+from molehill.words import counted, figure, short_figure
+from molehill_simulation.figures import STAGES, Figures
 from molehill_simulation.pace import Pace, Work, in_words
-from molehill_simulation.summary import STAGES, Event, Figures, Measure, Summary
-from molehill_simulation.text import clean, duration, figure, megabytes, short_figure
+from molehill_simulation.summary import Event, Summary
+from molehill_simulation.text import clean, duration, megabytes
 
 _log = logging.getLogger(__name__)
 

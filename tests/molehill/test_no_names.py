@@ -59,7 +59,7 @@ REASONS = {
         "client/molehill_client/baselines.py": "local",
         "client/molehill_client/remembered.py": "local",
         "client/molehill_client/commands/client.py": "local",
-        "simulation/molehill_simulation/summary.py": "local",
+        "simulation/molehill_simulation/figures.py": "local",
     },
     "a course of the learning rate": {
         "molehill/config/sections.py": "linear",
@@ -91,7 +91,7 @@ REASONS = {
         "molehill/config/whole.py": "molora",
         "simulation/molehill_simulation/report.py": "molora*2",
     },
-    "a word of people": {"simulation/molehill_simulation/summary.py": "ppl"},
+    "a word of people": {"molehill/tasks/measures.py": "ppl"},
     "what a first configuration begins with": {
         "simulation/molehill_simulation/started.py": "output*2 iid linear fedit int8 by_column dense top_k",
     },

@@ -11,9 +11,10 @@ import tiny_world
 from rich.console import Console
 
 from molehill.intervals import of_share
+from molehill_simulation.figures import Confusion
 from molehill_simulation.report import write_report
 from molehill_simulation.simulate import simulate
-from molehill_simulation.summary import Confusion, read_summary
+from molehill_simulation.summary import read_summary
 from molehill_simulation.ui import show_summary
 
 

@@ -1,0 +1,130 @@
+"""What is measured of every model, by kind of task: named, compared and written for people. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from molehill.intervals import Interval, of_bounded, standard_error
+from molehill.words import amount, figure
+
+# Means over answers that were written, as people call them.
+OF_ANSWERS = {
+    "exact_match": "exact match",
+    "normalised_match": "normalised match",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+}
+
+_LARGEST = 700.0  # a loss whose exponential is a number still
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that is measured of every model.
+
+    Attributes:
+        name: Its key in ``summary.json``.
+        title: As people call it.
+        short: The same in a few letters, beside a bar.
+        of: Takes it from the scores of a stage; None where it is not there.
+        within: Takes its interval from them.
+        lower: Whether less is better.
+        logarithmic: Whether it is averaged as its logarithm.
+        write: A value as people read it.
+        tabled: Whether tables have a column for it.
+    """
+
+    name: str
+    title: str
+    short: str
+    of: Callable[[Mapping[str, Any]], float | None]
+    within: Callable[[Mapping[str, Any]], Interval | None] = lambda scores: None  # noqa: ARG005
+    lower: bool = False
+    logarithmic: bool = False
+    write: Callable[[float | None], str] = figure
+    tabled: bool = True
+
+    def ends(self, interval: Interval) -> tuple[str, ...]:
+        """Both ends of an interval, short."""
+        return tuple(text.removeprefix("0") if text.startswith("0.") else text for text in map(self.write, interval))
+
+    @property
+    def best(self) -> Callable[[Iterable[float]], float]:
+        """Picks the best of several values."""
+        return min if self.lower else max
+
+    @property
+    def worst(self) -> Callable[[Iterable[float]], float]:
+        """Picks the worst of several values."""
+        return max if self.lower else min
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """Exponential of a loss in nats; None where that is more than a number can be."""
+    return None if loss is None or loss > _LARGEST else math.exp(loss)
+
+
+def _told(name: str) -> Callable[[Mapping[str, Any]], Interval | None]:
+    """Takes an interval that the client has told."""
+
+    def interval(scores: Mapping[str, Any]) -> Interval | None:
+        found = scores.get(f"{name}_interval")
+        return None if found is None else (found[0], found[1])
+
+    return interval
+
+
+def _perplexities(scores: Mapping[str, Any]) -> Interval | None:
+    low, high = (_perplexity(end) for end in scores.get("loss_interval") or (None, None))
+    return None if low is None or high is None else (low, high)
+
+
+def _of_answers(name: str, scores: Mapping[str, Any]) -> Interval | None:
+    """The interval of a mean over answers."""
+    answers = scores.get("answers")
+    if answers is None:
+        return None
+    n, total = answers["n"], answers[name]
+    return of_bounded(min(1.0, total / n), standard_error(total, answers.get(f"{name}_squares", total), n), n)
+
+
+def _answered(name: str, scores: Mapping[str, Any]) -> float | None:
+    """A mean over the answers that were written; None where none were."""
+    answers = scores.get("answers")
+    return None if answers is None else answers[name] / answers["n"]
+
+
+_LOSS = Measure(
+    "loss", "loss", "loss", lambda scores: scores.get("loss"), _told("loss"), lower=True, write=amount, tabled=False
+)
+
+# The first is what a run is judged by, the others stand beside it.
+MEASURES: dict[str, tuple[Measure, ...]] = {
+    "classification": (
+        Measure("accuracy", "accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
+        Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1"), _told("macro_f1")),
+        _LOSS,
+    ),
+    "causal-lm": (
+        Measure("token_accuracy", "token accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
+        Measure(
+            "perplexity",
+            "perplexity",
+            "ppl",
+            lambda scores: _perplexity(scores.get("loss")),
+            _perplexities,
+            lower=True,
+            logarithmic=True,
+            write=amount,
+        ),
+        _LOSS,
+        *(
+            Measure(name, title, title, partial(_answered, name), partial(_of_answers, name), tabled=False)
+            for name, title in OF_ANSWERS.items()
+        ),
+    ),
+}

@@ -1,0 +1,208 @@
+"""Figures of models by stage, those of clients, and what many of them come to together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from molehill.intervals import Interval, of_average, of_share
+from molehill.tasks.measures import Measure
+
+STAGES = ("base", "local", "global", "personalised")
+
+
+class Figures(BaseModel):
+    """One measure by stage, each on held-out rows; None for a stage that was not run.
+
+    Attributes:
+        base: Frozen base with only a head trained on the client.
+        local: The same MoLoRA trained on the client alone.
+        global_: The federated model (``global`` in JSON).
+        personalised: The federated model with the client's own gate and head.
+        interval: By stage, the ends of what a figure is in with 95% confidence, were the held-out rows drawn anew and
+            the models left as they are; empty where that is not known, as of runs of older versions.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    base: float | None = None
+    local: float | None = None
+    global_: float | None = Field(default=None, alias="global")
+    personalised: float | None = None
+    interval: dict[str, Interval] = Field(default_factory=dict)
+
+    @property
+    def intervals(self) -> tuple[Interval | None, ...]:
+        """The intervals in the order of `STAGES`."""
+        return tuple(self.interval.get(stage) for stage in STAGES)
+
+    @property
+    def row(self) -> tuple[float | None, float | None, float | None, float | None]:
+        """The figures in the order of `STAGES`."""
+        return self.base, self.local, self.global_, self.personalised
+
+    @property
+    def last(self) -> float | None:
+        """The figure of the last stage that was run."""
+        return next((value for value in reversed(self.row) if value is not None), None)
+
+    def best(self, measure: Measure) -> float | None:
+        """The best figure of a measure."""
+        known = [value for value in self.row if value is not None]
+        return measure.best(known) if known else None
+
+
+class ClientFigures(Figures):
+    """One client's accuracies (of a causal LM over answer tokens), and what goes with them.
+
+    Attributes:
+        id: The client.
+        n_train: Its training rows.
+        n_test: Its held-out rows.
+        cut: Its rows, of both kinds, that are longer than ``task.max_length`` and lost their end.
+        lost: Of these, rows that lost their whole answer and were left out.
+        unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
+        token_accuracy: The accuracies of a causal LM by their name; None for a classification.
+        macro_f1: Unweighted mean F1 over classes; None for a causal LM.
+        loss: Mean cross-entropy in nats, of a row or of an answer token.
+        perplexity: Exponential of the loss per answer token; None for a classification.
+        answered: Held-out rows that the final models answered.
+        exact_match: Share of these answers that are the right one; None where none were written, as the next three.
+        normalised_match: Share that is so without regard to case, punctuation and English articles.
+        rouge_l: Mean ROUGE-L, in [0, 1].
+        chrf: Mean chrF2, in [0, 1].
+    """
+
+    id: str
+    n_train: int
+    n_test: int
+    cut: int = 0
+    lost: int = 0
+    unlearnt: int = 0
+    token_accuracy: Figures | None = None
+    macro_f1: Figures | None = None
+    loss: Figures | None = None
+    perplexity: Figures | None = None
+    answered: int = 0
+    exact_match: Figures | None = None
+    normalised_match: Figures | None = None
+    rouge_l: Figures | None = None
+    chrf: Figures | None = None
+
+
+class Spread(BaseModel):
+    """One measure over the clients that have a figure for every stage that was run.
+
+    Attributes:
+        mean: Unweighted mean; of perplexities the exponential of the mean loss.
+        worst: Worst, stage by stage: the lowest, or the highest of what should be low.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: Figures
+    worst: Figures
+
+
+class Recall(Figures):
+    """Of one class, the share of its held-out rows that the final models take for it, over all clients.
+
+    Attributes:
+        n: Held-out rows of the class.
+    """
+
+    n: int
+
+
+class Confusion(BaseModel):
+    """Which class the final models take for which, over the held-out rows of all clients.
+
+    Attributes:
+        labels: Names of the classes.
+        counts: By stage, how many rows of each class (row) were taken for each (column).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: tuple[str, ...]
+    counts: dict[str, tuple[tuple[int, ...], ...]]
+
+    @classmethod
+    def of(cls, labels: Sequence[str], clients: Iterable[Mapping[str, Sequence[Sequence[int]]]]) -> Confusion:
+        """The sum over clients.
+
+        Args:
+            labels: Names of the classes.
+            clients: The counts of each, by stage.
+        """
+        total: dict[str, list[list[int]]] = {}
+        for counts in clients:
+            for stage, matrix in counts.items():
+                known = total.setdefault(stage, [[0] * len(labels) for _ in labels])
+                total[stage] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(known, matrix, strict=True)]
+        return cls.model_validate({"labels": labels, "counts": total})
+
+    @property
+    def recall(self) -> dict[str, Recall]:
+        """Recall of every class that has held-out rows."""
+        found = {}
+        for at, label in enumerate(self.labels):
+            rows = {stage: counts[at] for stage, counts in self.counts.items()}
+            n = max((sum(row) for row in rows.values()), default=0)
+            if n:
+                shares = {stage: row[at] / sum(row) for stage, row in rows.items()}
+                interval = {stage: of_share(share, n) for stage, share in shares.items()}
+                found[label] = Recall.model_validate({"n": n, **shares, "interval": interval})
+        return found
+
+
+def complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:
+    """The clients that have every stage that any of them has."""
+    run = {stage for client in clients for stage, value in zip(STAGES, client.row, strict=True) if value is not None}
+    return tuple(
+        client
+        for client in clients
+        if run and all(value is not None for stage, value in zip(STAGES, client.row, strict=True) if stage in run)
+    )
+
+
+def average(measure: Measure, rows: Sequence[Figures]) -> Figures:
+    """The mean by stage, with its interval where all have one; of perplexities that of their logarithms, the losses."""
+    there, back = (math.log, math.exp) if measure.logarithmic else (float, float)
+    mean = _over(rows, lambda values: back(_mean([there(value) for value in values])))
+    interval = {}
+    for at, stage in enumerate(STAGES):
+        known = [(row.row[at], row.intervals[at]) for row in rows]
+        pairs = [(value, ends) for value, ends in known if value is not None and ends is not None]
+        if pairs and len(pairs) == sum(value is not None for value, _ in known):
+            values = [there(value) for value, _ in pairs]
+            low, high = of_average(values, [(there(low), there(high)) for _, (low, high) in pairs])
+            interval[stage] = (back(low), back(high))
+    return mean.model_copy(update={"interval": interval})
+
+
+def worst(measure: Measure, rows: Sequence[Figures]) -> Figures:
+    """The worst by stage, with the interval of its client."""
+    found, interval = _over(rows, measure.worst), {}
+    for at, stage in enumerate(STAGES):
+        ends = next((row.intervals[at] for row in rows if row.row[at] == found.row[at] is not None), None)
+        if ends is not None:
+            interval[stage] = ends
+    return found.model_copy(update={"interval": interval})
+
+
+def quantile(part: float, rows: Iterable[Figures]) -> Figures:
+    """What a part of the figures stays below, stage by stage."""
+    return _over(rows, lambda values: sorted(values)[round(part * (len(values) - 1))])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _over(rows: Iterable[Figures], fold: Callable[[list[float]], float]) -> Figures:
+    columns = zip(STAGES, zip(*(figures.row for figures in rows), strict=True), strict=False)
+    known = {stage: [value for value in values if value is not None] for stage, values in columns}
+    return Figures.model_validate({stage: fold(values) for stage, values in known.items() if values})
