@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import api_pages
+import commands_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -210,6 +212,9 @@ def main() -> None:
         "config.md": config_page(),
         "policy.md": policy_page(),
         "errors.md": errors_page(),
+        "api.md": api_pages.host_page(NOTE),
+        "api-device.md": api_pages.device_page(NOTE),
+        "commands.md": commands_page.page(NOTE),
     }
     check = sys.argv[1:] == ["--check"]
     stale = []

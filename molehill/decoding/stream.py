@@ -72,7 +72,13 @@ def room(prompt: int, wanted: int | None, most: int) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """Everything that decides an answer but its prompt."""
+    """Everything that decides an answer but its prompt.
+
+    Attributes:
+        max_new_tokens: Longest answer; when None, up to 256 that fit.
+        sampling: How tokens are drawn.
+        stop: Strings that end the answer and are not shown.
+    """
 
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
