@@ -54,6 +54,7 @@ from molehill.tasks.batches import Batch
 from molehill.tasks.kernels import fast_attention, multiplies_bf16
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
+from molehill_client.goals import Goal
 from molehill_client.objectives.sft import SFT
 from molehill_client.trainer import Rates, Settings, train
 from molehill_simulation.engine import cores
@@ -96,7 +97,7 @@ class Ours:
             model.flat.copy_(self.start)
             model.stack(len(company))
             streams = [iter(self.batches[client]) for client in company]
-            train(model, streams, SFT(), (), settings, lambda _: "shared", steps=self.steps)
+            train(model, streams, [Goal(SFT())] * len(streams), (), settings, lambda _: "shared", steps=self.steps)
             for number in range(len(company)):
                 model.select(number)
                 model.flat.sub_(self.start)

@@ -91,11 +91,12 @@ def _head_only(client: Participant) -> Scores:
     weight = torch.zeros_like(head.weight, requires_grad=True)
     bias = torch.zeros_like(head.bias, requires_grad=True)
     scale = x.std().clamp_min(1e-6)
+    weights = client.goal().weights
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x / scale, weight, bias), y) + 1e-3 * weight.square().sum()
+        loss = F.cross_entropy(F.linear(x / scale, weight, bias), y, weights) + 1e-3 * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]  # untyped torch
         return float(loss.detach())
 

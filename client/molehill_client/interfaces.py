@@ -15,13 +15,23 @@ class Objective(ABC):
 
     Attributes:
         alone: It cannot be computed for several clients in the same passes, so each trains by itself.
+        by_class: It follows from how often its client has each class, which `begin` tells it; for tasks with classes.
     """
 
     alone: ClassVar[bool] = False
+    by_class: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, forward: Forward) -> Tensor:
-        """Return the mean over the predictions, in nats."""
+        """Return the mean over the predictions (see `Forward.mean`), in nats."""
+
+    def begin(self, counts: Tensor) -> None:
+        """Learn what it is for before its first pass; most objectives need not know.
+
+        Args:
+            counts: How often each class is a label of the client's own training rows, ``[C]`` float32.
+        """
+        del counts
 
 
 class Regulariser(ABC):

@@ -19,6 +19,7 @@ from molehill.wire.keys import Key
 from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked, largest_delta
 from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.consent import Consent, require_consent
+from molehill_client.goals import Goal
 from molehill_client.masking import Masker, Signer
 from molehill_client.state import PersonalState, StateStore
 from molehill_client.trainer import Observer, Result
@@ -303,6 +304,14 @@ class Participant:
     def batch_size(self) -> int:
         """Rows of every training batch."""
         return min(self.bench.config.train.batch_size, len(self.train_rows))
+
+    def goal(self) -> Goal:
+        """What its training minimises; of how often it has each class nothing is sent.
+
+        Raises:
+            ConfigError: The configuration asks for classes, and the task has none.
+        """
+        return self.bench.goal(self.train_rows)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Endless training batches on the model's device."""

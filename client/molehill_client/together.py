@@ -168,7 +168,7 @@ def fit(
         return train(
             bench.model,
             [client.batches(seed) for client, seed in zip(clients, seeds, strict=True)],
-            bench.objective(),
+            [client.goal() for client in clients],
             () if personal else bench.losses(),
             bench.residual_settings() if personal else bench.settings(),
             scope,

@@ -18,9 +18,10 @@ from molehill.molora.interfaces import RoutingLoss
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.passes import start_of
 from molehill.plan import Scope
-from molehill.tasks.batches import Batch, alike, join
+from molehill.tasks.batches import IGNORE, Batch, alike, join
 from molehill.wire.keys import Key
-from molehill_client.interfaces import Objective, Regulariser
+from molehill_client.goals import Goal
+from molehill_client.interfaces import Regulariser
 
 _ABSURD = 64.0  # nats; to guess among all tokens of a large vocabulary costs 12
 
@@ -109,7 +110,7 @@ def schedule_factor(kind: str, progress: float) -> float:
 def train(
     model: MoLoRAModel,
     streams: Sequence[Iterator[Batch]],
-    objective: Objective,
+    goals: Sequence[Goal],
     losses: Sequence[tuple[str, float, RoutingLoss]],
     settings: Settings,
     scope: Callable[[Key], Scope],
@@ -125,7 +126,7 @@ def train(
         model: The model, holding as many clients as there are streams; tensors whose scope is ``frozen`` keep their
             values bit for bit.
         streams: Endless batches of every client, on the model's device; all batches have the same number of rows.
-        objective: Loss of a pass.
+        goals: What each of them minimises.
         losses: Routing losses: name, coefficient, function.
         settings: Rates and bounds.
         scope: What happens to every tensor.
@@ -157,7 +158,7 @@ def train(
             for group, part in zip(optimiser.param_groups, ranges, strict=True):
                 group["lr"] = part.rate * factor
             model.grads.zero_()
-            found, predictions = _accumulate(model, streams, objective, losses, settings.accumulation)
+            found, weight = _accumulate(model, streams, goals, losses, settings.accumulation)
             _require_finite(found[0].tolist(), settings, where, step, sound=sound)
             for rule, part in product(settings.rules, ranges):
                 span = (slice(None), slice(part.start, part.stop))
@@ -167,7 +168,7 @@ def train(
             optimiser.step()
             sound = sound or (step == 0 and float(found[0].max()) < _ABSURD)
             total += found
-            learnt += predictions > 0
+            learnt += weight > 0
             if observe is not None:
                 observe(step + 1, steps)
     if not learnt.all():
@@ -202,32 +203,38 @@ def _training(model: MoLoRAModel, *, records: bool) -> Iterator[None]:
 def _accumulate(
     model: MoLoRAModel,
     streams: Sequence[Iterator[Batch]],
-    objective: Objective,
+    goals: Sequence[Goal],
     losses: Sequence[tuple[str, float, RoutingLoss]],
     accumulation: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of one optimiser step; micro-batches count by their number of predictions, without any they count 0.
+    """Gradients of one optimiser step; micro-batches count by what their predictions weigh, without any they count 0.
 
     Returns:
-        By client, the objective and then every routing loss, ``[1 + losses, C]``; and the predictions, ``[C]``.
+        By client, the objective and then every routing loss, ``[1 + losses, C]``; and what the predictions weigh,
+        ``[C]``.
     """
     micro = [[next(stream) for stream in streams] for _ in range(accumulation)]
-    sizes = torch.tensor([[_predictions(batch.labels) for batch in batches] for batches in micro], dtype=torch.float32)
+    sizes = torch.tensor(
+        [[_weight(batch.labels, goal) for batch, goal in zip(batches, goals, strict=True)] for batches in micro],
+        dtype=torch.float32,
+    )
     found = torch.zeros(1 + len(losses), len(streams))
-    predictions = sizes.sum(0)
+    weight = sizes.sum(0)
     start = start_of(model)
-    for batches, shares in zip(micro, sizes / predictions.clamp(min=1), strict=True):
+    for batches, shares in zip(micro, sizes / weight.where(weight > 0, 1.0), strict=True):
         tokens = [batch.input_ids.numel() for batch in batches]
         for some in map(sorted, alike(tokens, start, len(batches))):
             with model.only(some):
-                found[:, some] += _pass(model, [batches[i] for i in some], objective, losses, shares[some])
-    return found, predictions
+                found[:, some] += _pass(
+                    model, [batches[i] for i in some], [goals[i] for i in some], losses, shares[some]
+                )
+    return found, weight
 
 
 def _pass(
     model: MoLoRAModel,
     batches: Sequence[Batch],
-    objective: Objective,
+    goals: Sequence[Goal],
     losses: Sequence[tuple[str, float, RoutingLoss]],
     shares: Tensor,
 ) -> Tensor:
@@ -236,7 +243,8 @@ def _pass(
     forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
     parts = forward.by_client(len(batches), len(batches[0]))
     # The mean over no predictions is not a number, and neither is anything of its gradient.
-    values = [torch.stack([objective(part) if len(part.labels) else part.scores.sum() for part in parts])]
+    mine = [goal(part) if len(part.labels) else part.scores.sum() for goal, part in zip(goals, parts, strict=True)]
+    values = [torch.stack(mine)]
     values += [torch.stack([function(part.records) for part in parts]) for _, _, function in losses]
     del forward, parts  # the logits are the largest tensor of a pass, and the backward needs them no more
     loss = values[0] + sum(coef * value for (_, coef, _), value in zip(losses, values[1:], strict=True))
@@ -245,6 +253,11 @@ def _pass(
         warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         (loss * shares.to(model.flat.device)).sum().backward()  # type: ignore[no-untyped-call]  # untyped torch
     return torch.stack(values).detach().cpu() * shares
+
+
+def _weight(labels: Tensor, goal: Goal) -> float:
+    """What the predictions of a batch weigh together."""
+    return _predictions(labels) if goal.weights is None else float(goal.weights[labels[labels != IGNORE]].sum())
 
 
 def _predictions(labels: Tensor) -> int:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from molehill.config import Config
+from molehill.errors import ConfigError
 from molehill.molora.interfaces import RoutingLoss
 from molehill.molora.model import MoLoRAModel
-from molehill.tasks.task import Task
+from molehill.tasks.lengths import Examples
+from molehill.tasks.task import Classes, Task
 from molehill.wire.exchange import Exchange
 from molehill.wire.tree import Tree
+from molehill_client.goals import Goal, balanced
 from molehill_client.interfaces import Objective
 from molehill_client.trainer import Rates, Settings
 
@@ -40,6 +45,25 @@ class Workbench:
     def objective(self) -> Objective:
         """The run's objective."""
         return self.config.train.objective.build("objective")  # type: ignore[no-any-return]  # any method's type
+
+    def goal(self, rows: Examples) -> Goal:
+        """What a client minimises on its training rows.
+
+        Raises:
+            ConfigError: The configuration asks for classes, and the task has none.
+        """
+        objective, weighted = self.objective(), self.config.task.class_weights == "balanced"
+        if not objective.by_class and not weighted:
+            return Goal(objective)
+        if not isinstance(self.task, Classes):
+            raise ConfigError(
+                "the task has no classes to count",
+                where="task.class_weights" if weighted else "train.objective",
+                mend="Take another objective, and leave task.class_weights out.",
+            )
+        counts = torch.tensor(self.task.counts(rows), dtype=torch.float32, device=self.model.flat.device)
+        objective.begin(counts)
+        return Goal(objective, balanced(counts) if weighted else None)
 
     def losses(self) -> list[tuple[str, float, RoutingLoss]]:
         """The run's routing losses: name, coefficient, function."""

@@ -58,12 +58,16 @@ class Task(Section):
         labels: Class names in the order of the logits; classification only.
         max_length: Longest input in tokens; longer ones are cut.
         pooling: How token states become one vector; ``auto`` is mean for encoders, last token for decoders.
+        class_weights: ``balanced``: a training row counts by rows / (classes * rows of its class), so that rare classes
+            count as much as common ones; ``none``: all rows count alike. Every client goes by its own training rows,
+            and sends no counts. Held-out rows are scored unweighted. Classification only.
     """
 
     kind: Literal["classification", "causal-lm"] = "classification"
     labels: tuple[str, ...] = ()
     max_length: int = Field(default=128, ge=8)
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    class_weights: Literal["none", "balanced"] = "none"
 
     @field_validator("labels")
     @classmethod

@@ -24,6 +24,7 @@ class Forward:
         rows: Input row of every prediction, ``[M]`` int64.
         records: Routes of the pass, when they were asked for.
         reference: Runs the same batch with all adapters off and returns ``[M, C]`` without gradient.
+        weights: How much every prediction counts, ``[M]``; None where all count alike.
     """
 
     scores: Tensor
@@ -31,6 +32,11 @@ class Forward:
     rows: Tensor
     records: list[RouteRecord]
     reference: Callable[[], Tensor]
+    weights: Tensor | None = None
+
+    def mean(self, each: Tensor) -> Tensor:
+        """The mean of a number per prediction, ``[M]``, by the weights: ``sum(w x) / sum(w)``."""
+        return each.mean() if self.weights is None else (self.weights * each).sum() / self.weights.sum()
 
     @property
     def logits(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,11 @@ class Classification:
                 raise DataError("the text has no tokens", where=where, mend="Remove the row.")
             examples.append(Example(ids, self._ids[label], task))
         return Examples(examples, lengths)
+
+    def counts(self, examples: Sequence[Example]) -> list[int]:
+        """See `molehill.tasks.task.Classes`."""
+        found = Counter(example.labels for example in examples)
+        return [found[i] for i in range(len(self.labels))]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B]``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +14,7 @@ from molehill.tasks.classification import Classification
 from molehill.tasks.lengths import Examples
 from molehill.tasks.rows import Rows
 
-__all__ = ["Example", "Task", "make_task"]
+__all__ = ["Classes", "Example", "Task", "make_task"]
 
 
 class Task(Collator, Protocol):
@@ -25,6 +26,15 @@ class Task(Collator, Protocol):
         Raises:
             DataError: A row gives nothing to learn from.
         """
+        ...
+
+
+@runtime_checkable
+class Classes(Protocol):
+    """A task whose every prediction is one of some classes."""
+
+    def counts(self, examples: Sequence[Example]) -> list[int]:
+        """How often each class, in the order of the logits, is the label of a prediction."""
         ...
 
 

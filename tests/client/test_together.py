@@ -24,6 +24,12 @@ CASES = {
     "dense, global": {"molora": {"selector": "dense"}, "personal": {"gate": "global", "head": "global"}},
     "prox, accumulation": {"train": {"prox": 0.5, "accumulation": 2, "objective": "dft"}},
     "personal steps, reference": {"personal": {"steps": 2}, "train": {"objective": {"name": "asft", "coef": 0.5}}},
+    "class weights, accumulation": {
+        "task": {"class_weights": "balanced"},
+        "train": {"accumulation": 2, "batch_size": 3},
+        "personal": {"steps": 2},
+    },
+    "logit adjustment": {"train": {"objective": "logit_adjust"}},
     "plain LoRA": {"molora": {"experts": 1, "selector": "dense"}},
 }
 

@@ -14,6 +14,7 @@ from tiny_models import ARCHITECTURES, adapted, batch, separate, shake, training
 from molehill import registry
 from molehill.errors import TrainingError
 from molehill.tasks.batches import Batch
+from molehill_client.goals import Goal
 from molehill_client.objectives.sft import SFT
 from molehill_client.regularisers.fedprox import FedProx, FedProxParams
 from molehill_client.trainer import Rates, Settings, schedule_factor, train
@@ -34,7 +35,7 @@ def batches(architecture, count=4, rows=3):
 def fit(model, data, *, steps=3, scope=lambda _: "shared", objective=None, losses=(), **settings):
     settings.setdefault("rates", RATES)
     (result,) = train(
-        model, [itertools.cycle(data)], objective or SFT(), losses, Settings(**settings), scope, steps=steps
+        model, [itertools.cycle(data)], [Goal(objective or SFT())], losses, Settings(**settings), scope, steps=steps
     )
     return result
 
@@ -181,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_says_where(value):
     before = model.tree().digest
     with pytest.raises(TrainingError, match=r"client c1: the loss is (nan|-?inf) at step 1"):
         train(
-            model, [itertools.cycle(batches("bert"))], lambda f: f.logits.sum() * value, (), Settings(RATES),
+            model, [itertools.cycle(batches("bert"))], [Goal(lambda f: f.logits.sum() * value)], (), Settings(RATES),
             lambda _: "shared", steps=1, where="client c1",
         )  # fmt: skip
     assert model.tree().digest == before
@@ -249,7 +250,7 @@ def test_dropout_is_on_while_training_only():
 def test_every_step_is_observed():
     seen = []
     train(
-        model_of(), [itertools.cycle(batches("bert"))], SFT(), (), Settings(RATES), lambda _: "shared", steps=3,
+        model_of(), [itertools.cycle(batches("bert"))], [Goal(SFT())], (), Settings(RATES), lambda _: "shared", steps=3,
         observe=lambda step, steps: seen.append((step, steps)),
     )  # fmt: skip
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -298,7 +299,7 @@ def test_beside_a_client_without_predictions_another_one_trains_as_alone():
     both.stack(2)
     both.values[:] = both.values[0].clone()
     with pytest.raises(TrainingError, match="anything to predict"):
-        train(both, [itertools.cycle(data), itertools.cycle([silent()])], SFT(), (), Settings(rates=RATES),
+        train(both, [itertools.cycle(data), itertools.cycle([silent()])], [Goal(SFT())] * 2, (), Settings(rates=RATES),
               lambda _: "shared", steps=1)  # fmt: skip
     torch.testing.assert_close(both.values[0], alone.flat, rtol=1e-4, atol=1e-6)
     assert torch.isfinite(both.values[1]).all()

@@ -343,3 +343,31 @@ def test_rows_without_a_task_are_told_to_a_scorer_that_routes_by_it():
     assert (conflict.verdict, conflict.keys) == ("warn", ("molora.scorer", "data.columns"))
     assert check(config(molora={"preset": "poly"})) == []  # one task: nothing depends on it
     assert check(told.model_copy(update={"data": told.data.model_copy(update={"columns": {"task": "ward"}})})) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "keys"),
+    [
+        ({"kind": "causal-lm"}, {"objective": "logit_adjust"}, ("train.objective", "task.kind")),
+        ({"kind": "causal-lm", "class_weights": "balanced"}, {}, ("task.class_weights", "task.kind")),
+    ],
+)
+def test_what_goes_by_classes_is_refused_where_there_are_none(task, train, keys):
+    (conflict,) = refusals(task=task, train=train)
+    assert conflict.keys == keys
+    assert_real(conflict.keys)
+    assert refusals(task={**task, "kind": "classification"}, train=train) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "key", "why"),
+    [
+        ({"batch_size": 1}, "train.batch_size", "change nothing"),
+        ({"objective": "logit_adjust"}, "train.objective", "favoured"),
+    ],
+)
+def test_class_weights_that_do_nothing_or_too_much_are_told(train, key, why):
+    (conflict,) = check(config(task={"class_weights": "balanced"}, train=train))
+    assert (conflict.verdict, conflict.keys) == ("warn", ("task.class_weights", key))
+    assert why in conflict.why
+    assert not check(config(train=train))

@@ -45,5 +45,5 @@ class ASFT(Objective):
         if self.coef == 0:
             return loss
         reference = F.log_softmax(forward.reference(), -1)
-        kl = F.kl_div(F.log_softmax(forward.logits, -1), reference, log_target=True, reduction="batchmean")
-        return loss + self.coef * kl
+        kl = F.kl_div(F.log_softmax(forward.logits, -1), reference, log_target=True, reduction="none").sum(-1)
+        return loss + self.coef * forward.mean(kl)

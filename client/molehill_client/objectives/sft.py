@@ -16,4 +16,4 @@ class SFT(Objective):
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return ``mean(-log p(y))``."""
-        return nll(forward.scores, forward.labels).mean()
+        return forward.mean(nll(forward.scores, forward.labels))

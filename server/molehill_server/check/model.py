@@ -177,6 +177,37 @@ def _trains_alone(config: Config) -> Iterator[Conflict]:
         )
 
 
+def _classes(config: Config) -> Iterator[Conflict]:
+    objective, balanced = config.train.objective, config.task.class_weights == "balanced"
+    by_class = objective.declared("objective", "by_class")
+    if config.task.kind == "classification":
+        if balanced and config.train.batch_size * config.train.accumulation == 1:
+            yield Conflict(
+                "warn",
+                ("task.class_weights", "train.batch_size"),
+                "rows are weighed against the others of their step, and a step has one row, so weights change nothing",
+            )
+        if balanced and by_class:
+            yield Conflict(
+                "warn",
+                ("task.class_weights", "train.objective"),
+                f"objective {objective.name!r} makes up for rare classes by itself; with weights that do so too, they "
+                "are favoured over common ones",
+            )
+        return
+    if balanced:
+        yield Conflict(
+            "refuse", ("task.class_weights", "task.kind"), "a causal language model has no classes to balance"
+        )
+    if by_class:
+        yield Conflict(
+            "refuse",
+            ("train.objective", "task.kind"),
+            f"objective {objective.name!r} goes by how often a client has each class, and a causal language model has "
+            f"no classes; use objective {registry.those('objective', by_class=False)}",
+        )
+
+
 def _answers(config: Config) -> Iterator[Conflict]:
     if not config.evaluate.generate:
         return
@@ -191,6 +222,7 @@ def _answers(config: Config) -> Iterator[Conflict]:
 
 RULES: tuple[Rule, ...] = (
     _answers,
+    _classes,
     _split_gate,
     _restart_and_personal_gate,
     _one_expert_at_a_time,
