@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from molehill import __version__
 from molehill.config import Config
 from molehill.errors import FederationError, MolehillError
 from molehill.wire.exchange import Exchange
@@ -112,7 +113,8 @@ class Coordinator:
         record, run = self._record, self._config.run
         nodes = self._crew.first()
         facts = {"run": run.name, "rounds": run.rounds, "clients": list(nodes), "parameters": record.layout.size}
-        record.begin(self._crew.roster.rows(nodes), {**facts, "config_digest": self._config.digest})
+        facts |= {"config_digest": self._config.digest, "version": __version__}
+        record.begin(self._crew.roster.rows(nodes), facts)
         while record.saved.glob.round < run.rounds:
             self._round(record.saved.glob.round + 1)
         final = self._broadcast.publish(record.saved.glob)

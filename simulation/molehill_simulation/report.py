@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
@@ -33,13 +33,11 @@ from molehill_simulation.summary import (
     read_summary,
     rounds_of,
 )
-from molehill_simulation.text import clean, duration, megabytes, natural
+from molehill_simulation.text import by_name, clean, duration, megabytes, moment, natural
 
 _LINE_COLOURS = 10
 _SAMPLES = 12  # answers that are shown
 _MEAN = "mean of all"  # no client is called so: names have no spaces
-
-T = TypeVar("T")
 
 _STAGES = {  # what every stage is, by task
     "classification": "Base: frozen model with a head trained on that client. Local: the same adapter trained on that "
@@ -147,25 +145,24 @@ def _owners(path: Path) -> dict[str, str]:
         raise DataError(what, where=str(path), mend="Bring the file back, or remove it.") from None
     if not isinstance(found, dict):
         raise DataError("not what Molehill writes", where=str(path), mend="Was the file edited?")
-    return {str(name): str(owner) for name, owner in found.items()}
+    return {name: str(owner) for name, owner in by_name(found)}
 
 
 def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[str, Any]) -> dict[str, Any]:
     rounds = rounds_of(events)
-    start: Event = next((event for event in events if event["event"] == "start"), {})
     numbers = [event["round"] for event in rounds]
     known = sorted({client for event in rounds for client in event["loss_by_client"]}, key=natural)
     count, named = _named(events, known, summary)
     clients = [client for client in known if client in named]
     attempts = _attempts(events)
-    refused = Few((at, c, reason) for at, e in attempts for c, reason in _by_name(e["quarantined"]))
+    refused = Few((at, c, reason) for at, e in attempts for c, reason in by_name(e["quarantined"]))
     styles = {c: f"line-{i}" if len(clients) <= _LINE_COLOURS else "line-many" for i, c in enumerate(clients)}
     curves = {c: {e["round"]: e["loss_by_client"][c] for e in rounds if c in e["loss_by_client"]} for c in clients}
     mean = {event["round"]: event["loss"] for event in rounds if event["loss"] is not None}
     traffic = {"up": [event["bytes_up"] for event in rounds], "down": [event["bytes_down"] for event in rounds]}
     return {
-        "name": start.get("run", "run"),
-        "facts": _facts(start, rounds, summary, config),
+        "name": _start(events).get("run", "run"),
+        "facts": _facts(events, summary, config),
         "loss": line_plot(numbers, {**curves, _MEAN: mean}, {**styles, _MEAN: "line-mean"}),
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "clients": count,
@@ -173,14 +170,14 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
         "heat": _heat(events, named),
         "probes": {name: by_site(figures) for name, figures in (summary.probes if summary else {}).items()},
         "refused": refused,
-        "unusable": Few((at, c, reason) for at, e in attempts for c, reason in _by_name(e.get("unusable", {}))),
+        "unusable": Few((at, c, reason) for at, e in attempts for c, reason in by_name(e.get("unusable", {}))),
         "norms": _norms(rounds, styles, named | {client for _, client, _ in refused}),
         "capped": Few(
-            sorted({(e["client"], e["rows"], e["counts"], e["reason"]) for e in events if e["event"] == "capped"})
+            _by_client((e["client"], e["rows"], e["counts"], e["reason"]) for e in events if e["event"] == "capped")
         ),
-        "missing": Few((at, c) for at, e in attempts for c in e["missing"]),
+        "missing": Few((at, c) for at, e in attempts for c in sorted(e["missing"], key=natural)),
         "failed": Few((e["stage"], e["client"], e["reason"]) for e in events if e["event"] == "failed"),
-        "strangers": Few(sorted({(e["client"], e["reason"]) for e in events if e["event"] == "refused"})),
+        "strangers": Few(_by_client((e["client"], e["reason"]) for e in events if e["event"] == "refused")),
     }
 
 
@@ -203,7 +200,7 @@ def _norms(rounds: Sequence[Event], styles: Mapping[str, str], named: Collection
     if not curves:
         return None
     bounds = {event["round"]: event["norm_bound"] for event in rounds if event.get("norm_bound") is not None}
-    curves = {**dict(sorted(curves.items())), **({"the bound": bounds} if bounds else {})}
+    curves = {**dict(by_name(curves)), **({"the bound": bounds} if bounds else {})}
     names = {client: styles.get(client, "line-many") for client in curves} | {"the bound": "line-mean"}
     return line_plot([event["round"] for event in rounds], curves, names)
 
@@ -218,13 +215,14 @@ def _attempts(events: Sequence[Event]) -> list[tuple[str, Event]]:
     ]
 
 
-def _facts(
-    start: Event, rounds: Sequence[Event], summary: Summary | None, config: Mapping[str, Any]
-) -> list[tuple[str, str]]:
+def _facts(events: Sequence[Event], summary: Summary | None, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rounds, start = rounds_of(events), _start(events)
     up = sum(event["bytes_up"] for event in rounds)
     down = sum(event["bytes_down"] for event in rounds)
     seconds = summary.seconds if summary else sum(event["seconds"] for event in rounds)
     facts = [
+        ("Date", _dates(events)),
+        ("Molehill", _versions(events)),
         ("Clients", str(len(start.get("clients", ())))),
         ("Rounds", f"{len(rounds)} of {start.get('rounds', len(rounds))}"),
         ("Time", duration(seconds)),
@@ -252,6 +250,25 @@ def _facts(
     if "data" in config:
         facts.append(("Data", str(config["data"].get("source", ""))))
     return facts
+
+
+def _start(events: Sequence[Event]) -> Event:
+    return next((event for event in events if event["event"] == "start"), {})
+
+
+def _dates(events: Sequence[Event]) -> str:
+    """When the run began, and where that is another day when it ended, by its events; a dash where there are none."""
+    if not events:
+        return "-"
+    times = [event["time"] for event in events]
+    first, last = moment(min(times)), moment(max(times))
+    return f"{first} UTC" if first[:10] == last[:10] else f"{first} to {last} UTC"
+
+
+def _versions(events: Sequence[Event]) -> str:
+    """Which version computed the run, and which it went on with; older ones did not say."""
+    begun = [event for event in events if event["event"] in {"start", "resume"}]
+    return ", then ".join(dict.fromkeys(str(event.get("version", "not noted")) for event in begun)) or "-"
 
 
 def _task(config: Mapping[str, Any]) -> str:
@@ -284,9 +301,9 @@ def _name(ref: Any) -> str:
     return str(ref["name"] if isinstance(ref, Mapping) else ref)
 
 
-def _by_name(table: Mapping[str, T]) -> list[tuple[str, T]]:
-    """The entries of a table by client, in the order in which people count."""
-    return sorted(table.items(), key=lambda item: natural(item[0]))
+def _by_client(rows: Iterable[tuple[str, *tuple[Any, ...]]]) -> list[tuple[str, *tuple[Any, ...]]]:
+    """Different rows that begin with a client, in the same order."""
+    return sorted(set(rows), key=lambda row: (natural(row[0]), row[1:]))
 
 
 def by_site(figures: Mapping[str, float]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
@@ -307,12 +324,12 @@ def _heat(events: Sequence[Event], named: Collection[str]) -> dict[str, Any] | N
                 known = tokens.setdefault(client, {})
                 tokens[client] = {e: known.get(e, 0) + counts.get(e, 0) for e in {**known, **counts}}
     names = {expert for counts in tokens.values() for expert in counts}
-    shared = sorted(name for name in names if name.startswith("shared"))
-    routed = sorted(names - set(shared), key=lambda name: (len(name), name))
+    shared = sorted((name for name in names if name.startswith("shared")), key=natural)
+    routed = sorted(names - set(shared), key=natural)
     if not routed:
         return None
     rows = []
-    for client, counts in _by_name(tokens):
+    for client, counts in by_name(tokens):
         total = sum(counts.get(expert, 0) for expert in routed)
         if total and client in named:
             rows.append((client, [counts.get(expert, 0) / total for expert in routed]))

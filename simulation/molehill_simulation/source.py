@@ -28,6 +28,7 @@ from molehill.wire.tree import Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
 from molehill_client.state import StateStore
 from molehill_server.events import read
+from molehill_simulation.text import natural
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Source:
             folder = self.out / "clients"
         else:
             return []
-        return sorted(path.name for path in folder.glob("*") if any(path.glob("round-*.sealed")))
+        return sorted((path.name for path in folder.glob("*") if any(path.glob("round-*.sealed"))), key=natural)
 
     @contextmanager
     def gate(self, name: str) -> Iterator[MoLoRAModel]:

@@ -27,7 +27,7 @@ from molehill_simulation.figures import (
     quantile,
     worst,
 )
-from molehill_simulation.text import clean, natural
+from molehill_simulation.text import by_name, clean, natural
 
 Event: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["classification", "causal-lm"]
@@ -256,7 +256,7 @@ def evaluations_of(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
             stages = {**known["stages"], **event["stages"]}
             latest = {key: event.get(key) or known[key] for key in ("answers", "tokens", "probes")}
             merged[event["client"]] = {**event, "stages": stages, **latest}
-    return dict(sorted(merged.items(), key=lambda item: natural(item[0])))
+    return dict(by_name(merged))
 
 
 def summarise(
@@ -313,7 +313,7 @@ def summarise(
         mean=average(first, scored),
         worst=worst(first, scored),
         **{measure.name: _spread(measure, scored) for measure in named},
-        classes={client: dict(counts) for client, counts in (classes or {}).items()},
+        classes={client: dict(counts) for client, counts in by_name(classes or {})},
         confusion=confusion,
         recall={} if confusion is None else confusion.recall,
         lengths=lengths,

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def clean(value: object, limit: int = 300) -> str:
@@ -26,9 +31,29 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part[:4000]), part) if at % 2 else (0, part) for at, part in enumerate(parts)]
 
 
+def by_name(table: Mapping[str, T]) -> list[tuple[str, T]]:
+    """The entries of a table in that order."""
+    return sorted(table.items(), key=lambda item: natural(item[0]))
+
+
 def megabytes(count: float) -> str:
     """Bytes in units of 10^6 bytes, for example ``1.24 MB``."""
     return f"{count / 1e6:.2f} MB"
+
+
+def moment(seconds: float) -> str:
+    """A time of day such as ``2026-11-30 19:12``, in UTC.
+
+    Args:
+        seconds: Since 1970.
+
+    Raises:
+        ValueError: No calendar has it.
+    """
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}"
+    except (OverflowError, OSError):
+        raise ValueError(f"{seconds} is no time") from None
 
 
 def duration(seconds: float) -> str:

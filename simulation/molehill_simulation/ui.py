@@ -23,7 +23,7 @@ from molehill.words import counted, figure, short_figure
 from molehill_simulation.figures import STAGES, Figures
 from molehill_simulation.pace import Pace, Work, in_words
 from molehill_simulation.summary import Event, Summary
-from molehill_simulation.text import clean, duration, megabytes
+from molehill_simulation.text import by_name, clean, duration, megabytes, natural
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class RunView:
         if event["classes"]:
             classes = ", ".join(f"{clean(name, 40)} {count}" for name, count in event["classes"].items())
             self._line(f"classes: {classes}")
-        for name, owner in event["names"].items():
+        for name, owner in by_name(event["names"]):
             self._line(f"{clean(name, 60)} is {clean(owner, 60)!r}")
         self._line(f"tokens of a row: {event['lengths']}")
         if event["cut"]:
@@ -189,14 +189,14 @@ class RunView:
             self._line(f"{_NAMES.get(stage, clean(stage, 10))}: {counted(total, 'client')}")
 
     def _lost(self, number: int, event: Event) -> None:
-        for client, reason in event["quarantined"].items():
+        for client, reason in by_name(event["quarantined"]):
             self._line(f"round {number}: quarantined {clean(client, 40)}: {clean(reason)}", "yellow")
-        for client, reason in event.get("unusable", {}).items():
+        for client, reason in by_name(event.get("unusable", {})):
             self._line(
                 f"round {number}: the model could not be trained by {clean(client, 40)}: {clean(reason)}", "yellow"
             )
-        if event["missing"]:
-            self._line(f"round {number}: no answer from {', '.join(clean(c, 40) for c in event['missing'])}", "yellow")
+        if missing := sorted(event["missing"], key=natural):
+            self._line(f"round {number}: no answer from {', '.join(clean(c, 40) for c in missing)}", "yellow")
 
     def _bar(self, stage: str, done: float, total: int, note: str, answered: int | None = None) -> None:
         if stage not in self._tasks:

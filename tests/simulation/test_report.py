@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ from molehill.errors import DataError, ResumeError
 from molehill_simulation.charts import line_plot
 from molehill_simulation.report import write_report
 from molehill_simulation.summary import read_summary, summarise
-from molehill_simulation.ui import show_summary
+from molehill_simulation.ui import RunView, show_summary
 
 
 class Page(HTMLParser):
@@ -266,9 +267,54 @@ def test_the_report_calls_experts_what_they_are(tmp_path, molora, text):
     write_report(folder)  # a run whose kind of experts is not installed here
 
 
-def test_clients_are_sorted_as_people_count(tmp_path):
-    events = make_events([f"client-{number}" for number in (10, 2, 1, 11)])
-    ids = [client.id for client in summarise(events, BASE, "cd").clients]
-    assert ids == ["client-1", "client-2", "client-10", "client-11"]
-    page = Page(write_report(make_run(tmp_path, events)).read_text(encoding="utf-8")).text
-    assert page.rindex("client-2") < page.rindex("client-10")
+def test_clients_are_sorted_as_people_count_wherever_they_are_named(tmp_path):
+    clients = [f"client-{number}" for number in (10, 2, 1, 11)]
+    told = ["client-1", "client-2", "client-10", "client-11"]
+    events = make_events(clients)
+    kept = [e for e in events if e["event"] not in ("round", "end")]
+    lost = {"quarantined": dict.fromkeys(clients, "NaN"), "unusable": dict.fromkeys(clients, "NaN"), "missing": clients}
+    rounds = [e | lost | {"norms": dict.fromkeys(clients, 1.0)} for e in events if e["event"] == "round"]
+    faults = [{"event": "refused", "time": 0.0, "client": client, "reason": "no"} for client in clients]
+    faults += [e | {"event": "capped", "rows": 5, "counts": 3} for e in faults]
+    events = [*kept, rounds[0], *faults]
+    classes = {client: {"good": (7, 2)} for client in clients}
+    summary = summarise(events, BASE, "ab" * 32, classes=classes)
+    for found in (json.loads(summary.to_json())["classes"], [client.id for client in summary.clients]):
+        assert list(found) == told
+    folder = make_run(tmp_path, events)
+    (folder / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    (folder / "owners.json").write_text(json.dumps(dict.fromkeys(clients, "who")), encoding="utf-8")
+    sections = write_report(folder).read_text(encoding="utf-8").split("<h2>")[1:]
+    named = {part.split("</h2>")[0]: re.findall(r"client-\d+", part.split("Configuration")[0]) for part in sections}
+    for title in (
+        *("What each client gained", "The figures", "Classes", "Names", "Training loss", "Norms of updates"),
+        *("Where tokens went", "Refused updates", "Models that could not be trained", "Missing answers"),
+        *("Row counts that were not taken as named", "Refused nodes"),
+    ):
+        found = named[title]
+        assert [found[at : at + 4] for at in range(0, len(found), 4)] == [told] * (len(found) // 4), title
+        assert found, title
+    console = Console(file=StringIO(), width=100)
+    show_summary(summary, console)
+    with RunView(console) as view:
+        view(rounds[0])
+    found = re.findall(r"client-\d+", console.file.getvalue())
+    assert found == told * (len(found) // 4)
+    assert len(found) == 16
+
+
+def test_the_report_carries_the_date_of_the_run_and_the_version_that_computed_it(tmp_path):
+    start, *rest = make_events(CLIENTS, rounds=1)
+    begun = start | {"time": 1_790_000_000.0, "version": "0.1.0"}
+    same_day = [event | {"time": 1_790_000_060.0} for event in rest]
+    seen = Page(write_report(make_run(tmp_path, [begun, *same_day])).read_text(encoding="utf-8")).text
+    assert "Date2026-09-21 14:13 UTC" in "".join(line.strip() for line in seen.splitlines())
+    again = begun | {"event": "resume", "round": 0, "time": 1_790_100_000.0, "version": "0.2.0<b>"}
+    last = {"event": "end", "time": 1_790_100_000.0, "seconds": 1.0}
+    text = write_report(make_run(tmp_path, [begun, *same_day, again, last])).read_text(encoding="utf-8")
+    seen = "".join(line.strip() for line in Page(text).text.splitlines())
+    assert "Date2026-09-21 14:13 to 2026-09-22 18:00 UTC" in seen
+    assert "Molehill0.1.0, then 0.2.0<b>" in seen
+    assert "0.2.0<b>" not in text
+    with pytest.raises(DataError, match="not as Molehill writes it"):
+        write_report(make_run(tmp_path, [begun | {"time": 1e300}, *rest]))
