@@ -292,11 +292,6 @@ class MoLoRAModel(nn.Module):
         return max(max(site.bank.ranks) for site in self.sites.values())
 
     @property
-    def shared_parameters(self) -> int:
-        """Trainable numbers that the federation shares: all but personal residuals."""
-        return self.layout.where(lambda key: not key.residual).size
-
-    @property
     def base_parameters(self) -> int:
         """Frozen numbers."""
         return sum(p.numel() for p in self.base.parameters()) - self.n_parameters

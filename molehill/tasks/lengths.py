@@ -33,24 +33,28 @@ class Lengths:
         """Rows that lose their end, the lost ones among them."""
         return sum(count > self.limit for count in self.tokens)
 
+    def quantile(self, part: float) -> int:
+        """The fewest tokens that this part of the rows, from 0 to 1, does not exceed; there must be rows."""
+        ordered = sorted(self.tokens)
+        return ordered[max(0, -int(-part * len(ordered) // 1) - 1)]
+
     @property
     def quantiles(self) -> str:
         """Such as ``half have up to 20 tokens, 90% up to 31, 99% up to 40, the longest 44``; empty without rows."""
         if not self.tokens:
             return ""
-        ordered = sorted(self.tokens)
-        parts = [f"{name} up to {ordered[max(0, -int(-part * len(ordered) // 1) - 1)]}" for part, name in _QUANTILES]
-        return ", ".join([parts[0].replace("up", "have up", 1) + " tokens", *parts[1:], f"the longest {ordered[-1]}"])
+        parts = [f"{name} up to {self.quantile(part)}" for part, name in _QUANTILES]
+        longest = f"the longest {self.quantile(1.0)}"
+        return ", ".join([parts[0].replace("up", "have up", 1) + " tokens", *parts[1:], longest])
 
     @property
     def enough(self) -> str:
         """Which ``task.max_length`` keeps 95% of the rows whole, and which all; empty where all are."""
         if not self.cut:
             return ""
-        ordered = sorted(self.tokens)
-        most = ordered[max(0, -int(-0.95 * len(ordered) // 1) - 1)]
-        part = f"{most} keeps 95% of them whole, " if self.limit < most < ordered[-1] else ""
-        return f"task.max_length = {part}{ordered[-1]} keeps all"
+        most, longest = self.quantile(0.95), self.quantile(1.0)
+        part = f"{most} keeps 95% of them whole, " if self.limit < most < longest else ""
+        return f"task.max_length = {part}{longest} keeps all"
 
     @property
     def loss(self) -> str:

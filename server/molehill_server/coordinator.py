@@ -21,7 +21,7 @@ from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
 from molehill_server.exchange.grants import Grants
 from molehill_server.norms import later
-from molehill_server.planning.planner import select
+from molehill_server.planning.planner import select, trained
 from molehill_server.privacy.accountant import Accountant, Ledger
 from molehill_server.privacy.draw import Draw
 from molehill_server.records import Global
@@ -112,7 +112,8 @@ class Coordinator:
         began = time.perf_counter()
         record, run = self._record, self._config.run
         nodes = self._crew.first()
-        facts = {"run": run.name, "rounds": run.rounds, "clients": list(nodes), "parameters": record.layout.size}
+        learnt = trained(self._config, record.layout).size
+        facts = {"run": run.name, "rounds": run.rounds, "clients": list(nodes), "parameters": learnt}
         facts |= {"config_digest": self._config.digest, "version": __version__}
         record.begin(self._crew.roster.rows(nodes), facts)
         while record.saved.glob.round < run.rounds:

@@ -3,32 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from molehill.config import Config, MethodRef, MoLoRA
 from molehill.molora.model import MoLoRAModel
+from molehill.plan import scope_of
 from molehill.secure.company import needed
-from molehill.tasks.adapted import open_model
+from molehill.tasks.adapted import Adapted, open_model
 from molehill.tasks.base_model import is_here
 from molehill.tasks.devices import remark as remark_of
-from molehill.tasks.lengths import Lengths, together
+from molehill.tasks.lengths import Examples, Lengths, together
 from molehill.tasks.rows import GROUP, TASK, Rows
 from molehill.tasks.schema import COLUMNS, class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
-from molehill.tasks.task import Task
+from molehill.wire.tree import Layout
 from molehill.words import counted
-from molehill_server.planning.planner import select
+from molehill_server.planning.planner import scopes, select, trained
 from molehill_server.privacy.accountant import Accountant
 from molehill_server.privacy.draw import Draw
 from molehill_simulation import experts
+from molehill_simulation.census import ClientFacts, census, lacking
 from molehill_simulation.data import ClientRows, deal, names_of
 from molehill_simulation.engine import machine_of
 from molehill_simulation.text import clean, megabytes
 
 
-def describe(config: Config) -> list[tuple[str, str]]:
-    """The plan of a run as labelled facts.
+@dataclass
+class Description:
+    """What a configuration comes to.
+
+    Attributes:
+        plan: Labelled facts, in the order in which people read them.
+        warnings: What the user should know of.
+        clients: What every client has; empty where the rows are not on this machine.
+        parameters: How many numbers a client trains and keeps; None where the base is not on this machine.
+    """
+
+    plan: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    clients: list[ClientFacts] = field(default_factory=list)
+    parameters: Parameters | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON document."""
+        found: dict[str, Any] = {"plan": dict(self.plan), "clients": [client.as_dict() for client in self.clients]}
+        if self.parameters is not None:
+            found["parameters"] = self.parameters._asdict()
+        return found
+
+
+class Parameters(NamedTuple):
+    """Numbers of one client, at the highest rank.
+
+    Attributes:
+        trained: In the rounds, by `molehill_server.planning.planner.trained`.
+        unsent: Of these, the ones that never leave the client.
+        residual: Fitted after the rounds; they never leave the client either.
+        frozen: Of the adapter, and stay as they were sent.
+    """
+
+    trained: int
+    unsent: int
+    residual: int
+    frozen: int
+
+    @classmethod
+    def of(cls, config: Config, layout: Layout) -> Self:
+        """Those of a model, by its layout."""
+        learnt, last = trained(config, layout), min(2, config.run.rounds)
+        every = [scopes(config, number) for number in range(1, last + 1)]
+        unsent = learnt.where(lambda key: all(scope_of(each, key) != "shared" for each in every))
+        fitted = layout.where(lambda key: key.residual and scope_of(every[-1], key) == "personal")
+        rest = layout.where(lambda key: not key.residual).size
+        return cls(learnt.size, unsent.size, fitted.size, rest - learnt.size)
+
+    @property
+    def words(self) -> str:
+        """In a line."""
+        parts = [f"{self.trained:,} trained per client ({megabytes(4 * self.trained)} as fp32)"]
+        parts += [f"{self.unsent:,} of them never sent"] if self.unsent else []
+        parts += [f"and {self.residual:,} that stay with each"] if self.residual else []
+        parts += [f"{self.frozen:,} frozen"] if self.frozen else []
+        return ", ".join(parts)
+
+
+def describe(config: Config) -> Description:
+    """The plan of a run.
 
     A base model that is on this machine is loaded and wrapped, which finds targets that match nothing and counts
     what will be trained; rows that are on this machine are read and dealt. Nothing is downloaded for that.
@@ -36,34 +98,62 @@ def describe(config: Config) -> list[tuple[str, str]]:
     Args:
         config: A configuration.
 
-    Returns:
-        ``(label, text)`` rows; what the user should know of is labelled ``warning``.
-
     Raises:
         DataError: The rows cannot be read or dealt.
         ModelError: The base cannot be loaded, or the targets do not fit it.
         ConfigError: The parts of the adapter do not fit each other.
     """
-    data, molora, train, federation = config.data, config.molora, config.train, config.federation
+    found = Description()
     owners = None
     about: list[tuple[str, str]] = []
-    if is_local(data.source):
-        rows_read, task = load_rows(data, config.task)
-        owners = deal(data, rows_read, config.run.seed)
+    if is_local(config.data.source):
+        rows, task = load_rows(config.data, config.task)
+        owners = deal(config.data, rows, config.run.seed)
         config = config.model_copy(update={"task": task})
-        about = _about(rows_read, config)
+        about = _about(rows, config)
         names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(owners).items()]
         about += [("names", "; ".join(names))] if names else []
-    model = engine = None
-    computed = f"{config.base.precision} on {config.base.device}"
+    adapted = examples = None
     if is_here(config.base):
-        model, _, encode, kernels = open_model(config, offline=True)
+        adapted = open_model(config, offline=True)
+    if owners is not None:
+        if adapted is not None:
+            examples = [(adapted.task.encode(owner.train), adapted.task.encode(owner.test)) for owner in owners]
+        found.clients = census(owners, config.task, examples)
+        absent = lacking(found.clients)
+        about += [("lacking", f"{absent} have no row")] if absent else []
+    if examples is not None:
+        about += _in_words(_lengths(examples))
+    found.plan = _plan(config, adapted, owners, about)
+    if adapted is not None:
+        model = adapted.model
+        found.parameters = Parameters.of(config, model.layout)
+        head = ", head apart" if config.task.kind == "classification" and not config.task.labels else ""
+        at = [label for label, _ in found.plan].index("experts") + 1
+        found.plan.insert(at, ("parameters", f"{found.parameters.words}{head}"))
+        if examples is not None:
+            engine = machine_of(config, model, adapted.kernels, _lengths(examples), len(examples))
+            company = f"{counted(engine.together, 'client')} in the same passes"
+            found.plan.append(("engine", f"{counted(engine.workers, 'process')}, at most {company} ({engine.why})"))
+        found.warnings += [f"molora.targets: {remark}" for remark in model.remarks]
+        settings: Any = model.base.config
+        known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")
+        found.warnings += [f"base.model: {known}"] if known else []
+    found.warnings += _unseen(config, base=adapted is not None, rows=owners is not None)
+    return found
+
+
+def _plan(
+    config: Config, adapted: Adapted | None, owners: Sequence[ClientRows] | None, about: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """What the configuration says, in words; ``about`` is of the rows."""
+    data, molora, train, federation = config.data, config.molora, config.train, config.federation
+    model = None if adapted is None else adapted.model
+    computed = f"{config.base.precision} on {config.base.device}"
+    if adapted is not None:
+        kernels = adapted.kernels
         by = f"float32 products by {kernels.products}, attention by {kernels.attention}"
-        computed = f"{kernels.precision} on {model.flat.device}, {by}"
-        if owners is not None:
-            lengths = _lengths(owners, encode)
-            about += _in_words(lengths)
-            engine = machine_of(config, model, kernels, lengths, len(owners))
+        computed = f"{kernels.precision} on {adapted.model.flat.device}, {by}"
     batch = train.batch_size * train.accumulation
     plain = molora.experts == 1 and not molora.shared if model is None else not model.routers
     targets = molora.targets if isinstance(molora.targets, str) else ", ".join(molora.targets)
@@ -72,6 +162,7 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ("base", f"{config.base.model}, {computed}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
         ("data", f"{data.source} dealt to {counted(data.clients, 'client')}, {_show(data.partition)}{_rows(owners)}"),
+        *about,
         ("experts", f"{_experts(molora, model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
         ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),
@@ -79,8 +170,6 @@ def describe(config: Config) -> list[tuple[str, str]]:
         ("federation", f"{_show(federation.policy)}: {_merge(config)}"),
         ("wire", f"{_show(config.wire.up)} up, {_show(config.wire.down)} down"),
     ]
-    at = [label for label, _ in rows].index("data") + 1
-    rows[at:at] = about
     privacy = config.privacy
     if privacy.clip is not None:
         budget = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
@@ -88,31 +177,17 @@ def describe(config: Config) -> list[tuple[str, str]]:
         rows += _spent(config)
     if privacy.secure_aggregation:
         rows.append(("masked", f"the server sees sums only, of {needed(config)} clients or more"))
-    if model is not None:
-        shared, own = model.shared_parameters, model.n_parameters - model.shared_parameters
-        personal = f", and {own:,} that stay with each" if own else ""
-        head = ", head apart" if config.task.kind == "classification" and not config.task.labels else ""
-        count = f"{shared:,} trained per client ({megabytes(4 * shared)} as fp32){personal}{head}"
-        rows.insert(5 + len(about), ("parameters", count))
-        if engine is not None:
-            company = f"{counted(engine.together, 'client')} in the same passes"
-            rows.append(("engine", f"{counted(engine.workers, 'process')}, at most {company} ({engine.why})"))
-        rows += [("warning", f"molora.targets: {remark}") for remark in model.remarks]
-        settings: Any = model.base.config
-        known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")
-        rows += [("warning", f"base.model: {known}")] if known else []
-    return rows + _unseen(config, base=model is not None, rows=owners is not None)
+    return rows
 
 
-def _unseen(config: Config, *, base: bool, rows: bool) -> list[tuple[str, str]]:
+def _unseen(config: Config, *, base: bool, rows: bool) -> list[str]:
     """What was not looked at, since it is elsewhere."""
     found = []
     if not base:
         what = "targets, parameters, lengths of rows and how many clients share a pass were not looked at"
-        found.append(("warning", f"base.model: {config.base.model} is not on this machine; {what}"))
+        found.append(f"base.model: {config.base.model} is not on this machine; {what}")
     if not rows:
-        what = f"{config.data.source} is not on this machine; its rows were not looked at"
-        found.append(("warning", f"data.source: {what}"))
+        found.append(f"data.source: {config.data.source} is not on this machine; its rows were not looked at")
     return found
 
 
@@ -148,8 +223,8 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     return about
 
 
-def _lengths(owners: Sequence[ClientRows], task: Task) -> Lengths:
-    return together([task.encode(rows).lengths for owner in owners for rows in (owner.train, owner.test)])
+def _lengths(examples: Sequence[tuple[Examples, Examples]]) -> Lengths:
+    return together([part.lengths for both in examples for part in both])
 
 
 def _in_words(lengths: Lengths) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -51,7 +52,9 @@ def test_into_a_pipe_every_line_of_the_plan_and_every_warning_is_one(tmp_path, m
     narrow = run("check", path).stdout.splitlines()
     assert len(free) < len(narrow)
     assert max(map(len, free)) > 80
-    assert all(line[0] != " " for line in free)  # where a cell goes on
+    plan = list(itertools.takewhile(str.strip, free))
+    assert all(line[0] != " " for line in plan)  # where a cell goes on
+    assert len(plan) < len(list(itertools.takewhile(str.strip, narrow)))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,23 @@ def test_check_and_the_start_of_a_run_count_the_same(tmp_path):
     assert started.exit_code == 0, started.output
     assert f"{trained} trained parameters" in started.output
     assert int(own.replace(",", "")) > 0
+
+
+def test_check_tells_programs_what_every_client_has(tmp_path):
+    source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(60, "bert"))
+    base = tiny_world.save_base(tmp_path / "base", "bert")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[base]\nmodel = "{base}"\n[task]\nmax_length = 8\n'
+        f'[data]\nsource = "{source}"\npartition = "iid"\nclients = 2\n'
+    )
+    told = json.loads(run("check", path, "--json").stdout)["clients"]
+    assert [client["client"] for client in told] == ["client-1", "client-2"]
+    assert sum(client["rows"] + client["held_out"] for client in told) == 60
+    assert sum(sum(client["classes"].values()) for client in told) == 60
+    assert all(4 < client["tokens"]["median"] <= client["tokens"]["longest"] <= 13 for client in told)
+    assert all(client["tokens"]["cut"] > 0 for client in told)
+    assert re.search(r"client +rows +held out +negative +neutral +positive", run("check", path).stdout)
 
 
 def test_check_says_that_it_has_not_seen_a_base_elsewhere(tmp_path):

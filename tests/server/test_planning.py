@@ -12,7 +12,7 @@ from molehill import registry
 from molehill.errors import ConfigError
 from molehill.wire.keys import KINDS, Key
 from molehill.wire.tree import Layout
-from molehill_server.planning.planner import Planner, expected, scopes, seed, select
+from molehill_server.planning.planner import Planner, expected, scopes, seed, select, trained
 from molehill_server.planning.shares import Shares
 
 A, B = Key(SITE, "e0", "A"), Key(SITE, "e0", "B")
@@ -43,6 +43,24 @@ def test_policies_share_what_their_paper_says(policy, number, a, b, gate, head):
     one = plan(config(federation={"policy": policy}), number)
     assert [one.scope(key) for key in (A, B, GATE, HEAD)] == [a, b, gate, head]
     assert one.scope(Key(SITE, "e0", "patch.A")) == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("policy", "rounds", "kinds"),
+    [
+        ("fedit", 2, {"A", "B", "gate", "head"}),
+        ("local", 2, {"A", "B", "gate", "head"}),
+        ("ffa", 2, {"B", "gate", "head"}),
+        ("rolora", 1, {"B", "gate", "head"}),
+        ("rolora", 2, {"A", "B", "gate", "head"}),
+        ({"name": "fedpeft", "group": "gate"}, 2, {"gate"}),
+    ],
+)
+def test_what_clients_train_is_what_no_round_leaves_frozen(policy, rounds, kinds):
+    layout = Layout({**initial().layout, RESIDUAL: (1,), Key(SITE, "e0", "patch.A"): (1, 1)})
+    found = trained(config(federation={"policy": policy}, run={"rounds": rounds}), layout)
+    assert {key.kind for key in found} == kinds
+    assert found.size == sum(initial()[key].size for key in initial() if key.kind in kinds)
 
 
 @pytest.mark.parametrize(

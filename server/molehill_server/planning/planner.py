@@ -57,6 +57,20 @@ def _whole(kind: str, scope: Scope) -> Scopes:
     return ((f"*/{kind}.residual*", "frozen"), (f"*/{kind}*", scope))
 
 
+def trained(config: Config, layout: Layout) -> Layout:
+    """The tensors that clients train in the rounds of a run: what they send of it, and what stays with them.
+
+    A policy that alternates does so from round to round, so two rounds show all. Residuals are fitted after the rounds
+    (`molehill.wire.keys.Key.residual`) and are none of these.
+
+    Args:
+        config: The run.
+        layout: Of the shared model; clients of a lower rank train a part of each expert.
+    """
+    rounds = [scopes(config, number) for number in range(1, min(2, config.run.rounds) + 1)]
+    return layout.where(lambda key: not key.residual and any(scope_of(each, key) != "frozen" for each in rounds))
+
+
 def select(
     config: Config, pool: Sequence[str], round_number: int, attempt: int, *, secret: int | None = None
 ) -> list[str]:

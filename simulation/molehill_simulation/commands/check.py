@@ -27,24 +27,24 @@ def check(
 
         with needs(EXTRA):
             from molehill_server.check import check as find_conflicts
+            from molehill_simulation.census import census_table
             from molehill_simulation.describe import describe
 
         resolved = load(config, tuple(overrides or ()))
         conflicts = find_conflicts(resolved)
-        plan = describe(resolved)
+        found = describe(resolved)
         refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
-        warnings = [text for label, text in plan if label == "warning"]
+        warnings = [*found.warnings]
         warnings += [f"{' with '.join(each.keys)}: {each.why}" for each in conflicts if each not in refused]
         if as_json and not refused:
-            print_json({"plan": {label: text for label, text in plan if label != "warning"}, "warnings": warnings})
+            print_json({**found.as_dict(), "warnings": warnings})
             return
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="dim")
-        for label, text in plan:
-            if label != "warning":
-                table.add_row(label, Text(text))
+        for label, text in found.plan:
+            table.add_row(label, Text(text))
         if not as_json:
-            show_table(table)
+            show_table(table, *(census_table(found.clients) if found.clients else ()))
             console = Console()
             for text in warnings:
                 console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
