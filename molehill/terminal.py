@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,6 +21,8 @@ from molehill.errors import DeployError, IdentityError, MolehillError
 
 if TYPE_CHECKING:
     from rich.table import Table  # not for commands that print none
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +116,22 @@ def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def tracked(items: Iterable[T], what: str, total: int, *, quiet: bool) -> Iterable[T]:
+    """Items as they are gone through, with a bar on standard error meanwhile.
+
+    Args:
+        items: What is gone through.
+        what: What is done.
+        total: How many there are.
+        quiet: Show no bar.
+    """
+    if quiet:
+        return items
+    from rich.progress import track  # noqa: PLC0415  (not for commands that show none)
+
+    return track(items, what, total, console=Console(stderr=True), transient=True)
 
 
 def typed_lines(people: bool) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from molehill.decoding.interfaces import Scores
@@ -20,17 +20,22 @@ class Answer:
 
     Attributes:
         text: Without the stop string or special tokens.
-        tokens: How many tokens were drawn, the one that ended it included.
+        ids: The tokens that were drawn, the one that ended it included.
         prompt_tokens: Length of the prompt.
         fed: Tokens of the prompt that were not in the cache.
         reason: Why it ended: the model ended it, a stop string came, or it is as long as it may be.
     """
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     prompt_tokens: int
     fed: int
     reason: Literal["end", "stop", "length"]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were drawn."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,37 @@ class Asked:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
 
+    def numbered(self, number: int) -> Asked:
+        """The same for one of several answers, from 0: a seed is that of the first, the next has the next."""
+        if self.sampling.seed is None:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=self.sampling.seed + number))
+
+
+def replayed(tokens: Sequence[int], end: int | None, prompt: int, reader: Reader, stop: Sequence[str]) -> Answer:
+    """What a `Stream` would have told of tokens that were drawn without one: it ends at the first stop string.
+
+    Args:
+        tokens: That were drawn, without the one that ended them.
+        end: That one, where there is one.
+        prompt: Tokens of the prompt, all of which were read.
+        reader: Of the model's tokens.
+        stop: Strings that end the answer.
+
+    Raises:
+        AnswerError: A stop string is empty.
+    """
+    text, stops, shown = Text(reader.decode), Stops(stop), ""
+    for number, token in enumerate(tokens, 1):
+        shown += stops.push(text.push(token))
+        if stops.hit:
+            return Answer(shown, tuple(tokens[:number]), prompt, prompt, "stop")
+    shown += stops.push(text.flush())
+    drawn = tuple(tokens) if end is None else (*tokens, end)
+    if stops.hit:
+        return Answer(shown, drawn, prompt, prompt, "stop")
+    return Answer(shown + stops.flush(), drawn, prompt, prompt, "length" if end is None else "end")
+
 
 class Stream(Iterator[str]):
     """An answer as pieces of text; `answer` holds what came so far, all of it at the end.
@@ -111,7 +147,7 @@ class Stream(Iterator[str]):
         done: Callable[[Answer], None] = lambda _: None,
     ) -> None:
         most = room(len(ids), asked.max_new_tokens, reader.longest)
-        self.answer = Answer("", 0, len(ids), len(ids) if fed is None else fed, "length")
+        self.answer = Answer("", (), len(ids), len(ids) if fed is None else fed, "length")
         self._done = done
         self._ends = reader.ends
         self._stops = Stops(asked.stop)
@@ -160,9 +196,10 @@ class Stream(Iterator[str]):
         return self.answer
 
     def _draw(self, scores: Scores, ids: list[int], most: int) -> Generator[str]:
-        for drawn in range(1, most + 1):
+        for _ in range(most):
             token = self._sampler(scores(ids))
             ids.append(token)
+            drawn = (*self.answer.ids, token)
             if token in self._ends:
                 self._note("", drawn, "end")
                 break
@@ -174,15 +211,15 @@ class Stream(Iterator[str]):
         if not self._stops.hit:
             piece = self._stops.push(self._text.flush())
             if self._stops.hit:
-                self._note(piece, self.answer.tokens, "stop")
+                self._note(piece, self.answer.ids, "stop")
             else:
                 piece += self._stops.flush()
-                self._note(piece, self.answer.tokens, self.answer.reason)
+                self._note(piece, self.answer.ids, self.answer.reason)
             if piece:
                 yield piece
         self._finish()
 
-    def _note(self, piece: str, drawn: int, reason: Literal["end", "stop", "length"]) -> None:
+    def _note(self, piece: str, drawn: tuple[int, ...], reason: Literal["end", "stop", "length"]) -> None:
         before = self.answer
         self.answer = Answer(before.text + piece, drawn, before.prompt_tokens, before.fed, reason)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from molehill.decoding.interfaces import OWN, Array, Passes, Setting
-from molehill.decoding.sampling import Sampler, Sampling
+from molehill.decoding.sampling import Sampler
 from molehill.decoding.settings import only_of
 from molehill.decoding.stream import Asked, Reader, room
 from molehill.errors import AnswerError
@@ -292,16 +292,11 @@ class Written:
 
     Attributes:
         tokens: Without the one that ended it.
-        ended: Whether the model ended it.
+        end: The one that ended it; None where it is as long as it may be.
     """
 
     tokens: list[int]
-    ended: bool
-
-    @property
-    def drawn(self) -> int:
-        """How many tokens were drawn."""
-        return len(self.tokens) + self.ended
+    end: int | None
 
 
 @torch.no_grad()
@@ -318,8 +313,7 @@ def write(
         model: A causal LM in eval mode.
         prompts: Ids of each.
         reader: Of its tokens.
-        asked: How to answer; stop strings are left to who shows the text. A seed is that of the first row, the next
-            has the next.
+        asked: How to answer; stop strings are left to who shows the text. Of row n it is `Asked.numbered`.
         settings: One for each prompt; the model's own for all when None.
         at_once: Rows of one pass.
 
@@ -339,18 +333,13 @@ def write(
     for rows in groups.values():
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]
-            samplers = [Sampler(_seeded(asked, i)) for i in part]
+            samplers = [Sampler(asked.numbered(i).sampling) for i in part]
             with applied(model, [said[i] for i in part]):
                 found = _written(
                     model, [list(prompts[i]) for i in part], [most[i] for i in part], samplers, reader.ends
                 )
             done |= dict(zip(part, found, strict=True))
     yield from (done[i] for i in range(len(prompts)))
-
-
-def _seeded(asked: Asked, row: int) -> Sampling:
-    seed = asked.sampling.seed
-    return asked.sampling if seed is None else replace(asked.sampling, seed=seed + row)
 
 
 def _written(
@@ -364,7 +353,7 @@ def _written(
     placed, keeps = _takes(model.base, "position_ids"), _keeps(model.base)
     cache = DynamicCache()
     found: list[list[int]] = [[] for _ in prompts]
-    open_, ended = set(range(len(prompts))), set()
+    open_, ends_by = set(range(len(prompts))), dict[int, int]()
     while True:
         extra: dict[str, Any] = {"position_ids": positions} if placed else {}
         if keeps:
@@ -377,13 +366,13 @@ def _written(
             step[row] = token
             if token in ends:
                 open_.discard(row)
-                ended.add(row)
+                ends_by[row] = token
                 continue
             found[row].append(token)
             if len(found[row]) == most[row]:
                 open_.discard(row)
         if not open_:
-            return [Written(tokens, row in ended) for row, tokens in enumerate(found)]
+            return [Written(tokens, ends_by.get(row)) for row, tokens in enumerate(found)]
         ids = torch.tensor(step, device=device).unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
         positions = positions[:, -1:] + 1

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from molehill.decoding import DEFAULT, options
+from molehill.decoding import DEFAULT, options, ranking
 from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, log_softmax, other
 from molehill.decoding.prompts import Prompts
 from molehill.decoding.sampling import Sampling, check_finite
-from molehill.decoding.stream import Answer, Asked, Reader, Stream
-from molehill.decoding.text import Stops
+from molehill.decoding.stream import Answer, Asked, Reader, Stream, replayed
 from molehill.errors import AnswerError, ConfigError
 from molehill.molora.decode import TorchPasses, only, write
 from molehill_protos.v1.bundle_pb2 import Generation
@@ -294,12 +293,27 @@ class Loaded:
         _, reader = self._writer()
         said = [self._within] * len(prompts) if settings is None else list(settings)
         for ids, found in zip(prompts, write(self._model, prompts, reader, asked, said, at_once), strict=True):
-            text, stops = self._decode(found.tokens), Stops(asked.stop)
-            shown = stops.push(text)
-            if stops.hit:
-                yield Answer(shown, found.drawn, len(ids), len(ids), "stop")
-            else:
-                yield Answer(text, found.drawn, len(ids), len(ids), "end" if found.ended else "length")
+            yield replayed(found.tokens, found.end, len(ids), reader, asked.stop)
+
+    def scores(
+        self, ids: Sequence[int], answers: Sequence[Answer], by: str = "likelihood", expert: str | None = None
+    ) -> list[float]:
+        """How good several answers to one prompt are; more is better.
+
+        Args:
+            ids: Of the prompt.
+            answers: As this model gave them.
+            by: Which score, of `molehill.decoding.ranking.RANKS`.
+            expert: Who gave them, as of `setting`; this model when None.
+
+        Raises:
+            AnswerError: There is no such score or expert, the model classifies, or its numbers are not finite.
+        """
+        self.require_writes()
+        drawn = [answer.ids for answer in answers]
+        if expert is None:
+            return ranking.scores(by, self._passes, ids, drawn)
+        return ranking.scores(by, TorchPasses(self._model), ids, drawn, self.setting(expert))
 
     # ---- classifying -----------------------------------------------------------------------------------------
 

@@ -108,6 +108,43 @@ def test_each_row_may_name_its_expert(writer, tmp_path):
     assert found[0] == found[3]
 
 
+def test_the_best_of_many_answers_is_first(writer, tmp_path):
+    words = [generate, writer, "--prompt", TEXT, "--prompt", "it was", "--max-new-tokens", 6, "--json"]
+    draw = ["--temperature", 1.5, "--seed", 4, "--n", 4]
+    plain = json.loads(done(ask(*words, *draw)))["answers"]
+    for more in ((), ("--strategy", "self_contrast", "--set", "beta=0"), ("--route",)):
+        drawn = json.loads(done(ask(*words, *draw, *more)))["answers"] if more else plain
+        ranked = json.loads(done(ask(*words, *draw, *more, "--rank-by", "likelihood")))["answers"]
+        for part in (slice(4), slice(4, 8)):
+            found = [row.pop("score") for row in ranked[part]]
+            assert found == sorted(found, reverse=True)
+            assert max(found) < 0
+            assert sorted(map(str, ranked[part])) == sorted(map(str, drawn[part]))
+        assert [row["answer"] for row in drawn] == [row["answer"] for row in plain]  # several at once, or one by one
+    assert len({row["answer"] for row in plain[:4]}) > 1
+    greedy = json.loads(done(ask(*words)))["answers"]
+    one = json.loads(done(ask(*words, "--n", 1, "--rank-by", "likelihood")))["answers"]
+    assert [{key: row[key] for key in greedy[0]} for row in one] == greedy
+    shown = done(ask(*words[:-1], "--rank-by", "likelihood"))
+    assert f"> {TEXT} (likelihood {one[0]['score']:.3f})\n{one[0]['answer']}\n\n> it was (" in shown
+    with load(writer) as model:
+        answer = model.generate(TEXT, max_new_tokens=6)
+        ids = model.encode(TEXT)
+        mean = -model.passes.losses([*ids, *answer.ids])[-answer.tokens :].mean()
+        assert one[0]["score"] == pytest.approx(mean, abs=1e-5)
+        apart = [model.scores(ids, [answer], expert=who)[0] for who in ("e0", "")]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": TEXT, "who": who}) + "\n" for who in ("e0", "")))
+    ranks = ("--max-new-tokens", 6, "--json", "--rank-by", "likelihood")
+    for row, who in zip(
+        json.loads(done(ask(generate, writer, "--rows", rows, "--column", "who", *ranks)))["answers"], ("e0", "base"),
+        strict=True,
+    ):  # fmt: skip
+        alone = json.loads(done(ask(generate, writer, "--prompt", TEXT, "--as", who, *ranks)))["answers"][0]
+        assert row["score"] == pytest.approx(alone["score"], abs=1e-5)
+    assert apart[0] != apart[1]
+
+
 def test_draws_strategies_and_routes(writer):
     words = [generate, writer, "--prompt", TEXT, "--max-new-tokens", 6]
     drawn = done(ask(*words, "--temperature", 1, "--seed", 4, "--n", 3, "--json"))
@@ -158,6 +195,7 @@ def test_what_experts_say_of_classes_is_fused(reviews, tmp_path):
         ((), 16, "there is nothing to answer"),
         (("--prompt", "a", "--rows", "b"), 16, "exclude each other"),
         (("--prompt", "a", "--n", "2"), 16, "would be the same"),
+        (("--prompt", "a", "--rank-by", "taste"), 16, "answers have no score 'taste'"),
         (("--prompt", "a", "--as", "nobody"), 2, "no personal gate of 'nobody'"),
         (("--prompt", "a", "--as", "expert:e9"), 2, "no expert 'e9'"),
         (("--prompt", "a", "--strategy", "clever"), 2, "unknown decoding 'clever'"),

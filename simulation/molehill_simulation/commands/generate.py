@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
 
 from molehill.characters import harmless, recovered
 from molehill.decoding import DEFAULT
 from molehill.errors import AnswerError
 from molehill.extras import needs
 from molehill.rowfiles.values import require_text
-from molehill.terminal import INTERRUPTED, Json, explained, one_line, print_json, show_piece, show_shares
+from molehill.terminal import INTERRUPTED, Json, explained, one_line, print_json, show_piece, show_shares, tracked
 from molehill_simulation.commands.asking import (
     EXTRA,
     As,
@@ -53,6 +51,38 @@ class _Question:
     who: str = ""
 
 
+@dataclass(frozen=True)
+class _Said:
+    """An answer to a question; who was asked, if that was counted; and how good it is, if that was asked for."""
+
+    question: _Question
+    answer: Answer
+    routes: Mapping[str, Mapping[str, float]] | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How questions are answered, by the options that say so."""
+
+    asked: Asked
+    strategy: Strategy
+    n: int
+    rank_by: str | None
+    column: str | None
+    route: bool
+    as_json: bool
+
+    @property
+    def live(self) -> bool:
+        """Whether pieces of an answer are shown as they come."""
+        return self.rank_by is None and not self.as_json
+
+    def quiet(self, many: int) -> bool:
+        """Whether so many are gone through without a bar."""
+        return self.as_json or many < _MANY
+
+
 def generate(
     model: Trained,
     prompt: Annotated[
@@ -75,6 +105,14 @@ def generate(
     strategy: StrategyName = DEFAULT,
     assigned: Assigned = None,
     n: Annotated[int, typer.Option("--n", min=1, max=1000, help="Answers to each prompt.")] = 1,
+    rank_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Score the answers, and print the best to each prompt first: likelihood, the mean log probability.",
+            show_default="as they were drawn",
+        ),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Go on with the text as it is, not as an instruction.")] = False,
     max_new_tokens: Longest = None,
     temperature: Temperature = 0.0,
@@ -101,27 +139,24 @@ def generate(
             require_text(text, "prompt", "--prompt")
         try:
             with needs(EXTRA):
+                from molehill.decoding import ranking
                 from molehill.decoding.options import assigned as parsed
                 from molehill.decoding.sampling import Sampling
                 from molehill.decoding.stream import Asked
 
             asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()))
             values = parsed(assigned or ())
+            if rank_by is not None:
+                ranking.require(rank_by)
             with opened(model, who, base, state, {"large": large}, quiet=as_json) as loaded:
                 if not loaded.writes:
+                    if rank_by is not None:
+                        raise AnswerError("classes are not ranked", where="--rank-by", mend="Leave it out.")
                     _classify(loaded, texts, rows, strategy, values, truncate=truncate, route=route, as_json=as_json)
                     return
                 questions = list(_questions(loaded, texts, rows, column, raw=raw))
-                if n > 1:
-                    questions = [question for question in questions for _ in range(n)]
                 chosen = loaded.strategy(strategy, values)
-                together = chosen.own and not route
-                if column is not None and not together:
-                    raise AnswerError("--column goes with the model's own logits, without --strategy and --route")
-                if together and (len(questions) > 1 or column is not None):
-                    _together(loaded, questions, asked, column=column is not None, as_json=as_json)
-                else:
-                    _one_by_one(loaded, questions, asked, chosen, route=route, as_json=as_json)
+                _answer(loaded, questions, _Asking(asked, chosen, n, rank_by, column, route, as_json))
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
@@ -146,43 +181,74 @@ def _questions(
         yield _Question(text, ids, name)
 
 
-def _together(loaded: Loaded, questions: Sequence[_Question], asked: Asked, *, column: bool, as_json: bool) -> None:
-    """Several in one pass: the answers come in their order, when all before are there."""
-    settings = None
-    if column:
-        settings = [loaded.setting(question.who) for question in questions]
-    answers = loaded.generate_all([question.ids for question in questions], asked, settings)
-    console = Console(stderr=True, quiet=as_json)
-    shown = track(answers, "Answering", len(questions), console=console, transient=True)
-    found = list(shown if len(questions) >= _MANY else answers)
-    if as_json:
-        print_json({"model": told(loaded), "answers": [_row(q, a) for q, a in zip(questions, found, strict=True)]})
+def _answer(loaded: Loaded, questions: Sequence[_Question], asking: _Asking) -> None:
+    """Answer questions and print the answers, each as it comes where it can be."""
+    together = asking.strategy.own and not asking.route
+    if asking.column is not None and not together:
+        raise AnswerError("--column goes with the model's own logits, without --strategy and --route")
+    each = [question for question in questions for _ in range(asking.n)]
+    if together and (len(each) > 1 or asking.column is not None):
+        said = _together(loaded, each, asking)
+    elif asking.live:
+        _one_by_one(loaded, each, asking)
         return
-    for number, (question, answer) in enumerate(zip(questions, found, strict=True)):
-        who = f" [{harmless(question.who)}]" if question.who else ""
-        typer.echo(f"{chr(10) if number else ''}> {one_line(question.text)}{who}\n{harmless(answer.text, lines=True)}")
+    else:
+        said = _one_by_one(loaded, each, asking)
+    if asking.rank_by is not None:
+        said = _ranked(loaded, said, asking, asking.rank_by)
+    if asking.as_json:
+        print_json({"model": told(loaded), "answers": [_row(each) for each in said]})
+    else:
+        _show(said, asking.rank_by)
 
 
-def _one_by_one(
-    loaded: Loaded, questions: Sequence[_Question], asked: Asked, chosen: Strategy, *, route: bool, as_json: bool
-) -> None:
-    """Each as it comes."""
-    rows = []
-    for number, question in enumerate(questions):
-        if not as_json and len(questions) > 1:
-            typer.echo(f"{chr(10) if number else ''}> {one_line(question.text)}")
-        with loaded.counting(on=route) as shares:
-            answer = loaded.answering(question.ids, asked, chosen).rest(None if as_json else show_piece)
-        row = _row(question, answer)
-        if not as_json:
+def _together(loaded: Loaded, questions: Sequence[_Question], asking: _Asking) -> list[_Said]:
+    """Several in one pass: the answers come in their order, when all before are there."""
+    settings = None if asking.column is None else [loaded.setting(question.who) for question in questions]
+    answers = loaded.generate_all([question.ids for question in questions], asking.asked, settings)
+    shown = tracked(answers, "Answering", len(questions), quiet=asking.quiet(len(questions)))
+    return [_Said(question, answer) for question, answer in zip(questions, shown, strict=True)]
+
+
+def _one_by_one(loaded: Loaded, questions: Sequence[_Question], asking: _Asking) -> list[_Said]:
+    """One after another, each shown as it comes where the asking is live."""
+    found: list[_Said] = []
+    live = asking.live
+    for question in tracked(questions, "Answering", len(questions), quiet=live or asking.quiet(len(questions))):
+        if live and len(questions) > 1:
+            typer.echo(f"{chr(10) if found else ''}> {one_line(question.text)}")
+        asked = asking.asked.numbered(len(found))
+        with loaded.counting(on=asking.route) as shares:
+            answer = loaded.answering(question.ids, asked, asking.strategy).rest(show_piece if live else None)
+        found.append(_Said(question, answer, shares if asking.route else None))
+        if live:
             typer.echo("")
-        if route:
-            row["routes"] = shares
-            if not as_json:
+            if asking.route:
                 show_shares(shares)
-        rows.append(row)
-    if as_json:
-        print_json({"model": told(loaded), "answers": rows})
+    return found
+
+
+def _ranked(loaded: Loaded, said: Sequence[_Said], asking: _Asking, by: str) -> list[_Said]:
+    """The same with scores, the best answer to each question first, of equals the one that was drawn first."""
+    groups = [said[start : start + asking.n] for start in range(0, len(said), asking.n)]
+    found: list[_Said] = []
+    for group in tracked(groups, "Ranking", len(groups), quiet=asking.quiet(len(said))):
+        question = group[0].question
+        who = None if asking.column is None else question.who
+        scores = loaded.scores(question.ids, [each.answer for each in group], by, who)
+        order = sorted(range(len(group)), key=lambda place: -scores[place])
+        found += [replace(group[place], score=scores[place]) for place in order]
+    return found
+
+
+def _show(said: Sequence[_Said], rank_by: str | None) -> None:
+    for number, each in enumerate(said):
+        who = f" [{harmless(each.question.who)}]" if each.question.who else ""
+        score = f" ({rank_by} {each.score:.3f})" if each.score is not None else ""
+        typer.echo(f"{chr(10) if number else ''}> {one_line(each.question.text)}{who}{score}")
+        typer.echo(harmless(each.answer.text, lines=True))
+        if each.routes is not None:
+            show_shares(each.routes)
 
 
 def _classify(
@@ -211,6 +277,8 @@ def _classify(
             show_shares(routes[number])
 
 
-def _row(question: _Question, answer: Answer) -> dict[str, Any]:
+def _row(said: _Said) -> dict[str, Any]:
+    question, answer = said.question, said.answer
     found = {"prompt": question.text, "answer": answer.text, "tokens": answer.tokens, "reason": answer.reason}
-    return {**found, "expert": question.who} if question.who else found
+    more = {"expert": question.who or None, "routes": said.routes, "score": said.score}
+    return found | {name: value for name, value in more.items() if value is not None}
