@@ -28,12 +28,12 @@ from molehill_simulation.figures import STAGES
 from molehill_simulation.summary import (
     Event,
     Summary,
-    evaluations_of,
     joined,
     read_summary,
     rounds_of,
 )
 from molehill_simulation.text import by_name, clean, duration, megabytes, moment, natural
+from molehill_simulation.token_map import token_map
 
 _LINE_COLOURS = 10
 _SAMPLES = 12  # answers that are shown
@@ -90,7 +90,7 @@ def render(folder: Path) -> str:
     page = _page()
     try:
         told = _STAGES.get(_task(values), "")
-        content = _content(events, summary, values)
+        content = _content(events, summary, values, _sites(folder / "adapter" / "molora.json"))
         return page.render(stages=STAGES, told=told, summary=summary, **about, **content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
@@ -148,7 +148,12 @@ def _owners(path: Path) -> dict[str, str]:
     return {name: str(owner) for name, owner in by_name(found)}
 
 
-def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[str, Any]) -> dict[str, Any]:
+def _content(
+    events: Sequence[Event],
+    summary: Summary | None,
+    config: Mapping[str, Any],
+    sites: Mapping[str, Collection[str]] | None,
+) -> dict[str, Any]:
     rounds = rounds_of(events)
     numbers = [event["round"] for event in rounds]
     known = sorted({client for event in rounds for client in event["loss_by_client"]}, key=natural)
@@ -167,7 +172,7 @@ def _content(events: Sequence[Event], summary: Summary | None, config: Mapping[s
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "clients": count,
         "named": named,
-        "heat": _heat(events, named),
+        "heat": token_map(events, named, sites),
         "probes": {name: by_site(figures) for name, figures in (summary.probes if summary else {}).items()},
         "refused": refused,
         "unusable": Few((at, c, reason) for at, e in attempts for c, reason in by_name(e.get("unusable", {}))),
@@ -314,23 +319,13 @@ def by_site(figures: Mapping[str, float]) -> tuple[list[str], list[tuple[str, li
     return columns, [(site, [figures.get(f"{site}/{figure}") for figure in columns]) for site in sites]
 
 
-def _heat(events: Sequence[Event], named: Collection[str]) -> dict[str, Any] | None:
-    """Share of every client's tokens per routed expert, from its held-out rows; None when nothing was routed."""
-    tokens = {client: evaluation["tokens"] for client, evaluation in evaluations_of(events).items()}
-    held_out = any(tokens.values())
-    if not held_out:
-        for event in rounds_of(events):
-            for client, counts in event["tokens"].items():
-                known = tokens.setdefault(client, {})
-                tokens[client] = {e: known.get(e, 0) + counts.get(e, 0) for e in {**known, **counts}}
-    names = {expert for counts in tokens.values() for expert in counts}
-    shared = sorted((name for name in names if name.startswith("shared")), key=natural)
-    routed = sorted(names - set(shared), key=natural)
-    if not routed:
-        return None
-    rows = []
-    for client, counts in by_name(tokens):
-        total = sum(counts.get(expert, 0) for expert in routed)
-        if total and client in named:
-            rows.append((client, [counts.get(expert, 0) / total for expert in routed]))
-    return {"experts": routed, "shared": shared, "rows": rows, "held_out": held_out}
+def _sites(path: Path) -> dict[str, set[str]] | None:
+    """Where the run's experts are, by its adapter; None before it has one."""
+    try:
+        found = files.parse_json(path.read_bytes())["ranks"] if path.exists() else None
+        return None if found is None else {str(expert): set(sites) for expert, sites in found.items()}
+    except OSError as error:
+        mend = "Bring the file back, or remove it."
+        raise DataError(f"cannot read the adapter: {error.strerror}", where=str(path), mend=mend) from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise DataError("not what Molehill writes", where=str(path), mend="Was the file edited?") from None
