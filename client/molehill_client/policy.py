@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from molehill import evidence, files, registry, toml_file
 from molehill.config import Section
 from molehill.errors import ConfigError
+from molehill.rowfiles.readings import COLUMNS
 from molehill.wire.keys import KINDS as TENSORS
 
 _HEAD = """\
@@ -73,7 +74,7 @@ class Data(Section):
         columns: Names in the owner's file of the columns that may be read.
     """
 
-    columns: tuple[str, ...] = ("text", "label", "messages", "tools", "instruction", "input", "output")
+    columns: tuple[str, ...] = ("label", *COLUMNS)
 
 
 class Share(Section):
@@ -161,10 +162,12 @@ def careful() -> str:
 
 
 def _written(key: str, value: object) -> str:
-    """A key with its value on one line."""
-    if isinstance(value, list):
-        return f"{key} = [{', '.join(tomli_w.dumps({'x': each}).removeprefix('x = ').strip() for each in value)}]\n"
-    return tomli_w.dumps({key: value})
+    """A key with its value, on one line where that is short enough."""
+    if not isinstance(value, list):
+        return tomli_w.dumps({key: value})
+    each = ", ".join(tomli_w.dumps({"x": item}).removeprefix("x = ").strip() for item in value)
+    line = f"{key} = [{each}]\n"
+    return line if len(line) <= 120 else f"{key} = [\n{textwrap.indent(textwrap.fill(each, 116), '    ')},\n]\n"
 
 
 def begin(path: Path) -> None:

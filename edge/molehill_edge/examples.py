@@ -9,7 +9,9 @@ from typing import Any
 from molehill.decoding.interfaces import Example
 from molehill.decoding.prompts import Message, Prompts
 from molehill.errors import DataError
+from molehill.rowfiles.messages import plain
 from molehill.rowfiles.reading import read_any
+from molehill.rowfiles.readings import asked
 from molehill.rowfiles.values import label_of, text_of
 from molehill_edge import classify, generate, tokens
 from molehill_edge.engine import Engine
@@ -20,8 +22,8 @@ def read(engine: Engine, file: Path) -> list[Example]:
 
     Args:
         engine: Of the bundle.
-        file: With ``text`` and perhaps ``label`` for a classifier; with ``text``, ``instruction`` (``input`` and
-            ``output``) or ``messages`` for a causal LM. What is too long loses its end.
+        file: With ``text`` and perhaps ``label`` for a classifier; for a causal LM with columns that training reads,
+            with an answer or without. What is too long loses its end.
 
     Raises:
         BundleError: A text has no tokens, or the tokenizer fails.
@@ -50,31 +52,22 @@ def _classified(engine: Engine, row: Mapping[str, Any], where: str) -> tuple[lis
 def _written(engine: Engine, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
     prompts, task = engine.prompts, engine.manifest.task
     assert prompts is not None
-    if not row.get("messages") and not row.get("instruction"):
-        text = text_of(row.get("text"), "text", where)
-        return generate.encode(engine.tokenizer, text, special=True)[: task.max_length], []
-    if row.get("tools") is not None:
+    form = asked(row, where)
+    if "text" in form:
+        return generate.encode(engine.tokenizer, form["text"], special=True)[: task.max_length], []
+    if form["tools"] is not None:
         raise DataError("a bundle does not know tools", where=where, mend="Leave the row out.")
-    if not row.get("messages"):
-        about = str(row.get("input") or "")
-        asked, said = text_of(row["instruction"], "instruction", where), row.get("output")
-        answer = "" if said is None else text_of(said, "output", where).strip()
+    if "messages" not in form:
+        text, about, answer = form["instruction"], form["input"], form["output"].strip()
         if prompts.special:  # Alpaca's format has a place of its own for what it is about
-            return _cut(engine, prompts, prompts.single(asked, about), answer, [], where)
-        turns = [{"role": "user", "content": f"{asked}\n\n{about}".strip()}]
+            return _cut(engine, prompts, prompts.single(text, about), answer, [], where)
+        turns: list[Message] = [{"role": "user", "content": f"{text}\n\n{about}".strip()}]
         return _cut(engine, prompts, prompts.before_answer(turns), answer, turns, where)
-    turns = _turns(row["messages"], where)
+    turns = plain(form["messages"], where)
     answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
     if not turns:
         raise DataError("nothing is asked", where=where, mend="Begin the messages with one of the user.")
     return _cut(engine, prompts, prompts.before_answer(turns), answer.strip(), turns, where)
-
-
-def _turns(messages: Any, where: str) -> list[Message]:
-    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
-        raise DataError("'messages' must be a list of messages", where=where)
-    return [{"role": str(turn.get("role")), "content": text_of(turn.get("content"), "content", where)}
-            for turn in messages]  # fmt: skip
 
 
 def _cut(

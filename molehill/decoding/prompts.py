@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from molehill.alpaca import HEADINGS, INTRO, INTRO_INPUT
 from molehill.errors import AnswerError
+from molehill.rowfiles.messages import told_by
 from molehill_protos.v1.bundle_pb2 import Generation
 
 Message = dict[str, str]
@@ -42,7 +43,7 @@ class Prompts:
         self._where = where
         self._names = {"bos_token": generation.bos_token, "eos_token": generation.eos_token}
         self._frame = functools.lru_cache(_FRAMES)(self._framed)
-        self._template = None
+        self._template, self._source = None, generation.chat_template
         if generation.template:
             environment = ImmutableSandboxedEnvironment(
                 trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -65,9 +66,9 @@ class Prompts:
             AnswerError: The chat template refuses the conversation or writes too much, or a role is unknown.
         """
         if self._template is None:
-            return _alpaca(messages)
+            return _alpaca(told_by(messages, ""))
         mark = "<the answer>"
-        turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
+        turns = self._turns(messages)
         answered = [*turns, {"role": "assistant", "content": mark}]
         try:
             frame = self._frame(tuple(turn["role"] for turn in answered))
@@ -92,7 +93,7 @@ class Prompts:
         """
         if self._template is None:
             return self.before_answer(messages) + answer
-        turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
+        turns = self._turns(messages)
         try:
             return self._render([*turns, {"role": "assistant", "content": answer}])
         except AnswerError:
@@ -115,6 +116,10 @@ class Prompts:
             intro = INTRO_INPUT if context else INTRO
             return f"{intro}### Instruction:\n{instruction}{about}\n\n### Response:\n"
         return self.before_answer([{"role": "user", "content": f"{instruction}\n\n{context}".strip()}])
+
+    def _turns(self, messages: Messages) -> list[Message]:
+        turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in messages]
+        return told_by(turns, self._source)
 
     def _framed(self, roles: tuple[str, ...]) -> list[str]:
         """What the template writes before, between and after messages of these roles."""

@@ -1,8 +1,8 @@
-"""Instruction tuning of a causal language model, with the loss on the answers only.
+"""Instruction tuning of a causal language model, with the loss on the answers only; and plain text, learnt as it is.
 
-Rows become one text through the tokenizer's own chat template, or, where it has none, in the format of Alpaca
-(Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca). The text is tokenised once, as the model will see
-it; a token is learnt when it shows part of an answer, or of what ends one (see `molehill.tasks.chat`).
+Questions with answers become one text through the tokenizer's own chat template, or, where it has none, in the format
+of Alpaca (Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca). The text is tokenised once, as the model
+will see it; a token is learnt when it shows part of an answer, or of what ends one (see `molehill.tasks.chat`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from molehill.alpaca import HEADINGS, INTRO, INTRO_INPUT
 from molehill.errors import DataError, ModelError
+from molehill.rowfiles.messages import told_by
+from molehill.rowfiles.readings import form_of, settled
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
 from molehill.tasks.chat import Chat, Span
 from molehill.tasks.lengths import Examples, Lengths
@@ -21,12 +23,12 @@ from molehill.tasks.rows import TASK, Rows
 
 
 class CausalLM:
-    """Instructions or conversations with answers; implements `molehill.tasks.task.Task`.
+    """Instructions or conversations with answers, or plain text; implements `molehill.tasks.task.Task`.
 
     Args:
         tokenizer: Of the base model: a fast one, with padding and end-of-sequence tokens.
         max_length: Longest input in tokens. A longer one loses its end; when no token of an answer is left, the
-            row is left out, and counted.
+            row is left out, and counted. A longer text is learnt in pieces.
 
     Raises:
         ModelError: The tokenizer is not a fast one or has no end-of-sequence token.
@@ -90,24 +92,34 @@ class CausalLM:
         return None if cut or not begin else (ids[:begin], ids[begin:end])
 
     def encode(self, rows: Rows) -> Examples:
-        """Tokenise the columns messages, or instruction, input and output (and the task, where there is one).
+        """Tokenise rows (see `molehill.rowfiles.readings`), with the task where there is one.
 
         Raises:
             DataError: A row does not fit the chat template, or no row has an answer within ``max_length``.
         """
         tasks = rows.columns.get(TASK, (None,) * len(rows))
-        examples, tokens, unlearnt = [], [], 0
+        reading = settled(rows.columns)
+        examples: list[Example] = []
+        tokens, lost, unlearnt, pieces = [], 0, 0, []
         for (where, row), task in zip(rows.records(), tasks, strict=True):
-            text, spans, edited = self._render(row, where)
-            unlearnt += edited
-            ids, labels = self._tokenise(text, spans)
+            form = form_of(row, reading, where)
+            if "text" in form:
+                ids, labels = self._plain(form["text"], where)
+                parts = self._pieces(ids)
+            else:
+                text, spans, edited = self._render(form, where)
+                ids, labels = self._tokenise(text, spans)
+                parts = [slice(self.max_length)]
+                unlearnt += edited
             tokens.append(len(ids))
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
+            pieces += [len(parts)] * (len(parts) > 1)
             # The first token is never predicted, so a label there alone teaches nothing.
-            if any(label != IGNORE for label in labels[1:]):
-                examples.append(Example(ids, labels, task))
-        lengths = Lengths(tuple(tokens), self.max_length, len(rows) - len(examples), unlearnt)
-        if lengths.lost and not examples:
+            taught = [part for part in parts if any(label != IGNORE for label in labels[part][1:])]
+            made = [Example(ids[part], labels[part], task) for part in taught]
+            examples += made
+            lost += not made
+        lengths = Lengths(tuple(tokens), self.max_length, lost, unlearnt, len(pieces), sum(pieces))
+        if lost and not examples:
             mend = f"Raise task.max_length above {self.max_length}: {lengths.quantiles}."
             raise DataError("no answer begins within task.max_length", where=rows.source, mend=mend)
         return Examples(examples, lengths)
@@ -116,55 +128,74 @@ class CausalLM:
         """Pad examples to one length; labels ``[B, T]`` with `IGNORE` on prompts and padding."""
         return pad(examples, self._tokenizer.pad_token_id)
 
-    def _render(self, row: dict[str, Any], where: str) -> tuple[str, list[Span], int]:
+    def _render(self, form: dict[str, Any], where: str) -> tuple[str, list[Span], int]:
         """The whole text of a row, where its answers are, and how many more there would be to learn."""
         if self._chat is not None:
-            return self._chat.write(_as_messages(row), row.get("tools"), where)
-        return *_alpaca(row, where), 0
+            return self._chat.write(_as_messages(form), form.get("tools"), where)
+        return *_alpaca(form, where), 0
+
+    def _plain(self, text: str, where: str) -> tuple[list[int], list[int]]:
+        """Ids of a text with what the tokenizer puts before it, and its end; all of them are learnt."""
+        ids, _ = self._ids(text, special=True)
+        if not ids:
+            raise DataError("'text' has no tokens", where=where, mend="Remove the row.")
+        ids += [self._eos] * (ids[-1] != self._eos)
+        return ids, ids
+
+    def _pieces(self, ids: list[int]) -> list[slice]:
+        """Where a text is cut: nothing is lost.
+
+        The last token of a piece begins the next, since what a piece begins with is not predicted: each is learnt once.
+        """
+        starts = range(0, max(1, len(ids) - 1), self.max_length - 1)
+        return [slice(start, start + self.max_length) for start in starts]
 
     def _tokenise(self, text: str, spans: list[Span]) -> tuple[list[int], list[int]]:
         """Ids and labels, cut after the last answer; one that no special token ends gets the end-of-sequence token."""
         text = text[: spans[-1][1]]
-        special = self._chat is None  # a template writes its own special tokens
-        encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-        ids, labels = [], []
-        for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids, places = self._ids(text, special=self._chat is None)  # a template writes its own special tokens
+        labels = [
             # Overlap, since a token may hold the space before an answer too.
-            learnt = end > begin and any(begin < last and end > first for first, last in spans)
-            ids.append(token)
-            labels.append(token if learnt else IGNORE)
-        # Tokenizers that append special tokens of their own put them at the empty span (0, 0).
-        while special and len(ids) > 1 and encoded["offset_mapping"][len(ids) - 1] == (0, 0):
-            ids.pop()
-            labels.pop()
+            token if end > begin and any(begin < last and end > first for first, last in spans) else IGNORE
+            for token, (begin, end) in zip(ids, places, strict=True)
+        ]
         if ids[-1] not in self._ends:
             ids.append(self._eos)
             labels.append(self._eos)
         return ids, labels
 
+    def _ids(self, text: str, *, special: bool) -> tuple[list[int], list[Span]]:
+        """Ids and their characters, without special tokens that the tokenizer puts after a text."""
+        encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        ids, places = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        while special and len(ids) > 1 and places[-1] == (0, 0):  # the span of what is not in the text
+            ids.pop()
+            places.pop()
+        return ids, places
 
-def _as_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+
+def _as_messages(form: dict[str, Any]) -> list[dict[str, Any]]:
     """The conversation; white space around messages is left to the template."""
-    if "messages" in row:
-        return [{**turn, "content": turn["content"].strip()} for turn in row["messages"]]
-    prompt = f"{row['instruction']}\n\n{row['input']}".strip()
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"].strip()}]
+    if "messages" in form:
+        return [{**turn, "content": turn["content"].strip()} for turn in form["messages"]]
+    prompt = f"{form['instruction']}\n\n{form['input']}".strip()
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": form["output"].strip()}]
 
 
-def _alpaca(row: dict[str, Any], where: str) -> tuple[str, list[Span]]:
-    messages = _as_messages(row)
+def _alpaca(form: dict[str, Any], where: str) -> tuple[str, list[Span]]:
+    messages = _as_messages(form)
     extra = sorted({key for turn in messages for key in turn} - {"role", "content", "weight"})
-    if extra or row.get("tools") is not None:
+    if extra or form.get("tools") is not None:
         what = f"the base has no chat template, so nothing shows {(extra or ['tools'])[0]!r}"
         raise DataError(what, where=where, mend="Remove it, or give a base with a chat template.")
-    if "messages" not in row:
-        context = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
+    if "messages" not in form:
+        context = f"\n\n### Input:\n{form['input']}" if form["input"] else ""
         intro = INTRO_INPUT if context else INTRO
-        prompt = f"{intro}### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
-        text = prompt + row["output"].strip()
+        prompt = f"{intro}### Instruction:\n{form['instruction']}{context}\n\n### Response:\n"
+        text = prompt + form["output"].strip()
         return text, [(len(prompt), len(text))]
     text, spans = INTRO, []
-    for message in messages:
+    for message in told_by(messages, ""):
         text += f"### {HEADINGS[message['role']]}:\n"
         if message["role"] == "assistant" and message.get("weight", 1):
             spans.append((len(text), len(text) + len(message["content"])))

@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from molehill.errors import DataError
+from molehill.rowfiles.messages import told_by
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]  # characters [start, end)
@@ -78,6 +79,7 @@ class Chat:
 
     def _write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span], int]:
         turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        turns = told_by(turns, str(self._tokenizer.chat_template))
         if tools is None and all(set(turn) == _PLAIN for turn in turns):
             text = self._text(turns, None)
             spans = self._between(turns, text)

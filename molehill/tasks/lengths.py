@@ -21,17 +21,21 @@ class Lengths:
         limit: Most tokens that a model gets of a row.
         lost: Rows of which no token of an answer is left; they are left out.
         unlearnt: Answers that are read and not learnt, since the chat template edits them once others follow.
+        split: Rows that are longer and lose nothing, since they are learnt in pieces.
+        pieces: How many pieces those are.
     """
 
     tokens: tuple[int, ...]
     limit: int
     lost: int = 0
     unlearnt: int = 0
+    split: int = 0
+    pieces: int = 0
 
     @property
     def cut(self) -> int:
         """Rows that lose their end, the lost ones among them."""
-        return sum(count > self.limit for count in self.tokens)
+        return sum(count > self.limit for count in self.tokens) - self.split
 
     def quantile(self, part: float) -> int:
         """The fewest tokens that this part of the rows, from 0 to 1, does not exceed; there must be rows."""
@@ -50,7 +54,7 @@ class Lengths:
     @property
     def enough(self) -> str:
         """Which ``task.max_length`` keeps 95% of the rows whole, and which all; empty where all are."""
-        if not self.cut:
+        if not self.cut and not self.split:
             return ""
         most, longest = self.quantile(0.95), self.quantile(1.0)
         part = f"{most} keeps 95% of them whole, " if self.limit < most < longest else ""
@@ -58,8 +62,11 @@ class Lengths:
 
     @property
     def loss(self) -> str:
-        """What is cut or not learnt, in words; empty when nothing is."""
-        return loss_in_words(self.cut, self.lost, len(self.tokens), self.unlearnt, self.limit)
+        """What is cut, learnt in pieces or not learnt, in words; empty when nothing is."""
+        long = f"{self.split} of {len(self.tokens)} rows are longer than task.max_length = {self.limit} and learnt in "
+        parts = f"{long}{self.pieces} pieces" if self.split else ""
+        lost = loss_in_words(self.cut, self.lost, len(self.tokens), self.unlearnt, self.limit)
+        return ". ".join(filter(None, (parts, lost)))
 
 
 class Examples(list["Example"]):
@@ -82,7 +89,8 @@ def together(parts: Sequence[Lengths]) -> Lengths:
         parts: At least one.
     """
     tokens = tuple(n for part in parts for n in part.tokens)
-    return Lengths(tokens, parts[0].limit, sum(part.lost for part in parts), sum(part.unlearnt for part in parts))
+    counts = ((part.lost, part.unlearnt, part.split, part.pieces) for part in parts)
+    return Lengths(tokens, parts[0].limit, *map(sum, zip(*counts, strict=True)))
 
 
 def loss_in_words(cut: int, lost: int, rows: int, unlearnt: int, limit: int | None = None) -> str:

@@ -1,6 +1,6 @@
 """Checks rows against the task and brings them to one form.
 
-Schemas: ``text, label`` for classification; ``instruction, [input,] output`` or ``messages`` for causal LM.
+Schemas: ``text, label`` for classification; for causal LM see `molehill.rowfiles.readings`.
 ``group`` (rows that must stay together) and ``task`` (for methods that route by task) are read only from the columns
 that ``data.columns`` names for them: a column that merely bears the name may mean anything.
 """
@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping
 from molehill import config
 from molehill.characters import alike
 from molehill.errors import DataError
+from molehill.rowfiles import readings
 from molehill.rowfiles.values import label_of, text_of
 from molehill.tasks import conversations
 from molehill.tasks.rows import GROUP, TASK, Rows
@@ -26,7 +27,7 @@ from molehill.words import counted
 _log = logging.getLogger(__name__)
 
 # Columns of a task, by the names that Molehill uses.
-COLUMNS = {"classification": ("text", "label"), "causal-lm": ("messages", "tools", "instruction", "input", "output")}
+COLUMNS = {"classification": ("text", "label"), "causal-lm": readings.COLUMNS}
 
 _NOTHING = {
     *("nan", "na", "n/a", "#n/a", "<na>", "nat", "nil", "none", "null", "undefined", "-", "--", "?", ".", "#value!"),
@@ -62,7 +63,7 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
     if "task" in data.columns:
         rows = rows.having(**{TASK: _task_ids(read, data.columns["task"])})
     if task.kind == "causal-lm":
-        return conform(rows, task), task
+        return conversations.conform(rows, data.columns), task
     if not task.labels:
         task = task.model_copy(update={"labels": derive_labels(rows)})
     return conform(rows, task), task
@@ -77,8 +78,7 @@ def columns_of(data: config.Data, task: config.Task, there: Collection[str] = ()
         there: Columns of rows that were read, for those that count only where they are; without them, those that the
             run cannot do without, or names.
     """
-    sure = COLUMNS["classification"] if task.kind == "classification" else ()
-    ours = {*sure, *(name for name in COLUMNS[task.kind] if name in there)}
+    ours = COLUMNS["classification"] if task.kind == "classification" else conversations.columns_read(there)
     return {*data.columns.values(), *(data.columns.get(name, name) for name in ours)}
 
 
@@ -152,7 +152,8 @@ def _require_apart(found: Mapping[str, list[str]]) -> None:
 
 def content_keys(rows: Rows) -> list[str]:
     """What a model would see of each row, without answers: rows with equal keys are duplicates."""
-    names = [name for name in ("text", "messages", "instruction", "input") if name in rows.columns]
+    asked = ("text", "messages", "conversations", "prompt", "instruction", "input")
+    names = [name for name in asked if name in rows.columns]
     columns = [rows[name] for name in names]
     return [json.dumps([values[i] for values in columns], sort_keys=True, default=str) for i in range(len(rows))]
 

@@ -13,6 +13,7 @@ from molehill.plan import scope_of
 from molehill.secure.company import needed
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.tasks.base_model import is_here
+from molehill.tasks.conversations import columns_read
 from molehill.tasks.devices import remark as remark_of
 from molehill.tasks.lengths import Examples, Lengths, together
 from molehill.tasks.rows import GROUP, TASK, Rows
@@ -213,10 +214,9 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     counts = class_counts(rows, config.task)
     if counts:
         about.append(("classes", ", ".join(f"{clean(name, 60)} {count}" for name, count in counts.items())))
-    read = {*columns_of(config.data, config.task, rows.columns), GROUP, TASK, *COLUMNS[config.task.kind]}
+    ours = COLUMNS["classification"] if config.task.kind == "classification" else columns_read(rows.columns)
+    read = {*columns_of(config.data, config.task, rows.columns), GROUP, TASK, *ours}
     read |= {str(value) for key, value in config.data.partition.params.items() if key == "column"}
-    if "messages" in rows.columns:
-        read -= {"instruction", "input", "output"}
     unread = [name for name in rows.columns if name not in read]
     if unread:
         about.append(("unread", f"{', '.join(clean(name, 40) for name in unread)} (columns that nothing reads)"))

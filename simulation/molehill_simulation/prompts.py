@@ -1,4 +1,4 @@
-"""What rows ask: a text, an instruction with what it is about, or a conversation up to its last answer."""
+"""What rows ask: a text, a question with what it is about, or a conversation up to its last answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from molehill.config import Data
 from molehill.decoding.interfaces import Example
 from molehill.errors import DataError
-from molehill.rowfiles.values import text_of
+from molehill.rowfiles.messages import plain
+from molehill.rowfiles.readings import asked
 from molehill.tasks.batches import IGNORE
 from molehill.tasks.schema import load_rows
 from molehill.tasks.task import make_task
@@ -33,34 +34,28 @@ def prompt_of(encoder: Encoder, row: Mapping[str, Any], where: str, *, raw: bool
 
     Args:
         encoder: Of a model that writes text.
-        row: With ``text``, ``instruction`` (and ``input``) or ``messages``.
+        row: With columns that training reads; an answer may be there or not.
         where: Its place.
         raw: Take a text as it is.
 
     Raises:
         AnswerError: It has no tokens, or the chat template refuses it.
-        DataError: It has none of these.
+        DataError: It has none of these, or something that a prompt cannot show.
     """
-    if row.get("messages"):
-        turns = row["messages"]
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise DataError("'messages' must be a list of messages", where=where)
-        said = [
-            {"role": str(turn.get("role")), "content": text_of(turn.get("content"), "content", where)} for turn in turns
-        ]
-        while said and said[-1]["role"] == "assistant":
-            said.pop()
-        if not said:
-            raise DataError("nothing is asked", where=where, mend="End the messages with one of the user.")
-        return said[-1]["content"], encoder.encode_messages(said)
-    if row.get("instruction"):
-        text, about = text_of(row["instruction"], "instruction", where), str(row.get("input") or "")
+    form = asked(row, where)
+    if "text" in form:
+        return form["text"], encoder.encode(form["text"], raw=raw)
+    if form["tools"] is not None:
+        raise DataError("tools are not shown to a model here", where=where, mend="Leave the row out.")
+    if "messages" not in form:
+        text, about = form["instruction"], form["input"]
         return f"{text}\n\n{about}".strip(), encoder.encode(text, about=about)
-    if "text" in row:
-        text = text_of(row["text"], "text", where)
-        return text, encoder.encode(text, raw=raw)
-    mend = f"Columns there: {', '.join(row)}."
-    raise DataError("the row has neither 'text', 'instruction' nor 'messages'", where=where, mend=mend)
+    said = list(form["messages"])
+    while said and said[-1]["role"] == "assistant":
+        said.pop()
+    if not said:
+        raise DataError("nothing is asked", where=where, mend="End the messages with one of the user.")
+    return said[-1]["content"], encoder.encode_messages(plain(said, where))
 
 
 def examples_of(source: Source, file: Path) -> list[Example]:
@@ -83,6 +78,9 @@ def examples_of(source: Source, file: Path) -> list[Example]:
         columns = {name: str(value) for name, value in row.items() if isinstance(value, str | int | float | bool)}
         if isinstance(labels, int):
             found.append(Example(tuple(ids), (labels,), columns))
+            continue
+        if IGNORE not in labels:  # a text, which answers nothing and does not end here
+            found.append(Example(tuple(ids[: len(ids) - (ids[-1] == source.tokenizer.eos_token_id)]), (), columns))
             continue
         end = max(n for n, label in enumerate(labels) if label != IGNORE) + 1  # the last answer of a conversation
         begin = next((n + 1 for n in reversed(range(end)) if labels[n] == IGNORE), 0)

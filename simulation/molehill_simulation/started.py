@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from molehill import config
 from molehill.errors import DataError
+from molehill.rowfiles import readings
+from molehill.rowfiles.readings import whole
 from molehill.rowfiles.values import label_of
 from molehill.tasks.rows import Rows
 from molehill.tasks.sources import read_rows
@@ -61,10 +63,10 @@ def guess(source: str, kind: Kind | None = None) -> tuple[Answers, list[str]]:
     """
     rows = read_rows(source)
     names, why = list(rows.columns), []
-    text, label = _first(_TEXT, names), _first(_LABEL, names)
+    text, label, shapes = _first(_TEXT, names), _first(_LABEL, names), whole(names)
     asked = {ours: found for ours, near in _ASKED.items() if (found := _first(near, names))}
     if kind is None:
-        kind = "classification" if text and label and "messages" not in names else "causal-lm"
+        kind = "classification" if text and label and not shapes else "causal-lm"
     columns: dict[str, str] = {}
     if kind == "classification":
         if not text or not label:
@@ -77,18 +79,24 @@ def guess(source: str, kind: Kind | None = None) -> tuple[Answers, list[str]]:
         classes = {label_of(value, where) for value, where in zip(rows[label], rows.where, strict=True)}
         if len(classes) > _MOST:
             why.append(f"{label!r} has {len(classes)} different values, which is many for classes")
-        why.append(f"{len(rows)} rows of {len(classes)} classes, from the columns {text!r} and {label!r}")
-    elif "messages" in names:
-        why.append(f"{len(rows)} conversations, from the column 'messages'")
+        why.append(f"{len(rows)} rows of {len(classes)} classes, from {_columns((text, label))}")
+    elif shapes:
+        why.append(f"{len(rows)} rows of questions with answers, from {_columns(shapes[0].columns)}")
+        if len(shapes) > 1:
+            columns = {name: name for name in shapes[0].columns}
+            why.append(f"they could be read from {_columns(shapes[1].columns)} as well: data.columns says which")
     elif len(asked) == len(_ASKED):
         columns = {ours: theirs for ours, theirs in asked.items() if ours != theirs}
-        why.append(f"{len(rows)} instructions with answers, from the columns {' and '.join(map(repr, asked.values()))}")
+        why.append(f"{len(rows)} questions with answers, from {_columns(asked.values())}")
+    elif text and not asked:
+        columns = {"text": text} if text != "text" else {}
+        why.append(f"{len(rows)} texts, to be learnt as they are, from {_columns([text])}")
     else:
         raise DataError(
-            "none of the columns looks like instructions and answers", where=source,
-            mend=f"There are {', '.join(names)}. Name them instruction and output, or messages.",
+            "none of the columns looks like questions and answers, or like a text", where=source,
+            mend=f"There are {', '.join(names)}. Name them instruction and output, messages, or text.",
         )  # fmt: skip
-    owners, clients = _owners(rows, {text, label, *asked.values()})
+    owners, clients = _owners(rows, {text, label, *asked.values(), *readings.COLUMNS})
     if owners:
         why.append(f"{clients} owners, the values of the column {owners!r}")
     else:
@@ -161,6 +169,11 @@ def _owners(rows: Rows, taken: set[str]) -> tuple[str, int]:
         return "", 4
     values = {str(value) for value in rows[name]}
     return (name, len(values)) if 1 < len(values) <= _MOST else ("", 4)
+
+
+def _columns(names: Iterable[str]) -> str:
+    found = [*names]
+    return f"the column{'s' * (len(found) > 1)} {' and '.join(map(repr, found))}"
 
 
 def _first(wanted: Sequence[str], there: Sequence[str]) -> str:

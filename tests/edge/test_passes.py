@@ -188,10 +188,19 @@ TALKS = [
         [("user", "the scene"), ("assistant", "good"), ("user", "and the plot"), ("assistant", "very dull")],
     )
 ]
+SHARED = [
+    {"conversations": [{"from": "human", "value": "the scene"}, {"from": "gpt", "value": "good"}]},
+    {"conversations": [{"role": "developer", "content": "good"}, *TALKS[0]["messages"]]},
+]
+PAIRS = [
+    {"prompt": "the scene", "completion": "good"},
+    {"prompt": TALKS[1]["messages"][:3], "completion": TALKS[1]["messages"][3:]},
+]
+TEXTS = [{"text": "the scene was good"}]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("rows", [ROWS, TALKS])
+@pytest.mark.parametrize("rows", [ROWS, TALKS, SHARED, PAIRS, TEXTS])
 def test_rows_are_read_as_on_a_host(made, tmp_path, kind, rows):
     folder = made[1]
     if kind != "llama":  # without a chat template
@@ -214,8 +223,8 @@ def test_rows_that_do_not_fit_are_refused(bundle, tmp_path):
     for row, what in (
         ({"messages": "hello"}, "must be a list of messages"),
         ({"messages": [{"role": "assistant", "content": "good"}]}, "nothing is asked"),
-        ({"instruction": "a", "output": "b", "tools": []}, "does not know tools"),
-        ({"question": "a"}, "the row has no 'text'"),
+        ({"instruction": "a", "output": "b", "tools": [{"name": "f"}]}, "does not know tools"),
+        ({"question": "a"}, "the row has none of 'messages'"),
         ({"instruction": "the " * 90, "output": "good"}, "no token of the answer fits"),
     ):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")

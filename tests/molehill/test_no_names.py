@@ -78,14 +78,11 @@ REASONS = {
     "an operator of a graph": {"edge/molehill_export/routers.py": "Mean"},
     "a column of rows or of a table": {
         "molehill/tasks/causal_lm.py": "output*2",
-        "molehill/tasks/conversations.py": "output*2",
-        "molehill/tasks/schema.py": "output",
-        "client/molehill_client/policy.py": "output",
-        "simulation/molehill_simulation/describe.py": "output",
+        "molehill/rowfiles/readings.py": "output*2",
         "simulation/molehill_simulation/summary.py": "median",
         "simulation/molehill_simulation/ui.py": "mean",
         "edge/molehill_edge/commands/bench.py": "median*2",
-        "edge/molehill_edge/examples.py": "output*2",
+        "edge/molehill_edge/examples.py": "output",
         "edge/molehill_export/commands/probe.py": "mean",
     },
     "a section of the configuration": {

@@ -89,11 +89,13 @@ def test_generate_prints_answers_and_streams_what_rows_ask(writer, tmp_path):
     asked = [
         {"text": TEXT}, {"instruction": "the scene", "input": "was good"},
         {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "good"}]},
+        {"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": "good"}]},
+        {"prompt": TEXT, "completion": "good"}, {"prompt": [{"role": "user", "content": TEXT}]},
     ]  # fmt: skip
     rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
     many = json.loads(done(ask(generate, writer, "--rows", rows, "--max-new-tokens", 5, "--json")))["answers"]
-    assert [row["prompt"] for row in many] == [TEXT, "the scene\n\nwas good", TEXT]
-    assert many[0] == many[2] == answer
+    assert [row["prompt"] for row in many] == [TEXT, "the scene\n\nwas good", *[TEXT] * 4]
+    assert [row for row in many if row["prompt"] == TEXT] == [answer] * 5
     assert TEXT in done(ask(generate, writer, "--rows", rows, "--max-new-tokens", 5))
 
 

@@ -17,6 +17,12 @@ ROWS = {
     "talks": [
         {"messages": [{"role": "user", "content": f"w {i}"}, {"role": "assistant", "content": "y"}]} for i in range(24)
     ],
+    "share": [
+        {"conversations": [{"from": "human", "value": f"w {i}"}, {"from": "gpt", "value": "y"}]} for i in range(24)
+    ],
+    "pairs": [{"prompt": f"word {i}", "completion": "yes", "label": "x"} for i in range(24)],
+    "both": [{"prompt": f"word {i}", "completion": "yes", "instruction": "say", "output": "no"} for i in range(24)],
+    "prose": [{"content": f"word {i}", "user": f"u{i % 3}"} for i in range(24)],
 }
 
 
@@ -37,6 +43,10 @@ def write(folder, name):
         ("plain", "classification", {}, 4, "iid"),
         ("asked", "causal-lm", {"instruction": "question", "output": "answer"}, 4, "iid"),
         ("talks", "causal-lm", {}, 4, "iid"),
+        ("share", "causal-lm", {}, 4, "iid"),
+        ("pairs", "causal-lm", {}, 4, "iid"),
+        ("both", "causal-lm", {"prompt": "prompt", "completion": "completion"}, 4, "iid"),
+        ("prose", "causal-lm", {"text": "content"}, 3, "by_column"),
     ],
 )
 def test_what_is_written_is_what_the_rows_are(tmp_path, name, kind, columns, clients, partition):
@@ -56,7 +66,7 @@ def test_what_is_written_is_what_the_rows_are(tmp_path, name, kind, columns, cli
 @pytest.mark.parametrize(
     ("rows", "words", "what"),
     [
-        ([{"a": 1}], (), "none of the columns looks like instructions and answers"),
+        ([{"a": 1}], (), "none of the columns looks like questions and answers"),
         ([{"text": "x"}], ("--kind", "classification"), "none of the columns looks like a label"),
     ],
 )

@@ -92,8 +92,8 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="JSON lines, JSON, CSV, TSV or Parquet with text, instruction (and input) or messages, or one text a "
-            "line; - reads standard input.",
+            help="JSON lines, JSON, CSV, TSV or Parquet with what training reads, with or without answers, or one text "
+            "a line; - reads standard input.",
             show_default=False,
         ),
     ] = None,

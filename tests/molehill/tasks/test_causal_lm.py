@@ -323,3 +323,86 @@ def test_batch(chat_tokenizer):
 def test_tokenizer_must_have_an_end(make_tokenizer):
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         CausalLM(make_tokenizer(eos_token=None), 64)
+
+
+TALK = talk(("u", "one"), ("a", "a"))
+PARTS = [{"type": "text", "text": "o"}, {"type": "text", "text": "ne"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        ({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "a"}]}, TALK),
+        ({"messages": [{"role": "user", "content": PARTS}, TALK["messages"][1]]}, TALK),
+        ({"prompt": TALK["messages"][:1], "completion": TALK["messages"][1:]}, TALK),
+        ({"prompt": "one", "completion": " a"}, {"instruction": "one", "output": "a"}),
+    ],
+)
+def test_every_shape_of_a_question_with_its_answer_is_the_same_text(chat_tokenizer, tokenizer, row, same):
+    for each in (chat_tokenizer, tokenizer):
+        assert list(CausalLM(each, 64).encode(rows(row))) == list(CausalLM(each, 64).encode(rows(same)))
+
+
+def test_answers_before_the_completion_are_read(chat_tokenizer):
+    asked = talk(("u", "one"), ("a", "a"), ("u", "two"))["messages"]
+    (example,) = CausalLM(chat_tokenizer, 64).encode(rows({"prompt": asked, "completion": "b"}))
+    assert learnt(chat_tokenizer, example)[0] == ["b", "</s>"]
+    assert "a" in learnt(chat_tokenizer, example)[1]
+
+
+def test_calls_of_sharegpt_are_learnt_as_those_of_openai(make_tokenizer):
+    tokenizer = with_end(make_tokenizer, TOOLS.replace("ARGUMENTS", "| tojson"))
+    said = [
+        {"from": "human", "value": "one"},
+        {"from": "function_call", "value": '{"name": "three", "arguments": {"of": "b"}}'},
+        {"from": "observation", "value": "four"},
+        {"from": "gpt", "value": "a"},
+    ]
+    task, tools = CausalLM(tokenizer, 64), [{"name": "three"}]
+    calling = [CALLING[0], CALLING[1], {"role": "tool", "content": "four"}, CALLING[3]]
+    found, wanted = (
+        task.encode(rows(row))
+        for row in ({"conversations": said, "tools": tools}, {"messages": calling, "tools": tools})
+    )
+    assert list(found) == list(wanted)
+
+
+def test_a_developer_speaks_as_the_template_has_it(make_tokenizer, tokenizer):
+    told = {"messages": [{"role": "developer", "content": "three"}, *talk(("u", "one"), ("a", "a"))["messages"]]}
+    for template, role in ((GEMMA, "<|system|>"), (GEMMA + "{# developer #}", "<unk>")):
+        made = with_end(make_tokenizer, template)
+        (example,) = CausalLM(made, 64).encode(rows(told))
+        assert learnt(made, example)[1][:2] == [role, "three"]
+    as_system = talk(("s", "three"), ("u", "one"), ("a", "a"))
+    assert list(CausalLM(tokenizer, 64).encode(rows(told))) == list(CausalLM(tokenizer, 64).encode(rows(as_system)))
+
+
+def test_every_token_of_a_text_is_learnt_once(make_tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(GEMMA)  # which a text does not go through
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    examples = CausalLM(tokenizer, 8).encode(
+        rows({"text": "a b c d e f g h one two three four a", TASK: 3}, {"text": "b"})
+    )
+    words = [tokenizer.convert_ids_to_tokens(example.input_ids) for example in examples]
+    assert words == [
+        ["<s>", *"abcdefg"], ["g", "h", "one", "two", "three", "four", "a", "</s>"], ["<s>", "b", "</s>"]
+    ]  # fmt: skip
+    assert [example.labels for example in examples] == [example.input_ids for example in examples]
+    assert [example.task for example in examples] == [3, 3, None]
+    lengths = examples.lengths
+    assert (lengths.tokens, lengths.cut, lengths.lost, lengths.split, lengths.pieces) == ((15, 3), 0, 0, 1, 2)
+    assert lengths.loss == "1 of 2 rows are longer than task.max_length = 8 and learnt in 2 pieces"
+    assert lengths.enough == "task.max_length = 15 keeps all"
+    assert CausalLM(tokenizer, 8).last_answer(examples[0]) is None
+
+
+@pytest.mark.parametrize("words", [7, 8, 15])
+def test_the_last_piece_of_a_text_teaches_something(tokenizer, words):
+    examples = CausalLM(tokenizer, 8).encode(rows({"text": "a " * words}))
+    assert sum(len(example.input_ids) - 1 for example in examples) == words
+    assert all(len(example.input_ids) > 1 for example in examples)
+    assert tokenizer.convert_ids_to_tokens(examples[-1].input_ids)[-1] == "</s>"

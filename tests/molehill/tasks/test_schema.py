@@ -6,12 +6,16 @@ import pytest
 
 from molehill import config
 from molehill.errors import DataError
+from molehill.tasks.conversations import columns_read
 from molehill.tasks.rows import GROUP, TASK
 from molehill.tasks.schema import class_counts, content_keys, load_rows
 
 CLASSES = config.Task(labels=("negative", "positive"))
 WRITE = config.Task(kind="causal-lm")
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+HUMAN = {"from": "human", "value": "q"}
+PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
 
 
 def load(path, kind=CLASSES, /, **columns):
@@ -176,7 +180,21 @@ def test_what_counts_in_a_message_is_kept(write):
     [
         ({"messages": "hello"}, "must be a list"),
         ({"messages": []}, "must be a list"),
-        ({"messages": [{"from": "human", "value": "x"}]}, "message 1 lacks 'role'"),
+        ({"messages": [{"text": "x"}]}, "message 1 lacks 'role'"),
+        ({"messages": [{**TURNS[0], "from": "human"}, TURNS[1]]}, "has both 'role' and 'from'"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 1 is from 'narrator', whom nothing knows"),
+        ({"conversations": [HUMAN, {"from": "function_call", "value": "f(x)"}]}, "its value is no call of a function"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "message 2 has neither content"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": "a", "loss": True}]}, "message 2 has 'loss'"),
+        ({"conversations": "hello"}, "'conversations' must be a list"),
+        ({"prompt": TURNS, "completion": [{"role": "user", "content": "b"}]}, "every answer has the weight 0"),
+        ({"prompt": "q"}, "no column 'completion'"),
+        ({"prompt": "q", "completion": 3}, "'completion' must be text"),
+        ({"prompt": [TURNS[0], {**TURNS[1], "weight": 1}], "completion": "b"}, "'prompt' has the weight 1"),
+        ({"messages": TURNS, "conversations": TURNS}, "can be read by 'messages', or by 'conversations'"),
+        ({"messages": TURNS, "prompt": "q", "completion": "a"}, "or by 'prompt' and 'completion'"),
+        ({"prompt": "q", "text": "t"}, "'prompt' without 'completion' asks for an answer, and 'text' could be"),
+        ({"text": ""}, "'text' is empty"),
         ({"messages": [{"role": "human", "content": "x"}, TURNS[1]]}, "message 1 has the role 'human'"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": 3}]}, "'message 2' must be text"),
         ({"messages": [TURNS[0]]}, "no message of the role 'assistant'"),
@@ -190,8 +208,12 @@ def test_what_counts_in_a_message_is_kept(write):
         ({"messages": [TURNS[0], {**TURNS[1], "content": None}]}, "message 2 has neither content nor tool_calls"),
         ({"messages": [{**TURNS[0], "tool_calls": [{}]}, TURNS[1]]}, "'tool_calls' of message 1 is of the role 'user'"),
         ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": "x"}]}, "must be a list of calls"),
-        ({"messages": [TURNS[0], {**TURNS[1], "function_call": {"name": "f"}}]}, "has 'function_call'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "parts (image_url)"),
+        ({"messages": [TURNS[0], {**TURNS[1], "function_call": "f"}]}, "'function_call' of message 2 must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "of the kind 'image_url'"),
+        (
+            {"messages": [{"role": "user", "content": [*PARTS, "r"]}, TURNS[1]]},
+            "part 3 of message 1 is of the kind 'str'",
+        ),
         ({"messages": TURNS, "functions": [{"name": "f"}]}, "'functions' is not read"),
         ({"instruction": "i", "output": "o", "system": "Be brief."}, "'system' is not read"),
         ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "'history' is not read"),
@@ -200,7 +222,10 @@ def test_what_counts_in_a_message_is_kept(write):
         ({"instruction": "i", "output": ""}, "'output' is empty"),
         ({"instruction": "i", "input": 5, "output": "o"}, "'input' must be text"),
         ({"output": "o"}, "no column 'instruction'"),
-        ({"text": "t"}, "neither `messages` nor `instruction`"),
+        (
+            {"question": "q"},
+            "none of these is among the columns: 'messages'; 'conversations'; 'prompt' and 'completion'",
+        ),
     ],
 )
 def test_bad_row_of_causal_lm(write, row, message):
@@ -209,6 +234,27 @@ def test_bad_row_of_causal_lm(write, row, message):
         load(path, WRITE)
     assert caught.value.where in {path, f"{path}:1"}
     assert message in str(caught.value)
+
+
+def test_columns_that_are_named_decide(write):
+    both = {"messages": TURNS, "instruction": "i", "output": "o", "text": "t"}
+    path = write("r.jsonl", [both])
+    for column, read in (
+        ("messages", {"messages"}),
+        ("output", {"instruction", "input", "output"}),
+        ("text", {"text"}),
+    ):
+        rows, _ = load(path, WRITE, **{column: column})
+        assert set(columns_read(rows.columns)) == read
+        assert read | {"instruction"} <= set(rows.columns)  # others may deal rows by it
+    with pytest.raises(DataError, match=r"data\.columns names columns of two shapes: 'messages', and 'text'"):
+        load(path, WRITE, messages="messages", text="text")
+
+
+def test_text_beside_answers_is_not_read(write):
+    """As Alpaca's own file has it: the whole text once more."""
+    rows, _ = load(write("r.jsonl", [{"instruction": "i", "output": "o", "text": "i o"}]), WRITE)
+    assert set(columns_read(rows.columns)) == {"instruction", "input", "output"}
 
 
 def test_a_column_that_means_something_else_may_have_any_name(write):
