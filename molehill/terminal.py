@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -132,6 +132,11 @@ def tracked(items: Iterable[T], what: str, total: int, *, quiet: bool) -> Iterab
     from rich.progress import track  # noqa: PLC0415  (not for commands that show none)
 
     return track(items, what, total, console=Console(stderr=True), transient=True)
+
+
+def learning(quiet: bool) -> Callable[[Sequence[T]], Iterable[T]]:
+    """What shows how far a strategy is that learns from rows, see `molehill.decoding.interfaces.Learns.learn`."""
+    return lambda rows: tracked(rows, "Learning from rows", len(rows), quiet=quiet)
 
 
 def typed_lines(people: bool) -> Iterator[str]:

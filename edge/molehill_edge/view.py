@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from molehill.decoding import DEFAULT as OWN_LOGITS
 from molehill.decoding import options
-from molehill.decoding.interfaces import Learns, Strategy
+from molehill.decoding.interfaces import Learns, Strategy, Through, all_of
 from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill.errors import AnswerError, BundleError
@@ -144,13 +144,16 @@ class View:
         """What strategies ask: passes of the bundle with the gate in use."""
         return EdgePasses(self._engine, lambda: self._bound)
 
-    def strategy(self, name: str | Strategy | None = None, params: Mapping[str, Any] | None = None) -> Strategy:
+    def strategy(
+        self, name: str | Strategy | None = None, params: Mapping[str, Any] | None = None, through: Through = all_of
+    ) -> Strategy:
         """Build a strategy, if this bundle can do it; one that learns reads its rows here.
 
         Args:
             name: Of a method of decoding, the model's own logits when None; what was built is checked, and taken as it
                 is.
             params: Its parameters.
+            through: As of `molehill.decoding.interfaces.Learns.learn`.
 
         Raises:
             AnswerError: A parameter is wrong, or the strategy is for another kind of model or for hosts only.
@@ -173,7 +176,7 @@ class View:
         passes = self.passes()
         options.require_fits(made, called, passes)
         if made is not name and isinstance(made, Learns) and made.rows:
-            made.learn(passes, examples.read(self._engine, Path(made.rows)))
+            made.learn(passes, examples.read(self._engine, Path(made.rows)), through)
         return made
 
     def classify(

@@ -180,6 +180,14 @@ class Example:
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
+Through: TypeAlias = Callable[[Sequence[Example]], Iterable[Example]]
+
+
+def all_of(examples: Sequence[Example]) -> Iterable[Example]:
+    """Rows one after another, and nothing shown of how far it is."""
+    return examples
+
+
 @runtime_checkable
 class Learns(Protocol):
     """A strategy that is fitted to a few rows before the first answer; they stay where they are."""
@@ -189,12 +197,13 @@ class Learns(Protocol):
         """The file of rows; empty for none."""
         ...
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """Be fitted.
 
         Args:
             passes: Of the model.
             examples: The rows of the file.
+            through: Gives some rows one after another where each takes passes, and may show how far it is.
 
         Raises:
             AnswerError: They are not what it needs.
@@ -250,9 +259,9 @@ class Picker(ABC):
     fitted: ClassVar[bool] = True
     weigh: ClassVar[str] = "router"
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`."""
-        del passes, examples
+        del passes, examples, through
 
     @abstractmethod
     def scores(self, passes: Passes, prompt: Sequence[int]) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from molehill.decoding.interfaces import OWN, Array, Conditions, Example, Passes, Setting, log_softmax
+from molehill.decoding.interfaces import OWN, Array, Conditions, Example, Passes, Setting, Through, all_of, log_softmax
 from molehill.errors import AnswerError
 
 _LANE = "judged"
@@ -57,14 +57,19 @@ def right(passes: Passes, example: Example, setting: Setting = OWN) -> bool:
     )
 
 
-def likelihoods(passes: Passes, examples: Sequence[Example]) -> Array:
+def likelihoods(passes: Passes, examples: Sequence[Example], through: Through = all_of) -> Array:
     """The geometric mean of the probabilities that every expert alone gives a row's answer, ``[N, E]``.
+
+    Args:
+        passes: Of the model.
+        examples: The rows.
+        through: As of `Learns.learn`.
 
     Raises:
         AnswerError: A row has no answer, or an expert cannot answer alone.
     """
     settings = alone(passes)
-    return np.exp([[-loss(passes, example, setting) for setting in settings] for example in examples])
+    return np.exp([[-loss(passes, example, setting) for setting in settings] for example in through(examples)])
 
 
 def condition(passes: Passes, ids: Sequence[int]) -> Array:
@@ -78,9 +83,9 @@ def condition(passes: Passes, ids: Sequence[int]) -> Array:
     return passes.condition(ids).astype(np.float64)
 
 
-def conditions(passes: Passes, examples: Sequence[Example]) -> Array:
-    """What the texts of rows are like, float64 ``[N, d]``; see `condition`."""
-    return np.stack([condition(passes, example.ids) for example in examples])
+def conditions(passes: Passes, examples: Sequence[Example], through: Through = all_of) -> Array:
+    """What the texts of rows are like, float64 ``[N, d]``; see `condition`, and `Learns.learn`."""
+    return np.stack([condition(passes, example.ids) for example in through(examples)])
 
 
 def cosines(rows: Array, one: Array) -> Array:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from molehill.decoding import DEFAULT, options, ranking
-from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, log_softmax, other
+from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, Through, all_of, log_softmax, other
 from molehill.decoding.prompts import Prompts
 from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Reader, Stream, replayed
@@ -357,8 +357,15 @@ class Loaded:
 
     # ---- both ------------------------------------------------------------------------------------------------
 
-    def strategy(self, name: str | Strategy, values: Mapping[str, Any] | None = None) -> Strategy:
-        """Build a strategy, if it is one for this model.
+    def strategy(
+        self, name: str | Strategy, values: Mapping[str, Any] | None = None, through: Through = all_of
+    ) -> Strategy:
+        """Build a strategy, if it is one for this model; one that learns reads its rows here.
+
+        Args:
+            name: Of a method of decoding; what was built is taken as it is.
+            values: Its parameters.
+            through: As of `molehill.decoding.interfaces.Learns.learn`.
 
         Raises:
             AnswerError: A parameter is wrong, or the model is not of the kind that it is for.
@@ -373,7 +380,7 @@ class Loaded:
         if idle := [each for each in self._others if each not in made.asks]:
             raise AnswerError(f"strategy {name} asks no {idle[0]} model", where=f"--{idle[0]}", mend="Leave it out.")
         if isinstance(made, Learns) and made.rows:
-            made.learn(self._passes, examples_of(self.source, Path(made.rows)))
+            made.learn(self._passes, examples_of(self.source, Path(made.rows)), through)
         return made
 
     @torch.no_grad()

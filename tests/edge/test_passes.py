@@ -152,7 +152,7 @@ class _Learner(Strategy):
 
     rows = "rows.jsonl"
 
-    def learn(self, passes, examples):
+    def learn(self, passes, examples, through):
         self.examples = examples
 
     def begin(self, passes, prompt):

@@ -162,7 +162,7 @@ def test_draws_strategies_and_routes(writer):
     assert "router" in done(ask(*words, "--route"))
 
 
-def test_the_expert_that_suits_a_prompt_answers_it(writer, tmp_path):
+def test_the_expert_that_suits_a_prompt_answers_it(writer, tmp_path, monkeypatch):
     words = [generate, writer, "--prompt", TEXT, "--max-new-tokens", 6, "--json"]
     alone = {
         who: json.loads(done(ask(*words, "--as", who)))["answers"][0]["answer"] for who in ("e0", "e1", "e2", "e3")
@@ -181,6 +181,10 @@ def test_the_expert_that_suits_a_prompt_answers_it(writer, tmp_path):
     named = ("--set", "by=classifier", "--set", f"rows={rows}")
     found = json.loads(done(ask(*words, "--strategy", "pick", *named)))["answers"]
     assert found[0]["answer"] == alone["e2"]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if standard error were a terminal
+    for quiet, more in ((True, words), (False, words[:-1])):
+        result = ask(*more, "--strategy", "pick", *named)
+        assert ("Learning from rows" in result.stderr) != quiet, result.output
 
 
 def test_what_experts_say_of_classes_is_fused(reviews, tmp_path):

@@ -18,6 +18,7 @@ from molehill.terminal import (
     INTERRUPTED,
     Json,
     explained,
+    learning,
     one_line,
     print_json,
     say,
@@ -111,7 +112,7 @@ def run(
 
                 chosen = None
                 if strategy is not None or assigned:
-                    chosen = bundle.strategy(strategy, parsed(assigned or ()))
+                    chosen = bundle.strategy(strategy, parsed(assigned or ()), learning(as_json))
                 sampling = {
                     "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "strategy": chosen
                 }  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Ge
 
 from molehill.catalogue import register
-from molehill.decoding.interfaces import Array, Example, Passes, Picker
+from molehill.decoding.interfaces import Array, Example, Passes, Picker, Through, all_of
 from molehill.decoding.judging import condition, conditions, cosines, likelihoods, place_of, require_rows
 
 
@@ -55,7 +55,7 @@ class Centroid(Picker):
         self._rows: Array = np.zeros((0, 0))
         self._means = self._known = self._likely = self._rows
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`.
 
         Raises:
@@ -63,7 +63,7 @@ class Centroid(Picker):
         """
         require_rows(examples)
         places = np.array([place_of(passes, example, self._params.column) for example in examples])
-        self._examples, self._rows = list(examples), conditions(passes, examples)
+        self._examples, self._rows = list(examples), conditions(passes, examples, through)
         self._known = np.full(len(examples), fill_value=False)
         self._likely = np.zeros((len(examples), len(passes.experts)))
         self._means = np.full((len(passes.experts), self._rows.shape[1]), np.nan)

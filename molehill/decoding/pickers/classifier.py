@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Ge
 
 from molehill.catalogue import register
-from molehill.decoding.interfaces import Array, Example, Passes, Picker, log_softmax
+from molehill.decoding.interfaces import Array, Example, Passes, Picker, Through, all_of, log_softmax
 from molehill.decoding.judging import condition, conditions, likelihoods, named, place_of, require_rows
 
 _STEPS = 500
@@ -57,15 +57,15 @@ class Classifier(Picker):
         self._logistic: _Logistic | None = None
         self._table = np.zeros((0, 0))  # scores of experts by class of the classifier
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`.
 
         Raises:
             AnswerError: A row names an expert that there is not, has no subject, or has neither expert nor answer.
         """
         require_rows(examples)
-        scores = self._scored(passes, examples)
-        rows = conditions(passes, examples)
+        scores = self._scored(passes, examples, through)
+        rows = conditions(passes, examples, through)
         if self._params.level == "subject":
             subjects = [named(example, self._params.subject) for example in examples]
             known, kinds = np.unique(subjects, return_inverse=True)
@@ -83,13 +83,13 @@ class Classifier(Picker):
         found: Array = self._table[int(told.argmax())] if subject else (told[:, None] + self._table).max(0)
         return found
 
-    def _scored(self, passes: Passes, examples: Sequence[Example]) -> Array:
+    def _scored(self, passes: Passes, examples: Sequence[Example], through: Through) -> Array:
         """How good every expert is on every row, ``[N, E]``."""
         column, size = self._params.column, len(passes.experts)
         found = np.zeros((len(examples), size))
         tried = [row for row, example in enumerate(examples) if column not in example.columns]
         if tried:
-            found[tried] = likelihoods(passes, [examples[row] for row in tried])
+            found[tried] = likelihoods(passes, [examples[row] for row in tried], through)
         for row in sorted(set(range(len(examples))) - set(tried)):
             found[row, place_of(passes, examples[row], column)] = 1.0
         return found

@@ -12,7 +12,7 @@ import numpy as np
 from annotated_types import Ge
 
 from molehill.catalogue import register
-from molehill.decoding.interfaces import Array, Example, Likeness, Passes, Picker
+from molehill.decoding.interfaces import Array, Example, Likeness, Passes, Picker, Through, all_of
 from molehill.decoding.judging import alone, loss, require_rows, right
 from molehill.errors import AnswerError
 
@@ -58,19 +58,21 @@ class KShot(Picker):
         self._scores = np.zeros(0)
         self._alike: Array | None = None
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`.
 
         Raises:
             AnswerError: A row has no answer.
         """
         require_rows(examples)
-        accuracy, perplexity = [], []
-        for setting in alone(passes):
-            accuracy.append(sum(right(passes, example, setting) for example in examples))
-            losses = np.array([loss(passes, example, setting) for example in examples])
-            perplexity.append(np.exp(np.minimum(losses, _MOST)).sum())
-        self._scores = -(_ranks(-np.array(accuracy)) + _ranks(np.array(perplexity)))
+        settings = alone(passes)
+        told = [
+            [(right(passes, example, setting), loss(passes, example, setting)) for setting in settings]
+            for example in through(examples)
+        ]
+        accuracy, losses = np.moveaxis(np.array(told, float), -1, 0)  # [N, E] each
+        perplexity = np.exp(np.minimum(losses, _MOST)).sum(0)
+        self._scores = -(_ranks(-accuracy.sum(0)) + _ranks(perplexity))
         self._alike = passes.likeness() if isinstance(passes, Likeness) else None
 
     def scores(self, passes: Passes, prompt: Sequence[int]) -> Array:  # noqa: ARG002  (of the interface)

@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Ge, Gt
 
 from molehill.catalogue import register
-from molehill.decoding.interfaces import Array, Example, Passes, Picker
+from molehill.decoding.interfaces import Array, Example, Passes, Picker, Through, all_of
 from molehill.decoding.judging import condition, conditions, likelihoods, named, place_of, require_rows
 from molehill.errors import AnswerError
 
@@ -64,7 +64,7 @@ class Tree(Picker):
         self._params = params
         self._root: _Node | None = None
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`.
 
         Raises:
@@ -76,14 +76,14 @@ class Tree(Picker):
         judged = [row for row, example in enumerate(examples) if value in example.columns]
         tried = [row for row, example in enumerate(examples) if value not in example.columns]
         if tried:
-            gain[tried] = likelihoods(passes, [examples[row] for row in tried]) - _EVEN
+            gain[tried] = likelihoods(passes, [examples[row] for row in tried], through) - _EVEN
         seen = np.zeros(gain.shape)
         seen[tried] = 1.0
         if judged:
             places = [place_of(passes, examples[row], column) for row in judged]
             gain[judged, places] = [_number(named(examples[row], value)) - _EVEN for row in judged]
             seen[judged, places] = len(judged) / np.bincount(places)[places]  # one over their share
-        self._gain, self._seen, self._rows = gain, seen, conditions(passes, examples)
+        self._gain, self._seen, self._rows = gain, seen, conditions(passes, examples, through)
         everything = np.arange(len(examples))
         bounds = np.stack([self._rows.min(0), self._rows.max(0)])
         self._root = self._grown(everything, bounds, self._replayed(everything))

@@ -10,7 +10,18 @@ import numpy as np
 from annotated_types import Gt
 
 from molehill.catalogue import register
-from molehill.decoding.interfaces import OWN, Array, Conditions, Example, Passes, Scores, Strategy, log_softmax
+from molehill.decoding.interfaces import (
+    OWN,
+    Array,
+    Conditions,
+    Example,
+    Passes,
+    Scores,
+    Strategy,
+    Through,
+    all_of,
+    log_softmax,
+)
 from molehill.errors import AnswerError
 
 
@@ -74,7 +85,7 @@ class Ensemble(Strategy):
         """See `Learns.rows`."""
         return self._params.rows
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`: conditions are of the prompts, without the answers.
 
         Raises:
@@ -93,7 +104,7 @@ class Ensemble(Strategy):
             places[name].append(place)
         if lacks := [name for name, found in places.items() if not found]:
             raise AnswerError(f"no row is for the expert {lacks[0]}", where=where, mend="Add some, or leave rows out.")
-        units = np.stack([_unit(passes.condition(row.ids)) for row in examples])
+        units = np.stack([_unit(passes.condition(row.ids)) for row in through(examples)])
         groups = [*([[*range(len(units))]] if self._params.own else []), *places.values()]
         centroids = np.stack([_unit(units[group].mean(0)) for group in groups])
         cosines = units @ centroids.T

@@ -11,7 +11,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 
 from molehill.catalogue import register
-from molehill.decoding.interfaces import Array, Example, Passes, Scores, Strategy, log_softmax
+from molehill.decoding.interfaces import Array, Example, Passes, Scores, Strategy, Through, all_of, log_softmax
 from molehill.decoding.judging import alone, condition, conditions, require_answer, require_rows
 from molehill.errors import AnswerError
 
@@ -79,7 +79,7 @@ class FuseOutputs(Strategy):
         """See `Learns.rows`."""
         return self._params.rows
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`.
 
         Raises:
@@ -89,10 +89,10 @@ class FuseOutputs(Strategy):
         for example in examples:
             require_answer(example)
         self._labels = np.array([example.answer[0] for example in examples])
-        self._said = np.stack([[told() for told in _experts(passes, example.ids)] for example in examples])
+        self._said = np.stack([[told() for told in _experts(passes, example.ids)] for example in through(examples)])
         x = self._said.reshape(len(examples), -1)
         if self._params.inputs == "both":
-            x = np.concatenate([x, conditions(passes, examples)], 1)
+            x = np.concatenate([x, conditions(passes, examples, through)], 1)
         self._net = _Net(x, self._labels, passes.answers, self._params)
         self._wrong: dict[tuple[int, ...], Array] = {}
 

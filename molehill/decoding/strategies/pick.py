@@ -11,7 +11,18 @@ from annotated_types import Ge
 
 from molehill.catalogue import register
 from molehill.decoding import options
-from molehill.decoding.interfaces import Array, Example, Passes, Picker, Scores, Setting, Strategy, log_softmax
+from molehill.decoding.interfaces import (
+    Array,
+    Example,
+    Passes,
+    Picker,
+    Scores,
+    Setting,
+    Strategy,
+    Through,
+    all_of,
+    log_softmax,
+)
 from molehill.errors import AnswerError
 
 _LANE = "picked"
@@ -63,9 +74,9 @@ class Pick(Strategy):
         """See `Learns.rows`."""
         return self._params.rows
 
-    def learn(self, passes: Passes, examples: Sequence[Example]) -> None:
+    def learn(self, passes: Passes, examples: Sequence[Example], through: Through = all_of) -> None:
         """See `Learns.learn`."""
-        self._picker.learn(passes, examples)
+        self._picker.learn(passes, examples, through)
         self._learnt = True
 
     def begin(self, passes: Passes, prompt: Sequence[int]) -> Scores:

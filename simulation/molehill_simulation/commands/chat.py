@@ -13,7 +13,7 @@ from rich.text import Text
 from molehill.decoding import DEFAULT
 from molehill.errors import MolehillError
 from molehill.extras import needs
-from molehill.terminal import INTERRUPTED, explained, say, show_piece, show_shares, typed_lines
+from molehill.terminal import INTERRUPTED, explained, learning, say, show_piece, show_shares, typed_lines
 from molehill_simulation.commands.asking import (
     EXTRA,
     As,
@@ -87,7 +87,7 @@ class _Talk:
 
     def __init__(self, loaded: Loaded, asked: Asked, strategy: str, values: Mapping[str, Any], system: str) -> None:
         self._loaded, self._asked, self._named, self._values = loaded, asked, strategy, values
-        self._strategy = loaded.strategy(strategy, values)
+        self._strategy = loaded.strategy(strategy, values, learning(quiet=False))
         self._system = system
         self._messages: list[dict[str, str]] = []
         self._shares: dict[str, dict[str, float]] = {}
@@ -115,7 +115,7 @@ class _Talk:
     def _order(self, name: str = "", rest: str = "") -> None:
         if name == "as" and rest:
             self._loaded = self._loaded.instead(rest.strip())
-            self._strategy = self._loaded.strategy(self._named, self._values)
+            self._strategy = self._loaded.strategy(self._named, self._values, learning(quiet=False))
         elif name == "system":
             self._system = rest
             self._messages.clear()

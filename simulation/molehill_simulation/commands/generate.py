@@ -14,7 +14,17 @@ from molehill.decoding import DEFAULT
 from molehill.errors import AnswerError
 from molehill.extras import needs
 from molehill.rowfiles.values import require_text
-from molehill.terminal import INTERRUPTED, Json, explained, one_line, print_json, show_piece, show_shares, tracked
+from molehill.terminal import (
+    INTERRUPTED,
+    Json,
+    explained,
+    learning,
+    one_line,
+    print_json,
+    show_piece,
+    show_shares,
+    tracked,
+)
 from molehill_simulation.commands.asking import (
     EXTRA,
     As,
@@ -155,7 +165,7 @@ def generate(
                     _classify(loaded, texts, rows, strategy, values, truncate=truncate, route=route, as_json=as_json)
                     return
                 questions = list(_questions(loaded, texts, rows, column, raw=raw))
-                chosen = loaded.strategy(strategy, values)
+                chosen = loaded.strategy(strategy, values, learning(as_json))
                 _answer(loaded, questions, _Asking(asked, chosen, n, rank_by, column, route, as_json))
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
@@ -259,7 +269,8 @@ def _classify(
         from molehill.rowfiles.reading import read_texts
 
         texts = [row["text"] for _, row in read_texts(rows)]
-    found = loaded.classify(texts, strategy=strategy, params=values, truncate=truncate)
+    chosen = loaded.strategy(strategy, values, learning(as_json))
+    found = loaded.classify(texts, strategy=chosen, truncate=truncate)
     routes = [loaded.route(text, truncate=truncate) for text in texts] if route else None
     if as_json:
         told_rows = [
