@@ -29,6 +29,7 @@ from molehill_simulation.census import ClientFacts, census, lacking
 from molehill_simulation.data import ClientRows, deal, names_of
 from molehill_simulation.engine import machine_of
 from molehill_simulation.text import clean, megabytes
+from molehill_simulation.traffic import Traffic, traffic
 
 
 @dataclass
@@ -40,18 +41,22 @@ class Description:
         warnings: What the user should know of.
         clients: What every client has; empty where the rows are not on this machine.
         parameters: How many numbers a client trains and keeps; None where the base is not on this machine.
+        traffic: How many bytes the run sends; None where the base is not on this machine, and of what cannot run.
     """
 
     plan: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     clients: list[ClientFacts] = field(default_factory=list)
     parameters: Parameters | None = None
+    traffic: Traffic | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON document."""
         found: dict[str, Any] = {"plan": dict(self.plan), "clients": [client.as_dict() for client in self.clients]}
         if self.parameters is not None:
             found["parameters"] = self.parameters._asdict()
+        if self.traffic is not None:
+            found["bytes"] = self.traffic.as_dict()
         return found
 
 
@@ -90,7 +95,7 @@ class Parameters(NamedTuple):
         return ", ".join(parts)
 
 
-def describe(config: Config) -> Description:
+def describe(config: Config, *, sound: bool = True) -> Description:
     """The plan of a run.
 
     A base model that is on this machine is loaded and wrapped, which finds targets that match nothing and counts
@@ -98,6 +103,7 @@ def describe(config: Config) -> Description:
 
     Args:
         config: A configuration.
+        sound: Whether it could run; of what could not, less is worked out.
 
     Raises:
         DataError: The rows cannot be read or dealt.
@@ -136,6 +142,15 @@ def describe(config: Config) -> Description:
             engine = machine_of(config, model, adapted.kernels, _lengths(examples), len(examples))
             company = f"{counted(engine.together, 'client')} in the same passes"
             found.plan.append(("engine", f"{counted(engine.workers, 'process')}, at most {company} ({engine.why})"))
+        if sound:
+            named = [(owner.name, len(owner.train)) for owner in owners or ()]
+            found.traffic = traffic(config, model, adapted.base.digest, named)
+            found.plan += found.traffic.words
+            if found.traffic.largest > config.wire.max_bytes:
+                large = (
+                    f"{megabytes(found.traffic.largest)} are sent at once, more than {config.wire.max_bytes:,} bytes"
+                )
+                found.warnings.append(f"wire.max_bytes: {large}; the run would stop")
         found.warnings += [f"molora.targets: {remark}" for remark in model.remarks]
         settings: Any = model.base.config
         known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")

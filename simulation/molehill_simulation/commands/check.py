@@ -32,8 +32,8 @@ def check(
 
         resolved = load(config, tuple(overrides or ()))
         conflicts = find_conflicts(resolved)
-        found = describe(resolved)
         refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
+        found = describe(resolved, sound=not refused)
         warnings = [*found.warnings]
         warnings += [f"{' with '.join(each.keys)}: {each.why}" for each in conflicts if each not in refused]
         if as_json and not refused:
