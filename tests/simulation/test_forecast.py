@@ -62,7 +62,7 @@ def test_trained_parameters_and_bytes_are_those_of_the_run(world, tmp_path, fede
 
 
 def test_what_a_codec_compresses_is_told_of_noise_and_a_message_that_is_too_large_is_warned_of(world):
-    wire = {"up": {"name": "int8", "zstd": True}, "max_bytes": 1000}
+    wire = {"up": {"name": "int8", "zstd": True}, "max_bytes": 1024}
     told = describe(tiny_world.config(*world, wire=wire))
     assert told.traffic is not None
     assert told.traffic.varies
@@ -70,4 +70,4 @@ def test_what_a_codec_compresses_is_told_of_noise_and_a_message_that_is_too_larg
     assert plain is not None
     assert told.traffic.up[0][0] > 0.9 * plain.up[0][0]  # zeros would take next to nothing
     assert "by encoding random numbers" in dict(told.plan)["bytes"]
-    assert any("wire.max_bytes" in text and "1,000 bytes" in text for text in told.warnings)
+    assert any("wire.max_bytes" in text and "1,024 bytes" in text for text in told.warnings)
