@@ -83,8 +83,9 @@ class Data(Section):
 
     Attributes:
         source: ``sample:reviews``, a JSONL, JSON, CSV or TSV file (also with ``.gz``), a Parquet file, a folder saved
-            by ``datasets``, or a hub id.
-        split: Split to read of a ``datasets`` folder or hub id.
+            by ``datasets`` or with such files by split (``train.jsonl``, ``train-00000-of-00002.parquet``, also under
+            ``data/``), or a hub id.
+        split: Split to read of a folder or hub id.
         columns: Names of your columns by the names Molehill uses, for example ``{text = "review", label = "stars"}``.
             Two more are read only when they are named here: ``group``, for rows that must stay together (of one
             author, say), and ``task``, a name or number per row for methods that route by task.

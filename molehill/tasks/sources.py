@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from molehill.errors import DataError, first_line
 from molehill.files import place_of
 from molehill.rowfiles import arrow, reading
-from molehill.tasks import samples
+from molehill.tasks import samples, splits
 from molehill.tasks.rows import Rows
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _KINDS = (
-    "a .jsonl, .json, .csv, .tsv (or .gz of these) or .parquet file, a folder saved by `datasets`, a hub id, or "
-    "sample:reviews"
+    "a .jsonl, .json, .csv, .tsv (or .gz of these) or .parquet file, a folder saved by `datasets` or with such files, "
+    "a hub id, or sample:reviews"
 )
 
 
@@ -24,9 +25,9 @@ def read_rows(source: str, *, split: str = "train") -> Rows:
     """Read all rows of a source.
 
     Args:
-        source: JSONL, JSON, CSV or TSV file (also with ``.gz``), Parquet file, folder saved by ``datasets``, hub id,
-            or ``sample:reviews``.
-        split: Split of a ``datasets`` folder or hub id; other sources have none.
+        source: JSONL, JSON, CSV or TSV file (also with ``.gz``), Parquet file, folder saved by ``datasets`` or with
+            such files by split (see `molehill.tasks.splits`), hub id, or ``sample:reviews``.
+        split: Split of a folder or hub id; other sources have none.
 
     Returns:
         The rows with every column of the source.
@@ -53,7 +54,8 @@ def _read(source: str, split: str) -> Rows:
         return samples.read_sample(source)
     path = place_of(source, DataError)
     if path.is_dir():
-        return _folder(path, split)
+        saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return _folder(path, split) if saved else _files(path, split)
     read = _FILES.get(reading.suffix(path))
     if read is not None:
         return read(path)
@@ -68,15 +70,21 @@ def _parquet(path: Path) -> Rows:
     return Rows(*arrow.parquet(reading.contents(path), str(path)), str(path))
 
 
+def _files(folder: Path, split: str) -> Rows:
+    """Rows of all files of a split; a column that a file lacks has no values there."""
+    paths = splits.files_of(folder, split, lambda path: reading.suffix(path) in _FILES)
+    parts = [_FILES[reading.suffix(path)](path) for path in paths]
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    columns = {
+        name: tuple(chain.from_iterable(part.columns.get(name, (None,) * len(part)) for part in parts))
+        for name in names
+    }
+    return Rows(columns, tuple(chain.from_iterable(part.where for part in parts)), str(folder))
+
+
 def _folder(path: Path, split: str) -> Rows:
     import datasets  # noqa: PLC0415  (takes a second to import; only this source needs it)
 
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise DataError(
-            "not a folder saved by `datasets`",
-            where=str(path),
-            mend="Save one with Dataset.save_to_disk, or name a file.",
-        )
     try:
         found = datasets.load_from_disk(str(path))
         if isinstance(found, datasets.DatasetDict):

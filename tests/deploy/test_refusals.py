@@ -177,6 +177,7 @@ def test_a_machine_is_told_what_is_wrong_with_its_own_things(lab, tmp_path):
     assert "the certificate is client-1's, not client-2's. Leave --name out" in join(10, name="client-2")
     assert "there is no identity here. Run: molehill pki request" in join(10, identity=tmp_path)
     assert "none.csv: there is no such file" in join(3, data=tmp_path / "none.csv")
+    assert "the rows to hold out are those to train on" in join(3, test=rows)
     assert "'lab' is no address. Give HOST:PORT" in join(2, server="lab")
     nobody = free_ports(1)[0]
     assert f"127.0.0.1:{nobody}: the coordinator cannot be reached" in join(11, server=f"127.0.0.1:{nobody}")

@@ -166,7 +166,7 @@ def join(
         warn: what goes wrong.
 
     Raises:
-        DataError: There is no such file.
+        DataError: There is no such file, or the same rows are to be trained on and held out.
         ConfigError: The policy cannot be used.
         IdentityError: The identity cannot be used.
         DeployError: The coordinator cannot be reached or refuses us, or a child ends again and again.
@@ -174,6 +174,9 @@ def join(
     for path in (member.data, member.test):
         if path is not None and not path.exists():
             raise DataError("there is no such file", where=str(path))
+    if member.test is not None and member.test.samefile(member.data):
+        what = "the rows to hold out are those to train on"
+        raise DataError(what, where=str(member.test), mend="Give a file with others, also where a folder has both.")
     if member.policy is not None:
         policy.read(member.policy)
     require_lasting(member.passphrase_file)

@@ -228,7 +228,7 @@ def test_missing_column_names_the_nearest(write):
 def test_bad_folders(tmp_path):
     import datasets
 
-    with pytest.raises(DataError, match="not a folder saved by `datasets`"):
+    with pytest.raises(DataError, match="neither a folder saved by `datasets`, nor one with files of rows"):
         read_rows(str(tmp_path))
     datasets.disable_progress_bars()
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
@@ -238,6 +238,86 @@ def test_bad_folders(tmp_path):
     (tmp_path / "saved" / "train" / "state.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="cannot read the folder"):
         read_rows(str(tmp_path / "saved"))
+
+
+def put(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    return str(folder)
+
+
+def parquet(path, texts):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": texts}), path)
+
+
+def line(text, **more):
+    return json.dumps({"text": text, **more}) + "\n"
+
+
+def test_a_folder_with_a_file_for_each_split(tmp_path):
+    files = {
+        "train.jsonl": line("a") + line("b"),
+        "test.csv": "text\nc\n",
+        "README.md": "#",
+        "dataset_infos.json": "{}",
+    }
+    folder = put(tmp_path, files)
+    rows = read_rows(folder)
+    assert rows["text"] == ("a", "b")
+    assert rows.where == (f"{folder}/train.jsonl:1", f"{folder}/train.jsonl:2")
+    assert read_rows(folder, split="test")["text"] == ("c",)
+    with pytest.raises(DataError, match=r"there is no split 'validation'\. Set data\.split to one of test, train\."):
+        read_rows(folder, split="validation")
+
+
+@pytest.mark.parametrize("inside", ["", "data"])
+def test_shards_as_the_hub_has_them(tmp_path, inside):
+    for at in range(11):
+        tail = "-a09b74b3ef9c3b56" if at < 2 else ""  # as `datasets` once named them
+        parquet(tmp_path / inside / f"train-{at}-of-00011{tail}.parquet", [str(at)])
+    parquet(tmp_path / inside / "test-00000-of-00001.parquet", ["t"])
+    assert read_rows(str(tmp_path))["text"] == tuple(map(str, range(11)))
+    assert read_rows(str(tmp_path), split="test")["text"] == ("t",)
+    (tmp_path / inside / "train-3-of-00011.parquet").unlink()
+    assert read_rows(str(tmp_path), split="test")["text"] == ("t",)
+    with pytest.raises(DataError, match=r"10 of 11 shards are there, and number 3 \(from 0\) is not"):
+        read_rows(str(tmp_path))
+
+
+def test_a_folder_for_each_split(tmp_path):
+    files = {
+        "train/b.jsonl": line("b", n=1),
+        "train/a.jsonl": line("a"),
+        "valid/a.jsonl": line("c"),
+        "other/notes.md": "",
+    }
+    folder = put(tmp_path, files)
+    assert dict(read_rows(folder).columns) == {"text": ("a", "b"), "n": (None, 1)}
+    with pytest.raises(DataError, match="one of train, valid"):
+        read_rows(folder, split="other")
+
+
+def test_a_split_that_is_there_twice(tmp_path):
+    csv = "text\nb\n"
+    folder = put(tmp_path, dict.fromkeys(("train.tsv", "train.csv", "data/test.csv", "test/x.csv"), csv))
+    with pytest.raises(DataError, match=r"'train' could be read from train\.csv, or from train\.tsv"):
+        read_rows(folder)
+    with pytest.raises(DataError, match=r"'test' could be read from test/x\.csv, or from data/test\.csv"):
+        read_rows(folder, split="test")
+
+
+def test_splits_of_several_subsets(tmp_path):
+    folder = put(
+        tmp_path, {f"{name}/{split}.jsonl": line("a") for name in ("main", "easy") for split in ("train", "test")}
+    )
+    with pytest.raises(DataError, match="the splits are one folder deeper, in easy, main"):
+        read_rows(folder)
+    assert read_rows(str(tmp_path / "main"), split="test")["text"] == ("a",)
 
 
 def test_hub_offline(monkeypatch):
