@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from molehill import __version__, config, files
 from molehill.errors import ConfigError, DataError, ResumeError
+from molehill.evidence import KINDS
 from molehill.molora.adapter import Manifest, read_manifest
 from molehill.tasks.measures import Measure
 from molehill.wire.store import load_tree
@@ -29,10 +30,9 @@ from molehill_simulation.text import clean, megabytes, natural
 
 MODEL, DATA, PRIVACY = "README.md", "data-card.md", "privacy.md"
 _MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~])")
+_EXPERTS = "experts, small matrices beside the base model"  # whatever kind they are
 _WHAT = {  # a kind of tensor in words
-    "A": "experts, first factors",
-    "B": "experts, second factors",
-    "gate": "routers",
+    "gate": "routers, which choose among the experts",
     "head": "the classifier",
 }
 _TASKS = {"classification": "text-classification", "causal-lm": "text-generation"}
@@ -223,7 +223,8 @@ def _data_card(run: _Run) -> str:
     source = Path(data.source).name if Path(data.source).suffix else data.source  # not where it lies
     lines = [
         f"# Data of {_text(run.config.run.name)}", "",
-        "Counts only; no row is in this file, and none was read for it.", "",
+        "Counts only; no row is in this file, and none was read for it.",
+        "It names the owners: read it before you pass it on.", "",
         f"{_count(len(joined(run.events)), 'owner')} took part; {len(summary.clients)} told their counts:",
         f"{_count(trained, 'row')} to train on and {tested:,} held out.", "",
     ]  # fmt: skip
@@ -261,7 +262,7 @@ def _data_card(run: _Run) -> str:
 def _privacy(run: _Run) -> str:
     return _joined([
         f"# What left whose machine: {_text(run.config.run.name)}", "",
-        f"For a data-protection officer, from the files of the run folder alone. {_where(run)}", "",
+        "For a data-protection officer, from the files of the run folder alone. It names the owners.", _where(run), "",
         "## Who took part", "", *_took_part(run),
         "", "## What left each machine", "", *_left(run),
         "", "## In which rounds, and how much", "", *_by_round(run),
@@ -320,30 +321,18 @@ def _left(run: _Run) -> list[str]:
     shared, _ = load_tree(run.folder / "final.safetensors")
     for key, value in shared.items():
         if not key.role.startswith("patch."):
-            sizes[key.kind] += int(value.size)
-    told = "; ".join(f"{_WHAT.get(kind, 'experts')} ({count:,} numbers)" for kind, count in sorted(sizes.items()))
+            sizes[_WHAT.get(key.kind, _EXPERTS)] += int(value.size)
+    told = "; ".join(f"{what} ({count:,} numbers)" for what, count in sorted(sizes.items()))
     masked = run.config.privacy.secure_aggregation
-    more = [", its mean loss"] if any(event["loss_by_client"] for event in run.rounds) else []
-    if any(event["tokens"] for event in run.rounds):
-        more.append(", how many tokens each expert got, which tells something about topics")
     lines = [
-        f"- In its rounds, changes of what all share: {told}. A round may ask for a part of them.",
+        "- Its name, and the address that it was connected from.",
+        f"- In its rounds, changes of what all train together: {told}. A round may ask for a part of them.",
         f"  They are numbers in the format {_text(run.config.wire.up.name)}. Rows can sometimes be reconstructed from",
         f"  such changes, the more so the fewer rows there are{', which is why they were masked' if masked else ''}.",
-        f"- With them, how many rows it trained on{''.join(more)}.",
     ]
     if masked:
         lines.append("- Public keys, and encrypted shares of the secrets that masks are made of.")
-    if run.summary.clients:
-        routed = any(event.get("tokens") for event in run.events if event["event"] == "evaluation")
-        also = ", how many tokens each expert got there" if routed else ""
-        lines.append(
-            f"- At the end, scores of the model on its held-out rows (accuracy, macro-F1, loss), their number{also}."
-        )
-    if run.config.evaluate.probes:
-        names = ", ".join(_text(each.name) for each in run.config.evaluate.probes)
-        lines.append(f"- At the end, figures of its routers, added up over held-out rows: {names}.")
-    return lines
+    return [*lines, *(f"- {kind.meaning}." for kind in KINDS if kind.asked(run.config))]
 
 
 def _by_round(run: _Run) -> list[str]:
@@ -364,7 +353,7 @@ def _by_round(run: _Run) -> list[str]:
     again = sum(event["event"] == "retry" for event in run.events)
     if again:
         lines.append(f"{again} attempts at a round had to be begun again; what was sent in them is among these bytes.")
-    lines.append("Scores, keys and refusals are messages of their own, and their bytes are not counted.")
+    lines.append("Bytes of scores, keys and refusals, which are messages of their own, are not in these figures.")
     return lines
 
 
@@ -372,8 +361,8 @@ def _differential(run: _Run) -> list[str]:
     privacy = run.config.privacy
     if run.epsilon is None:
         return [
-            "Nothing bounds it: there was no differential privacy. Whoever has the model can test whether some text",
-            "was likely among the rows of an owner.",
+            "There was no differential privacy, so nothing bounds what the model tells. Whoever has it can test",
+            "whether some text was likely among an owner's rows; a model that writes may repeat what it often read.",
         ]
     times = math.exp(min(run.epsilon, 700))  # which is no longer a number beyond
     return [

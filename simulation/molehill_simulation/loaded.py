@@ -344,7 +344,9 @@ class Loaded:
 
     def _text(self, text: str, number: int, *, truncate: bool) -> list[int]:
         if self.writes:
-            raise AnswerError("the model writes text; it does not classify", where=self.source.name)
+            raise AnswerError(
+                "the model writes text; it does not classify", where=self.source.name, mend="Ask it: generate."
+            )
         ids = self._encoded(text)
         if len(ids) > self._longest:
             if not truncate:
@@ -426,7 +428,10 @@ class Loaded:
 
     def _writer(self) -> tuple[Prompts, Reader]:
         if self._prompts is None or self._reader is None:
-            raise AnswerError("the model classifies; it does not write text", where=self.source.name)
+            raise AnswerError(
+                "the model classifies; it does not write text", where=self.source.name,
+                mend="Give it texts: molehill generate, or classify in Python.",
+            )  # fmt: skip
         return self._prompts, self._reader
 
     def _encoded(self, text: str, *, special: bool = True) -> list[int]:

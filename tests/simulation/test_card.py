@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,10 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from molehill.cli import app
+from molehill.config import load
 from molehill.errors import DataError, ResumeError
+from molehill.evidence import KINDS
+from molehill.wire.store import load_tree
 from molehill_server import audit
 from molehill_simulation.card import render, write_cards
 from molehill_simulation.simulate import simulate
@@ -92,11 +96,22 @@ def test_the_report_says_who_sent_what_in_which_round(run):
     for client in events[0]["accepted"]:
         assert f"| {client} | 2 | 1-2 | 2 | 0 | 0 |" in text
     assert "It was a simulation: all rows lay on one machine, and nothing left it." in text
-    assert "its mean loss, how many tokens each expert got, which tells something about topics" in text
-    assert "Nothing bounds it: there was no differential privacy." in text
+    assert "There was no differential privacy, so nothing bounds what the model tells" in text
     assert "There was no secure aggregation" in text
     assert "its own addition to the shared router and its own addition to the shared classification head" in text
     assert f"`{audit.verify(run / 'audit.jsonl').head}`" in text
+
+
+def test_the_report_says_all_that_clients_tell(run):
+    """Every kind of evidence that this run has them tell, and no other; of experts all factors are one."""
+    text, settings = render(run)["privacy.md"], load(run / "config.toml")
+    told = text.partition("## What left each machine\n")[2].partition("\n## ")[0]
+    assert [kind.name for kind in KINDS if f"- {kind.meaning}.\n" in told] == [
+        kind.name for kind in KINDS if kind.asked(settings)
+    ]
+    trained = sum(value.size for value in load_tree(run / "final.safetensors")[0].values())
+    assert sum(int(each.replace(",", "")) for each in re.findall(r"\(([\d,]+) numbers\)", told)) == trained
+    assert told.count("numbers)") == 3  # experts, routers, the classifier
 
 
 def test_a_sum_is_called_a_sum(made, tmp_path):
@@ -106,7 +121,8 @@ def test_a_sum_is_called_a_sum(made, tmp_path):
     text = render(tmp_path / "run")["privacy.md"]
     assert "Secure aggregation: the coordinator could read the sum" in text
     assert "In a simulation nobody vouches for the keys." in text
-    assert "its mean loss" not in text
+    left = text.partition("## What left each machine\n")[2].partition("\n## ")[0]
+    assert "mean training loss" not in left
     assert "encrypted shares of the secrets that masks are made of" in text
 
 

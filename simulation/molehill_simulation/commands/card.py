@@ -32,3 +32,4 @@ def card(
             return
         for path in made:
             typer.echo(str(path))
+        typer.echo("The last two name the owners: read them before you pass them on.")
