@@ -9,7 +9,7 @@ from molehill.decoding.prompts import Message
 from molehill.decoding.sampling import Sampling
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill_edge.engine import Binding, Engine
-from molehill_edge.generate import Cache, answering, encode, reader
+from molehill_edge.generate import encode, reader
 from molehill_edge.passes import EdgePasses
 
 
@@ -19,25 +19,22 @@ class Chat:
     Args:
         engine: Of a bundle that generates text.
         bound: The gate in use. Another one or other experts take effect at once, at the cost of reading again.
-        cache: An empty one.
         system: What the model is told first.
         sampling: How tokens are drawn.
-        strategy: How they follow from passes of the model, with caches of its own; by its own logits when None.
+        strategy: How they follow from passes of the model; by its own logits when None.
 
     Attributes:
-        cache: What was read; another one of the bundle may take its place.
+        passes: What keeps what was read; others of the bundle may take their place.
         messages: What was said.
     """
 
     def __init__(
-        self, engine: Engine, bound: Callable[[], Binding], cache: Cache, system: str, sampling: Sampling,
+        self, engine: Engine, bound: Callable[[], Binding], system: str, sampling: Sampling,
         strategy: Strategy | None = None,
     ) -> None:  # fmt: skip
         self._engine = engine
-        self._bound = bound
-        self.cache = cache
         self._sampling = sampling
-        self._strategy, self._passes = strategy, EdgePasses(engine, bound)
+        self._strategy, self.passes = strategy, EdgePasses(engine, bound)
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def encode(self, text: str) -> list[int]:
@@ -66,9 +63,7 @@ class Chat:
                 self.messages += [turn, {"role": "assistant", "content": answer.text}]
 
         read = reader(engine.tokenizer, engine.manifest.task)
-        if self._strategy is not None:
-            return self._passes.answering(self._strategy, ids, read, asked, done)
-        return answering(self.cache, ids, self._bound().inputs, read, asked, done)
+        return self.passes.answering(self._strategy, ids, read, asked, done)
 
     def say(
         self,

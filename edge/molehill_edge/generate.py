@@ -10,7 +10,7 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from molehill.decoding.interfaces import log_softmax
-from molehill.decoding.stream import Answer, Asked, Reader, Stream
+from molehill.decoding.stream import Reader
 from molehill.errors import BundleError
 from molehill_edge import tokens
 from molehill_edge.manifest import LOGITS_FROM
@@ -206,24 +206,3 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
 def reader(tokenizer: Tokenizer, task: Task) -> Reader:
     """What answers of a bundle have to know of its tokens."""
     return Reader(lambda ids: tokens.decode(tokenizer, ids), frozenset(task.generation.eos), task.max_length)
-
-
-def answering(
-    cache: Cache, ids: Sequence[int], current: Current, read: Reader, asked: Asked,
-    done: Callable[[Answer], None] = lambda _: None,
-) -> Stream:  # fmt: skip
-    """An answer by the bundle's own logits.
-
-    Args:
-        cache: Holds the beginning of the prompt, or something else that is dropped.
-        ids: The prompt.
-        current: The gate; when experts come or go meanwhile, the rest is drawn with those that are there then.
-        read: Of the bundle.
-        asked: How to answer.
-        done: Called once, at the end or when the stream is closed before.
-
-    Raises:
-        AnswerError: Prompt and answer are too long, or an option makes no sense.
-    """
-    shared = common(cache.tokens, ids[:-1]) if cache.gate is current() else 0
-    return Stream(lambda so_far: cache.read(so_far, current), ids, read, asked, fed=len(ids) - shared, done=done)

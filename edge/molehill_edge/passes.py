@@ -42,11 +42,12 @@ class EdgePasses:
     Args:
         engine: Of the bundle.
         bound: The gate in use; what was computed with another one, or with other experts, does not count.
+        after: Passes of the same bundle whose caches go on here, and which nobody uses any more.
     """
 
-    def __init__(self, engine: Engine, bound: Callable[[], Binding]) -> None:
+    def __init__(self, engine: Engine, bound: Callable[[], Binding], after: EdgePasses | None = None) -> None:
         self._engine, self._bound = engine, bound
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[str, _Lane] = {} if after is None else after._lanes  # noqa: SLF001  (of this class)
         self._whole: _Lane | None = None  # for texts that are read at once
 
     @property
@@ -80,6 +81,10 @@ class EdgePasses:
         if known is None or known.cache is None or known.cache.gate is not known.inputs:
             return 0
         return common(known.cache.tokens, ids[:-1]) if known.gate is self._bound().now() else 0
+
+    def most_kept(self, ids: Sequence[int]) -> int:
+        """How many of the first tokens the lane need not read again that has most of them."""
+        return max((self.kept(ids, lane) for lane in self._lanes), default=0)
 
     def logits(self, ids: Sequence[int], setting: Setting = OWN, lane: str = "") -> Array:
         """See `Passes.logits`.
@@ -123,13 +128,13 @@ class EdgePasses:
         return lane.cache.losses(ids, lambda: self._inputs(lane))
 
     def answering(
-        self, strategy: Strategy, ids: Sequence[int], read: Reader, asked: Asked,
+        self, strategy: Strategy | None, ids: Sequence[int], read: Reader, asked: Asked,
         done: Callable[[Answer], None] = lambda _: None,
     ) -> Stream:  # fmt: skip
-        """An answer by a strategy.
+        """An answer.
 
         Args:
-            strategy: One for this bundle.
+            strategy: One for this bundle; its own logits when None.
             ids: The prompt.
             read: Of the bundle.
             asked: How to answer.
@@ -139,7 +144,8 @@ class EdgePasses:
             AnswerError: Prompt and answer are too long, or the strategy cannot be done with this bundle.
         """
         kept = self.kept(ids)
-        return Stream(strategy.begin(self, ids), ids, read, asked, fed=len(ids) - kept, done=done)
+        scores = self.logits if strategy is None else strategy.begin(self, ids)
+        return Stream(scores, ids, read, asked, fed=len(ids) - kept, done=done)
 
     def _routers(self) -> list[list[str]]:
         """Ids of the experts of every router, without empty slots."""

@@ -22,7 +22,7 @@ from molehill_edge.chat import Chat
 from molehill_edge.classify import Prediction
 from molehill_edge.engine import Binding, Engine, find_expert
 from molehill_edge.gates import Gate
-from molehill_edge.generate import Cache, answering, common, reader
+from molehill_edge.generate import Cache, reader
 from molehill_edge.passes import EdgePasses
 from molehill_edge.personalise import Outcome
 from molehill_edge.routes import RouterReport
@@ -140,9 +140,13 @@ class View:
     def _resolve(self, gate: Gate | Path | str) -> Gate:
         return gate if isinstance(gate, Gate) else self.read_gate(gate)
 
-    def passes(self) -> EdgePasses:
-        """What strategies ask: passes of the bundle with the gate in use."""
-        return EdgePasses(self._engine, lambda: self._bound)
+    def passes(self, after: EdgePasses | None = None) -> EdgePasses:
+        """What strategies ask: passes of the bundle with the gate in use.
+
+        Args:
+            after: Passes of this bundle that nobody uses any more: what they have read with this gate is kept.
+        """
+        return EdgePasses(self._engine, lambda: self._bound, after)
 
     def strategy(
         self, name: str | Strategy | None = None, params: Mapping[str, Any] | None = None, through: Through = all_of
@@ -204,12 +208,32 @@ class View:
                 or answers with numbers that are not finite.
         """
         labels, encoded = self._labels(), self.encode_all(texts, truncate=truncate)
-        if strategy is None and not params:
-            return classify.predictions(labels, self.logits(encoded))
-        chosen, passes = self.strategy(strategy, params), self.passes()
-        scores = np.array([chosen.begin(passes, ids)(ids) for ids in encoded])
-        check_finite(scores.max(-1))  # others may be -inf
-        return classify.predictions(labels, scores)
+        return classify.predictions(labels, self.scores(encoded, self._asked(strategy, params)))
+
+    def scores(self, encoded: Sequence[Sequence[int]], strategy: Strategy | None) -> Array:
+        """Scores of the classes, or of the token after a text, of which the largest is likeliest.
+
+        Args:
+            encoded: Ids of the texts.
+            strategy: One for this bundle; its own logits when None, for classes.
+
+        Returns:
+            ``[texts, V]``.
+
+        Raises:
+            AnswerError: The strategy cannot be done with this bundle, or with such a text.
+            BundleError: The graph cannot be computed, or answers with numbers that are not finite.
+        """
+        if strategy is None:
+            return self.logits(encoded)
+        passes = self.passes()
+        found = np.array([strategy.begin(passes, ids)(ids) for ids in encoded])
+        check_finite(found.max(-1))  # others may be -inf
+        return found
+
+    def _asked(self, strategy: str | Strategy | None, params: Mapping[str, Any] | None) -> Strategy | None:
+        """The strategy that is asked for, if any is."""
+        return self.strategy(strategy, params) if strategy is not None or params else None
 
     def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
         """Logits of texts of a classifier.
@@ -316,13 +340,11 @@ class View:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
-        cache: Cache | None = None,
+        passes: EdgePasses | None = None,
         strategy: str | Strategy | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Stream:
-        """Answer a prompt piece by piece; the arguments are those of `generate`, and a cache to use, as of `cache`.
-
-        A strategy has caches of its own.
+        """Answer a prompt piece by piece; the arguments are those of `generate`, and passes of this view to use.
 
         Raises:
             AnswerError: As `generate`.
@@ -330,13 +352,9 @@ class View:
         """
         asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop))
         engine = self._causal()
-        task = engine.manifest.task
-        ids = self.encode(prompt, raw=raw)
-        read = reader(engine.tokenizer, task)
-        if strategy is not None or params:
-            return self.passes().answering(self.strategy(strategy, params), ids, read, asked)
-        cache = Cache(engine.session, task) if cache is None else cache
-        return answering(cache, ids, self._bound.inputs, read, asked)
+        ids, read = self.encode(prompt, raw=raw), reader(engine.tokenizer, engine.manifest.task)
+        passes = self.passes() if passes is None else passes
+        return passes.answering(self._asked(strategy, params), ids, read, asked)
 
     def generate(
         self,
@@ -389,10 +407,6 @@ class View:
         engine = self._causal()
         return Cache(engine.session, engine.manifest.task)
 
-    def kept(self, cache: Cache, ids: Sequence[int]) -> int:
-        """How many of the first of some tokens a cache of this bundle need not read again with the gate in use."""
-        return common(cache.tokens, ids[:-1]) if cache.gate is self._bound.inputs() else 0
-
     def read(self, cache: Cache, ids: Sequence[int]) -> Array:
         """Logits after the last of some tokens, ``[vocabulary]``; only those that the cache lacks are computed.
 
@@ -431,10 +445,8 @@ class View:
             AnswerError: An option makes no sense, or the strategy is none for this bundle.
             BundleError: The bundle classifies.
         """
-        engine = self._causal()
-        cache, sampling = Cache(engine.session, engine.manifest.task), Sampling(temperature, top_k, top_p, seed)
-        chosen = self.strategy(strategy, params) if strategy is not None or params else None
-        return Chat(engine, lambda: self._bound, cache, system, sampling, chosen)
+        engine, sampling = self._causal(), Sampling(temperature, top_k, top_p, seed)
+        return Chat(engine, lambda: self._bound, system, sampling, self._asked(strategy, params))
 
     def route_report(self, text: str, *, per_token: bool = False, truncate: bool = False) -> list[RouterReport]:
         """Say which experts a text used, for every router.

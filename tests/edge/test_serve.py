@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from molehill_edge.bundle import Bundle
-from molehill_edge.serving import replies
+from molehill_edge.serving import app, replies
 from molehill_edge.trust import InsecureLocal
 
 KEY = "a-key-of-32-letters-and-more-than"
@@ -76,6 +76,7 @@ def serving(name, *options):
 talk = serving("talk", "--max-tokens", "64", "--body-kb", "4")
 parrot = serving("parrot")
 reviews = serving("reviews", "--experts", "dogs,cats")
+committee = serving("talk", "--strategy", "ensemble", "--set", "temperature=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +313,48 @@ def test_classes(reviews, folder):
         client.chat.completions.create(model="tiny-classifier", messages=HELLO)
 
 
+def test_a_strategy_answers_whole_in_pieces_and_turn_by_turn(committee, folder):
+    keys, client, said = {"strategy": "ensemble", "params": {"temperature": 0.5}}, committee.client(), []
+    with Bundle.open(folder / "talk", trust=InsecureLocal(lambda _: None), threads=1) as bundle:
+        for gate in ("default", "ann"):
+            view, messages = bundle.with_gate(gate), HELLO
+            for turn in range(2):
+                chat = view.chat(**keys)
+                chat.messages = messages[:-1]
+                want = chat.say(messages[-1]["content"], max_new_tokens=12).text
+                asked = {"model": f"tiny-causal@{gate}", "messages": messages, "temperature": 0, "max_tokens": 12}
+                whole = client.chat.completions.create(**asked)
+                with client.chat.completions.create(**asked, stream=True) as stream:
+                    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+                assert whole.choices[0].message.content == "".join(pieces) == want
+                assert (whole.usage.prompt_tokens_details.cached_tokens > len("Be brief.")) == bool(turn)
+                said += [want, said_locally(view, messages, max_new_tokens=12).text]
+                messages = [*messages, {"role": "assistant", "content": want}, {"role": "user", "content": "and?"}]
+        assert len(set(said)) == len(said)
+        want = bundle.generate("go on", raw=True, max_new_tokens=9, **keys).text
+        found = client.completions.create(model="tiny-causal", prompt=["x", "go on"], temperature=0, max_tokens=9)
+        assert found.choices[1].text == want
+
+
+def test_a_strategy_says_classes(folder):
+    texts = ["the film was great", "awful plot"]
+    with Bundle.open(folder / "reviews", trust=InsecureLocal(lambda _: None), threads=1) as bundle:
+        models = app.Models(bundle, None, lambda view: view.strategy("ensemble", {"own": False}))
+        application = app.make(models, app.Limits(body=1 << 12, answer=8, at_once=1, waiting=1), None)
+
+        async def ask(name):
+            calls = httpx.ASGITransport(application)
+            async with httpx.AsyncClient(transport=calls, base_url="http://127.0.0.1") as client:
+                return (await client.post("/v1/classifications", json={"model": name, "input": texts})).json()
+
+        for gate in ("default", "ann"):
+            found = anyio.run(ask, f"tiny-classifier@{gate}")["data"]
+            want = bundle.with_gate(gate).classify(texts, strategy="ensemble", params={"own": False})
+            for row, each in zip(found, want, strict=True):
+                assert list(row["probabilities"].values()) == pytest.approx(each.probabilities)
+        assert [each.probabilities for each in want] != [each.probabilities for each in bundle.classify(texts)]
+
+
 def free(client, asked):
     """Wait until there is a place."""
     end = time.monotonic() + 20
@@ -415,12 +458,18 @@ def test_events_are_closed_before_their_reader_is_let_go():
         (["--port", "@taken"], 11, "the system refuses it: Address already in use"),
         (["--gate", "bob"], 13, "no gate 'bob'"),
         (["--experts", "lions"], 13, "no expert 'lions'"),
+        (["--strategy", "clever"], 2, "unknown decoding 'clever'"),
+        (["--strategy", "emulated_ft"], 16, "strategy emulated_ft is host_only"),
+        (["--strategy", "fuse_outputs"], 16, "is for models that classify"),
+        (["--strategy", "self_contrast"], 16, "cannot choose experts by their places. Export it with --router-ranks"),
+        (["--strategy", "ensemble", "--experts", "dogs"], 16, "a router is left without an expert"),
+        (["--set", "beta=1"], 16, "unknown key 'beta' for decoding own_logits"),
     ],
 )
 def test_a_server_that_cannot_be_does_not_start(folder, tmp_path, monkeypatch, options, code, what):
     from typer.testing import CliRunner
 
-    from molehill.cli import app
+    from molehill.cli import app as molehill
 
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -429,7 +478,7 @@ def test_a_server_that_cannot_be_does_not_start(folder, tmp_path, monkeypatch, o
             (tmp_path / name).chmod(mode)
         places = {"@taken": str(taken.getsockname()[1]), "@open": "open", "@short": "short"}
         words = [places.get(word, word) for word in options]
-        done = CliRunner().invoke(app, ["edge", "serve", str(folder / "talk"), "--insecure-local", *words])
+        done = CliRunner().invoke(molehill, ["edge", "serve", str(folder / "talk"), "--insecure-local", *words])
     assert done.exit_code == code, done.output
     assert what in done.stderr
     assert "Traceback" not in done.output

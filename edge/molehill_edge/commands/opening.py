@@ -42,6 +42,19 @@ Experts = Annotated[
     str | None,
     typer.Option("--experts", metavar="A,B,...", help="Choose from these experts only.", show_default=False),
 ]
+StrategyName = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        metavar="NAME",
+        help="How an answer follows from the model; see: molehill methods decoding.",
+        show_default="the model's own logits",
+    ),
+]
+Assigned = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy; repeatable.", show_default=False),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="1 or all: the faster")]
 Spin = Annotated[
     bool | None,

@@ -27,6 +27,7 @@ from molehill.terminal import (
     typed_lines,
 )
 from molehill_edge.commands.opening import (
+    Assigned,
     Experts,
     GateOption,
     Insecure,
@@ -34,6 +35,7 @@ from molehill_edge.commands.opening import (
     Name,
     Spin,
     StoreFolder,
+    StrategyName,
     Threads,
     opened,
     who,
@@ -79,18 +81,8 @@ def run(
         list[str] | None, typer.Option(help="End an answer before this string; may be repeated.", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draws.", show_default="a new one")] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="How an answer follows from the model; see: molehill methods decoding.",
-            show_default="the model's own logits",
-        ),
-    ] = None,
-    assigned: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy; repeatable.", show_default=False),
-    ] = None,
+    strategy: StrategyName = None,
+    assigned: Assigned = None,
     threads: Threads = None,
     spin: Spin = None,
     memory_mb: Memory = None,

@@ -13,14 +13,16 @@ from molehill import address
 from molehill.characters import harmless
 from molehill.errors import ConfigError
 from molehill.extras import needs
-from molehill.terminal import explained
+from molehill.terminal import explained, learning
 from molehill_edge.commands.opening import (
+    Assigned,
     Experts,
     GateOption,
     Insecure,
     Memory,
     Name,
     StoreFolder,
+    StrategyName,
     Threads,
     named,
     opened,
@@ -50,6 +52,8 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, max=4096, help="Requests that may wait for them.")] = 32,
     gate: GateOption = None,
     experts: Experts = None,
+    strategy: StrategyName = None,
+    assigned: Assigned = None,
     threads: Threads = None,
     spin: Annotated[
         bool,
@@ -79,9 +83,18 @@ def serve(
                 name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate
             ) as bundle,
         ):
-            models = app.Models(bundle, None if experts is None else named(experts))
+            from molehill.decoding.options import assigned as parsed
+
+            asked = strategy is not None or assigned
+            values, through = parsed(assigned or ()), learning(quiet=False)
+            models = app.Models(
+                bundle,
+                None if experts is None else named(experts),
+                lambda view: view.strategy(strategy, values, through) if asked else None,
+            )
             where = address.join(place, listener.getsockname()[1])
-            typer.echo(f"http://{where}/v1 answers as {harmless(', '.join(models.names))}")
+            how = f" by {strategy}" if strategy is not None else ""
+            typer.echo(f"http://{where}/v1 answers as {harmless(', '.join(models.names))}{how}")
             _run(app.make(models, limits, key), listener, at_once + queue + _IDLE)
 
 

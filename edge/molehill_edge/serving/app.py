@@ -17,20 +17,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from molehill.decoding.interfaces import Strategy
 from molehill.decoding.stream import ANSWER, Stream
 from molehill.errors import AnswerError, BundleError, MolehillError
 from molehill_edge import classify
 from molehill_edge.bundle import Bundle
 from molehill_edge.gates import Gate
-from molehill_edge.generate import Cache
+from molehill_edge.passes import EdgePasses
 from molehill_edge.serving import replies
 from molehill_edge.serving import requests as asks
 from molehill_edge.serving.guard import HEALTH, Guard
 from molehill_edge.serving.requests import Asked, Fields, RefusedError
-from molehill_edge.serving.room import Caches, Room, Turn
+from molehill_edge.serving.room import Readers, Room, Turn
 from molehill_edge.view import DEFAULT, View
 
-Begun = tuple[Cache, list[Stream]]  # answers, and the cache that they are drawn with one after another
+Begun = tuple[EdgePasses, list[Stream]]  # answers, and the passes that they are drawn with one after another
 _PATIENCE = 30  # seconds in which the body of a request must have come
 
 
@@ -51,34 +52,55 @@ class Limits:
     waiting: int
 
 
+@dataclass(frozen=True)
+class Model:
+    """Who answers.
+
+    Attributes:
+        view: The bundle with a gate, which nothing changes any more, so that several threads may use it.
+        strategy: How; by its own logits when None.
+    """
+
+    view: View
+    strategy: Strategy | None
+
+
 class Models:
     """The bundle under its id, and as ``ID@GATE`` with each of its gates.
 
     Args:
         bundle: That is open; the gate in use is that of its plain id.
         experts: Choose from these only, with every gate; None for all.
+        strategy: Makes of each view how it answers, by its own logits where None; it is tried.
 
     Raises:
+        AnswerError: The bundle cannot do the strategy.
         BundleError: A gate cannot be read, or would be left without experts.
     """
 
-    def __init__(self, bundle: Bundle, experts: Sequence[str] | None = None) -> None:
-        self._bundle = bundle
-        self._views: dict[str, View] = {"": self._chosen(bundle.gate, experts)}
-        self._views |= {name: self._chosen(bundle.read_gate(name), experts) for name in (DEFAULT, *bundle.gates())}
+    def __init__(
+        self, bundle: Bundle, experts: Sequence[str] | None = None,
+        strategy: Callable[[View], Strategy | None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._bundle, self._experts, self._strategy = bundle, experts, strategy
+        self._models: dict[str, Model] = {"": self._chosen(bundle.gate)}
+        self._models |= {name: self._chosen(bundle.read_gate(name)) for name in (DEFAULT, *bundle.gates())}
 
-    def _chosen(self, gate: Gate, experts: Sequence[str] | None) -> View:
-        """A view that nothing changes any more, so that several threads may use it."""
+    def _chosen(self, gate: Gate) -> Model:
         view = self._bundle.with_gate(gate)
-        if experts is not None:
-            view.choose_experts(experts)
-        return view
+        if self._experts is not None:
+            view.choose_experts(self._experts)
+        strategy = self._strategy(view)
+        if strategy is not None:  # what it asks of the graph shows only when it does
+            known = [list(golden.input_ids) for golden in view.manifest.golden] or [view.encode("Is it there?")]
+            view.scores([max(known, key=len)], strategy)
+        return Model(view, strategy)
 
     @property
     def names(self) -> list[str]:
         """What a request may call them."""
         name = self._bundle.manifest.id
-        return [f"{name}@{gate}" if gate else name for gate in self._views]
+        return [f"{name}@{gate}" if gate else name for gate in self._models]
 
     def require(self, name: str) -> None:
         """Refuse a name that nobody has.
@@ -90,8 +112,8 @@ class Models:
             known = ", ".join(self.names)
             raise RefusedError(404, f"There is no model {name!r}, only {known}.", field="model", code="model_not_found")
 
-    def find(self, name: str, kind: str) -> View:
-        """The bundle with a gate.
+    def find(self, name: str, kind: str) -> Model:
+        """The bundle with a gate, and how it answers.
 
         Args:
             name: Of the model.
@@ -105,7 +127,7 @@ class Models:
         if does != kind:
             what = f"The model is for {does}, and this path for {kind}."
             raise RefusedError(400, what, field="model", code="unsupported_model")
-        return self._views[name.partition("@")[2]]
+        return self._models[name.partition("@")[2]]
 
     def about(self, name: str) -> dict[str, Any]:
         """What a list of models says of one."""
@@ -125,7 +147,7 @@ class Paths:
         self._models = models
         self._limits = limits
         self._room = Room(limits.at_once, limits.waiting)
-        self._caches = Caches()
+        self._readers = Readers()
 
     async def health(self, request: Request) -> Response:
         """``GET /health``."""
@@ -148,17 +170,17 @@ class Paths:
         fields = await self._fields(request)
         asked, messages = asks.read_asked(fields, self._limits.answer), asks.read_messages(fields)
         fields.end()
-        view = self._models.find(asked.model, "causal-lm")
-        *before, last = messages
+        model = self._models.find(asked.model, "causal-lm")
+        view, (*before, last) = model.view, messages
 
         def begin() -> Begun:
-            chat = view.chat(**asked.sampling)
+            chat = view.chat(**asked.sampling, strategy=model.strategy)
             chat.messages = before
             ids = chat.encode(last["content"])
             most = self._longest(asked, view, ids)
-            chat.cache = self._caches.take(ids, view)
-            with self._caches.back_unless_begun(chat.cache):
-                return chat.cache, [chat.stream(last["content"], max_new_tokens=most, stop=asked.stop)]
+            chat.passes = self._readers.take(ids, view)
+            with self._readers.back_unless_begun(chat.passes):
+                return chat.passes, [chat.stream(last["content"], max_new_tokens=most, stop=asked.stop)]
 
         return Turn(self._room, lambda: self._written(asked, begin, "messages"))
 
@@ -167,15 +189,16 @@ class Paths:
         fields = await self._fields(request)
         asked, prompts = asks.read_asked(fields, self._limits.answer), asks.read_prompts(fields)
         fields.end()
-        view = self._models.find(asked.model, "causal-lm")
+        model = self._models.find(asked.model, "causal-lm")
+        view = model.view
 
         def begin() -> Begun:
             read = [view.encode(prompt, raw=True) for prompt in prompts]
-            options = {**asked.sampling, "raw": True, "stop": asked.stop}
-            cache = self._caches.take(read[0], view)
-            with self._caches.back_unless_begun(cache):
-                return cache, [
-                    view.stream(prompt, max_new_tokens=self._longest(asked, view, ids), cache=cache, **options)
+            options = {**asked.sampling, "raw": True, "stop": asked.stop, "strategy": model.strategy}
+            passes = self._readers.take(read[0], view)
+            with self._readers.back_unless_begun(passes):
+                return passes, [
+                    view.stream(prompt, max_new_tokens=self._longest(asked, view, ids), passes=passes, **options)
                     for prompt, ids in zip(prompts, read, strict=True)
                 ]
 
@@ -186,14 +209,14 @@ class Paths:
         fields = await self._fields(request)
         name, texts, truncate = fields.text("model"), asks.read_inputs(fields), fields.flag("truncate")
         fields.end()
-        view = self._models.find(name, "classification")
-        labels = view.manifest.task.labels
+        model = self._models.find(name, "classification")
+        view, labels = model.view, model.view.manifest.task.labels
 
         def compute() -> dict[str, Any]:
             with _asked_wrongly("input"):
                 encoded = view.encode_all(texts, truncate=truncate)
             with _failing():
-                found = classify.predictions(labels, view.logits(encoded))
+                found = classify.predictions(labels, view.scores(encoded, model.strategy))
             return replies.classes(name, labels, found, sum(map(len, encoded)))
 
         async def answer() -> Response:
@@ -211,32 +234,32 @@ class Paths:
 
         Args:
             asked: What is asked for.
-            begin: Reads the prompts, and takes a cache for their answers.
+            begin: Reads the prompts, and takes passes for their answers.
             field: Where the prompts are: the messages of a conversation, or texts that go on.
 
         Raises:
             RefusedError: A prompt cannot be answered.
         """
         shape = replies.Shape(asked.model, chat=field == "messages")
-        cache, streams = await to_thread.run_sync(_begun, begin, field)
+        passes, streams = await to_thread.run_sync(_begun, begin, field)
         if asked.stream:
-            return replies.Events(self._until_done(cache, _events(asked, streams, shape)))
+            return replies.Events(self._until_done(passes, _events(asked, streams, shape)))
         try:
             for stream in streams:
                 async for _ in _pieces(stream):
                     pass
         finally:
-            self._caches.give(cache)
+            self._readers.give(passes)
         return replies.Json(shape.whole([stream.answer for stream in streams]))
 
-    async def _until_done(self, cache: Cache, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-        """Events, after which a cache is free again."""
+    async def _until_done(self, passes: EdgePasses, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+        """Events, after which passes are free again."""
         try:
             async with aclosing(events):
                 async for event in events:
                     yield event
         finally:
-            self._caches.give(cache)
+            self._readers.give(passes)
 
     async def _fields(self, request: Request) -> Fields:
         """The fields of a request.

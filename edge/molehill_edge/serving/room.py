@@ -1,4 +1,4 @@
-"""How many requests are computed at once, how many may wait, what becomes of those whose client has gone; caches."""
+"""How many requests are computed at once, how many may wait, what becomes of those whose client has gone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from molehill_edge.generate import Cache
+from molehill_edge.passes import EdgePasses
 from molehill_edge.serving import replies
 from molehill_edge.serving.requests import RefusedError
 from molehill_edge.view import View
@@ -97,18 +97,18 @@ class Turn:
             group.cancel_scope.cancel()
 
 
-class Caches:
-    """Caches that no request uses, each with what it has read: a turn of a conversation reads only what is new in it.
+class Readers:
+    """Passes that no request uses, with what they have read: a turn of a conversation reads only what is new in it.
 
     There are never more than requests that were computed at the same time.
     """
 
     def __init__(self) -> None:
-        self._free: list[Cache] = []  # the one that was used last is the last
+        self._free: list[EdgePasses] = []  # those that were used last are the last
         self._lock = threading.Lock()
 
-    def take(self, ids: Sequence[int], view: View) -> Cache:
-        """The cache that has most of a prompt's beginning, read with the same gate, or else the one unused for longest.
+    def take(self, ids: Sequence[int], view: View) -> EdgePasses:
+        """Those that have most of a prompt's beginning, read with the same gate, or else those unused for longest.
 
         Args:
             ids: The prompt.
@@ -116,23 +116,23 @@ class Caches:
         """
         with self._lock:
             if not self._free:
-                return view.cache()
-            kept = [view.kept(cache, ids) for cache in self._free]
-            return self._free.pop(kept.index(max(kept)))
+                return view.passes()
+            kept = [view.passes(each).most_kept(ids) for each in self._free]
+            return view.passes(self._free.pop(kept.index(max(kept))))
 
     @contextmanager
-    def back_unless_begun(self, cache: Cache) -> Iterator[None]:
-        """Put a cache back if what it was taken for is refused."""
+    def back_unless_begun(self, passes: EdgePasses) -> Iterator[None]:
+        """Put passes back if what they were taken for is refused."""
         try:
             yield
         except BaseException:
-            self.give(cache)
+            self.give(passes)
             raise
 
-    def give(self, cache: Cache) -> None:
-        """Put one back."""
+    def give(self, passes: EdgePasses) -> None:
+        """Put some back."""
         with self._lock:
-            self._free.append(cache)
+            self._free.append(passes)
 
 
 async def _nothing() -> Message:
