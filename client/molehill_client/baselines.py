@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molehill.molora.forward import Forward
 from molehill.plan import ClientPlan, EvaluationReply, Scope, Scores
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.task import Example
@@ -91,12 +92,13 @@ def _head_only(client: Participant) -> Scores:
     weight = torch.zeros_like(head.weight, requires_grad=True)
     bias = torch.zeros_like(head.bias, requires_grad=True)
     scale = x.std().clamp_min(1e-6)
-    weights = client.goal().weights
+    goal, rows = client.goal(), torch.arange(len(y), device=y.device)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x / scale, weight, bias), y, weights) + 1e-3 * weight.square().sum()
+        scores = F.linear(x / scale, weight, bias)
+        loss = goal.of_scores(Forward(scores, y, rows, [], scores.detach)) + 1e-3 * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]  # untyped torch
         return float(loss.detach())
 

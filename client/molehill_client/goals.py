@@ -9,6 +9,7 @@ from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill_client.interfaces import Objective
+from molehill_client.objectives.nll import nll
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,16 @@ class Goal:
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return the loss of the client's part of a pass, in nats."""
-        if self.weights is None:
-            return self.objective(forward)
-        return self.objective(replace(forward, weights=self.weights[forward.labels]))
+        return self.objective(self._weighed(forward))
+
+    def of_scores(self, forward: Forward) -> Tensor:
+        """The loss of scores of the frozen base: the objective's where it follows from them, else cross-entropy."""
+        if self.objective.of_scores:
+            return self(forward)
+        return self._weighed(forward).mean(nll(forward.scores, forward.labels))
+
+    def _weighed(self, forward: Forward) -> Forward:
+        return forward if self.weights is None else replace(forward, weights=self.weights[forward.labels])
 
 
 def balanced(counts: Tensor) -> Tensor:

@@ -16,10 +16,13 @@ class Objective(ABC):
     Attributes:
         alone: It cannot be computed for several clients in the same passes, so each trains by itself.
         by_class: It follows from how often its client has each class, which `begin` tells it; for tasks with classes.
+        of_scores: It is a function of scores and labels, and its gradient is that function's, so the head of the frozen
+            base, to which models are compared, is trained by it too; by cross-entropy otherwise.
     """
 
     alone: ClassVar[bool] = False
     by_class: ClassVar[bool] = False
+    of_scores: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, forward: Forward) -> Tensor:

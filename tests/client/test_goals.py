@@ -147,15 +147,20 @@ def test_a_client_goes_by_its_own_training_rows(house):
     assert not torch.equal(goals[0].weights, goals[1].weights)
 
 
-def test_weights_reach_both_baselines(house):
-    stages = []
-    for weights in ("none", "balanced"):
-        home = house(weights, task={"class_weights": weights})
+def test_baselines_are_trained_for_rare_classes_too(house):
+    stages = {}
+    for name, objective, weights in (("plain", "sft", "none"), ("weighted", "sft", "balanced"),
+                                     ("adjusted", "logit_adjust", "none"), ("scaled", "dft", "none"),
+                                     ("both", "dft", "balanced")):  # fmt: skip
+        home = house(name, task={"class_weights": weights}, train={"objective": objective})
         client = home.client(0)
         client.train_rows[:] = [row for i, row in enumerate(client.train_rows) if row.labels != 2 or i % 3 == 0]
-        stages.append(baseline_together([client], [home.plan(0)])[0].stages)
-    for stage in ("base", "local"):
-        assert stages[0][stage].loss != stages[1][stage].loss
+        stages[name] = baseline_together([client], [home.plan(0)])[0].stages
+    assert len({found["local"].loss for found in stages.values()}) == len(stages)
+    base = {name: found["base"].loss for name, found in stages.items()}
+    assert len({base[name] for name in ("plain", "weighted", "adjusted")}) == 3
+    assert base["scaled"] == base["plain"]  # its gradient is of no function, so there is none to minimise
+    assert base["both"] == base["weighted"]
 
 
 @pytest.mark.parametrize("section", [{"train": {"objective": "logit_adjust"}}, {"task": {"class_weights": "balanced"}}])
