@@ -23,8 +23,13 @@ def short_figure(value: float | None) -> str:
     return "   -" if value is None else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]
 
 
+def nats(value: float | None) -> str:
+    """A loss with three decimals, or a dash for one that was not measured."""
+    return amount(value) if value is None or value >= 1000 else f"{value:.3f}"
+
+
 def amount(value: float | None) -> str:
-    """A loss or a perplexity in at most seven characters, or a dash for one that was not measured."""
+    """A perplexity in at most seven characters, or a dash for one that was not measured."""
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from molehill.intervals import Interval, of_bounded, standard_error
-from molehill.words import amount, figure
+from molehill.words import amount, figure, nats
 
 # Means over answers that were written, as people call them.
 OF_ANSWERS = {
@@ -98,8 +98,8 @@ def _answered(name: str, scores: Mapping[str, Any]) -> float | None:
     return None if answers is None else answers[name] / answers["n"]
 
 
-_LOSS = Measure(
-    "loss", "loss", "loss", lambda scores: scores.get("loss"), _told("loss"), lower=True, write=amount, tabled=False
+LOSS = Measure(
+    "loss", "loss", "loss", lambda scores: scores.get("loss"), _told("loss"), lower=True, write=nats, tabled=False
 )
 
 # The first is what a run is judged by, the others stand beside it.
@@ -107,7 +107,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     "classification": (
         Measure("accuracy", "accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
         Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1"), _told("macro_f1")),
-        _LOSS,
+        LOSS,
     ),
     "causal-lm": (
         Measure("token_accuracy", "token accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
@@ -121,7 +121,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
             logarithmic=True,
             write=amount,
         ),
-        _LOSS,
+        LOSS,
         *(
             Measure(name, title, title, partial(_answered, name), partial(_of_answers, name), tabled=False)
             for name, title in OF_ANSWERS.items()

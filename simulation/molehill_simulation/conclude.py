@@ -81,9 +81,10 @@ def _conclude(
     events = read(out / "metrics.jsonl")
     clients = [evaluation["probes"] for evaluation in evaluations_of(events).values()]
     looked = probes.merged(config.evaluate.probes, clients, model.layout)
-    confusions = [each.confusion for each in findings.values()]
-    confusion = Confusion.of(config.task.labels, confusions) if any(confusions) else None
-    summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked, confusion)
+    confusions = {
+        name: Confusion.of(config.task.labels, each.confusion) for name, each in findings.items() if each.confusion
+    }
+    summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked, confusions)
     summary = summary.model_copy(update={"machine": machine})
     files.write(out / "summary.json", summary.to_json().encode())
     some = [{"client": name, **asdict(each)} for name, them in findings.items() for each in them.samples[:SAMPLES]]

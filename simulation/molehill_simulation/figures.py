@@ -48,10 +48,25 @@ class Figures(BaseModel):
         """The figure of the last stage that was run."""
         return next((value for value in reversed(self.row) if value is not None), None)
 
+    def told(self, stage: str, measure: Measure) -> str:
+        """One of the figures with its interval, where that is known: ``0.573 (0.535 to 0.606)``."""
+        value, ends = self.row[STAGES.index(stage)], self.interval.get(stage)
+        return measure.write(value) + (f" ({' to '.join(map(measure.write, ends))})" if ends else "")
+
     def best(self, measure: Measure) -> float | None:
         """The best figure of a measure."""
         known = [value for value in self.row if value is not None]
         return measure.best(known) if known else None
+
+
+class Recall(Figures):
+    """Of one class, the share of its held-out rows that the final models take for it.
+
+    Attributes:
+        n: Held-out rows of the class.
+    """
+
+    n: int
 
 
 class ClientFigures(Figures):
@@ -66,6 +81,7 @@ class ClientFigures(Figures):
         unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
         token_accuracy: The accuracies of a causal LM by their name; None for a classification.
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
+        recall: Recall of every class that it has held-out rows of; empty where that is not known.
         loss: Mean cross-entropy in nats, of a row or of an answer token.
         perplexity: Exponential of the loss per answer token; None for a classification.
         answered: Held-out rows that the final models answered.
@@ -83,6 +99,7 @@ class ClientFigures(Figures):
     unlearnt: int = 0
     token_accuracy: Figures | None = None
     macro_f1: Figures | None = None
+    recall: dict[str, Recall] = Field(default_factory=dict)
     loss: Figures | None = None
     perplexity: Figures | None = None
     answered: int = 0
@@ -106,18 +123,8 @@ class Spread(BaseModel):
     worst: Figures
 
 
-class Recall(Figures):
-    """Of one class, the share of its held-out rows that the final models take for it, over all clients.
-
-    Attributes:
-        n: Held-out rows of the class.
-    """
-
-    n: int
-
-
 class Confusion(BaseModel):
-    """Which class the final models take for which, over the held-out rows of all clients.
+    """Which class the final models take for which, over the held-out rows of one client or of all.
 
     Attributes:
         labels: Names of the classes.
@@ -130,19 +137,25 @@ class Confusion(BaseModel):
     counts: dict[str, tuple[tuple[int, ...], ...]]
 
     @classmethod
-    def of(cls, labels: Sequence[str], clients: Iterable[Mapping[str, Sequence[Sequence[int]]]]) -> Confusion:
-        """The sum over clients.
+    def of(cls, labels: Sequence[str], counts: Mapping[str, Sequence[Sequence[int]]]) -> Confusion:
+        """Of one client.
 
         Args:
             labels: Names of the classes.
-            clients: The counts of each, by stage.
+            counts: Its counts, by stage.
         """
-        total: dict[str, list[list[int]]] = {}
-        for counts in clients:
-            for stage, matrix in counts.items():
+        return cls.model_validate({"labels": labels, "counts": counts})
+
+    @classmethod
+    def over(cls, clients: Iterable[Confusion]) -> Confusion:
+        """The sum over clients, at least one, which know the same classes."""
+        clients = list(clients)
+        labels, total = clients[0].labels, dict[str, list[list[int]]]()
+        for each in clients:
+            for stage, matrix in each.counts.items():
                 known = total.setdefault(stage, [[0] * len(labels) for _ in labels])
                 total[stage] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(known, matrix, strict=True)]
-        return cls.model_validate({"labels": labels, "counts": total})
+        return cls.of(labels, total)
 
     @property
     def recall(self) -> dict[str, Recall]:

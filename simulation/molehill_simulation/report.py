@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -37,6 +38,7 @@ from molehill_simulation.token_map import token_map
 
 _LINE_COLOURS = 10
 _SAMPLES = 12  # answers that are shown
+_CLASSES = 20
 _MEAN = "mean of all"  # no client is called so: names have no spaces
 
 _STAGES = {  # what every stage is, by task
@@ -172,6 +174,7 @@ def _content(
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
         "clients": count,
         "named": named,
+        "classes": _classes(summary, None if len(named) == count else named) if summary and summary.classes else None,
         "heat": token_map(events, named, sites),
         "probes": {name: by_site(figures) for name, figures in (summary.probes if summary else {}).items()},
         "refused": refused,
@@ -193,6 +196,22 @@ def _named(events: Sequence[Event], known: Sequence[str], summary: Summary | Non
     if summary and scored and len(everyone) > MOST:
         return len(everyone), {client.id for client in summary.shown}
     return len(everyone), set(spread(everyone))
+
+
+def _classes(summary: Summary, named: Collection[str] | None) -> dict[str, Any]:
+    """Rows and recall by client and class; of very many classes those with most rows."""
+    totals = Counter[str]()
+    for counts in summary.classes.values():
+        totals.update({label: train + test for label, (train, test) in counts.items()})
+    most = {label for label, _ in totals.most_common(_CLASSES)}
+    labels = [label for label in totals if label in most]
+    recall = {client.id: client.recall for client in summary.clients}
+    rows = [
+        (client, [(*counts.get(label, (0, 0)), recall.get(client, {}).get(label)) for label in labels])
+        for client, counts in summary.classes.items()
+        if named is None or client in named
+    ]
+    return {"labels": labels, "more": len(totals) - len(labels), "rows": rows, "recall": any(recall.values())}
 
 
 def _norms(rounds: Sequence[Event], styles: Mapping[str, str], named: Collection[str]) -> Plot | None:

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
 from molehill.tasks.lengths import loss_in_words
-from molehill.tasks.measures import MEASURES, OF_ANSWERS, Measure
+from molehill.tasks.measures import LOSS, MEASURES, OF_ANSWERS, Measure
 from molehill_simulation.few import spread
 from molehill_simulation.figures import (
+    STAGES,
     ClientFigures,
     Confusion,
     Figures,
@@ -230,6 +231,13 @@ class Summary(BaseModel):
         return tuple((name, tuple(quantile(part, column) for column in columns)) for name, part in _QUANTILES.items())
 
     @property
+    def told_losses(self) -> str:
+        """The mean losses in words, each with its interval; empty where none is known."""
+        mean = Figures() if self.loss is None else self.loss.mean
+        measured = zip(STAGES, mean.row, strict=True)
+        return ", ".join(f"{stage} {mean.told(stage, LOSS)}" for stage, value in measured if value is not None)
+
+    @property
     def told_cut(self) -> str:
         """What of the rows was cut off or not learnt, in sentences; empty when it was nothing."""
         cut, lost, unlearnt = (sum(getattr(c, name) for c in self.clients) for name in ("cut", "lost", "unlearnt"))
@@ -267,7 +275,7 @@ def summarise(
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
     probes: Mapping[str, dict[str, float]] | None = None,
-    confusion: Confusion | None = None,
+    confusions: Mapping[str, Confusion] | None = None,
 ) -> Summary:
     """Build the summary of a run.
 
@@ -279,13 +287,14 @@ def summarise(
         classes: Rows of every class to train on and held out, by client, where they are known.
         lengths: How many tokens the rows have, where they are known.
         probes: Figures of the run's probes.
-        confusion: Which class is taken for which, where that is known.
+        confusions: Which class is taken for which, by client, where that is known.
 
     Returns:
         The summary.
     """
-    events = list(events)
+    events, confusions = list(events), confusions or {}
     rounds = rounds_of(events)
+    confusion = Confusion.over(confusions.values()) if confusions else None
     first, *_ = MEASURES[task]
     named = [measure for measure in MEASURES[task] if measure.name in ClientFigures.model_fields]
     clients = tuple(
@@ -296,6 +305,7 @@ def summarise(
             cut=evaluation.get("cut", 0),
             lost=evaluation.get("lost", 0),
             unlearnt=evaluation.get("unlearnt", 0),
+            recall=confusions[client].recall if client in confusions else {},
             answered=max((said["n"] for said in evaluation["answers"].values()), default=0),
             **{measure.name: _figures(measure, evaluation) for measure in named},
             **_values(first, evaluation),

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _BEST = "bold green"
 _CLASSES = 8  # that the terminal names
+_WITHIN = 40  # clients whose intervals the terminal shows
 _NAMES = {"baseline": "Baselines", "train": "Rounds", "evaluate": "Evaluation"}
 
 
@@ -218,7 +219,7 @@ class RunView:
 
 
 def results_table(summary: Summary) -> Table:
-    """The figures of every client, with the best of each row marked, then mean and worst.
+    """The figures of every client, with the best of each row marked, then mean and worst; below each its interval.
 
     Of a classification macro-F1 stands beside every accuracy: a model that gives up a rare class gains in one and
     loses in the other. Of a causal LM it is the perplexity.
@@ -231,13 +232,13 @@ def results_table(summary: Summary) -> Table:
     """
     shown = summary.columns[:2]
     title = f"{' and '.join(measure.title for measure in shown)} on each client's own held-out rows"
-    table = Table(title=f"{title[0].upper()}{title[1:]}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"{title[0].upper()}{title[1:]}", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("client", overflow="fold")
     table.add_column("rows", justify="right", style="dim", no_wrap=True)
     for stage in STAGES:
         table.add_column(stage, justify="right", no_wrap=True)
     for client in summary.shown:
-        cells = _cells(shown, summary.cells(client))
+        cells = _cells(shown, summary.cells(client), within=_within(summary))
         table.add_row(Text(clean(client.id, 40)), f"{client.n_train}+{client.n_test}", *cells)
     table.add_section()
     table.add_row("mean", "", *_cells(shown, summary.means), style="bold")
@@ -245,37 +246,46 @@ def results_table(summary: Summary) -> Table:
     return table
 
 
-def _cells(measures: Sequence[Measure], figures: Sequence[Figures]) -> list[Text]:
-    """The first measure by stage, and beside it the second if there is one, both short, to fit 80 columns."""
-    first, *others = [
-        [
-            Text(
-                _short(value, measure, alone=len(measures) == 1),
-                style=style if value != best or best is None else _BEST,
-            )
-            for value in row.row
-        ]
-        for measure, row, style in zip(measures, figures, ("", "dim"), strict=False)
-        for best in [row.best(measure)]
-    ]
-    return first if not others else [Text(" ").join(pair) for pair in zip(first, *others, strict=True)]
+def _within(summary: Summary) -> bool:
+    """Whether the table has room for the intervals of each client."""
+    return len(summary.shown) <= _WITHIN
 
 
-def _intervals(summary: Summary) -> str:
-    """What the means of the last stage are in, in a line; empty where that is not known."""
-    last = next((stage for stage in reversed(STAGES) if stage in summary.mean.interval), "")
-    told = [
-        f"{measure.title} {measure.write(ends[0])} to {measure.write(ends[1])}"
-        for measure, figures in zip(summary.columns, summary.means, strict=True)
-        if (ends := figures.interval.get(last)) is not None
-    ]
-    return f"95% intervals of the {last} means: {', '.join(told)}" if told else ""
+def _cells(measures: Sequence[Measure], figures: Sequence[Figures], *, within: bool = True) -> list[Text]:
+    """Of each stage the first measure, and beside it the second if there is one, all short, to fit 80 columns.
+
+    Args:
+        measures: One or two.
+        figures: Of each.
+        within: Have a line with the intervals below.
+    """
+    cells = []
+    for at, _ in enumerate(STAGES):
+        cell, ends = Text(), []
+        for number, (measure, row) in enumerate(zip(measures, figures, strict=False)):
+            value, best = row.row[at], row.best(measure)
+            style = _BEST if value == best is not None else "dim" if number else ""
+            cell.append(" " if number else "").append(_short(value, measure, alone=len(measures) == 1), style)
+            if (interval := row.intervals[at]) is not None:
+                ends.append(_ends(measure, *interval))
+        cells.append(cell.append(f"\n{' '.join(ends)}", "not bold dim") if within and ends else cell)
+    return cells
+
+
+def _ends(measure: Measure, low: float, high: float) -> str:
+    """An interval in few characters: shares in percent, others with two digits or more."""
+    if measure.write is figure:
+        return f"{100 * low:.0f}-{100 * high:.0f}"
+    return "-".join(f"{end:.0f}" if 10 <= end < 1e4 else f"{end:.2g}" for end in (low, high))
 
 
 def _recall(summary: Summary) -> str:
     """Recall of the classes by the personalised models, in a line; empty where that is not known."""
     known = [(label, each) for label, each in summary.recall.items() if each.personalised is not None]
-    told = [f"{clean(label, 40)} {figure(each.personalised)} of {each.n}" for label, each in known[:_CLASSES]]
+    told = [
+        f"{clean(label, 40)} {each.told('personalised', summary.measure)} of {each.n}"
+        for label, each in known[:_CLASSES]
+    ]
     more = [f"and {len(known) - _CLASSES} more"] if len(known) > _CLASSES else []
     return f"recall of the personalised models: {', '.join([*told, *more])}" if told else ""
 
@@ -288,19 +298,20 @@ def show_summary(summary: Summary, console: Console) -> None:
     """Print the results of a finished run."""
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
-    console.print(Text("rows: to train on + held out", style="dim"))
-    if summary.task == "causal-lm" and summary.loss is not None:
-        means = zip(STAGES, summary.loss.mean.row, strict=True)
-        told = ", ".join(f"{stage} {value:.3f}" for stage, value in means if value is not None)
-        console.print(Text(f"mean loss per answer token in nats: {told}", style="dim"), soft_wrap=True)
+    notes = "rows: to train on + held out"
+    if summary.mean.interval:
+        notes += "; below figures their 95% intervals, of shares in percent"
+        notes += "" if _within(summary) else ", those of clients in report.html and summary.json"
+    console.print(Text(notes, style="dim"), soft_wrap=True)
+    if summary.perplexity is not None and summary.told_losses:
+        console.print(Text(f"mean loss per answer token in nats: {summary.told_losses}", style="dim"), soft_wrap=True)
     if summary.of_answers:
-        figures = [(each.title, getattr(summary, each.name).mean.personalised) for each in summary.of_answers]
-        told = ", ".join(f"{title} {figure(value)}" for title, value in figures)
+        means = [(each, getattr(summary, each.name).mean) for each in summary.of_answers]
+        told = ", ".join(f"{each.title} {mean.told('personalised', each)}" for each, mean in means)
         rows = counted(sum(client.answered for client in summary.clients), "held-out row")
         console.print(Text(f"mean of personalised answers to {rows}: {told}", style="dim"), soft_wrap=True)
-    for told in (_intervals(summary), _recall(summary)):
-        if told:
-            console.print(Text(told, style="dim"), soft_wrap=True)
+    if told := _recall(summary):
+        console.print(Text(told, style="dim"), soft_wrap=True)
     if summary.told_shown:
         console.print(Text(summary.told_shown, style="dim"), soft_wrap=True)
     if summary.told_cut:

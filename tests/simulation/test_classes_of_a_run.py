@@ -65,16 +65,36 @@ def test_terminal_and_report_tell_them(run):
     console = Console(file=StringIO(), width=80)
     show_summary(summary, console)
     told = " ".join(console.file.getvalue().split())
-    low, high = summary.mean.interval["personalised"]
-    assert f"95% intervals of the personalised means: accuracy {low:.3f} to {high:.3f}, macro-F1 " in told
     label, recall = next(iter(summary.recall.items()))
-    assert f"recall of the personalised models: {label} {recall.personalised:.3f} of {recall.n}" in told
+    low, high = recall.interval["personalised"]
+    said = f"{label} {recall.personalised:.3f} ({low:.3f} to {high:.3f}) of {recall.n}"
+    assert f"recall of the personalised models: {said}" in told
+    low, high = summary.mean.interval["personalised"]
     text = write_report(run).read_text("utf-8")
     assert "Which class is taken for which" in text
     assert f"<small>{f'{low:.3f}'[1:]}\u2013{f'{high:.3f}'[1:]}</small>" in text
     count = summary.confusion.counts["personalised"][0][1]
-    row = text.split("Which class is taken for which")[1].split("</tr>")[1]
+    row = text.split("Which class is taken for which</h2>")[1].split("</tr>")[1]
     assert f"%<small>{count}</small>" in row
+
+
+def test_recall_is_told_of_every_client_beside_its_rows(run):
+    summary = read_summary(run / "summary.json")
+    text = write_report(run).read_text("utf-8").split("<h2>Classes</h2>")[1].split("</section>")[0]
+    hits = dict.fromkeys(summary.confusion.labels, 0.0)
+    for client in summary.clients:
+        counts = summary.classes[client.id]
+        assert {label: recall.n for label, recall in client.recall.items()} == {
+            label: held_out for label, (_, held_out) in counts.items() if held_out
+        }
+        row = text.split(f">{client.id}</th>")[1].split("</tr>")[0]
+        for label, recall in client.recall.items():
+            hits[label] += recall.personalised * recall.n
+            assert recall.interval["personalised"] == pytest.approx(of_share(recall.personalised, recall.n))
+            assert f"<td>{recall.personalised:.3f}<small>" in row
+            assert f"<small>{counts[label][0]}+{recall.n} rows</small>" in row
+    personalised = summary.confusion.counts["personalised"]
+    assert list(hits.values()) == pytest.approx([personalised[at][at] for at in range(len(hits))])
 
 
 def test_no_class_counts_leave_a_client(run):
@@ -84,8 +104,12 @@ def test_no_class_counts_leave_a_client(run):
 
 
 def test_counts_of_clients_are_added_up():
-    found = Confusion.of(["a", "b"], [{"global": [[1, 2], [3, 4]]}, {"global": [[10, 0], [0, 0]]}, {}])
+    first, second = (
+        Confusion.of(["a", "b"], counts) for counts in ({"global": [[1, 2], [3, 4]]}, {"global": [[10, 0], [0, 0]]})
+    )
+    found = Confusion.over([first, second, Confusion.of(["a", "b"], {})])
     assert found.counts == {"global": ((11, 2), (3, 4))}
     assert found.recall["a"].n == 13
     assert found.recall["a"].global_ == 11 / 13
-    assert Confusion.of(["a", "b"], [{"global": [[1, 0], [0, 0]]}]).recall.keys() == {"a"}
+    assert found.recall["b"].interval == {"global": of_share(4 / 7, 7)}
+    assert second.recall.keys() == {"a"}

@@ -28,8 +28,8 @@ def test_summary_has_the_promised_shape_and_figures():
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
         "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised",
-        "token_accuracy", "macro_f1", "loss", "perplexity", "answered", "exact_match", "normalised_match", "rouge_l",
-        "chrf", "interval",
+        "token_accuracy", "macro_f1", "recall", "loss", "perplexity", "answered", "exact_match", "normalised_match",
+        "rouge_l", "chrf", "interval",
     }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from io import StringIO
 
 import pytest
 from rich.console import Console
-from told_runs import BASE, CLIENTS, TROUBLES, make_events
+from told_runs import BASE, CLIENTS, TROUBLES, causal, make_events
 
+from molehill.intervals import of_share
 from molehill_simulation.pace import Pace, Work, in_words
 from molehill_simulation.summary import summarise
 from molehill_simulation.text import clean, duration
@@ -68,6 +71,53 @@ def test_final_table_is_aligned_and_marks_the_best():
     assert len({row.index(" .") for row in rows if row.strip().startswith(("amazon", "tweets", "mean", "worst"))}) == 1
     assert rows[-1] == "6 rounds in 2 min 41 s; up 37.37 MB, down 127.41 MB"
     assert "\x1b[1;32m" in console.export_text(styles=True)
+
+
+def shown_at_the_end(summary, width: int) -> list[str]:
+    console = Console(file=StringIO(), width=width)
+    show_summary(summary, console)
+    return console.file.getvalue().splitlines()
+
+
+def with_intervals(events: list[dict], n: int = 80) -> list[dict]:
+    """The same run, whose clients told what their figures are in."""
+    events = copy.deepcopy(events)
+    for scores in (scores for event in events for scores in event.get("stages", {}).values()):
+        loss = scores["loss"]
+        known = [name for name in ("accuracy", "macro_f1") if scores[name] is not None]
+        scores.update({f"{name}_interval": of_share(scores[name], n) for name in known})
+        scores["loss_interval"] = [loss - 0.1, loss + 0.1]
+    return events
+
+
+def test_every_figure_has_its_interval_below_in_eighty_columns():
+    """The second line of a row has those of the first: of shares in percent, of perplexities two digits."""
+    summary = summarise(with_intervals(make_events(CLIENTS)), BASE, "cd")
+    lines = shown_at_the_end(summary, 80)
+    assert max(map(len, lines[:-2])) <= 80
+    first = summary.clients[0]
+    for row, name in ((first, first.id), (summary.mean, "mean"), (summary.worst, "worst")):
+        at = next(number for number, line in enumerate(lines) if line.split()[:1] == [name])
+        f1 = first.macro_f1 if row is first else getattr(summary.macro_f1, name)
+        ends = [ends for pair in zip(row.intervals, f1.intervals, strict=True) for ends in pair]
+        assert lines[at + 1].split() == [f"{100 * low:.0f}-{100 * high:.0f}" for low, high in ends]
+    writer = summarise(with_intervals(causal(make_events(CLIENTS))), BASE, "cd", "causal-lm")
+    lines = shown_at_the_end(writer, 80)
+    at = next(number for number, line in enumerate(lines) if line.split()[:1] == [CLIENTS[0]])
+    low, high = writer.clients[0].perplexity.interval["base"]
+    assert lines[at + 1].split()[1] == f"{low:.2g}-{high:.2g}"
+    low, high = writer.loss.mean.interval["personalised"]
+    losses = next(line for line in lines if line.startswith("mean loss"))
+    assert losses.endswith(f"personalised {writer.loss.mean.personalised:.3f} ({low:.3f} to {high:.3f})")
+    assert max(map(len, lines[: lines.index(losses) - 1])) <= 80
+
+
+def test_of_many_clients_mean_and_worst_alone_have_intervals_and_that_is_said():
+    lines = shown_at_the_end(summarise(with_intervals(make_events([f"c{i}" for i in range(60)])), BASE, "cd"), 80)
+    assert len([line for line in lines if re.fullmatch(r"( +\d+-\d+)+ *", line)]) == 2
+    assert "those of clients in report.html and summary.json" in " ".join(lines)
+    told = " ".join(shown_at_the_end(summarise(make_events(CLIENTS), BASE, "cd"), 80))
+    assert "intervals" not in told  # clients of an older version did not tell
 
 
 def test_where_the_console_is_quiet_people_are_told_in_the_log(caplog):
