@@ -71,6 +71,11 @@ class EdgePasses:
         task = self._engine.manifest.task
         return task.generation.vocabulary if self.writes else len(task.labels)
 
+    @property
+    def by_places(self) -> bool:
+        """Whether the graph can choose experts by their places."""
+        return PLACES in self._engine.session.overridable
+
     def only(self, experts: Iterable[str]) -> Setting:
         """See `Passes.only`."""
         return only_of(self._routers(), experts)
@@ -203,6 +208,6 @@ class EdgePasses:
                 raise AnswerError(f"a setting has {len(values)} numbers, the routers have {self.size}", where=where)
         if not self.size:
             raise AnswerError("the bundle has no routers", where=where, mend="Use another strategy.")
-        if setting.ranks is not None and PLACES not in self._engine.session.overridable:
+        if setting.ranks is not None and not self.by_places:
             what = "the graph of this bundle cannot choose experts by their places"
             raise AnswerError(what, where=where, mend="Export it with --router-ranks.")

@@ -140,6 +140,11 @@ class View:
     def _resolve(self, gate: Gate | Path | str) -> Gate:
         return gate if isinstance(gate, Gate) else self.read_gate(gate)
 
+    @property
+    def by_places(self) -> bool:
+        """Whether its graph can choose experts by their places among a router's logits, as some strategies ask."""
+        return self.passes().by_places
+
     def passes(self, after: EdgePasses | None = None) -> EdgePasses:
         """What strategies ask: passes of the bundle with the gate in use.
 

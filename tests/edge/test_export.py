@@ -356,10 +356,10 @@ def _genai(folder, ids, length):
     return [*generator.get_sequence(0)]
 
 
-@pytest.mark.parametrize("block", [128, 256])
-def test_genai_puts_experts_into_products_as_we_do(block, tmp_path):
+@pytest.mark.parametrize(("block", "by_places"), [(128, False), (256, True)])
+def test_genai_puts_experts_into_products_as_we_do(block, by_places, tmp_path):
     molora = {"targets": "all-linear", "experts": 4, "rank": 4, "scope": "layer"}
-    edge_export.write(tmp_path / "bundle", "bytes", "int4", block, **molora)
+    edge_export.write(tmp_path / "bundle", "bytes", "int4", block, router_ranks=by_places, **molora)
     assert edge_export.joined(tmp_path / "bundle") == 2 * 7  # every linear of its layers
     with Bundle.open(tmp_path / "bundle", trust=TRUST, threads=1) as bundle:
         wanted = ids = bundle.encode("Tell me more")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import edge_export
 import numpy as np
 import pytest
@@ -74,6 +76,10 @@ def test_a_bundle_has_them_when_asked_to(tmp_path):
     words = ["export", tmp_path / "adapter", "--out", tmp_path / "asked", "--router-ranks", "--force"]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0, result.output
+    for name, has in (("plain", False), ("asked", True)):
+        words = ["edge", "info", str(tmp_path / name), "--insecure-local"]
+        assert json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["router_ranks"] is has
+        assert ("(router_ranks)" in CliRunner().invoke(app, words).stdout) is has
     weak = {"strategy": "self_contrast", "params": {"beta": 9.0}, "max_new_tokens": 8}
     with Bundle.open(tmp_path / "asked", trust=InsecureLocal(lambda _: None), threads=1) as bundle:
         own = bundle.generate("the scene", max_new_tokens=8)

@@ -142,12 +142,16 @@ def test_a_gate_is_judged_and_fitted_on_texts_without_labels(opened):
     assert ("No gain" in said) or kind != "parrot"  # which no gate can change
 
 
-@pytest.fixture(scope="module", params=[128, 256])
+@pytest.fixture(scope="module", params=[(128, False), (256, True)], ids=["128", "256 by places"])
 def four_bits(request, tmp_path_factory, libraries, browser):
-    """A bundle with experts inside products, by blocks, and its page, which keeps what its console is told."""
+    """A bundle with experts inside products, by blocks, and its page, which keeps what its console is told.
+
+    One of them may choose experts by their places, which a page never does.
+    """
     folder = tmp_path_factory.mktemp("int4")
     molora = {"targets": "all-linear", "experts": 4, "rank": 4, "scope": "layer"}
-    edge_export.write(folder / "bundle", "bytes", "int4", request.param, **molora)
+    block, by_places = request.param
+    edge_export.write(folder / "bundle", "bytes", "int4", block, router_ranks=by_places, **molora)
     assert edge_export.joined(folder / "bundle") == 2 * 7  # every linear of its layers
     with TRUST.admit(folder / "bundle") as admitted:
         site.of_bundle(admitted, folder / "site")

@@ -77,6 +77,7 @@ def _tell(bundle: Bundle) -> dict[str, Any]:
         "empty_slots": sum(not slot.id for slot in manifest.slots),
         "sites": len(manifest.sites),
         "routers": len(manifest.routers),
+        "router_ranks": bundle.by_places,
         "gates": {"default": manifest.provenance.gate, "further": bundle.gates()},
         "parity": {
             "texts": parity.texts,
@@ -117,7 +118,8 @@ def _show_told(told: dict[str, Any]) -> None:
             f"{each['id']} (signed, version {each['version']})" if each["signed"] else f"{each['id']} (NOT SIGNED)"
             for each in told["added"]
         ),
-        "routers": f"{told['routers']} for {told['sites']} linears",
+        "routers": f"{told['routers']} for {told['sites']} linears"
+        + (", which can choose experts by their places (router_ranks)" if told["router_ranks"] else ""),
         "gate": told["gates"]["default"] or "default",
         "further gates": ", ".join(told["gates"]["further"]),
         "parity": f"{parity['agreement']:.1%} of {parity['texts']} texts alike, logit error {parity['logit_error']:.1e}"
