@@ -16,6 +16,8 @@ from molehill.rowfiles.values import text_of
 
 Message = dict[str, Any]
 
+PLAIN = frozenset({"role", "content", "weight"})  # what every format shows of a message, or what no model sees
+
 _ROLES = {
     "system": "system",
     "developer": "developer",
@@ -94,7 +96,7 @@ def plain(turns: Sequence[Message], where: str) -> list[dict[str, str]]:
         DataError: A message has more, or no text; it would be lost.
     """
     for number, turn in enumerate(turns, start=1):
-        if more := sorted(turn.keys() - {"role", "content", "weight"}):
+        if more := sorted(turn.keys() - PLAIN):
             what = f"{more[0]!r} of message {number} is not shown to a model here"
             raise DataError(what, where=where, mend="Leave the row out.")
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

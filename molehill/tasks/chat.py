@@ -62,8 +62,25 @@ class Chat:
         try:
             return self._write(messages, tools, where)
         except _FAILURES as error:
-            what = f"the tokenizer's chat template refuses the conversation: {error}"
-            raise DataError(what, where=where, mend="Mend the order of the roles.") from None
+            raise _refused(error, where) from None
+
+    def before_answer(self, messages: Sequence[Message], tools: Any, where: str) -> str:
+        """The text of a conversation up to where the assistant begins to answer.
+
+        Args:
+            messages: The last is not an answer.
+            tools: Descriptions of functions, for the template; None for none.
+            where: Place of the row, for errors.
+
+        Raises:
+            DataError: The template refuses the conversation, or does not show a part of it.
+        """
+        try:
+            turns = self._with_arguments(self._turns(messages), tools)
+            self._require_shown(turns, tools, self._text(turns, tools), where)
+            return self._text(turns, tools, prompt=True)
+        except _FAILURES as error:
+            raise _refused(error, where) from None
 
     @property
     def end(self) -> str:
@@ -78,8 +95,7 @@ class Chat:
         return "" if found is None else found[1]
 
     def _write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span], int]:
-        turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        turns = told_by(turns, str(self._tokenizer.chat_template))
+        turns = self._turns(messages)
         if tools is None and all(set(turn) == _PLAIN for turn in turns):
             text = self._text(turns, None)
             spans = self._between(turns, text)
@@ -100,6 +116,11 @@ class Chat:
             what = "no answer that the chat template shows as it is has a weight above 0"
             raise DataError(what, where=where, mend="Remove the row, or give an answer the weight 1.")
         return text, wanted, len(learnt) - len(wanted)
+
+    def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """What the template gets."""
+        turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        return told_by(turns, str(self._tokenizer.chat_template))
 
     def _between(self, turns: Sequence[Message], text: str) -> dict[int, Span]:
         """Where the answers are, from what the template writes between messages; empty when it edits them."""
@@ -243,6 +264,11 @@ class Chat:
             return self._text(turns, tools) != text
         except _FAILURES:
             return True
+
+
+def _refused(error: Exception, where: str) -> DataError:
+    what = f"the tokenizer's chat template refuses the conversation: {error}"
+    return DataError(what, where=where, mend="Mend the order of the roles.")
 
 
 def _shape(turn: Message) -> list[Any]:

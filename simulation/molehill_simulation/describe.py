@@ -13,6 +13,7 @@ from molehill.plan import scope_of
 from molehill.secure.company import needed
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.tasks.base_model import is_here
+from molehill.tasks.batches import IGNORE
 from molehill.tasks.conversations import columns_read
 from molehill.tasks.devices import remark as remark_of
 from molehill.tasks.lengths import Examples, Lengths, together
@@ -131,6 +132,7 @@ def describe(config: Config, *, sound: bool = True) -> Description:
         about += [("lacking", f"{absent} have no row")] if absent else []
     if examples is not None:
         about += _in_words(_lengths(examples))
+        found.warnings += _unasked(config, examples)
     found.plan = _plan(config, adapted, owners, about)
     if adapted is not None:
         model = adapted.model
@@ -232,10 +234,20 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     ours = COLUMNS["classification"] if config.task.kind == "classification" else columns_read(rows.columns)
     read = {*columns_of(config.data, config.task, rows.columns), GROUP, TASK, *ours}
     read |= {str(value) for key, value in config.data.partition.params.items() if key == "column"}
+    about.append(("reads", " and ".join(repr(clean(config.data.columns.get(name, name), 40)) for name in ours)))
     unread = [name for name in rows.columns if name not in read]
     if unread:
         about.append(("unread", f"{', '.join(clean(name, 40) for name in unread)} (columns that nothing reads)"))
     return about
+
+
+def _unasked(config: Config, examples: Sequence[tuple[Examples, Examples]]) -> list[str]:
+    """That there is nothing to answer where all of all rows is learnt."""
+    if not config.evaluate.generate or any(
+        IGNORE in row.labels for both in examples for part in both for row in part if isinstance(row.labels, list)
+    ):
+        return []
+    return ["evaluate.generate: the rows are plain text, which asks nothing, so nothing is answered"]
 
 
 def _lengths(examples: Sequence[tuple[Examples, Examples]]) -> Lengths:

@@ -20,6 +20,8 @@ from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Reader, Stream, replayed
 from molehill.errors import AnswerError, ConfigError
 from molehill.molora.decode import TorchPasses, only, write
+from molehill.rowfiles.messages import PLAIN
+from molehill.tasks.chat import Chat
 from molehill_protos.v1.bundle_pb2 import Generation
 from molehill_simulation.beside import Beside, open_beside
 from molehill_simulation.prompts import examples_of
@@ -181,17 +183,28 @@ class Loaded:
             return self._ids(prompt, special=True)
         return self._ids(prompts.single(prompt, about), special=prompts.special)
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, where: str = "") -> list[int]:
         """Ids of a conversation up to where the answer to its last message begins.
 
         Args:
-            messages: Turns with ``role`` and ``content``; the last is not the assistant's.
+            messages: Turns with ``role`` and ``content``, and what else the base's chat template shows, such as calls
+                of tools; the last is not the assistant's.
+            tools: Descriptions of functions, as OpenAI writes them; None for none.
+            where: Where they are from, for errors.
 
         Raises:
             AnswerError: It has no tokens, a role is unknown, or the chat template refuses it.
+            DataError: The chat template does not show a part of it.
         """
         prompts, _ = self._writer()
-        return self._ids(prompts.before_answer([dict(turn) for turn in messages]), special=prompts.special)
+        if tools is None and not any(turn.keys() - PLAIN for turn in messages):
+            text = prompts.before_answer([{"role": turn["role"], "content": turn["content"]} for turn in messages])
+            return self._ids(text, special=prompts.special)
+        if prompts.special:
+            what = "the base has no chat template, so nothing shows tools and what else messages have"
+            raise AnswerError(what, where=where or self.source.name, mend="Give messages of role and content.")
+        turns = [{**turn, "content": turn["content"].strip()} for turn in messages]
+        return self._ids(Chat(self.source.tokenizer).before_answer(turns, tools, where), special=False)
 
     def setting(self, expert: str) -> Setting:
         """The setting of one expert, for `generate_all`; that of the base for no name.

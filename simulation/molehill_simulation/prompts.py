@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from molehill.config import Data
 from molehill.decoding.interfaces import Example
 from molehill.errors import DataError
-from molehill.rowfiles.messages import plain
 from molehill.rowfiles.readings import asked
 from molehill.tasks.batches import IGNORE
 from molehill.tasks.schema import load_rows
@@ -24,7 +23,7 @@ class Encoder(Protocol):
         """Ids of an instruction, or of a text as it is."""
         ...
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, where: str = "") -> list[int]:
         """Ids of a conversation."""
         ...
 
@@ -45,17 +44,19 @@ def prompt_of(encoder: Encoder, row: Mapping[str, Any], where: str, *, raw: bool
     form = asked(row, where)
     if "text" in form:
         return form["text"], encoder.encode(form["text"], raw=raw)
-    if form["tools"] is not None:
-        raise DataError("tools are not shown to a model here", where=where, mend="Leave the row out.")
+    tools = form["tools"]
     if "messages" not in form:
         text, about = form["instruction"], form["input"]
-        return f"{text}\n\n{about}".strip(), encoder.encode(text, about=about)
+        both = f"{text}\n\n{about}".strip()
+        if tools is not None:
+            return both, encoder.encode_messages([{"role": "user", "content": both}], tools, where)
+        return both, encoder.encode(text, about=about)
     said = list(form["messages"])
     while said and said[-1]["role"] == "assistant":
         said.pop()
     if not said:
         raise DataError("nothing is asked", where=where, mend="End the messages with one of the user.")
-    return said[-1]["content"], encoder.encode_messages(plain(said, where))
+    return said[-1]["content"], encoder.encode_messages(said, tools, where)
 
 
 def examples_of(source: Source, file: Path) -> list[Example]:

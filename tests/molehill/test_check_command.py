@@ -226,3 +226,34 @@ def test_what_is_not_adapted_is_said_at_check_at_the_start_and_in_the_report(tmp
     refused = run("check", path)
     assert refused.exit_code == 4
     assert "for all experts of the base, not a linear module" in refused.stderr
+
+
+def test_conversations_and_texts_are_measured_and_what_they_lose_is_said(tmp_path):
+    base = tiny_world.save_base(tmp_path / "base", "llama")
+    told = {}
+    for name, shape in {
+        "talks": lambda n: {"conversations": [{"from": "human", "value": f"w{n}"}, {"from": "gpt", "value": "good"}]},
+        "pairs": lambda n: {"prompt": f"w{n}", "completion": "good film " * 9},
+        "texts": lambda n: {"text": "good film " * 9 + f"w{n}", "who": "me"},
+    }.items():
+        rows = [shape(n) for n in range(9)]
+        config = tiny_world.config(
+            base, tiny_world.write_rows(tmp_path / f"{name}.jsonl", rows), data={"clients": 2},
+            task={"kind": "causal-lm", "max_length": 16}, molora={"targets": "all-linear"}, evaluate={"generate": 1},
+        )  # fmt: skip
+        path = tmp_path / f"{name}.toml"
+        path.write_text(config.to_toml(), encoding="utf-8")
+        done = run("check", path, "--json")
+        assert done.exit_code == 0, done.output
+        told[name] = json.loads(done.stdout)
+    plans = {name: each["plan"] for name, each in told.items()}
+    assert "cut" not in plans["talks"]
+    assert plans["pairs"]["cut"] == "9 of 9 rows are longer than task.max_length = 16 and lose their end"
+    assert plans["texts"]["cut"] == "9 of 9 rows are longer than task.max_length = 16 and learnt in 18 pieces"
+    assert plans["texts"]["enough"] == "task.max_length = 20 keeps all"
+    assert plans["texts"]["tokens"].startswith("of a row: half have up to 20 tokens")
+    reads = {"talks": "'conversations'", "pairs": "'prompt' and 'completion'", "texts": "'text'"}
+    assert {name: plan["reads"] for name, plan in plans.items()} == reads
+    assert plans["texts"]["unread"] == "who (columns that nothing reads)"
+    silent = [name for name, each in told.items() if any("asks nothing" in warning for warning in each["warnings"])]
+    assert silent == ["texts"]

@@ -17,6 +17,7 @@ from molehill_export.export import Options, export
 from molehill_simulation.commands.chat import chat
 from molehill_simulation.commands.generate import generate
 from molehill_simulation.loaded import load
+from molehill_simulation.prompts import prompt_of
 from molehill_simulation.simulate import simulate
 from molehill_simulation.source import open_source
 
@@ -97,6 +98,25 @@ def test_generate_prints_answers_and_streams_what_rows_ask(writer, tmp_path):
     assert [row["prompt"] for row in many] == [TEXT, "the scene\n\nwas good", *[TEXT] * 4]
     assert [row for row in many if row["prompt"] == TEXT] == [answer] * 5
     assert TEXT in done(ask(generate, writer, "--rows", rows, "--max-new-tokens", 5))
+
+
+def test_rows_with_tools_go_through_the_template_or_are_refused(writer, tmp_path):
+    rows, tools = tmp_path / "rows.jsonl", [{"name": "find"}]
+    shows = "{% for t in tools or [] %}{{ t.name }} {% endfor %}"
+    with load(writer) as model:
+        template = model.source.tokenizer.chat_template
+        plain = model.encode(TEXT)
+        model.source.tokenizer.chat_template = shows + template
+        asked = {"role": "user", "content": f" {TEXT} "}
+        found = model.encode_messages([asked], tools)
+        assert found == [*model.encode("find", raw=True), *plain]
+        assert prompt_of(model, {"prompt": TEXT, "tools": tools}, "f:1", raw=False) == (TEXT, found)
+        assert prompt_of(model, {"messages": [asked], "tools": tools}, "f:1", raw=False)[1] == found
+        model.source.tokenizer.chat_template = template
+    rows.write_text(json.dumps({"prompt": TEXT, "tools": tools}) + "\n")
+    told = ask(generate, writer, "--rows", rows)
+    assert told.exit_code == 3
+    assert "rows.jsonl:1: the tokenizer's chat template does not show 'tools'" in " ".join(told.stderr.split())
 
 
 def test_each_row_may_name_its_expert(writer, tmp_path):

@@ -367,6 +367,16 @@ def test_calls_of_sharegpt_are_learnt_as_those_of_openai(make_tokenizer):
     assert list(found) == list(wanted)
 
 
+@pytest.mark.parametrize("arguments", ["| tojson", ""])
+def test_what_is_asked_with_tools_is_what_was_read_before_the_answer(make_tokenizer, arguments):
+    tokenizer = with_end(make_tokenizer, TOOLS.replace("ARGUMENTS", arguments))
+    chat, tools = CausalLM(tokenizer, 64)._chat, [{"name": "three"}]
+    text, spans, _ = chat.write(CALLING, tools, "f:1")
+    assert [chat.before_answer(CALLING[:at], tools, "f:1") for at in (1, 3)] == [text[:begin] for begin, _ in spans]
+    with pytest.raises(DataError, match="f:1: the tokenizer's chat template does not show 'name' of message 1"):
+        chat.before_answer([{**CALLING[0], "name": "ann"}], tools, "f:1")
+
+
 def test_a_developer_speaks_as_the_template_has_it(make_tokenizer, tokenizer):
     told = {"messages": [{"role": "developer", "content": "three"}, *talk(("u", "one"), ("a", "a"))["messages"]]}
     for template, role in ((GEMMA, "<|system|>"), (GEMMA + "{# developer #}", "<unk>")):
