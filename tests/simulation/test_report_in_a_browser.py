@@ -17,7 +17,7 @@ BEYOND = """[...document.body.querySelectorAll('*')].filter((each) => {
   const {left, right, width} = each.getBoundingClientRect();
   const scrolls = (box) => box && (getComputedStyle(box).overflowX === 'auto' || scrolls(box.parentElement));
   return width && (right > document.documentElement.clientWidth + 0.5 || left < -0.5) && !scrolls(each.parentElement);
-}).map((each) => `${each.tagName} ${each.className} ${each.textContent.slice(0, 40)}`)"""
+}).map((each) => `${each.tagName} ${each.className} ${each.textContent.slice(0, 40)} ${each.getBoundingClientRect().right}`)"""
 BOXES = """[...document.querySelectorAll('.scroll')].map((box) => {
   box.scrollLeft = 1e6;
   const names = [...box.querySelectorAll('tbody th')].map((name) => name.getBoundingClientRect());
@@ -45,6 +45,7 @@ def pages(tmp_path_factory):
     (wide / "summary.json").write_text(summary.to_json())
     events = causal(make_events(["client-1", "client-2", HOSTILE]))
     for event in events:
+        event.update({"cut": 3, "lost": 1} if event["event"] == "evaluation" else {})
         for scores in event.get("stages", {}).values():
             loss = scores["loss"] = 4.7 + rng.random() / 10
             scores |= {"loss_interval": [loss - 0.1, loss + 0.1], "accuracy_interval": [0.1, 0.8]}
@@ -76,3 +77,17 @@ def test_nothing_reaches_beyond_the_page_and_names_stay_in_sight(pages, page, na
         assert box["left"] <= 0.5, box
         assert box["width"] < 0.45 * width, box
         assert box["hidden"] <= 0 or width < 1280 or box["title"] == "Classes", box
+
+
+def test_on_paper_no_table_is_cut(pages, page):
+    """Within the margins of A4, where nothing scrolls."""
+    page.call("Emulation.setEmulatedMedia", media="print")
+    page.call("Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1, mobile=False)
+    try:
+        url = pages["writer"].as_uri()
+        page.call("Page.navigate", url=url)
+        page.until(f"location.href === {url!r} && document.readyState === 'complete'")
+        assert page.do(BEYOND) == []
+        assert page.do("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+    finally:
+        page.call("Emulation.setEmulatedMedia", media="")
