@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 from molehill import config
 from molehill.cli import app
+from molehill.tasks.conversations import columns_read
+from molehill.tasks.schema import load_rows
 from molehill_simulation.commands import simulate
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +59,7 @@ def test_every_block_is_of_a_kind_that_is_run():
         *(f"python {part} {method}" for method in METHODS for part in ("method", "test")),
         *run_in_test_lab,
         *run_in_test_edge,
+        "json rows",
         "measured",  # what a benchmark printed
         "python signature",  # written by scripts/docs.py
         *("csharp", "java", "swift"),  # for devices without Python; the page says that they were not compiled
@@ -126,6 +130,14 @@ def test_the_methods_of_the_contributing_page_pass_their_own_tests_and_the_contr
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("text", blocks("json rows"))
+def test_rows_in_pages_are_read(text, tmp_path):
+    for line in text.splitlines():
+        (tmp_path / "row.jsonl").write_text(line, encoding="utf-8")
+        data, task = config.Data(source=str(tmp_path / "row.jsonl")), config.Task(kind="causal-lm")
+        assert {*columns_read(load_rows(data, task)[0].columns)} == json.loads(line).keys()
+
+
 @pytest.mark.parametrize("text", blocks("sh"))
 def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
     monkeypatch.chdir(tmp_path)
@@ -135,6 +147,11 @@ def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
             (tmp_path / f"{written['run']['name']}.toml").write_text(block.text, encoding="utf-8")
     rows = [f"{word} {shop},{label},{shop}" for shop in range(5) for word in "abcdef" for label in ("good", "bad")]
     (tmp_path / "reviews.csv").write_text("\n".join(["review,stars,shop", *rows]), encoding="utf-8")
+    talk = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]
+    (tmp_path / "talks").mkdir()
+    for split in ("train", "test"):
+        lines = [json.dumps({"conversations": [{**talk[0], "value": f"Hello {n}"}, talk[1]]}) for n in range(16)]
+        (tmp_path / "talks" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for line in text.splitlines():
         program, *arguments = shlex.split(line, comments=True)
