@@ -17,7 +17,7 @@ BEYOND = """[...document.body.querySelectorAll('*')].filter((each) => {
   const {left, right, width} = each.getBoundingClientRect();
   const scrolls = (box) => box && (getComputedStyle(box).overflowX === 'auto' || scrolls(box.parentElement));
   return width && (right > document.documentElement.clientWidth + 0.5 || left < -0.5) && !scrolls(each.parentElement);
-}).map((each) => `${each.tagName} ${each.className} ${each.textContent.slice(0, 40)} ${each.getBoundingClientRect().right}`)"""
+}).map((each) => `${each.tagName} ${each.className} ${each.textContent.slice(0, 40)}`)"""
 BOXES = """[...document.querySelectorAll('.scroll')].map((box) => {
   box.scrollLeft = 1e6;
   const names = [...box.querySelectorAll('tbody th')].map((name) => name.getBoundingClientRect());
