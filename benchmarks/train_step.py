@@ -46,13 +46,13 @@ from torch import Tensor, nn
 
 from molehill import config
 from molehill.molora import attention, build, recompute
+from molehill.molora import model as molora_model
 from molehill.molora.attention import use_fast_attention
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.layer import Fan
 from molehill.tasks import kernels
 from molehill.tasks.base_model import load_base
-from molehill_client.objectives import sft
 from molehill_client.objectives.sft import SFT
 
 EXPERTS, RANK, TOP_K, ALPHA = 8, 8, 2, 16.0
@@ -63,7 +63,11 @@ REPLACED: dict[str, tuple[Any, str, Any]] = {  # parts of ours, and what stands 
     "blocks": (attention, "_BLOCK", attention.MAX_TOKENS),
     "recompute": (build, "keep_less", lambda _: None),
     "norms": (recompute, "form_of", lambda _: None),
-    "loss": (sft, "nll", lambda logits, labels: F.cross_entropy(logits.float(), labels, reduction="none")),
+    "loss": (
+        molora_model,
+        "of_class",
+        lambda logits, labels: F.cross_entropy(logits.float(), labels, reduction="none"),
+    ),
 }
 PARTS = ("products", "fans", "attention", *REPLACED)  # what ours can be measured without
 TIME_LIMITS = {  # ours over peft, at most

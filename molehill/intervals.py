@@ -76,3 +76,19 @@ def of_average(figures: Sequence[float], intervals: Sequence[Interval]) -> Inter
     return max(mean - below / n, min(low for low, _ in intervals)), min(
         mean + above / n, max(high for _, high in intervals)
     )
+
+
+def of_correlation(r: float, n: int, spread: float = 0.0) -> Interval | None:
+    """Of a correlation by Fisher's transformation; None of too few pairs to say anything.
+
+    Args:
+        r: In [-1, 1].
+        n: Pairs.
+        spread: 0 for Pearson's; 0.5 for Spearman's, whose variance grows with r (Bonett and Wright 2000).
+    """
+    if n < 5:
+        return None
+    if abs(r) >= 1:
+        return r, r
+    error = _Z * math.sqrt((1 + spread * r**2) / (n - 3))
+    return math.tanh(math.atanh(r) - error), math.tanh(math.atanh(r) + error)

@@ -143,14 +143,29 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
 Within: TypeAlias = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
 
 
+class Figure(BaseModel):
+    """Something that was measured.
+
+    Attributes:
+        value: It.
+        interval: Ends of what it is in with 95% confidence, were the rows drawn anew; None where that is not known.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: Sum
+    interval: Annotated[tuple[Sum, Sum], AfterValidator(_ordered)] | None = None
+
+
 class Scores(BaseModel):
     """Quality on held-out rows.
 
     Attributes:
-        n: Rows (classification) or answer tokens (causal LM).
-        accuracy: Fraction right (of rows, or of answer tokens).
-        macro_f1: Unweighted mean F1 over classes; None for causal LM.
-        loss: Mean cross-entropy in nats.
+        n: Predictions: rows, or answer tokens of a causal LM.
+        accuracy: Fraction right (of rows, or of tokens); None where nothing is right or wrong.
+        macro_f1: Unweighted mean F1 over classes; None where there are none.
+        loss: Mean negative log-likelihood in nats.
+        figures: What else the task measures, by name.
         accuracy_interval: Ends of what the accuracy is in with 95% confidence, were the rows drawn anew; here and below
             None of versions that did not tell.
         macro_f1_interval: The same of the macro-F1; None for causal LM.
@@ -160,9 +175,10 @@ class Scores(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n: int = Field(ge=0)
-    accuracy: Fraction
+    accuracy: Fraction | None = None
     macro_f1: Fraction | None = None
     loss: Loss
+    figures: dict[str, Figure] = Field(default_factory=dict)
     accuracy_interval: Within | None = None
     macro_f1_interval: Within | None = None
     loss_interval: Annotated[tuple[Loss, Loss], AfterValidator(_ordered)] | None = None

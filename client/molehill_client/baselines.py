@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill.plan import ClientPlan, EvaluationReply, Scope, Scores
-from molehill.tasks.metrics import ScoreSum
+from molehill.tasks.batches import IGNORE
 from molehill.tasks.task import Example
 from molehill.wire.keys import Key
 from molehill_client.participant import Participant
@@ -87,36 +87,44 @@ def _head_only(client: Participant) -> Scores:
     model, head = client.bench.model, client.bench.model.head
     assert head is not None
     model.eval()
-    x, y = _features(client.bench, client.train_rows)
-    x_test, y_test = _features(client.bench, client.test_rows)
+    x, y, rows = _features(client.bench, client.train_rows)
+    x_test, y_test, rows_test = _features(client.bench, client.test_rows)
     weight = torch.zeros_like(head.weight, requires_grad=True)
     bias = torch.zeros_like(head.bias, requires_grad=True)
     scale = x.std().clamp_min(1e-6)
-    goal, rows = client.goal(), torch.arange(len(y), device=y.device)
+    goal = client.goal()
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimiser.zero_grad()
         scores = F.linear(x / scale, weight, bias)
-        loss = goal.of_scores(Forward(scores, y, rows, [], scores.detach)) + 1e-3 * weight.square().sum()
+        said = Forward(scores, y, rows, [], scores.detach, model.likelihood)
+        loss = goal.of_scores(said) + 1e-3 * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]  # untyped torch
         return float(loss.detach())
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]  # untyped torch
     with torch.no_grad():
-        found = ScoreSum(classes=len(bias))
-        found.add(F.linear(x_test / scale, weight, bias), y_test)
+        found, scores = client.bench.task.tally(), F.linear(x_test / scale, weight, bias)
+        found.add(Forward(scores, y_test, rows_test, [], lambda: scores, model.likelihood))
     return found.scores()
 
 
 @torch.no_grad()
-def _features(bench: Workbench, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Pooled features ``[rows, d]`` and labels ``[rows]``."""
+def _features(bench: Workbench, rows: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features ``[M, d]`` of rows or tokens, their labels, and which row each is of ``[M]``."""
     model = bench.model
     assert model.head is not None
-    features, labels = [], []
+    features, labels, places, before = [], [], [], 0
     for batch in batches_of(bench, rows):
         mask = batch.attention_mask.bool()
-        features.append(model.head.pool(model.hidden(batch.input_ids, mask), mask))
-        labels.append(batch.labels)
-    return torch.cat(features), torch.cat(labels)
+        found, wanted = model.head.pool(model.hidden(batch.input_ids, mask), mask), batch.labels
+        place = torch.arange(before, before + len(batch), device=wanted.device)
+        before += len(batch)
+        if not model.head.pools:
+            keep = wanted != IGNORE
+            found, wanted, place = found[keep], wanted[keep], place.unsqueeze(1).expand_as(keep)[keep]
+        features.append(found)
+        labels.append(wanted)
+        places.append(place)
+    return torch.cat(features), torch.cat(labels), torch.cat(places)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill_client.interfaces import Objective
-from molehill_client.objectives.nll import nll
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class Goal:
         return self.objective(self._weighed(forward))
 
     def of_scores(self, forward: Forward) -> Tensor:
-        """The loss of scores of the frozen base: the objective's where it follows from them, else cross-entropy."""
+        """The loss of scores of the frozen base: the objective's where it follows from them, else the likelihood's."""
         if self.objective.of_scores:
             return self(forward)
-        return self._weighed(forward).mean(nll(forward.scores, forward.labels))
+        return self._weighed(forward).mean(forward.nll())
 
     def _weighed(self, forward: Forward) -> Forward:
         return forward if self.weights is None else replace(forward, weights=self.weights[forward.labels])

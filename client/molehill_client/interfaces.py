@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from molehill.molora.forward import Forward
+from molehill.tasks.kind import Predicts
 
 
 class Objective(ABC):
@@ -18,11 +19,13 @@ class Objective(ABC):
         by_class: It follows from how often its client has each class, which `begin` tells it; for tasks with classes.
         of_scores: It is a function of scores and labels, and its gradient is that function's, so the head of the frozen
             base, to which models are compared, is trained by it too; by cross-entropy otherwise.
+        learns: Which predictions it can be computed for, see `molehill.tasks.kind.Kind.predicts`.
     """
 
     alone: ClassVar[bool] = False
     by_class: ClassVar[bool] = False
     of_scores: ClassVar[bool] = False
+    learns: ClassVar[tuple[Predicts, ...]] = ("class",)
 
     @abstractmethod
     def __call__(self, forward: Forward) -> Tensor:

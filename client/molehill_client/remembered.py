@@ -77,7 +77,8 @@ def keep(folder: Path, key: str, stages: dict[str, Scores]) -> None:
 
 def _add(total: hashlib._Hash, row: Example) -> None:
     for part in (row.input_ids, row.labels, -1 if row.task is None else row.task):
-        numbers = np.atleast_1d(np.asarray(part, np.int64))
+        numbers = np.atleast_1d(np.asarray(part))
+        numbers = numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64)
         total.update(len(numbers).to_bytes(8, "little"))
         total.update(numbers.tobytes())
 

@@ -15,8 +15,7 @@ from molehill.molora.model import seed_for
 from molehill.molora.passes import start_of
 from molehill.plan import Answers, ClientPlan, EvaluationReply, Scores
 from molehill.tasks.batches import Batch, eval_batches
-from molehill.tasks.metrics import ScoreSum
-from molehill.tasks.task import Example
+from molehill.tasks.task import Example, Tally
 from molehill_client.answering import answer
 from molehill_client.participant import Participant
 from molehill_client.state import Findings, Sample
@@ -63,11 +62,11 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
     return replies
 
 
-def _scores(stages: Mapping[str, ScoreSum]) -> dict[str, Scores]:
+def _scores(stages: Mapping[str, Tally]) -> dict[str, Scores]:
     return {stage: total.scores() for stage, total in stages.items()}
 
 
-def _confusions(stages: Mapping[str, ScoreSum]) -> dict[str, list[list[int]]]:
+def _confusions(stages: Mapping[str, Tally]) -> dict[str, list[list[int]]]:
     found = {stage: total.confusion for stage, total in stages.items()}
     return {stage: counts for stage, counts in found.items() if counts is not None}
 
@@ -83,19 +82,19 @@ def _answer(client: Participant, plan: ClientPlan, stage: str, answers: dict[str
 
 
 @torch.no_grad()
-def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagnostic] | None = None) -> ScoreSum:
+def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagnostic] | None = None) -> Tally:
     """Score the model as it is on some rows, which diagnostics may look at."""
     looked = looked or {}
     model = bench.model
     model.eval()
-    total = ScoreSum(classes=len(model.head.bias) if model.head is not None else None)
+    total = bench.task.tally()
     with probes.looking(model, looked):
         for batch in batches_of(bench, rows):
             forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
-            total.add(forward.logits, forward.labels, forward.rows)
+            total.add(forward)
             for probe in looked.values():
                 probe.update(forward.records)
-    total.require()
+    total.scores()  # or an error
     return total
 
 
@@ -105,7 +104,7 @@ def batches_of(bench: Workbench, rows: Sequence[Example]) -> Iterator[Batch]:
     return (batch.to(model.flat.device) for batch in eval_batches(rows, most, bench.task, start_of(model)))
 
 
-def _globally(client: Participant, plan: ClientPlan) -> ScoreSum:
+def _globally(client: Participant, plan: ClientPlan) -> Tally:
     """Score what every client gets: no personal tensors.
 
     A head that nobody shares is the exception, since without one there is nothing to score; of a gate that nobody
@@ -125,7 +124,7 @@ def _globally(client: Participant, plan: ClientPlan) -> ScoreSum:
     return score(bench, client.test_rows)
 
 
-def _personally(client: Participant, looked: Mapping[str, Diagnostic]) -> tuple[ScoreSum, dict[str, float]]:
+def _personally(client: Participant, looked: Mapping[str, Diagnostic]) -> tuple[Tally, dict[str, float]]:
     """Score the model with the personal tensors that are in it; also returns the tokens that every expert got."""
     model = client.bench.model
     model.use_uniform_gate(uniform=False)

@@ -215,7 +215,7 @@ def _accumulate(
     """
     micro = [[next(stream) for stream in streams] for _ in range(accumulation)]
     sizes = torch.tensor(
-        [[_weight(batch.labels, goal) for batch, goal in zip(batches, goals, strict=True)] for batches in micro],
+        [[_weight(batch, goal) for batch, goal in zip(batches, goals, strict=True)] for batches in micro],
         dtype=torch.float32,
     )
     found = torch.zeros(1 + len(losses), len(streams))
@@ -255,13 +255,11 @@ def _pass(
     return torch.stack(values).detach().cpu() * shares
 
 
-def _weight(labels: Tensor, goal: Goal) -> float:
+def _weight(batch: Batch, goal: Goal) -> float:
     """What the predictions of a batch weigh together."""
-    return _predictions(labels) if goal.weights is None else float(goal.weights[labels[labels != IGNORE]].sum())
-
-
-def _predictions(labels: Tensor) -> int:
-    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != -100).sum())
+    return (
+        batch.predictions if goal.weights is None else float(goal.weights[batch.labels[batch.labels != IGNORE]].sum())
+    )
 
 
 def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scope]) -> list[_Range]:

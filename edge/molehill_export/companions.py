@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from molehill.tasks.kind import kind_of
 from molehill_edge.manifest import GRAPH, TOKENIZER
 from molehill_export.base import GENAI
 from molehill_export.graph import Graph
@@ -32,7 +33,7 @@ def write(source: Source, graph: Graph, manifest: pb.Manifest, folder: Path) -> 
     tokenizer.no_truncation()
     tokenizer.no_padding()
     (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-    if source.task.kind != "causal-lm":
+    if not kind_of(source.task).writes:
         return
     special = {name: getattr(source.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in special.items() if token}}

@@ -25,6 +25,7 @@ from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.unwrap import unwrapped
 from molehill.tasks.devices import window
+from molehill.tasks.kind import kind_of
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge import archive, gates, tensors
 from molehill_edge import manifest as manifests
@@ -169,8 +170,9 @@ def _require_room(*needed: tuple[Path, int]) -> None:
 def _check(source: Source, out: Path, options: Options) -> None:
     if out.exists() and (out.suffix == archive.SUFFIX or not out.is_dir() or any(out.iterdir())):
         raise ConfigError("there is something already", where=str(out), mend="Choose another --out.")
+    _require_known(source)
     routers = [group.router for group in source.model.routers.values()]
-    if source.task.kind == "causal-lm" and not all(router.selector.causal for router in routers):
+    if kind_of(source.task).writes and not all(router.selector.causal for router in routers):
         name = source.adapter.molora.selector.name
         raise ConfigError(
             f"selector {name!r} looks at later tokens, which do not exist while a text is written",
@@ -195,8 +197,14 @@ def _check(source: Source, out: Path, options: Options) -> None:
         raise ConfigError("the bundle would have expired already", where="--expires")
 
 
+def _require_known(source: Source) -> None:
+    if kind_of(source.task).bundle not in manifests.KINDS:
+        mend = f"Devices run {', '.join(manifests.KINDS)}."
+        raise ConfigError(f"no device can run a {source.task.kind} yet", where="task.kind", mend=mend)
+
+
 def _write(source: Source, folder: Path, out: Path, options: Options, progress: Callable[[str], None]) -> pb.Manifest:
-    causal = source.task.kind == "causal-lm"
+    causal = source.model.head is None
     progress("Tracing the base")
     graph = traced(source).copy()
     if options.scheme != "fp32":
@@ -288,11 +296,10 @@ def traced(source: Source) -> Graph:
 def _task(source: Source, graph: Graph) -> pb.Task:
     settings = source.text
     limit = source.limit
-    if source.task.kind == "causal-lm":
+    if source.model.head is None:
         limit = min(limit, window(settings) or limit)  # within its window, attention reaches all
-    task = pb.Task(kind=source.task.kind, max_length=limit)
-    if source.task.kind == "classification":
-        assert source.model.head is not None
+    task = pb.Task(kind=kind_of(source.task).bundle, max_length=limit)
+    if source.model.head is not None:
         task.labels.extend(source.adapter.labels)
         task.pooling = source.model.head.pooling
         return task

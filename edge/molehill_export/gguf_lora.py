@@ -17,6 +17,7 @@ import numpy as np
 
 from molehill import files
 from molehill.errors import ConfigError, DeployError, ModelError
+from molehill.tasks.kind import kind_of
 from molehill_export.as_one import alone, as_lora, by_routes
 from molehill_export.insertion import Array
 from molehill_export.static import Fixed, fix_gate
@@ -96,7 +97,7 @@ def export_lora(source: Source, out: Path, wanted: Wanted) -> Written:
         ModelError: llama.cpp has no LoRA for such experts or such a base.
         OSError: The disk is full all the same, or fails.
     """
-    if source.task.kind != "causal-lm":
+    if not kind_of(source.task).writes:
         raise ConfigError("llama.cpp reads adapters of causal language models only", where="--gguf")
     if wanted.expert is not None and wanted.gate is not None:
         raise ConfigError("--expert and --gate exclude each other", mend="Give the one or the other.")

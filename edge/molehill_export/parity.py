@@ -303,6 +303,7 @@ def _labels(example: Example) -> tuple[Array, Array]:
     """Where an output has a label, and which."""
     if isinstance(example.labels, int):
         return np.zeros(1, np.int64), np.array([example.labels])
+    assert isinstance(example.labels, list)  # of tokens
     after = np.array(example.labels[1:])  # what a token is followed by
     positions = np.flatnonzero(after != IGNORE)
     return positions, after[positions]

@@ -14,7 +14,7 @@ from molehill.errors import ConfigError, DataError
 from molehill.molora import probes
 from molehill.molora.passes import start_of
 from molehill.tasks.batches import eval_batches
-from molehill.tasks.task import make_task
+from molehill.tasks.kind import make_task
 from molehill_export.rows import labelled
 from molehill_simulation.source import GLOBAL, Source
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from molehill.config import Data
 from molehill.errors import DataError
 from molehill.tasks.batches import Example
+from molehill.tasks.kind import make_task
 from molehill.tasks.schema import load_rows
-from molehill.tasks.task import make_task
 from molehill_simulation.data import deal
 from molehill_simulation.source import Source
 

@@ -54,8 +54,10 @@ class Task(Section):
     """What is learnt.
 
     Attributes:
-        kind: Sequence classification, or causal-LM instruction tuning with the loss on the answer only.
-        labels: Class names in the order of the logits; classification only.
+        kind: What a row holds and what is learnt from it (axis ``task``).
+        labels: Class names in the order of the logits, for tasks with classes; those of the rows when none are listed.
+        range: Least and greatest number of a regression; those of the rows when it is not given. Numbers are learnt as
+            parts of it, so that learning rates mean the same whatever the unit.
         max_length: Longest input in tokens; longer ones are cut.
         pooling: How token states become one vector; ``auto`` is mean for encoders, last token for decoders.
         class_weights: ``balanced``: a training row counts by rows / (classes * rows of its class), so that rare classes
@@ -63,8 +65,9 @@ class Task(Section):
             and sends no counts. Held-out rows are scored unweighted. Classification only.
     """
 
-    kind: Literal["classification", "causal-lm"] = "classification"
+    kind: Annotated[str, Axis("task")] = "classification"
     labels: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
     max_length: int = Field(default=128, ge=8)
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     class_weights: Literal["none", "balanced"] = "none"
@@ -76,6 +79,13 @@ class Task(Section):
         if twice:
             raise ValueError(f"label {twice[0]!r} is there twice")
         return labels
+
+    @field_validator("range")
+    @classmethod
+    def _wide(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and not ends[0] < ends[1]:
+            raise ValueError("the first number must be less than the second")
+        return ends
 
 
 class Data(Section):

@@ -97,5 +97,5 @@ def method_refs(config: Config) -> Iterator[tuple[str, str, MethodRef]]:
             value = getattr(section, name)
             for axis in axes_of(info):
                 for ref in value if isinstance(value, tuple) else (value,):
-                    if ref is not None:
-                        yield f"{section_name}.{name}", axis, ref
+                    if ref is not None:  # a name alone where there is nothing beside it
+                        yield f"{section_name}.{name}", axis, ref if isinstance(ref, MethodRef) else MethodRef(name=ref)

@@ -54,9 +54,10 @@ class Manifest(BaseModel):
     Attributes:
         format: Version of the folder's layout; 1 had another name for the parts of a router that stay with a client.
         base: Base model: id, revision and weight digest.
-        task: What the model does: ``classification`` or ``causal-lm``.
-        labels: Class names; empty for a causal LM.
-        pooling: Pooling of the head; empty for a causal LM.
+        task: What the model does, a method of the axis ``task``.
+        labels: Class names, for tasks with classes.
+        range: Least and greatest number of a regression, which the head's -1 and 1 stand for.
+        pooling: Pooling of the head; empty where there is none.
         molora: The configuration the model was built from.
         ranks: Trained rank of every expert at every site; ranks beyond are frozen patches.
         personal: Policies of ``gate`` and ``head``: what clients keep is not in the folder, or not what it was.
@@ -70,6 +71,7 @@ class Manifest(BaseModel):
     base: dict[str, str]
     task: str
     labels: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
     pooling: str = ""
     molora: MoLoRAConfig
     ranks: dict[str, dict[str, int]]
@@ -325,6 +327,6 @@ def _save_expert(out: Path, model: MoLoRAModel, expert: str, manifest: Manifest,
     else:
         base = (place or manifest.base["id"], None if place else manifest.base.get("revision") or None)
         write_peft(out, method, found, base, conv=any(isinstance(model.sites[name].base, Conv1D) for name in where),
-                   task="CAUSAL_LM" if manifest.task == "causal-lm" else "FEATURE_EXTRACTION")  # fmt: skip
+                   task="CAUSAL_LM" if model.head is None else "FEATURE_EXTRACTION")  # fmt: skip
     for name in [CONFIG, WEIGHTS] if method is None else [_OWN]:
         (out / name).unlink(missing_ok=True)

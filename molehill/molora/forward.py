@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from molehill.molora.interfaces import RouteRecord
+from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.records import by_client
 
 
@@ -20,10 +21,11 @@ class Forward:
     Attributes:
         scores: One row per prediction, ``[M, C]`` in the model's type: per input row (classification) or per answer
             token. The largest tensor of a causal LM's pass, which a float32 copy would double or triple.
-        labels: ``[M]`` int64.
+        labels: Of every prediction: ``[M]`` int64 classes or tokens, ``[M]`` numbers, or ``[M, C]`` of what is there.
         rows: Input row of every prediction, ``[M]`` int64.
         records: Routes of the pass, when they were asked for.
         reference: Runs the same batch with all adapters off and returns ``[M, C]`` without gradient.
+        likelihood: How likely the labels are, given the scores.
         weights: How much every prediction counts, ``[M]``; None where all count alike.
     """
 
@@ -32,7 +34,12 @@ class Forward:
     rows: Tensor
     records: list[RouteRecord]
     reference: Callable[[], Tensor]
+    likelihood: Likelihood = of_class
     weights: Tensor | None = None
+
+    def nll(self) -> Tensor:
+        """Return ``-log p(label)`` of every prediction, ``[M]``, in nats."""
+        return self.likelihood(self.scores, self.labels)
 
     def mean(self, each: Tensor) -> Tensor:
         """The mean of a number per prediction, ``[M]``, by the weights: ``sum(w x) / sum(w)``."""
@@ -57,6 +64,17 @@ class Forward:
         references = cache(lambda: torch.split(self.reference(), counts))
         columns = (*(torch.split(part, counts) for part in (self.scores, self.labels, self.rows)), records)
         return [
-            Forward(scores, labels, rows - c * batch_size, mine, lambda c=c: references()[c])  # type: ignore[misc]  # a default binds c
+            replace(
+                self,
+                scores=scores,
+                labels=labels,
+                rows=rows - c * batch_size,
+                records=mine,
+                reference=partial(_part, references, c),
+            )
             for c, (scores, labels, rows, mine) in enumerate(zip(*columns, strict=True))
         ]
+
+
+def _part(all_of: Callable[[], Sequence[Tensor]], client: int) -> Tensor:
+    return all_of()[client]

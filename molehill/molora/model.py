@@ -17,6 +17,7 @@ from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
 from molehill.molora.layer import MoLoRALinear
+from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.routes import ForwardState, RouteGroup
 from molehill.molora.trial import keeps_logits
 from molehill.wire.keys import NO_EXPERT, Key
@@ -57,7 +58,7 @@ class MoLoRAModel(nn.Module):
         sites: The adapted linears by name.
         groups: The routers by the name of their first site.
         experts: Ids of all experts, shared ones first, in the order of the banks.
-        head: The classification head, or None for a causal LM.
+        head: The head of a task, or None where the base's own predicts the next token.
         state: State the sites share.
         remarks: Sentences about what the targets name and the adapter leaves out.
 
@@ -71,6 +72,7 @@ class MoLoRAModel(nn.Module):
         slots: Where each wire tensor lies.
         places: Every parameter with its start and stop in a row.
         layout: Wire names and shapes.
+        likelihood: Of the labels, given the scores; a task says which.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class MoLoRAModel(nn.Module):
         self.routers = dict(groups)
         self.experts = experts
         self.head = head
+        self.likelihood: Likelihood = of_class
         self.state = state
         self._keeps = keeps_logits(base)
         base.register_forward_pre_hook(state.begin, with_kwargs=True)
@@ -335,13 +338,14 @@ class MoLoRAModel(nn.Module):
         Args:
             input_ids: ``[B, T]`` int64.
             attention_mask: True for real tokens, ``[B, T]``.
-            labels: ``[B]`` classes, or ``[B, T]`` next-token targets with -100 where no loss counts.
+            labels: One of every row, ``[B, ...]``, or one of every token, ``[B, T]``, with -100 where no loss counts:
+                of the token itself, or without a head of the next one.
             task_ids: Task of every row ``[B]``, or None.
 
         Returns:
             Logits and labels of the predictions.
         """
-        run = self._classify if self.head is not None else self._predict_tokens
+        run = self._predict_tokens if self.head is None else self._of_rows if self.head.pools else self._of_tokens
         mask = attention_mask.bool()
         scores, targets, rows = run(input_ids, mask, labels, task_ids)
         records = self.state.records
@@ -355,7 +359,7 @@ class MoLoRAModel(nn.Module):
             finally:
                 self.state.enabled, self.state.count = enabled, count
 
-        return Forward(scores, targets, rows, records, reference)
+        return Forward(scores, targets, rows, records, reference, self.likelihood)
 
     def hidden(self, input_ids: Tensor, mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Last token states of the base, ``[B, T, d]`` (classification backbones)."""
@@ -363,12 +367,21 @@ class MoLoRAModel(nn.Module):
         kwargs = {"attention_mask": mask.long()} if not bool(mask.all()) else {}
         return self.base(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]  # its callee is untyped
 
-    def _classify(
+    def _of_rows(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert self.head is not None
         logits = self.head(self.head.pool(self.hidden(input_ids, mask, task_ids), mask))
         return logits, labels, torch.arange(len(labels), device=labels.device)
+
+    def _of_tokens(
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.head is not None
+        scores = self.head(self.head.pool(self.hidden(input_ids, mask, task_ids), mask).flatten(0, 1))
+        keep = (labels != -100).flatten()
+        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
+        return scores[keep], labels.flatten()[keep], rows[keep]
 
     def _predict_tokens(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None

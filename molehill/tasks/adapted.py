@@ -16,7 +16,8 @@ from molehill.molora.model import MoLoRAModel
 from molehill.molora.trial import plain_tokens, trial_of
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.tasks.kernels import Kernels, fast_attention
-from molehill.tasks.task import Task, make_task
+from molehill.tasks.kind import kind_of, make_task
+from molehill.tasks.task import Task
 
 
 class Adapted(NamedTuple):
@@ -51,13 +52,13 @@ def open_model(config: Config, *, offline: bool = False) -> Adapted:
     tokens = config.task.max_length
     ours = use_fast_attention(loaded.model, tokens, partial(fast_attention, loaded.kernels, tokens))
     computed = loaded.kernels._replace(attention="products" if ours else "torch")
-    head = None
-    if config.task.kind == "classification":
-        classes = len(config.task.labels)
-        head = Head(width, classes, loaded.pooling, anchored=config.personal.head == "anchored")
+    task, head = make_task(config.task, loaded.tokenizer), None
+    if kind_of(config.task).head is not None:
+        head = Head(width, task.outputs, loaded.pooling, anchored=config.personal.head == "anchored")
     model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
+    model.likelihood = task.likelihood
     _try(model, config.base.model)
-    return Adapted(model, loaded.info, make_task(config.task, loaded.tokenizer), computed)
+    return Adapted(model, loaded.info, task, computed)
 
 
 def _try(model: MoLoRAModel, origin: str) -> None:
@@ -66,7 +67,7 @@ def _try(model: MoLoRAModel, origin: str) -> None:
     ids = torch.tensor([tokens, tokens], device=model.flat.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[-1, -1] = False
-    labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if model.head is not None else ids
+    labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if model.head and model.head.pools else ids
     try:
         with torch.random.fork_rng(devices=[]):
             model(ids, mask, labels).scores.float().sum().backward()

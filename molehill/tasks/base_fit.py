@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molehill import config
 from molehill.errors import ModelError
 from molehill.molora.trial import is_numbered, stack_of, takes, trial_of
+from molehill.tasks.kind import kind_of
 from molehill.tasks.weights import Stored
 
 _ENDLESS = 1 << 30  # tokens, of a model that says nothing and has no table of positions
@@ -99,9 +100,9 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
         )
     with _named(origin):
         found = trial_of(model)
-    if task.kind == "classification" and not found.states:
+    if kind_of(task).head is not None and not found.states:
         raise ModelError(
-            f"{model.config.model_type} gives no token states to classify by", where=origin, mend="Give another base."
+            f"{model.config.model_type} gives no token states for {task.kind}", where=origin, mend="Give another base."
         )
     if found.calls and not any(any(found.on_tokens(name)) for name in found.calls):
         name, shapes = next(iter(found.calls.items()))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import torch
@@ -20,9 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molehill import config
 from molehill.errors import ConfigError, ModelError, first_line
 from molehill.files import place_of
+from molehill.molora.head import Pooling
 from molehill.tasks import kernels
 from molehill.tasks.base_fit import check_fit, require_floats, require_used
 from molehill.tasks.kernels import Kernels
+from molehill.tasks.kind import kind_of
 from molehill.tasks.streamed import stand_ins, stream
 from molehill.tasks.weights import Stored, cannot_load, end_tokens, is_whole, look_up
 
@@ -65,7 +67,7 @@ class LoadedBase:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     info: BaseInfo
-    pooling: Literal["mean", "cls", "last"]
+    pooling: Pooling
     stored: Stored
     limit: int
     kernels: Kernels
@@ -213,11 +215,11 @@ def _configuration(stored: Stored, task: config.Task) -> transformers.Pretrained
         raise ModelError(
             f"{settings.model_type} is an encoder-decoder", where=stored.origin, mend="Give an encoder or a decoder."
         )
-    if task.kind == "causal-lm" and _is_encoder(settings):
+    if kind_of(task).head is None and _is_encoder(settings):
         raise ModelError(
             f"{settings.model_type} is an encoder and cannot write",
             where=stored.origin,
-            mend="Give a decoder for causal-lm.",
+            mend=f"Give a decoder for {task.kind}.",
         )
     for part in (settings, settings.get_text_config()):  # ways to run it that change no number
         part.return_dict, part.chunk_size_feed_forward = True, 0
@@ -236,7 +238,9 @@ def _is_encoder(settings: transformers.PretrainedConfig) -> bool:
     return (masked and not getattr(settings, "is_decoder", False)) or _writer(settings) is None
 
 
-def _pooling(task: config.Task, settings: transformers.PretrainedConfig) -> Literal["mean", "cls", "last"]:
+def _pooling(task: config.Task, settings: transformers.PretrainedConfig) -> Pooling:
+    if kind_of(task).head == "token":
+        return "token"
     if task.pooling == "auto":
         return "mean" if _is_encoder(settings) else "last"
     return task.pooling
@@ -282,7 +286,7 @@ def _model(
     tensors: Mapping[str, Any],
 ) -> PreTrainedModel:
     # Without a folder transformers cannot look for adapters, other weights or generation settings beside these.
-    family = transformers.MODEL_MAPPING if task.kind == "classification" else _writer(settings)
+    family = _writer(settings) if kind_of(task).head is None else transformers.MODEL_MAPPING
     if type(settings) not in family:
         raise ModelError(
             f"{settings.model_type} is no model for {task.kind}", where=stored.origin, mend="Give another base."

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Of: TypeAlias = Literal["next", "token", "pair"]
 
 IGNORE = -100  # a label that no loss and no score counts
 _WINDOW = 16  # batches per window; larger pads less, and orders more by length
@@ -25,12 +27,13 @@ class Example:
 
     Attributes:
         input_ids: Token ids, without padding.
-        labels: The class, or one label per token (`IGNORE` where nothing is to be learnt).
+        labels: Of the row its class, its number, or 1 and 0 for every class that is there or not; or one label per
+            token (`IGNORE` where nothing is to be learnt).
         task: Id of the row's task, for methods that route by task.
     """
 
     input_ids: list[int]
-    labels: int | list[int]
+    labels: int | float | tuple[float, ...] | list[int]
     task: int | None = None
 
 
@@ -41,14 +44,27 @@ class Batch:
     Attributes:
         input_ids: ``[B, T]`` int64; right-padded.
         attention_mask: ``[B, T]`` bool; False on padding.
-        labels: ``[B]`` int64 (classification) or ``[B, T]`` int64 with `IGNORE` (causal LM).
+        labels: One of every row: ``[B]`` int64 classes, ``[B]`` numbers or ``[B, C]`` numbers of what is there; or one
+            of every token, ``[B, T]`` int64 with `IGNORE`.
         task_ids: ``[B]`` int64, or None when the rows have no task.
+        of: What labels of tokens are: the ``next`` token, the class of the ``token`` itself, or the next token of one
+            of two answers, in rows 2i and 2i + 1 (``pair``).
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     task_ids: Tensor | None = None
+    of: Of = "next"
+
+    @property
+    def predictions(self) -> int:
+        """How many there are to be made: one of every row, token or pair that has a label."""
+        if self.of == "pair":
+            return len(self) // 2
+        if not of_tokens(self.labels):
+            return len(self)
+        return int(((self.labels if self.of == "token" else self.labels[:, 1:]) != IGNORE).sum())
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -62,6 +78,11 @@ class Batch:
             labels=self.labels.to(device),
             task_ids=None if self.task_ids is None else self.task_ids.to(device),
         )
+
+
+def of_tokens(labels: Tensor) -> bool:
+    """Whether labels are of tokens; else of rows."""
+    return labels.dim() == 2 and not labels.is_floating_point()
 
 
 def alike(lengths: Sequence[int], start: float, most: int) -> list[list[int]]:
@@ -99,14 +120,14 @@ def join(batches: Sequence[Batch]) -> Batch:
     def longer(tensors: Sequence[Tensor], fill: float) -> Tensor:
         return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=fill) for tensor in tensors])
 
-    per_row = batches[0].labels.dim() == 1
     labels = [batch.labels for batch in batches]
     tasks = [batch.task_ids for batch in batches if batch.task_ids is not None]
     return Batch(
         longer([batch.input_ids for batch in batches], 0),  # any token: it is masked
         longer([batch.attention_mask for batch in batches], 0),
-        torch.cat(labels) if per_row else longer(labels, IGNORE),
+        longer(labels, IGNORE) if of_tokens(labels[0]) else torch.cat(labels),
         torch.cat(tasks) if len(tasks) == len(batches) else None,
+        batches[0].of,
     )
 
 
@@ -118,12 +139,13 @@ class Collator(Protocol):
         ...
 
 
-def pad(examples: Sequence[Example], pad_id: int) -> Batch:
+def pad(examples: Sequence[Example], pad_id: int, of: Of = "next") -> Batch:
     """Pad on the right to the longest example.
 
     Args:
         examples: At least one, of one kind.
         pad_id: Token id of padding.
+        of: What labels of tokens are.
 
     Returns:
         The batch; labels per token are padded with `IGNORE`.
@@ -132,18 +154,18 @@ def pad(examples: Sequence[Example], pad_id: int) -> Batch:
     ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(examples), length, dtype=torch.bool)
     per_token = torch.full_like(ids, IGNORE)
-    per_row: list[int] = []
+    per_row: list[int | float | tuple[float, ...]] = []
     for row, example in enumerate(examples):
         n = len(example.input_ids)
         ids[row, :n] = torch.tensor(example.input_ids)
         mask[row, :n] = True
-        if isinstance(example.labels, int):
-            per_row.append(example.labels)
-        else:
+        if isinstance(example.labels, list):
             per_token[row, :n] = torch.tensor(example.labels)
+        else:
+            per_row.append(example.labels)
     tasks = [example.task for example in examples if example.task is not None]
     task_ids = torch.tensor(tasks) if len(tasks) == len(examples) else None
-    return Batch(ids, mask, torch.tensor(per_row) if per_row else per_token, task_ids)
+    return Batch(ids, mask, torch.tensor(per_row) if per_row else per_token, task_ids, of)
 
 
 @dataclass(frozen=True)

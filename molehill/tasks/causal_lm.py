@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from molehill.alpaca import HEADINGS, INTRO, INTRO_INPUT
 from molehill.errors import DataError, ModelError
+from molehill.molora.likelihoods import of_class
 from molehill.rowfiles.messages import told_by
 from molehill.rowfiles.readings import form_of, settled
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
 from molehill.tasks.chat import Chat, Span
 from molehill.tasks.lengths import Examples, Lengths
+from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.rows import TASK, Rows
 
 
@@ -33,6 +35,9 @@ class CausalLM:
     Raises:
         ModelError: The tokenizer is not a fast one or has no end-of-sequence token.
     """
+
+    outputs = 0
+    likelihood = staticmethod(of_class)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if not tokenizer.is_fast:
@@ -85,7 +90,7 @@ class CausalLM:
             example: As `encode` makes it.
         """
         ids, labels = example.input_ids, example.labels
-        assert not isinstance(labels, int)  # a row of this task
+        assert isinstance(labels, list)  # a row of this task
         end = next(at for at in reversed(range(len(ids))) if labels[at] != IGNORE) + 1
         begin = next((at + 1 for at in reversed(range(end)) if labels[at] == IGNORE), 0)
         cut = end == self.max_length and ids[-1] not in self._ends
@@ -127,6 +132,10 @@ class CausalLM:
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B, T]`` with `IGNORE` on prompts and padding."""
         return pad(examples, self._tokenizer.pad_token_id)
+
+    def tally(self) -> ScoreSum:
+        """Accuracy and cross-entropy of the answer tokens, each given the right ones before it."""
+        return ScoreSum()
 
     def _render(self, form: dict[str, Any], where: str) -> tuple[str, list[Span], int]:
         """The whole text of a row, where its answers are, and how many more there would be to learn."""

@@ -1,4 +1,4 @@
-"""What is measured of every model, by kind of task: named, compared and written for people. Needs no torch."""
+"""What is measured of every model, as kinds of tasks declare it: named, compared, and written for people."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Measure:
         of: Takes it from the scores of a stage; None where it is not there.
         within: Takes its interval from them.
         lower: Whether less is better.
+        most: The most that it can be; None where there is no such number.
         logarithmic: Whether it is averaged as its logarithm.
         write: A value as people read it.
         tabled: Whether tables have a column for it.
@@ -44,6 +45,7 @@ class Measure:
     of: Callable[[Mapping[str, Any]], float | None]
     within: Callable[[Mapping[str, Any]], Interval | None] = lambda scores: None  # noqa: ARG005
     lower: bool = False
+    most: float | None = 1.0
     logarithmic: bool = False
     write: Callable[[float | None], str] = figure
     tabled: bool = True
@@ -98,33 +100,52 @@ def _answered(name: str, scores: Mapping[str, Any]) -> float | None:
     return None if answers is None else answers[name] / answers["n"]
 
 
+def figured(
+    name: str, title: str, short: str = "", *, lower: bool = False, most: float | None = 1.0,
+    write: Callable[[float | None], str] = figure, tabled: bool = True,
+) -> Measure:  # fmt: skip
+    """A measure that a task's scores have under its own name, see `molehill.plan.Scores.figures`.
+
+    Args:
+        name: The name.
+        title: As people call it.
+        short: The same in a few letters.
+        lower: Whether less is better.
+        most: The most that it can be; None where there is no such number.
+        write: A value as people read it.
+        tabled: Whether tables have a column for it.
+    """
+
+    def of(scores: Mapping[str, Any]) -> float | None:
+        found = scores.get("figures", {}).get(name)
+        return None if found is None else found["value"]
+
+    def within(scores: Mapping[str, Any]) -> Interval | None:
+        interval = scores.get("figures", {}).get(name, {}).get("interval")
+        return None if interval is None else (interval[0], interval[1])
+
+    return Measure(name, title, short or title, of, within, lower=lower, most=most, write=write, tabled=tabled)
+
+
 LOSS = Measure(
     "loss", "loss", "loss", lambda scores: scores.get("loss"), _told("loss"), lower=True, write=nats, tabled=False
 )
-
-# The first is what a run is judged by, the others stand beside it.
-MEASURES: dict[str, tuple[Measure, ...]] = {
-    "classification": (
-        Measure("accuracy", "accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
-        Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1"), _told("macro_f1")),
-        LOSS,
-    ),
-    "causal-lm": (
-        Measure("token_accuracy", "token accuracy", "", lambda scores: scores["accuracy"], _told("accuracy")),
-        Measure(
-            "perplexity",
-            "perplexity",
-            "ppl",
-            lambda scores: _perplexity(scores.get("loss")),
-            _perplexities,
-            lower=True,
-            logarithmic=True,
-            write=amount,
-        ),
-        LOSS,
-        *(
-            Measure(name, title, title, partial(_answered, name), partial(_of_answers, name), tabled=False)
-            for name, title in OF_ANSWERS.items()
-        ),
-    ),
-}
+ACCURACY = Measure("accuracy", "accuracy", "", lambda scores: scores.get("accuracy"), _told("accuracy"))
+MACRO_F1 = Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1"), _told("macro_f1"))
+TOKEN_ACCURACY = Measure(
+    "token_accuracy", "token accuracy", "", lambda scores: scores.get("accuracy"), _told("accuracy")
+)
+PERPLEXITY = Measure(
+    "perplexity",
+    "perplexity",
+    "ppl",
+    lambda scores: _perplexity(scores.get("loss")),
+    _perplexities,
+    lower=True,
+    logarithmic=True,
+    write=amount,
+)
+ANSWERS = tuple(
+    Measure(name, title, title, partial(_answered, name), partial(_of_answers, name), tabled=False)
+    for name, title in OF_ANSWERS.items()
+)

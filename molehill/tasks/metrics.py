@@ -10,7 +10,26 @@ from torch.nn import functional as F
 
 from molehill.errors import DataError, TrainingError
 from molehill.intervals import of_bounded, of_mean, of_share
+from molehill.molora.forward import Forward
 from molehill.plan import Scores
+
+
+def require_scores(n: int, loss: float) -> None:
+    """Refuse what gives no scores.
+
+    Args:
+        n: Predictions.
+        loss: Sum or mean of their losses.
+
+    Raises:
+        DataError: Nothing was counted.
+        TrainingError: The loss is not finite.
+    """
+    if not n:
+        raise DataError("there is nothing to score", mend="Give every client held-out rows.")
+    if not math.isfinite(loss):
+        what = f"the loss on held-out rows is {loss}"
+        raise TrainingError(what, mend="Lower train.lr, or set base.precision to fp32.")
 
 
 class ScoreSum:
@@ -27,15 +46,21 @@ class ScoreSum:
         self._products = torch.zeros(3, 3, dtype=torch.float64)  # the same of every row times themselves
         self._confusion = None if classes is None else torch.zeros(classes, classes, dtype=torch.int64)
 
+    def add(self, forward: Forward) -> None:
+        """Count one batch: a class per row, or the answer token each position predicts.
+
+        What is of one row goes together, so that many tokens of few rows say less than as many rows.
+        """
+        self.count(forward.logits, forward.labels, forward.rows)
+
     @torch.no_grad()
-    def add(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
-        """Count one batch.
+    def count(self, logits: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
+        """Count predictions.
 
         Args:
             logits: ``[N, C]``, any float type.
-            labels: ``[N]`` int64 in [0, C): a class per row, or the answer token each position predicts.
-            rows: Which row of the batch each is of, ``[N]`` int64; each is a row of its own when None. What is of one
-                row goes together, so that many tokens of few rows say less than as many rows.
+            labels: ``[N]`` int64 in [0, C).
+            rows: Which row of the batch each is of, ``[N]`` int64; each is a row of its own when None.
         """
         predicted = logits.argmax(-1)
         losses = -F.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1))[:, 0]
@@ -59,8 +84,8 @@ class ScoreSum:
             DataError: Nothing was counted.
             TrainingError: The loss is not finite.
         """
-        self.require()
         _, right, total = self._sums.tolist()
+        require_scores(self._n, total)
         accuracy, loss, error = right / self._n, total / self._n, self._error(2)
         macro, spread = self._macro_f1()
         return Scores(
@@ -76,21 +101,6 @@ class ScoreSum:
             macro_f1_interval=None if macro is None else of_bounded(macro, spread, self._n),
             loss_interval=None if error is None else of_mean(loss, error),
         )
-
-    def require(self) -> None:
-        """Refuse what gives no scores.
-
-        Raises:
-            DataError: Nothing was counted.
-            TrainingError: The loss is not finite.
-        """
-        if not self._n:
-            raise DataError("there is nothing to score", mend="Give every client held-out rows.")
-        total = float(self._sums[2])
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss on held-out rows is {total}", mend="Lower train.lr, or set base.precision to fp32."
-            )
 
     @property
     def confusion(self) -> list[list[int]] | None:

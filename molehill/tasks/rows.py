@@ -13,6 +13,7 @@ from molehill.errors import DataError
 # Columns that only Molehill makes: a source's own `task` and `group` mean what their owner says.
 TASK = "molehill.task"
 GROUP = "molehill.group"
+STRATUM = "molehill.stratum"  # what held-out rows are to be alike in, where that is not the label
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,70 @@
-"""What a task must do, and the choice between the two."""
+"""What turns the rows of a task into tensors, and what its model says into scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from transformers import PreTrainedTokenizerBase
-
-from molehill import config
+from molehill.molora.forward import Forward
+from molehill.molora.likelihoods import Likelihood
+from molehill.plan import Scores
 from molehill.tasks.batches import Collator, Example
-from molehill.tasks.causal_lm import CausalLM
-from molehill.tasks.classification import Classification
 from molehill.tasks.lengths import Examples
 from molehill.tasks.rows import Rows
 
-__all__ = ["Classes", "Example", "Task", "make_task"]
+__all__ = ["Classes", "Example", "Tally", "Task"]
+
+
+class Tally(Protocol):
+    """What is measured of a model, added up batch by batch; the order of the batches does not matter."""
+
+    def add(self, forward: Forward) -> None:
+        """Count the predictions of one batch."""
+        ...
+
+    def scores(self) -> Scores:
+        """What they come to.
+
+        Raises:
+            DataError: Nothing was counted.
+            TrainingError: The loss is not finite.
+        """
+        ...
+
+    @property
+    def confusion(self) -> list[list[int]] | None:
+        """How many of each class (row) were taken for each (column); None where that means nothing."""
+        ...
 
 
 class Task(Collator, Protocol):
-    """Rows to examples, and examples to batches."""
+    """Rows to examples, examples to batches, and predictions to scores.
+
+    Attributes:
+        outputs: Numbers that a head says of a row or token; 0 where the base's own is used.
+        likelihood: Of the labels, given what the model says.
+    """
+
+    @property
+    def outputs(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """See the class."""
+        ...
 
     def encode(self, rows: Rows) -> Examples:
-        """Tokenise checked rows (see `molehill.tasks.schema.conform`), and say how long they are.
+        """Tokenise checked rows (see `molehill.tasks.kind.Kind.conform`), and say how long they are.
 
         Raises:
             DataError: A row gives nothing to learn from.
         """
+        ...
+
+    def tally(self) -> Tally:
+        """Nothing counted yet."""
         ...
 
 
@@ -36,15 +75,3 @@ class Classes(Protocol):
     def counts(self, examples: Sequence[Example]) -> list[int]:
         """How often each class, in the order of the logits, is the label of a prediction."""
         ...
-
-
-def make_task(task: config.Task, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Build the task of a run.
-
-    Args:
-        task: With its labels known (see `molehill.tasks.schema.load_rows`).
-        tokenizer: Of the base model, with a padding token.
-    """
-    if task.kind == "classification":
-        return Classification(tokenizer, task.labels, task.max_length)
-    return CausalLM(tokenizer, task.max_length)

@@ -11,6 +11,7 @@ from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.molora.probes import require_fitting
 from molehill.plan import HUGE, ClientPlan, ClientReply, EvaluationReply
+from molehill.tasks.kind import kind_of
 from molehill.wire.clipping import norm
 from molehill.wire.message import Delta, decode_delta, digest, largest_delta
 from molehill.wire.tree import Layout
@@ -98,6 +99,10 @@ def parse_scores(text: str, client: str, kind: str, model: Layout, config: Confi
     most = config.evaluate.generate if kind == "evaluate" else 0
     if reply.answers.keys() - reply.stages.keys() or any(said.n > most for said in reply.answers.values()):
         raise MessageError(f"it has answers of {sorted(reply.answers)}, where those to {most} rows were asked for")
+    measured = {measure.name for measure in kind_of(config.task).measures}
+    unknown = {name for scores in reply.stages.values() for name in scores.figures} - measured
+    if unknown:
+        raise MessageError(f"it measures {min(unknown)!r:.80}, which means nothing of a {config.task.kind}")
     foreign = reply.tokens.keys() - {key.expert for key in model}
     if foreign:
         raise MessageError(f"it counts tokens for the foreign expert {min(foreign)!r:.80}")

@@ -19,6 +19,7 @@ from molehill import __version__, config, files
 from molehill.errors import ConfigError, DataError, ResumeError
 from molehill.evidence import KINDS
 from molehill.molora.adapter import Manifest, read_manifest
+from molehill.tasks.kind import kind_of
 from molehill.tasks.measures import Measure
 from molehill.wire.store import load_tree
 from molehill_server import audit
@@ -35,7 +36,6 @@ _WHAT = {  # a kind of tensor in words
     "gate": "routers, which choose among the experts",
     "head": "the classifier",
 }
-_TASKS = {"classification": "text-classification", "causal-lm": "text-generation"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _open(folder: Path) -> _Run:
 def _model_card(run: _Run) -> str:
     summary, settings = run.summary, run.config
     on_hub = not run.adapter.base["id"].startswith(("local:", "sample:"))
-    task, owners = _TASKS[summary.task], len(joined(run.events))
+    task, owners = kind_of(summary.task).pipeline, len(joined(run.events))
     dataset = f"held-out rows, mean over {_count(len(summary.complete), 'owner')}"
     results = [
         EvalResult(
@@ -246,7 +246,7 @@ def _data_card(run: _Run) -> str:
         for owner, counts in sorted(summary.classes.items(), key=lambda item: natural(item[0])):
             cells = (counts.get(label, (0, 0)) for label in labels)
             lines.append(f"| {_text(owner)} | {' | '.join(f'{a:,} and {b:,}' for a, b in cells)} |")
-    elif summary.task == "classification":
+    elif kind_of(summary.task).labelled:
         lines += ["", "How many rows each class has is not in the run folder: the rows were not on this machine."]
     lines += [
         "", "## What this card does not know", "",
@@ -388,7 +388,7 @@ def _stays(run: _Run) -> str:
     personal = run.config.personal
     kept = {"anchored": "its own addition to the shared {}", "personal": "its {}", "split": "its own part of the {}"}
     parts = [("router", personal.gate)] if run.config.molora.experts > 1 else []
-    parts += [("classification head", personal.head)] if run.summary.task == "classification" else []
+    parts += [(f"{run.summary.task} head", personal.head)] if kind_of(run.summary.task).head is not None else []
     told = [kept[how].format(what) for what, how in parts if how in kept]
     return " and ".join(told) or "nothing of the model"
 

@@ -71,6 +71,7 @@ def _conclude(
         base=origin,
         task=config.task.kind,
         labels=config.task.labels,
+        range=config.task.range,
         pooling=pooling,
         molora=config.molora,
         ranks={},

@@ -13,7 +13,7 @@ import numpy as np
 
 from molehill import config, files
 from molehill.errors import DataError
-from molehill.tasks.rows import GROUP, TASK, Rows
+from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
 from molehill.tasks.schema import load_rows
 from molehill_simulation.units import Shard, Unit, units
 
@@ -70,7 +70,7 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
             mend="Lower data.clients, or give more rows.",
         )
     shards: list[Shard] = data.partition.build("partitioner", rows=rows, clients=data.clients, seed=seed)
-    labels = [str(label) for label in rows.columns.get("label", ("",) * len(rows))]
+    labels = [str(label) for label in rows.columns.get(STRATUM, rows.columns.get("label", ("",) * len(rows)))]
     unit_of = {i: number for number, unit in enumerate(units(rows)) for i in unit}
     held_out: dict[int, bool] = {}
     result = []
@@ -129,7 +129,7 @@ def deal_to(run: config.Config, folders: Sequence[Path]) -> list[ClientRows]:
 
 def _as_read(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A row under the names that its source has, without the columns that were made of others."""
-    made = {name for ours, name in (("group", GROUP), ("task", TASK)) if ours in columns}
+    made = {STRATUM, *(name for ours, name in (("group", GROUP), ("task", TASK)) if ours in columns)}
     return {columns.get(name, name): value for name, value in record.items() if name not in made}
 
 

@@ -14,11 +14,11 @@ from molehill.secure.company import needed
 from molehill.tasks.adapted import Adapted, open_model
 from molehill.tasks.base_model import is_here
 from molehill.tasks.batches import IGNORE
-from molehill.tasks.conversations import columns_read
 from molehill.tasks.devices import remark as remark_of
+from molehill.tasks.kind import kind_of
 from molehill.tasks.lengths import Examples, Lengths, together
-from molehill.tasks.rows import GROUP, TASK, Rows
-from molehill.tasks.schema import COLUMNS, class_counts, columns_of, load_rows
+from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
+from molehill.tasks.schema import class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
 from molehill.wire.tree import Layout
 from molehill.words import counted
@@ -137,7 +137,7 @@ def describe(config: Config, *, sound: bool = True) -> Description:
     if adapted is not None:
         model = adapted.model
         found.parameters = Parameters.of(config, model.layout)
-        head = ", head apart" if config.task.kind == "classification" and not config.task.labels else ""
+        head = ", head apart" if kind_of(config.task).missing(config.task) else ""
         at = [label for label, _ in found.plan].index("experts") + 1
         found.plan.insert(at, ("parameters", f"{found.parameters.words}{head}"))
         if examples is not None:
@@ -155,7 +155,7 @@ def describe(config: Config, *, sound: bool = True) -> Description:
                 found.warnings.append(f"wire.max_bytes: {large}; the run would stop")
         found.warnings += [f"molora.targets: {remark}" for remark in model.remarks]
         settings: Any = model.base.config
-        known = remark_of(settings.get_text_config(), writes=config.task.kind == "causal-lm")
+        known = remark_of(settings.get_text_config(), writes=kind_of(config.task).writes)
         found.warnings += [f"base.model: {known}"] if known else []
     found.warnings += _unseen(config, base=adapted is not None, rows=owners is not None)
     return found
@@ -231,8 +231,8 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     counts = class_counts(rows, config.task)
     if counts:
         about.append(("classes", ", ".join(f"{clean(name, 60)} {count}" for name, count in counts.items())))
-    ours = COLUMNS["classification"] if config.task.kind == "classification" else columns_read(rows.columns)
-    read = {*columns_of(config.data, config.task, rows.columns), GROUP, TASK, *ours}
+    ours = kind_of(config.task).reads(rows.columns)
+    read = {*columns_of(config.data, config.task, rows.columns), GROUP, STRATUM, TASK, *ours}
     read |= {str(value) for key, value in config.data.partition.params.items() if key == "column"}
     about.append(("reads", " and ".join(repr(clean(config.data.columns.get(name, name), 40)) for name in ours)))
     unread = [name for name in rows.columns if name not in read]

@@ -70,7 +70,7 @@ class Recall(Figures):
 
 
 class ClientFigures(Figures):
-    """One client's accuracies (of a causal LM over answer tokens), and what goes with them.
+    """One client's figures by the first measure of its task, such as the accuracy, and what goes with them.
 
     Attributes:
         id: The client.
@@ -89,6 +89,7 @@ class ClientFigures(Figures):
         normalised_match: Share that is so without regard to case, punctuation and English articles.
         rouge_l: Mean ROUGE-L, in [0, 1].
         chrf: Mean chrF2, in [0, 1].
+        figures: What else its task measures, by name.
     """
 
     id: str
@@ -107,6 +108,12 @@ class ClientFigures(Figures):
     normalised_match: Figures | None = None
     rouge_l: Figures | None = None
     chrf: Figures | None = None
+    figures: dict[str, Figures] = Field(default_factory=dict)
+
+    def of(self, measure: Measure) -> Figures | None:
+        """The figures by a measure; None where there are none."""
+        found: Figures | None = getattr(self, measure.name, None) or self.figures.get(measure.name)
+        return found
 
 
 class Spread(BaseModel):

@@ -11,8 +11,8 @@ from molehill.decoding.interfaces import Example
 from molehill.errors import DataError
 from molehill.rowfiles.readings import asked
 from molehill.tasks.batches import IGNORE
+from molehill.tasks.kind import make_task
 from molehill.tasks.schema import load_rows
-from molehill.tasks.task import make_task
 from molehill_simulation.source import Source
 
 
@@ -80,6 +80,9 @@ def examples_of(source: Source, file: Path) -> list[Example]:
         if isinstance(labels, int):
             found.append(Example(tuple(ids), (labels,), columns))
             continue
+        if not isinstance(labels, list):
+            what = f"strategies learn from classes and answers, and this is a {source.task.kind}"
+            raise DataError(what, where=where, mend="Use another strategy.")
         if IGNORE not in labels:  # a text, which answers nothing and does not end here
             found.append(Example(tuple(ids[: len(ids) - (ids[-1] == source.tokenizer.eos_token_id)]), (), columns))
             continue

@@ -18,8 +18,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from molehill import files
-from molehill.config import Federation, MoLoRA
+from molehill.config import Federation, MoLoRA, Task
 from molehill.errors import DataError, ResumeError
+from molehill.tasks.kind import Kind, kind_of
 from molehill.words import figure
 from molehill_server import events as events_file
 from molehill_simulation import experts
@@ -40,14 +41,6 @@ _LINE_COLOURS = 10
 _SAMPLES = 12  # answers that are shown
 _CLASSES = 20
 _MEAN = "mean of all"  # no client is called so: names have no spaces
-
-_STAGES = {  # what every stage is, by task
-    "classification": "Base: frozen model with a head trained on that client. Local: the same adapter trained on that "
-    "client alone. Global: the federated model. Personalised: the federated model with the client's own gate and head.",
-    "causal-lm": "Each answer token is predicted from the right ones before it: this is no measure of whole answers. "
-    "Base: the frozen model as it is. Local: the same adapter trained on that client alone. Global: the federated "
-    "model. Personalised: the federated model with the client's own gate.",
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -91,7 +84,7 @@ def render(folder: Path) -> str:
     about = {"config": config, "owners": owners, "samples": samples}
     page = _page()
     try:
-        told = _STAGES.get(_task(values), "")
+        told = _kind(values).stages
         content = _content(events, summary, values, _sites(folder / "adapter" / "molora.json"))
         return page.render(stages=STAGES, told=told, summary=summary, **about, **content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -269,7 +262,7 @@ def _facts(events: Sequence[Event], summary: Summary | None, config: Mapping[str
     if "federation" in config:
         facts.append(("Federation", _federation(config["federation"])))
     if "personal" in config:
-        head = f", head {config['personal']['head']}" if _task(config) == "classification" else ""
+        head = f", head {config['personal']['head']}" if _kind(config).head is not None else ""
         facts.append(("Personal", f"gate {config['personal']['gate']}{head}"))
     if "data" in config:
         facts.append(("Data", str(config["data"].get("source", ""))))
@@ -295,8 +288,8 @@ def _versions(events: Sequence[Event]) -> str:
     return ", then ".join(dict.fromkeys(str(event.get("version", "not noted")) for event in begun)) or "-"
 
 
-def _task(config: Mapping[str, Any]) -> str:
-    return str(config.get("task", {}).get("kind", "classification"))
+def _kind(config: Mapping[str, Any]) -> Kind:
+    return kind_of(str(config.get("task", {}).get("kind", Task().kind)))
 
 
 def _adapter(molora: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +17,13 @@ from molehill import config, files
 from molehill.errors import AdapterError, ConfigError, DataError, ModelError
 from molehill.molora.adapter import Manifest, describe_peft, load_adapter, load_peft, read_manifest
 from molehill.molora.build import wrap
-from molehill.molora.head import Head
+from molehill.molora.head import Head, Pooling
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import is_peft
 from molehill.molora.trial import trial_of
 from molehill.tasks.base_model import BaseInfo, load_base
 from molehill.tasks.causal_lm import CausalLM
+from molehill.tasks.kind import kind_of, make_task
 from molehill.tasks.weights import Stored
 from molehill.wire.tree import Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
@@ -229,13 +230,14 @@ def open_source(
     settings = config.Base(
         model=where, revision=None if where.startswith("sample:") else revision, precision="fp32", device="cpu"
     )
-    task = run.task.model_copy(update={"labels": adapter.labels}) if run is not None else _task(adapter)
-    loaded = load_base(settings, task, streamed=streamed if task.kind == "causal-lm" else lambda _: False)
-    head = None
-    if task.kind == "classification":
-        pooling: Literal["mean", "cls", "last"] = adapter.pooling  # type: ignore[assignment]  # as it was saved
+    known = {"labels": adapter.labels, "range": adapter.range}
+    task = run.task.model_copy(update=known) if run is not None else _task(adapter)
+    loaded = load_base(settings, task, streamed=streamed if kind_of(task).head is None else lambda _: False)
+    made, head = make_task(task, loaded.tokenizer), None
+    if made.outputs:
+        pooling: Pooling = adapter.pooling  # type: ignore[assignment]  # as it was saved
         anchored = run is not None and run.personal.head == "anchored"
-        head = Head(trial_of(loaded.model).width, len(adapter.labels), pooling, anchored=anchored)
+        head = Head(trial_of(loaded.model).width, made.outputs, pooling, anchored=anchored)
     gate = run.personal.gate if run is not None else "global"
     if run is None:
         task = task.model_copy(update={"max_length": min(loaded.limit, _LONGEST)})
@@ -283,5 +285,4 @@ def _key_of(state: Path) -> KeySource:
 
 
 def _task(adapter: Manifest) -> config.Task:
-    kind = {"classification": "classification"}.get(adapter.task, "causal-lm")
-    return config.Task(kind=kind, labels=adapter.labels, max_length=16)
+    return config.Task(kind=adapter.task, labels=adapter.labels, range=adapter.range, max_length=16)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from molehill.errors import DataError
+from molehill.tasks.kind import kind_of
 from molehill.tasks.lengths import loss_in_words
-from molehill.tasks.measures import LOSS, MEASURES, OF_ANSWERS, Measure
+from molehill.tasks.measures import LOSS, OF_ANSWERS, Measure
 from molehill_simulation.few import spread
 from molehill_simulation.figures import (
     STAGES,
@@ -31,7 +32,6 @@ from molehill_simulation.figures import (
 from molehill_simulation.text import by_name, clean, natural
 
 Event: TypeAlias = Mapping[str, Any]
-Kind: TypeAlias = Literal["classification", "causal-lm"]
 
 _NAMED = 5  # clients that are named in a sentence
 
@@ -95,6 +95,7 @@ class Summary(BaseModel):
         normalised_match: Share of those that are so without regard to case, punctuation and English articles.
         rouge_l: Mean ROUGE-L, in [0, 1].
         chrf: Mean chrF2, in [0, 1].
+        figures: The same two of what else the task measures, by name.
         classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
             deployment, or have no classes.
         confusion: Which class is taken for which by the final models; None where the rows are not here, or have no
@@ -116,7 +117,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: Kind = "classification"
+    task: str = "classification"
     clients: tuple[ClientFigures, ...]
     mean: Figures
     worst: Figures
@@ -128,6 +129,7 @@ class Summary(BaseModel):
     normalised_match: Spread | None = None
     rouge_l: Spread | None = None
     chrf: Spread | None = None
+    figures: dict[str, Spread] = Field(default_factory=dict)
     classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
     confusion: Confusion | None = None
     recall: dict[str, Recall] = Field(default_factory=dict)
@@ -167,25 +169,34 @@ class Summary(BaseModel):
 
     @property
     def measure(self) -> Measure:
-        """What its accuracies are."""
-        return MEASURES[self.task][0]
+        """What a run is judged by."""
+        return kind_of(self.task).measures[0]
+
+    @property
+    def longest(self) -> float:
+        """What a bar of full length stands for: the most that the first measure can be, or else the most that it is."""
+        every = [value for client in self.clients for value in client.row if value is not None]
+        every += [ends[1] for client in self.clients for ends in client.interval.values()]
+        return self.measure.most or max(every, default=1.0) or 1.0
 
     @property
     def columns(self) -> tuple[Measure, ...]:
-        """What tables show, the accuracies first; a summary of an older version has not all of it."""
-        first, *others = MEASURES[self.task]
-        return (first, *(each for each in others if each.tabled and any(getattr(c, each.name) for c in self.clients)))
+        """What tables show, that by which a run is judged first; a summary of an older version has not all of it."""
+        first, *others = kind_of(self.task).measures
+        return (first, *(each for each in others if each.tabled and any(c.of(each) for c in self.clients)))
 
     @property
     def of_answers(self) -> tuple[Measure, ...]:
         """What was measured of answers that were written; empty where none were."""
         return tuple(
-            each for each in MEASURES[self.task] if each.name in OF_ANSWERS and getattr(self, each.name) is not None
+            each
+            for each in kind_of(self.task).measures
+            if each.name in OF_ANSWERS and getattr(self, each.name) is not None
         )
 
     def cells(self, client: ClientFigures) -> tuple[Figures, ...]:
         """The figures of a client in the order of the columns."""
-        return (client, *(getattr(client, each.name) or Figures() for each in self.columns[1:]))
+        return (client, *(client.of(each) or Figures() for each in self.columns[1:]))
 
     @property
     def means(self) -> tuple[Figures, ...]:
@@ -199,7 +210,8 @@ class Summary(BaseModel):
 
     @property
     def _spreads(self) -> list[Spread]:
-        return [getattr(self, each.name) or Spread(mean=Figures(), worst=Figures()) for each in self.columns[1:]]
+        none = Spread(mean=Figures(), worst=Figures())
+        return [getattr(self, each.name, None) or self.figures.get(each.name, none) for each in self.columns[1:]]
 
     @property
     def complete(self) -> tuple[ClientFigures, ...]:
@@ -209,7 +221,8 @@ class Summary(BaseModel):
     @property
     def shown(self) -> tuple[ClientFigures, ...]:
         """The clients that tables name: all, or of very many so many from the worst to the best by their last stage."""
-        by_figure = sorted(self.clients, key=lambda client: (client.last is None, client.last or 0.0))
+        sign = -1.0 if self.measure.lower else 1.0
+        by_figure = sorted(self.clients, key=lambda client: (client.last is None, sign * (client.last or 0.0)))
         named = {client.id for client in spread(by_figure)}
         return tuple(client for client in self.clients if client.id in named)
 
@@ -271,7 +284,7 @@ def summarise(
     events: Iterable[Event],
     base_model: BaseModelInfo,
     config_digest: str,
-    task: Kind = "classification",
+    task: str = "classification",
     classes: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,
     lengths: str = "",
     probes: Mapping[str, dict[str, float]] | None = None,
@@ -295,8 +308,9 @@ def summarise(
     events, confusions = list(events), confusions or {}
     rounds = rounds_of(events)
     confusion = Confusion.over(confusions.values()) if confusions else None
-    first, *_ = MEASURES[task]
-    named = [measure for measure in MEASURES[task] if measure.name in ClientFigures.model_fields]
+    measures = kind_of(task).measures
+    first, named = measures[0], [measure for measure in measures if measure.name in ClientFigures.model_fields]
+    others = [measure for measure in measures if measure not in named]
     clients = tuple(
         ClientFigures(
             id=client,
@@ -308,6 +322,7 @@ def summarise(
             recall=confusions[client].recall if client in confusions else {},
             answered=max((said["n"] for said in evaluation["answers"].values()), default=0),
             **{measure.name: _figures(measure, evaluation) for measure in named},
+            figures={each.name: found for each in others if (found := _figures(each, evaluation)) is not None},
             **_values(first, evaluation),
         )
         for client, evaluation in evaluations_of(events).items()
@@ -323,6 +338,7 @@ def summarise(
         mean=average(first, scored),
         worst=worst(first, scored),
         **{measure.name: _spread(measure, scored) for measure in named},
+        figures={each.name: both for each in others if (both := _spread(each, scored)) is not None},
         classes={client: dict(counts) for client, counts in by_name(classes or {})},
         confusion=confusion,
         recall={} if confusion is None else confusion.recall,
@@ -375,5 +391,5 @@ def _figures(measure: Measure, evaluation: Mapping[str, Any]) -> Figures | None:
 
 
 def _spread(measure: Measure, clients: Iterable[ClientFigures]) -> Spread | None:
-    rows = [figures for client in clients if (figures := getattr(client, measure.name)) is not None]
+    rows = [figures for client in clients if (figures := client.of(measure)) is not None]
     return Spread(mean=average(measure, rows), worst=worst(measure, rows)) if rows else None

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from tiny_models import ARCHITECTURES, adapted, base, batch, shake
 
 from molehill import registry
+from molehill.molora import likelihoods
 from molehill.molora.forward import Forward
-from molehill_client.objectives import nll as nll_module
-from molehill_client.objectives.nll import nll
+from molehill.molora.likelihoods import of_class
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,8 @@ def test_sft_is_the_mean_negative_log_probability(drawn):
 def test_the_negative_log_likelihood_is_that_of_torch(drawn):
     logits, labels, _ = drawn
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: nll(z, labels), logits)
-    ours, theirs = nll(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+    assert torch.autograd.gradcheck(lambda z: of_class(z, labels), logits)
+    ours, theirs = of_class(logits, labels), F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(ours, theirs)
     probe = torch.randn(6, dtype=torch.float64)
     torch.testing.assert_close(*(torch.autograd.grad((y * probe).sum(), logits)[0] for y in (ours, theirs)))
@@ -58,7 +58,7 @@ def test_logits_in_bf16_give_what_their_float32_copies_give():
     torch.manual_seed(0)
     logits = torch.randn(5, 7).bfloat16().requires_grad_()
     labels, probe = torch.arange(5), torch.randn(5)
-    loss = nll(logits, labels)
+    loss = of_class(logits, labels)
     expected = F.cross_entropy(logits.float(), labels, reduction="none")
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad((y * probe).sum(), logits)[0] for y in (loss, expected))
@@ -67,27 +67,27 @@ def test_logits_in_bf16_give_what_their_float32_copies_give():
 
 
 def test_logits_are_taken_in_parts(monkeypatch):
-    monkeypatch.setattr(nll_module, "_AT_ONCE", 10)
+    monkeypatch.setattr(likelihoods, "_AT_ONCE", 10)
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 3, 1, 1, 2])
-    torch.testing.assert_close(nll(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
-    assert torch.autograd.gradcheck(lambda z: nll(z, labels), logits)
+    torch.testing.assert_close(of_class(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
+    assert torch.autograd.gradcheck(lambda z: of_class(z, labels), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_label_whose_probability_is_no_number_has_its_loss(dtype):
     logits = torch.tensor([[0.0, 300.0, 1.0], [2000.0, 0.0, 0.0], [0.0, 0.1, 0.2]], dtype=dtype).requires_grad_()
     labels = torch.tensor([2, 1, 2])
-    ours, theirs = nll(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+    ours, theirs = of_class(logits, labels), F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(y.mean(), logits)[0] for y in (ours, theirs)))
     with torch.no_grad():
-        assert torch.equal(nll(logits, labels), ours)
+        assert torch.equal(of_class(logits, labels), ours)
 
 
 def test_the_graph_of_a_loss_can_be_walked_again():
     logits = torch.randn(4, 3, requires_grad=True)
-    loss = nll(logits, torch.tensor([0, 1, 2, 0])).mean()
+    loss = of_class(logits, torch.tensor([0, 1, 2, 0])).mean()
     once, again = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, again)
 

@@ -7,8 +7,8 @@ import pytest
 
 from molehill.config import parse
 from molehill.tasks.batches import alike
+from molehill.tasks.kind import make_task
 from molehill.tasks.schema import load_rows
-from molehill.tasks.task import make_task
 from molehill_edge import Bundle, InsecureLocal
 from molehill_export.export import Options, export
 from molehill_simulation.data import deal

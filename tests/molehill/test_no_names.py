@@ -20,8 +20,8 @@ MODULES = {method.target.__module__ for method in METHODS}
 # Words that are the name of a method and something else too: what else they are, where, and how many times.
 REASONS = {
     "what a configuration says where it says nothing": {
-        "molehill/config/sections.py": "by_column lora*2 linear top_k output parallel uniform sft fedit all factor "
-        "mean none*2 int4 fp16",
+        "molehill/config/sections.py": "classification by_column lora*2 linear top_k output parallel uniform sft "
+        "fedit all factor mean none*2 int4 fp16",
     },
     "what another key stands for": {"molehill/config/sections.py": "fedprox"},
     "a number format of bases, graphs and bundles": {
@@ -50,6 +50,27 @@ REASONS = {
         "edge/molehill_edge/serving/requests.py": "none*2 temperature*2 top_p*2 top_k*2",
         "edge/molehill_export/gguf_lora.py": "lora",
     },
+    "a kind of bundle": {
+        "edge/molehill_edge/bench.py": "causal-lm",
+        "edge/molehill_edge/bundle.py": "causal-lm",
+        "edge/molehill_edge/commands/personalise.py": "classification",
+        "edge/molehill_edge/commands/run.py": "classification",
+        "edge/molehill_edge/manifest.py": "classification causal-lm",
+        "edge/molehill_edge/personalise.py": "classification*3",
+        "edge/molehill_edge/serving/app.py": "causal-lm*2 classification",
+        "edge/molehill_edge/serving/replies.py": "classification",
+        "edge/molehill_export/parity.py": "causal-lm",
+    },
+    "what a LoRA of peft, and a model to ask beside another, is for": {
+        "molehill/molora/adapter.py": "causal-lm",
+        "simulation/molehill_simulation/beside.py": "causal-lm",
+    },
+    "what rows look like at first sight": {
+        "simulation/molehill_simulation/commands/init.py": "classification causal-lm",
+        "simulation/molehill_simulation/started.py": "classification*5 causal-lm*2",
+    },
+    "what summaries of older versions left out": {"simulation/molehill_simulation/summary.py": "classification*2"},
+    "a word of torch": {"molehill/molora/likelihoods.py": "none"},
     "where clients run": {
         "simulation/molehill_simulation/commands/simulate.py": "local*3",
         "simulation/molehill_simulation/simulate.py": "local*5",
@@ -70,10 +91,9 @@ REASONS = {
     "a way to pool": {
         "molehill/config/sections.py": "mean",
         "molehill/molora/head.py": "mean",
-        "molehill/tasks/base_model.py": "mean*3",
+        "molehill/tasks/base_model.py": "mean",
         "edge/molehill_edge/manifest.py": "mean",
         "edge/molehill_export/elsewhere.py": "mean",
-        "simulation/molehill_simulation/source.py": "mean",
     },
     "an operator of a graph": {"edge/molehill_export/routers.py": "Mean"},
     "a column of rows or of a table": {
@@ -105,7 +125,7 @@ REASONS = {
         "molehill/characters.py": "none",
         "molehill/molora/targets.py": "none",
         "molehill/registry.py": "none",
-        "molehill/tasks/schema.py": "none",
+        "molehill/tasks/labels.py": "none",
         "client/molehill_client/commands/client.py": "none",
         "client/molehill_client/deploy/join.py": "none",
         "simulation/molehill_simulation/describe.py": "none",

@@ -7,7 +7,6 @@ from torch import Tensor
 from molehill.molora.forward import Forward
 from molehill.registry import register
 from molehill_client.interfaces import Objective
-from molehill_client.objectives.nll import nll
 
 
 @register(
@@ -23,5 +22,5 @@ class DFT(Objective):
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return the loss of one pass."""
-        loss = nll(forward.scores, forward.labels)
+        loss = forward.nll()
         return forward.mean(loss.detach().neg().exp() * loss)

@@ -12,7 +12,6 @@ from torch import Tensor
 from molehill.molora.forward import Forward
 from molehill.registry import register
 from molehill_client.interfaces import Objective
-from molehill_client.objectives.nll import nll
 
 
 @dataclass(frozen=True)
@@ -55,4 +54,4 @@ class LogitAdjustment(Objective):
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return the loss of one pass."""
-        return forward.mean(nll(forward.scores + self._shift.to(forward.scores.device), forward.labels))
+        return forward.mean(forward.likelihood(forward.scores + self._shift.to(forward.scores.device), forward.labels))

@@ -9,15 +9,16 @@ from torch import Tensor
 from molehill.molora.forward import Forward
 from molehill.registry import register
 from molehill_client.interfaces import Objective
-from molehill_client.objectives.nll import nll
 
 
-@register("objective", "sft", paper="house: plain cross-entropy")
+@register("objective", "sft", paper="house: plain maximum likelihood")
 class SFT(Objective):
-    """Mean cross-entropy over predictions: classes of rows, or answer tokens."""
+    """Mean negative log-likelihood over predictions: cross-entropy of classes or tokens, half a squared error."""
+
+    learns = ("class", "flags", "number")
 
     of_scores: ClassVar[bool] = True
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return ``mean(-log p(y))``."""
-        return forward.mean(nll(forward.scores, forward.labels))
+        return forward.mean(forward.nll())

@@ -8,6 +8,7 @@ from molehill import registry
 from molehill.config import Config, MethodRef
 from molehill.errors import ConfigError
 from molehill.molora.interfaces import Site, SitePlan
+from molehill.tasks.kind import kind_of
 from molehill.wire.keys import KINDS
 from molehill_server.check.conflict import Conflict, Rule, has_factors
 from molehill_server.planning.planner import decisions, shares
@@ -140,7 +141,7 @@ def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
     wanted, left = ([look(config, number) for number in (1, 2)] for look in (decisions, shares))
     absent = {"dense"} if has_factors(config) else {"A", "B"}
     trained = {kind for decided in left for kind in {*KINDS} - absent if decided.of(kind) != "frozen"}
-    if trained == {"head"} and config.task.kind == "causal-lm":
+    if trained == {"head"} and kind_of(config.task).head is None:
         yield Conflict("refuse", ("federation.policy", "task.kind"), "a causal language model has no head to train")
     idle = [
         (after.A == after.B == "frozen") and not (before.A == before.B == "frozen")
@@ -180,7 +181,8 @@ def _trains_alone(config: Config) -> Iterator[Conflict]:
 def _classes(config: Config) -> Iterator[Conflict]:
     objective, balanced = config.train.objective, config.task.class_weights == "balanced"
     by_class = objective.declared("objective", "by_class")
-    if config.task.kind == "classification":
+    kind = kind_of(config.task)
+    if kind.labelled and kind.predicts == "class":
         if balanced and config.train.batch_size * config.train.accumulation == 1:
             yield Conflict(
                 "warn",
@@ -196,23 +198,32 @@ def _classes(config: Config) -> Iterator[Conflict]:
             )
         return
     if balanced:
-        yield Conflict(
-            "refuse", ("task.class_weights", "task.kind"), "a causal language model has no classes to balance"
-        )
+        why = f"a {config.task.kind} has no rows of one class each to balance"
+        yield Conflict("refuse", ("task.class_weights", "task.kind"), why)
     if by_class:
         yield Conflict(
             "refuse",
             ("train.objective", "task.kind"),
-            f"objective {objective.name!r} goes by how often a client has each class, and a causal language model has "
-            f"no classes; use objective {registry.those('objective', by_class=False)}",
+            f"objective {objective.name!r} goes by how often a client has each class, and a {config.task.kind} has "
+            f"none; use objective {registry.those('objective', by_class=False)}",
         )
+
+
+def _predictions(config: Config) -> Iterator[Conflict]:
+    objective, wanted = config.train.objective, kind_of(config.task).predicts
+    if wanted not in objective.declared("objective", "learns"):
+        able = [
+            method.name for method in registry.methods("objective") if wanted in registry.declared(method, "learns")
+        ]
+        why = f"objective {objective.name!r} cannot be computed for {config.task.kind}; use {registry.either(able)}"
+        yield Conflict("refuse", ("train.objective", "task.kind"), why)
 
 
 def _answers(config: Config) -> Iterator[Conflict]:
     if not config.evaluate.generate:
         return
-    if config.task.kind != "causal-lm":
-        yield Conflict("refuse", ("evaluate.generate", "task.kind"), "a classification writes no answers")
+    if not kind_of(config.task).writes:
+        yield Conflict("refuse", ("evaluate.generate", "task.kind"), f"a {config.task.kind} writes no answers")
     selector, routed = config.molora.selector, config.molora.experts > 1
     if routed and not selector.declared("selector", "causal"):
         why = f"selector {selector.name!r} looks at later tokens, which do not exist while an answer is written"
@@ -223,6 +234,7 @@ def _answers(config: Config) -> Iterator[Conflict]:
 RULES: tuple[Rule, ...] = (
     _answers,
     _classes,
+    _predictions,
     _split_gate,
     _restart_and_personal_gate,
     _one_expert_at_a_time,

@@ -17,6 +17,7 @@ from molehill.config import Config
 from molehill.errors import ConfigError, DeployError, ResumeError
 from molehill.supervise import complaint, works
 from molehill.tasks.adapted import Adapted, open_model
+from molehill.tasks.kind import kind_of
 from molehill.wire.store import load_tree, save_tree
 from molehill_server.check import require
 from molehill_server.deploy.control import RunStatus
@@ -57,10 +58,9 @@ def run(config: Config, state: Path, out: Path, observe: Observer) -> Adapted:
         MolehillError: The run cannot go on; the folder can be resumed.
     """
     require(config)
-    if config.task.kind == "classification" and not config.task.labels:
-        raise ConfigError(
-            "the class names are missing", where="task.labels", mend="Nobody here sees the rows; list the classes."
-        )
+    if missing := kind_of(config.task).missing(config.task):
+        mend = f"Nobody here sees the rows; set task.{missing}."
+        raise ConfigError(f"task.{missing} is missing", where=f"task.{missing}", mend=mend)
     if config.round.deadline < _DETECTION:
         text = "round.deadline is %g s: Flower takes up to 70 s to notice that a machine is gone, so give %g or more"
         _log.warning(text, config.round.deadline, _DETECTION)

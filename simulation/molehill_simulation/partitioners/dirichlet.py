@@ -14,7 +14,7 @@ import numpy as np
 
 from molehill.errors import DataError
 from molehill.registry import register
-from molehill.tasks.rows import Rows
+from molehill.tasks.rows import STRATUM, Rows
 from molehill_simulation.units import Shard, need_units, numbered, units, values_of
 
 
@@ -55,7 +55,8 @@ def dirichlet(params: DirichletParams, *, rows: Rows, clients: int, seed: int) -
     from datasets import Dataset  # noqa: PLC0415  (seconds to import; only this method needs it)
     from flwr_datasets.partitioner import DirichletPartitioner  # noqa: PLC0415  (the same)
 
-    labels = values_of(rows, params.column)
+    labels = rows.columns.get(STRATUM) if params.column == "label" else None
+    labels = values_of(rows, params.column) if labels is None else labels
     order = np.random.default_rng(seed).permutation
     parts = units(rows)
     need_units(parts, clients)

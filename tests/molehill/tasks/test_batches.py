@@ -14,8 +14,8 @@ from molehill import config
 from molehill.errors import DataError
 from molehill.tasks.batches import IGNORE, Batches, Example, alike, eval_batches, pad
 from molehill.tasks.classification import Classification
+from molehill.tasks.kind import make_task
 from molehill.tasks.rows import TASK, Rows
-from molehill.tasks.task import make_task
 
 
 class Padder:

@@ -10,8 +10,8 @@ from molehill import config
 from molehill.errors import DataError, ModelError
 from molehill.tasks.batches import IGNORE
 from molehill.tasks.causal_lm import CausalLM
+from molehill.tasks.kind import make_task
 from molehill.tasks.rows import TASK, Rows
-from molehill.tasks.task import make_task
 
 
 def rows(*records):

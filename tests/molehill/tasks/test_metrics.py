@@ -24,7 +24,7 @@ def test_equal_to_scikit_learn(n, classes, seed, cut):
     labels = torch.tensor(rng.integers(0, classes, n))
     total = ScoreSum(classes)
     for part in (slice(0, cut), slice(cut, None)):
-        total.add(logits[part], labels[part])
+        total.count(logits[part], labels[part])
     scores = total.scores()
     predicted = logits.argmax(1)
     assert scores.n == n
@@ -38,7 +38,7 @@ def test_equal_to_scikit_learn(n, classes, seed, cut):
 
 def test_answer_tokens_have_no_f1():
     total = ScoreSum()
-    total.add(torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.bfloat16), torch.tensor([1, 2]))
+    total.count(torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.bfloat16), torch.tensor([1, 2]))
     scores = total.scores()
     assert (scores.n, scores.accuracy, scores.macro_f1) == (2, 0.5, None)
 
@@ -50,7 +50,7 @@ def test_intervals_of_rows_are_wilsons_and_those_of_a_mean():
     logits, labels = torch.tensor(rng.normal(size=(40, 3)), dtype=torch.float32), torch.tensor(rng.integers(0, 3, 40))
     total = ScoreSum(3)
     for part in (slice(0, 7), slice(7, None)):
-        total.add(logits[part], labels[part], torch.arange(len(labels[part])))
+        total.count(logits[part], labels[part], torch.arange(len(labels[part])))
     scores = total.scores()
     right = int((logits.argmax(1) == labels).sum())
     low, high = binomtest(right, 40).proportion_ci(method="wilson")
@@ -70,7 +70,7 @@ def test_the_interval_of_macro_f1_is_as_wide_as_drawing_rows_anew_says():
     labels = rng.choice(4, 300, p=[0.5, 0.3, 0.15, 0.05])
     predicted = np.where(rng.random(300) < 0.7, labels, rng.integers(0, 4, 300))
     total = ScoreSum(4)
-    total.add(torch.nn.functional.one_hot(torch.tensor(predicted), 4).float(), torch.tensor(labels))
+    total.count(torch.nn.functional.one_hot(torch.tensor(predicted), 4).float(), torch.tensor(labels))
     drawn = [rng.integers(0, 300, 300) for _ in range(300)]
     spread = np.std([f1_score(labels[d], predicted[d], average="macro", zero_division=0) for d in drawn])
     low, high = total.scores().macro_f1_interval
@@ -85,16 +85,16 @@ def test_tokens_of_one_row_go_together():
         total = ScoreSum()
         for part in (slice(0, 2), slice(2, None)):  # batches count rows from 0
             rows = torch.arange(len(labels[part])).repeat_interleave(times)
-            total.add(logits[part].repeat_interleave(times, 0), labels[part].repeat_interleave(times), rows)
+            total.count(logits[part].repeat_interleave(times, 0), labels[part].repeat_interleave(times), rows)
         found.append(total.scores())
     assert found[1].n == 2 * found[0].n
     assert found[1].loss_interval == pytest.approx(found[0].loss_interval)
     apart = ScoreSum()
-    apart.add(logits.repeat_interleave(2, 0), labels.repeat_interleave(2))
+    apart.count(logits.repeat_interleave(2, 0), labels.repeat_interleave(2))
     wide, narrow = found[1].accuracy_interval, apart.scores().accuracy_interval
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
     lone = ScoreSum()
-    lone.add(logits, labels, torch.zeros(6, dtype=torch.int64))
+    lone.count(logits, labels, torch.zeros(6, dtype=torch.int64))
     assert lone.scores().loss_interval is None
     assert lone.scores().accuracy_interval == pytest.approx((0.0546, 0.9454), abs=1e-4)  # of one trial, half right
 
@@ -106,6 +106,6 @@ def test_nothing_counted():
 
 def test_not_finite():
     total = ScoreSum(2)
-    total.add(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
+    total.count(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
     with pytest.raises(TrainingError, match="loss on held-out rows is nan"):
         total.scores()

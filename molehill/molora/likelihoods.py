@@ -1,13 +1,20 @@
-"""Negative log-likelihood with one softmax, whose gradient is all that it keeps."""
+"""How likely labels are, given what a model says of them: one function for each kind of prediction.
+
+Each takes scores ``[M, C]`` and labels and returns ``-log p(label)`` of every prediction, ``[M]``, in nats.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Likelihood: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 _AT_ONCE = 2**18  # logits that are turned into float32 together: 1 MiB, which a processor's cache holds
 
@@ -51,8 +58,8 @@ def _parts(logits: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
-def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ``-log p(label)`` of every prediction.
+def of_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of one of several classes, with one softmax whose gradient is all that is kept.
 
     ``F.cross_entropy`` gives the same from float32 logits. It keeps their log-softmax, and in its backward makes two
     tensors of that size, one of them zero but for one number a row.
@@ -65,3 +72,31 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
         ``[M]``.
     """
     return _NLL.apply(logits, labels)  # type: ignore[no-any-return, no-untyped-call]  # untyped torch
+
+
+def of_flags(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of any number of classes, each there or not by itself: the mean over the classes.
+
+    Args:
+        logits: ``[M, C]``.
+        labels: ``[M, C]``, 1 where a class is there and 0 where it is not.
+
+    Returns:
+        ``[M]``.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), reduction="none").mean(-1)
+
+
+def of_number(scores: Tensor, labels: Tensor) -> Tensor:
+    """Of a number under a normal distribution of variance 1, without its constant: half the squared error.
+
+    Args:
+        scores: ``[M, 1]``.
+        labels: ``[M]``, in the same unit.
+
+    Returns:
+        ``[M]``.
+    """
+    wide = scores.squeeze(-1).to(torch.promote_types(scores.dtype, torch.float32))
+    return (wide - labels.to(wide.dtype)).square() / 2
