@@ -119,7 +119,7 @@ def print_json(document: Any) -> None:
 
 
 def tracked(items: Iterable[T], what: str, total: int, *, quiet: bool) -> Iterable[T]:
-    """Items as they are gone through, with a bar on standard error meanwhile.
+    """Items as they are gone through, with a bar meanwhile where standard error is a terminal.
 
     Args:
         items: What is gone through.
@@ -127,11 +127,12 @@ def tracked(items: Iterable[T], what: str, total: int, *, quiet: bool) -> Iterab
         total: How many there are.
         quiet: Show no bar.
     """
-    if quiet:
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
         return items
     from rich.progress import track  # noqa: PLC0415  (not for commands that show none)
 
-    return track(items, what, total, console=Console(stderr=True), transient=True)
+    return track(items, what, total, console=console, transient=True)
 
 
 def learning(quiet: bool) -> Callable[[Sequence[T]], Iterable[T]]:

@@ -201,6 +201,7 @@ def test_the_expert_that_suits_a_prompt_answers_it(writer, tmp_path, monkeypatch
     named = ("--set", "by=classifier", "--set", f"rows={rows}")
     found = json.loads(done(ask(*words, "--strategy", "pick", *named)))["answers"]
     assert found[0]["answer"] == alone["e2"]
+    assert not ask(*words[:-1], "--strategy", "pick", *named).stderr
     monkeypatch.setenv("FORCE_COLOR", "1")  # as if standard error were a terminal
     for quiet, more in ((True, words), (False, words[:-1])):
         result = ask(*more, "--strategy", "pick", *named)
