@@ -18,8 +18,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from molehill import files
-from molehill.config import Federation, MoLoRA, Task
-from molehill.errors import DataError, ResumeError
+from molehill.config import Config, MoLoRA, Task, parse
+from molehill.errors import ConfigError, DataError, ResumeError
 from molehill.tasks.kind import Kind, kind_of
 from molehill.words import figure
 from molehill_server import events as events_file
@@ -293,29 +293,52 @@ def _kind(config: Mapping[str, Any]) -> Kind:
 
 
 def _adapter(molora: Mapping[str, Any]) -> str:
-    """The adapter in words: its preset, its experts and how they are chosen."""
-    routed, always = int(molora["experts"]), int(molora["shared"])
+    """The adapter in words: its preset, its experts, how they are chosen, and what else is not as usual."""
+    routed, always, usual = int(molora["experts"]), int(molora["shared"]), _usual("molora", molora)
     dealt = _name(molora["allocation"])
     allocation = "" if dealt == MoLoRA().allocation.name else dealt
     text = experts.planned(_name(molora["expert"]), routed, always, int(molora["rank"]), allocation)
     if routed > 1 or always:
-        chosen = f"scored by {_name(molora['scorer'])}, chosen by {_name(molora['selector'])}"
-        text = f"{text}, {chosen}"
+        text += f", scored by {_told(molora['scorer'])}, chosen by {_told(molora['selector'])}"
+    for key in ("transforms", "mixer", "topology", "init", "losses"):
+        text += _unusual(key, molora[key], getattr(usual, key))
     return f"{molora['preset']}: {text}" if molora.get("preset") else text
 
 
 def _federation(federation: Mapping[str, Any]) -> str:
-    """How the server merges, in words."""
-    text = f"rule {_name(federation['rule'])} over the {_name(federation['space'])} space"
-    for key, what in (("lower", "lowered by"), ("server_opt", "server optimiser")):
-        usual = getattr(Federation(), key).name
-        text += "" if _name(federation[key]) == usual else f", {what} {_name(federation[key])}"
+    """How the server plans and merges, in words."""
+    usual = _usual("federation", federation)
+    text = f"rule {_told(federation['rule'])} over the {_name(federation['space'])} space"
+    for key, what in (("lower", "lowered by"), ("server_opt", "server optimiser"), ("policy", ""), ("select", "")):
+        text += _unusual(what or key, federation[key], getattr(usual, key))
     return f"{federation['preset']}: {text}" if federation.get("preset") else text
+
+
+def _usual(section: str, values: Mapping[str, Any]) -> Any:
+    """The section as its preset leaves it, or the defaults where it has none that is installed here."""
+    try:
+        return getattr(parse({section: {"preset": values["preset"]}} if values.get("preset") else {}), section)
+    except ConfigError:
+        return getattr(Config(), section)
+
+
+def _unusual(what: str, given: Any, usual: Any) -> str:
+    """The methods of a key after a comma; empty where they are those that it names by itself."""
+    methods, known = ([*each] if isinstance(each, list | tuple) else [each] for each in (given, usual))
+    if [_name(method) for method in methods] == [method.name for method in known]:
+        return ""
+    return f", {what} {' and '.join(map(_told, methods)) or 'no more'}"
 
 
 def _name(ref: Any) -> str:
     """The name of a method, for example ``top_k`` of ``{name = "top_k", k = 2}``."""
     return str(ref["name"] if isinstance(ref, Mapping) else ref)
+
+
+def _told(ref: Any) -> str:
+    """The same with its parameters: ``top_k (k = 2)``."""
+    given = [f"{key} = {value}" for key, value in ref.items() if key != "name"] if isinstance(ref, Mapping) else []
+    return _name(ref) + (f" ({', '.join(given)})" if given else "")
 
 
 def _by_client(rows: Iterable[tuple[str, *tuple[Any, ...]]]) -> list[tuple[str, *tuple[Any, ...]]]:

@@ -245,15 +245,27 @@ def test_the_report_says_what_adapter_and_federation_are(tmp_path):
     (folder / "config.toml").write_text(parse(values).to_toml(), encoding="utf-8")
     seen = " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
     assert "4 routed LoRAs of rank 8 and 1 always-on of rank 8, scored by" in seen
-    assert "chosen by top_k" in seen
-    assert "fedit: rule mean over the factor space" in seen
+    assert "chosen by top_k (k = 2)" in seen
+    assert "fedit: rule mean over the factor space Personal" in seen
+    values = {
+        "molora": {
+            "init": "orth",
+            "losses": [{"name": "entropy", "coef": 0.1}, {"name": "importance_cv2", "coef": 0.2}],
+        },
+        "federation": {"rule": {"name": "krum", "f": 1}, "select": {"name": "random", "fraction": 0.5}},
+    }
+    (folder / "config.toml").write_text(parse(values).to_toml(), encoding="utf-8")
+    seen = " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
+    assert ", init orth, losses entropy (coef = 0.1) and importance_cv2 (coef = 0.2)" in seen
+    assert "rule krum (f = 1) over the factor space" in seen
+    assert ", select random (fraction = 0.5)" in seen
 
 
 @pytest.mark.parametrize(
     ("molora", "text"),
     [
         ({"preset": "houlsby"}, "houlsby: one bottleneck of width 64 "),
-        ({"preset": "mov"}, "mov: 30 routed vectors, scored by linear, chosen by dense "),
+        ({"preset": "mov"}, "mov: 30 routed vectors, scored by linear (init = normal, std = 0.02), chosen by dense "),
         ({"preset": "hmoe"}, "LoRAs of rank 16 before hetero_rank, scored by"),
         ({"preset": "lora"}, "lora: one LoRA of rank 8 "),
     ],
