@@ -20,7 +20,9 @@ def figure(value: float | None) -> str:
 
 def short_figure(value: float | None) -> str:
     """The same in four characters, such as ``.712``."""
-    return "   -" if value is None else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]
+    if value is None:
+        return "   -"
+    return f"{value:.2f}" if abs(value) >= 0.9995 else f"{value:.3f}".replace("0.", ".", 1)
 
 
 def nats(value: float | None) -> str:

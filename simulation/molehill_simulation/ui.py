@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -237,13 +237,20 @@ def results_table(summary: Summary) -> Table:
     table.add_column("rows", justify="right", style="dim", no_wrap=True)
     for stage in STAGES:
         table.add_column(stage, justify="right", no_wrap=True)
+    # Of a measure that may be negative they are too long for one line.
+    between = "\n" if _signed(row for client in summary.shown for row in summary.cells(client)) else " "
     for client in summary.shown:
-        cells = _cells(shown, summary.cells(client), within=_within(summary))
+        cells = _cells(shown, summary.cells(client), between if _within(summary) else None)
         table.add_row(Text(clean(client.id, 40)), f"{client.n_train}+{client.n_test}", *cells)
     table.add_section()
-    table.add_row("mean", "", *_cells(shown, summary.means), style="bold")
-    table.add_row("worst", "", *_cells(shown, summary.worsts))
+    table.add_row("mean", "", *_cells(shown, summary.means, between), style="bold")
+    table.add_row("worst", "", *_cells(shown, summary.worsts, between))
     return table
+
+
+def _signed(rows: Iterable[Figures]) -> bool:
+    """Whether there is an interval that begins below 0."""
+    return any(ends is not None and ends[0] < 0 for row in rows for ends in row.intervals)
 
 
 def _within(summary: Summary) -> bool:
@@ -251,13 +258,13 @@ def _within(summary: Summary) -> bool:
     return len(summary.shown) <= _WITHIN
 
 
-def _cells(measures: Sequence[Measure], figures: Sequence[Figures], *, within: bool = True) -> list[Text]:
+def _cells(measures: Sequence[Measure], figures: Sequence[Figures], between: str | None) -> list[Text]:
     """Of each stage the first measure, and beside it the second if there is one, all short, to fit 80 columns.
 
     Args:
         measures: One or two.
         figures: Of each.
-        within: Have a line with the intervals below.
+        between: What stands between their intervals, which are below; None to have none.
     """
     cells = []
     for at, _ in enumerate(STAGES):
@@ -268,15 +275,19 @@ def _cells(measures: Sequence[Measure], figures: Sequence[Figures], *, within: b
             cell.append(" " if number else "").append(_short(value, measure, alone=len(measures) == 1), style)
             if (interval := row.intervals[at]) is not None:
                 ends.append(_ends(measure, *interval))
-        cells.append(cell.append(f"\n{' '.join(ends)}", "not bold dim") if within and ends else cell)
+        if between is not None and ends:
+            cell.append(f"\n{between.join(ends)}", "not bold dim")
+        cells.append(cell)
     return cells
 
 
 def _ends(measure: Measure, low: float, high: float) -> str:
     """An interval in few characters: shares in percent, others with two digits or more."""
     if measure.write is figure:
-        return f"{100 * low:.0f}-{100 * high:.0f}"
-    return "-".join(f"{end:.0f}" if 10 <= end < 1e4 else f"{end:.2g}" for end in (low, high))
+        ends = [f"{100 * end:.0f}" for end in (low, high)]
+    else:
+        ends = [f"{end:.0f}" if 10 <= abs(end) < 1e4 else f"{end:.2g}" for end in (low, high)]
+    return ("-" if low >= 0 else "..").join(ends)
 
 
 def _recall(summary: Summary) -> str:
@@ -300,7 +311,7 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(results_table(summary))
     notes = "rows: to train on + held out"
     if summary.mean.interval:
-        notes += "; below figures their 95% intervals, of shares in percent"
+        notes += "; below figures their 95% intervals, in hundredths of such as .712"
         notes += "" if _within(summary) else ", those of clients in report.html and summary.json"
     console.print(Text(notes, style="dim"), soft_wrap=True)
     if summary.perplexity is not None and summary.told_losses:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from molehill.words import counted
+from molehill.words import counted, short_figure
 
 
 @pytest.mark.parametrize(
@@ -13,3 +13,8 @@ from molehill.words import counted
 )
 def test_a_number_goes_with_its_noun(number, noun, said):
     assert counted(number, noun) == said
+
+
+def test_a_short_figure_keeps_its_sign():
+    values = (0.7126, -0.1, 1.0, -0.9999, 0.0, None)
+    assert [short_figure(value) for value in values] == [".713", "-.100", "1.00", "-1.00", ".000", "   -"]

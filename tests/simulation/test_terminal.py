@@ -112,6 +112,20 @@ def test_every_figure_has_its_interval_below_in_eighty_columns():
     assert max(map(len, lines[: lines.index(losses) - 1])) <= 80
 
 
+def test_intervals_below_zero_stand_below_each_other_so_that_names_keep_their_room():
+    figures = {"rmse": {"value": 1.5, "interval": [0.7, 12.0]}, "pearson": {"value": -0.25, "interval": [-0.7, 0.6]}}
+    events = [
+        {**event, "stages": {stage: {"n": 9, "loss": 1.0, "figures": figures} for stage in event["stages"]}}
+        if "stages" in event
+        else event
+        for event in make_events(CLIENTS)
+    ]
+    lines = shown_at_the_end(summarise(events, BASE, "cd", "regression"), 80)
+    at = next(number for number, line in enumerate(lines) if line.split()[:1] == [CLIENTS[0]])
+    assert lines[at].split()[2:4] == ["1.50", "-.250"]
+    assert (lines[at + 1].split(), lines[at + 2].split()) == (["0.7-12"] * 4, ["-70..60"] * 4)
+
+
 def test_of_many_clients_mean_and_worst_alone_have_intervals_and_that_is_said():
     lines = shown_at_the_end(summarise(with_intervals(make_events([f"c{i}" for i in range(60)])), BASE, "cd"), 80)
     assert len([line for line in lines if re.fullmatch(r"( +\d+-\d+)+ *", line)]) == 2
