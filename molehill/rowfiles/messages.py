@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from molehill.errors import DataError
-from molehill.rowfiles.values import text_of
+from molehill.rowfiles.values import require_text, text_of
 
 Message = dict[str, Any]
 
@@ -48,7 +48,7 @@ def messages_of(value: Any, name: str, where: str) -> list[Message]:
     Raises:
         DataError: It is no list of messages, or something in it is unknown or has no place.
     """
-    value = as_list(value)
+    value = as_list(value, name, where)
     if not isinstance(value, list) or not value:
         raise DataError(f"{name!r} must be a list of messages", where=where, mend=_MEND)
     turns: list[Message] = []
@@ -127,10 +127,9 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
         DataError: It is no list of functions.
     """
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise DataError("'tools' is no JSON", where=where, mend="Write a list of functions.") from None
+        value = _json(value, "tools", where)
+        if value is None:
+            raise DataError("'tools' is no JSON", where=where, mend="Write a list of functions.")
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
@@ -138,15 +137,34 @@ def tools_of(value: Any, where: str) -> list[Any] | None:
     return value
 
 
-def as_list(value: Any) -> Any:
-    """A list that is written as JSON; any other value as it is."""
+def as_list(value: Any, name: str, where: str) -> Any:
+    """A list that is written as JSON; any other value as it is.
+
+    Args:
+        value: Of a row.
+        name: Of its column.
+        where: Place of the row.
+
+    Raises:
+        DataError: A string in the list is no text.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    found = _json(value, name, where)
     return found if isinstance(found, list) else value
+
+
+def _json(text: str, name: str, where: str) -> Any:
+    """What JSON inside a row says, None where it is none; escapes in it may be of no text, as in a file."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    try:
+        require_text(found, name, where)
+    except RecursionError:
+        raise DataError(f"{name!r} is nested too deep", where=where, mend="Remove the row.") from None
+    return found
 
 
 def _filled(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,10 +188,7 @@ def _of_sharegpt(given: Mapping[str, Any], number: int, where: str) -> dict[str,
         return {"role": role, "content": given.get("value"), **rest}
     calls = given.get("value")
     if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except (ValueError, RecursionError):
-            calls = None
+        calls = _json(calls, f"value of message {number}", where)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
         what = f"message {number} is from {speaker!r}, and its value is no call of a function"
@@ -242,6 +257,10 @@ def _is_calls(value: Any, role: str, name: str, where: str) -> None:
         raise DataError(f"{name} is of the role {role!r}", where=where, mend="Only an assistant calls tools.")
     if not isinstance(value, list) or not all(isinstance(call, Mapping) for call in value):
         raise DataError(f"{name} must be a list of calls", where=where, mend="Write them as OpenAI does.")
+    for call in value:
+        inner = call.get("function")
+        if isinstance(inner, Mapping) and isinstance(inner.get("arguments"), str):
+            _json(inner["arguments"], f"arguments in {name}", where)  # which a template may write as what it says
 
 
 def _is_name(value: Any, role: str, name: str, where: str) -> None:

@@ -131,7 +131,7 @@ def form_of(row: Mapping[str, Any], reading: Reading, where: str, *, answered: b
         return {"messages": until_answer(turns, where) if answered else turns, TOOLS: tools}
     question, answer = (row.get(name) for name in reading.columns)
     asks, says = reading.columns
-    if asks == "prompt" and any(isinstance(as_list(value), list) for value in (question, answer)):
+    if asks == "prompt" and any(isinstance(as_list(row.get(name), name, where), list) for name in reading.columns):
         turns = _prompted(question, where) + _completed(answer, where, answered=answered)
         return {"messages": until_answer(turns, where) if answered else turns, TOOLS: tools}
     about = row.get("input") if "input" in reading.more else None
@@ -187,7 +187,7 @@ def _halves(reading: Reading, columns: Collection[str]) -> tuple[str, str]:
 
 
 def _prompted(value: Any, where: str) -> list[Message]:
-    value = as_list(value)
+    value = as_list(value, "prompt", where)
     if not isinstance(value, list):
         return [{"role": "user", "content": text_of(value, "prompt", where)}]
     turns = messages_of(value, "prompt", where)
@@ -198,7 +198,7 @@ def _prompted(value: Any, where: str) -> list[Message]:
 
 
 def _completed(value: Any, where: str, *, answered: bool) -> list[Message]:
-    value = as_list(value)
+    value = as_list(value, "completion", where)
     if isinstance(value, list):
         return messages_of(value, "completion", where)
     if not answered and value in {None, ""}:

@@ -83,6 +83,24 @@ def test_lists_of_tables_are_json():
 
 
 @pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "'messages' has half a character"),
+        ({"messages": [ASKED, SAID], "tools": '[{"name": "\\ud800"}]'}, "'tools' has half a character"),
+        ({"conversations": [{"from": "tool_call", "value": '{"name": "\\ud800"}'}]}, "'value of message 1' has half"),
+        (
+            {"messages": [ASKED, {**CALLED, "tool_calls": [{"function": {"arguments": '{"a": "\\ud800"}'}}]}]},
+            "arguments in 'tool_calls' of message 2",
+        ),
+        ({"messages": "[" * 100_000}, "must be a list of messages"),
+    ],
+)
+def test_json_inside_a_row_is_text_too(row, what):
+    with pytest.raises(DataError, match=what):
+        turns(row)
+
+
+@pytest.mark.parametrize(
     ("row", "form"),
     [
         ({"text": "t", "prompt": None}, {"text": "t"}),
