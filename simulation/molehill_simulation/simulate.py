@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from molehill import files
-from molehill.config import Config, Engine
+from molehill.config import Config, Engine, load
 from molehill.errors import ConfigError, ResumeError
 from molehill.extras import needs
 from molehill.tasks.lengths import Lengths, together
@@ -31,8 +31,8 @@ IMPORTABLE = "molehill_simulation.world:app"
 
 
 def simulate(
-    config: Config,
-    out: Path,
+    config: Config | Path | str,
+    out: Path | str,
     *,
     engine: Literal["local", "ray"] = "local",
     observer: Observer | None = None,
@@ -40,7 +40,7 @@ def simulate(
     """Run a federation and write the run folder: adapter, summary and report.
 
     Args:
-        config: The run.
+        config: The run, or the TOML file that says it.
         out: Run folder; a run that is there goes on from its last committed round.
         engine: In this process, or Flower's Ray engine.
         observer: Called with every event.
@@ -54,6 +54,7 @@ def simulate(
     if engine == "ray":
         with needs("ray"):
             import_module("ray")
+    config, out = config if isinstance(config, Config) else load(config), Path(out)
     require(config)
     with files.private(), files.told("the run", out), working(out), ExitStack() as stack:
         workers = sure_workers(config) if engine == "local" else 1

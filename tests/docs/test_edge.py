@@ -25,7 +25,12 @@ from molehill.config import load
 
 ROOT = Path(__file__).parents[2]
 README, PAGE, AFTER = "README.md", "docs/how-to/edge.md", "docs/how-to/after-training.md"
+TUTORIAL = "docs/tutorial.md"
 FENCE = re.compile(r"^```(sh|python) (owner|device)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^```csv (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # a page says to write it
+TALK = re.compile(r"^```text chat\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # what is typed in a chat follows the prompt
+SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+QUICK = ("run.rounds=1", "train.steps=1", "base.device=cpu", "base.precision=fp32", "engine.workers=1", "molora.rank=2")
 INSTALL = 'python3 -m venv device && device/bin/pip install -c constraints.txt ".[edge]"'
 MORE = 'device/bin/pip install -c constraints.txt ".[serve]"'
 ELSEWHERE = ("torch", "transformers", "peft", "flwr", "grpc", "onnx", "onnxscript", "onnxruntime_genai", "datasets")
@@ -95,6 +100,7 @@ class Desk:
         self._devices = runs
         self._ports = dict(zip(("8080", "8000"), map(str, free_ports(2)), strict=True))
         self._servers = []
+        self._talk = []
         owner = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         self._environments = {"owner": owner, "device": device_venv.environment(folder / "home")}
 
@@ -104,7 +110,10 @@ class Desk:
         if line.endswith("&"):
             return self._serve(who, shlex.split(line)[:-1])
         if who == "owner" and line.startswith("molehill "):  # here, where torch is loaded already
-            done = CliRunner().invoke(app, shlex.split(line)[1:])
+            words = shlex.split(line)[1:]
+            if words[0] in {"check", "simulate"}:  # smaller than the page has it
+                words += [word for each in QUICK for word in ("--set", each)]
+            done = CliRunner().invoke(app, words, input="\n".join(self._talk) if words[0] == "chat" else None)
             assert done.exit_code == 0, f"{line}\n{done.output}"
             return done.output
         return self.run(who, ["bash", "-c", line])
@@ -118,10 +127,10 @@ class Desk:
         return done.stdout
 
     def _here(self, text):
-        """The same with ports that are free."""
+        """The same with ports that are free, and a base that is here."""
         for theirs, ours in self._ports.items():
             text = text.replace(theirs, ours)
-        return text
+        return text.replace(SMOL, str(self._devices / "llama"))
 
     def install(self, extra):
         """Give the device what an extra brings."""
@@ -130,7 +139,10 @@ class Desk:
 
     def play(self, page):
         """Do all that a page says; returns what each line and each program said, in order."""
-        said = []
+        said, whole = [], (ROOT / page).read_text(encoding="utf-8")
+        for name, text in FILE.findall(whole):
+            (self.folder / name).write_text(text, encoding="utf-8")
+        self._talk = re.findall(r"^> (.+)$", "".join(TALK.findall(whole)), re.MULTILINE)
         for kind, who, text in blocks(page):
             if kind == "python":
                 python = "device/bin/python" if who == "device" else sys.executable
@@ -141,7 +153,7 @@ class Desk:
                     self.install("edge" if line == INSTALL else "serve")
                 elif " edge site " in line and page_libraries.lacking():
                     said.append((line, ""))
-                elif not line.startswith(". "):  # the environment of the tests is active already
+                elif line != "make demo" and not line.startswith(". "):  # both were made already
                     said.append((line, self.type(who, line)))
         return said
 
@@ -256,6 +268,28 @@ def test_what_was_trained_is_asked_as_typed(desk):
     assert "self_contrast" in shown["molehill methods decoding"]
     (talk,) = (text for line, text in said if line.startswith("printf "))
     assert "router" in talk
+
+
+@pytest.mark.slow
+def test_the_first_hour_is_as_typed(desk):
+    said = desk.play(TUTORIAL)
+    shown = dict(said)
+    labels = [text.split()[0] for line, text in said if "generate runs/demo" in line and "--json" not in line]
+    assert len(labels) == 5
+    assert set(labels) <= tiny_world.LABELS.keys()
+    (found,) = (json.loads(text) for line, text in said if line.endswith("--json"))
+    assert len(found["predictions"]) == 2
+    (started,) = (text for line, text in said if line.startswith("molehill init "))
+    assert started in (ROOT / TUTORIAL).read_text(encoding="utf-8")
+    (talk,) = (text for line, text in said if line.startswith("molehill chat "))
+    assert "router" in talk
+    privacy = (desk.folder / "runs/faq/card/privacy.md").read_text(encoding="utf-8")
+    assert "| north | 1 | 1 | 1 | 0 | 0 |" in privacy
+    assert "exact match" in (desk.folder / "runs/faq/report.html").read_text(encoding="utf-8")
+    (python,) = (text for line, text in said if "molehill.methods" in line)
+    assert python.splitlines()[0].split()[0] in tiny_world.LABELS
+    assert "'top_k'" in python.splitlines()[-1]
+    assert shown["molehill card runs/demo"] in (ROOT / TUTORIAL).read_text(encoding="utf-8")
 
 
 def test_messages_of_the_page_are_those_of_the_code():

@@ -62,6 +62,8 @@ def test_every_block_is_of_a_kind_that_is_run():
         "json rows",
         "measured",  # what a benchmark printed
         "python signature",  # written by scripts/docs.py
+        *("text", "text chat"),  # what was seen; what is typed in a chat is typed in test_edge
+        *("csv texts.csv", "csv faq.csv"),  # files that a page says to write
         *("csharp", "java", "swift"),  # for devices without Python; the page says that they were not compiled
     }
 

@@ -28,7 +28,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     tiny_world.save_base(folder / "bert", "bert")
     tiny_world.write_rows(folder / "rows.jsonl", tiny_world.rows(30))
-    simulate(tiny_world.config(folder / "bert", folder / "rows.jsonl"), folder / "plain")
+    settings = tiny_world.config(folder / "bert", folder / "rows.jsonl")
+    (folder / "plain.toml").write_text(settings.to_toml(), encoding="utf-8")
+    simulate(str(folder / "plain.toml"), str(folder / "plain"))  # as people call it from Python
     return folder
 
 

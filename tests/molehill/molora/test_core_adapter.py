@@ -16,6 +16,7 @@ from tiny_models import ARCHITECTURES, adapted, base, batch, shake
 from molehill import config, registry
 from molehill.errors import AdapterError
 from molehill.molora.adapter import Manifest, load_adapter, read_manifest, read_peft, save_adapter
+from molehill.molora.peft_folder import write_peft
 
 PRESETS = [method.name for method in registry.methods("preset")]
 DIGEST = "d" * 64
@@ -125,6 +126,23 @@ def test_any_peft_lora_can_come_in(tmp_path, architecture, rslora):
             seen.add(A.shape[0])
     assert seen == {2, 4}
     assert len(factors) == len(adapted(architecture).sites)
+
+
+def test_readers_without_patterns_find_the_same_adapter(tmp_path):
+    """Such as versions of vLLM: the largest rank is r, and the scale is 1 at every linear."""
+    rng = np.random.default_rng(0)
+    wanted = {f"layers.{rank}.q_proj": (rng.normal(size=(rank, 5)), rng.normal(size=(6, rank))) for rank in (2, 4)}
+    expert = {name: {"A": A.astype(np.float32), "B": B.astype(np.float32)} for name, (A, B) in wanted.items()}
+    write_peft(tmp_path, "LORA", expert, ("org/base", None), task="CAUSAL_LM", conv=False)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert (said["r"], said["lora_alpha"], said["bias"]) == (4, 4, "none")
+    assert said["alpha_pattern"] == said["rank_pattern"] == {r"layers\.2\.q_proj": 2}
+    assert not {"use_rslora", "use_dora", "modules_to_save"} & said.keys()
+    for name, (A, B) in wanted.items():
+        found = [tensors.pop(f"base_model.model.{name}.lora_{part}.weight") for part in "BA"]
+        np.testing.assert_allclose(found[0] @ found[1], B @ A, rtol=1e-5, atol=1e-6)
+    assert not tensors
 
 
 def test_an_adapter_stored_in_bf16_can_come_in(tmp_path):
