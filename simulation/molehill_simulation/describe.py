@@ -29,6 +29,7 @@ from molehill_simulation import experts
 from molehill_simulation.census import ClientFacts, census, lacking
 from molehill_simulation.data import ClientRows, deal, names_of
 from molehill_simulation.engine import machine_of
+from molehill_simulation.memory import Memory, memory
 from molehill_simulation.text import clean, megabytes
 from molehill_simulation.traffic import Traffic, traffic
 
@@ -43,6 +44,7 @@ class Description:
         clients: What every client has; empty where the rows are not on this machine.
         parameters: How many numbers a client trains and keeps; None where the base is not on this machine.
         traffic: How many bytes the run sends; None where the base is not on this machine, and of what cannot run.
+        memory: What it takes; None where base or rows are not on this machine, and of what cannot run.
     """
 
     plan: list[tuple[str, str]] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Description:
     clients: list[ClientFacts] = field(default_factory=list)
     parameters: Parameters | None = None
     traffic: Traffic | None = None
+    memory: Memory | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON document."""
@@ -58,6 +61,8 @@ class Description:
             found["parameters"] = self.parameters._asdict()
         if self.traffic is not None:
             found["bytes"] = self.traffic.as_dict()
+        if self.memory is not None:
+            found["memory"] = self.memory.as_dict()
         return found
 
 
@@ -111,54 +116,100 @@ def describe(config: Config, *, sound: bool = True) -> Description:
         ModelError: The base cannot be loaded, or the targets do not fit it.
         ConfigError: The parts of the adapter do not fit each other.
     """
-    found = Description()
-    owners = None
-    about: list[tuple[str, str]] = []
+    seen = _look(config)
+    config, adapted = seen.config, seen.adapted
+    found = Description(clients=census(seen.owners or (), config.task, seen.examples))
+    found.plan = _plan(config, adapted, seen.owners, _of_rows(seen, found.clients))
+    if adapted is not None:
+        _describe_model(found, config, adapted)
+    machine = None
+    if adapted is not None and seen.examples is not None:
+        found.warnings += _unasked(config, seen.examples)
+        machine = machine_of(config, adapted.model, adapted.kernels, _lengths(seen.examples), len(seen.examples))
+        company = f"{counted(machine.together, 'client')} in the same passes"
+        found.plan.append(("engine", f"{counted(machine.workers, 'process')}, at most {company} ({machine.why})"))
+    if adapted is not None and sound:
+        _describe_traffic(found, config, adapted)
+        if machine is not None:
+            found.memory = memory(config, adapted, machine, seen.to_train)
+            found.plan += found.memory.words
+            if found.memory.short:
+                found.warnings.append("engine.workers: a run takes more memory than this machine has")
+    found.warnings += _unseen(config, base=adapted is not None, rows=seen.owners is not None)
+    return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What of a run is on this machine; None what is not.
+
+    Attributes:
+        config: The run, with the task's labels where they are known.
+        rows: All rows.
+        owners: The same, dealt.
+        adapted: The base with its adapter.
+        examples: The rows of every owner encoded, to train on and held out.
+    """
+
+    config: Config
+    rows: Rows | None
+    owners: list[ClientRows] | None
+    adapted: Adapted | None
+    examples: list[tuple[Examples, Examples]] | None
+
+    @property
+    def to_train(self) -> list[tuple[str, Examples]]:
+        """Names of the owners with their encoded training rows; empty where there are none."""
+        both = zip(self.owners or (), self.examples or (), strict=False)
+        return [(owner.name, train) for owner, (train, _) in both]
+
+
+def _look(config: Config) -> _Seen:
+    rows = owners = adapted = examples = None
     if is_local(config.data.source):
         rows, task = load_rows(config.data, config.task)
         owners = deal(config.data, rows, config.run.seed)
         config = config.model_copy(update={"task": task})
-        about = _about(rows, config)
-        names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(owners).items()]
-        about += [("names", "; ".join(names))] if names else []
-    adapted = examples = None
     if is_here(config.base):
         adapted = open_model(config, offline=True)
-    if owners is not None:
-        if adapted is not None:
+        if owners is not None:
             examples = [(adapted.task.encode(owner.train), adapted.task.encode(owner.test)) for owner in owners]
-        found.clients = census(owners, config.task, examples)
-        absent = lacking(found.clients)
-        about += [("lacking", f"{absent} have no row")] if absent else []
-    if examples is not None:
-        about += _in_words(_lengths(examples))
-        found.warnings += _unasked(config, examples)
-    found.plan = _plan(config, adapted, owners, about)
-    if adapted is not None:
-        model = adapted.model
-        found.parameters = Parameters.of(config, model.layout)
-        head = ", head apart" if kind_of(config.task).missing(config.task) else ""
-        at = [label for label, _ in found.plan].index("experts") + 1
-        found.plan.insert(at, ("parameters", f"{found.parameters.words}{head}"))
-        if examples is not None:
-            engine = machine_of(config, model, adapted.kernels, _lengths(examples), len(examples))
-            company = f"{counted(engine.together, 'client')} in the same passes"
-            found.plan.append(("engine", f"{counted(engine.workers, 'process')}, at most {company} ({engine.why})"))
-        if sound:
-            named = [(owner.name, len(owner.train)) for owner in owners or ()]
-            found.traffic = traffic(config, model, adapted.base.digest, named)
-            found.plan += found.traffic.words
-            if found.traffic.largest > config.wire.max_bytes:
-                large = (
-                    f"{megabytes(found.traffic.largest)} are sent at once, more than {config.wire.max_bytes:,} bytes"
-                )
-                found.warnings.append(f"wire.max_bytes: {large}; the run would stop")
-        found.warnings += [f"molora.targets: {remark}" for remark in model.remarks]
-        settings: Any = model.base.config
-        known = remark_of(settings.get_text_config(), writes=kind_of(config.task).writes)
-        found.warnings += [f"base.model: {known}"] if known else []
-    found.warnings += _unseen(config, base=adapted is not None, rows=owners is not None)
-    return found
+    return _Seen(config, rows, owners, adapted, examples)
+
+
+def _of_rows(seen: _Seen, clients: Sequence[ClientFacts]) -> list[tuple[str, str]]:
+    """Facts about the rows that are here."""
+    if seen.rows is None or seen.owners is None:
+        return []
+    about = _about(seen.rows, seen.config)
+    names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(seen.owners).items()]
+    about += [("names", "; ".join(names))] if names else []
+    absent = lacking(clients)
+    about += [("lacking", f"{absent} have no row")] if absent else []
+    return about + ([] if seen.examples is None else _in_words(_lengths(seen.examples)))
+
+
+def _describe_model(found: Description, config: Config, adapted: Adapted) -> None:
+    """What is trained, and what of the base is worth knowing."""
+    model = adapted.model
+    found.parameters = Parameters.of(config, model.layout)
+    head = ", head apart" if kind_of(config.task).missing(config.task) else ""
+    at = [label for label, _ in found.plan].index("experts") + 1
+    found.plan.insert(at, ("parameters", f"{found.parameters.words}{head}"))
+    found.warnings += [f"molora.targets: {remark}" for remark in model.remarks]
+    settings: Any = model.base.config
+    known = remark_of(settings.get_text_config(), writes=kind_of(config.task).writes)
+    found.warnings += [f"base.model: {known}"] if known else []
+
+
+def _describe_traffic(found: Description, config: Config, adapted: Adapted) -> None:
+    """What is sent."""
+    named = [(client.client, client.rows) for client in found.clients]
+    found.traffic = traffic(config, adapted.model, adapted.base.digest, named)
+    found.plan += found.traffic.words
+    if found.traffic.largest > config.wire.max_bytes:
+        large = f"{megabytes(found.traffic.largest)} are sent at once, more than {config.wire.max_bytes:,} bytes"
+        found.warnings.append(f"wire.max_bytes: {large}; the run would stop")
 
 
 def _plan(

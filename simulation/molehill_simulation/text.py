@@ -41,6 +41,13 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
+def storage(count: float) -> str:
+    """Bytes of memory, no finer than they are known, for example ``310 MB`` or ``2.4 GB``."""
+    if count < 1e7:
+        return megabytes(count)
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
 def moment(seconds: float) -> str:
     """A time of day such as ``2026-11-30 19:12``, in UTC.
 

@@ -80,7 +80,9 @@ def test_check_of_a_local_base_counts_parameters_and_finds_wrong_targets(tmp_pat
     path = tmp_path / "run.toml"
     counts = []
     for rank in (2, 4):
-        path.write_text(f'[molora]\ntargets = ["query"]\nexperts = 2\nrank = {rank}\n')
+        path.write_text(
+            f'[data]\nrows = 20\ntest_rows = 20\n[molora]\ntargets = ["query"]\nexperts = 2\nrank = {rank}\n'
+        )
         counts.append(int(re.search(r"([\d,]+) trained per client", run("check", path).stdout)[1].replace(",", "")))
     assert counts[1] - counts[0] == 6 * 2 * 2 * (384 + 384)  # layers, experts, ranks, sizes
     path.write_text('[molora]\ntargets = ["qeury"]\n')
