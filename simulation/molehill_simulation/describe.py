@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any, NamedTuple, Self
 
 from molehill.config import Config, MethodRef, MoLoRA
+from molehill.errors import ConfigError
 from molehill.molora.model import MoLoRAModel
 from molehill.plan import scope_of
 from molehill.secure.company import needed
@@ -30,6 +31,8 @@ from molehill_simulation.census import ClientFacts, census, lacking
 from molehill_simulation.data import ClientRows, deal, names_of
 from molehill_simulation.engine import machine_of
 from molehill_simulation.memory import Memory, memory
+from molehill_simulation.probe import Estimate, estimate
+from molehill_simulation.summary import Machine
 from molehill_simulation.text import clean, megabytes
 from molehill_simulation.traffic import Traffic, traffic
 
@@ -45,6 +48,7 @@ class Description:
         parameters: How many numbers a client trains and keeps; None where the base is not on this machine.
         traffic: How many bytes the run sends; None where the base is not on this machine, and of what cannot run.
         memory: What it takes; None where base or rows are not on this machine, and of what cannot run.
+        time: How long it takes; None as well where nobody asked.
     """
 
     plan: list[tuple[str, str]] = field(default_factory=list)
@@ -53,6 +57,7 @@ class Description:
     parameters: Parameters | None = None
     traffic: Traffic | None = None
     memory: Memory | None = None
+    time: Estimate | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON document."""
@@ -63,6 +68,8 @@ class Description:
             found["bytes"] = self.traffic.as_dict()
         if self.memory is not None:
             found["memory"] = self.memory.as_dict()
+        if self.time is not None:
+            found["time"] = self.time.as_dict()
         return found
 
 
@@ -101,7 +108,7 @@ class Parameters(NamedTuple):
         return ", ".join(parts)
 
 
-def describe(config: Config, *, sound: bool = True) -> Description:
+def describe(config: Config, *, sound: bool = True, probe: int = 0) -> Description:
     """The plan of a run.
 
     A base model that is on this machine is loaded and wrapped, which finds targets that match nothing and counts
@@ -110,13 +117,18 @@ def describe(config: Config, *, sound: bool = True) -> Description:
     Args:
         config: A configuration.
         sound: Whether it could run; of what could not, less is worked out.
+        probe: Steps that are trained to tell how long it takes; 0 for none.
 
     Raises:
         DataError: The rows cannot be read or dealt.
         ModelError: The base cannot be loaded, or the targets do not fit it.
-        ConfigError: The parts of the adapter do not fit each other.
+        ConfigError: The parts of the adapter do not fit each other, or steps are to be trained without base or rows.
+        TrainingError: They cannot be trained.
     """
     seen = _look(config)
+    if probe and sound and seen.examples is None:
+        what = "steps can be trained only where base and rows are, and one of them is not on this machine"
+        raise ConfigError(what, where="--probe", mend="Leave it out, or fetch them first.")
     config, adapted = seen.config, seen.adapted
     found = Description(clients=census(seen.owners or (), config.task, seen.examples))
     found.plan = _plan(config, adapted, seen.owners, _of_rows(seen, found.clients))
@@ -131,10 +143,11 @@ def describe(config: Config, *, sound: bool = True) -> Description:
     if adapted is not None and sound:
         _describe_traffic(found, config, adapted)
         if machine is not None:
-            found.memory = memory(config, adapted, machine, seen.to_train)
-            found.plan += found.memory.words
-            if found.memory.short:
-                found.warnings.append("engine.workers: a run takes more memory than this machine has")
+            _describe_machine(found, seen, adapted, machine, probe)
+    unseen = ["other machines and the network between them"]
+    if found.time is None:
+        unseen.append("time (--probe 3 trains some steps)")
+    found.plan.append(("not looked at", ", ".join(unseen)))
     found.warnings += _unseen(config, base=adapted is not None, rows=seen.owners is not None)
     return found
 
@@ -210,6 +223,19 @@ def _describe_traffic(found: Description, config: Config, adapted: Adapted) -> N
     if found.traffic.largest > config.wire.max_bytes:
         large = f"{megabytes(found.traffic.largest)} are sent at once, more than {config.wire.max_bytes:,} bytes"
         found.warnings.append(f"wire.max_bytes: {large}; the run would stop")
+
+
+def _describe_machine(found: Description, seen: _Seen, adapted: Adapted, machine: Machine, probe: int) -> None:
+    """What a run takes of this machine."""
+    config, to_train = seen.config, seen.to_train
+    found.memory = memory(config, adapted, machine, to_train)
+    found.plan += found.memory.words
+    if found.memory.short:
+        found.warnings.append("engine.workers: a run takes more memory than this machine has")
+    if probe:
+        held_out = [len(test) for _, test in seen.examples or ()]
+        found.time = estimate(config, adapted, machine, to_train, held_out, probe)
+        found.plan += found.time.words
 
 
 def _plan(

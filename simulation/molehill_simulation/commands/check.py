@@ -19,7 +19,12 @@ __all__ = ["EXTRA", "check"]
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="TOML file.")], overrides: Overrides = None, as_json: Json = False
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+    overrides: Overrides = None,
+    probe: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Train so many steps to tell how long a run takes.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Print what a configuration comes to, and refuse what cannot work."""
     with explained(as_json):
@@ -33,7 +38,7 @@ def check(
         resolved = load(config, tuple(overrides or ()))
         conflicts = find_conflicts(resolved)
         refused = [conflict for conflict in conflicts if conflict.verdict == "refuse"]
-        found = describe(resolved, sound=not refused)
+        found = describe(resolved, sound=not refused, probe=probe or 0)
         warnings = [*found.warnings]
         warnings += [f"{' with '.join(each.keys)}: {each.why}" for each in conflicts if each not in refused]
         if as_json and not refused:
