@@ -102,7 +102,8 @@ def _about_rows(world: World) -> dict[str, Any]:
             counts.update(class_counts(rows, world.config.task))
     lengths = _lengths(world)
     names = names_of(world.owners)
-    return {"classes": dict(counts), "names": names, "lengths": lengths.quantiles, "cut": lengths.loss}
+    told = {"lengths": lengths.quantiles, "cut": lengths.loss, "enough": lengths.enough}
+    return {"classes": dict(counts), "names": names, **told}
 
 
 def _lengths(world: World) -> Lengths:

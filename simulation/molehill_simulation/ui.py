@@ -130,6 +130,8 @@ class RunView:
         self._line(f"tokens of a row: {event['lengths']}")
         if event["cut"]:
             self._line(event["cut"], "yellow")
+        if event["enough"]:
+            self._line(event["enough"], "yellow")
 
     def _start(self, event: Event) -> None:
         self._rounds, self._done = event["rounds"], event.get("round", 0)

@@ -66,7 +66,9 @@ def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
         "names": {},
         "lengths": facts["tokens"][10:],
         "cut": facts["cut"],
+        "enough": facts["enough"],
     }
+    assert re.fullmatch(r"task\.max_length = (\d+ keeps 95% of them whole, )?\d+ keeps all", facts["enough"])
     assert (sum(c.cut for c in summary.clients), sum(c.lost for c in summary.clients)) == (cut, lost)
     assert sum(client.n_train + client.n_test for client in summary.clients) == 60 - lost
     assert sum(client.unlearnt for client in summary.clients) == 1
@@ -86,6 +88,7 @@ def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"tokens of a row: {facts['tokens'][10:]}" in shown
     assert facts["cut"] in shown
+    assert facts["enough"] in shown
     assert sentence in shown
 
 

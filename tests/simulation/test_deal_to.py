@@ -9,6 +9,7 @@ import tiny_world
 
 from molehill.config import parse
 from molehill.errors import DataError
+from molehill.tasks.conversations import columns_read
 from molehill.tasks.schema import load_rows
 from molehill_simulation.data import deal, deal_to
 
@@ -37,6 +38,29 @@ def test_the_files_hold_what_the_owners_of_a_simulation_have(config, tmp_path):
             assert load_rows(here, config.task)[0].columns == rows.columns
             first = json.loads((folder / name).read_text().splitlines()[0])
             assert set(first) == {"review", "stars", "domain", "who", "n"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (lambda n: {"talk": [{"from": "human", "value": f"w{n}"}, {"from": "gpt", "value": "a"}], "tools": "[]"},
+         {"conversations": "talk"}),
+        (lambda n: {"prompt": [{"role": "user", "content": f"w{n}"}], "completion": "a", "messages": "theirs"},
+         {"prompt": "prompt"}),
+        (lambda n: {"story": f"w{n}", "prompt": "theirs"}, {"text": "story"}),
+    ],
+)  # fmt: skip
+def test_rows_of_a_causal_lm_are_read_again_as_they_were_meant(tmp_path, row, columns):
+    source = tiny_world.write_rows(tmp_path / "all.jsonl", [row(n) for n in range(12)])
+    data = {"source": str(source), "clients": 2, "columns": columns, "partition": "iid"}
+    config = parse({"data": data, "task": {"kind": "causal-lm"}})
+    for folder, owner in zip(
+        (tmp_path / "a", tmp_path / "b"), deal_to(config, [tmp_path / "a", tmp_path / "b"]), strict=True
+    ):
+        here = config.data.model_copy(update={"source": str(folder / "train.jsonl")})
+        again = load_rows(here, config.task)[0]
+        assert again.columns == owner.train.columns
+        assert columns_read(again.columns)[0] in columns
 
 
 def test_nothing_is_overwritten(config, tmp_path):

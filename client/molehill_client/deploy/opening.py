@@ -97,7 +97,8 @@ def open_run(
         client = Client(bench, post.name, *encoded, store, signer=Signer(identity), consent=consent)
         undo.pop_all()
     lengths = client.lengths
-    told = ". ".join(filter(None, (lengths.loss, f"Tokens of the {len(lengths.tokens)} rows: {lengths.quantiles}")))
+    of_rows = f"Tokens of the {len(lengths.tokens)} rows: {lengths.quantiles}"
+    told = ". ".join(filter(None, (lengths.loss, of_rows, lengths.enough)))
     _log.info("%s", told)
     _log.info("Computed in %s: %s", computed.precision, computed.why)
     facts = {
