@@ -24,7 +24,7 @@ def test_a_private_run_spends_its_budget_and_says_so(finished, config):
     assert f"epsilon {reports[-1]['epsilon']:.3g} at delta 1e-05; signal to noise" in page
     assert ("privacy", "epsilon 6 at delta 1e-05, changes clipped to 0.05, noise 3") in describe(
         config(privacy=PRIVATE, **FFA)
-    )
+    ).plan
     plain, folder = finished("plain", **FFA)
     noisy, quiet = (load_tree(at / "final.safetensors")[0].flat for at in (out, folder))
     assert 0.01 < np.abs(noisy - quiet).max() < 10
@@ -44,7 +44,7 @@ def test_a_private_run_whose_clients_are_drawn(finished, config):
     sections = {"privacy": {**PRIVATE, "epsilon": 4.0}, "run": {"rounds": 4}, "evaluate": {"baselines": False}}
     assert ("spends", "epsilon 0.914 in 4 rounds; each client is drawn with probability 0.3") in describe(
         config(**sections, **drawn)
-    )
+    ).plan
     _, out = finished("drawn", **sections, **drawn)
     rounds = events(out, "round")
     assert len(rounds) == 4

@@ -47,7 +47,7 @@ def test_rows_that_are_cut_are_counted_everywhere(base, tmp_path, capsys):
     rows[1]["messages"][1]["content"] = "so very good"
     rows[1]["messages"] += rows[2]["messages"]
     run = config(base, tiny_world.write_rows(tmp_path / "rows.jsonl", rows), max_length=12)
-    facts = dict(describe(run))
+    facts = dict(describe(run).plan)
     assert re.fullmatch(
         r"of a row: half have up to \d+ tokens, 90% up to \d+, 99% up to \d+, the longest \d+", facts["tokens"]
     )
@@ -116,7 +116,7 @@ def test_owners_keep_their_names(tmp_path, caplog):
     )  # fmt: skip
     ours = {"Klinik-S\u00fcd", *owners[1:]}
     out = tmp_path / "run"
-    assert dict(describe(run))["names"] == "Klinik-S\u00fcd is 'Klinik S\u00fcd'"
+    assert dict(describe(run).plan)["names"] == "Klinik-S\u00fcd is 'Klinik S\u00fcd'"
     summary = simulate(run, out)
     assert (
         {client.id for client in summary.clients}
