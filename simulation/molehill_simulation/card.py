@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from molehill import __version__, config, files
 from molehill.errors import ConfigError, DataError, ResumeError
-from molehill.evidence import KINDS
+from molehill.evidence import KINDS, Moment
 from molehill.molora.adapter import Manifest, read_manifest
 from molehill.tasks.kind import kind_of
 from molehill.tasks.measures import Measure
@@ -31,6 +31,7 @@ from molehill_simulation.text import clean, megabytes, natural
 
 MODEL, DATA, PRIVACY = "README.md", "data-card.md", "privacy.md"
 _MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~])")
+_WHEN: dict[Moment, str] = {"run": "In the run", "evaluate": "At the end", "train.baseline": "At the end"}
 _EXPERTS = "experts, small matrices beside the base model"  # whatever kind they are
 _WHAT = {  # a kind of tensor in words
     "gate": "routers, which choose among the experts",
@@ -332,7 +333,7 @@ def _left(run: _Run) -> list[str]:
     ]
     if masked:
         lines.append("- Public keys, and encrypted shares of the secrets that masks are made of.")
-    return [*lines, *(f"- {kind.meaning}." for kind in KINDS if kind.asked(run.config))]
+    return [*lines, *(f"- {_WHEN[kind.moment]}: {kind.meaning}." for kind in KINDS if kind.asked(run.config))]
 
 
 def _by_round(run: _Run) -> list[str]:

@@ -260,7 +260,7 @@ def _plan(
         *about,
         ("experts", f"{_experts(molora, model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
-        ("personal", f"gate {config.personal.gate}, head {config.personal.head}"),
+        ("personal", _personal(config, plain=plain)),
         ("training", f"{counted(train.steps, 'step')} of {counted(batch, 'row')}, lr {train.lr:g}"),
         ("federation", f"{_show(federation.policy)}: {_merge(config)}"),
         ("wire", f"{_show(config.wire.up)} up, {_show(config.wire.down)} down"),
@@ -273,6 +273,12 @@ def _plan(
     if privacy.secure_aggregation:
         rows.append(("masked", f"the server sees sums only, of {needed(config)} clients or more"))
     return rows
+
+
+def _personal(config: Config, *, plain: bool) -> str:
+    """What every client has of its own, of what there is."""
+    has = {"gate": not plain, "head": kind_of(config.task).head is not None}
+    return ", ".join(f"{part} {getattr(config.personal, part)}" for part, there in has.items() if there) or "nothing"
 
 
 def _unseen(config: Config, *, base: bool, rows: bool) -> list[str]:
@@ -311,7 +317,8 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     ours = kind_of(config.task).reads(rows.columns)
     read = {*columns_of(config.data, config.task, rows.columns), GROUP, STRATUM, TASK, *ours}
     read |= {str(value) for key, value in config.data.partition.params.items() if key == "column"}
-    about.append(("reads", " and ".join(repr(clean(config.data.columns.get(name, name), 40)) for name in ours)))
+    filled = [each for each in ours if each in rows.columns and any(value not in ("", None) for value in rows[each])]
+    about.append(("reads", " and ".join(repr(clean(config.data.columns.get(name, name), 40)) for name in filled)))
     unread = [name for name in rows.columns if name not in read]
     if unread:
         about.append(("unread", f"{', '.join(clean(name, 40) for name in unread)} (columns that nothing reads)"))

@@ -238,6 +238,7 @@ def test_conversations_and_texts_are_measured_and_what_they_lose_is_said(tmp_pat
         "talks": lambda n: {"conversations": [{"from": "human", "value": f"w{n}"}, {"from": "gpt", "value": "good"}]},
         "pairs": lambda n: {"prompt": f"w{n}", "completion": "good film " * 9},
         "texts": lambda n: {"text": "good film " * 9 + f"w{n}", "who": "me"},
+        "asked": lambda n: {"instruction": f"w{n}", "output": "good"},
     }.items():
         rows = [shape(n) for n in range(9)]
         config = tiny_world.config(
@@ -256,7 +257,9 @@ def test_conversations_and_texts_are_measured_and_what_they_lose_is_said(tmp_pat
     assert plans["texts"]["enough"] == "task.max_length = 20 keeps all"
     assert plans["texts"]["tokens"].startswith("of a row: half have up to 20 tokens")
     reads = {"talks": "'conversations'", "pairs": "'prompt' and 'completion'", "texts": "'text'"}
+    reads["asked"] = "'instruction' and 'output'"  # no input, which is filled in where it is missing
     assert {name: plan["reads"] for name, plan in plans.items()} == reads
+    assert plans["texts"]["personal"] == "gate anchored"  # there is no head
     assert plans["texts"]["unread"] == "who (columns that nothing reads)"
     silent = [name for name, each in told.items() if any("asks nothing" in warning for warning in each["warnings"])]
     assert silent == ["texts"]

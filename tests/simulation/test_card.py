@@ -108,7 +108,7 @@ def test_the_report_says_all_that_clients_tell(run):
     """Every kind of evidence that this run has them tell, and no other; of experts all factors are one."""
     text, settings = render(run)["privacy.md"], load(run / "config.toml")
     told = text.partition("## What left each machine\n")[2].partition("\n## ")[0]
-    assert [kind.name for kind in KINDS if f"- {kind.meaning}.\n" in told] == [
+    assert [kind.name for kind in KINDS if f": {kind.meaning}.\n" in told] == [
         kind.name for kind in KINDS if kind.asked(settings)
     ]
     trained = sum(value.size for value in load_tree(run / "final.safetensors")[0].values())
