@@ -23,6 +23,7 @@ class Lengths:
         unlearnt: Answers that are read and not learnt, since the chat template edits them once others follow.
         split: Rows that are longer and lose nothing, since they are learnt in pieces.
         pieces: How many pieces those are.
+        words: Words whose tags are neither learnt nor scored, since they are cut off or have no token.
     """
 
     tokens: tuple[int, ...]
@@ -31,6 +32,7 @@ class Lengths:
     unlearnt: int = 0
     split: int = 0
     pieces: int = 0
+    words: int = 0
 
     @property
     def cut(self) -> int:
@@ -66,7 +68,8 @@ class Lengths:
         long = f"{self.split} of {len(self.tokens)} rows are longer than task.max_length = {self.limit} and learnt in "
         parts = f"{long}{self.pieces} pieces" if self.split else ""
         lost = loss_in_words(self.cut, self.lost, len(self.tokens), self.unlearnt, self.limit)
-        return ". ".join(filter(None, (parts, lost)))
+        words = f"words that have no token left, so that their tags are neither learnt nor scored: {self.words}"
+        return ". ".join(filter(None, (parts, lost, words if self.words else "")))
 
 
 class Examples(list["Example"]):
@@ -89,7 +92,7 @@ def together(parts: Sequence[Lengths]) -> Lengths:
         parts: At least one.
     """
     tokens = tuple(n for part in parts for n in part.tokens)
-    counts = ((part.lost, part.unlearnt, part.split, part.pieces) for part in parts)
+    counts = ((part.lost, part.unlearnt, part.split, part.pieces, part.words) for part in parts)
     return Lengths(tokens, parts[0].limit, *map(sum, zip(*counts, strict=True)))
 
 

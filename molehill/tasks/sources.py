@@ -124,15 +124,22 @@ def _hub(name: str, split: str) -> Rows:
 
 
 def _dataset(table: Any, source: str) -> Rows:
-    """Rows of a `datasets.Dataset`; class labels become their names."""
+    """Rows of a `datasets.Dataset`; class labels, and those in lists, become their names."""
     stored = table.with_format("arrow")[:]  # as stored: images and sounds would be decoded, by libraries not here
     rows = Rows(*arrow.checked({name: stored.column(name) for name in table.column_names}, source), source)
-    named = {
-        name: [feature.int2str(v) if v is not None and v >= 0 else None for v in rows[name]]
-        for name, feature in table.features.items()
-        if type(feature).__name__ == "ClassLabel"
-    }
+    named: dict[str, list[Any]] = {}
+    for name, feature in table.features.items():
+        inner = getattr(feature, "feature", None)
+        if type(feature).__name__ == "ClassLabel":
+            named[name] = [_named(feature, value) for value in rows[name]]
+        elif type(inner).__name__ == "ClassLabel":
+            named[name] = [value and [_named(inner, each) for each in value] for value in rows[name]]
     return rows.having(**named)
+
+
+def _named(feature: Any, value: int | None) -> str | None:
+    """Name of a class; None where there is none."""
+    return str(feature.int2str(value)) if value is not None and value >= 0 else None
 
 
 def _rows(path: Path) -> Rows:

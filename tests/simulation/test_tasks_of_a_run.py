@@ -30,7 +30,22 @@ def pairs():
     ]
 
 
-ROWS = {"regression": numbers, "classification": pairs}
+def tags():
+    kinds = {word: "DOMAIN" for group in tiny_world.DOMAINS.values() for word in group}
+    kinds |= {word: "FEELING" for group in tiny_world.LABELS.values() for word in group}
+    rows = [row["text"].split() for row in tiny_world.rows(60)]
+    found = []
+    for words in rows:
+        types = [kinds.get(word, "") for word in words]
+        before = ["", *types[:-1]]
+        said = [
+            f"{'I' if kind == last else 'B'}-{kind}" if kind else "O" for kind, last in zip(types, before, strict=True)
+        ]
+        found.append({"tokens": words, "tags": said})
+    return [*found, {"tokens": ["the", "bad", "fun", "page"], "tags": ["O", "B-FEELING", "I-FEELING", "B-DOMAIN"]}]
+
+
+ROWS = {"regression": numbers, "classification": pairs, "token-classification": tags}
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -69,7 +84,7 @@ def test_terminal_and_report_say_what_was_measured(run):
     show_summary(summary, Console(file=out, width=100))
     page = render(run)
     for measure in summary.columns:
-        assert measure.title in out.getvalue().lower() or measure.title in out.getvalue()
+        assert measure.title.casefold() in out.getvalue().casefold()
         assert measure.title in page
     assert summary.columns[0].write(summary.mean.personalised) in page
 

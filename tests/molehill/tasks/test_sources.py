@@ -83,12 +83,16 @@ def test_columns_are_renamed_and_others_kept(write):
 def test_class_labels_of_a_folder_become_names(tmp_path):
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, None]}, features=features)
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names, "tags": datasets.List(names)})
+    columns = {"text": ["a", "b", "c"], "label": [1, 0, None], "tags": [[0, 1], [], None]}
+    table = datasets.Dataset.from_dict(columns, features=features)
     datasets.disable_progress_bars()
     table.save_to_disk(tmp_path / "saved")
     datasets.enable_progress_bars()
-    assert read_rows(str(tmp_path / "saved"))["label"] == ("yes", "no", None)
+    rows = read_rows(str(tmp_path / "saved"))
+    assert rows["label"] == ("yes", "no", None)
+    assert rows["tags"] == (["no", "yes"], [], None)
 
 
 @pytest.mark.parametrize(
