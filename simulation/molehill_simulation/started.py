@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from molehill import config
@@ -14,7 +14,10 @@ from molehill.rowfiles import readings
 from molehill.rowfiles.readings import whole
 from molehill.rowfiles.values import label_of
 from molehill.tasks.rows import Rows
+from molehill.tasks.schema import load_rows
 from molehill.tasks.sources import read_rows
+from molehill.words import counted
+from molehill_simulation.data import deal
 
 Kind = Literal["classification", "causal-lm"]
 
@@ -103,6 +106,37 @@ def guess(source: str, kind: Kind | None = None) -> tuple[Answers, list[str]]:
         why.append("no column looks like owners: rows are dealt at random")
     base = "sentence-transformers/all-MiniLM-L6-v2" if kind == "classification" else "HuggingFaceTB/SmolLM2-135M"
     return Answers(source, kind, columns, owners, clients, base, _name(source)), why
+
+
+def workable(said: Answers, *, fixed: bool = False) -> tuple[Answers, list[str]]:
+    """Answers by which every owner has rows to train on and rows held out.
+
+    Args:
+        said: The answers.
+        fixed: Owners and their number are somebody's wish, so no others will do.
+
+    Returns:
+        These answers, or others with fewer owners, dealt at random; and sentences that say so.
+
+    Raises:
+        DataError: The rows do not fit the task, or cannot be dealt so.
+    """
+    run = config.parse(tomllib.loads(written(said)))
+    rows, _ = load_rows(run.data, run.task)
+    fewer = [] if fixed else [replace(said, owners="", clients=count) for count in range(said.clients, 0, -1)]
+    problem: DataError | None = None
+    for tried in (said, *fewer):
+        data = config.parse(tomllib.loads(written(tried))).data
+        try:
+            deal(data, rows, run.run.seed)
+        except DataError as error:
+            problem = problem or error
+            continue
+        if problem is None:
+            return tried, []
+        return tried, [f"{problem.what}, so rows are dealt at random to {counted(tried.clients, 'owner')}"]
+    assert problem is not None  # or one of them would have been returned
+    raise problem
 
 
 def written(said: Answers) -> str:

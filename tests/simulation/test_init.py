@@ -79,6 +79,56 @@ def test_rows_that_look_like_nothing(tmp_path, rows, words, what):
     assert not (tmp_path / "run.toml").exists()
 
 
+LABELLED = [{"text": f"word {i}", "label": "ab"[i % 2]} for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "clients", "told"),
+    [
+        (LABELLED[:5], (), None, "so rows are dealt at random to"),
+        ([{**row, "user": "many" if i else "one"} for i, row in enumerate(LABELLED)], (), 2, "Client 'one' has 1 rows"),
+        (LABELLED, ("--clients", 3), 3, "No column looks like owners"),
+    ],
+)
+def test_what_is_written_deals_rows_to_everybody(tmp_path, rows, words, clients, told):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "new" / "run.toml"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("init", path, "--out", out, "--base", "someone/some-model", *words)
+    assert done.exit_code == 0, done.output
+    assert told in " ".join(done.stdout.split())
+    assert clients in (None, load(out).data.clients)
+    assert load(out).data.partition.name == "iid"
+    checked = run("check", out)
+    assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "code", "what"),
+    [
+        ([{**row, "label": "a"} for row in LABELLED], (), 3, "every row has the label 'a'"),
+        (LABELLED, ("--clients", 100), 3, "there are 24 rows for 100 clients"),
+        (LABELLED, ("--base", " "), 2, "names no base model"),
+    ],
+)
+def test_what_no_check_would_take_is_not_written(tmp_path, rows, words, code, what):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "run.toml"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("init", path, "--out", out, *words)
+    assert done.exit_code == code, done.output
+    assert what in " ".join(done.stderr.split())
+    assert not out.exists()
+
+
+def test_answers_are_asked_for_where_somebody_can_give_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("molehill_simulation.commands.init._somebody", lambda: True)
+    words = ["init", write(tmp_path, "plain"), "--out", tmp_path / "run.toml"]
+    done = CliRunner().invoke(app, list(map(str, words)), input="someone/some-model\n0\nmany\n3\n")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("Owners [4]:") == 3  # 0 and many are no numbers of owners
+    found = load(tmp_path / "run.toml")
+    assert (found.base.model, found.data.clients) == ("someone/some-model", 3)
+
+
 def test_nothing_is_written_over(tmp_path):
     (tmp_path / "run.toml").write_text("mine")
     done = run("init", write(tmp_path, "plain"), "--out", tmp_path / "run.toml")

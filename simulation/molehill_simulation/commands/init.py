@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from click import IntRange
 
 from molehill import files
 from molehill.errors import ConfigError
@@ -33,18 +34,29 @@ def init(
     """Write a commented configuration for your rows, which molehill check and simulate take."""
     with explained():
         with needs(EXTRA):
-            from molehill_simulation.started import guess, written
+            from molehill_simulation.started import guess, workable, written
 
         if out.exists():
             raise ConfigError("there is something already", where=str(out), mend="Choose another --out.")
+        if base is not None and not base.strip():
+            raise ConfigError("it names no base model", where="--base", mend="Name one, or leave it out.")
         found, why = guess(rows, kind)
-        for sentence in why:
-            typer.echo(f"{sentence[0].upper()}{sentence[1:]}.")
         answers = replace(found, base=base or found.base, clients=clients or found.clients)
-        if ask and sys.stdin.isatty():
+        answers, more = workable(answers, fixed=clients is not None)
+        for sentence in (*why, *more):
+            typer.echo(f"{sentence[0].upper()}{sentence[1:]}.")
+        if ask and _somebody():
             if base is None:
                 answers = replace(answers, base=typer.prompt("Base model", default=answers.base))
             if clients is None:
-                answers = replace(answers, clients=typer.prompt("Owners", default=answers.clients, type=int))
+                asked = typer.prompt("Owners", default=answers.clients, type=IntRange(min=1))
+                changed = asked != answers.clients
+                answers, _ = workable(replace(answers, clients=asked), fixed=changed)
+        out.parent.mkdir(parents=True, exist_ok=True)
         files.write(out, written(answers).encode())
         typer.echo(f"Written to {out}. Next: molehill check {out}")
+
+
+def _somebody() -> bool:
+    """Whether somebody can answer."""
+    return sys.stdin.isatty()
