@@ -186,27 +186,26 @@ def _model_card(run: _Run) -> str:
 
 def _measured(summary: Summary) -> Iterator[tuple[Measure, Figures, Figures]]:
     """What was measured, with its mean and worst over owners."""
-    for measure in summary.columns:
-        part = summary if measure == summary.measure else getattr(summary, measure.name)
-        if part is not None:
-            yield measure, part.mean, part.worst
+    yield from zip(summary.columns, summary.means, summary.worsts, strict=True)
 
 
 def _figures(summary: Summary) -> list[str]:
-    shown = [(stage, at) for at, stage in enumerate(STAGES) if summary.mean.row[at] is not None]
+    shown = [stage for stage, value in zip(STAGES, summary.mean.row, strict=True) if value is not None]
     if not shown:
         return ["No figures were measured."]
-    lines = [f"| | {' | '.join(stage for stage, _ in shown)} |", f"|---|{'---|' * len(shown)}"]
+    lines = [f"| | {' | '.join(shown)} |", f"|---|{'---|' * len(shown)}"]
     for measure, mean, worst in _measured(summary):
         for what, figures in (("mean over owners", mean), ("worst over owners", worst)):
-            cells = " | ".join(measure.write(figures.row[at]) for _, at in shown)
+            cells = " | ".join(figures.told(stage, measure) for stage in shown)
             lines.append(f"| {measure.title}, {what} | {cells} |")
     tested = sum(client.n_test for client in summary.complete)
+    headed = kind_of(summary.task).head is not None
     lines += [
         "",
         f"On {_count(tested, 'held-out row')} of {_count(len(summary.complete), 'owner')}, every owner alike.",
-        "Base: the frozen base, with a head trained by each owner if it classifies. Local: each owner alone.",
-        "Global: the shared model. Personalised: with each owner's own gate and head.",
+        *(["In brackets is what a figure is in with 95% confidence."] if summary.mean.interval else []),
+        f"Base: the frozen base{', with a head trained by each owner' if headed else ''}. Local: each owner alone.",
+        f"Global: the shared model. Personalised: with each owner's own gate{' and head' if headed else ''}.",
     ]
     if summary.unscored:
         lines.append(f"{_count(len(summary.unscored), 'owner')} of the run are not in them, for want of figures.")

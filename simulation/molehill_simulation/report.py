@@ -262,8 +262,7 @@ def _facts(events: Sequence[Event], summary: Summary | None, config: Mapping[str
     if "federation" in config:
         facts.append(("Federation", _federation(config["federation"])))
     if "personal" in config:
-        head = f", head {config['personal']['head']}" if _kind(config).head is not None else ""
-        facts.append(("Personal", f"gate {config['personal']['gate']}{head}"))
+        facts.append(("Personal", _personal(config)))
     if "data" in config:
         facts.append(("Data", str(config["data"].get("source", ""))))
     return facts
@@ -303,6 +302,14 @@ def _adapter(molora: Mapping[str, Any]) -> str:
     for key in ("transforms", "mixer", "topology", "init", "losses"):
         text += _unusual(key, molora[key], getattr(usual, key))
     return f"{molora['preset']}: {text}" if molora.get("preset") else text
+
+
+def _personal(config: Mapping[str, Any]) -> str:
+    """What every client has of its own, of what there is."""
+    molora = config.get("molora", {})
+    routed = int(molora.get("experts", 2)) > 1 or int(molora.get("shared", 0)) > 0
+    has = {"gate": routed, "head": _kind(config).head is not None}
+    return ", ".join(f"{part} {config['personal'][part]}" for part, there in has.items() if there) or "nothing"
 
 
 def _federation(federation: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from molehill.wire.store import load_tree
 from molehill_server import audit
 from molehill_simulation.card import render, write_cards
 from molehill_simulation.simulate import simulate
-from molehill_simulation.summary import read_summary
+from molehill_simulation.summary import read_summary, summarise
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,34 @@ def test_the_model_card_has_the_figures_of_the_summary_and_names_no_owner(run):
     assert summary.base_model.digest in card.text
     assert not [client.id for client in summary.clients if client.id in card.content]
     assert str(run.parent.parent) not in "".join(path.read_text() for path in names)
+
+
+@pytest.mark.parametrize(
+    ("task", "scores", "first", "second", "headed"),
+    [
+        ("classification", {"accuracy": 0.5, "macro_f1": 0.4}, "accuracy", "macro-F1", True),
+        ("causal-lm", {"accuracy": 0.5}, "token accuracy", "perplexity", False),
+        (
+            "regression",
+            {"figures": {"rmse": {"value": 2.0, "interval": [1.0, 3.0]}, "pearson": {"value": -0.5, "interval": None}}},
+            *("root mean squared error", "Pearson r", True),
+        ),
+    ],
+)
+def test_the_figures_are_those_of_the_task_with_their_intervals(run, task, scores, first, second, headed):
+    scores = {"n": 9, "loss": 1.0, "accuracy_interval": [0.25, 0.75], **scores}
+    told = {"client": "a", "n_train": 9, "n_test": 9, "stages": dict.fromkeys(("base", "personalised"), scores)}
+    events = [{"event": "evaluation", "time": 0.0, "tokens": {}, **told}]
+    summary = summarise(events, read_summary(run / "summary.json").base_model, "cd", task)
+    (run / "summary.json").write_text(summary.to_json())
+    text = render(run)["README.md"]
+    value = summary.mean.told("personalised", summary.measure)
+    assert value in {"0.500 (0.250 to 0.750)", "2.00 (1.00 to 3.00)"}
+    assert f"| {first}, mean over owners | {value} | {value} |" in text
+    assert f"| {second}, worst over owners | " in text
+    figures = text.split("## Figures")[1].split("##")[0]
+    assert "In brackets is what a figure is in with 95% confidence." in figures
+    assert ("head" in figures) == headed
 
 
 def test_a_base_of_the_hub_is_named(run):

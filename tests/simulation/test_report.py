@@ -275,6 +275,11 @@ def test_the_report_calls_experts_what_they_are(tmp_path, molora, text):
     settings = parse({"molora": molora}).to_toml()
     (folder / "config.toml").write_text(settings, encoding="utf-8")
     assert text in " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
+    seen = " ".join(Page(write_report(folder).read_text(encoding="utf-8")).text.split())
+    routed = "scored by" in text
+    assert ("Personalgate anchored, head anchored" if routed else "Personalhead anchored") in seen.replace(
+        "Personal ", "Personal"
+    )
     (folder / "config.toml").write_text(re.sub('"(lora|ia3|bottleneck)"', '"from_elsewhere"', settings), "utf-8")
     write_report(folder)  # a run whose kind of experts is not installed here
 
