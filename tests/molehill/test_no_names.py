@@ -107,7 +107,7 @@ REASONS = {
     },
     "a section of the configuration": {
         "molehill/config/whole.py": "molora",
-        "simulation/molehill_simulation/report.py": "molora*3",
+        "simulation/molehill_simulation/report.py": "molora*4",
     },
     "a word of people": {"molehill/tasks/measures.py": "ppl"},
     "what a first configuration begins with": {
