@@ -66,6 +66,7 @@ class Written:
         opens: Name of the class that opens it.
         base: Where it looks for its base, a hub id or a folder; empty for a whole model.
         dtype: Type of its numbers.
+        rank: The largest of a LoRA, which servers must be told; None for what has none.
         fixed: How the experts are weighed; None for one expert.
         size: Bytes of the folder.
     """
@@ -73,6 +74,7 @@ class Written:
     opens: str
     base: str
     dtype: str
+    rank: int | None
     fixed: Fixed | None
     size: int
 
@@ -120,13 +122,13 @@ def write_elsewhere(
         folder.mkdir()
         progress("Writing")
         if wanted.merged:
-            base, dtype = "", _dtype(source, wanted)
+            base, dtype, rank = "", _dtype(source, wanted), None
             _require_room(out, _size(model, dtype) + _beside(source))
             fold(model, weights)
             _write_model(source, folder, dtype)
         else:
             base, dtype = _place(source), torch.float32
-            _write_adapter(source, folder, weights, out)
+            rank = _write_adapter(source, folder, weights, out)
         source.tokenizer.save_pretrained(folder)
         opens = _opens(source, merged=wanted.merged)
         with source.gate(gate):
@@ -137,7 +139,7 @@ def write_elsewhere(
         if out.exists():
             out.rmdir()
         folder.rename(out)
-    return Written(opens, base, str(dtype).removeprefix("torch."), fixed, size)
+    return Written(opens, base, str(dtype).removeprefix("torch."), rank, fixed, size)
 
 
 def _any_gate(source: Source) -> str:
@@ -168,7 +170,8 @@ def _opens(source: Source, *, merged: bool) -> str:
     return "AutoModel" if merged else "AutoPeftModelForFeatureExtraction"
 
 
-def _write_adapter(source: Source, folder: Path, weights: Mapping[str, Tensor], out: Path) -> None:
+def _write_adapter(source: Source, folder: Path, weights: Mapping[str, Tensor], out: Path) -> int | None:
+    """Write the adapter; returns its rank, if it has one."""
     model = source.model
     method, tensors = as_peft(model, weights)
     size = sum(value.nbytes for site in tensors.values() for value in site.values())
@@ -179,6 +182,7 @@ def _write_adapter(source: Source, folder: Path, weights: Mapping[str, Tensor], 
         task="CAUSAL_LM" if model.head is None else "FEATURE_EXTRACTION",
         conv=any(isinstance(model.sites[name].base, Conv1D) for name in tensors),
     )  # fmt: skip
+    return max((len(site["A"]) for site in tensors.values() if "A" in site), default=None)
 
 
 def _write_model(source: Source, folder: Path, dtype: torch.dtype) -> None:

@@ -87,6 +87,7 @@ def test_an_expert_answers_as_it_does_here(tmp_path, family, section, merged):
     assert made.opens == ("AutoModelForCausalLM" if merged else "AutoPeftModelForCausalLM")
     assert made.base == ("" if merged else place[1])
     assert (tmp_path / "out/adapter_config.json").exists() is not merged
+    assert made.rank == (None if merged else json.loads((tmp_path / "out/adapter_config.json").read_text()).get("r"))
     want, plain = asked(place, "global" if one else "e1"), asked(place, "base")
     for ours, theirs, base in zip(want, opened(tmp_path / "out", made), plain, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)

@@ -75,7 +75,8 @@ def expert(
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         told: dict[str, Any] = {
-            "out": str(out), "opens": made.opens, "base": made.base or None, "dtype": made.dtype, "bytes": made.size
+            "out": str(out), "opens": made.opens, "base": made.base or None, "dtype": made.dtype, "rank": made.rank,
+            "bytes": made.size,
         }  # fmt: skip
         fixed = made.fixed
         if fixed is not None:
@@ -85,7 +86,8 @@ def expert(
         if as_json:
             print_json(told)
             return
-        typer.echo(f"{made.opens}.from_pretrained({str(out)!r}) opens it: {made.size / 1e6:.2f} MB, {made.dtype}")
+        rank = f", rank {made.rank}" if made.rank else ""
+        typer.echo(f"{made.opens}.from_pretrained({str(out)!r}) opens it: {made.size / 1e6:.2f} MB, {made.dtype}{rank}")
         if made.base:
             typer.echo(f"Its base is {made.base}")
         if fixed is not None and not fixed.exact:
