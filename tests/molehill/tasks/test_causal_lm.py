@@ -416,3 +416,74 @@ def test_the_last_piece_of_a_text_teaches_something(tokenizer, words):
     assert sum(len(example.input_ids) - 1 for example in examples) == words
     assert all(len(example.input_ids) > 1 for example in examples)
     assert tokenizer.convert_ids_to_tokens(examples[-1].input_ids)[-1] == "</s>"
+
+
+# Qwen2.5's template with fewer words around the tools.
+QWEN = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- endif %}
+    {{- "\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\n</tools><|im_end|>\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "user" or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '\n<tool_call>\n{"name": "' + tool_call.name + '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+
+
+def test_a_conversation_with_tools_of_either_form_through_a_template_of_qwen():
+    import edge_graphs
+
+    inner = edge_graphs.bytes_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = QWEN
+    call = {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    shared = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Weather in Ulm?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Ulm"}}'},
+        {"from": "observation", "value": "12 C"},
+        {"from": "gpt", "value": "12 degrees."},
+    ]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Ulm?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": "1", "content": "12 C"},
+        {"role": "assistant", "content": "12 degrees."},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    found = [
+        CausalLM(tokenizer, 4096).encode(rows({**row, "tools": tools}))[0]
+        for row in ({"conversations": shared}, {"messages": messages})
+    ]
+    assert found[0] == found[1]
+    called = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call><|im_end|>'
+    example = found[0]
+    learnt_ids = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORE]
+    assert tokenizer.decode(learnt_ids) == f"{called}12 degrees.<|im_end|>"
+    assert "<|im_start|>user\n<tool_response>\n12 C\n</tool_response><|im_end|>" in tokenizer.decode(example.input_ids)
