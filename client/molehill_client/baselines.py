@@ -105,7 +105,7 @@ def _head_only(client: Participant) -> Scores:
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]  # untyped torch
     with torch.no_grad():
-        found, scores = client.bench.task.tally(), F.linear(x_test / scale, weight, bias)
+        found, scores = client.bench.tally(), F.linear(x_test / scale, weight, bias)
         found.add(Forward(scores, y_test, rows_test, [], lambda: scores, model.likelihood))
     return found.scores()
 

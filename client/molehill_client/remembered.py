@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -76,8 +77,8 @@ def keep(folder: Path, key: str, stages: dict[str, Scores]) -> None:
 
 
 def _add(total: hashlib._Hash, row: Example) -> None:
-    for part in (row.input_ids, row.labels, -1 if row.task is None else row.task):
-        numbers = np.atleast_1d(np.asarray(part))
+    for part in (getattr(row, each.name) for each in fields(row)):
+        numbers = np.atleast_1d(np.asarray(-1 if part is None else part))
         numbers = numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64)
         total.update(len(numbers).to_bytes(8, "little"))
         total.update(numbers.tobytes())

@@ -87,7 +87,7 @@ def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagno
     looked = looked or {}
     model = bench.model
     model.eval()
-    total = bench.task.tally()
+    total = bench.tally()
     with probes.looking(model, looked):
         for batch in batches_of(bench, rows):
             forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)

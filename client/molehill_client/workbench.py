@@ -12,7 +12,7 @@ from molehill.errors import ConfigError
 from molehill.molora.interfaces import RoutingLoss
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.lengths import Examples
-from molehill.tasks.task import Classes, Task
+from molehill.tasks.task import ByObjective, Classes, Tally, Task
 from molehill.wire.exchange import Exchange
 from molehill.wire.tree import Tree
 from molehill_client.goals import Goal, balanced
@@ -45,6 +45,13 @@ class Workbench:
     def objective(self) -> Objective:
         """The run's objective."""
         return self.config.train.objective.build("objective")  # type: ignore[no-any-return]  # any method's type
+
+    def tally(self) -> Tally:
+        """What is measured of a model, with nothing counted yet."""
+        found = self.task.tally()
+        if isinstance(found, ByObjective):
+            found.by(self.objective())
+        return found
 
     def goal(self, rows: Examples) -> Goal:
         """What a client minimises on its training rows.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tomli_w
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from molehill import registry
 from molehill.config.methods import MethodRef, axes_of
@@ -59,6 +59,11 @@ class Config(Section):
     def _federation_preset(cls, value: Any) -> Any:
         return _expand(value, "federation")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_task(cls, values: Any) -> Any:
+        return _with_objective(values)
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the resolved configuration, less what does not change the run itself."""
@@ -79,6 +84,16 @@ def _expand(value: Any, axis: str) -> Any:
     if not isinstance(value, Mapping) or not isinstance(value.get("preset"), str):
         return value
     return {**registry.build(axis, value["preset"]), **value}
+
+
+def _with_objective(values: Any) -> Any:
+    """Fill in the objective of a kind of task that has one of its own, where none is named."""
+    task, train = (values.get(name, {}) if isinstance(values, Mapping) else None for name in ("task", "train"))
+    if not isinstance(task, Mapping) or not isinstance(train, Mapping) or "objective" in train:
+        return values
+    known = next((method for method in registry.methods("task") if method.name == task.get("kind")), None)
+    objective = None if known is None else registry.declared(known, "objective")
+    return values if objective is None else {**values, "train": {**train, "objective": objective}}
 
 
 def _without_none(value: Any) -> Any:

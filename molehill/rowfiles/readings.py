@@ -33,10 +33,11 @@ class Reading:
         return " and ".join(map(repr, self.columns))
 
 
+PROMPTED = Reading(("prompt", "completion"))
 _ANSWERED = (
     Reading(("messages",)),
     Reading(("conversations",)),
-    Reading(("prompt", "completion")),
+    PROMPTED,
     Reading(("instruction", "output"), ("input", TOOLS)),
 )
 _TEXT = Reading(("text",), ())
@@ -109,7 +110,9 @@ def others(columns: Collection[str], reading: Reading) -> set[str]:
     return {each.columns[-1] for each in whole(columns) if each != reading} - {*reading.columns}
 
 
-def form_of(row: Mapping[str, Any], reading: Reading, where: str, *, answered: bool = True) -> dict[str, Any]:
+def form_of(
+    row: Mapping[str, Any], reading: Reading, where: str, *, answered: bool = True, name: str = ""
+) -> dict[str, Any]:
     """A row in one form: ``messages``, or ``instruction``, ``input`` and ``output`` (both with ``tools``), or ``text``.
 
     Of a prompt and its completion only the completion is learnt, so answers in the prompt have the weight 0.
@@ -119,6 +122,7 @@ def form_of(row: Mapping[str, Any], reading: Reading, where: str, *, answered: b
         reading: How they are meant.
         where: Place of the row.
         answered: Whether it must have an answer; without, ``output`` may be empty, and messages may end with any.
+        name: What the column of the answer is called, where it is not called as in ``reading``.
 
     Raises:
         DataError: Something is missing, of the wrong type, empty or unknown.
@@ -130,9 +134,9 @@ def form_of(row: Mapping[str, Any], reading: Reading, where: str, *, answered: b
         turns = messages_of(row.get(reading.columns[0]), reading.columns[0], where)
         return {"messages": until_answer(turns, where) if answered else turns, TOOLS: tools}
     question, answer = (row.get(name) for name in reading.columns)
-    asks, says = reading.columns
-    if asks == "prompt" and any(isinstance(as_list(row.get(name), name, where), list) for name in reading.columns):
-        turns = _prompted(question, where) + _completed(answer, where, answered=answered)
+    asks, says = reading.columns[0], name or reading.columns[1]
+    if asks == "prompt" and any(isinstance(as_list(row.get(each), each, where), list) for each in reading.columns):
+        turns = _prompted(question, where) + _completed(answer, says, where, answered=answered)
         return {"messages": until_answer(turns, where) if answered else turns, TOOLS: tools}
     about = row.get("input") if "input" in reading.more else None
     nothing = not answered and answer in {None, ""}
@@ -197,10 +201,10 @@ def _prompted(value: Any, where: str) -> list[Message]:
     return [turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in turns]
 
 
-def _completed(value: Any, where: str, *, answered: bool) -> list[Message]:
-    value = as_list(value, "completion", where)
+def _completed(value: Any, name: str, where: str, *, answered: bool) -> list[Message]:
+    value = as_list(value, name, where)
     if isinstance(value, list):
-        return messages_of(value, "completion", where)
+        return messages_of(value, name, where)
     if not answered and value in {None, ""}:
         return []
-    return [{"role": "assistant", "content": text_of(value, "completion", where)}]
+    return [{"role": "assistant", "content": text_of(value, name, where)}]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # they need torch
 
     from molehill.tasks.task import Task
 
-Predicts: TypeAlias = Literal["class", "flags", "number", "preference"]
+Predicts: TypeAlias = Literal["class", "flags", "number", "pair"]
 
 
 class Kind(ABC):
@@ -32,6 +32,8 @@ class Kind(ABC):
             say which of these they can be computed for.
         head: Whether a layer of ours reads each ``row`` or each ``token``; None where the base has its own.
         writes: Whether the model writes text afterwards.
+        objective: What is minimised where the configuration says nothing; None for its default.
+        sequences: Inputs of the model that a row becomes.
         labelled: Whether its classes have names (``task.labels``).
         bundle: What a device calls a model of it.
         pipeline: What the hub calls a model of it.
@@ -44,6 +46,8 @@ class Kind(ABC):
     predicts: ClassVar[Predicts] = "class"
     head: ClassVar[Literal["row", "token"] | None] = "row"
     writes: ClassVar[bool] = False
+    objective: ClassVar[str | None] = None
+    sequences: ClassVar[int] = 1
     labelled: ClassVar[bool] = False
     bundle: ClassVar[str]
     pipeline: ClassVar[str]

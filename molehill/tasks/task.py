@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from molehill.molora.forward import Forward
 from molehill.molora.likelihoods import Likelihood
@@ -12,7 +14,7 @@ from molehill.tasks.batches import Collator, Example
 from molehill.tasks.lengths import Examples
 from molehill.tasks.rows import Rows
 
-__all__ = ["Classes", "Example", "Tally", "Task"]
+__all__ = ["ByObjective", "Classes", "Example", "Tally", "Task"]
 
 
 class Tally(Protocol):
@@ -65,6 +67,15 @@ class Task(Collator, Protocol):
 
     def tally(self) -> Tally:
         """Nothing counted yet."""
+        ...
+
+
+@runtime_checkable
+class ByObjective(Protocol):
+    """A tally whose loss is that of the run's objective, since its predictions have no likelihood of their own."""
+
+    def by(self, objective: Callable[[Forward], Tensor]) -> None:
+        """Learn the objective before the first batch."""
         ...
 
 

@@ -45,7 +45,7 @@ class Limits:
         """
         train, selector = config.train, config.molora.selector
         bound = max(1.0, selector.build("selector").bound)  # 1 where it is always on
-        rows = train.steps * train.accumulation * train.batch_size
+        rows = train.steps * train.accumulation * train.batch_size * kind_of(config.task).sequences
         rounding = 1.01  # the mass is summed in float32
         clipped = None if config.privacy.clip is None else _TOLERANCE * config.privacy.clip
         bounds = [bound for bound in (config.round.fixed_bound, clipped) if bound is not None]

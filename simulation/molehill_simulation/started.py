@@ -6,20 +6,19 @@ import json
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from molehill import config
 from molehill.errors import DataError
-from molehill.rowfiles import readings
+from molehill.rowfiles import preferences, readings
 from molehill.rowfiles.readings import whole
 from molehill.rowfiles.values import label_of
+from molehill.tasks.kind import kind_of
 from molehill.tasks.rows import Rows
 from molehill.tasks.schema import load_rows
 from molehill.tasks.sources import read_rows
 from molehill.words import counted
 from molehill_simulation.data import deal
-
-Kind = Literal["classification", "causal-lm"]
 
 _TEXT = ("text", "sentence", "review", "content", "body", "comment")
 _LABEL = ("label", "class", "category", "sentiment", "target", "stars")
@@ -43,7 +42,7 @@ class Answers:
     """
 
     source: str
-    kind: Kind
+    kind: str
     columns: dict[str, str]
     owners: str
     clients: int
@@ -51,7 +50,7 @@ class Answers:
     name: str
 
 
-def guess(source: str, kind: Kind | None = None) -> tuple[Answers, list[str]]:
+def guess(source: str, kind: str | None = None) -> tuple[Answers, list[str]]:
     """What rows look like.
 
     Args:
@@ -62,14 +61,17 @@ def guess(source: str, kind: Kind | None = None) -> tuple[Answers, list[str]]:
         The likely answers, and sentences that say what they rest on.
 
     Raises:
+        ConfigError: There is no such kind.
         DataError: The rows cannot be read, or have nothing to learn from.
     """
+    if kind is not None:
+        kind_of(kind)  # or an error names those that there are
     rows = read_rows(source)
     names, why = list(rows.columns), []
     text, label, shapes = _first(_TEXT, names), _first(_LABEL, names), whole(names)
-    asked = {ours: found for ours, near in _ASKED.items() if (found := _first(near, names))}
     if kind is None:
-        kind = "classification" if text and label and not shapes else "causal-lm"
+        pairs = {*preferences.COLUMNS[1:]} <= {*names}
+        kind = "preference" if pairs else "classification" if text and label and not shapes else "causal-lm"
     columns: dict[str, str] = {}
     if kind == "classification":
         if not text or not label:
@@ -83,28 +85,20 @@ def guess(source: str, kind: Kind | None = None) -> tuple[Answers, list[str]]:
         if len(classes) > _MOST:
             why.append(f"{label!r} has {len(classes)} different values, which is many for classes")
         why.append(f"{len(rows)} rows of {len(classes)} classes, from {_columns((text, label))}")
-    elif shapes:
-        why.append(f"{len(rows)} rows of questions with answers, from {_columns(shapes[0].columns)}")
-        if len(shapes) > 1:
-            columns = {name: name for name in shapes[0].columns}
-            why.append(f"they could be read from {_columns(shapes[1].columns)} as well: data.columns says which")
-    elif len(asked) == len(_ASKED):
-        columns = {ours: theirs for ours, theirs in asked.items() if ours != theirs}
-        why.append(f"{len(rows)} questions with answers, from {_columns(asked.values())}")
-    elif text and not asked:
-        columns = {"text": text} if text != "text" else {}
-        why.append(f"{len(rows)} texts, to be learnt as they are, from {_columns([text])}")
     else:
-        raise DataError(
-            "none of the columns looks like questions and answers, or like a text", where=source,
-            mend=f"There are {', '.join(names)}. Name them instruction and output, messages, or text.",
-        )  # fmt: skip
-    owners, clients = _owners(rows, {text, label, *asked.values(), *readings.COLUMNS})
+        columns, said = _written(names, kind, text)
+        why += [f"{len(rows)} {said[0]}", *said[1:]] if said else []
+        if not said:
+            raise DataError(
+                "none of the columns looks like questions and answers, or like a text", where=source,
+                mend=f"There are {', '.join(names)}. Name them instruction and output, messages, or text.",
+            )  # fmt: skip
+    owners, clients = _owners(rows, {text, label, *_asked(names).values(), *readings.COLUMNS, *preferences.COLUMNS})
     if owners:
         why.append(f"{clients} owners, the values of the column {owners!r}")
     else:
         why.append("no column looks like owners: rows are dealt at random")
-    base = "sentence-transformers/all-MiniLM-L6-v2" if kind == "classification" else "HuggingFaceTB/SmolLM2-135M"
+    base = "sentence-transformers/all-MiniLM-L6-v2" if kind_of(kind).head else "HuggingFaceTB/SmolLM2-135M"
     return Answers(source, kind, columns, owners, clients, base, _name(source)), why
 
 
@@ -139,13 +133,41 @@ def workable(said: Answers, *, fixed: bool = False) -> tuple[Answers, list[str]]
     raise problem
 
 
+def _written(names: Sequence[str], kind: str, text: str) -> tuple[dict[str, str], list[str]]:
+    """Columns that a language model learns from, ours to theirs where the names differ, and what they are in words.
+
+    The first sentence begins after the number of the rows; there are none where nothing looks like it.
+    """
+    if kind_of(kind).predicts == "pair":
+        two = preferences.COLUMNS[1:]
+        return {}, [f"questions with a better and a worse answer, from {_columns(two)}"] if {*two} <= {*names} else []
+    shapes, asked = whole(names), _asked(names)
+    if shapes:
+        said = [f"rows of questions with answers, from {_columns(shapes[0].columns)}"]
+        if len(shapes) == 1:
+            return {}, said
+        said.append(f"they could be read from {_columns(shapes[1].columns)} as well: data.columns says which")
+        return {name: name for name in shapes[0].columns}, said
+    if len(asked) == len(_ASKED):
+        columns = {ours: theirs for ours, theirs in asked.items() if ours != theirs}
+        return columns, [f"questions with answers, from {_columns(asked.values())}"]
+    if text and not asked:
+        columns = {"text": text} if text != "text" else {}
+        return columns, [f"texts, to be learnt as they are, from {_columns([text])}"]
+    return {}, []
+
+
+def _asked(names: Sequence[str]) -> dict[str, str]:
+    return {ours: found for ours, near in _ASKED.items() if (found := _first(near, names))}
+
+
 def written(said: Answers) -> str:
     """The configuration as TOML with comments.
 
     Raises:
         ConfigError: It would be none that can be run.
     """
-    classes = said.kind == "classification"
+    classes = kind_of(said.kind).head is not None
     partition = f'{{ name = "by_column", column = {_toml(said.owners)} }}' if said.owners else '"iid"'
     columns = ", ".join(f"{ours} = {_toml(theirs)}" for ours, theirs in said.columns.items())
     shape = 'scorer = "linear"                  # one product of a token decides who answers\n' if classes else ""

@@ -66,8 +66,7 @@ REASONS = {
         "simulation/molehill_simulation/beside.py": "causal-lm",
     },
     "what rows look like at first sight": {
-        "simulation/molehill_simulation/commands/init.py": "classification causal-lm",
-        "simulation/molehill_simulation/started.py": "classification*5 causal-lm*2",
+        "simulation/molehill_simulation/started.py": "classification*2 causal-lm preference",
     },
     "what summaries of older versions left out": {"simulation/molehill_simulation/summary.py": "classification*2"},
     "a word of torch": {"molehill/molora/likelihoods.py": "none"},

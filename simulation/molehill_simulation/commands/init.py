@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from click import IntRange
@@ -22,8 +22,8 @@ def init(
     rows: Annotated[str, typer.Argument(metavar="ROWS", help="File, datasets folder or hub id of your rows.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The configuration to write.")] = Path("run.toml"),
     kind: Annotated[
-        Literal["classification", "causal-lm"] | None,
-        typer.Option(help="What is learnt.", show_default="as the rows look"),
+        str | None,
+        typer.Option(help="What is learnt: molehill methods task lists it.", show_default="as the rows look"),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="a small one")] = None,
     clients: Annotated[int | None, typer.Option(min=1, help="Owners.", show_default="as the rows look")] = None,
