@@ -57,7 +57,7 @@ class ClientFacts:
         client: Its name.
         rows: It trains on.
         held_out: Rows that it is scored on.
-        classes: Rows of every class, of both kinds; empty where there are no classes.
+        classes: What there is of every class in rows of both kinds; empty where there are no classes.
         tokens: How long its rows are; None where there is no tokenizer to tell.
     """
 
@@ -148,7 +148,8 @@ def census_table(clients: Sequence[ClientFacts]) -> Iterator[Table | Text]:
 
 
 def _share(client: ClientFacts, label: str) -> str:
-    return f"{client.classes[label] / max(1, client.rows + client.held_out):.0%}"
+    """Of all that classes are counted of: rows, or what of them has classes."""
+    return f"{client.classes[label] / max(1, sum(client.classes.values())):.0%}"
 
 
 def _largest(client: ClientFacts) -> str:

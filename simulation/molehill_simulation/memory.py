@@ -150,10 +150,11 @@ class Memory:
         if self.total is not None:
             free = "" if self.free is None else f", {storage(self.free)} of them free now"
             has = f"; {'this machine' if self.device == 'cpu' else 'the GPU'} has {storage(self.total)}{free}"
+        trains = f"{counted(self.processes, 'process')} that {'trains' if self.processes == 1 else 'train'}"
         lead = f" and {self.lead} that leads" if self.lead else ""
         yield (
             "memory",
-            f"at least {storage(self.needed)} for {counted(self.processes, 'process')} that train{lead}{has}",
+            f"at least {storage(self.needed)} for {trains}{lead}{has}",
         )
         parts = [f"base {storage(self.base)}", f"adapter {storage(self.adapter)}"]
         parts += [f"optimiser {storage(self.optimiser)}"]
@@ -192,7 +193,7 @@ def memory(config: Config, adapted: Adapted, machine: Machine, owners: Sequence[
     found, activations = _measured(config, adapted, owners), None
     step = found if isinstance(found, str) else ""
     if isinstance(found, Activations):
-        rows = company * own.batch_size
+        rows = company * min(own.batch_size, max(len(each) for _, each in owners))
         activations = found.of(rows)
         step = f"activations are of {rows} rows of {found.longest} tokens, grown from steps of one and two"
         if found.tokens < found.longest:

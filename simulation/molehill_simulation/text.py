@@ -42,7 +42,9 @@ def megabytes(count: float) -> str:
 
 
 def storage(count: float) -> str:
-    """Bytes of memory, no finer than they are known, for example ``310 MB`` or ``2.4 GB``."""
+    """Bytes of memory, no finer than they are known, for example ``12.4 kB``, ``310 MB`` or ``2.4 GB``."""
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     if count < 1e7:
         return megabytes(count)
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"

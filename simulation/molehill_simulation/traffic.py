@@ -19,7 +19,7 @@ from molehill.words import counted
 from molehill_server.broadcast import groups
 from molehill_server.check.conflict import asked
 from molehill_server.planning.planner import Planner, expected, scopes, shares
-from molehill_simulation.text import megabytes
+from molehill_simulation.text import megabytes, storage
 
 _NOISE = 1e-3  # of the numbers that stand for changes and values
 
@@ -72,12 +72,12 @@ class Traffic:
         about = "about " if self.varies else ""
         among, runs = counted(self.asked, "client"), counted(self.rounds, "round")
         each = " or ".join(dict.fromkeys(_ends(sizes) for sizes in self.up))
-        total = " or ".join(dict.fromkeys(megabytes(size) for size in self.round_up))
-        yield "up", f"{about}{each} of a client in a round, {total} of {among}, {megabytes(self.total_up)} in {runs}"
+        total = " or ".join(dict.fromkeys(_size_of(size) for size in self.round_up))
+        yield "up", f"{about}{each} of a client in a round, {total} of {among}, {_size_of(self.total_up)} in {runs}"
         grows = " without patches" if self.patched else ""
-        then = " or ".join(dict.fromkeys(megabytes(size) for size in self.later))
+        then = " or ".join(dict.fromkeys(_size_of(size) for size in self.later))
         again = f", then {then} a round{grows}" if self.rounds > 1 else grows
-        yield "down", f"{about}{megabytes(self.first)} to a client at first{again}, {megabytes(self.total_down)} in all"
+        yield "down", f"{about}{_size_of(self.first)} to a client at first{again}, {_size_of(self.total_down)} in all"
         left = ["plans and answers", "what final scores need", "rounds that are tried again"]
         left += ["exchanges of keys"] if self.masked else []
         left += ["patches, which grow with the rounds"] if self.patched else []
@@ -163,9 +163,14 @@ def _fetched(config: Config, model: MoLoRAModel, layout: Layout) -> tuple[int, t
     return first, tuple(dict.fromkeys(later)), largest, varies
 
 
+def _size_of(count: int) -> str:
+    """Bytes as a run tells them, and smaller ones so that something is left of them."""
+    return megabytes(count) if count >= 1e5 else storage(count)
+
+
 def _ends(sizes: Sequence[int]) -> str:
     """The least and the most of several sizes."""
-    return " to ".join(dict.fromkeys(megabytes(size) for size in (min(sizes), max(sizes))))
+    return " to ".join(dict.fromkeys(_size_of(size) for size in (min(sizes), max(sizes))))
 
 
 def _encoder(codec: MethodRef) -> Callable[[Tree], bytes]:

@@ -38,6 +38,10 @@ def test_rows_classes_and_lengths_of_a_client_are_those_it_trains_on_and_holds_o
     assert lacking([found, facts("all", classes={"bad": 1, "fair": 1, "good": 1})]) == "fair at 1 client"
 
 
+def test_shares_are_of_what_has_classes_which_may_be_more_than_rows():
+    assert {"75%", "25%"} <= set(printed([facts("shop", 2, {"person": 30, "place": 10})]).split())
+
+
 def test_few_classes_have_a_column_and_of_many_the_largest_are_named():
     few = printed([facts("shop", 6, {"bad": 6, "good": 2}, Tokens(4, 9, 9, 3, 1, 0))])
     heads, _, cells = (line.split() for line in few.splitlines() if line.strip())

@@ -53,7 +53,7 @@ def test_processes_have_files_in_common_and_nothing_else():
     assert not MEMORY.short
     assert replace(MEMORY, total=3000).short
     told = dict(replace(MEMORY, activations=None).words)
-    assert told["memory"].startswith("at least 0.00 MB for 2 processes that train and 1 that leads")
+    assert told["memory"].startswith("at least 4.0 kB for 2 processes that train and 1 that leads")
     assert "activations not measured" in told["of each"]
 
 
