@@ -216,6 +216,8 @@ def get(axis: str, name: str) -> Method:
         names = [m.name for m in methods(axis)]
         near = difflib.get_close_matches(name, names, n=3) or names
         mend = f"Did you mean {', '.join(near)}? `molehill methods {axis}` lists all."
+        if not near:
+            mend = f"No {axis} is installed at all: install Molehill anew."
         for broken in _registry.left_out.get(axis, ()):
             mend += f" It may be of a plug-in that was left out: {broken}"
         raise ConfigError(f"unknown {axis} {name!r}", mend=mend) from None

@@ -75,7 +75,7 @@ class Kind(ABC):
         Args:
             there: Those of checked rows; without them, those that no run can do without.
         """
-        return {*self.required, *(name for name in self.columns if name in there)}
+        return tuple(name for name in self.columns if name in self.required or name in there)
 
     def settle(self, rows: Rows, task: config.Task) -> config.Task:
         """Fill in what the configuration leaves to the rows, such as the names of the classes.

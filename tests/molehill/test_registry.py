@@ -171,3 +171,10 @@ def test_check_blames_the_plug_in_whose_scorer_is_none(tmp_path):
         assert "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1].startswith(f"error: {path}:")
         assert "plug-in theirs" in done.stderr
+
+
+def test_an_axis_of_which_nothing_is_installed_is_not_answered_with_a_question():
+    with pytest.raises(
+        ConfigError, match=r"^unknown nothing 'some'\. No nothing is installed at all: install Molehill anew\.$"
+    ):
+        registry.get("nothing", "some")
