@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molehill.decoding.stream import Answer
+    from molehill.predictions import Class, Flags, Number, Prediction
     from molehill_edge.added import Added
     from molehill_edge.bundle import Bundle
     from molehill_edge.chat import Chat
-    from molehill_edge.classify import Prediction
     from molehill_edge.gates import Gate
     from molehill_edge.personalise import Outcome
     from molehill_edge.routes import RouterReport
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from molehill_edge.view import View
 
 __all__ = [
-    "Added", "Admitted", "Answer", "Bundle", "Chat", "Gate", "InsecureLocal", "Outcome", "Prediction", "RouterReport",
-    "Store", "Trust", "View",
+    "Added", "Admitted", "Answer", "Bundle", "Chat", "Class", "Flags", "Gate", "InsecureLocal", "Number", "Outcome",
+    "Prediction", "RouterReport", "Store", "Trust", "View",
 ]  # fmt: skip
 
 # Importing the package takes no time; onnxruntime and tuf wait until they are needed.
@@ -35,10 +35,13 @@ _HOMES = {
     "Answer": "molehill.decoding.stream",
     "Bundle": "bundle",
     "Chat": "chat",
+    "Class": "molehill.predictions",
+    "Flags": "molehill.predictions",
     "Gate": "gates",
     "InsecureLocal": "trust",
+    "Number": "molehill.predictions",
     "Outcome": "personalise",
-    "Prediction": "classify",
+    "Prediction": "molehill.predictions",
     "RouterReport": "routes",
     "Store": "store",
     "Trust": "trust",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from molehill_edge.manifest import reading
 from molehill_edge.view import View
 
 _SHAPES = ((1, 32), (1, 128), (8, 128))  # texts, tokens of each
@@ -47,7 +48,7 @@ def measure(view: View, *, rounds: int = 10, seed: int = 0) -> list[Figure]:
         BundleError: The graph cannot be computed.
     """
     rng = np.random.default_rng(seed)
-    works = _causal(view, rng) if view.manifest.task.kind == "causal-lm" else _classifier(view, rng)
+    works = _causal(view, rng) if reading(view.manifest.task).writes else _of_texts(view, rng)
     works.append(("swap a gate", "ms", _swap(view)))
     found: dict[str, list[float]] = {name: [] for name, _, _ in works}
     for number in range(rounds + 1):
@@ -92,16 +93,16 @@ def _ids(view: View, rng: np.random.Generator, batch: int, tokens: int) -> np.nd
     return rng.choice(np.array(known, np.int64), (batch, tokens))
 
 
-def _classifier(view: View, rng: np.random.Generator) -> list[tuple[str, str, Callable[[], float]]]:
+def _of_texts(view: View, rng: np.random.Generator) -> list[tuple[str, str, Callable[[], float]]]:
     works: list[tuple[str, str, Callable[[], float]]] = []
-    longest = view.manifest.task.max_length
+    longest, what = view.manifest.task.max_length, "classify" if reading(view.manifest.task).several else "read"
     for batch, tokens in dict.fromkeys((batch, min(tokens, longest)) for batch, tokens in _SHAPES):
         encoded = _ids(view, rng, batch, tokens).tolist()
 
         def work(encoded: list[list[int]] = encoded) -> float:
             return 1e3 * _seconds(lambda: view.logits(encoded))
 
-        works.append((f"classify {batch} x {tokens} tokens", "ms", work))
+        works.append((f"{what} {batch} x {tokens} tokens", "ms", work))
     return works
 
 

@@ -67,7 +67,7 @@ class Bundle(View):
             folder, manifest = admitted.folder, admitted.manifest
             default = gates.read(folder / manifests.GATE, manifest)
             prompts, rows = None, _TEXT
-            if manifest.task.kind == "causal-lm":
+            if manifests.reading(manifest.task).writes:
                 rows = 1
                 prompts = Prompts(manifest.task.generation, manifest.id)
             tokenizer = tokens.load(folder / manifests.TOKENIZER)

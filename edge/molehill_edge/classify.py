@@ -1,15 +1,15 @@
-"""Classes of texts, several texts at once."""
+"""Texts that a bundle says something of, several at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from molehill.errors import BundleError
+from molehill.rowfiles.pairs import Text
 from molehill_edge import tokens
 
 Array = np.ndarray[Any, Any]
@@ -18,27 +18,12 @@ _TOKENS = 256  # of one batch, padding included: what larger ones save in calls 
 _PADS = ("[PAD]", "<pad>", "<|endoftext|>")
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the bundle says of one text.
-
-    Attributes:
-        label: The likeliest.
-        probability: Of that label.
-        probabilities: Of all labels, in the manifest's order.
-    """
-
-    label: str
-    probability: float
-    probabilities: tuple[float, ...]
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str], most: int, *, truncate: bool) -> list[list[int]]:
+def encode(tokenizer: Tokenizer, texts: Sequence[Text], most: int, *, truncate: bool) -> list[list[int]]:
     """Ids of texts.
 
     Args:
         tokenizer: Of the bundle, with neither padding nor truncation.
-        texts: The texts.
+        texts: The texts, or pairs of them.
         most: Tokens that fit, special ones included.
         truncate: Let longer texts lose their end.
 
@@ -89,17 +74,3 @@ def pad_of(tokenizer: Tokenizer) -> int:
     """An id to pad with; masked, so any will do."""
     found = (tokenizer.token_to_id(name) for name in _PADS)
     return next((int(i) for i in found if i is not None), 0)
-
-
-def predictions(labels: Sequence[str], logits: Array) -> list[Prediction]:
-    """What logits ``[texts, classes]`` say of their texts."""
-    found = softmax(logits)
-    best = found.argmax(-1)
-    return [Prediction(labels[i], float(row[i]), tuple(row.tolist())) for i, row in zip(best, found, strict=True)]
-
-
-def softmax(logits: Array) -> Array:
-    """Probabilities in float64 along the last axis."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    normal: Array = shifted / shifted.sum(-1, keepdims=True)
-    return normal

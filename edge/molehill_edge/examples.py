@@ -9,11 +9,12 @@ from typing import Any
 from molehill.decoding.interfaces import Example
 from molehill.decoding.prompts import Message, Prompts
 from molehill.errors import DataError
+from molehill.rowfiles import pairs
 from molehill.rowfiles.messages import plain
 from molehill.rowfiles.reading import read_any
 from molehill.rowfiles.readings import asked
-from molehill.rowfiles.values import label_of, text_of
 from molehill_edge import classify, generate, tokens
+from molehill_edge import manifest as manifests
 from molehill_edge.engine import Engine
 
 
@@ -39,14 +40,12 @@ def read(engine: Engine, file: Path) -> list[Example]:
 
 def _classified(engine: Engine, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
     task = engine.manifest.task
-    text = text_of(row.get("text"), "text", where)
-    (ids,) = classify.encode(engine.tokenizer, [text], task.max_length, truncate=True)
-    if row.get("label") is None:
-        return ids, []
-    label = label_of(row["label"], where)
-    if label not in task.labels:
-        raise DataError(f"no label {label!r}", where=where, mend=f"There are: {', '.join(task.labels)}.")
-    return ids, [list(task.labels).index(label)]
+    (ids,) = classify.encode(engine.tokenizer, [pairs.of_row(row, where)], task.max_length, truncate=True)
+    reading, about = manifests.reading(task), manifests.about(task)
+    if not reading.several:
+        raise DataError(f"strategies learn from classes and answers, and this is for {task.kind}", where=where)
+    label = row.get(reading.column)
+    return ids, [] if label is None else [reading.target(label, about, where)]
 
 
 def _written(engine: Engine, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:

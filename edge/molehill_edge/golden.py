@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from molehill_edge import manifest as manifests
+
 if TYPE_CHECKING:
     from molehill_edge.view import View
 
@@ -25,7 +27,7 @@ class Check:
     Attributes:
         inputs: How many there are.
         agreement: Fraction with the same best class or token.
-        error: Largest mean squared difference of logits over their variance.
+        error: Largest mean squared difference of logits over their spread, see `Reading.spread`.
         tolerance: What may be.
     """
 
@@ -41,12 +43,6 @@ class Check:
         return self.error <= self.tolerance and self.agreement >= least
 
 
-def relative_error(wanted: Array, found: Array) -> float:
-    """Mean squared difference of logits over the variance of those that are wanted."""
-    difference = found.astype(np.float64) - wanted
-    return float((difference**2).mean()) / max(float(wanted.var(dtype=np.float64)), 1e-12)
-
-
 def check(view: View) -> Check:
     """Compute the golden inputs, each alone: in a batch, rounding of activations would differ.
 
@@ -57,13 +53,17 @@ def check(view: View) -> Check:
         BundleError: The graph cannot be computed.
     """
     manifest = view.manifest
+    reading = manifests.reading(manifest.task)
     errors, same = [0.0], list[bool]()
     for golden in manifest.golden:
         ids = np.array([list(golden.input_ids)], np.int64)
         logits = view.forward(ids, np.ones_like(ids), ["logits"])[0][0]
         logits = logits[-1] if logits.ndim == 2 else logits
         wanted = np.array(golden.logits, np.float64)
-        errors.append(relative_error(wanted, logits[: len(wanted)]))
+        difference = logits[: len(wanted)].astype(np.float64) - wanted
+        errors.append(
+            float((difference**2).mean()) / max(reading.spread(float(wanted.mean()), float((wanted**2).mean())), 1e-12)
+        )
         same.append(int(logits.argmax()) == golden.best)
     quantisation = manifest.quantisation
     exact = {quantisation.base, quantisation.experts, quantisation.head or "fp32"} == {"fp32"}

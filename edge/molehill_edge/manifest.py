@@ -19,6 +19,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from molehill.errors import BundleError
+from molehill.predictions import READINGS, About, Reading
 from molehill_protos.v1.bundle_pb2 import Form, Generation, Golden, Manifest, Site, Task
 
 FORMAT = 1
@@ -27,7 +28,7 @@ GRAPH, EXPERTS, GATE, TOKENIZER = "model.onnx", "experts.safetensors", "gate.saf
 BASE = "base.bin"
 GATES = "gates"  # folder of further gates
 LOGITS_FROM = "logits_from"  # input of a causal LM's graph: the position of the first logits
-KINDS = CLASSIFICATION, CAUSAL = ("classification", "causal-lm")
+KINDS = tuple(READINGS)
 PRECISIONS = ("fp32", "int8", "int4")
 
 # Far above what any real bundle needs, far below what would hurt the reader.
@@ -190,6 +191,22 @@ def valid_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def reading(task: Task) -> Reading:
+    """How the numbers that a bundle says are read."""
+    return READINGS[task.kind]
+
+
+def about(task: Task) -> About:
+    """What they are about."""
+    return About(tuple(task.labels), (task.range[0], task.range[1]) if task.range else None)
+
+
+def outputs(task: Task) -> int:
+    """How many a bundle says of a text, or of a token of it."""
+    how = reading(task)
+    return task.generation.vocabulary if how.writes else how.outputs(about(task))
+
+
 class _ImplausibleError(Exception):
     """What is wrong, as the end of a sentence."""
 
@@ -241,9 +258,11 @@ def _check_files(manifest: Manifest) -> None:
 def _check_task(task: Task) -> None:
     _must(task.kind in KINDS, f"{_quoted(task.kind)} is not a task")
     _must(1 <= task.max_length <= MAX_LENGTH, f"an input of {task.max_length} tokens")
-    if task.kind == CLASSIFICATION:
-        _must(len(_at_most(MAX_ENTRIES, task.labels, "labels")) >= 1, "it has no labels")
-        _distinct(task.labels, "a label is listed")
+    _must(len(task.range) in {0, 2} and all(map(math.isfinite, task.range)), "a range without two ends")
+    _must(not task.range or task.range[0] < task.range[1], "a range without width")
+    if not reading(task).writes:
+        _distinct(_at_most(MAX_ENTRIES, task.labels, "labels"), "a label is listed")
+        _must(outputs(task) >= 1, "it has no labels, or no range")
         _must(task.pooling in ("mean", "cls", "last"), f"{_quoted(task.pooling)} is not a way of pooling")
     else:
         _must(task.HasField("generation"), "it does not say how to generate")
@@ -265,10 +284,8 @@ def _check_quantisation(manifest: Manifest) -> None:
     quantisation = manifest.quantisation
     for name in ("base", "head", "experts"):
         value = getattr(quantisation, name)
-        # Of a classification the head is as the base, and a bundle may have no experts.
-        optional = (name == "head" and manifest.task.kind == CLASSIFICATION) or (
-            name == "experts" and not manifest.sites
-        )
+        # Where nothing is written the head is as the base, and a bundle may have no experts.
+        optional = (name == "head" and not reading(manifest.task).writes) or (name == "experts" and not manifest.sites)
         _must(value in PRECISIONS or (optional and not value), f"{_quoted(value)} is not a precision")
     if "int4" in (quantisation.base, quantisation.head):
         _must(_is_block(quantisation.block), f"{quantisation.block} weights sharing a scale")
@@ -343,7 +360,7 @@ def _check_gate(manifest: Manifest) -> None:
 def _check_golden(golden: Golden, task: Task) -> None:
     _must(1 <= len(golden.input_ids) <= task.max_length, f"a golden input of {len(golden.input_ids)} tokens")
     _must(min(golden.input_ids) >= 0, "a golden input with a negative token")
-    classes = len(task.labels) if task.kind == CLASSIFICATION else task.generation.vocabulary
+    classes = outputs(task)
     _must(0 <= golden.best < classes, f"golden answer {golden.best} of {classes}")
     _must(1 <= len(golden.logits) <= classes, f"a golden answer of {len(golden.logits)} numbers")
     _must(all(map(math.isfinite, golden.logits)), "a golden answer that is not a number")

@@ -13,6 +13,7 @@ from molehill.decoding.interfaces import OWN, Setting, Strategy
 from molehill.decoding.settings import only_of
 from molehill.decoding.stream import Answer, Asked, Reader, Stream
 from molehill.errors import AnswerError
+from molehill_edge import manifest as manifests
 from molehill_edge.engine import Binding, Bound, Engine
 from molehill_edge.gates import BIAS, MASK, PLACES
 from molehill_edge.generate import Cache, Inputs, common
@@ -68,8 +69,7 @@ class EdgePasses:
     @property
     def answers(self) -> int:
         """See `Passes.answers`."""
-        task = self._engine.manifest.task
-        return task.generation.vocabulary if self.writes else len(task.labels)
+        return manifests.outputs(self._engine.manifest.task)
 
     @property
     def by_places(self) -> bool:

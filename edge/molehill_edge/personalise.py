@@ -14,8 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from molehill.decoding.interfaces import log_softmax
 from molehill.errors import BundleError
-from molehill_edge import classify, gates
+from molehill.rowfiles.pairs import Text
+from molehill_edge import gates
+from molehill_edge import manifest as manifests
 from molehill_edge.gates import Gate
 from molehill_protos.v1.bundle_pb2 import Manifest
 
@@ -48,14 +51,14 @@ class Reader(Protocol):
     def with_gate(self, gate: Gate) -> Reader:
         """The same with another gate."""
 
-    def encode(self, text: str, *, raw: bool = False) -> list[int]:
+    def encode(self, text: Text, *, raw: bool = False) -> list[int]:
         """Ids of a text."""
 
-    def encode_all(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
-        """Ids of texts to classify."""
+    def encode_all(self, texts: Sequence[Text], *, truncate: bool = False) -> list[list[int]]:
+        """Ids of texts that something is said of."""
 
     def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
-        """Logits of texts of a classifier, ``[texts, classes]``."""
+        """Logits of texts of a bundle that does not write, ``[texts, C]``."""
 
     def forward(self, ids: Array, mask: Array, outputs: list[str]) -> list[Array]:
         """Outputs of the graph for tokens ``[batch, sequence]`` that nothing comes before."""
@@ -66,9 +69,10 @@ class Score:
     """How a gate does on some texts.
 
     Attributes:
-        loss: Cross-entropy for texts with labels; entropy of a text less entropy of their mean without; negative
-            log-likelihood of a token for a causal LM.
-        accuracy: Fraction with the right label; None without labels.
+        loss: Minus the log likelihood of labels, or of a token for a causal LM; for classes without labels the entropy
+            of a text less the entropy of their mean.
+        accuracy: Fraction with the right class, or of labels that are rightly there or not; None without labels, and of
+            numbers.
     """
 
     loss: float
@@ -102,36 +106,35 @@ class Outcome:
 
 
 def personalise(
-    view: Reader, texts: Sequence[str], labels: Sequence[str] | None = None, *, seed: int = 0, budget: int = 80
+    view: Reader, texts: Sequence[Text], labels: Sequence[Any] | None = None, *, seed: int = 0, budget: int = 80
 ) -> Outcome:
     """Fit a gate's bias and mask to texts.
 
     Args:
         view: The bundle with the gate to begin with.
         texts: Of the owner; what is too long loses its end.
-        labels: One for each, for a classifier; the search goes without when None.
+        labels: One for each, of the bundle's kind: a class, a list of labels, or a number. For classes the search goes
+            without when None.
         seed: Equal seeds give equal results.
         budget: How many times the texts may be read.
 
     Raises:
-        BundleError: The texts are too few, a label is unknown, or the bundle has no router.
+        BundleError: The texts are too few, labels are missing, or the bundle has no router.
+        DataError: A label is none of the bundle's kind.
     """
     manifest = view.manifest
     if not manifest.routers:
         raise BundleError("the bundle has no router to fit", where=manifest.id)
-    if labels is not None:
-        _check_labels(labels, texts, manifest.task.labels)
+    targets = _targets(manifest, texts, labels)
     rng = np.random.default_rng(seed)
     fit, held = _split(texts, rng)
-    losses = [
-        _Loss(view, [texts[i] for i in part], [labels[i] for i in part] if labels else None) for part in (fit, held)
-    ]
+    losses = [_Loss(view, [texts[i] for i in part], None if targets is None else targets[part]) for part in (fit, held)]
     start = replace(view.gate, tensors=view.gate_tensors())
     search = _Search(view, start, losses[0], rng, budget)
     search.run()
     found = search.best
     before, after = losses[1].score(start), losses[1].score(found)
-    proxy = labels is None and manifest.task.kind == "classification"
+    proxy = targets is None and not manifests.reading(manifest.task).writes
     enough = before.loss - (_PROXY_MARGIN * abs(before.loss) if proxy else 0)
     better = after.loss <= enough and (after.accuracy or 0) >= (before.accuracy or 0)
     kept = better and found is not start
@@ -147,12 +150,12 @@ def personalise(
 class _Loss:
     """The loss of a gate on some texts."""
 
-    def __init__(self, view: Reader, texts: Sequence[str], labels: Sequence[str] | None) -> None:
+    def __init__(self, view: Reader, texts: Sequence[Text], targets: Array | None) -> None:
         self._view = view
         task = view.manifest.task
         self.texts = len(texts)
-        self._labels = None if labels is None else np.array([list(task.labels).index(label) for label in labels])
-        if task.kind == "classification":
+        self._targets, self._reading = targets, manifests.reading(task)
+        if not self._reading.writes:
             self._encoded = view.encode_all(texts, truncate=True)
         else:
             encoded = [view.encode(text, raw=True)[: task.max_length] for text in texts]
@@ -162,12 +165,14 @@ class _Loss:
 
     def score(self, gate: Gate) -> Score:
         view = self._view.with_gate(gate)
-        if view.manifest.task.kind != "classification":
+        if self._reading.writes:
             return Score(self._likelihood(view), None)
-        probabilities = np.maximum(classify.softmax(view.logits(self._encoded)), 1e-12)
-        if self._labels is not None:
-            right = probabilities[np.arange(len(self._labels)), self._labels]
-            return Score(float(-np.log(right).mean()), float((probabilities.argmax(1) == self._labels).mean()))
+        logits = view.logits(self._encoded)
+        if self._targets is not None:
+            right = self._reading.right(logits, self._targets)
+            loss = float(self._reading.losses(logits, self._targets).mean())
+            return Score(loss, None if right is None else float(right.mean()))
+        probabilities = np.maximum(np.exp(log_softmax(logits)), 1e-12)
         return Score(float(_entropy(probabilities).mean() - _entropy(probabilities.mean(0))), None)
 
     def _likelihood(self, view: Reader) -> float:
@@ -255,9 +260,9 @@ class _Search:
                 self.best, self._value = gate, loss
 
 
-def _split(texts: Sequence[str], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+def _split(texts: Sequence[Text], rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """Texts to fit and texts to hold out; equal texts are on one side."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[Text, list[int]] = {}
     for i, text in enumerate(texts):
         groups.setdefault(text, []).append(i)
     if len(groups) < FEWEST:
@@ -269,14 +274,19 @@ def _split(texts: Sequence[str], rng: np.random.Generator) -> tuple[list[int], l
     return fit, held
 
 
-def _check_labels(labels: Sequence[str], texts: Sequence[str], known: Sequence[str]) -> None:
-    if not known:
+def _targets(manifest: Manifest, texts: Sequence[Text], labels: Sequence[Any] | None) -> Array | None:
+    """What the bundle should say of every text, ``[texts]`` or ``[texts, C]``; None where nobody says."""
+    reading, about = manifests.reading(manifest.task), manifests.about(manifest.task)
+    if labels is None:
+        if not (reading.several or reading.writes):
+            what = "without labels there is nothing to fit to: only of classes it says something how sure the bundle is"
+            raise BundleError(what, where=manifest.id, mend=f"Give every row its {reading.column!r}.")
+        return None
+    if reading.writes:
         raise BundleError("the bundle generates text: it takes texts without labels")
     if len(labels) != len(texts):
         raise BundleError(f"{len(texts)} texts but {len(labels)} labels")
-    unknown = [label for label in labels if label not in known]
-    if unknown:
-        raise BundleError(f"no label {unknown[0]!r}", mend=f"There are: {', '.join(known)}.")
+    return np.array([reading.target(label, about, f"label {n + 1}") for n, label in enumerate(labels)])
 
 
 def _entropy(probabilities: Array) -> Array:

@@ -10,6 +10,7 @@ from tokenizers import Encoding, Tokenizer
 
 from molehill.characters import flaw
 from molehill.errors import BundleError, first_line
+from molehill.rowfiles.pairs import Text
 
 _TRIAL = "A trial: 1, 2 and \N{LATIN SMALL LETTER E WITH ACUTE}."
 
@@ -34,30 +35,30 @@ def load(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> Encoding:
+def encode(tokenizer: Tokenizer, text: Text, *, special: bool = True) -> Encoding:
     """Tokens of a text.
 
     Args:
         tokenizer: Of the bundle.
-        text: A text.
+        text: A text, or two that are read together.
         special: Whether the tokenizer adds its special tokens.
 
     Raises:
         BundleError: The text is no Unicode, or the tokenizer fails.
     """
-    _require_text(text)
+    first, *second = _parts(text)
     with _guarded():
-        return tokenizer.encode(text, add_special_tokens=special)
+        return tokenizer.encode(first, second[0] if second else None, add_special_tokens=special)
 
 
-def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts.
+def encode_all(tokenizer: Tokenizer, texts: Sequence[Text]) -> list[list[int]]:
+    """Ids of texts, or of pairs of them.
 
     Raises:
         BundleError: A text is no Unicode, or the tokenizer fails.
     """
     for text in texts:
-        _require_text(text)
+        _parts(text)
     with _guarded():
         return [list(found.ids) for found in tokenizer.encode_batch(list(texts))]
 
@@ -84,10 +85,13 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def _require_text(text: str) -> None:
-    wrong = flaw(text)
-    if wrong:
-        raise BundleError(f"the text {wrong}", mend="Write it anew.")
+def _parts(text: Text) -> tuple[str, ...]:
+    """The text, or both of a pair; each is Unicode."""
+    parts = (text,) if isinstance(text, str) else text
+    for part in parts:
+        if wrong := flaw(part):
+            raise BundleError(f"the text {wrong}", mend="Write it anew.")
+    return parts
 
 
 @contextmanager

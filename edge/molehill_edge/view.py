@@ -16,10 +16,11 @@ from molehill.decoding.interfaces import Learns, Strategy, Through, all_of
 from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill.errors import AnswerError, BundleError
+from molehill.predictions import Class, Prediction
+from molehill.rowfiles.pairs import Text
 from molehill_edge import classify, examples, gates, generate, personalise, routes, tokens
 from molehill_edge import manifest as manifests
 from molehill_edge.chat import Chat
-from molehill_edge.classify import Prediction
 from molehill_edge.engine import Binding, Engine, find_expert
 from molehill_edge.gates import Gate
 from molehill_edge.generate import Cache, reader
@@ -183,26 +184,26 @@ class View:
                 where="--strategy", mend="Ask the run: molehill generate.",
             )  # fmt: skip
         passes = self.passes()
-        options.require_fits(made, called, passes)
+        options.require_fits(made, called, passes, several=manifests.reading(self.manifest.task).several)
         if made is not name and isinstance(made, Learns) and made.rows:
             made.learn(passes, examples.read(self._engine, Path(made.rows)), through)
         return made
 
-    def classify(
+    def predict(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         *,
         truncate: bool = False,
         strategy: str | Strategy | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> list[Prediction]:
-        """Say which label each text has.
+        """Say of each text what the bundle is for: its class, which of several labels it has, or a number.
 
         A text may come out a little differently in a batch when the bundle is int8, since activations are rounded
         together; a call with one text is always the same.
 
         Args:
-            texts: The texts.
+            texts: The texts, or pairs of them for a bundle that learnt from pairs.
             truncate: Let texts that are too long lose their end.
             strategy: How the classes follow from passes of the model; its own logits when None.
             params: Parameters of the strategy.
@@ -212,8 +213,50 @@ class View:
             BundleError: The bundle generates text, a text is too long or has no tokens, or the graph cannot be computed
                 or answers with numbers that are not finite.
         """
-        labels, encoded = self._labels(), self.encode_all(texts, truncate=truncate)
-        return classify.predictions(labels, self.scores(encoded, self._asked(strategy, params)))
+        self._require_predicts()
+        return self.predicted(self.encode_all(texts, truncate=truncate), self._asked(strategy, params))
+
+    def predicted(self, encoded: Sequence[Sequence[int]], strategy: Strategy | None) -> list[Prediction]:
+        """What the bundle says of texts.
+
+        Args:
+            encoded: Their ids.
+            strategy: As of `scores`.
+
+        Raises:
+            AnswerError: As `scores`.
+            BundleError: As `scores`.
+        """
+        task = self.manifest.task
+        reading, about = manifests.reading(task), manifests.about(task)
+        return [reading.read(scores, about) for scores in self.scores(encoded, strategy)]
+
+    def classify(
+        self,
+        texts: Sequence[Text],
+        *,
+        truncate: bool = False,
+        strategy: str | Strategy | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> list[Class]:
+        """Say which label each text has; `predict` of a bundle whose texts have one each.
+
+        Args:
+            texts: As of `predict`, like the rest.
+            truncate: Let texts that are too long lose their end.
+            strategy: How the classes follow from passes of the model.
+            params: Parameters of the strategy.
+
+        Raises:
+            AnswerError: As `predict`.
+            BundleError: As `predict`, or texts have no class of this bundle.
+        """
+        task = self.manifest.task
+        if self._engine.prompts is None and not manifests.reading(task).several:
+            what = f"the bundle is for {task.kind}: it does not say which of several classes a text has"
+            raise BundleError(what, where=self.manifest.id, mend="Ask it: predict.")
+        found = self.predict(texts, truncate=truncate, strategy=strategy, params=params)
+        return [each for each in found if isinstance(each, Class)]
 
     def scores(self, encoded: Sequence[Sequence[int]], strategy: Strategy | None) -> Array:
         """Scores of the classes, or of the token after a text, of which the largest is likeliest.
@@ -241,18 +284,18 @@ class View:
         return self.strategy(strategy, params) if strategy is not None or params else None
 
     def logits(self, encoded: Sequence[Sequence[int]]) -> Array:
-        """Logits of texts of a classifier.
+        """Logits of texts of a bundle that does not write.
 
         Args:
             encoded: Their ids.
 
         Returns:
-            ``[texts, classes]``.
+            ``[texts, C]``, C as `molehill_edge.manifest.outputs` has it.
 
         Raises:
             BundleError: The graph cannot be computed, or answers with numbers that are not finite.
         """
-        found = np.zeros((len(encoded), len(self.manifest.task.labels)), np.float32)
+        found = np.zeros((len(encoded), manifests.outputs(self.manifest.task)), np.float32)
         with self._engine.session.use() as graph:  # all of them with the same experts
             for rows, ids, mask in classify.batches(encoded, classify.pad_of(self._engine.tokenizer)):
                 found[rows] = self._compute(graph, ids, mask, ["logits"])[0]
@@ -283,28 +326,31 @@ class View:
             feeds[f"past_key_values.{i}.key"] = feeds[f"past_key_values.{i}.value"] = value(past)
         return [found.numpy() for found in graph.run_with_ort_values(outputs, feeds)]
 
-    def encode(self, text: str, *, raw: bool = False) -> list[int]:
-        """Ids that the model reads for a text: as it is for a classifier, as an instruction for a causal LM.
+    def encode(self, text: Text, *, raw: bool = False) -> list[int]:
+        """Ids that the model reads for a text: as an instruction for a causal LM, else as it is.
 
         Args:
-            text: The text.
+            text: The text, or a pair of texts.
             raw: Leave the prompt's format out.
 
         Raises:
-            BundleError: The text has no tokens, or the tokenizer or the chat template refuses it.
+            BundleError: The text has no tokens, the tokenizer or the chat template refuses it, or it is a pair and the
+                bundle writes.
         """
         engine = self._engine
         if engine.prompts is None:
             return list(tokens.encode(engine.tokenizer, text).ids)
+        if not isinstance(text, str):
+            raise BundleError("the bundle generates text; it reads no pairs of texts", where=engine.manifest.id)
         if raw:
             return generate.encode(engine.tokenizer, text, special=True)
         return generate.encode(engine.tokenizer, engine.prompts.single(text), special=engine.prompts.special)
 
-    def encode_all(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
-        """Ids of texts to classify.
+    def encode_all(self, texts: Sequence[Text], *, truncate: bool = False) -> list[list[int]]:
+        """Ids of texts that something is said of.
 
         Args:
-            texts: The texts.
+            texts: The texts, or pairs of them.
             truncate: Let texts that are too long lose their end.
 
         Raises:
@@ -319,18 +365,20 @@ class View:
         return {tensor.name: arrays[tensor.name] for tensor in self.manifest.gate}
 
     def personalise(
-        self, texts: Sequence[str], labels: Sequence[str] | None = None, *, seed: int = 0, budget: int = 80
+        self, texts: Sequence[Text], labels: Sequence[Any] | None = None, *, seed: int = 0, budget: int = 80
     ) -> Outcome:
         """Fit the gate's bias and mask to texts of the owner; `Outcome.gate` is for `swap_gate` and `gates.write`.
 
         Args:
             texts: What is too long loses its end. About a third is held out to judge the result.
-            labels: One for each, for a classifier; the search goes without when None.
+            labels: One for each, of the bundle's kind: a class, a list of labels, or a number. For classes the search
+                goes without when None.
             seed: Equal seeds give equal results.
             budget: How many times the texts may be read.
 
         Raises:
-            BundleError: The texts are too few, a label is unknown, or the bundle has no router.
+            BundleError: The texts are too few, labels are missing, or the bundle has no router.
+            DataError: A label is none of the bundle's kind.
         """
         return personalise.personalise(self, texts, labels, seed=seed, budget=budget)
 
@@ -453,11 +501,11 @@ class View:
         engine, sampling = self._causal(), Sampling(temperature, top_k, top_p, seed)
         return Chat(engine, lambda: self._bound, system, sampling, self._asked(strategy, params))
 
-    def route_report(self, text: str, *, per_token: bool = False, truncate: bool = False) -> list[RouterReport]:
+    def route_report(self, text: Text, *, per_token: bool = False, truncate: bool = False) -> list[RouterReport]:
         """Say which experts a text used, for every router.
 
         Args:
-            text: A text, or an instruction for a causal LM.
+            text: A text, a pair of texts, or an instruction for a causal LM.
             per_token: Name the best expert of each token too.
             truncate: Let a text that is too long lose its end.
 
@@ -480,7 +528,6 @@ class View:
             raise BundleError("the bundle classifies; it does not generate text", where=self._engine.manifest.id)
         return self._engine
 
-    def _labels(self) -> Sequence[str]:
+    def _require_predicts(self) -> None:
         if self._engine.prompts is not None:
             raise BundleError("the bundle generates text; it does not classify", where=self._engine.manifest.id)
-        return self._engine.manifest.task.labels

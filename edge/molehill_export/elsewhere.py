@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molehill import files
 from molehill.errors import ConfigError, DeployError
+from molehill.molora.adapter import Manifest
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import write_peft
@@ -133,7 +134,7 @@ def write_elsewhere(
         opens = _opens(source, merged=wanted.merged)
         with source.gate(gate):
             if model.head is not None:
-                _write_head(folder, model.head, source.adapter.labels)
+                _write_head(folder, model.head, source.adapter)
         files.write(folder / "README.md", _readme(source, wanted, opens, fixed).encode())
         size = sum(path.stat().st_size for path in folder.iterdir())
         if out.exists():
@@ -203,14 +204,16 @@ def _write_model(source: Source, folder: Path, dtype: torch.dtype) -> None:
         files.write(folder / _GENERATION, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def _write_head(folder: Path, head: Head, labels: tuple[str, ...]) -> None:
-    """The classifier, which Transformers has no class for: one layer over pooled states."""
+def _write_head(folder: Path, head: Head, adapter: Manifest) -> None:
+    """The head, which Transformers has no class for: one layer over pooled states."""
     values = {"weight": head.weight, "bias": head.bias}
     if head.residual and head.personal:
         values = {name: value + head.residual[name] for name, value in values.items()}
     arrays = {name: np.ascontiguousarray(value.detach().numpy()) for name, value in values.items()}
     write_tensors(folder / "head.safetensors", arrays, {})
-    said = {"labels": list(labels), "pooling": head.pooling}
+    said: dict[str, Any] = {"labels": list(adapter.labels), "pooling": head.pooling}
+    if adapter.range is not None:
+        said["range"] = list(adapter.range)
     files.write(folder / "head.json", (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -259,7 +262,7 @@ from transformers import AutoTokenizer
 folder = "."
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {opens}.from_pretrained(folder).eval()
-head = load_file(f"{{folder}}/head.safetensors")  # head.json names its classes
+head = load_file(f"{{folder}}/head.safetensors")  # head.json says what its numbers are: of labels, or where in a range
 texts = ["It was good."]
 batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length={longest})
 with torch.no_grad():

@@ -255,8 +255,11 @@ def _write(source: Source, folder: Path, out: Path, options: Options, progress: 
     progress("Comparing with the original")
     texts = parity_of.calibration(source.tokenizer, manifest.task.max_length)
     with source.gate(options.gates[0]) as model, _only(model, slots):
-        original = parity_of.originals(model, texts, labelled(source, options.gates[0], options.rows, _ROWS))
-    figures, golden = parity_of.compare(original, parity_of.Runner(folder / GRAPH, manifest))
+        rows = labelled(source, options.gates[0], options.rows, _ROWS)
+        original = parity_of.originals(model, texts, rows, manifests.reading(manifest.task))
+    figures, golden = parity_of.compare(
+        original, parity_of.Runner(folder / GRAPH, manifest), manifests.about(manifest.task)
+    )
     parity_of.require(figures, options.scheme, force=options.force)
     manifest.parity.CopyFrom(figures)
     manifest.golden.extend(golden)
@@ -301,6 +304,7 @@ def _task(source: Source, graph: Graph) -> pb.Task:
     task = pb.Task(kind=kind_of(source.task).bundle, max_length=limit)
     if source.model.head is not None:
         task.labels.extend(source.adapter.labels)
+        task.range.extend(source.adapter.range or ())
         task.pooling = source.model.head.pooling
         return task
     tokenizer = source.tokenizer

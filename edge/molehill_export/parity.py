@@ -17,7 +17,9 @@ from torch import Tensor
 from molehill.errors import BundleError, ModelError
 from molehill.molora.interfaces import RouteRecord
 from molehill.molora.model import MoLoRAModel
+from molehill.predictions import About, Reading
 from molehill.tasks.batches import IGNORE, Example, alike, pad
+from molehill_edge import manifest as manifests
 from molehill_edge.manifest import LOGITS_FROM
 from molehill_export.texts import CALIBRATION
 from molehill_protos.v1 import bundle_pb2 as pb
@@ -35,8 +37,13 @@ FLOORS = {"fp32": (1e-5, 0.99), "int8": (0.1, 0.9), "int4": (0.2, 0.8)}
 
 @dataclass
 class Difference:
-    """Differences of logits and of routes, added up over texts."""
+    """Differences of logits and of routes, added up over texts.
 
+    Attributes:
+        reading: How logits are read.
+    """
+
+    reading: Reading
     texts: int = 0
     square: float = 0.0
     values: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # n, sum, sum of squares of the original
@@ -53,15 +60,15 @@ class Difference:
             self.square += float(np.square(one - two).sum())
             for i, total in enumerate((one.size, one.sum(), np.square(one).sum())):
                 self.values[i] += float(total)
-            self.same += int(a.argmax() == b.argmax())
-            self.predictions += 1
+            same = self.reading.alike(a[None], b[None])
+            self.same += int(same.sum())
+            self.predictions += same.size
 
     @property
     def error(self) -> float:
-        """Mean squared difference over the variance of the original."""
+        """Mean squared difference over the spread of the original."""
         n, total, squares = self.values
-        variance = squares / n - (total / n) ** 2
-        return self.square / n / max(variance, 1e-30)
+        return self.square / n / max(self.reading.spread(total / n, squares / n), 1e-30)
 
 
 class Runner:
@@ -77,7 +84,7 @@ class Runner:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # products are long, and waits few
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._generation = manifest.task.generation if manifest.task.kind == "causal-lm" else None
+        self._generation = manifest.task.generation if manifests.reading(manifest.task).writes else None
         self._routes = [f"route.{i}" for i in range(len(manifest.routers))]
         self._cuts = LOGITS_FROM in {value.name for value in self._session.get_overridable_initializers()}
 
@@ -108,39 +115,47 @@ class Originals:
     Attributes:
         texts: Token ids of the calibration text.
         answers: For each of them the logits, ``[T, V]`` or ``[1, C]``, and the weights of every router.
-        examples: Labelled rows of the run, for the accuracies; only figures of them are kept.
-        right: For each of these, which of its labels the model predicts.
+        examples: Labelled rows of the run, for the figure of both; only counts of them are kept.
+        counts: Of these rows, what the figure is made of (`molehill.predictions.Reading.counts`).
+        reading: How logits are read.
     """
 
     texts: Sequence[Sequence[int]]
     answers: list[tuple[Array, list[Array]]]
     examples: Sequence[Example]
-    right: list[Array]
+    counts: Array
+    reading: Reading
 
 
 @torch.no_grad()
-def originals(model: MoLoRAModel, texts: Sequence[Sequence[int]], examples: Sequence[Example]) -> Originals:
+def originals(
+    model: MoLoRAModel, texts: Sequence[Sequence[int]], examples: Sequence[Example], reading: Reading
+) -> Originals:
     """Run the original.
 
     Args:
         model: In float32, with the bundle's default gate and experts.
         texts: Token ids of the calibration text.
         examples: Labelled rows of the run.
+        reading: How its logits are read.
     """
-    return Originals(texts, _answers(model, texts), examples, _right(model, examples))
+    counts = _counts(model, examples, reading) if examples else np.zeros(0)
+    return Originals(texts, _answers(model, texts), examples, counts, reading)
 
 
-def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Golden]]:
+def compare(original: Originals, runner: Runner, about: About) -> tuple[pb.Parity, list[pb.Golden]]:
     """Measure a bundle.
 
     Args:
         original: What it was made from.
         runner: The bundle.
+        about: What its numbers are about.
 
     Returns:
         The figures, and some inputs with what the bundle answered: short ones, and one as long as it takes, up to 128.
     """
-    total = Difference()
+    reading = original.reading
+    total = Difference(reading)
     longest, short = max(original.texts, key=len), list[_Answered]()
     for ids, (wanted, routes) in zip(original.texts, original.answers, strict=True):
         found, others = runner(ids)
@@ -156,30 +171,24 @@ def compare(original: Originals, runner: Runner) -> tuple[pb.Parity, list[pb.Gol
         router_agreement=total.routes_same / total.routed if total.routed else 1.0,
     )  # fmt: skip
     if original.examples:
-        theirs = [_labels(example) for example in original.examples]
-        right = [
-            runner(example.input_ids, int(positions[0]))[0].argmax(-1)[positions - positions[0]] == labels
-            for example, (positions, labels) in zip(original.examples, theirs, strict=True)
-        ]
+        counts = np.sum([_of_bundle(runner, example, reading) for example in original.examples], 0)
+        ours, theirs = (reading.figure_of(each, about) for each in (counts, original.counts))
         parity.rows = len(original.examples)
-        parity.accuracy_original = float(np.concatenate(original.right).mean())
-        parity.accuracy_bundle = float(np.concatenate(right).mean())
+        if reading.figure:
+            parity.figure, parity.figure_original, parity.figure_bundle = reading.figure, theirs, ours
+        else:
+            parity.accuracy_original, parity.accuracy_bundle = theirs, ours
     beginnings = [longest[:length] for length in _BEGINNINGS if length <= len(longest)][:4] or [longest]
     long = [(ids, runner(ids)[0][-1]) for ids in beginnings]
-    return parity, [*_clearest(short, GOLDEN), *_clearest(long, 1)]
+    return parity, [*_clearest(short, GOLDEN, reading), *_clearest(long, 1, reading)]
 
 
 _Answered = tuple[Sequence[int], Array]  # token ids, and logits after the last or of the class
 
 
-def _clearest(answered: Sequence[_Answered], count: int) -> list[pb.Golden]:
-    """Those whose best is furthest ahead of the next: near ties turn where another processor rounds."""
-
-    def lead(each: _Answered) -> float:
-        best = np.sort(each[1])[-2:]
-        return float(best[-1] - best[0])
-
-    chosen = sorted(answered, key=lead, reverse=True)[:count]
+def _clearest(answered: Sequence[_Answered], count: int, reading: Reading) -> list[pb.Golden]:
+    """Those that are furthest from saying something else: near ties turn where another processor rounds."""
+    chosen = sorted(answered, key=lambda each: reading.lead(each[1]), reverse=True)[:count]
     return [pb.Golden(input_ids=ids, logits=logits[:SHOWN], best=int(logits.argmax())) for ids, logits in chosen]
 
 
@@ -288,22 +297,22 @@ def _of_row(weights: Array, row: int, tokens: int) -> Array:
     return own[:, :tokens].copy()
 
 
-def _right(model: MoLoRAModel, examples: Sequence[Example]) -> list[Array]:
-    """Which labels of each row the original predicts; the head runs where there are some."""
-    found: dict[int, Array] = {}
+def _counts(model: MoLoRAModel, examples: Sequence[Example], reading: Reading) -> Array:
+    """What the figure of the original is made of; the head runs where there are labels."""
+    found = []
     for run in passes(model, [len(example.input_ids) for example in examples]):
         batch = pad([examples[row] for row in run], 0)
         forward = model(batch.input_ids, batch.attention_mask, batch.labels)
-        right = (forward.scores.argmax(-1) == forward.labels).numpy()
-        found |= {row: right[(forward.rows == i).numpy()] for i, row in enumerate(run)}
-    return [found[row] for row in range(len(examples))]
+        found.append(reading.counts(forward.scores.float().numpy(), forward.labels.numpy()))
+    total: Array = np.sum(found, 0)
+    return total
 
 
-def _labels(example: Example) -> tuple[Array, Array]:
-    """Where an output has a label, and which."""
-    if isinstance(example.labels, int):
-        return np.zeros(1, np.int64), np.array([example.labels])
-    assert isinstance(example.labels, list)  # of tokens
+def _of_bundle(runner: Runner, example: Example, reading: Reading) -> Array:
+    """What the figure of a bundle is made of, of one row."""
+    if not isinstance(example.labels, list):
+        return reading.counts(runner(example.input_ids)[0], np.array([example.labels]))
     after = np.array(example.labels[1:])  # what a token is followed by
     positions = np.flatnonzero(after != IGNORE)
-    return positions, after[positions]
+    logits, _ = runner(example.input_ids, int(positions[0]))
+    return reading.counts(logits[positions - positions[0]], after[positions])

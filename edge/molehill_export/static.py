@@ -15,6 +15,8 @@ from molehill.molora.interfaces import Route, RouteContext, Scorer, Selector
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.router import Router
 from molehill.molora.trial import keeps_logits
+from molehill.predictions import READINGS, Reading
+from molehill.tasks.kind import kind_of
 from molehill_export.parity import FLOORS, Difference, calibration, decode, passes
 from molehill_export.rows import labelled
 from molehill_simulation.source import Source
@@ -82,16 +84,20 @@ def fix_gate(source: Source, gate: str, rows: Path | None = None) -> Fixed:
     """
     with source.gate(gate) as model:
         texts = [example.input_ids for example in labelled(source, gate, rows, _ROWS)]
-        return fix(model, texts or calibration(source.tokenizer, source.task.max_length))
+        return fix(
+            model, texts or calibration(source.tokenizer, source.task.max_length),
+            READINGS[kind_of(source.task).bundle],
+        )  # fmt: skip
 
 
 @torch.no_grad()
-def fix(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> Fixed:
+def fix(model: MoLoRAModel, texts: Sequence[Sequence[int]], reading: Reading) -> Fixed:
     """Weigh the experts as the routers do on the mean over the tokens of some texts, and measure what that changes.
 
     Args:
         model: With the gate in use.
         texts: Token ids of at least one text.
+        reading: How its logits are read.
     """
     runs = passes(model, [len(ids) for ids in texts])
     seen: dict[str, list[Tensor]] = {}
@@ -107,7 +113,7 @@ def fix(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> Fixed:
     )
     if varies <= _SAME:
         return Fixed(weights, varies, len(texts), error=0.0, agreement=1.0)
-    total = Difference()
+    total = Difference(reading)
     for run in runs:  # once more, since the logits of all texts may be more than memory holds
         some = [texts[text] for text in run]
         routed, _ = decode(model, some)

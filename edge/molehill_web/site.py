@@ -69,10 +69,10 @@ def of_bundle(admitted: Admitted, out: Path, vendor: Path | None = None) -> Writ
 
     Raises:
         BundleError: The folder is that of a bundle, has other things where the page would be, or no room for it; or the
-            bundle needs a newer runtime than the page has.
+            bundle needs a newer runtime than the page has, or is for what the page does not show.
         DeployError: A library is not to be had.
     """
-    _require_runtime(admitted.manifest, str(admitted.folder))
+    _require_runs(admitted.manifest, str(admitted.folder))
     libraries = list(parts(vendor))
     data = (admitted.folder / manifests.NAME).read_bytes()
     about = {"bundle": admitted.manifest.id, "manifest": hashlib.sha256(data).hexdigest()}
@@ -102,14 +102,15 @@ def of_repository(bundle: str, repository: Path, root: Path, out: Path, vendor: 
         vendor: As for `of_bundle`.
 
     Raises:
-        BundleError: The repository has no such bundle or one that needs a newer runtime than the page has; or the
-            folder is that of one, has other things where the page would be, or no room for it.
+        BundleError: The repository has no such bundle, or one that needs a newer runtime than the page has or is for
+            what the page does not show; or the folder is that of one, has other things where the page would be, or no
+            room for it.
         TrustError: What the repository shows is not signed by the keys of this root.
         DeployError: A library is not to be had.
     """
     pinned = read_root(root)
     manifest = _shown(bundle, repository, pinned)
-    _require_runtime(manifest, f"{repository}/")
+    _require_runs(manifest, f"{repository}/")
     libraries = list(parts(vendor))
     way = os.path.relpath(repository.resolve(), out.resolve()).replace(os.sep, "/") + "/"
     page = _Page({"bundle": bundle, "repository": quote(way)}, {"root.json": pinned}, libraries)
@@ -144,8 +145,11 @@ def _shown(bundle: str, repository: Path, pinned: bytes) -> Manifest:
         return manifests.read(read_manifest(client, entry), where)
 
 
-def _require_runtime(manifest: Manifest, where: str) -> None:
-    """Refuse a bundle that the page would refuse."""
+def _require_runs(manifest: Manifest, where: str) -> None:
+    """Refuse a bundle that the page would refuse, or could not show."""
+    if not manifests.reading(manifest.task).several:
+        what = f"the page classifies and chats, and the bundle is for {manifest.task.kind}"
+        raise BundleError(what, where=where, mend="Use molehill edge run, or molehill edge serve.")
     needed = manifest.runtime.onnxruntime
     if manifests.is_older(RUNTIME.version, needed):
         what = f"the bundle needs onnxruntime {needed} or newer, and the page has {RUNTIME.version}"

@@ -68,17 +68,21 @@ def build(axis: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
     return method.target() if method.params is NoParams else method.target(params)
 
 
-def require_fits(strategy: Strategy, name: str, passes: Passes) -> None:
+def require_fits(strategy: Strategy, name: str, passes: Passes, *, several: bool = True) -> None:
     """Refuse a strategy that is for models of another kind.
 
     Args:
         strategy: That was built.
         name: Of it.
         passes: Of the model.
+        several: Whether its numbers are of one of several classes or tokens, which is what strategies combine.
 
     Raises:
         AnswerError: It is.
     """
+    if not several and not strategy.own:
+        what = f"strategy {name} is for classes and for texts, and this model says something else"
+        raise AnswerError(what, where="--strategy", mend="Leave it out.")
     if strategy.writes and not passes.writes:
         raise AnswerError(f"strategy {name} is for models that write text", where="--strategy")
     if strategy.classifies and passes.writes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ from molehill.characters import flaw
 from molehill.errors import DataError
 
 Record = tuple[str, dict[str, Any]]  # place, values by column
+BETWEEN = "|"  # names of one cell of a table
 
 
 def require_text(value: Any, column: str, where: str) -> None:
@@ -48,6 +51,57 @@ def label_of(value: Any, where: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, int) else text_of(value, "label", where)
+
+
+def number_of(value: Any, where: str) -> float:
+    """A label as a number; tables of text write it in digits.
+
+    Args:
+        value: Of a row.
+        where: Place of the row.
+
+    Raises:
+        DataError: It is no number, or nothing.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        what = "the row has no 'label'" if value is None or value == "" else f"the label {value!r:.40} is no number"
+        raise DataError(what, where=where, mend="Write a number such as 3.5, or remove the row.")
+    return found
+
+
+def names_of(value: Any, where: str) -> tuple[str, ...]:
+    """Labels of which a row has any number, as they are named everywhere.
+
+    Args:
+        value: A list; or, as tables of text have it, a JSON list or names with ``|`` between them. None of them is an
+            empty list, or an empty text.
+        where: Place of the row.
+
+    Raises:
+        DataError: It is neither, a name is there twice, or a name is none.
+    """
+    mend = 'Write a list such as ["a", "b"], in a table a|b, or [] for none.'
+    if value is None:
+        raise DataError("the row has no 'labels'", where=where, mend=mend)
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = json.loads(text) if text.startswith("[") else [part.strip() for part in text.split(BETWEEN)]
+        except ValueError:
+            raise DataError(f"the labels {text!r:.40} are no JSON list", where=where, mend=mend) from None
+        value = value if text else []
+    if not isinstance(value, list | tuple):
+        what = f"'labels' must be a list, but is {type(value).__name__} {value!r:.40}"
+        raise DataError(what, where=where, mend=mend)
+    found = tuple(label_of(each, where) for each in value)
+    twice = [name for place, name in enumerate(found) if name in found[:place]]
+    if twice:
+        raise DataError(f"the label {twice[0]!r} is there twice", where=where, mend="Name it once.")
+    return found
 
 
 def text_of(value: Any, name: str, where: str) -> str:

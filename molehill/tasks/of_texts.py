@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from molehill.errors import DataError
+from molehill.rowfiles.pairs import PAIR, TEXT
 from molehill.tasks.batches import Batch, Example, pad
 from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.rows import TASK, Rows
-from molehill.tasks.texts import PAIR, TEXT
 
 
 class OfTexts(ABC):

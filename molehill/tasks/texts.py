@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from molehill.errors import DataError
+from molehill.rowfiles.pairs import PAIR, TEXT
 from molehill.rowfiles.values import text_of
 from molehill.tasks.rows import Rows
-
-TEXT, PAIR = "text", "text_pair"
 
 
 def strings(rows: Rows, name: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,14 +13,17 @@ import torch
 from torch import nn
 
 from molehill.decoding import DEFAULT, options, ranking
-from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, Through, all_of, log_softmax, other
+from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, Through, all_of, other
 from molehill.decoding.prompts import Prompts
 from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Reader, Stream, replayed
 from molehill.errors import AnswerError, ConfigError
 from molehill.molora.decode import TorchPasses, only, write
+from molehill.predictions import READINGS, About, Class, Prediction, Reading
 from molehill.rowfiles.messages import PLAIN
+from molehill.rowfiles.pairs import Text
 from molehill.tasks.chat import Chat
+from molehill.tasks.kind import kind_of
 from molehill_protos.v1.bundle_pb2 import Generation
 from molehill_simulation.beside import Beside, open_beside
 from molehill_simulation.prompts import examples_of
@@ -29,21 +31,6 @@ from molehill_simulation.source import GLOBAL, Source, open_source
 
 _EXPERT = "expert:"
 _BASE = "base"  # nobody's gate: the model without experts
-
-
-@dataclass(frozen=True)
-class Class:
-    """What a classifier says of one text.
-
-    Attributes:
-        label: The likeliest.
-        probability: Of that label.
-        probabilities: Of all labels.
-    """
-
-    label: str
-    probability: float
-    probabilities: Mapping[str, float]
 
 
 class Loaded:
@@ -114,13 +101,23 @@ class Loaded:
 
     @property
     def writes(self) -> bool:
-        """Whether it writes text; else it classifies."""
+        """Whether it writes text; else it says something of texts, see `predict`."""
         return self._model.head is None
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Of a classifier."""
-        return tuple(self.source.adapter.labels)
+        """Names of its classes; empty where it has none."""
+        return self.about.labels
+
+    @property
+    def about(self) -> About:
+        """What its numbers are about."""
+        return About(tuple(self.source.adapter.labels), self.source.adapter.range)
+
+    @property
+    def reading(self) -> Reading:
+        """How its numbers are read."""
+        return READINGS[kind_of(self.source.task).bundle]
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -328,44 +325,63 @@ class Loaded:
             return ranking.scores(by, self._passes, ids, drawn)
         return ranking.scores(by, TorchPasses(self._model), ids, drawn, self.setting(expert))
 
-    # ---- classifying -----------------------------------------------------------------------------------------
+    # ---- saying something of texts -----------------------------------------------------------------------------
 
-    def classify(
-        self, texts: Sequence[str], *, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
+    def predict(
+        self, texts: Sequence[Text], *, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
         truncate: bool = False,
-    ) -> list[Class]:  # fmt: skip
-        """Say which label each text has.
+    ) -> list[Prediction]:  # fmt: skip
+        """Say of each text what the model was trained to: its class, which of several labels it has, or a number.
 
         Args:
-            texts: The texts.
+            texts: The texts, or pairs of them for a model that learnt from pairs.
             strategy: How the classes follow from the model's passes.
             params: Parameters of the strategy.
             truncate: Let texts that are too long lose their end.
 
         Raises:
-            AnswerError: The model writes, a text is too long or has no tokens, or the strategy is none for classes.
+            AnswerError: The model writes, a text is too long or has no tokens, or the strategy is none for this model.
         """
-        chosen, found = self.strategy(strategy, params), []
+        chosen, found, reading = self.strategy(strategy, params), [], self.reading
         for number, text in enumerate(texts):
             scores = chosen.begin(self._passes, ids := self._text(text, number, truncate=truncate))(ids)
             check_finite(scores[np.isfinite(scores)] if np.isfinite(scores).any() else scores)
-            p = np.exp(log_softmax(scores))
-            best = int(p.argmax())
-            each = dict(zip(self.labels, map(float, p), strict=True))
-            found.append(Class(self.labels[best], float(p[best]), each))
+            found.append(reading.read(scores, self.about))
         return found
 
-    def _text(self, text: str, number: int, *, truncate: bool) -> list[int]:
+    def classify(
+        self, texts: Sequence[Text], *, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
+        truncate: bool = False,
+    ) -> list[Class]:  # fmt: skip
+        """Say which label each text has; `predict` of a model whose texts have one each.
+
+        Args:
+            texts: As of `predict`, like the rest.
+            strategy: How the classes follow from the model's passes.
+            params: Parameters of the strategy.
+            truncate: Let texts that are too long lose their end.
+
+        Raises:
+            AnswerError: As `predict`, or texts have no class of this model.
+        """
+        if not self.writes and not self.reading.several:
+            what = f"the model is for {self.source.task.kind}: it does not say which of several classes a text has"
+            raise AnswerError(what, where=self.source.name, mend="Ask it: predict.")
+        found = self.predict(texts, strategy=strategy, params=params, truncate=truncate)
+        return [each for each in found if isinstance(each, Class)]
+
+    def _text(self, text: Text, number: int, *, truncate: bool) -> list[int]:
         if self.writes:
             raise AnswerError(
                 "the model writes text; it does not classify", where=self.source.name, mend="Ask it: generate."
             )
-        ids = self._encoded(text)
+        parts = (text,) if isinstance(text, str) else text
+        ids = self._encoded(*parts)
         if len(ids) > self._longest:
             if not truncate:
                 mend = "Give a shorter text, or let it lose its end (--truncate)."
                 raise AnswerError(f"text {number + 1} has {len(ids)} tokens, where {self._longest} fit", mend=mend)
-            ids = list(self.source.tokenizer(text, truncation=True, max_length=self._longest)["input_ids"])
+            ids = list(self.source.tokenizer(*parts, truncation=True, max_length=self._longest)["input_ids"])
         if not ids:
             raise AnswerError(f"text {number + 1} has no tokens", mend="Leave it out.")
         return ids
@@ -389,7 +405,7 @@ class Loaded:
         if isinstance(name, Strategy):
             return name
         made: Strategy = options.build("decoding", name, values)
-        options.require_fits(made, name, self._passes)
+        options.require_fits(made, name, self._passes, several=self.reading.several)
         for each in made.asks:
             other(self._passes, each)
         if idle := [each for each in self._others if each not in made.asks]:
@@ -399,22 +415,27 @@ class Loaded:
         return made
 
     @torch.no_grad()
-    def route(self, text: str, *, raw: bool = False, truncate: bool = False) -> dict[str, dict[str, float]]:
+    def route(self, text: Text, *, raw: bool = False, truncate: bool = False) -> dict[str, dict[str, float]]:
         """The share of every expert in what each router gave a text, by router.
 
         Args:
-            text: A text, or a prompt.
+            text: A text, a pair of texts, or a prompt.
             raw: As of `encode`.
             truncate: As of `classify`.
 
         Raises:
             AnswerError: The text is too long or has no tokens.
         """
-        ids = self.encode(text, raw=raw) if self.writes else self._text(text, 0, truncate=truncate)
+        ids = self._asked(text, raw=raw) if self.writes else self._text(text, 0, truncate=truncate)
         with self.counting() as shares:
             self._passes.forget()
             self._passes.logits(ids)
         return shares
+
+    def _asked(self, text: Text, *, raw: bool) -> list[int]:
+        if not isinstance(text, str):
+            raise AnswerError("the model writes text; it reads no pairs of texts", where=self.source.name)
+        return self.encode(text, raw=raw)
 
     def counting(self, *, on: bool = True) -> Counting:
         """A context in which shares of experts are counted over all that is computed."""
@@ -443,12 +464,12 @@ class Loaded:
         if self._prompts is None or self._reader is None:
             raise AnswerError(
                 "the model classifies; it does not write text", where=self.source.name,
-                mend="Give it texts: molehill generate, or classify in Python.",
+                mend="Give it texts: molehill generate, or predict in Python.",
             )  # fmt: skip
         return self._prompts, self._reader
 
-    def _encoded(self, text: str, *, special: bool = True) -> list[int]:
-        return list(self.source.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    def _encoded(self, *parts: str) -> list[int]:
+        return list(self.source.tokenizer(*parts, verbose=False)["input_ids"])
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         """Ids of a text that goes on: without the special tokens that the tokenizer writes at an end."""

@@ -26,6 +26,7 @@ from molehill.cli import app
 from molehill.errors import DeployError
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.build import wrap
+from molehill.predictions import READINGS
 from molehill.tasks import base_model
 from molehill.tasks.base_model import load_base
 from molehill.tasks.batches import Example
@@ -133,12 +134,15 @@ def test_rows_are_right_where_their_labels_are_predicted(adapter):
     best = [source.model.base(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist() for ids in texts]
     said = [best[0][1], (best[1][0] + 1) % 64, best[2][4], best[3][1]]  # of a position each; the second is wrong
     labels = [[-100, -100, said[0], -100, 63], [-100, said[1]], [*[-100] * 5, said[2]], [-100, 63, said[3]]]
-    found = parity.originals(source.model, [], [Example(*pair) for pair in zip(texts, labels, strict=True)])
-    wanted = [[True, best[0][3] == 63], [False], [True], [best[3][0] == 63, True]]
-    assert [right.tolist() for right in found.right] == wanted
-    assert [tuple(map(list, parity._labels(example))) for example in found.examples] == [
-        ([1, 3], [said[0], 63]), ([0], [said[1]]), ([4], [said[2]]), ([0, 1], [63, said[3]])
-    ]  # fmt: skip
+    rows = [Example(*pair) for pair in zip(texts, labels, strict=True)]
+    reading = READINGS["causal-lm"]
+    right = 3 + (best[0][3] == 63) + (best[3][0] == 63)
+    assert parity.originals(source.model, [], rows, reading).counts.tolist() == [right, 6]
+
+    def runner(ids, begin):
+        return source.model.base(input_ids=torch.tensor([ids])).logits[0, begin:].numpy(), []
+
+    assert np.sum([parity._of_bundle(runner, row, reading) for row in rows], 0).tolist() == [right, 6]
 
 
 @pytest.mark.parametrize("stage", ["Quantising", "Writing", "Comparing"])
@@ -205,11 +209,12 @@ def test_a_disk_that_is_full_before_its_time_is_told_and_left_as_it_was(adapter,
 def test_texts_at_once_are_answered_as_one_by_one(adapter, monkeypatch):
     model = open_source(adapter / "adapter", str(adapter / "base")).model
     texts = [[5, 9, 17, 21, 8], [3, 4], [7, 7, 7], [30, 2, 11, 6]]
-    together = parity.originals(model, texts, []).answers
+    reading = READINGS["causal-lm"]
+    together = parity.originals(model, texts, [], reading).answers
     assert len(parity.passes(model, [len(ids) for ids in texts])) == 1
     monkeypatch.setattr(parity, "_TOGETHER", (1, 1 << 25))
     assert [len(run) for run in parity.passes(model, [len(ids) for ids in texts])] == [1] * 4
-    for (logits, routes), (one, its) in zip(together, parity.originals(model, texts, []).answers, strict=True):
+    for (logits, routes), (one, its) in zip(together, parity.originals(model, texts, [], reading).answers, strict=True):
         np.testing.assert_allclose(logits, one, atol=1e-5)
         for each, other in zip(routes, its, strict=True):
             np.testing.assert_allclose(each, other, atol=1e-5)

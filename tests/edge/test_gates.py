@@ -33,7 +33,7 @@ def bundle(folder):
 
 
 def probabilities(view):
-    return np.array([each.probabilities for each in view.classify(TEXTS)])
+    return np.array([list(each.probabilities.values()) for each in view.classify(TEXTS)])
 
 
 def test_the_default_gate_is_the_graphs_own(bundle):

@@ -6,6 +6,7 @@ import edge_export
 import numpy as np
 import pytest
 
+from molehill.predictions import READINGS, About
 from molehill_edge import Bundle, InsecureLocal, golden
 from molehill_export import parity
 
@@ -22,7 +23,8 @@ def _lengths(tokens, classes):
         return logits, []
 
     texts = [list(range(length)) for length in tokens]
-    _, found = parity.compare(parity.Originals(texts, [runner(ids) for ids in texts], [], []), runner)
+    original = parity.Originals(texts, [runner(ids) for ids in texts], [], np.zeros(0), READINGS["causal-lm"])
+    _, found = parity.compare(original, runner, About())
     assert {each.best for each in found} == {classes // 2}
     return [len(each.input_ids) for each in found]
 

@@ -8,7 +8,7 @@ import edge_graphs
 import numpy as np
 import pytest
 
-from molehill.errors import BundleError
+from molehill.errors import BundleError, MolehillError
 from molehill_edge import gates
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
@@ -137,7 +137,7 @@ def test_equal_texts_are_not_on_both_sides(bundle):
     ],
 )
 def test_texts_that_do_not_do(bundle, given, labels, what):
-    with pytest.raises(BundleError, match=what):
+    with pytest.raises(MolehillError, match=what):
         bundle.personalise(given, labels)
 
 

@@ -75,7 +75,7 @@ class Owner(World):
         """The experts in use, and what the bundle answers."""
         with Bundle.open(NAME, trust=self.store, threads=1) as bundle:
             names = [slot.id for slot in bundle.manifest.slots if slot.id]
-            return names, np.array([each.probabilities for each in bundle.classify(TEXTS)])
+            return names, np.array([list(each.probabilities.values()) for each in bundle.classify(TEXTS)])
 
     def expert_file(self):
         """Path of the newest expert file on the server."""
@@ -115,7 +115,7 @@ def test_a_signed_expert_is_pulled_by_name_and_stays(owner):
     names, plain = owner.says()
     with Bundle.open(NAME, trust=owner.store, threads=1) as bundle:  # as it would be by hand
         bundle.add_expert(owner.expert())
-        by_hand = np.array([each.probabilities for each in bundle.classify(TEXTS)])
+        by_hand = np.array([list(each.probabilities.values()) for each in bundle.classify(TEXTS)])
     (choice,) = fetch_experts.choices(owner.store, NAME, fetcher=owner.server)
     entry = owner.signed("targets").signed.targets[TARGET]
     about = {"format": 1, "kind": "expert", "id": "owls", "bundle": NAME, "version": 1, "base": edge_graphs.BASE}
@@ -174,11 +174,11 @@ def test_a_device_that_takes_signed_experts_only(owner, tmp_path):
     kept.write_bytes(data)
     with Bundle.open(NAME, trust=strict, threads=1) as bundle:
         bundle.remove_expert("cats")
-        wanted = [each.probabilities for each in bundle.classify(TEXTS)]
+        wanted = [list(each.probabilities.values()) for each in bundle.classify(TEXTS)]
     with Bundle.open(NAME, trust=strict, threads=1) as bundle:
         bundle.load_state(tmp_path / "state")
         assert [slot.id for slot in bundle.manifest.slots] == ["", "dogs", "newts", "owls"]
-        assert np.allclose([each.probabilities for each in bundle.classify(TEXTS)], wanted, atol=1e-6)
+        assert np.allclose([list(each.probabilities.values()) for each in bundle.classify(TEXTS)], wanted, atol=1e-6)
     strict.require_signed_experts(required=False)
     with Bundle.open(NAME, trust=Store(owner.store.folder), threads=1) as bundle:
         bundle.remove_expert("owls")

@@ -51,15 +51,8 @@ REASONS = {
         "edge/molehill_export/gguf_lora.py": "lora",
     },
     "a kind of bundle": {
-        "edge/molehill_edge/bench.py": "causal-lm",
-        "edge/molehill_edge/bundle.py": "causal-lm",
-        "edge/molehill_edge/commands/personalise.py": "classification",
-        "edge/molehill_edge/commands/run.py": "classification",
-        "edge/molehill_edge/manifest.py": "classification causal-lm",
-        "edge/molehill_edge/personalise.py": "classification*3",
-        "edge/molehill_edge/serving/app.py": "causal-lm*2 classification",
+        "molehill/predictions.py": "classification causal-lm regression",
         "edge/molehill_edge/serving/replies.py": "classification",
-        "edge/molehill_export/parity.py": "causal-lm",
     },
     "what a LoRA of peft, and a model to ask beside another, is for": {
         "molehill/molora/adapter.py": "causal-lm",

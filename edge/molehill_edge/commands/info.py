@@ -15,6 +15,7 @@ from molehill.characters import harmless
 from molehill.errors import BundleError
 from molehill.terminal import Json, explained, print_json, show_table
 from molehill.words import counted
+from molehill_edge import likeness
 from molehill_edge.commands.experts import told as told_expert
 from molehill_edge.commands.opening import Insecure, Name, StoreFolder, opened
 
@@ -64,6 +65,8 @@ def _tell(bundle: Bundle) -> dict[str, Any]:
     task: dict[str, Any] = {"kind": manifest.task.kind, "max_length": manifest.task.max_length}
     if manifest.task.labels:
         task["labels"] = list(manifest.task.labels)
+    if manifest.task.range:
+        task["range"] = list(manifest.task.range)
     quantisation = manifest.quantisation
     return {
         "id": manifest.id,
@@ -79,14 +82,7 @@ def _tell(bundle: Bundle) -> dict[str, Any]:
         "routers": len(manifest.routers),
         "router_ranks": bundle.by_places,
         "gates": {"default": manifest.provenance.gate, "further": bundle.gates()},
-        "parity": {
-            "texts": parity.texts,
-            "logit_error": parity.logit_error,
-            "agreement": parity.agreement,
-            "rows": parity.rows,
-            "accuracy_original": parity.accuracy_original,
-            "accuracy_bundle": parity.accuracy_bundle,
-        },
+        "parity": likeness.told(parity),
         "provenance": {
             "run": manifest.provenance.run,
             "rounds": manifest.provenance.rounds,
@@ -106,11 +102,13 @@ def _show_told(told: dict[str, Any]) -> None:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     base, task, parity, came = told["base"], told["task"], told["parity"], told["provenance"]
+    figure, figures = likeness.figure_row(parity)
     rows = {
         "bundle": f"{told['id']}, version {told['version']}",
         "base": " ".join(part for part in (base["id"], base["revision"], base["digest"][:16]) if part),
         "task": f"{task['kind']}, at most {task['max_length']} tokens",
         "labels": ", ".join(task.get("labels", ())),
+        "range": " to ".join(f"{end:g}" for end in task.get("range", ())),
         "weights": ", ".join(f"{key} {value}" for key, value in told["quantisation"].items() if value),
         "experts": ", ".join(told["experts"]) + (f" and {told['empty_slots']} empty" if told["empty_slots"] else ""),
         "shared": ", ".join(told["shared"]),
@@ -125,9 +123,7 @@ def _show_told(told: dict[str, Any]) -> None:
         "parity": f"{parity['agreement']:.1%} of {parity['texts']} texts alike, logit error {parity['logit_error']:.1e}"
         if parity["texts"]
         else "",
-        "accuracy": f"{parity['accuracy_bundle']:.1%}, originally {parity['accuracy_original']:.1%}"
-        if parity["rows"]
-        else "",
+        figure: figures,
         "from": ", ".join(
             part
             for part in (

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from molehill.errors import DataError
+from molehill.rowfiles import pairs
 from molehill.rowfiles.reading import read_texts
-from molehill.rowfiles.values import label_of
+from molehill.rowfiles.values import Record
 from molehill.terminal import Json, explained, print_json
 from molehill_edge.commands.opening import GateOption, Insecure, Memory, Name, Spin, StoreFolder, Threads, opened, who
 
 if TYPE_CHECKING:
+    from molehill.predictions import About, Reading
     from molehill_edge.personalise import Outcome
 
 
@@ -25,8 +28,8 @@ def personalise(
         typer.Option(
             "--rows",
             metavar="FILE",
-            help='JSON lines, JSON, CSV, TSV or Parquet with "text" and, for a classifier, perhaps "label"; or one '
-            "text a line.",
+            help='JSON lines, JSON, CSV, TSV or Parquet with "text" and, unless the bundle writes, what it should say '
+            'of it ("label" or "labels"), which only classes can do without; or one text a line.',
             show_default=False,
         ),
     ],
@@ -49,16 +52,15 @@ def personalise(
     """
     with explained(as_json):
         read = list(read_texts(rows))
-        found_labels = [label_of(row["label"], where) for where, row in read if row.get("label") is not None]
-        if found_labels and len(found_labels) != len(read):
-            bare = next(where for where, row in read if row.get("label") is None)
-            raise DataError("some rows have a label, and this one has none", where=bare, mend="Give all of them one.")
         with opened(
             name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate
         ) as bundle:
-            labels = found_labels if found_labels and bundle.manifest.task.kind == "classification" else None
-            found = bundle.personalise([row["text"] for _, row in read], labels, seed=seed, budget=budget)
             from molehill_edge import gates
+            from molehill_edge.manifest import about, reading
+
+            labels = _labels(read, reading(bundle.manifest.task), about(bundle.manifest.task))
+            texts = [pairs.of_row(row, where) for where, row in read]
+            found = bundle.personalise(texts, labels, seed=seed, budget=budget)
 
             gates.write(out, found.gate, bundle.manifest)
             told = {"bundle": who(bundle), "gate": str(out)}
@@ -67,6 +69,23 @@ def personalise(
             print_json({**told, **figures})
         else:
             _show_outcome(found, out)
+
+
+def _labels(rows: Sequence[Record], reading: Reading, about: About) -> list[Any] | None:
+    """The labels of rows, each of which fits the bundle; None where there are none.
+
+    Raises:
+        DataError: Some rows have one and others not, or one is none of the bundle's kind.
+    """
+    found = [row.get(reading.column) for _, row in rows]
+    bare = [where for (where, _), label in zip(rows, found, strict=True) if label is None]
+    if len(bare) == len(rows):
+        return None
+    if bare:
+        raise DataError("some rows have a label, and this one has none", where=bare[0], mend="Give all of them one.")
+    for (where, _), label in zip(rows, found, strict=True):
+        reading.target(label, about, where)  # which names the row
+    return found
 
 
 def _show_outcome(found: Outcome, out: Path) -> None:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from molehill.characters import harmless, recovered
 from molehill.errors import AnswerError, BundleError
+from molehill.rowfiles import pairs
 from molehill.rowfiles.reading import read_texts
-from molehill.rowfiles.values import require_text
 from molehill.terminal import (
     INTERRUPTED,
     Json,
@@ -53,6 +52,12 @@ def run(
     text: Annotated[
         list[str] | None, typer.Option("--text", help="A text or a question; may be repeated.", show_default=False)
     ] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pair", help="The second text of each --text, for a bundle that reads pairs.", show_default=False
+        ),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -90,17 +95,18 @@ def run(
     store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Classify texts, or answer them, or hold a conversation."""
+    """Say of texts what the bundle is for, or answer them, or hold a conversation."""
     with explained(as_json):
         try:
-            texts = [] if chat else _texts(text, file)
-            if chat and (text or file or as_json):
-                raise BundleError("--chat goes without --text, --file and --json")
+            texts = [] if chat else _texts(text, pair, file)
+            if chat and (text or pair or file or as_json):
+                raise BundleError("--chat goes without --text, --pair, --file and --json")
             with opened(
                 name, insecure=insecure_local, store=store, threads=threads, spin=spin, memory_mb=memory_mb, gate=gate,
                 experts=experts,
             ) as bundle:  # fmt: skip
                 from molehill.decoding.options import assigned as parsed
+                from molehill_edge.manifest import reading
 
                 chosen = None
                 if strategy is not None or assigned:
@@ -110,48 +116,40 @@ def run(
                 }  # fmt: skip
                 if chat:
                     _converse(bundle, system, sampling, max_new_tokens, stop or ())
-                elif bundle.manifest.task.kind == "classification":
-                    _classify(bundle, texts, chosen, truncate=truncate, route=route, as_json=as_json)
+                elif not reading(bundle.manifest.task).writes:
+                    _predict(bundle, texts, chosen, truncate=truncate, route=route, as_json=as_json)
                 else:
                     options = {**sampling, "max_new_tokens": max_new_tokens, "stop": stop or (), "raw": raw}
-                    _answer(bundle, texts, options, route=route, as_json=as_json)
+                    if pair:
+                        raise BundleError("the bundle generates text; it reads no pairs of texts", where="--pair")
+                    _answer(bundle, list(map(pairs.shown, texts)), options, route=route, as_json=as_json)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
 
-def _texts(given: Sequence[str] | None, file: Path | None) -> list[str]:
+def _texts(given: Sequence[str] | None, pair: Sequence[str] | None, file: Path | None) -> list[pairs.Text]:
     """All texts of the command line and the file, in this order."""
-    texts = [recovered(text) for text in given or ()]
-    for text in texts:
-        require_text(text, "text", "--text")
+    texts = pairs.given(given, pair, "--text")
     if file is not None:
-        texts += [row["text"] for _, row in read_texts(file)]
+        texts += [pairs.of_row(row, where) for where, row in read_texts(file)]
     if not texts:
         raise BundleError("no text", mend="Give --text, --file or --chat.")
     return texts
 
 
-def _classify(
-    bundle: Bundle, texts: list[str], strategy: Strategy | None, *, truncate: bool, route: bool, as_json: bool
+def _predict(
+    bundle: Bundle, texts: list[pairs.Text], strategy: Strategy | None, *, truncate: bool, route: bool, as_json: bool
 ) -> None:
-    found = bundle.classify(texts, truncate=truncate, strategy=strategy)
+    from molehill.predictions import lines
+
+    found = bundle.predict(texts, truncate=truncate, strategy=strategy)
     routes = [bundle.route_report(text, truncate=truncate) for text in texts] if route else None
     if as_json:
-        labels = bundle.manifest.task.labels
-        rows = [
-            {
-                "text": text,
-                "label": each.label,
-                "probability": each.probability,
-                "probabilities": dict(zip(labels, each.probabilities, strict=True)),
-            }
-            for text, each in zip(texts, found, strict=True)
-        ]
+        rows = [pairs.told(text) | each.as_json() for text, each in zip(texts, found, strict=True)]
         print_json({"bundle": who(bundle), "predictions": _with_routes(rows, routes)})
         return
-    width = max(len(each.label) for each in found)
-    for number, (text, each) in enumerate(zip(texts, found, strict=True)):
-        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {one_line(text)}")
+    for number, (text, line) in enumerate(zip(texts, lines(found), strict=True)):
+        typer.echo(f"{line}  {one_line(pairs.shown(text))}")
         if routes is not None:
             _show_routes(routes[number])
 

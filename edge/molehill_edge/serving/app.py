@@ -20,7 +20,7 @@ from starlette.routing import Route
 from molehill.decoding.interfaces import Strategy
 from molehill.decoding.stream import ANSWER, Stream
 from molehill.errors import AnswerError, BundleError, MolehillError
-from molehill_edge import classify
+from molehill_edge import manifest as manifests
 from molehill_edge.bundle import Bundle
 from molehill_edge.gates import Gate
 from molehill_edge.passes import EdgePasses
@@ -112,20 +112,22 @@ class Models:
             known = ", ".join(self.names)
             raise RefusedError(404, f"There is no model {name!r}, only {known}.", field="model", code="model_not_found")
 
-    def find(self, name: str, kind: str) -> Model:
+    def find(self, name: str, *, writes: bool) -> Model:
         """The bundle with a gate, and how it answers.
 
         Args:
             name: Of the model.
-            kind: Of the task that it must be for.
+            writes: Whether it must write text; else it must say something of texts.
 
         Raises:
             RefusedError: There is no such bundle or gate, or it is for another task.
         """
         self.require(name)
-        does = self._bundle.manifest.task.kind
-        if does != kind:
-            what = f"The model is for {does}, and this path for {kind}."
+        task = self._bundle.manifest.task
+        if manifests.reading(task).writes != writes:
+            what = (
+                f"The model is for {task.kind}, and this path for models that {'write' if writes else 'do not write'}."
+            )
             raise RefusedError(400, what, field="model", code="unsupported_model")
         return self._models[name.partition("@")[2]]
 
@@ -170,7 +172,7 @@ class Paths:
         fields = await self._fields(request)
         asked, messages = asks.read_asked(fields, self._limits.answer), asks.read_messages(fields)
         fields.end()
-        model = self._models.find(asked.model, "causal-lm")
+        model = self._models.find(asked.model, writes=True)
         view, (*before, last) = model.view, messages
 
         def begin() -> Begun:
@@ -189,7 +191,7 @@ class Paths:
         fields = await self._fields(request)
         asked, prompts = asks.read_asked(fields, self._limits.answer), asks.read_prompts(fields)
         fields.end()
-        model = self._models.find(asked.model, "causal-lm")
+        model = self._models.find(asked.model, writes=True)
         view = model.view
 
         def begin() -> Begun:
@@ -209,15 +211,15 @@ class Paths:
         fields = await self._fields(request)
         name, texts, truncate = fields.text("model"), asks.read_inputs(fields), fields.flag("truncate")
         fields.end()
-        model = self._models.find(name, "classification")
-        view, labels = model.view, model.view.manifest.task.labels
+        model = self._models.find(name, writes=False)
+        view = model.view
 
         def compute() -> dict[str, Any]:
             with _asked_wrongly("input"):
                 encoded = view.encode_all(texts, truncate=truncate)
             with _failing():
-                found = classify.predictions(labels, view.scores(encoded, model.strategy))
-            return replies.classes(name, labels, found, sum(map(len, encoded)))
+                found = view.predicted(encoded, model.strategy)
+            return replies.predictions(name, found, sum(map(len, encoded)))
 
         async def answer() -> Response:
             return replies.Json(await to_thread.run_sync(compute))

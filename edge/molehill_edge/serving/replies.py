@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from molehill.decoding.stream import Answer
-from molehill_edge.classify import Prediction
+from molehill.predictions import Prediction
 from molehill_edge.serving.requests import RefusedError
 
 DONE = b"data: [DONE]\n\n"
@@ -136,25 +136,15 @@ class Shape:
         return {"id": f"{name}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
 
-def classes(model: str, labels: Sequence[str], found: Sequence[Prediction], tokens: int) -> dict[str, Any]:
-    """Classes of texts; a shape of ours, since OpenAI has none.
+def predictions(model: str, found: Sequence[Prediction], tokens: int) -> dict[str, Any]:
+    """What is said of texts; a shape of ours, since OpenAI has none.
 
     Args:
         model: Who says so.
-        labels: Of the bundle.
         found: For every text.
         tokens: How many were read.
     """
-    data = [
-        {
-            "object": "classification",
-            "index": index,
-            "label": each.label,
-            "probability": each.probability,
-            "probabilities": dict(zip(labels, each.probabilities, strict=True)),
-        }
-        for index, each in enumerate(found)
-    ]
+    data = [{"object": "classification", "index": index, **each.as_json()} for index, each in enumerate(found)]
     return {
         "object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}
     }  # fmt: skip

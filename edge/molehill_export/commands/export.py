@@ -14,6 +14,7 @@ from rich.table import Table
 from molehill.errors import ConfigError
 from molehill.extras import needs
 from molehill.terminal import INTERRUPTED, Json, explained, print_json, show_table
+from molehill_edge import likeness
 
 if TYPE_CHECKING:
     from molehill_protos.v1.bundle_pb2 import Manifest
@@ -199,7 +200,6 @@ def _lora(
 
 
 def _told(manifest: Manifest) -> dict[str, Any]:
-    parity = manifest.parity
     return {
         "id": manifest.id,
         "version": manifest.version,
@@ -207,15 +207,7 @@ def _told(manifest: Manifest) -> dict[str, Any]:
         "gate": manifest.provenance.gate,
         "experts": [slot.id for slot in manifest.slots if slot.id],
         "bytes": {file.path: file.length for file in manifest.files},
-        "parity": {
-            "texts": parity.texts,
-            "logit_error": parity.logit_error,
-            "agreement": parity.agreement,
-            "router_agreement": parity.router_agreement,
-            "rows": parity.rows,
-            "accuracy_original": parity.accuracy_original if parity.rows else None,
-            "accuracy_bundle": parity.accuracy_bundle if parity.rows else None,
-        },
+        "parity": likeness.told(manifest.parity),
     }
 
 
@@ -231,7 +223,7 @@ def _show(told: dict[str, Any], out: Path) -> None:
     alike = f"{parity['agreement']:.1%} of predictions alike, relative logit error {parity['logit_error']:.1e}"
     table.add_row("parity", f"{alike} ({parity['texts']} texts)")
     if parity["rows"]:
-        before, after = parity["accuracy_original"], parity["accuracy_bundle"]
-        table.add_row("accuracy", f"{after:.1%}, {before:.1%} before ({parity['rows']} rows)")
+        figure, figures = likeness.figure_row(parity)
+        table.add_row(figure, f"{figures} ({parity['rows']} rows)")
     show_table(table)
     Console().print(f"Written to {out}", soft_wrap=True, highlight=False, markup=False)

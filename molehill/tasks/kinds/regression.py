@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from molehill import config
 from molehill.errors import DataError
 from molehill.registry import register
+from molehill.rowfiles.values import number_of
 from molehill.tasks.kind import Kind
 from molehill.tasks.measures import LOSS, figured
 from molehill.tasks.rows import Rows
@@ -50,7 +50,7 @@ class Regression(Kind):
         """
         if task.range is not None:
             return task
-        found = [_number(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
+        found = [number_of(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
         if min(found) == max(found):
             what = f"every row has the number {found[0]:g}"
             raise DataError(what, where=rows.source, mend="Give rows of several, or set task.range.")
@@ -69,7 +69,7 @@ class Regression(Kind):
         del named
         assert task.range is not None  # settled
         low, high = task.range
-        found = [_number(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
+        found = [number_of(value, where) for value, where in zip(rows["label"], rows.where, strict=True)]
         for value, where in zip(found, rows.where, strict=True):
             if not low <= value <= high:
                 what = f"the label {value:g} is not within task.range, {low:g} to {high:g}"
@@ -87,15 +87,3 @@ class Regression(Kind):
         from molehill.tasks.regression import Regression as Made  # noqa: PLC0415  (needs torch)
 
         return Made(tokenizer, task.range or (-1.0, 1.0), task.max_length)
-
-
-def _number(value: Any, where: str) -> float:
-    """A label as a number; tables of text write it in digits."""
-    try:
-        found = math.nan if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
-        what = "the row has no 'label'" if value is None or value == "" else f"the label {value!r:.40} is no number"
-        raise DataError(what, where=where, mend="Write a number such as 3.5, or remove the row.")
-    return found

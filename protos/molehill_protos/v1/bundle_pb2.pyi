@@ -77,18 +77,20 @@ class Base(_message.Message):
     def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("kind", "labels", "pooling", "max_length", "generation")
+    __slots__ = ("kind", "labels", "pooling", "max_length", "generation", "range")
     KIND_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    RANGE_FIELD_NUMBER: _ClassVar[int]
     kind: str
     labels: _containers.RepeatedScalarFieldContainer[str]
     pooling: str
     max_length: int
     generation: Generation
-    def __init__(self, kind: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., pooling: _Optional[str] = ..., max_length: _Optional[int] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+    range: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, kind: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., pooling: _Optional[str] = ..., max_length: _Optional[int] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ..., range: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Generation(_message.Message):
     __slots__ = ("eos", "pad", "template", "chat_template", "bos_token", "eos_token", "layers", "heads", "head_dim", "vocabulary", "shared_buffer")
@@ -197,7 +199,7 @@ class GateTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., router: _Optional[int] = ..., expert_axis: _Optional[int] = ...) -> None: ...
 
 class Parity(_message.Message):
-    __slots__ = ("texts", "logit_error", "agreement", "rows", "accuracy_original", "accuracy_bundle", "router_agreement")
+    __slots__ = ("texts", "logit_error", "agreement", "rows", "accuracy_original", "accuracy_bundle", "router_agreement", "figure", "figure_original", "figure_bundle")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     LOGIT_ERROR_FIELD_NUMBER: _ClassVar[int]
     AGREEMENT_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +207,9 @@ class Parity(_message.Message):
     ACCURACY_ORIGINAL_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     ROUTER_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    FIGURE_FIELD_NUMBER: _ClassVar[int]
+    FIGURE_ORIGINAL_FIELD_NUMBER: _ClassVar[int]
+    FIGURE_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     texts: int
     logit_error: float
     agreement: float
@@ -212,7 +217,10 @@ class Parity(_message.Message):
     accuracy_original: float
     accuracy_bundle: float
     router_agreement: float
-    def __init__(self, texts: _Optional[int] = ..., logit_error: _Optional[float] = ..., agreement: _Optional[float] = ..., rows: _Optional[int] = ..., accuracy_original: _Optional[float] = ..., accuracy_bundle: _Optional[float] = ..., router_agreement: _Optional[float] = ...) -> None: ...
+    figure: str
+    figure_original: float
+    figure_bundle: float
+    def __init__(self, texts: _Optional[int] = ..., logit_error: _Optional[float] = ..., agreement: _Optional[float] = ..., rows: _Optional[int] = ..., accuracy_original: _Optional[float] = ..., accuracy_bundle: _Optional[float] = ..., router_agreement: _Optional[float] = ..., figure: _Optional[str] = ..., figure_original: _Optional[float] = ..., figure_bundle: _Optional[float] = ...) -> None: ...
 
 class Golden(_message.Message):
     __slots__ = ("input_ids", "logits", "best")

@@ -1,4 +1,4 @@
-"""``molehill generate``: a trained model answers or classifies on the machine that has it."""
+"""``molehill generate``: a trained model answers, or says what it learnt to, on the machine that has it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from molehill.characters import harmless, recovered
 from molehill.decoding import DEFAULT
 from molehill.errors import AnswerError
 from molehill.extras import needs
-from molehill.rowfiles.values import require_text
+from molehill.rowfiles import pairs
+from molehill.rowfiles.pairs import Text
 from molehill.terminal import (
     INTERRUPTED,
     Json,
@@ -96,7 +97,11 @@ class _Asking:
 def generate(
     model: Trained,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A question, or a text to classify; may be repeated.", show_default=False)
+        list[str] | None, typer.Option(help="A question, or a text to judge; may be repeated.", show_default=False)
+    ] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="The second text of each --prompt, for a model that reads pairs.", show_default=False),
     ] = None,
     rows: Annotated[
         Path | None,
@@ -137,16 +142,14 @@ def generate(
     large: Large = None,
     as_json: Json = False,
 ) -> None:
-    """Answer prompts with a trained model, or classify texts, without exporting it."""
+    """Answer prompts with a trained model, or have it say what it learnt to of texts, without exporting it."""
     with explained(as_json):
         if bool(prompt) == (rows is not None):
             raise AnswerError("there is nothing to answer" if not prompt else "--prompt and --rows exclude each other",
                               mend="Give --prompt or --rows.")  # fmt: skip
         if n > 1 and not temperature:
             raise AnswerError("all of --n answers would be the same", where="--temperature", mend="Give one above 0.")
-        texts = [recovered(text) for text in prompt or ()]
-        for text in texts:
-            require_text(text, "prompt", "--prompt")
+        texts = pairs.given(prompt, pair, "--prompt")
         try:
             with needs(EXTRA):
                 from molehill.decoding import ranking
@@ -159,22 +162,31 @@ def generate(
             if rank_by is not None:
                 ranking.require(rank_by)
             with opened(model, who, base, state, {"large": large}, quiet=as_json) as loaded:
+                if loaded.writes and pair:
+                    raise AnswerError("the model writes text; it reads no pairs of texts", where="--pair")
                 if not loaded.writes:
                     if rank_by is not None:
                         raise AnswerError("classes are not ranked", where="--rank-by", mend="Leave it out.")
-                    _classify(loaded, texts, rows, strategy, values, truncate=truncate, route=route, as_json=as_json)
+                    texts = texts if rows is None else _texts(rows)
+                    _predict(loaded, texts, strategy, values, truncate=truncate, route=route, as_json=as_json)
                     return
-                questions = list(_questions(loaded, texts, rows, column, raw=raw))
+                questions = list(_questions(loaded, prompt or (), rows, column, raw=raw))
                 chosen = loaded.strategy(strategy, values, learning(as_json))
                 _answer(loaded, questions, _Asking(asked, chosen, n, rank_by, column, route, as_json))
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
 
+def _texts(rows: Path) -> list[Text]:
+    from molehill.rowfiles.reading import read_texts
+
+    return [pairs.of_row(row, where) for where, row in read_texts(rows)]
+
+
 def _questions(
     loaded: Loaded, texts: Sequence[str], rows: Path | None, column: str | None, *, raw: bool
 ) -> Iterator[_Question]:
-    for text in texts:
+    for text in map(recovered, texts):
         yield _Question(text, loaded.encode(text, raw=raw))
     if rows is None:
         return
@@ -261,29 +273,23 @@ def _show(said: Sequence[_Said], rank_by: str | None) -> None:
             show_shares(each.routes)
 
 
-def _classify(
-    loaded: Loaded, texts: list[str], rows: Path | None, strategy: str, values: dict[str, Any], *, truncate: bool,
-    route: bool, as_json: bool,
+def _predict(
+    loaded: Loaded, texts: list[Text], strategy: str, values: dict[str, Any], *, truncate: bool, route: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    if rows is not None:
-        from molehill.rowfiles.reading import read_texts
+    from molehill.predictions import lines
 
-        texts = [row["text"] for _, row in read_texts(rows)]
     chosen = loaded.strategy(strategy, values, learning(as_json))
-    found = loaded.classify(texts, strategy=chosen, truncate=truncate)
+    found = loaded.predict(texts, strategy=chosen, truncate=truncate)
     routes = [loaded.route(text, truncate=truncate) for text in texts] if route else None
     if as_json:
-        told_rows = [
-            {"text": text, "label": each.label, "probability": each.probability, "probabilities": each.probabilities}
-            for text, each in zip(texts, found, strict=True)
-        ]
+        told_rows = [pairs.told(text) | each.as_json() for text, each in zip(texts, found, strict=True)]
         for row, shares in zip(told_rows, routes or (), strict=False):
             row["routes"] = shares
         print_json({"model": told(loaded), "predictions": told_rows})
         return
-    width = max(len(each.label) for each in found)
-    for number, (text, each) in enumerate(zip(texts, found, strict=True)):
-        typer.echo(f"{harmless(each.label):<{width}}  {each.probability:6.1%}  {one_line(text)}")
+    for number, (text, line) in enumerate(zip(texts, lines(found), strict=True)):
+        typer.echo(f"{line}  {one_line(pairs.shown(text))}")
         if routes is not None:
             show_shares(routes[number])
 

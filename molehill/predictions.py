@@ -1,0 +1,392 @@
+"""What a model says of a text, by the kind of its task. numpy only: devices import it (docs/adr/0006).
+
+Shapes: N texts, C numbers that a model says of each.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+from molehill.characters import harmless
+from molehill.decoding.interfaces import log_softmax
+from molehill.errors import DataError
+from molehill.rowfiles.values import label_of, names_of, number_of
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_ALIKE = 0.02  # two numbers are as good as one: a hundredth of the range
+
+
+@dataclass(frozen=True)
+class About:
+    """What the numbers of a model are about.
+
+    Attributes:
+        labels: Names of the classes, in the order of the numbers; empty where there are none.
+        range: The numbers that -1 and 1 stand for; None where there are none.
+    """
+
+    labels: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
+
+
+class Prediction(ABC):
+    """What a model says of one text."""
+
+    @abstractmethod
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs."""
+
+    @property
+    @abstractmethod
+    def words(self) -> tuple[str, ...]:
+        """The same for people, as cells of a line."""
+
+
+@dataclass(frozen=True)
+class Class(Prediction):
+    """One of several classes.
+
+    Attributes:
+        label: The likeliest.
+        probability: Of that label.
+        probabilities: Of all labels, in the order of the model's.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Prediction.as_json`."""
+        return {"label": self.label, "probability": self.probability, "probabilities": dict(self.probabilities)}
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """See `Prediction.words`."""
+        return harmless(self.label), f"{self.probability:6.1%}"
+
+
+@dataclass(frozen=True)
+class Flags(Prediction):
+    """Any number of classes.
+
+    Attributes:
+        labels: Those that are likelier there than not, in the order of the model's.
+        probabilities: Of all labels, each by itself.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Prediction.as_json`."""
+        return {"labels": list(self.labels), "probabilities": dict(self.probabilities)}
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """See `Prediction.words`."""
+        found = (f"{harmless(label)} {self.probabilities[label]:.1%}" for label in self.labels)
+        return (", ".join(found) or "(none)",)
+
+
+@dataclass(frozen=True)
+class Number(Prediction):
+    """A number.
+
+    Attributes:
+        value: In the unit of the labels.
+    """
+
+    value: float
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Prediction.as_json`."""
+        return {"value": self.value}
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """See `Prediction.words`."""
+        return (f"{self.value:.4g}",)
+
+
+def lines(found: Sequence[Prediction]) -> list[str]:
+    """Predictions for people, their cells one below the other."""
+    cells = [each.words for each in found]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
+class Reading(ABC):
+    """How the numbers that a model says of texts are read.
+
+    Attributes:
+        writes: They are of the next token; else of the text.
+        several: They are of one of several classes, so that strategies may combine what experts say.
+        figure: What is measured on labelled rows, which ``counts`` and ``figure_of`` compute; empty for accuracy.
+        column: Where rows have what it should say; empty where they need not.
+    """
+
+    writes: ClassVar[bool] = False
+    several: ClassVar[bool] = False
+    figure: ClassVar[str] = ""
+    column: ClassVar[str] = "label"
+
+    @abstractmethod
+    def read(self, logits: Array, about: About) -> Prediction:
+        """What the numbers of one text, ``[C]``, say."""
+
+    @abstractmethod
+    def outputs(self, about: About) -> int:
+        """C."""
+
+    @abstractmethod
+    def target(self, value: Any, about: About, where: str) -> Any:
+        """What a model should say, by the label of a row: a class's place, a number, or 1 and 0 for every class.
+
+        Raises:
+            DataError: The label is none of this kind.
+        """
+
+    @abstractmethod
+    def losses(self, logits: Array, targets: Array) -> Array:
+        """Minus the log likelihood of targets ``[N]`` or ``[N, C]``, in nats, ``[N]``."""
+
+    @abstractmethod
+    def right(self, logits: Array, targets: Array) -> Array | None:
+        """Whether each is right, ``[N]`` or ``[N, C]``; None where nothing is simply right or wrong."""
+
+    @abstractmethod
+    def alike(self, one: Array, two: Array) -> Array:
+        """Whether two models ``[N, C]`` say the same, for every prediction."""
+
+    @abstractmethod
+    def lead(self, logits: Array) -> float:
+        """How far ``[C]`` is from saying something else."""
+
+    @abstractmethod
+    def spread(self, mean: float, square: float) -> float:
+        """What mean squared differences are measured by.
+
+        Args:
+            mean: Of the numbers that they are from.
+            square: The mean of their squares.
+        """
+
+    @abstractmethod
+    def counts(self, logits: Array, targets: Array) -> Array:
+        """What ``figure_of`` is made of; of several batches they are added up."""
+
+    @abstractmethod
+    def figure_of(self, counts: Array, about: About) -> float:
+        """The figure of labelled rows."""
+
+
+class Choice(Reading):
+    """One of several classes: their logits."""
+
+    several = True
+
+    def read(self, logits: Array, about: About) -> Class:
+        """See `Reading.read`."""
+        p = np.exp(log_softmax(logits))
+        best = int(p.argmax())
+        return Class(about.labels[best], float(p[best]), dict(zip(about.labels, p.tolist(), strict=True)))
+
+    def outputs(self, about: About) -> int:
+        """See `Reading.outputs`."""
+        return len(about.labels)
+
+    def target(self, value: Any, about: About, where: str) -> int:
+        """See `Reading.target`.
+
+        Raises:
+            DataError: The label is none of the classes.
+        """
+        return _place(label_of(value, where), about, where)
+
+    def losses(self, logits: Array, targets: Array) -> Array:
+        """See `Reading.losses`."""
+        p = np.exp(log_softmax(logits))[np.arange(len(targets)), targets]
+        found: Array = -np.log(np.maximum(p, 1e-12))
+        return found
+
+    def right(self, logits: Array, targets: Array) -> Array:
+        """See `Reading.right`."""
+        found: Array = logits.argmax(-1) == targets
+        return found
+
+    def alike(self, one: Array, two: Array) -> Array:
+        """See `Reading.alike`."""
+        found: Array = one.argmax(-1) == two.argmax(-1)
+        return found
+
+    def lead(self, logits: Array) -> float:
+        """See `Reading.lead`."""
+        best = np.sort(logits)[-2:]
+        return float(best[-1] - best[0])
+
+    def spread(self, mean: float, square: float) -> float:
+        """Their variance: what all have in common says nothing."""
+        return square - mean**2
+
+    def counts(self, logits: Array, targets: Array) -> Array:
+        """How many are right, of how many."""
+        right = self.right(logits, targets)
+        return np.array([right.sum(), right.size], np.float64)
+
+    def figure_of(self, counts: Array, about: About) -> float:
+        """The share that is right."""
+        del about
+        return float(counts[0] / counts[1])
+
+
+class NextToken(Choice):
+    """The token that goes on."""
+
+    writes = True
+    column = ""
+
+
+class Several(Reading):
+    """Any number of classes: the log odds of each."""
+
+    figure = "micro_f1"
+    column = "labels"
+
+    def read(self, logits: Array, about: About) -> Flags:
+        """See `Reading.read`."""
+        p = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500)))
+        found = tuple(label for label, there in zip(about.labels, logits >= 0, strict=True) if there)
+        return Flags(found, dict(zip(about.labels, p.tolist(), strict=True)))
+
+    def outputs(self, about: About) -> int:
+        """See `Reading.outputs`."""
+        return len(about.labels)
+
+    def target(self, value: Any, about: About, where: str) -> list[float]:
+        """See `Reading.target`.
+
+        Raises:
+            DataError: A label is none of the classes.
+        """
+        there = {_place(name, about, where) for name in names_of(value, where)}
+        return [float(place in there) for place in range(len(about.labels))]
+
+    def losses(self, logits: Array, targets: Array) -> Array:
+        """The mean over the classes."""
+        wide = logits.astype(np.float64)
+        found: Array = (np.logaddexp(0, wide) - targets * wide).mean(-1)
+        return found
+
+    def right(self, logits: Array, targets: Array) -> Array:
+        """See `Reading.right`."""
+        found: Array = (logits >= 0) == (targets > 0)
+        return found
+
+    def alike(self, one: Array, two: Array) -> Array:
+        """See `Reading.alike`."""
+        found: Array = (one >= 0) == (two >= 0)
+        return found.ravel()
+
+    def lead(self, logits: Array) -> float:
+        """See `Reading.lead`."""
+        return float(np.abs(logits).min())
+
+    def spread(self, mean: float, square: float) -> float:
+        """Their mean square: at 0 a class is as likely there as not."""
+        del mean
+        return square
+
+    def counts(self, logits: Array, targets: Array) -> Array:
+        """How many classes are rightly said to be there, and how many are said or should be, both added up."""
+        said, there = logits >= 0, targets > 0
+        return np.array([(said & there).sum(), said.sum() + there.sum()], np.float64)
+
+    def figure_of(self, counts: Array, about: About) -> float:
+        """F1 of all classes together; 1 where none is there and none is said."""
+        del about
+        return float(2 * counts[0] / counts[1]) if counts[1] else 1.0
+
+
+class Amount(Reading):
+    """A number: where it lies in its range, from -1 to 1."""
+
+    figure = "rmse"
+
+    def read(self, logits: Array, about: About) -> Number:
+        """See `Reading.read`."""
+        middle, half = _scale(about)
+        return Number(middle + half * float(logits[0]))
+
+    def outputs(self, about: About) -> int:
+        """See `Reading.outputs`; none without a range."""
+        return 0 if about.range is None else 1
+
+    def target(self, value: Any, about: About, where: str) -> float:
+        """See `Reading.target`.
+
+        Raises:
+            DataError: The label is no number.
+        """
+        middle, half = _scale(about)
+        return (number_of(value, where) - middle) / half
+
+    def losses(self, logits: Array, targets: Array) -> Array:
+        """Half the squared error."""
+        found: Array = np.square(logits[:, 0].astype(np.float64) - targets) / 2
+        return found
+
+    def right(self, logits: Array, targets: Array) -> None:
+        """A number is near or far."""
+
+    def alike(self, one: Array, two: Array) -> Array:
+        """Whether they are within a hundredth of the range."""
+        found: Array = np.abs(one - two)[..., 0] <= _ALIKE
+        return found
+
+    def lead(self, logits: Array) -> float:
+        """Every number is as good as another."""
+        del logits
+        return 0.0
+
+    def spread(self, mean: float, square: float) -> float:
+        """The variance of numbers that lie evenly in the range: those of a few texts may be all the same."""
+        del mean, square
+        return 1 / 3
+
+    def counts(self, logits: Array, targets: Array) -> Array:
+        """The squared errors added up, and how many they are."""
+        errors = logits[:, 0].astype(np.float64) - targets
+        return np.array([errors @ errors, len(errors)])
+
+    def figure_of(self, counts: Array, about: About) -> float:
+        """The root mean squared error in the unit of the labels."""
+        return math.sqrt(counts[0] / counts[1]) * _scale(about)[1]
+
+
+# By what devices call a model, see `molehill.tasks.kind.Kind.bundle`.
+READINGS: Mapping[str, Reading] = {
+    "classification": Choice(),
+    "causal-lm": NextToken(),
+    "regression": Amount(),
+    "multi-label": Several(),
+}
+
+
+def _scale(about: About) -> tuple[float, float]:
+    """The middle of a range, and half its width."""
+    low, high = about.range or (-1.0, 1.0)
+    return (low + high) / 2, (high - low) / 2
+
+
+def _place(label: str, about: About, where: str) -> int:
+    if label not in about.labels:
+        raise DataError(f"no label {label!r}", where=where, mend=f"There are: {', '.join(about.labels)}.")
+    return about.labels.index(label)
