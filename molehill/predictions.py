@@ -15,7 +15,7 @@ import numpy as np
 
 from molehill.characters import harmless
 from molehill.decoding.interfaces import log_softmax
-from molehill.errors import DataError
+from molehill.errors import AnswerError, DataError
 from molehill.rowfiles.values import label_of, names_of, number_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -378,6 +378,20 @@ READINGS: Mapping[str, Reading] = {
     "regression": Amount(),
     "multi-label": Several(),
 }
+
+
+def reading_of(kind: str) -> Reading:
+    """How the numbers of a model are read.
+
+    Args:
+        kind: What devices call it.
+
+    Raises:
+        AnswerError: Nothing reads those of this kind.
+    """
+    if kind not in READINGS:
+        raise AnswerError(f"nothing reads yet what a model for {kind} says", mend=f"Ask one for {', '.join(READINGS)}.")
+    return READINGS[kind]
 
 
 def _scale(about: About) -> tuple[float, float]:

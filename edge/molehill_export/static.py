@@ -15,7 +15,7 @@ from molehill.molora.interfaces import Route, RouteContext, Scorer, Selector
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.router import Router
 from molehill.molora.trial import keeps_logits
-from molehill.predictions import READINGS, Reading
+from molehill.predictions import Reading, reading_of
 from molehill.tasks.kind import kind_of
 from molehill_export.parity import FLOORS, Difference, calibration, decode, passes
 from molehill_export.rows import labelled
@@ -86,7 +86,7 @@ def fix_gate(source: Source, gate: str, rows: Path | None = None) -> Fixed:
         texts = [example.input_ids for example in labelled(source, gate, rows, _ROWS)]
         return fix(
             model, texts or calibration(source.tokenizer, source.task.max_length),
-            READINGS[kind_of(source.task).bundle],
+            reading_of(kind_of(source.task).bundle),
         )  # fmt: skip
 
 

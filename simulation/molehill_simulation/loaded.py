@@ -19,7 +19,7 @@ from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Reader, Stream, replayed
 from molehill.errors import AnswerError, ConfigError
 from molehill.molora.decode import TorchPasses, only, write
-from molehill.predictions import READINGS, About, Class, Prediction, Reading
+from molehill.predictions import About, Class, Prediction, Reading, reading_of
 from molehill.rowfiles.messages import PLAIN
 from molehill.rowfiles.pairs import Text
 from molehill.tasks.chat import Chat
@@ -116,8 +116,12 @@ class Loaded:
 
     @property
     def reading(self) -> Reading:
-        """How its numbers are read."""
-        return READINGS[kind_of(self.source.task).bundle]
+        """How its numbers are read.
+
+        Raises:
+            AnswerError: Nothing reads them.
+        """
+        return reading_of(kind_of(self.source.task).bundle)
 
     @property
     def experts(self) -> tuple[str, ...]:
