@@ -55,7 +55,8 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
             client.keep(own, state)
         looked = probes.build(client.bench.config.evaluate.probes if evidence.probed(client.bench.config) else ())
         stage["personalised"], tokens = _personally(client, looked)
-        client.store.save_findings(Findings(_answer(client, own, "personalised", said), _confusions(stage)))
+        found = {name: total.found for name, total in stage.items() if total.found}
+        client.store.save_findings(Findings(_answer(client, own, "personalised", said), _confusions(stage), found))
         seconds = (time.monotonic() - started) / len(clients)
         reply = client.evaluation(_scores(stage), tokens, seconds, state.round, probes.told(looked), answers=said)
         replies.append(reply)

@@ -82,10 +82,12 @@ class Findings:
     Attributes:
         samples: What the personalised model answered.
         confusion: By stage, how many held-out rows of each class (row) were taken for each (column).
+        found: By stage and type, how many entities of the held-out rows are right, were found and are there.
     """
 
     samples: Sequence[Sample] = ()
     confusion: Mapping[str, list[list[int]]] = field(default_factory=dict)
+    found: Mapping[str, Mapping[str, tuple[int, int, int]]] = field(default_factory=dict)
 
 
 class StateStore:
@@ -183,13 +185,15 @@ class StateStore:
             return Findings()
         try:
             found = files.parse_json(data)
-            return Findings([Sample(*map(str, parts)) for parts in found["samples"]], found["confusion"])
+            samples = [Sample(*map(str, parts)) for parts in found["samples"]]
+            return Findings(samples, found["confusion"], found.get("found", {}))
         except (LookupError, ValueError, TypeError):  # whole, but of another form than is written today
             raise damaged(str(self.folder / _FINDINGS)) from None
 
     def save_findings(self, findings: Findings) -> None:
         """Keep what an evaluation found in place of the last."""
-        kept = {"samples": [astuple(sample) for sample in findings.samples], "confusion": findings.confusion}
+        samples = [astuple(sample) for sample in findings.samples]
+        kept = {"samples": samples, "confusion": findings.confusion, "found": findings.found}
         self._save(_FINDINGS, json.dumps(kept).encode())
 
     def _load(self, name: str) -> bytes | None:

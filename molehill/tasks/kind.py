@@ -35,6 +35,7 @@ class Kind(ABC):
         objective: What is minimised where the configuration says nothing; None for its default.
         sequences: Inputs of the model that a row becomes.
         labelled: Whether its classes have names (``task.labels``).
+        spans: Whether what it finds of a class are parts of a row, entities, and not rows.
         bundle: What a device calls a model of it.
         pipeline: What the hub calls a model of it.
         measures: What is measured of every model; a run is judged by the first.
@@ -49,6 +50,7 @@ class Kind(ABC):
     objective: ClassVar[str | None] = None
     sequences: ClassVar[int] = 1
     labelled: ClassVar[bool] = False
+    spans: ClassVar[bool] = False
     bundle: ClassVar[str]
     pipeline: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
@@ -112,7 +114,7 @@ class Kind(ABC):
         """
 
     def counts(self, rows: Rows, labels: Sequence[str]) -> Mapping[str, int]:
-        """Rows of every class in the order of the logits; empty where there are none.
+        """Rows of every class in the order of the logits, or entities of every type; empty where there are none.
 
         Args:
             rows: Checked rows.

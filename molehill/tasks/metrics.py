@@ -39,6 +39,8 @@ class ScoreSum:
         classes: Number of classes; None for causal LM, where F1 over the vocabulary means nothing.
     """
 
+    found = None
+
     def __init__(self, classes: int | None = None) -> None:
         self._n = 0
         self._rows = 0

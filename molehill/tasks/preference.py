@@ -87,6 +87,7 @@ class PairSum:
     """Pairs that were judged; the order of the batches does not matter."""
 
     confusion = None
+    found = None
 
     def __init__(self) -> None:
         self._margins: list[Tensor] = []

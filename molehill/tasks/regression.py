@@ -58,6 +58,7 @@ class NumberSum:
     """
 
     confusion = None
+    found = None
 
     def __init__(self, unit: float) -> None:
         self._unit = unit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -36,6 +36,11 @@ class Tally(Protocol):
     @property
     def confusion(self) -> list[list[int]] | None:
         """How many of each class (row) were taken for each (column); None where that means nothing."""
+        ...
+
+    @property
+    def found(self) -> Mapping[str, tuple[int, int, int]] | None:
+        """Of every type of entities how many are right, were found and are there; None where none are looked for."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -179,6 +179,12 @@ class EntitySum:
     def confusion(self) -> list[list[int]] | None:
         """How many words of each tag (row) were taken for each (column)."""
         return self._words.confusion
+
+    @property
+    def found(self) -> Mapping[str, tuple[int, int, int]]:
+        """Of every type how many entities are right, were found and are there."""
+        counts = [(right, found, there) for right, found, there in self._types.tolist()]
+        return dict(zip(self._tagging.types, counts, strict=True))
 
     def _keys(self, spans: NDArray[np.int64], words: int) -> NDArray[np.int64]:
         """A number for every entity; equal ones are the same."""

@@ -241,13 +241,15 @@ def _data_card(run: _Run) -> str:
         lines.append(f"| {_text(client.id)} | {client.n_train:,} | {client.n_test:,} | {client.cut:,} |")
     if summary.classes:
         labels = sorted({label for counts in summary.classes.values() for label in counts})
-        lines += ["", "Rows of each class, to train on and held out:", ""]
+        things = "Entities of each type" if summary.spans else "Rows of each class"
+        lines += ["", f"{things}, to train on and held out:", ""]
         lines += [f"| owner | {' | '.join(map(_text, labels))} |", f"|---|{'---:|' * len(labels)}"]
         for owner, counts in sorted(summary.classes.items(), key=lambda item: natural(item[0])):
             cells = (counts.get(label, (0, 0)) for label in labels)
             lines.append(f"| {_text(owner)} | {' | '.join(f'{a:,} and {b:,}' for a, b in cells)} |")
     elif kind_of(summary.task).labelled:
-        lines += ["", "How many rows each class has is not in the run folder: the rows were not on this machine."]
+        things = "entities each type" if summary.spans else "rows each class"
+        lines += ["", f"How many {things} has is not in the run folder: the rows were not on this machine."]
     lines += [
         "", "## What this card does not know", "",
         ("Where the rows come from, who wrote them and whom they are about, in which languages, under which licence "

@@ -17,7 +17,7 @@ from molehill.wire.store import load_tree
 from molehill_client.state import Findings
 from molehill_server.broadcast import tree_patches
 from molehill_server.events import read
-from molehill_simulation.figures import Confusion
+from molehill_simulation.figures import Confusion, Found
 from molehill_simulation.report import write_report
 from molehill_simulation.summary import BaseModelInfo, Machine, Summary, evaluations_of, summarise
 
@@ -85,7 +85,8 @@ def _conclude(
     confusions = {
         name: Confusion.of(config.task.labels, each.confusion) for name, each in findings.items() if each.confusion
     }
-    summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked, confusions)
+    found = {name: Found.model_validate({"counts": each.found}) for name, each in findings.items()}
+    summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked, confusions, found)
     summary = summary.model_copy(update={"machine": machine})
     files.write(out / "summary.json", summary.to_json().encode())
     some = [{"client": name, **asdict(each)} for name, them in findings.items() for each in them.samples[:SAMPLES]]

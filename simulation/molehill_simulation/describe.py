@@ -198,7 +198,9 @@ def _of_rows(seen: _Seen, clients: Sequence[ClientFacts]) -> list[tuple[str, str
     names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(seen.owners).items()]
     about += [("names", "; ".join(names))] if names else []
     absent = lacking(clients)
-    about += [("lacking", f"{absent} have no row")] if absent else []
+    about += (
+        [("lacking", f"{absent} have no {'entity' if kind_of(seen.config.task).spans else 'row'}")] if absent else []
+    )
     return about + ([] if seen.examples is None else _in_words(_lengths(seen.examples)))
 
 

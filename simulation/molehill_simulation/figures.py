@@ -69,6 +69,16 @@ class Recall(Figures):
     n: int
 
 
+class TypeF1(Figures):
+    """F1 of the entities of one type by the final models.
+
+    Attributes:
+        n: Entities of the type in the held-out rows.
+    """
+
+    n: int
+
+
 class ClientFigures(Figures):
     """One client's figures by the first measure of its task, such as the accuracy, and what goes with them.
 
@@ -79,9 +89,10 @@ class ClientFigures(Figures):
         cut: Its rows, of both kinds, that are longer than ``task.max_length`` and lost their end.
         lost: Of these, rows that lost their whole answer and were left out.
         unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
-        token_accuracy: The accuracies of a causal LM by their name; None for a classification.
+        token_accuracy: The accuracies of a causal LM by their name, or of words; None for a classification.
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
         recall: Recall of every class that it has held-out rows of; empty where that is not known.
+        type_f1: F1 of every type of entities that its held-out rows have; empty where none are looked for.
         loss: Mean cross-entropy in nats, of a row or of an answer token.
         perplexity: Exponential of the loss per answer token; None for a classification.
         answered: Held-out rows that the final models answered.
@@ -101,6 +112,7 @@ class ClientFigures(Figures):
     token_accuracy: Figures | None = None
     macro_f1: Figures | None = None
     recall: dict[str, Recall] = Field(default_factory=dict)
+    type_f1: dict[str, TypeF1] = Field(default_factory=dict)
     loss: Figures | None = None
     perplexity: Figures | None = None
     answered: int = 0
@@ -176,6 +188,55 @@ class Confusion(BaseModel):
                 interval = {stage: of_share(share, n) for stage, share in shares.items()}
                 found[label] = Recall.model_validate({"n": n, **shares, "interval": interval})
         return found
+
+
+class Found(BaseModel):
+    """What entities the final models find, in the held-out rows of one client or of all.
+
+    Attributes:
+        counts: By stage and type, how many are right, were found and are there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    counts: dict[str, dict[str, tuple[int, int, int]]]
+
+    @classmethod
+    def over(cls, clients: Iterable[Found]) -> Found:
+        """The sum over clients."""
+        total: dict[str, dict[str, tuple[int, int, int]]] = {}
+        for each in clients:
+            for stage, types in each.counts.items():
+                known = total.setdefault(stage, {})
+                for name, (right, found, there) in types.items():
+                    a, b, c = known.get(name, (0, 0, 0))
+                    known[name] = (a + right, b + found, c + there)
+        return cls(counts=total)
+
+    @property
+    def f1(self) -> dict[str, TypeF1]:
+        """F1 of every type that is there; it follows from what is right of all that are found or there, a share."""
+        made: dict[str, TypeF1] = {}
+        for name in dict.fromkeys(name for types in self.counts.values() for name in types):
+            by_stage = {stage: types[name] for stage, types in self.counts.items() if name in types}
+            n = max(there for _, _, there in by_stage.values())
+            if not n:
+                continue
+            shares = {stage: (right, found + there - right) for stage, (right, found, there) in by_stage.items()}
+            ends = {stage: of_share(right / every, every) for stage, (right, every) in shares.items()}
+            made[name] = TypeF1.model_validate(
+                {
+                    "n": n,
+                    **{stage: _f1(right / every) for stage, (right, every) in shares.items()},
+                    "interval": {stage: (_f1(low), _f1(high)) for stage, (low, high) in ends.items()},
+                }
+            )
+        return made
+
+
+def _f1(share: float) -> float:
+    """F1 of a share of what is found or there."""
+    return 2 * share / (1 + share)
 
 
 def complete(clients: tuple[ClientFigures, ...]) -> tuple[ClientFigures, ...]:

@@ -192,19 +192,19 @@ def _named(events: Sequence[Event], known: Sequence[str], summary: Summary | Non
 
 
 def _classes(summary: Summary, named: Collection[str] | None) -> dict[str, Any]:
-    """Rows and recall by client and class; of very many classes those with most rows."""
+    """Rows and recall by client and class, or entities and F1; of very many classes those with most of them."""
     totals = Counter[str]()
     for counts in summary.classes.values():
         totals.update({label: train + test for label, (train, test) in counts.items()})
     most = {label for label, _ in totals.most_common(_CLASSES)}
     labels = [label for label in totals if label in most]
-    recall = {client.id: client.recall for client in summary.clients}
+    scores = {client.id: client.type_f1 or client.recall for client in summary.clients}
     rows = [
-        (client, [(*counts.get(label, (0, 0)), recall.get(client, {}).get(label)) for label in labels])
+        (client, [(*counts.get(label, (0, 0)), scores.get(client, {}).get(label)) for label in labels])
         for client, counts in summary.classes.items()
         if named is None or client in named
     ]
-    return {"labels": labels, "more": len(totals) - len(labels), "rows": rows, "recall": any(recall.values())}
+    return {"labels": labels, "more": len(totals) - len(labels), "rows": rows, "scored": any(scores.values())}
 
 
 def _norms(rounds: Sequence[Event], styles: Mapping[str, str], named: Collection[str]) -> Plot | None:

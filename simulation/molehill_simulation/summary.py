@@ -22,8 +22,10 @@ from molehill_simulation.figures import (
     ClientFigures,
     Confusion,
     Figures,
+    Found,
     Recall,
     Spread,
+    TypeF1,
     average,
     complete,
     quantile,
@@ -86,7 +88,7 @@ class Summary(BaseModel):
         clients: Every client that was there to be scored, sorted by id.
         mean: Unweighted mean over the clients that have a figure for every stage that was run, so that stages compare.
         worst: Lowest of these clients, stage by stage.
-        token_accuracy: ``mean`` and ``worst`` of a causal LM by their name; None for a classification.
+        token_accuracy: ``mean`` and ``worst`` of a causal LM by their name, or of words; None for a classification.
         macro_f1: The same two of macro-F1; None for a causal LM.
         loss: The same two of the mean cross-entropy in nats.
         perplexity: The same two of the perplexity per answer token; None for a classification.
@@ -96,11 +98,12 @@ class Summary(BaseModel):
         rouge_l: Mean ROUGE-L, in [0, 1].
         chrf: Mean chrF2, in [0, 1].
         figures: The same two of what else the task measures, by name.
-        classes: Rows of every class to train on and held out, by client; empty where the rows are not here, as in a
-            deployment, or have no classes.
+        classes: Rows of every class, or entities of every type, to train on and held out, by client; empty where the
+            rows are not here, as in a deployment, or have no classes.
         confusion: Which class is taken for which by the final models; None where the rows are not here, or have no
             classes.
         recall: Recall of every class, over all clients; empty where that is not known.
+        type_f1: F1 of every type of entities, over all clients; empty where none are looked for.
         lengths: How many tokens the rows have before they are cut, in words; empty where the rows are not here.
         probes: Figures of ``evaluate.probes`` over the held-out rows of all clients, by name and ``site/figure``.
         rounds: Rounds completed.
@@ -133,6 +136,7 @@ class Summary(BaseModel):
     classes: dict[str, dict[str, tuple[int, int]]] = Field(default_factory=dict)
     confusion: Confusion | None = None
     recall: dict[str, Recall] = Field(default_factory=dict)
+    type_f1: dict[str, TypeF1] = Field(default_factory=dict)
     lengths: str = ""
     probes: dict[str, dict[str, float]] = Field(default_factory=dict)
     rounds: int
@@ -171,6 +175,16 @@ class Summary(BaseModel):
     def measure(self) -> Measure:
         """What a run is judged by."""
         return kind_of(self.task).measures[0]
+
+    @property
+    def by_class(self) -> Mapping[str, Recall | TypeF1]:
+        """How well every class is found over all clients: its recall, or the F1 of its entities."""
+        return self.type_f1 or self.recall
+
+    @property
+    def spans(self) -> bool:
+        """Whether classes are of entities in the rows, and not of rows."""
+        return kind_of(self.task).spans
 
     @property
     def longest(self) -> float:
@@ -289,6 +303,7 @@ def summarise(
     lengths: str = "",
     probes: Mapping[str, dict[str, float]] | None = None,
     confusions: Mapping[str, Confusion] | None = None,
+    found: Mapping[str, Found] | None = None,
 ) -> Summary:
     """Build the summary of a run.
 
@@ -301,11 +316,12 @@ def summarise(
         lengths: How many tokens the rows have, where they are known.
         probes: Figures of the run's probes.
         confusions: Which class is taken for which, by client, where that is known.
+        found: Which entities are found, by client, where that is known.
 
     Returns:
         The summary.
     """
-    events, confusions = list(events), confusions or {}
+    events, confusions, found = list(events), confusions or {}, found or {}
     rounds = rounds_of(events)
     confusion = Confusion.over(confusions.values()) if confusions else None
     measures = kind_of(task).measures
@@ -320,9 +336,10 @@ def summarise(
             lost=evaluation.get("lost", 0),
             unlearnt=evaluation.get("unlearnt", 0),
             recall=confusions[client].recall if client in confusions else {},
+            type_f1=found[client].f1 if client in found else {},
             answered=max((said["n"] for said in evaluation["answers"].values()), default=0),
             **{measure.name: _figures(measure, evaluation) for measure in named},
-            figures={each.name: found for each in others if (found := _figures(each, evaluation)) is not None},
+            figures={each.name: told for each in others if (told := _figures(each, evaluation)) is not None},
             **_values(first, evaluation),
         )
         for client, evaluation in evaluations_of(events).items()
@@ -342,6 +359,7 @@ def summarise(
         classes={client: dict(counts) for client, counts in by_name(classes or {})},
         confusion=confusion,
         recall={} if confusion is None else confusion.recall,
+        type_f1=Found.over(found.values()).f1,
         lengths=lengths,
         probes=dict(probes or {}),
         rounds=len(rounds),

@@ -292,15 +292,16 @@ def _ends(measure: Measure, low: float, high: float) -> str:
     return ("-" if low >= 0 else "..").join(ends)
 
 
-def _recall(summary: Summary) -> str:
-    """Recall of the classes by the personalised models, in a line; empty where that is not known."""
-    known = [(label, each) for label, each in summary.recall.items() if each.personalised is not None]
+def _by_class(summary: Summary) -> str:
+    """Recall of the classes, or F1 of entities, by the personalised models, in a line; empty where it is not known."""
+    known = [(label, each) for label, each in summary.by_class.items() if each.personalised is not None]
     told = [
         f"{clean(label, 40)} {each.told('personalised', summary.measure)} of {each.n}"
         for label, each in known[:_CLASSES]
     ]
     more = [f"and {len(known) - _CLASSES} more"] if len(known) > _CLASSES else []
-    return f"recall of the personalised models: {', '.join([*told, *more])}" if told else ""
+    what = "F1 of entities" if summary.type_f1 else "recall"
+    return f"{what} of the personalised models: {', '.join([*told, *more])}" if told else ""
 
 
 def _short(value: float | None, measure: Measure, *, alone: bool) -> str:
@@ -323,7 +324,7 @@ def show_summary(summary: Summary, console: Console) -> None:
         told = ", ".join(f"{each.title} {mean.told('personalised', each)}" for each, mean in means)
         rows = counted(sum(client.answered for client in summary.clients), "held-out row")
         console.print(Text(f"mean of personalised answers to {rows}: {told}", style="dim"), soft_wrap=True)
-    if told := _recall(summary):
+    if told := _by_class(summary):
         console.print(Text(told, style="dim"), soft_wrap=True)
     if summary.told_shown:
         console.print(Text(summary.told_shown, style="dim"), soft_wrap=True)

@@ -22,14 +22,14 @@ def test_summary_has_the_promised_shape_and_figures():
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
         "task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity", "exact_match",
-        "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall", "lengths",
+        "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall", "type_f1", "lengths",
         "probes", "rounds", "seconds", "bytes_up", "bytes_down",
         "base_model", "config_digest", "unscored", "anew", "remembered", "machine",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
         "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised",
-        "token_accuracy", "macro_f1", "recall", "loss", "perplexity", "answered", "exact_match", "normalised_match",
-        "rouge_l", "chrf", "figures", "interval",
+        "token_accuracy", "macro_f1", "recall", "type_f1", "loss", "perplexity", "answered", "exact_match",
+        "normalised_match", "rouge_l", "chrf", "figures", "interval",
     }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2

@@ -89,6 +89,29 @@ def test_terminal_and_report_say_what_was_measured(run):
     assert summary.columns[0].write(summary.mean.personalised) in page
 
 
+def test_every_type_of_entities_has_its_f1(run):
+    summary = read_summary(run / "summary.json")
+    if not kind_of(summary.task).spans:
+        assert not summary.type_f1
+        return
+    right = {client.id: client.type_f1 for client in summary.clients}
+    assert summary.type_f1.keys() == {"DOMAIN", "FEELING"}
+    for name, score in summary.type_f1.items():
+        assert score.n == sum(found[name].n for found in right.values() if name in found)
+        assert score.n == sum(counts[name][1] for counts in summary.classes.values())
+        low, high = score.interval["personalised"]
+        assert low <= score.personalised <= high
+    out = StringIO()
+    show_summary(summary, Console(file=out, width=200))
+    assert (
+        f"F1 of entities of the personalised models: DOMAIN {summary.type_f1['DOMAIN'].personalised:.3f}"
+        in out.getvalue()
+    )
+    page = render(run)
+    assert "Which tag is taken for which" in page
+    assert "type of entities the F1" in page
+
+
 def test_an_objective_that_needs_classes_is_refused(tmp_path):
     base = tiny_world.save_base(tmp_path / "base", "bert")
     rows = tiny_world.write_rows(tmp_path / "rows.jsonl", numbers())

@@ -35,6 +35,7 @@ class TokenClassification(Kind):
     required = (TOKENS, TAGS)
     head = "token"
     labelled = True
+    spans = True
     bundle = "token-classification"
     pipeline = "token-classification"
     measures = (
