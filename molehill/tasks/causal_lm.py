@@ -48,6 +48,7 @@ class CausalLM:
         self._tokenizer = tokenizer
         self._eos: int = tokenizer.eos_token_id
         self._chat = Chat(tokenizer) if tokenizer.chat_template else None
+        self._around: tuple[list[int], ...] | None = None
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = {*tokenizer.all_special_ids, *added, self.end}
 
@@ -75,13 +76,26 @@ class CausalLM:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
 
     def question(self, prompt: Sequence[int]) -> str:
-        """What a prompt asks, for people: without the words around an instruction of Alpaca's format."""
-        text = self.decode(prompt).strip()
+        """What a prompt asks, for people: its last message, or instruction, without the words of its format."""
         if self._chat is not None:
-            return text
+            return self.decode(self._message(prompt)).strip()
+        text = self.decode(prompt).strip()
         for intro in (INTRO_INPUT, INTRO):
             text = text.removeprefix(intro.strip())
         return text.strip().removeprefix("### Instruction:").removesuffix("### Response:").strip()
+
+    def _message(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The last message of a prompt by the chat template; all of it where that is not found."""
+        assert self._chat is not None
+        if self._around is None:
+            self._around = tuple(self._ids(part, special=False)[0] if part else [] for part in self._chat.around)
+        before, after = self._around
+        end = len(prompt) - len(after)
+        if list(prompt[end:]) != after or not before:
+            return prompt
+        starts = (at for at in reversed(range(len(before), end + 1)) if list(prompt[at - len(before) : at]) == before)
+        begin = next(starts, None)
+        return prompt if begin is None else prompt[begin:end]
 
     def last_answer(self, example: Example) -> tuple[list[int], list[int]] | None:
         """Ids before the last answer of a row, and those of the answer; None where it was cut or nothing is before it.

@@ -50,8 +50,7 @@ def test_answers_are_those_of_the_loaded_run(run):
         with load(run, name) as model:
             for each in samples:
                 if each["client"] == name:
-                    question = each["question"].removeprefix("user ").removesuffix(" assistant")
-                    assert model.generate(question).text.strip() == each["answer"].strip()
+                    assert model.generate(each["question"]).text.strip() == each["answer"].strip()
 
 
 def test_the_sums_are_of_what_was_kept(run):

@@ -52,6 +52,15 @@ def test_instruction_goes_through_the_template(chat_tokenizer):
     assert learnt(chat_tokenizer, context)[1] == ["<s>", "<|user|>", "one", "two", "<|assistant|>", "a", "</s>"]
 
 
+def test_a_question_is_shown_without_what_the_template_writes_around_it(chat_tokenizer, make_tokenizer):
+    plain = chat_tokenizer.chat_template
+    for template in (plain, "{% if messages[0].role != 'system' %}<|system|> system\n{% endif %}" + plain):
+        task = CausalLM(make_tokenizer(template), 64)
+        (example,) = task.encode(rows(talk(("u", "one"), ("a", "c"), ("u", "two user"), ("a", "b"))))
+        question, _ = task.last_answer(example)
+        assert task.question(question) == "two user"
+
+
 def test_alpaca_where_there_is_no_template(tokenizer):
     task = make_task(config.Task(kind="causal-lm", max_length=64), tokenizer)
     (example,) = task.encode(rows({"instruction": "one", "input": "two", "output": "a b"}))
