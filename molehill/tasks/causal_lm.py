@@ -48,7 +48,7 @@ class CausalLM:
         self._tokenizer = tokenizer
         self._eos: int = tokenizer.eos_token_id
         self._chat = Chat(tokenizer) if tokenizer.chat_template else None
-        self._around: tuple[list[int], ...] | None = None
+        self._around: tuple[list[int], list[int]] | None = None
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = {*tokenizer.all_special_ids, *added, self.end}
 
@@ -88,7 +88,11 @@ class CausalLM:
         """The last message of a prompt by the chat template; all of it where that is not found."""
         assert self._chat is not None
         if self._around is None:
-            self._around = tuple(self._ids(part, special=False)[0] if part else [] for part in self._chat.around)
+            first, again, after = (self._ids(part, special=False)[0] if part else [] for part in self._chat.around)
+            common = 0  # with which every message of a user begins
+            while common < min(len(first), len(again)) and first[-1 - common] == again[-1 - common]:
+                common += 1
+            self._around = first[len(first) - common :], after
         before, after = self._around
         end = len(prompt) - len(after)
         if list(prompt[end:]) != after or not before:

@@ -95,18 +95,15 @@ class Chat:
         return "" if found is None else found[1]
 
     @property
-    def around(self) -> tuple[str, str]:
-        """What the template writes right before a user's message, and from there to the answer; empty where unclear."""
+    def around(self) -> tuple[str, str, str]:
+        """What the template writes before a user's first message, between an answer and the next one, and after it."""
         user, other = {"role": "user", "content": _MARK}, {"role": "assistant", "content": "An answer."}
         try:
             first, _, rest = self._text([user], None, prompt=True).partition(_MARK)
             again = self._text([user, other, user], None, prompt=True).rpartition(_MARK)[0].rpartition("An answer.")[2]
         except _FAILURES:
-            return "", ""
-        common = 0
-        while common < min(len(first), len(again)) and first[-1 - common] == again[-1 - common]:
-            common += 1
-        return first[len(first) - common :], rest
+            return "", "", ""
+        return first, again, rest
 
     def _write(self, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[Span], int]:
         turns = self._turns(messages)
