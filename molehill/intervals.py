@@ -20,7 +20,8 @@ def of_share(share: float, n: float) -> Interval:
     """
     spread = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     centre, scale = share + _Z**2 / (2 * n), 1 + _Z**2 / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # Rounding alone could leave the share out where it is 0 or 1.
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
 
 
 def of_mean(mean: float, error: float, low: float = 0.0, high: float = math.inf) -> Interval:

@@ -18,7 +18,6 @@ from pydantic import AfterValidator, Field, ValidationError
 from molehill import evidence, files, registry, toml_file
 from molehill.config import Section
 from molehill.errors import ConfigError
-from molehill.rowfiles.readings import COLUMNS
 from molehill.wire.keys import KINDS as TENSORS
 
 _HEAD = """\
@@ -26,6 +25,9 @@ _HEAD = """\
 # for beyond it is refused, with the line of this file. It is read again for every run.
 """
 
+_COLUMNS = tuple(
+    dict.fromkeys(name for kind in registry.methods("task") for name in registry.declared(kind, "columns"))
+)
 _CODECS = tuple(method.name for method in registry.methods("codec"))
 _CHOICES = {"tell": {kind.name: kind.meaning for kind in evidence.KINDS}}
 
@@ -74,7 +76,7 @@ class Data(Section):
         columns: Names in the owner's file of the columns that may be read.
     """
 
-    columns: tuple[str, ...] = ("label", *COLUMNS)
+    columns: tuple[str, ...] = _COLUMNS
 
 
 class Share(Section):

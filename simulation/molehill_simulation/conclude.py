@@ -13,6 +13,7 @@ from molehill.molora import probes
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.model import MoLoRAModel
 from molehill.tasks.base_model import BaseInfo, place
+from molehill.tasks.kind import kind_of
 from molehill.wire.store import load_tree
 from molehill_client.state import Findings
 from molehill_server.broadcast import tree_patches
@@ -82,8 +83,11 @@ def _conclude(
     events = read(out / "metrics.jsonl")
     clients = [evaluation["probes"] for evaluation in evaluations_of(events).values()]
     looked = probes.merged(config.evaluate.probes, clients, model.layout)
+    exclusive = kind_of(config.task).predicts != "flags"
     confusions = {
-        name: Confusion.of(config.task.labels, each.confusion) for name, each in findings.items() if each.confusion
+        name: Confusion.of(config.task.labels, each.confusion, exclusive=exclusive)
+        for name, each in findings.items()
+        if each.confusion
     }
     found = {name: Found.model_validate({"counts": each.found}) for name, each in findings.items()}
     summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked, confusions, found)

@@ -147,23 +147,29 @@ class Confusion(BaseModel):
 
     Attributes:
         labels: Names of the classes.
-        counts: By stage, how many rows of each class (row) were taken for each (column).
+        counts: By stage, how many rows of each class (row) were taken for each (column); where a row has any number of
+            them, how many rows of each class were found (column 0) and missed (column 1).
+        exclusive: Whether a row has one of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     labels: tuple[str, ...]
     counts: dict[str, tuple[tuple[int, ...], ...]]
+    exclusive: bool = True
 
     @classmethod
-    def of(cls, labels: Sequence[str], counts: Mapping[str, Sequence[Sequence[int]]]) -> Confusion:
+    def of(
+        cls, labels: Sequence[str], counts: Mapping[str, Sequence[Sequence[int]]], *, exclusive: bool = True
+    ) -> Confusion:
         """Of one client.
 
         Args:
             labels: Names of the classes.
             counts: Its counts, by stage.
+            exclusive: Whether a row has one of the classes.
         """
-        return cls.model_validate({"labels": labels, "counts": counts})
+        return cls.model_validate({"labels": labels, "counts": counts, "exclusive": exclusive})
 
     @classmethod
     def over(cls, clients: Iterable[Confusion]) -> Confusion:
@@ -172,9 +178,9 @@ class Confusion(BaseModel):
         labels, total = clients[0].labels, dict[str, list[list[int]]]()
         for each in clients:
             for stage, matrix in each.counts.items():
-                known = total.setdefault(stage, [[0] * len(labels) for _ in labels])
+                known = total.setdefault(stage, [[0] * len(row) for row in matrix])
                 total[stage] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(known, matrix, strict=True)]
-        return cls.of(labels, total)
+        return cls.of(labels, total, exclusive=clients[0].exclusive)
 
     @property
     def recall(self) -> dict[str, Recall]:
@@ -184,7 +190,8 @@ class Confusion(BaseModel):
             rows = {stage: counts[at] for stage, counts in self.counts.items()}
             n = max((sum(row) for row in rows.values()), default=0)
             if n:
-                shares = {stage: row[at] / sum(row) for stage, row in rows.items()}
+                right = at if self.exclusive else 0
+                shares = {stage: row[right] / sum(row) for stage, row in rows.items()}
                 interval = {stage: of_share(share, n) for stage, share in shares.items()}
                 found[label] = Recall.model_validate({"n": n, **shares, "interval": interval})
         return found

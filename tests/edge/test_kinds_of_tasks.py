@@ -29,7 +29,15 @@ def _numbers():
     return [{**row, "label": POINTS[row["label"]]} for row in tiny_world.rows(90)]
 
 
-ROWS = {"regression": _numbers}
+def _flags():
+    found = [
+        {"text": row["text"], "labels": [row["domain"], *([row["label"]] if row["label"] != "neutral" else [])]}
+        for row in tiny_world.rows(90)
+    ]
+    return [*found, {"text": "the page", "labels": []}]
+
+
+ROWS = {"regression": _numbers, "multi-label": _flags}
 
 
 @pytest.fixture(scope="module", params=ROWS)

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from molehill.intervals import of_average, of_bounded, of_mean, of_share, standard_error
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (1, 3), (70, 100)])
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (0, 7), (5, 5), (1, 3), (70, 100)])
 def test_of_a_share_is_wilsons(right, n):
     low, high = binomtest(right, n).proportion_ci(method="wilson")
     assert of_share(right / n, n) == pytest.approx((low, high))

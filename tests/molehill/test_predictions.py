@@ -99,4 +99,5 @@ def test_pairs_of_a_command_line_and_of_rows():
 
 
 def test_every_kind_that_devices_run_can_be_read():
-    assert {kind_of(name).bundle for name in ("classification", "regression", "causal-lm")} <= set(READINGS)
+    names = ("classification", "regression", "multi-label", "causal-lm")
+    assert {kind_of(name).bundle for name in names} <= set(READINGS)

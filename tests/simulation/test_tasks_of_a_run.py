@@ -45,7 +45,15 @@ def tags():
     return [*found, {"tokens": ["the", "bad", "fun", "page"], "tags": ["O", "B-FEELING", "I-FEELING", "B-DOMAIN"]}]
 
 
-ROWS = {"regression": numbers, "classification": pairs, "token-classification": tags}
+def flags():
+    found = [
+        {"text": row["text"], "labels": [row["domain"], *([row["label"]] if row["label"] != "neutral" else [])]}
+        for row in tiny_world.rows(90)
+    ]
+    return [*found, {"text": "the page", "labels": []}]
+
+
+ROWS = {"regression": numbers, "classification": pairs, "multi-label": flags, "token-classification": tags}
 
 
 @pytest.fixture(scope="module", params=ROWS)
