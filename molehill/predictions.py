@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from molehill.characters import harmless
 from molehill.decoding.interfaces import log_softmax
+from molehill.entities import Tagging, begins
 from molehill.errors import AnswerError, DataError
 from molehill.rowfiles.values import label_of, names_of, number_of
 
@@ -116,6 +118,60 @@ class Number(Prediction):
         return (f"{self.value:.4g}",)
 
 
+@dataclass(frozen=True)
+class Entity:
+    """An entity in a text.
+
+    Attributes:
+        text: Its words.
+        type: Of its tags.
+        start: Its first character in the text.
+        end: One past its last.
+        probability: Of the least likely of its tags.
+    """
+
+    text: str
+    type: str
+    start: int
+    end: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Entities(Prediction):
+    """The entities of a text.
+
+    Attributes:
+        entities: In their order.
+    """
+
+    entities: tuple[Entity, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Prediction.as_json`."""
+        return {"entities": [asdict(each) for each in self.entities]}
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """See `Prediction.words`."""
+        return (", ".join(f"{harmless(each.text)} ({harmless(each.type)})" for each in self.entities) or "(none)",)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where the tokens of a text are in it.
+
+    Attributes:
+        text: The text.
+        places: First character, and one past the last, of every token.
+        words: Which word of the tokenizer's own every token is in; None for special tokens.
+    """
+
+    text: str
+    places: Sequence[tuple[int, int]]
+    words: Sequence[int | None]
+
+
 def lines(found: Sequence[Prediction]) -> list[str]:
     """Predictions for people, their cells one below the other."""
     cells = [each.words for each in found]
@@ -129,18 +185,28 @@ class Reading(ABC):
     Attributes:
         writes: They are of the next token; else of the text.
         several: They are of one of several classes, so that strategies may combine what experts say.
+        by_token: They are of every token of a text, and the first token of a word speaks for it.
+        fits: A gate can be fitted to rows on a device.
         figure: What is measured on labelled rows, which ``counts`` and ``figure_of`` compute; empty for accuracy.
         column: Where rows have what it should say; empty where they need not.
     """
 
     writes: ClassVar[bool] = False
     several: ClassVar[bool] = False
+    by_token: ClassVar[bool] = False
+    fits: ClassVar[bool] = True
     figure: ClassVar[str] = ""
     column: ClassVar[str] = "label"
 
     @abstractmethod
-    def read(self, logits: Array, about: About) -> Prediction:
-        """What the numbers of one text, ``[C]``, say."""
+    def read(self, logits: Array, about: About, shown: Shown | None = None) -> Prediction:
+        """What the numbers of one text say.
+
+        Args:
+            logits: ``[C]``, or of every token ``[T, C]``.
+            about: What they are about.
+            shown: Where the tokens are in the text, for numbers of tokens.
+        """
 
     @abstractmethod
     def outputs(self, about: About) -> int:
@@ -193,8 +259,9 @@ class Choice(Reading):
 
     several = True
 
-    def read(self, logits: Array, about: About) -> Class:
+    def read(self, logits: Array, about: About, shown: Shown | None = None) -> Prediction:
         """See `Reading.read`."""
+        del shown
         p = np.exp(log_softmax(logits))
         best = int(p.argmax())
         return Class(about.labels[best], float(p[best]), dict(zip(about.labels, p.tolist(), strict=True)))
@@ -254,14 +321,50 @@ class NextToken(Choice):
     column = ""
 
 
+class Tags(Choice):
+    """A tag for every word: the logits of its first token."""
+
+    several = False
+    by_token = True
+    fits = False
+    column = "tags"
+
+    def read(self, logits: Array, about: About, shown: Shown | None = None) -> Entities:
+        """See `Reading.read`."""
+        assert shown is not None  # of tokens
+        text, tagging = shown.text, Tagging.of(about.labels)
+        firsts = begins(text, shown.places, shown.words)
+        p = np.exp(log_softmax(logits[firsts]))
+        tags = p.argmax(-1)
+        ends = [_end(shown, range(*pair)) for pair in pairwise([*firsts, len(shown.places)])]
+        found = []
+        for first, stop, kind in tagging.spans(tags, np.arange(len(tags)) == 0).tolist():
+            start, end = shown.places[firsts[first]][0], ends[stop - 1]
+            start += len(text[start:end]) - len(text[start:end].lstrip())
+            words = slice(first, stop)
+            sure = float(p[words][np.arange(stop - first), tags[words]].min())
+            found.append(Entity(text[start:end], tagging.types[kind], start, end, sure))
+        return Entities(tuple(found))
+
+    def target(self, value: Any, about: About, where: str) -> int:
+        """A row has many.
+
+        Raises:
+            DataError: Always.
+        """
+        del value, about
+        raise DataError("tags of words are not read here", where=where, mend="Leave them out.")
+
+
 class Several(Reading):
     """Any number of classes: the log odds of each."""
 
     figure = "micro_f1"
     column = "labels"
 
-    def read(self, logits: Array, about: About) -> Flags:
+    def read(self, logits: Array, about: About, shown: Shown | None = None) -> Flags:
         """See `Reading.read`."""
+        del shown
         p = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500)))
         found = tuple(label for label, there in zip(about.labels, logits >= 0, strict=True) if there)
         return Flags(found, dict(zip(about.labels, p.tolist(), strict=True)))
@@ -320,8 +423,9 @@ class Amount(Reading):
 
     figure = "rmse"
 
-    def read(self, logits: Array, about: About) -> Number:
+    def read(self, logits: Array, about: About, shown: Shown | None = None) -> Number:
         """See `Reading.read`."""
+        del shown
         middle, half = _scale(about)
         return Number(middle + half * float(logits[0]))
 
@@ -377,6 +481,7 @@ READINGS: Mapping[str, Reading] = {
     "causal-lm": NextToken(),
     "regression": Amount(),
     "multi-label": Several(),
+    "token-classification": Tags(),
 }
 
 
@@ -392,6 +497,12 @@ def reading_of(kind: str) -> Reading:
     if kind not in READINGS:
         raise AnswerError(f"nothing reads yet what a model for {kind} says", mend=f"Ask one for {', '.join(READINGS)}.")
     return READINGS[kind]
+
+
+def _end(shown: Shown, tokens: Iterable[int]) -> int:
+    """One past the last character that some tokens show, space after it left out."""
+    end = max(shown.places[at][1] for at in tokens if shown.words[at] is not None)
+    return len(shown.text[:end].rstrip())
 
 
 def _scale(about: About) -> tuple[float, float]:

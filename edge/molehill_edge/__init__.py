@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molehill.decoding.stream import Answer
-    from molehill.predictions import Class, Flags, Number, Prediction
+    from molehill.predictions import Class, Entities, Entity, Flags, Number, Prediction
     from molehill_edge.added import Added
     from molehill_edge.bundle import Bundle
     from molehill_edge.chat import Chat
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from molehill_edge.view import View
 
 __all__ = [
-    "Added", "Admitted", "Answer", "Bundle", "Chat", "Class", "Flags", "Gate", "InsecureLocal", "Number", "Outcome",
-    "Prediction", "RouterReport", "Store", "Trust", "View",
+    "Added", "Admitted", "Answer", "Bundle", "Chat", "Class", "Entities", "Entity", "Flags", "Gate", "InsecureLocal",
+    "Number", "Outcome", "Prediction", "RouterReport", "Store", "Trust", "View",
 ]  # fmt: skip
 
 # Importing the package takes no time; onnxruntime and tuf wait until they are needed.
@@ -36,6 +36,8 @@ _HOMES = {
     "Bundle": "bundle",
     "Chat": "chat",
     "Class": "molehill.predictions",
+    "Entities": "molehill.predictions",
+    "Entity": "molehill.predictions",
     "Flags": "molehill.predictions",
     "Gate": "gates",
     "InsecureLocal": "trust",

@@ -95,12 +95,14 @@ def _ids(view: View, rng: np.random.Generator, batch: int, tokens: int) -> np.nd
 
 def _of_texts(view: View, rng: np.random.Generator) -> list[tuple[str, str, Callable[[], float]]]:
     works: list[tuple[str, str, Callable[[], float]]] = []
-    longest, what = view.manifest.task.max_length, "classify" if reading(view.manifest.task).several else "read"
+    longest, how = view.manifest.task.max_length, reading(view.manifest.task)
+    what = "classify" if how.several else "read"
     for batch, tokens in dict.fromkeys((batch, min(tokens, longest)) for batch, tokens in _SHAPES):
         encoded = _ids(view, rng, batch, tokens).tolist()
 
         def work(encoded: list[list[int]] = encoded) -> float:
-            return 1e3 * _seconds(lambda: view.logits(encoded))
+            compute = view.logits_of_tokens if how.by_token else view.logits
+            return 1e3 * _seconds(lambda: compute(encoded))
 
         works.append((f"{what} {batch} x {tokens} tokens", "ms", work))
     return works

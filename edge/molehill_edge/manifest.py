@@ -263,7 +263,8 @@ def _check_task(task: Task) -> None:
     if not reading(task).writes:
         _distinct(_at_most(MAX_ENTRIES, task.labels, "labels"), "a label is listed")
         _must(outputs(task) >= 1, "it has no labels, or no range")
-        _must(task.pooling in ("mean", "cls", "last"), f"{_quoted(task.pooling)} is not a way of pooling")
+        ways = ("token",) if reading(task).by_token else ("mean", "cls", "last")
+        _must(task.pooling in ways, f"{_quoted(task.pooling)} is not a way of pooling")
     else:
         _must(task.HasField("generation"), "it does not say how to generate")
         _check_generation(task.generation)

@@ -125,6 +125,9 @@ def personalise(
     manifest = view.manifest
     if not manifest.routers:
         raise BundleError("the bundle has no router to fit", where=manifest.id)
+    if not manifests.reading(manifest.task).fits:
+        what = f"no device can fit a gate of a bundle for {manifest.task.kind}"
+        raise BundleError(what, where=manifest.id, mend="Export gates that a run has fitted: molehill export --gate.")
     targets = _targets(manifest, texts, labels)
     rng = np.random.default_rng(seed)
     fit, held = _split(texts, rng)

@@ -16,7 +16,7 @@ from molehill.decoding.interfaces import Learns, Strategy, Through, all_of
 from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill.errors import AnswerError, BundleError
-from molehill.predictions import Class, Prediction
+from molehill.predictions import Class, Prediction, Shown
 from molehill.rowfiles.pairs import Text
 from molehill_edge import classify, examples, gates, generate, personalise, routes, tokens
 from molehill_edge import manifest as manifests
@@ -197,7 +197,7 @@ class View:
         strategy: str | Strategy | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> list[Prediction]:
-        """Say of each text what the bundle is for: its class, which of several labels it has, or a number.
+        """Say of each text what the bundle is for: its class, which labels it has, a number, or its entities.
 
         A text may come out a little differently in a batch when the bundle is int8, since activations are rounded
         together; a call with one text is always the same.
@@ -214,12 +214,15 @@ class View:
                 or answers with numbers that are not finite.
         """
         self._require_predicts()
-        return self.predicted(self.encode_all(texts, truncate=truncate), self._asked(strategy, params))
+        return self.predicted(texts, self.encode_all(texts, truncate=truncate), self._asked(strategy, params))
 
-    def predicted(self, encoded: Sequence[Sequence[int]], strategy: Strategy | None) -> list[Prediction]:
+    def predicted(
+        self, texts: Sequence[Text], encoded: Sequence[Sequence[int]], strategy: Strategy | None
+    ) -> list[Prediction]:
         """What the bundle says of texts.
 
         Args:
+            texts: The texts.
             encoded: Their ids.
             strategy: As of `scores`.
 
@@ -229,7 +232,26 @@ class View:
         """
         task = self.manifest.task
         reading, about = manifests.reading(task), manifests.about(task)
-        return [reading.read(scores, about) for scores in self.scores(encoded, strategy)]
+        if not reading.by_token:
+            return [reading.read(scores, about) for scores in self.scores(encoded, strategy)]
+        shown = [self._shown(text, len(ids)) for text, ids in zip(texts, encoded, strict=True)]
+        logits = self.logits_of_tokens(encoded)  # there is no other strategy for tokens
+        return [reading.read(scores, about, where) for scores, where in zip(logits, shown, strict=True)]
+
+    def _shown(self, text: Text, length: int) -> Shown:
+        """Where the tokens of a text are in it, by how many there are.
+
+        Raises:
+            BundleError: It is a pair of texts.
+        """
+        if not isinstance(text, str):
+            what = f"the bundle is for {self.manifest.task.kind}: it reads no pairs of texts"
+            raise BundleError(what, where=self.manifest.id)
+        tokenizer = self._engine.tokenizer
+        found = tokens.encode(tokenizer, text)
+        if len(found.ids) > length:
+            found = tokens.encode(tokens.truncated(tokenizer, length), text)
+        return Shown(text, found.offsets, found.word_ids)
 
     def classify(
         self,
@@ -300,6 +322,26 @@ class View:
             for rows, ids, mask in classify.batches(encoded, classify.pad_of(self._engine.tokenizer)):
                 found[rows] = self._compute(graph, ids, mask, ["logits"])[0]
         check_finite(found)
+        return found
+
+    def logits_of_tokens(self, encoded: Sequence[Sequence[int]]) -> list[Array]:
+        """Logits of every token of texts, of a bundle that says something of tokens.
+
+        Args:
+            encoded: Their ids.
+
+        Returns:
+            For every text ``[tokens, C]``.
+
+        Raises:
+            BundleError: The graph cannot be computed, or answers with numbers that are not finite.
+        """
+        found: list[Array] = [np.zeros(0)] * len(encoded)
+        with self._engine.session.use() as graph:
+            for rows, ids, mask in classify.batches(encoded, classify.pad_of(self._engine.tokenizer)):
+                for row, logits in zip(rows, self._compute(graph, ids, mask, ["logits"])[0], strict=True):
+                    found[row] = logits[: len(encoded[row])]
+                    check_finite(found[row])
         return found
 
     def forward(self, ids: Array, mask: Array, outputs: list[str]) -> list[Array]:

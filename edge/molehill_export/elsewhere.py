@@ -275,6 +275,7 @@ _POOLED = {
     "mean": 'mask = batch["attention_mask"].unsqueeze(-1)\npooled = (states * mask).sum(1) / mask.sum(1)',
     "cls": "pooled = states[:, 0]",
     "last": 'last = batch["attention_mask"].cumsum(1).argmax(1)\npooled = states[range(len(states)), last]',
+    "token": "pooled = states  # the first token of a word speaks for it",
 }
 
 

@@ -89,7 +89,11 @@ class Runner:
         self._cuts = LOGITS_FROM in {value.name for value in self._session.get_overridable_initializers()}
 
     def __call__(self, ids: Sequence[int], begin: int = 0) -> tuple[Array, list[Array]]:
-        """Logits ``[1, C]`` or, from a position on, ``[T - begin, V]`` of one text, and the weights of every router."""
+        """Logits of one text, and the weights of every router.
+
+        Returns:
+            ``[1, C]``, of tokens ``[T, C]``, or from a position on ``[T - begin, V]``.
+        """
         feed: dict[str, Array] = {
             "input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)
         }  # fmt: skip
@@ -104,7 +108,7 @@ class Runner:
             feed[LOGITS_FROM] = np.array([begin], np.int64)
         logits, *routes = self._session.run(["logits", *self._routes], feed)
         if self._generation is None:
-            return logits, routes
+            return logits.reshape(-1, logits.shape[-1]), routes
         return logits[0] if self._cuts else logits[0, begin:], routes
 
 
@@ -114,7 +118,7 @@ class Originals:
 
     Attributes:
         texts: Token ids of the calibration text.
-        answers: For each of them the logits, ``[T, V]`` or ``[1, C]``, and the weights of every router.
+        answers: For each of them the logits, ``[T, V]``, ``[T, C]`` or ``[1, C]``, and the weights of every router.
         examples: Labelled rows of the run, for the figure of both; only counts of them are kept.
         counts: Of these rows, what the figure is made of (`molehill.predictions.Reading.counts`).
         reading: How logits are read.
@@ -245,7 +249,7 @@ def passes(model: MoLoRAModel, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def decode(model: MoLoRAModel, texts: Sequence[Sequence[int]], **how: Any) -> tuple[Tensor, list[RouteRecord]]:
-    """Logits ``[B, T, V]`` or ``[B, 1, C]`` of texts, padded on the right, and the routes of the pass.
+    """Logits ``[B, T, V]``, ``[B, T, C]`` or ``[B, 1, C]`` of texts, padded on the right, and the routes of the pass.
 
     Args:
         model: The original.
@@ -256,7 +260,8 @@ def decode(model: MoLoRAModel, texts: Sequence[Sequence[int]], **how: Any) -> tu
     with _recorded(model):
         if model.head is not None:
             states = model.hidden(batch.input_ids, batch.attention_mask)
-            return model.head(model.head.pool(states, batch.attention_mask)).unsqueeze(1).float(), model.state.records
+            said = model.head(model.head.pool(states, batch.attention_mask)).float()
+            return said.unsqueeze(1) if model.head.pools else said, model.state.records
         model.state.announce(batch.attention_mask, None)
         mask = batch.attention_mask.long()
         logits = model.base(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **how).logits
@@ -279,13 +284,13 @@ def _answers(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> list[tuple[A
         logits, routes = _pass(model, [texts[text] for text in run])
         for row, text in enumerate(run):  # logits are parts of those of the pass, of which little is padding
             tokens = len(texts[text])
-            own = logits[row, : tokens if model.head is None else 1]
+            own = logits[row, : 1 if model.head is not None and model.head.pools else tokens]
             found[text] = own, [_of_row(weights, row, tokens) for weights in routes]
     return [found[text] for text in range(len(texts))]
 
 
 def _pass(model: MoLoRAModel, texts: Sequence[Sequence[int]]) -> tuple[Array, list[Array]]:
-    """Logits ``[B, T, V]`` or ``[B, 1, C]`` and the weights of every router, of texts padded on the right."""
+    """Logits as of `decode` and the weights of every router, of texts padded on the right."""
     logits, records = decode(model, texts)
     by_site = {record.site.name: record.route.weights.numpy() for record in records}
     return logits.numpy(), [by_site[group.site.name] for group in model.routers.values()]
@@ -312,6 +317,10 @@ def _of_bundle(runner: Runner, example: Example, reading: Reading) -> Array:
     """What the figure of a bundle is made of, of one row."""
     if not isinstance(example.labels, list):
         return reading.counts(runner(example.input_ids)[0], np.array([example.labels]))
+    if reading.by_token:
+        labels = np.array(example.labels)
+        there = labels != IGNORE
+        return reading.counts(runner(example.input_ids)[0][there], labels[there])
     after = np.array(example.labels[1:])  # what a token is followed by
     positions = np.flatnonzero(after != IGNORE)
     logits, _ = runner(example.input_ids, int(positions[0]))

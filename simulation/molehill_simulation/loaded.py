@@ -19,7 +19,7 @@ from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Reader, Stream, replayed
 from molehill.errors import AnswerError, ConfigError
 from molehill.molora.decode import TorchPasses, only, write
-from molehill.predictions import About, Class, Prediction, Reading, reading_of
+from molehill.predictions import About, Class, Prediction, Reading, Shown, reading_of
 from molehill.rowfiles.messages import PLAIN
 from molehill.rowfiles.pairs import Text
 from molehill.tasks.chat import Chat
@@ -335,7 +335,7 @@ class Loaded:
         self, texts: Sequence[Text], *, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,
         truncate: bool = False,
     ) -> list[Prediction]:  # fmt: skip
-        """Say of each text what the model was trained to: its class, which of several labels it has, or a number.
+        """Say of each text what the model was trained to: its class, which labels it has, a number, or its entities.
 
         Args:
             texts: The texts, or pairs of them for a model that learnt from pairs.
@@ -350,8 +350,20 @@ class Loaded:
         for number, text in enumerate(texts):
             scores = chosen.begin(self._passes, ids := self._text(text, number, truncate=truncate))(ids)
             check_finite(scores[np.isfinite(scores)] if np.isfinite(scores).any() else scores)
-            found.append(reading.read(scores, self.about))
+            found.append(reading.read(scores, self.about, self._shown(text, len(ids)) if reading.by_token else None))
         return found
+
+    def _shown(self, text: Text, length: int) -> Shown:
+        """Where the tokens of a text are in it, by how many there are.
+
+        Raises:
+            AnswerError: It is a pair of texts.
+        """
+        if not isinstance(text, str):
+            what = f"the model is for {self.source.task.kind}: it reads no pairs of texts"
+            raise AnswerError(what, where=self.source.name)
+        found = self.source.tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True)
+        return Shown(text, found["offset_mapping"], found.word_ids(0))
 
     def classify(
         self, texts: Sequence[Text], *, strategy: str | Strategy = DEFAULT, params: Mapping[str, Any] | None = None,

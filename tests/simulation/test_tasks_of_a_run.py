@@ -31,18 +31,8 @@ def pairs():
 
 
 def tags():
-    kinds = {word: "DOMAIN" for group in tiny_world.DOMAINS.values() for word in group}
-    kinds |= {word: "FEELING" for group in tiny_world.LABELS.values() for word in group}
-    rows = [row["text"].split() for row in tiny_world.rows(60)]
-    found = []
-    for words in rows:
-        types = [kinds.get(word, "") for word in words]
-        before = ["", *types[:-1]]
-        said = [
-            f"{'I' if kind == last else 'B'}-{kind}" if kind else "O" for kind, last in zip(types, before, strict=True)
-        ]
-        found.append({"tokens": words, "tags": said})
-    return [*found, {"tokens": ["the", "bad", "fun", "page"], "tags": ["O", "B-FEELING", "I-FEELING", "B-DOMAIN"]}]
+    more = {"tokens": ["the", "bad", "fun", "page"], "tags": ["O", "B-FEELING", "I-FEELING", "B-DOMAIN"]}
+    return [*tiny_world.tagged(60), more]
 
 
 def flags():

@@ -96,6 +96,19 @@ def rows(count: int, kind: str = "bert") -> list[dict[str, str]]:
     return [{"instruction": row["text"], "output": f"{row['label']} {row['domain'][:-1]}"} for row in seen.values()]
 
 
+def tagged(count: int) -> list[dict[str, list[str]]]:
+    """Words with tags: which are of a domain, and which of a feeling."""
+    kinds = {word: "DOMAIN" for group in DOMAINS.values() for word in group}
+    kinds |= {word: "FEELING" for group in LABELS.values() for word in group}
+    found = []
+    for words in (row["text"].split() for row in rows(count)):
+        types = [kinds.get(word, "") for word in words]
+        pairs = zip(types, ["", *types[:-1]], strict=True)
+        tags = [f"{'I' if kind == last else 'B'}-{kind}" if kind else "O" for kind, last in pairs]
+        found.append({"tokens": words, "tags": tags})
+    return found
+
+
 def write_rows(path: Path, values: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in values), encoding="utf-8")
     return path

@@ -218,7 +218,7 @@ class Paths:
             with _asked_wrongly("input"):
                 encoded = view.encode_all(texts, truncate=truncate)
             with _failing():
-                found = view.predicted(encoded, model.strategy)
+                found = view.predicted(texts, encoded, model.strategy)
             return replies.predictions(name, found, sum(map(len, encoded)))
 
         async def answer() -> Response:
