@@ -12,7 +12,7 @@ from molehill import config
 from molehill.errors import DataError
 from molehill.rowfiles import preferences, readings
 from molehill.rowfiles.readings import whole
-from molehill.rowfiles.values import label_of
+from molehill.rowfiles.values import BETWEEN, label_of, names_of, number_of
 from molehill.tasks.kind import kind_of
 from molehill.tasks.rows import Rows
 from molehill.tasks.schema import load_rows
@@ -21,7 +21,11 @@ from molehill.words import counted
 from molehill_simulation.data import deal
 
 _TEXT = ("text", "sentence", "review", "content", "body", "comment")
-_LABEL = ("label", "class", "category", "sentiment", "target", "stars")
+_LABEL = ("label", "labels", "class", "category", "sentiment", "target", "stars", "score", "similarity_score")
+_PAIRS = (
+    *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence")),
+    *(("question1", "question2"), ("text1", "text2"), ("text_a", "text_b")),
+)
 _ASKED = {"instruction": ("instruction", "prompt", "question", "query"), "output": ("output", "response", "answer")}
 _OWNERS = ("owner", "client", "site", "hospital", "user", "domain", "shop", "author", "source")
 _MOST = 50  # classes, and owners; what has more values is text
@@ -69,22 +73,23 @@ def guess(source: str, kind: str | None = None) -> tuple[Answers, list[str]]:
     rows = read_rows(source)
     names, why = list(rows.columns), []
     text, label, shapes = _first(_TEXT, names), _first(_LABEL, names), whole(names)
+    pair = _pair(names) if label else []
+    text = pair[0] if pair else text
     if kind is None:
         pairs = {*preferences.COLUMNS[1:]} <= {*names}
-        kind = "preference" if pairs else "classification" if text and label and not shapes else "causal-lm"
+        kind = "preference" if pairs else _of_labels(rows, label) if text and label and not shapes else "causal-lm"
     columns: dict[str, str] = {}
-    if kind == "classification":
+    if "text" in kind_of(kind).required:
+        ours = kind_of(kind).required[-1]
         if not text or not label:
-            lacks = "text" if not text else "label"
+            lacks = "text" if not text else ours
             raise DataError(
                 f"none of the columns looks like a {lacks}", where=source,
                 mend=f"There are {', '.join(names)}. Rename one, or write data.columns yourself.",
             )  # fmt: skip
-        columns = {ours: theirs for ours, theirs in (("text", text), ("label", label)) if ours != theirs}
-        classes = {label_of(value, where) for value, where in zip(rows[label], rows.where, strict=True)}
-        if len(classes) > _MOST:
-            why.append(f"{label!r} has {len(classes)} different values, which is many for classes")
-        why.append(f"{len(rows)} rows of {len(classes)} classes, from {_columns((text, label))}")
+        read = {"text": text, **({"text_pair": pair[1]} if pair else {}), ours: label}
+        columns = {ours: theirs for ours, theirs in read.items() if ours != theirs}
+        why += _labels(rows, kind, label, [*read.values()])
     else:
         columns, said = _written(names, kind, text)
         why += [f"{len(rows)} {said[0]}", *said[1:]] if said else []
@@ -93,13 +98,48 @@ def guess(source: str, kind: str | None = None) -> tuple[Answers, list[str]]:
                 "none of the columns looks like questions and answers, or like a text", where=source,
                 mend=f"There are {', '.join(names)}. Name them instruction and output, messages, or text.",
             )  # fmt: skip
-    owners, clients = _owners(rows, {text, label, *_asked(names).values(), *readings.COLUMNS, *preferences.COLUMNS})
+    owners, clients = _owners(
+        rows, {text, label, *pair, *_asked(names).values(), *readings.COLUMNS, *preferences.COLUMNS}
+    )
     if owners:
         why.append(f"{clients} owners, the values of the column {owners!r}")
     else:
         why.append("no column looks like owners: rows are dealt at random")
     base = "sentence-transformers/all-MiniLM-L6-v2" if kind_of(kind).head else "HuggingFaceTB/SmolLM2-135M"
     return Answers(source, kind, columns, owners, clients, base, _name(source)), why
+
+
+def _of_labels(rows: Rows, label: str) -> str:
+    """What labels look like: lists of names, numbers with a fraction, or classes."""
+    values = [value for value in rows[label] if value is not None]
+    if any(isinstance(value, list) or (label.casefold() == "labels" and BETWEEN in str(value)) for value in values):
+        return "multi-label"
+    numbers = [_number(value) for value in values]
+    broken = any(number is not None and not number.is_integer() for number in numbers)
+    return "regression" if broken and None not in numbers else "classification"
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return number_of(value, "")
+    except DataError:
+        return None
+
+
+def _labels(rows: Rows, kind: str, label: str, read: Sequence[str]) -> list[str]:
+    """What the labels of rows are, in sentences."""
+    predicts, there = kind_of(kind).predicts, list(zip(rows[label], rows.where, strict=True))
+    if predicts == "number":
+        numbers = [number_of(value, where) for value, where in there]
+        return [f"{len(rows)} rows with numbers from {min(numbers):g} to {max(numbers):g}, from {_columns(read)}"]
+    if predicts == "flags":
+        names = {name for value, where in there for name in names_of(value, where)}
+        return [f"{len(rows)} rows with any of {counted(len(names), 'label')}, from {_columns(read)}"]
+    classes = {label_of(value, where) for value, where in there}
+    said = [f"{len(rows)} rows of {len(classes)} classes, from {_columns(read)}"]
+    if len(classes) > _MOST:
+        said.insert(0, f"{label!r} has {len(classes)} different values, which is many for classes")
+    return said
 
 
 def workable(said: Answers, *, fixed: bool = False) -> tuple[Answers, list[str]]:
@@ -235,6 +275,12 @@ def _columns(names: Iterable[str]) -> str:
 def _first(wanted: Sequence[str], there: Sequence[str]) -> str:
     plain = {name.casefold().strip(): name for name in there}
     return next((plain[name] for name in wanted if name in plain), "")
+
+
+def _pair(names: Sequence[str]) -> list[str]:
+    """Two columns that look like the texts of pairs; none where there are none."""
+    found = ([_first([name], names) for name in pair] for pair in _PAIRS)
+    return next((pair for pair in found if all(pair)), [])
 
 
 def _name(source: str) -> str:

@@ -149,6 +149,8 @@ def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
             (tmp_path / f"{written['run']['name']}.toml").write_text(block.text, encoding="utf-8")
     rows = [f"{word} {shop},{label},{shop}" for shop in range(5) for word in "abcdef" for label in ("good", "bad")]
     (tmp_path / "reviews.csv").write_text("\n".join(["review,stars,shop", *rows]), encoding="utf-8")
+    news = [f"word {n},{'|'.join(['sport', 'money', 'war'][: n % 4])}" for n in range(32)]
+    (tmp_path / "news.csv").write_text("\n".join(["text,labels", *news]), encoding="utf-8")
     talk = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]
     (tmp_path / "talks").mkdir()
     for split in ("train", "test"):

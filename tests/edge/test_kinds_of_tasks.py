@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
+import anyio
+import httpx
 import pytest
 import tiny_world
 import typer
@@ -14,6 +17,7 @@ from molehill.predictions import READINGS
 from molehill.tasks.kind import kind_of
 from molehill_edge import Bundle, InsecureLocal, golden
 from molehill_edge.commands import group
+from molehill_edge.serving.app import Limits, Models, make
 from molehill_export.export import Options, export
 from molehill_simulation.commands.generate import generate
 from molehill_simulation.loaded import load
@@ -138,6 +142,30 @@ def test_a_gate_is_fitted_to_labels_of_the_kind(bundle, kind):
         assert found.after.loss <= found.before.loss or not found.kept
         with pytest.raises(BundleError, match=f"only of classes.*Give every row its '{column}'"):
             device.personalise(texts)
+
+
+def test_a_server_says_it_in_the_shape_of_the_kind(bundle, kind):
+    text = ROWS[kind]()[0]["text"]
+
+    async def asked(app, path, **body):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post(path, json=body)
+
+    with Bundle.open(bundle, trust=TRUST, threads=1) as device:
+        app = make(Models(device), Limits(1 << 16, 16, 1, 4), None)
+        name, path = device.manifest.id, "/v1/classifications"
+        one = anyio.run(partial(asked, app, path, model=name, input=text)).json()["data"]
+        two = anyio.run(partial(asked, app, path, model=name, input=[[text, "a"], [text, "b"]])).json()["data"]
+        for row, wanted in zip([*one, *two], device.predict([text, (text, "a"), (text, "b")]), strict=True):
+            assert numbers(row) == pytest.approx(numbers(wanted.as_json()), abs=1e-5)
+        for wrong, words in (
+            ({"path": path, "input": [[text]]}, "list of pairs"),
+            ({"path": "/v1/completions", "prompt": text}, f"is for {kind}, and this path for models that write text"),
+        ):
+            answer = anyio.run(partial(asked, app, model=name, **wrong))
+            assert answer.status_code == 400
+            assert words in answer.json()["error"]["message"]
 
 
 def test_a_page_is_refused(bundle, tmp_path, kind):

@@ -22,6 +22,10 @@ ROWS = {
     ],
     "pairs": [{"prompt": f"word {i}", "completion": "yes", "label": "x"} for i in range(24)],
     "both": [{"prompt": f"word {i}", "completion": "yes", "instruction": "say", "output": "no"} for i in range(24)],
+    "inferred": [{"premise": f"word {i}", "hypothesis": f"other {i}", "label": i % 3, "idx": i} for i in range(24)],
+    "asked_of": [{"question": f"word {i}", "sentence": f"other {i}", "label": i % 2} for i in range(24)],
+    "alike": [{"sentence1": f"word {i}", "sentence2": f"other {i}", "score": i / 5} for i in range(24)],
+    "topics": [{"text": f"word {i}", "labels": ["a", "b"][: i % 3], "shop": f"s{i % 4}"} for i in range(24)],
     "prose": [{"content": f"word {i}", "user": f"u{i % 3}"} for i in range(24)],
 }
 
@@ -46,6 +50,10 @@ def write(folder, name):
         ("share", "causal-lm", {}, 4, "iid"),
         ("pairs", "causal-lm", {}, 4, "iid"),
         ("both", "causal-lm", {"prompt": "prompt", "completion": "completion"}, 4, "iid"),
+        ("inferred", "classification", {"text": "premise", "text_pair": "hypothesis"}, 4, "iid"),
+        ("asked_of", "classification", {"text": "question", "text_pair": "sentence"}, 4, "iid"),
+        ("alike", "regression", {"text": "sentence1", "text_pair": "sentence2", "label": "score"}, 4, "iid"),
+        ("topics", "multi-label", {}, 4, "by_column"),
         ("prose", "causal-lm", {"text": "content"}, 3, "by_column"),
     ],
 )

@@ -125,9 +125,8 @@ class Models:
         self.require(name)
         task = self._bundle.manifest.task
         if manifests.reading(task).writes != writes:
-            what = (
-                f"The model is for {task.kind}, and this path for models that {'write' if writes else 'do not write'}."
-            )
+            wanted = "write text" if writes else "say something of texts"
+            what = f"The model is for {task.kind}, and this path for models that {wanted}."
             raise RefusedError(400, what, field="model", code="unsupported_model")
         return self._models[name.partition("@")[2]]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from molehill.decoding.prompts import Message
+from molehill.rowfiles.pairs import Text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _PROMPTS, _STOPS, _TEXTS = 16, 4, 256  # of one request, at most
@@ -273,13 +274,23 @@ def read_prompts(fields: Fields) -> Sequence[str]:
     return fields.texts("prompt", fields.needed("prompt"), _PROMPTS)
 
 
-def read_inputs(fields: Fields) -> Sequence[str]:
-    """Take the texts to classify.
+def read_inputs(fields: Fields) -> Sequence[Text]:
+    """Take the texts that something is to be said of: one or several, or several pairs of them.
 
     Raises:
-        RefusedError: They are no texts.
+        RefusedError: They are neither.
     """
-    return fields.texts("input", fields.needed("input"), _TEXTS)
+    given = fields.needed("input")
+    if not (isinstance(given, list) and given and all(isinstance(each, list) for each in given)):
+        return fields.texts("input", given, _TEXTS)
+    if len(given) > _TEXTS:
+        raise wrong("input", f"may have at most {_TEXTS} pairs")
+    found = []
+    for pair in given:
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise wrong("input", "must be a string, a list of strings, or a list of pairs of strings")
+        found.append((pair[0], pair[1]))
+    return found
 
 
 def _same(value: Any, known: Any) -> bool:
