@@ -43,6 +43,8 @@ def test_the_numbers_are_those_of_a_simulation(finished, tmp_path_factory):
     np.testing.assert_allclose(ours.flat, theirs.flat, rtol=1e-6, atol=1e-7)
     deployed = json.loads((finished.out / "summary.json").read_text())
     simulated = json.loads(summary.to_json())
+    assert all(client.pop("recall") for client in simulated["clients"])
+    assert not any(client.pop("recall") for client in deployed["clients"])  # how often it has each class is its own
     assert deployed["clients"] == simulated["clients"]
     rounds = [tiny_world.events(folder, "round") for folder in (finished.out, out)]
     for ours, theirs in zip(*rounds, strict=True):

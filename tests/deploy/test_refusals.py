@@ -191,7 +191,9 @@ def test_a_revoked_machine_is_put_out_and_stays_out(lab):
     assert process.wait(90) == 11, lab.story()
     assert "the coordinator refuses this machine. Its certificate may be revoked" in lab.said("gone")
     assert "this certificate was revoked" in lab.said("coordinator")
-    again = lab.join("gone", wait=False, data=lab.file, test=lab.file)
+    again = lab.join(
+        "gone", wait=False, data=lab.folder / "client-1.train.jsonl", test=lab.folder / "client-1.test.jsonl"
+    )
     assert again.wait(60) == 11
 
 
