@@ -61,8 +61,8 @@ class Task(Section):
         max_length: Longest input in tokens; longer ones are cut.
         pooling: How token states become one vector; ``auto`` is mean for encoders, last token for decoders.
         class_weights: ``balanced``: a training row counts by rows / (classes * rows of its class), so that rare classes
-            count as much as common ones; ``none``: all rows count alike. Every client goes by its own training rows,
-            and sends no counts. Held-out rows are scored unweighted. Classification only.
+            count as much as common ones, and so does a word by its tag; ``none``: all count alike. Every client goes by
+            its own training rows, and sends no counts. Held-out rows are scored unweighted. Classification only.
     """
 
     kind: Annotated[str, Axis("task")] = "classification"

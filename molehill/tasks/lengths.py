@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from molehill.words import counted
+
 if TYPE_CHECKING:  # its module needs torch, and a report does not
     from molehill.tasks.batches import Example
 
@@ -68,7 +70,10 @@ class Lengths:
         long = f"{self.split} of {len(self.tokens)} rows are longer than task.max_length = {self.limit} and learnt in "
         parts = f"{long}{self.pieces} pieces" if self.split else ""
         lost = loss_in_words(self.cut, self.lost, len(self.tokens), self.unlearnt, self.limit)
-        words = f"words that have no token left, so that their tags are neither learnt nor scored: {self.words}"
+        has = (
+            "has no token left, so that its tag is" if self.words == 1 else "have no token left, so that their tags are"
+        )
+        words = f"{counted(self.words, 'word')} {has} neither learnt nor scored"
         return ". ".join(filter(None, (parts, lost, words if self.words else "")))
 
 

@@ -59,7 +59,7 @@ def test_every_block_is_of_a_kind_that_is_run():
         *(f"python {part} {method}" for method in METHODS for part in ("method", "test")),
         *run_in_test_lab,
         *run_in_test_edge,
-        "json rows",
+        *("json rows", "json rows token-classification"),
         "measured",  # what a benchmark printed
         "python signature",  # written by scripts/docs.py
         *("text", "text chat"),  # what was seen; what is typed in a chat is typed in test_edge
@@ -140,6 +140,14 @@ def test_rows_in_pages_are_read(text, tmp_path):
         assert {*columns_read(load_rows(data, task)[0].columns)} == json.loads(line).keys()
 
 
+@pytest.mark.parametrize("text", blocks("json rows token-classification"))
+def test_rows_of_words_in_pages_are_read_together(text, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    rows, task = load_rows(config.Data(source=str(tmp_path / "rows.jsonl")), config.Task(kind="token-classification"))
+    assert len(rows) == len(text.splitlines())
+    assert task.labels == ("B-LOC", "B-PER", "I-PER", "O")
+
+
 @pytest.mark.parametrize("text", blocks("sh"))
 def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
     monkeypatch.chdir(tmp_path)
@@ -156,6 +164,8 @@ def test_commands_in_pages_run(text, tmp_path, monkeypatch, tiny_settings):
     for split in ("train", "test"):
         lines = [json.dumps({"conversations": [{**talk[0], "value": f"Hello {n}"}, talk[1]]}) for n in range(16)]
         (tmp_path / "talks" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tagged = [{"tokens": ["Anna", f"number{n}"], "ner_tags": ["B-PER", "O"]} for n in range(16)]
+    (tmp_path / "names.jsonl").write_text("\n".join(map(json.dumps, tagged)), encoding="utf-8")
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for line in text.splitlines():
         program, *arguments = shlex.split(line, comments=True)

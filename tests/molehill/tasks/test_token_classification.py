@@ -55,7 +55,7 @@ def test_the_first_token_of_a_word_has_its_tag(write):
     assert long.labels == [IGNORE, 1, IGNORE, 2, IGNORE, 2, IGNORE, IGNORE]
     lengths = made.encode(rows).lengths
     assert (lengths.cut, lengths.words) == (1, 1)
-    assert lengths.loss.endswith("their tags are neither learnt nor scored: 1")
+    assert lengths.loss.endswith("1 word has no token left, so that its tag is neither learnt nor scored")
     batch = made.collate([short, long])
     assert (batch.of, batch.predictions) == ("token", 6)
     assert made.counts([short, long]) == [1, 2, 2, 1]
