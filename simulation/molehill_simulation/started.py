@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ _PAIRS = (
     *(("question1", "question2"), ("text1", "text2"), ("text_a", "text_b")),
 )
 _ASKED = {"instruction": ("instruction", "prompt", "question", "query"), "output": ("output", "response", "answer")}
+_TAGGED = {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags")}
 _OWNERS = ("owner", "client", "site", "hospital", "user", "domain", "shop", "author", "source")
 _MOST = 50  # classes, and owners; what has more values is text
 
@@ -78,6 +79,7 @@ def guess(source: str, kind: str | None = None) -> tuple[Answers, list[str]]:
     if kind is None:
         pairs = {*preferences.COLUMNS[1:]} <= {*names}
         kind = "preference" if pairs else _of_labels(rows, label) if text and label and not shapes else "causal-lm"
+        kind = "token-classification" if len(_among(_TAGGED, names)) == len(_TAGGED) and not shapes else kind
     columns: dict[str, str] = {}
     if "text" in kind_of(kind).required:
         ours = kind_of(kind).required[-1]
@@ -94,12 +96,15 @@ def guess(source: str, kind: str | None = None) -> tuple[Answers, list[str]]:
         columns, said = _written(names, kind, text)
         why += [f"{len(rows)} {said[0]}", *said[1:]] if said else []
         if not said:
+            like, called = "questions and answers, or like a text", "instruction and output, messages, or text"
+            if kind_of(kind).spans:
+                like, called = "words and their tags", "tokens and tags"
             raise DataError(
-                "none of the columns looks like questions and answers, or like a text", where=source,
-                mend=f"There are {', '.join(names)}. Name them instruction and output, messages, or text.",
+                f"none of the columns looks like {like}", where=source,
+                mend=f"There are {', '.join(names)}. Name them {called}.",
             )  # fmt: skip
     owners, clients = _owners(
-        rows, {text, label, *pair, *_asked(names).values(), *readings.COLUMNS, *preferences.COLUMNS}
+        rows, {text, label, *pair, *_among(_ASKED, names).values(), *readings.COLUMNS, *preferences.COLUMNS}
     )
     if owners:
         why.append(f"{clients} owners, the values of the column {owners!r}")
@@ -174,14 +179,19 @@ def workable(said: Answers, *, fixed: bool = False) -> tuple[Answers, list[str]]
 
 
 def _written(names: Sequence[str], kind: str, text: str) -> tuple[dict[str, str], list[str]]:
-    """Columns that a language model learns from, ours to theirs where the names differ, and what they are in words.
+    """Columns that are no text with a label, ours to theirs where the names differ, and what they are in words.
 
     The first sentence begins after the number of the rows; there are none where nothing looks like it.
     """
     if kind_of(kind).predicts == "pair":
         two = preferences.COLUMNS[1:]
         return {}, [f"questions with a better and a worse answer, from {_columns(two)}"] if {*two} <= {*names} else []
-    shapes, asked = whole(names), _asked(names)
+    if kind_of(kind).spans:
+        tagged = _among(_TAGGED, names)
+        columns = {ours: theirs for ours, theirs in tagged.items() if ours != theirs}
+        said = [f"rows of words with a tag each, from {_columns(tagged.values())}"]
+        return (columns, said) if len(tagged) == len(_TAGGED) else ({}, [])
+    shapes, asked = whole(names), _among(_ASKED, names)
     if shapes:
         said = [f"rows of questions with answers, from {_columns(shapes[0].columns)}"]
         if len(shapes) == 1:
@@ -197,8 +207,8 @@ def _written(names: Sequence[str], kind: str, text: str) -> tuple[dict[str, str]
     return {}, []
 
 
-def _asked(names: Sequence[str]) -> dict[str, str]:
-    return {ours: found for ours, near in _ASKED.items() if (found := _first(near, names))}
+def _among(wanted: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, str]:
+    return {ours: found for ours, near in wanted.items() if (found := _first(near, names))}
 
 
 def written(said: Answers) -> str:

@@ -59,7 +59,8 @@ REASONS = {
         "simulation/molehill_simulation/beside.py": "causal-lm",
     },
     "what rows look like at first sight": {
-        "simulation/molehill_simulation/started.py": "classification causal-lm preference multi-label regression",
+        "simulation/molehill_simulation/started.py": "classification causal-lm preference multi-label regression "
+        "token-classification",
     },
     "what summaries of older versions left out": {"simulation/molehill_simulation/summary.py": "classification*2"},
     "a word of torch": {"molehill/molora/likelihoods.py": "none"},

@@ -26,6 +26,7 @@ ROWS = {
     "asked_of": [{"question": f"word {i}", "sentence": f"other {i}", "label": i % 2} for i in range(24)],
     "alike": [{"sentence1": f"word {i}", "sentence2": f"other {i}", "score": i / 5} for i in range(24)],
     "topics": [{"text": f"word {i}", "labels": ["a", "b"][: i % 3], "shop": f"s{i % 4}"} for i in range(24)],
+    "names": [{"words": ["a", f"b{i}"], "ner_tags": ["B-PER", "O"], "user": f"u{i % 3}"} for i in range(24)],
     "prose": [{"content": f"word {i}", "user": f"u{i % 3}"} for i in range(24)],
 }
 
@@ -54,6 +55,7 @@ def write(folder, name):
         ("asked_of", "classification", {"text": "question", "text_pair": "sentence"}, 4, "iid"),
         ("alike", "regression", {"text": "sentence1", "text_pair": "sentence2", "label": "score"}, 4, "iid"),
         ("topics", "multi-label", {}, 4, "by_column"),
+        ("names", "token-classification", {"tokens": "words", "tags": "ner_tags"}, 3, "by_column"),
         ("prose", "causal-lm", {"text": "content"}, 3, "by_column"),
     ],
 )
@@ -76,6 +78,7 @@ def test_what_is_written_is_what_the_rows_are(tmp_path, name, kind, columns, cli
     [
         ([{"a": 1}], (), "none of the columns looks like questions and answers"),
         ([{"text": "x"}], ("--kind", "classification"), "none of the columns looks like a label"),
+        ([{"text": "x"}], ("--kind", "token-classification"), "none of the columns looks like words and their tags"),
     ],
 )
 def test_rows_that_look_like_nothing(tmp_path, rows, words, what):
