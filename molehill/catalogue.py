@@ -194,13 +194,19 @@ def _withdraw(package: str, known: set[tuple[str, str]]) -> None:
 
 
 def methods(axis: str | None = None) -> Iterator[Method]:
-    """Yield the registered methods of one axis, or of all that are declared, sorted by axis and name."""
+    """Yield the registered methods of one axis, or of all that are declared, sorted by axis and name.
+
+    Raises:
+        ConfigError: There is no such axis.
+    """
     wanted = [axis] if axis else axes()
     for each in wanted:
         load(each)
-    for key in sorted(_registry.methods):
-        if key[0] in wanted:
-            yield _registry.methods[key]
+    keys = [key for key in sorted(_registry.methods) if key[0] in wanted]
+    if axis and not keys and axis not in axes():
+        raise ConfigError(f"there is no axis {axis!r}", mend=f"There are {', '.join(axes())}.")
+    for key in keys:
+        yield _registry.methods[key]
 
 
 def get(axis: str, name: str) -> Method:

@@ -55,7 +55,7 @@ class Chat:
             BundleError: As `say`.
         """
         engine, ids = self._engine, self.encode(text)
-        asked = Asked(max_new_tokens, self._sampling, tuple(stop))
+        asked = Asked(max_new_tokens, self._sampling, stop)
         turn = {"role": "user", "content": text}
 
         def done(answer: Answer) -> None:

@@ -445,7 +445,7 @@ class View:
             AnswerError: As `generate`.
             BundleError: As `generate`.
         """
-        asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop))
+        asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop)
         engine = self._causal()
         ids, read = self.encode(prompt, raw=raw), reader(engine.tokenizer, engine.manifest.task)
         passes = self.passes() if passes is None else passes

@@ -43,6 +43,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value, kinds in (
+            ("a temperature", self.temperature, int | float), ("top-p", self.top_p, int | float),
+            ("top-k", self.top_k, int), ("a seed", 0 if self.seed is None else self.seed, int),
+        ):  # fmt: skip
+            if not isinstance(value, kinds):
+                raise AnswerError(f"{name} must be a number, not {value!r:.40}")
         if not 0 <= self.temperature < float("inf"):
             raise AnswerError("temperature must be 0 or more", mend="0 takes the likeliest token each time.")
         if self.top_k < 0:

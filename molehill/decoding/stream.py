@@ -83,11 +83,24 @@ class Asked:
         max_new_tokens: Longest answer; when None, up to 256 that fit.
         sampling: How tokens are drawn.
         stop: Strings that end the answer and are not shown.
+
+    Raises:
+        AnswerError: One of them is of another type.
     """
 
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and not isinstance(self.max_new_tokens, int):
+            raise AnswerError(f"the longest answer must be a number of tokens, not {self.max_new_tokens!r:.40}")
+        if isinstance(self.stop, str):
+            raise AnswerError("stop is one string, where several go", mend=f"Give [{self.stop!r:.40}].")
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        for each in self.stop:
+            if not isinstance(each, str):
+                raise AnswerError(f"a stop string must be text, not {each!r:.40}")
 
     def numbered(self, number: int) -> Asked:
         """The same for one of several answers, from 0: a seed is that of the first, the next has the next."""

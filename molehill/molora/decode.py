@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from molehill.decoding.stream import Asked, Reader, room
 from molehill.errors import AnswerError
 from molehill.molora.interfaces import Overrides
 from molehill.molora.model import MoLoRAModel
+
+_TURNS: WeakKeyDictionary[MoLoRAModel, threading.RLock] = WeakKeyDictionary()  # of models, each for one pass at a time
+_TURN = threading.Lock()
 
 
 def require_causal(model: MoLoRAModel) -> None:
@@ -64,9 +69,19 @@ def only(model: MoLoRAModel, experts: Iterable[str]) -> Setting:
 def applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
     """Let routers choose as settings say: one for all rows of a pass, or one for each, all with or without experts.
 
+    Other threads wait for their turn with the model meanwhile.
+
     Raises:
         AnswerError: A setting does not fit the model.
     """
+    with _TURN:
+        turn = _TURNS.setdefault(model, threading.RLock())
+    with turn, _applied(model, settings):
+        yield
+
+
+@contextmanager
+def _applied(model: MoLoRAModel, settings: Sequence[Setting]) -> Iterator[None]:
     sizes = _sizes(model)
     for setting in settings:
         for values in (setting.bias, setting.mask, setting.weights):
@@ -157,7 +172,7 @@ class TorchPasses:
     def __init__(
         self, model: MoLoRAModel, *, within: Setting = OWN, others: Mapping[str, Passes] | None = None
     ) -> None:
-        self._model, self._within = model, within
+        self._model, self._within, self._open = model, within, True
         self.others = dict(others or {})
         self._lanes: dict[str, _Lane] = {}
         routers = routed(model)
@@ -172,6 +187,21 @@ class TorchPasses:
     def only(self, experts: Iterable[str]) -> Setting:
         """See `Passes.only`."""
         return only(self._model, experts)
+
+    def close(self) -> None:
+        """Refuse all that is asked from now on: the model gets another gate."""
+        self._open = False
+        self.forget()
+
+    def require_open(self) -> None:
+        """Refuse to ask what is closed.
+
+        Raises:
+            AnswerError: It is.
+        """
+        if not self._open:
+            mend = "Use what took its place, or load it again."
+            raise AnswerError("the model was closed, or goes on with another gate", mend=mend)
 
     def forget(self) -> None:
         """Let go of all caches: after another gate, say."""
@@ -229,7 +259,7 @@ class TorchPasses:
     @torch.no_grad()
     def condition(self, ids: Sequence[int]) -> Array:
         """See `Conditions.condition`."""
-        with applied(self._model, [Setting(base=True)]):
+        with self._turn(Setting(base=True)):
             out = self._model.base(input_ids=self._row(ids), output_hidden_states=True)
         last = out.last_hidden_state if self._model.head is not None else out.hidden_states[-1]
         return last[0].float().mean(0).cpu().numpy()  # type: ignore[no-any-return]  # numpy's arrays are Any
@@ -268,7 +298,13 @@ class TorchPasses:
 
     @contextmanager
     def _as(self, setting: Setting) -> Iterator[None]:
-        with applied(self._model, [self._within]), applied(self._model, [setting]):
+        with self._turn(self._within), applied(self._model, [setting]):
+            yield
+
+    @contextmanager
+    def _turn(self, setting: Setting) -> Iterator[None]:
+        with applied(self._model, [setting]):
+            self.require_open()
             yield
 
     def _cut(self, lane: _Lane, length: int) -> None:

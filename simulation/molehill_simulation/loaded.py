@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from molehill.characters import flaw
 from molehill.decoding import DEFAULT, options, ranking
 from molehill.decoding.interfaces import BASE, OWN, Learns, Setting, Strategy, Through, all_of, other
 from molehill.decoding.prompts import Prompts
@@ -27,7 +28,7 @@ from molehill.tasks.kind import kind_of
 from molehill_protos.v1.bundle_pb2 import Generation
 from molehill_simulation.beside import Beside, open_beside
 from molehill_simulation.prompts import examples_of
-from molehill_simulation.source import GLOBAL, Source, open_source
+from molehill_simulation.source import AS, GLOBAL, Source, open_source
 
 _EXPERT = "expert:"
 _BASE = "base"  # nobody's gate: the model without experts
@@ -70,10 +71,14 @@ class Loaded:
             raise
 
     def _resolved(self, who: str) -> tuple[Setting, str]:
+        if not isinstance(who, str):
+            raise ConfigError(f"whose gate is said by a name, not by {who!r:.40}", where="--as")
         source, name = self.source, who.removeprefix(_EXPERT)
         known = source.model.experts
         if who == _BASE and _BASE not in (*known, *source.clients()):
             return BASE, self._any_gate()
+        if not who.strip():
+            raise ConfigError("nobody is named", where="--as", mend=f"There are {GLOBAL}, {_BASE}, {', '.join(known)}.")
         if who.startswith(_EXPERT) or (name in known and name != GLOBAL and name not in source.clients()):
             if name not in known:
                 raise ConfigError(f"there is no expert {name!r}", where="--as", mend=f"There are {', '.join(known)}.")
@@ -155,7 +160,9 @@ class Loaded:
             raise
 
     def close(self) -> None:
-        """Put the model back to what it was loaded with."""
+        """Put the model back to what it was loaded with; it answers no more."""
+        if hasattr(self, "_passes"):
+            self._passes.close()
         self._held.close()
 
     def __enter__(self) -> Self:
@@ -180,6 +187,7 @@ class Loaded:
             AnswerError: It has no tokens, or the chat template refuses it.
         """
         prompts, _ = self._writer()
+        _require_text(prompt)
         if raw:
             return self._ids(prompt, special=True)
         return self._ids(prompts.single(prompt, about), special=prompts.special)
@@ -234,7 +242,7 @@ class Loaded:
         Raises:
             AnswerError: As `generate`.
         """
-        asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop))
+        asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop)
         return self.answering(self.encode(prompt, raw=raw), asked, self.strategy(strategy, params))
 
     def answering(
@@ -305,6 +313,7 @@ class Loaded:
             AnswerError: A prompt does not fit.
         """
         _, reader = self._writer()
+        self._passes.require_open()
         said = [self._within] * len(prompts) if settings is None else list(settings)
         for ids, found in zip(prompts, write(self._model, prompts, reader, asked, said, at_once), strict=True):
             yield replayed(found.tokens, found.end, len(ids), reader, asked.stop)
@@ -344,8 +353,11 @@ class Loaded:
             truncate: Let texts that are too long lose their end.
 
         Raises:
-            AnswerError: The model writes, a text is too long or has no tokens, or the strategy is none for this model.
+            AnswerError: The model writes or was closed, a text is none, is too long or has no tokens, or the strategy
+                is none for this model.
         """
+        if isinstance(texts, str):
+            raise AnswerError("texts are one string, where several go", mend="Give a list: [text].")
         chosen, found, reading = self.strategy(strategy, params), [], self.reading
         for number, text in enumerate(texts):
             scores = chosen.begin(self._passes, ids := self._text(text, number, truncate=truncate))(ids)
@@ -391,7 +403,7 @@ class Loaded:
             raise AnswerError(
                 "the model writes text; it does not classify", where=self.source.name, mend="Ask it: generate."
             )
-        parts = (text,) if isinstance(text, str) else text
+        parts = tuple(text) if isinstance(text, tuple | list) and len(text) == 2 else (text,)
         ids = self._encoded(*parts)
         if len(ids) > self._longest:
             if not truncate:
@@ -485,10 +497,13 @@ class Loaded:
         return self._prompts, self._reader
 
     def _encoded(self, *parts: str) -> list[int]:
+        for part in parts:
+            _require_text(part)
         return list(self.source.tokenizer(*parts, verbose=False)["input_ids"])
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         """Ids of a text that goes on: without the special tokens that the tokenizer writes at an end."""
+        _require_text(text)
         found = self.source.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         ids, places = list(found["input_ids"]), found["offset_mapping"]
         while special and len(ids) > 1 and tuple(places[len(ids) - 1]) == (0, 0):
@@ -520,7 +535,7 @@ class Counting:
 
 
 def load(
-    path: Path | str, client: str | None = None, *, base: str | None = None, state: Path | None = None,
+    path: Path | str, client: str | None = None, *, base: Path | str | None = None, state: Path | str | None = None,
     others: Mapping[str, str] | None = None,
 ) -> Loaded:  # fmt: skip
     """Load a finished run, an adapter folder, or a LoRA of peft, with its base.
@@ -538,9 +553,18 @@ def load(
         ConfigError: There is nobody of this name.
         ModelError: The base or another model cannot be loaded.
     """
-    source = open_source(Path(path), base, state)
+    source = open_source(
+        Path(path), None if base is None else str(base), None if state is None else Path(state), option=AS
+    )
     beside = {name: open_beside(source, model, f"--{name}") for name, model in (others or {}).items()}
-    return Loaded(source, client or GLOBAL, beside)
+    return Loaded(source, GLOBAL if client is None else client, beside)
+
+
+def _require_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise AnswerError(f"a text must be a string, not {type(text).__name__} {text!r:.40}")
+    if wrong := flaw(text):
+        raise AnswerError(f"the text {wrong}", mend="Write it anew.")
 
 
 def _generation(source: Source) -> Generation:

@@ -51,9 +51,14 @@ def simulate(
     Raises:
         MolehillError: Bad input, a federation that cannot go on, or another process in the folder; it can be resumed.
     """
+    if engine not in {"local", "ray"}:
+        raise ConfigError(f"there is no engine {engine!r:.40}", mend="Give local or ray.")
     if engine == "ray":
         with needs("ray"):
             import_module("ray")
+    if not isinstance(config, Config | Path | str):
+        what = f"a run is said by a Config or by its TOML file, not by {type(config).__name__} {config!r:.40}"
+        raise ConfigError(what, mend="See molehill.Config, or molehill init.")
     config, out = config if isinstance(config, Config) else load(config), Path(out)
     require(config)
     with files.private(), files.told("the run", out), working(out), ExitStack() as stack:

@@ -34,6 +34,7 @@ from molehill_simulation.text import natural
 _log = logging.getLogger(__name__)
 
 GLOBAL = "global"
+AS = "--as"  # an option that says whose gate, and takes experts too
 CLIENT = "client:"
 _LONGEST = 512  # tokens of a labelled row, where no run says
 
@@ -54,6 +55,7 @@ class Source:
         run: The run's configuration; None for an adapter alone.
         out: The run folder; None for an adapter alone.
         state: Folder of a lab machine's personal state; None to look in the run folder.
+        option: Of the command that says whose gate, for errors.
         made: What others made of it, to be used again.
     """
 
@@ -68,6 +70,7 @@ class Source:
     run: config.Config | None
     out: Path | None
     state: Path | None
+    option: str = "--gate"
     made: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,7 +106,9 @@ class Source:
         """
         if gate == GLOBAL:
             if GLOBAL in self.clients():
-                _log.warning("--gate global is what all share; the client of that name is %s%s", CLIENT, GLOBAL)
+                _log.warning(
+                    "%s global is what all share; the client of that name is %s%s", self.option, CLIENT, GLOBAL
+                )
             return None
         name = unicodedata.normalize("NFC", gate.removeprefix(CLIENT))
         known = self.clients()
@@ -158,12 +163,13 @@ class Source:
         model.use_personal(gate=False, head=False)
         if kept.get("head") == "personal" and model.head is not None:
             raise ConfigError(
-                "this run has no head that all share", where="--gate global", mend=f"Give --gate {self._names()}."
-            )
+                "this run has no head that all share", where=f"{self.option} {GLOBAL}",
+                mend=f"Give {self.option} {self._names()}.",
+            )  # fmt: skip
         if kept.get("gate") == "personal" and model.routers:
             raise ConfigError(
-                "this run has no gate that all share: every client keeps its router", where="--gate global",
-                mend=f"Give --gate {self._names()}.",
+                "this run has no gate that all share: every client keeps its router", where=f"{self.option} {GLOBAL}",
+                mend=f"Give {self.option} {self._names()}.",
             )  # fmt: skip
         if kept.get("gate") in {"split", "mixture"}:  # the older name is in adapters of format 1
             model.load(Tree(model.layout.where(lambda key: key.own)))
@@ -172,7 +178,10 @@ class Source:
         names = self.clients()
         if name not in names or self.run is None:
             known = ", ".join(names) or "none: a run folder holds those of a simulation, --state those of a lab"
-            raise ConfigError(f"there is no personal gate of {name!r}", where="--gate", mend=f"Known are {known}.")
+            experts = self.model.experts
+            more = f" Experts are {', '.join(experts)}." if self.option == AS and experts else ""
+            mend = f"Known are {known}.{more}"
+            raise ConfigError(f"there is no personal gate of {name!r}", where=self.option, mend=mend)
         if self.state is not None:
             folder, key = self.state / "runs" / self.name / name, _key_of(self.state)
         else:
@@ -181,7 +190,8 @@ class Source:
         store = StateStore(folder, self.run.run.name, self.base.digest, key)
         state = store.before(max(store.rounds()) + 1)
         if not len(state.tree.layout):
-            raise ConfigError(f"{name} keeps nothing personal in this run", where="--gate", mend="Give --gate global.")
+            mend = f"Give {self.option} {GLOBAL}."
+            raise ConfigError(f"{name} keeps nothing personal in this run", where=self.option, mend=mend)
         return state.tree
 
     def _names(self) -> str:
@@ -193,6 +203,7 @@ def open_source(
     base: str | None = None,
     state: Path | None = None,
     *,
+    option: str = "--gate",
     streamed: Callable[[Any], bool] = lambda _: False,
 ) -> Source:
     """Open a run folder, an adapter folder, or a PEFT folder of a LoRA for a causal language model.
@@ -201,6 +212,7 @@ def open_source(
         path: The folder.
         base: Where the base is, when it is not where the run had it.
         state: ``--state`` of a lab machine, for its personal gate.
+        option: Of the command that says whose gate, for errors.
         streamed: Whether a causal LM with some configuration leaves its weights in their files: less memory, and slow
             to run.
 
@@ -254,7 +266,8 @@ def open_source(
         load_adapter(folder, model, base_digest=loaded.info.digest, weights_digest=older)
     name = run.run.name if run is not None else path.resolve().name
     return Source(
-        name, adapter, loaded.info, loaded.stored, loaded.limit, task, model, loaded.tokenizer, run, out, state
+        name, adapter, loaded.info, loaded.stored, loaded.limit, task, model, loaded.tokenizer, run, out, state,
+        option,
     )  # fmt: skip
 
 

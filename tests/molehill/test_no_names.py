@@ -66,7 +66,7 @@ REASONS = {
     "a word of torch": {"molehill/molora/likelihoods.py": "none"},
     "where clients run": {
         "simulation/molehill_simulation/commands/simulate.py": "local*3",
-        "simulation/molehill_simulation/simulate.py": "local*5",
+        "simulation/molehill_simulation/simulate.py": "local*6",
     },
     "a stage of a client's scores": {
         "server/molehill_server/validation.py": "local",

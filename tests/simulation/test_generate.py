@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import edge_export
 import pytest
@@ -10,6 +11,7 @@ import tiny_world
 import typer
 from typer.testing import CliRunner
 
+from molehill.decoding.stream import Asked
 from molehill.errors import AnswerError, ConfigError
 from molehill_edge.bundle import Bundle
 from molehill_edge.trust import InsecureLocal
@@ -223,7 +225,12 @@ def test_what_experts_say_of_classes_is_fused(reviews, tmp_path):
         (("--prompt", "a", "--rows", "b"), 16, "exclude each other"),
         (("--prompt", "a", "--n", "2"), 16, "would be the same"),
         (("--prompt", "a", "--rank-by", "taste"), 16, "answers have no score 'taste'"),
-        (("--prompt", "a", "--as", "nobody"), 2, "no personal gate of 'nobody'"),
+        (("--prompt", "a", "--as", "nobody"), 2, "--as: there is no personal gate of 'nobody'"),
+        (("--prompt", "a", "--as", "nobody"), 2, "Experts are e0, e1, e2, e3."),
+        (("--prompt", "a", "--as", " "), 2, "--as: nobody is named"),
+        (("--prompt", "a", "--column", "who"), 16, "--column: no rows are given"),
+        (("--rows", "rows", "--column", "who", "--as", "e0"), 16, "--as: the rows say which expert answers"),
+        (("--prompt", "a", "--truncate"), 16, "--truncate: the model writes"),
         (("--prompt", "a", "--as", "expert:e9"), 2, "no expert 'e9'"),
         (("--prompt", "a", "--strategy", "clever"), 2, "unknown decoding 'clever'"),
         (("--prompt", "a", "--set", "beta=1"), 16, "unknown key 'beta' for decoding own_logits"),
@@ -242,6 +249,87 @@ def test_what_cannot_be_asked(writer, words, code, what):
     assert result.exit_code == code, result.output
     assert what in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("who", [0, "e9"])
+def test_a_row_that_names_no_expert_is_not_given_to_the_base(writer, tmp_path, who):
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", [{"text": TEXT, "who": "e0"}, {"text": TEXT, "who": who}])
+    result = ask(generate, writer, "--rows", rows, "--column", "who")
+    assert result.exit_code == 16
+    assert f"rows.jsonl:2: 'who': there is no expert '{who}'" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--column", "who"), ("--max-new-tokens", 3), ("--temperature", 1), ("--top-k", 2), ("--top-p", 0.5),
+        ("--stop", "a"), ("--seed", 0), ("--raw",), ("--rank-by", "likelihood"), ("--n", 2, "--temperature", 1),
+    ],
+)  # fmt: skip
+def test_what_classes_do_not_need_is_not_dropped_in_silence(reviews, tmp_path, words):
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", [{"text": TEXT, "who": "e0"}])
+    result = ask(generate, reviews, "--rows", rows, *words)
+    assert result.exit_code == 16
+    assert f"{words[0]}: the model writes nothing" in " ".join(result.stderr.split())
+
+
+def test_what_programs_ask_wrongly(writer, reviews):
+    with load(reviews) as model:
+        for wrong, what in (
+            ("good", "texts are one string"),
+            ([1], "must be a string, not int"),
+            (["a\ud800"], "half"),
+        ):
+            with pytest.raises(AnswerError, match=what):
+                model.classify(wrong)
+    with load(str(writer), base=writer.parent / "base", state=None) as model:
+        for wrong, what in ((["good"], "must be a string, not list"), (None, "not NoneType"), ("a\ud800", "half")):
+            with pytest.raises(AnswerError, match=what):
+                model.generate(wrong)
+        for keys, what in (
+            ({"stop": "good"}, "stop is one string"), ({"stop": [1]}, "must be text, not 1"),
+            ({"max_new_tokens": 2.5}, "number of tokens, not 2.5"), ({"temperature": "1"}, "temperature must be"),
+            ({"top_k": 1.5}, "top-k must be a number"), ({"seed": "x"}, "a seed must be a number"),
+        ):  # fmt: skip
+            with pytest.raises(AnswerError, match=what):
+                model.generate(TEXT, **keys)
+        assert model.generate(TEXT, max_new_tokens=2, stop=None).tokens
+        with pytest.raises(AnswerError, match="half a character"):
+            model.encode_messages([{"role": "user", "content": "a\udcff"}])  # as bytes of a pipe that are no UTF-8
+    for client, what in (("", "nobody is named"), (3, "not by 3")):
+        with pytest.raises(ConfigError, match=what):
+            load(writer, client)
+    with pytest.raises(ConfigError, match="not by NoneType"):
+        simulate(None, writer)
+    with pytest.raises(ConfigError, match="no engine 'clever'"):
+        simulate(writer / "config.toml", writer, engine="clever")
+
+
+def test_threads_take_turns(writer):
+    prompts = [TEXT, "it was", "and so we saw it all then", "the dull author"] * 2
+    with load(writer) as model:
+        alone = [model.generate(prompt, max_new_tokens=10).text for prompt in prompts]
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(lambda prompt: model.generate(prompt, max_new_tokens=10).text, prompts)) == alone
+
+
+def test_what_is_closed_does_not_answer_by_anothers_gate(writer, reviews):
+    model = load(reviews)
+    other = model.instead("client-1")
+    for ask_it in (lambda: model.classify([TEXT]), lambda: model.route(TEXT)):
+        with pytest.raises(AnswerError, match="goes on with another gate"):
+            ask_it()
+    assert other.classify([TEXT])
+    other.close()
+    with pytest.raises(AnswerError, match="was closed"):
+        other.classify([TEXT])
+    model = load(writer)
+    stream, ids = model.stream(TEXT, max_new_tokens=5), model.encode(TEXT)
+    next(stream)
+    model.close()
+    for ask_it in (lambda: next(stream), lambda: next(model.generate_all([ids], Asked()))):
+        with pytest.raises(AnswerError, match="was closed"):
+            ask_it()
 
 
 def test_classes_by_ones_own_gate(reviews, tmp_path):

@@ -66,12 +66,13 @@ def expert(
             raise ConfigError("an adapter is in float32 as it is", where="--float32", mend="It goes with --merged.")
         with needs(EXTRA):
             from molehill_export.elsewhere import Wanted, write_elsewhere
-            from molehill_simulation.source import open_source
+            from molehill_simulation.source import AS, open_source
 
         try:
             with Console(stderr=True, quiet=as_json).status("Loading the model") as status:
                 wanted = Wanted(name, gate, merged, float32, rows, force)
-                made = write_elsewhere(open_source(source, base, state), out, wanted, progress=status.update)
+                found = open_source(source, base, state, option=AS)
+                made = write_elsewhere(found, out, wanted, progress=status.update)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         told: dict[str, Any] = {

@@ -68,7 +68,7 @@ def chat(
                 from molehill.decoding.sampling import Sampling
                 from molehill.decoding.stream import Asked
 
-            asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()))
+            asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop or ())
             with contextlib.ExitStack() as held:
                 loaded = held.enter_context(opened(model, who, base, state, {"large": large}, quiet=False))
                 talk = _Talk(loaded, asked, strategy, parsed(assigned or ()), system)

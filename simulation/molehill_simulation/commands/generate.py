@@ -149,6 +149,10 @@ def generate(
                               mend="Give --prompt or --rows.")  # fmt: skip
         if n > 1 and not temperature:
             raise AnswerError("all of --n answers would be the same", where="--temperature", mend="Give one above 0.")
+        if column is not None and rows is None:
+            raise AnswerError("no rows are given", where="--column", mend="Give --rows, or --as for an expert.")
+        if column is not None and who != "global":
+            raise AnswerError("the rows say which expert answers", where="--as", mend="Leave out --as or --column.")
         texts = pairs.given(prompt, pair, "--prompt")
         try:
             with needs(EXTRA):
@@ -157,16 +161,22 @@ def generate(
                 from molehill.decoding.sampling import Sampling
                 from molehill.decoding.stream import Asked
 
-            asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()))
+            asked = Asked(max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop or ())
             values = parsed(assigned or ())
             if rank_by is not None:
                 ranking.require(rank_by)
             with opened(model, who, base, state, {"large": large}, quiet=as_json) as loaded:
                 if loaded.writes and pair:
                     raise AnswerError("the model writes text; it reads no pairs of texts", where="--pair")
+                given = {
+                    "--rank-by": rank_by is not None, "--column": column is not None, "--n": n > 1, "--raw": raw,
+                    "--max-new-tokens": max_new_tokens is not None, "--temperature": temperature > 0,
+                    "--top-k": top_k > 0, "--top-p": top_p < 1, "--stop": bool(stop), "--seed": seed is not None,
+                }  # fmt: skip
+                if idle := ["--truncate"] * truncate if loaded.writes else [name for name, on in given.items() if on]:
+                    what = f"the model {'writes, and cuts no prompt' if loaded.writes else 'writes nothing'}"
+                    raise AnswerError(what, where=idle[0], mend="Leave it out.")
                 if not loaded.writes:
-                    if rank_by is not None:
-                        raise AnswerError("classes are not ranked", where="--rank-by", mend="Leave it out.")
                     texts = texts if rows is None else _texts(rows)
                     _predict(loaded, texts, strategy, values, truncate=truncate, route=route, as_json=as_json)
                     return
@@ -199,7 +209,11 @@ def _questions(
         if column is not None:
             if column not in row:
                 raise AnswerError(f"the row has no {column!r}", where=where, mend=f"Columns there: {', '.join(row)}.")
-            name = str(row[column] or "")
+            name = "" if row[column] is None else str(row[column])
+            try:
+                loaded.setting(name)
+            except AnswerError as error:
+                raise AnswerError(f"{column!r}: {error.what}", where=where, mend=error.mend) from None
         yield _Question(text, ids, name)
 
 
