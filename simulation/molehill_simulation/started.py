@@ -93,7 +93,7 @@ def guess(source: str, kind: str | None = None) -> tuple[Answers, list[str]]:
         columns = {ours: theirs for ours, theirs in read.items() if ours != theirs}
         why += _labels(rows, kind, label, [*read.values()])
     else:
-        columns, said = _written(names, kind, text)
+        columns, said = _of_words(names) if kind_of(kind).spans else _written(names, kind, text)
         why += [f"{len(rows)} {said[0]}", *said[1:]] if said else []
         if not said:
             like, called = "questions and answers, or like a text", "instruction and output, messages, or text"
@@ -179,18 +179,13 @@ def workable(said: Answers, *, fixed: bool = False) -> tuple[Answers, list[str]]
 
 
 def _written(names: Sequence[str], kind: str, text: str) -> tuple[dict[str, str], list[str]]:
-    """Columns that are no text with a label, ours to theirs where the names differ, and what they are in words.
+    """Columns that a language model learns from, ours to theirs where the names differ, and what they are in words.
 
     The first sentence begins after the number of the rows; there are none where nothing looks like it.
     """
     if kind_of(kind).predicts == "pair":
         two = preferences.COLUMNS[1:]
         return {}, [f"questions with a better and a worse answer, from {_columns(two)}"] if {*two} <= {*names} else []
-    if kind_of(kind).spans:
-        tagged = _among(_TAGGED, names)
-        columns = {ours: theirs for ours, theirs in tagged.items() if ours != theirs}
-        said = [f"rows of words with a tag each, from {_columns(tagged.values())}"]
-        return (columns, said) if len(tagged) == len(_TAGGED) else ({}, [])
     shapes, asked = whole(names), _among(_ASKED, names)
     if shapes:
         said = [f"rows of questions with answers, from {_columns(shapes[0].columns)}"]
@@ -205,6 +200,15 @@ def _written(names: Sequence[str], kind: str, text: str) -> tuple[dict[str, str]
         columns = {"text": text} if text != "text" else {}
         return columns, [f"texts, to be learnt as they are, from {_columns([text])}"]
     return {}, []
+
+
+def _of_words(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The same of words with tags."""
+    tagged = _among(_TAGGED, names)
+    if len(tagged) < len(_TAGGED):
+        return {}, []
+    columns = {ours: theirs for ours, theirs in tagged.items() if ours != theirs}
+    return columns, [f"rows of words with a tag each, from {_columns(tagged.values())}"]
 
 
 def _among(wanted: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, str]:
