@@ -89,7 +89,8 @@ KINDS = (
     ),
     Evidence(
         "scores",
-        "accuracy, F1 and loss of the models on the held-out rows, each with the interval that it is in",
+        "how good the models are on the held-out rows: accuracy, F1 and loss, or what else the task measures, such as "
+        "errors of numbers and F1 of entities, each with the interval that it is in",
         ("EvaluationReply.stages",),
         _always,
         "evaluate",

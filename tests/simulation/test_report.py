@@ -216,6 +216,23 @@ def test_macro_f1_stands_beside_accuracy(tmp_path):
     assert f"{summary.macro_f1.worst.global_:.3f}" in page.text
 
 
+def test_without_baselines_bars_have_the_figures_of_their_own_stage(tmp_path):
+    events = [event for event in make_events(CLIENTS) if "base" not in event.get("stages", ())]
+    for scores in (scores for event in events for scores in event.get("stages", {}).values()):
+        scores["accuracy_interval"] = scores["macro_f1_interval"] = [0.25, 0.875]
+    summary = summarise(events, BASE, "cd")
+    text = write_report(make_run(tmp_path, events)).read_text(encoding="utf-8")
+    assert "<span>F1&nbsp;-</span>" not in text
+    assert summary.macro_f1 is not None
+    for client in summary.clients:
+        for stage in ("global_", "personalised"):
+            shown = f"{getattr(client, stage):.3f} <span>F1&nbsp;{getattr(client.macro_f1, stage):.3f}</span>"
+            assert shown in text
+    bars = [line for line in text.splitlines() if '<div class="bar ' in line]
+    assert len(bars) == 2 * (1 + len(CLIENTS))
+    assert all('<s style="left:' in line for line in bars)
+
+
 def test_a_causal_lm_is_told_in_its_own_words(tmp_path):
     events = causal(make_events(CLIENTS))
     folder = make_run(tmp_path, events)
