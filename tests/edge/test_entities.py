@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import anyio
+import httpx
 import numpy as np
 import pytest
 import tiny_world
@@ -18,6 +20,7 @@ from molehill.tasks.schema import load_rows
 from molehill_edge import Bundle, InsecureLocal, golden
 from molehill_edge.bench import measure
 from molehill_edge.commands import group
+from molehill_edge.serving.app import Limits, Models, make
 from molehill_export.export import Options, export
 from molehill_simulation.commands.generate import generate
 from molehill_simulation.loaded import load
@@ -141,6 +144,21 @@ def test_a_bundle_says_how_good_it_is(run, bundle):
     with Bundle.open(bundle, trust=TRUST, threads=1) as device:
         assert golden.check(device).error < 1e-6
         assert all(figure.unit for figure in measure(device, rounds=1))
+
+
+def test_a_server_says_which_entities_texts_have(bundle):
+    async def asked(app, name):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/classifications", json={"model": name, "input": TEXTS[:2]})
+
+    with Bundle.open(bundle, trust=TRUST, threads=1) as device:
+        app = make(Models(device), Limits(1 << 16, 16, 1, 4), None)
+        said = anyio.run(asked, app, device.manifest.id).json()["data"]
+        wanted = [each.as_json()["entities"] for each in device.predict(TEXTS[:2])]
+        assert [[one["text"] for one in each["entities"]] for each in said] == [
+            [one["text"] for one in each] for each in wanted
+        ]
 
 
 def test_what_no_device_can_do_is_refused(bundle, tmp_path):
