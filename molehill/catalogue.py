@@ -219,7 +219,7 @@ def get(axis: str, name: str) -> Method:
     try:
         return _registry.methods[axis, name]
     except KeyError:
-        names = [m.name for m in methods(axis)]
+        names = sorted(each for of, each in _registry.methods if of == axis)
         near = difflib.get_close_matches(name, names, n=3) or names
         mend = f"Did you mean {', '.join(near)}? `molehill methods {axis}` lists all."
         if not near:
