@@ -298,7 +298,7 @@ def test_what_no_policy_lists_is_not_told(machine, word):
     client = machine.trainer._client
     with pytest.raises(ConsentError, match=r"refuses this request: it is told baselines .*share\.tell is rows, time"):
         client.consent.require_told(client.bench.config, "train.baseline")
-    with pytest.raises(ConsentError, match=r"it is told scores \(accuracy"):
+    with pytest.raises(ConsentError, match=r"it is told scores \(how good the models are on the held-out rows"):
         client.consent.require_told(client.bench.config, "evaluate")
     agreed = agreement(client.bench.config, "0" * 64, client.bench.model, ["text"], machine.trainer._word)
     assert agreed["tells"] == ["rows", "time", "loss", "tokens"]
