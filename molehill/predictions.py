@@ -22,7 +22,7 @@ from molehill.rowfiles.values import label_of, names_of, number_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_ALIKE = 0.02  # two numbers are as good as one: a hundredth of the range
+_ALIKE = 0.2  # two numbers are as good as one: a tenth of the range, which what 4 bits change of sound models is below
 
 
 @dataclass(frozen=True)
@@ -451,7 +451,7 @@ class Amount(Reading):
         """A number is near or far."""
 
     def alike(self, one: Array, two: Array) -> Array:
-        """Whether they are within a hundredth of the range."""
+        """Whether they are within a tenth of the range."""
         found: Array = np.abs(one - two)[..., 0] <= _ALIKE
         return found
 

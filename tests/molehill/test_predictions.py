@@ -35,6 +35,12 @@ def test_a_number_is_in_the_unit_of_its_labels():
     assert reading.figure_of(counts, STARS) == pytest.approx(np.sqrt((1 + 0) / 2))
 
 
+def test_numbers_are_alike_to_a_tenth_of_the_range():
+    one = np.zeros((3, 1), np.float32)
+    other = np.array([[0.0], [-0.19], [0.21]], np.float32)
+    assert READINGS["regression"].alike(one, other).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("kind", "likelihood", "labels"),
     [
