@@ -34,6 +34,7 @@ class Measure:
         within: Takes its interval from them.
         lower: Whether less is better.
         most: The most that it can be; None where there is no such number.
+        least: The least that it can be; None where there is no such number.
         logarithmic: Whether it is averaged as its logarithm.
         write: A value as people read it.
         tabled: Whether tables have a column for it.
@@ -46,9 +47,14 @@ class Measure:
     within: Callable[[Mapping[str, Any]], Interval | None] = lambda scores: None  # noqa: ARG005
     lower: bool = False
     most: float | None = 1.0
+    least: float | None = 0.0
     logarithmic: bool = False
     write: Callable[[float | None], str] = figure
     tabled: bool = True
+
+    def holds(self, value: float) -> bool:
+        """Whether it can be so much."""
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
     def ends(self, interval: Interval) -> tuple[str, ...]:
         """Both ends of an interval, short."""
@@ -102,7 +108,7 @@ def _answered(name: str, scores: Mapping[str, Any]) -> float | None:
 
 def figured(
     name: str, title: str, short: str = "", *, lower: bool = False, most: float | None = 1.0,
-    write: Callable[[float | None], str] = figure, tabled: bool = True,
+    least: float | None = 0.0, write: Callable[[float | None], str] = figure, tabled: bool = True,
 ) -> Measure:  # fmt: skip
     """A measure that a task's scores have under its own name, see `molehill.plan.Scores.figures`.
 
@@ -112,6 +118,7 @@ def figured(
         short: The same in a few letters.
         lower: Whether less is better.
         most: The most that it can be; None where there is no such number.
+        least: The least that it can be; None where there is no such number.
         write: A value as people read it.
         tabled: Whether tables have a column for it.
     """
@@ -124,11 +131,21 @@ def figured(
         interval = scores.get("figures", {}).get(name, {}).get("interval")
         return None if interval is None else (interval[0], interval[1])
 
-    return Measure(name, title, short or title, of, within, lower=lower, most=most, write=write, tabled=tabled)
+    return Measure(
+        name, title, short or title, of, within, lower=lower, most=most, least=least, write=write, tabled=tabled
+    )
 
 
 LOSS = Measure(
-    "loss", "loss", "loss", lambda scores: scores.get("loss"), _told("loss"), lower=True, write=nats, tabled=False
+    "loss",
+    "loss",
+    "loss",
+    lambda scores: scores.get("loss"),
+    _told("loss"),
+    lower=True,
+    most=None,
+    write=nats,
+    tabled=False,
 )
 ACCURACY = Measure("accuracy", "accuracy", "", lambda scores: scores.get("accuracy"), _told("accuracy"))
 MACRO_F1 = Measure("macro_f1", "macro-F1", "F1", lambda scores: scores.get("macro_f1"), _told("macro_f1"))
@@ -142,6 +159,7 @@ PERPLEXITY = Measure(
     lambda scores: _perplexity(scores.get("loss")),
     _perplexities,
     lower=True,
+    most=None,
     logarithmic=True,
     write=amount,
 )

@@ -10,7 +10,7 @@ from molehill import evidence
 from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.molora.probes import require_fitting
-from molehill.plan import HUGE, ClientPlan, ClientReply, EvaluationReply
+from molehill.plan import HUGE, ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.tasks.kind import kind_of
 from molehill.wire.clipping import norm
 from molehill.wire.message import Delta, decode_delta, digest, largest_delta
@@ -99,16 +99,27 @@ def parse_scores(text: str, client: str, kind: str, model: Layout, config: Confi
     most = config.evaluate.generate if kind == "evaluate" else 0
     if reply.answers.keys() - reply.stages.keys() or any(said.n > most for said in reply.answers.values()):
         raise MessageError(f"it has answers of {sorted(reply.answers)}, where those to {most} rows were asked for")
-    measured = {measure.name for measure in kind_of(config.task).measures}
-    unknown = {name for scores in reply.stages.values() for name in scores.figures} - measured
-    if unknown:
-        raise MessageError(f"it measures {min(unknown)!r:.80}, which means nothing of a {config.task.kind}")
+    for stage, scores in reply.stages.items():
+        _require_measured(scores, stage, config)
     foreign = reply.tokens.keys() - {key.expert for key in model}
     if foreign:
         raise MessageError(f"it counts tokens for the foreign expert {min(foreign)!r:.80}")
     asked = config.evaluate.probes if kind == "evaluate" and evidence.probed(config) else ()
     require_fitting(reply.probes, asked, model)
     return reply
+
+
+def _require_measured(scores: Scores, stage: str, config: Config) -> None:
+    """Refuse figures that the task does not measure or that cannot be, and scores without what a run is judged by."""
+    measures, told = {measure.name: measure for measure in kind_of(config.task).measures}, scores.model_dump()
+    if unknown := scores.figures.keys() - measures.keys():
+        raise MessageError(f"it measures {min(unknown)!r:.80}, which means nothing of a {config.task.kind}")
+    for name, figure in scores.figures.items():
+        if not all(map(measures[name].holds, (figure.value, *(figure.interval or ())))):
+            raise MessageError(f"its {name} of stage {stage} is {figure.value:g}, which cannot be")
+    first = next(iter(measures.values()))
+    if first.of(told) is None:
+        raise MessageError(f"it does not tell the {first.title} of stage {stage}")
 
 
 def _first(error: ValidationError) -> str:

@@ -57,6 +57,15 @@ ANSWERS = {
         ),
         (lambda said: said["stages"]["global"].update(loss=float("nan")), "stages.global.loss: Input should be"),
         (lambda said: said["stages"]["global"].update(loss=1e300), "stages.global.loss: Input should be less"),
+        (lambda said: said["stages"]["global"].update(accuracy=None), "it does not tell the accuracy of stage global"),
+        (
+            lambda said: said["stages"]["global"].update(figures={"rmse": {"value": 1.0}}),
+            "it measures 'rmse', which means nothing of a classification",
+        ),
+        (
+            lambda said: said["stages"]["global"].update(figures={"accuracy": {"value": 1e9}}),
+            "its accuracy of stage global is 1e+09, which cannot be",
+        ),
         (lambda said: said.update(answers={"global": ANSWERS}), "it has answers of ['global'], where those to 0 rows"),
         (lambda said: said.update(answers={"global": {**ANSWERS, "n": 0}}), "answers.global.n: Input should be"),
         (lambda said: said.update(tokens={"e0": float("inf")}), "tokens.e0: Input should be a finite number"),

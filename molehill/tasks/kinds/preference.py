@@ -34,7 +34,7 @@ class Preference(Kind):
     pipeline = "text-generation"
     measures = (
         figured("preferred", "pairs preferred aright", "right"),
-        figured("margin", "margin in nats", "margin", most=None, write=nats),
+        figured("margin", "margin in nats", "margin", most=None, least=None, write=nats),
         LOSS,
         *ANSWERS,
     )

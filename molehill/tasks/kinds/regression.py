@@ -36,8 +36,8 @@ class Regression(Kind):
     pipeline = "text-classification"  # as the hub has it
     measures = (
         figured("rmse", "root mean squared error", "RMSE", lower=True, most=None, write=amount),
-        figured("pearson", "Pearson r", "r"),
-        figured("spearman", "Spearman rho", "rho", tabled=False),
+        figured("pearson", "Pearson r", "r", least=-1.0),
+        figured("spearman", "Spearman rho", "rho", least=-1.0, tabled=False),
         figured("mae", "mean absolute error", "MAE", lower=True, most=None, write=amount, tabled=False),
         LOSS,
     )
