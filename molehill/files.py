@@ -194,12 +194,13 @@ def private() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(who: str, folder: Path) -> Iterator[None]:
+def told(who: str, folder: Path, then: str = "resume") -> Iterator[None]:
     """Turn what the operating system refuses into words: a full disk is nobody's traceback.
 
     Args:
         who: Who cannot go on.
         folder: Where, if the system does not say it.
+        then: What to do once it is mended.
 
     Raises:
         DeployError: In place of an OSError.
@@ -207,7 +208,7 @@ def told(who: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        mend = "Make room there, then resume." if is_full(error) else "Mend it, then resume."
+        mend = f"Make room there, then {then}." if is_full(error) else f"Mend it, then {then}."
         where = str(error.filename or folder)
         raise DeployError(f"{who} cannot go on: {error.strerror or error}", where=where, mend=mend) from error
 

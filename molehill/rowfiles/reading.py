@@ -20,6 +20,8 @@ _GZIP = ".gz"
 _GZIPPED = b"\x1f\x8b"
 _OTHERS = {arrow.MAGIC: "a Parquet", b"PK\x03\x04": "a spreadsheet or zip", b"ARRO": "an Arrow"}  # by their first bytes
 
+_WORDS = "tokens"
+
 
 def suffix(path: Path) -> str:
     """The suffix that says what a file is, in small letters: that before ``.gz`` if it is compressed."""
@@ -44,6 +46,8 @@ def read(path: Path) -> Iterator[Record]:
 def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
     """Yield rows that have a text, from a file or standard input; plain lines are texts as well.
 
+    Of a row with ``tokens`` in place of a text, as some are trained on, these are it, with a space between two.
+
     A file with one of `SUFFIXES`, or that of Parquet, is what that says. Any other, and standard input, is Parquet when
     it begins like it, JSON when its first character is ``{`` or it is an array of objects, and else one text a line.
 
@@ -57,8 +61,12 @@ def read_texts(path: Path, column: str = "text") -> Iterator[Record]:
     """
     for place, row in read_any(path, column):
         if column not in row:
-            mend = f"Columns there: {', '.join(row)}. Name the text so."
-            raise DataError(f"the row has no {column!r}", where=place, mend=mend)
+            words = row.get(_WORDS)
+            if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+                mend = f"Columns there: {', '.join(row)}. Name the text so."
+                raise DataError(f"the row has no {column!r}", where=place, mend=mend)
+            yield place, {**row, column: text_of(" ".join(words), _WORDS, place)}
+            continue
         text_of(row[column], column, place)
         yield place, row
 

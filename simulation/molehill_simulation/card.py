@@ -94,7 +94,7 @@ def write_cards(run: Path, out: Path | None = None) -> list[Path]:
     there = [folder / name for name in texts if out is not None and (folder / name).exists()]
     if there:
         raise ConfigError("there is something already", where=str(there[0]), mend="Choose another --out.")
-    with files.told("the cards", folder):
+    with files.told("the cards", folder, "write them again"):
         files.make_folder(folder)
         for name, text in texts.items():
             files.write(folder / name, text.encode(), mode=files.PRIVATE)

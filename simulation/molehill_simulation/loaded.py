@@ -404,6 +404,8 @@ class Loaded:
                 "the model writes text; it does not classify", where=self.source.name, mend="Ask it: generate."
             )
         parts = tuple(text) if isinstance(text, tuple | list) and len(text) == 2 else (text,)
+        if any(isinstance(part, str) and not part.strip() for part in parts):
+            raise AnswerError(f"text {number + 1} is empty", mend="Leave it out.")
         ids = self._encoded(*parts)
         if len(ids) > self._longest:
             if not truncate:

@@ -59,7 +59,7 @@ def write_report(folder: Path) -> Path:
     if not (folder / "metrics.jsonl").is_file():
         raise ResumeError("not a run folder", where=str(folder), mend="Give the folder that --out named.")
     target = folder / "report.html"
-    with files.told("the report", folder):
+    with files.told("the report", folder, "write it again"):
         files.write(target, render(folder).encode(), mode=files.PRIVATE)
     return target
 

@@ -218,8 +218,11 @@ def open_source(
 
     Raises:
         AdapterError: There is no adapter, it is damaged, or it belongs to another base.
+        ConfigError: There is no such state.
         ModelError: The base cannot be loaded.
     """
+    if state is not None and not state.is_dir():
+        raise ConfigError("there is no such folder", where=f"--state {state}", mend="Name the --state of that lab.")
     run, out, folder = None, None, path
     if (path / "config.toml").is_file():
         run, out, folder = config.load(path / "config.toml"), path, path / "adapter"

@@ -58,13 +58,12 @@ class Traffic:
     @property
     def total_up(self) -> int:
         """What all clients send in all rounds; rounds of two kinds take turns."""
-        return sum(self.round_up[number % len(self.round_up)] for number in range(self.rounds))
+        return _in_turns(self.round_up, self.rounds)
 
     @property
     def total_down(self) -> int:
         """What all clients fetch in all rounds, when the same take part in each."""
-        later = sum(self.later[number % len(self.later)] for number in range(self.rounds - 1))
-        return self.asked * (self.first + later)
+        return self.asked * (self.first + _in_turns(self.later, self.rounds - 1))
 
     @property
     def words(self) -> Iterator[tuple[str, str]]:
@@ -161,6 +160,12 @@ def _fetched(config: Config, model: MoLoRAModel, layout: Layout) -> tuple[int, t
                 later[at] += size
                 varies = varies or free
     return first, tuple(dict.fromkeys(later)), largest, varies
+
+
+def _in_turns(sizes: Sequence[int], times: int) -> int:
+    """The sum of so many sizes, which take turns."""
+    whole, rest = divmod(times, len(sizes))
+    return whole * sum(sizes) + sum(sizes[:rest])
 
 
 def _size_of(count: int) -> str:

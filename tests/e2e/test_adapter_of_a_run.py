@@ -50,7 +50,7 @@ def test_a_fresh_model_has_the_global_scores_of_the_run(finished, name):
         with torch.no_grad():
             for batch in eval_batches(world.task.encode(owner.test), 64, world.task, 0):
                 forward = model(batch.input_ids, batch.attention_mask, batch.labels)
-                score.add(forward.logits, forward.labels)
+                score.add(forward)
         found, told = score.scores(), evaluations[owner.name]["stages"]["global"]
         assert (found.n, found.accuracy) == (told["n"], told["accuracy"])
         assert found.loss == pytest.approx(told["loss"], rel=1e-4)

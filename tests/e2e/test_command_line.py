@@ -223,7 +223,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     assert summary == json.loads((out / "summary.json").read_text())
     assert list(summary) == [
         *("task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity"),
-        *("exact_match", "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall"),
+        *("exact_match", "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall", "type_f1"),
         *("lengths", "probes", "rounds", "seconds"),
         *("bytes_up", "bytes_down", "base_model", "config_digest", "unscored", "anew", "remembered", "machine"),
     ]
@@ -233,6 +233,6 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     assert [set(client) for client in summary["clients"]] == [
         FIGURES
         | {"id", "n_train", "n_test", "cut", "lost", "unlearnt", "token_accuracy", "macro_f1", "loss", "perplexity"}
-        | {"answered", "exact_match", "normalised_match", "rouge_l", "chrf", "recall", "figures"}
+        | {"answered", "exact_match", "normalised_match", "rouge_l", "chrf", "recall", "type_f1", "figures"}
     ] * 3
     assert (out / "adapter" / "molora.json").is_file()

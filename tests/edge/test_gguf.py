@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from molehill.cli import app
 from molehill.errors import BundleError, ConfigError, ModelError
+from molehill.predictions import reading_of
 from molehill_export.gguf_lora import Wanted, export_lora
 from molehill_export.static import fix
 from molehill_simulation.simulate import simulate
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning"),
 ]
+WRITES = reading_of("causal-lm")
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -177,7 +179,7 @@ def test_a_gate_is_the_mean_of_what_its_routers_say(run, tmp_path):
 def test_weights_are_means_over_tokens_and_what_they_change_is_measured(run):
     source = shaken(run, gate=2.0)
     texts = [[1, 20, 21, 22], [1, 23]]
-    found = fix(source.model, texts)
+    found = fix(source.model, texts, WRITES)
     seen = {name: [] for name in found.weights}
     source.model.state.collect = True
     with torch.no_grad():
@@ -187,11 +189,11 @@ def test_weights_are_means_over_tokens_and_what_they_change_is_measured(run):
                 seen[record.site.name].append(record.route.weights[0])
     for name, weights in found.weights.items():
         torch.testing.assert_close(weights, torch.cat(seen[name]).mean(0))
-    alike = fix(shaken(run, gate=0.0).model, texts)  # all logits are 0
+    alike = fix(shaken(run, gate=0.0).model, texts, WRITES)  # all logits are 0
     assert alike.exact
     assert (alike.error, alike.agreement) == (pytest.approx(0, abs=1e-9), 1.0)
     assert found.error > 1e-6
-    again = fix(source.model, texts)  # the routers are as before
+    again = fix(source.model, texts, WRITES)  # the routers are as before
     assert all(torch.equal(again.weights[name], weights) for name, weights in found.weights.items())
 
 

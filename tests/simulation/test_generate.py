@@ -242,6 +242,7 @@ def test_what_experts_say_of_classes_is_fused(reviews, tmp_path):
         (("--prompt", "a", "--strategy", "pick", "--set", "k=5"), 16, "there are 4 experts, not 5"),
         (("--prompt", "good " * 70), 16, "where 64 fit together"),
         (("--rows", "nothing.jsonl"), 3, "nothing.jsonl"),
+        (("--prompt", "a", "--state", "nowhere"), 2, "--state nowhere: there is no such folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked(writer, words, code, what):
@@ -249,6 +250,15 @@ def test_what_cannot_be_asked(writer, words, code, what):
     assert result.exit_code == code, result.output
     assert what in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
+
+
+def test_words_of_a_row_are_its_text_and_nothing_is_none(reviews, tmp_path):
+    rows = tiny_world.write_rows(tmp_path / "rows.jsonl", [{"tokens": TEXT.split(), "tags": ["O"]}, {"text": TEXT}])
+    of_words, of_text = json.loads(done(ask(generate, reviews, "--rows", rows, "--json")))["predictions"]
+    assert of_words == of_text
+    result = ask(generate, reviews, "--prompt", " ")
+    assert result.exit_code == 16
+    assert "text 1 is empty" in result.stderr
 
 
 @pytest.mark.parametrize("who", [0, "e9"])

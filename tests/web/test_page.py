@@ -14,7 +14,7 @@ import pytest
 
 from molehill_edge import Bundle, routes
 from molehill_edge import manifest as manifests
-from molehill_edge.personalise import _Loss
+from molehill_edge.personalise import _Loss, _targets
 from molehill_edge.trust import InsecureLocal
 from molehill_web import site
 
@@ -113,7 +113,8 @@ def test_a_gate_is_judged_as_in_python(opened, labelled):
     for gate in ("ann", "bob"):
         page.fill("#gate", gate)
         page.until(f"molehill.engine.gate.name === {gate!r}")
-        wanted = _Loss(bundle, texts, labels if labelled else None).score(bundle.read_gate(gate))
+        targets = _targets(bundle.manifest, texts, labels if labelled else None)
+        wanted = _Loss(bundle, texts, targets).score(bundle.read_gate(gate))
         found = page.do(
             f"""import(new URL('js/personalise.js', location.href)).then(({{ Loss }}) =>
             new Loss(molehill.engine, {json.dumps([{"text": text, "label": label} for text, label in MINE])},
