@@ -19,7 +19,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from molehill.errors import BundleError
-from molehill.predictions import READINGS, About, Reading
+from molehill.outputs import READINGS, About, Reading
 from molehill_protos.v1.bundle_pb2 import Form, Generation, Golden, Manifest, Site, Task
 
 FORMAT = 1

@@ -16,7 +16,8 @@ from molehill.decoding.interfaces import Learns, Strategy, Through, all_of
 from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Stream
 from molehill.errors import AnswerError, BundleError
-from molehill.predictions import Class, Prediction, Shown
+from molehill.outputs import Shown
+from molehill.predictions import Class, Prediction
 from molehill.rowfiles.pairs import Text
 from molehill_edge import classify, examples, gates, generate, personalise, routes, tokens
 from molehill_edge import manifest as manifests

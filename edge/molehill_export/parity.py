@@ -17,7 +17,7 @@ from torch import Tensor
 from molehill.errors import BundleError, ModelError
 from molehill.molora.interfaces import RouteRecord
 from molehill.molora.model import MoLoRAModel
-from molehill.predictions import About, Reading
+from molehill.outputs import About, Reading
 from molehill.tasks.batches import IGNORE, Example, alike, pad
 from molehill_edge import manifest as manifests
 from molehill_edge.manifest import LOGITS_FROM
@@ -120,7 +120,7 @@ class Originals:
         texts: Token ids of the calibration text.
         answers: For each of them the logits, ``[T, V]``, ``[T, C]`` or ``[1, C]``, and the weights of every router.
         examples: Labelled rows of the run, for the figure of both; only counts of them are kept.
-        counts: Of these rows, what the figure is made of (`molehill.predictions.Reading.counts`).
+        counts: Of these rows, what the figure is made of (`molehill.outputs.Reading.counts`).
         reading: How logits are read.
     """
 

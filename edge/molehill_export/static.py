@@ -15,7 +15,7 @@ from molehill.molora.interfaces import Route, RouteContext, Scorer, Selector
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.router import Router
 from molehill.molora.trial import keeps_logits
-from molehill.predictions import Reading, reading_of
+from molehill.outputs import Reading, reading_of
 from molehill.tasks.kind import kind_of
 from molehill_export.parity import FLOORS, Difference, calibration, decode, passes
 from molehill_export.rows import labelled

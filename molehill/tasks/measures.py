@@ -44,7 +44,7 @@ class Measure:
     title: str
     short: str
     of: Callable[[Mapping[str, Any]], float | None]
-    within: Callable[[Mapping[str, Any]], Interval | None] = lambda scores: None  # noqa: ARG005
+    within: Callable[[Mapping[str, Any]], Interval | None] = lambda scores: None  # noqa: ARG005  (of no measure)
     lower: bool = False
     most: float | None = 1.0
     least: float | None = 0.0

@@ -102,7 +102,7 @@ class FlagSum:
     def confusion(self) -> list[list[int]]:
         """How many rows that have each label are said to have it, and how many are not."""
         said, there = (np.concatenate(parts) for parts in (self._said, self._there))
-        return np.stack([(said & there).sum(0), (~said & there).sum(0)], 1).tolist()  # type: ignore[no-any-return]
+        return np.stack([(said & there).sum(0), (~said & there).sum(0)], 1).tolist()  # type: ignore[no-any-return]  # numpy's lists are Any
 
 
 def _f1(hits: NDArray[np.int64], both: NDArray[np.int64]) -> tuple[float, float | None]:

@@ -105,9 +105,8 @@ class PairSum:
         known = replace(forward, records=[], reference=lambda: reference)
         found = margins(known)
         self._margins.append(found.double().cpu())
-        losses = -torch.nn.functional.logsigmoid(found)
-        if self._objective is not None:
-            losses = torch.stack([self._objective(pair) for pair in known.by_client(len(found), 2)])
+        assert self._objective is not None  # `by` comes first
+        losses = torch.stack([self._objective(pair) for pair in known.by_client(len(found), 2)])
         self._losses.append(losses.double().cpu())
 
     def scores(self) -> Scores:

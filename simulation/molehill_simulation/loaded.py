@@ -20,7 +20,8 @@ from molehill.decoding.sampling import Sampling, check_finite
 from molehill.decoding.stream import Answer, Asked, Reader, Stream, replayed
 from molehill.errors import AnswerError, ConfigError
 from molehill.molora.decode import TorchPasses, only, write
-from molehill.predictions import About, Class, Prediction, Reading, Shown, reading_of
+from molehill.outputs import About, Reading, Shown, reading_of
+from molehill.predictions import Class, Prediction
 from molehill.rowfiles.messages import PLAIN
 from molehill.rowfiles.pairs import Text
 from molehill.tasks.chat import Chat

@@ -127,10 +127,9 @@ def test_clients_in_the_same_passes_have_each_their_own_loss():
 
 def test_figures_are_over_pairs_and_the_loss_is_the_objectives(drawn):
     found = []
-    for objective in (None, dpo(0.1)):
+    for objective in (dpo(1.0), dpo(0.1)):
         total = PairSum()
-        if objective is not None:
-            total.by(objective)
+        total.by(objective)
         total.add(passed(*drawn))
         found.append(total.scores())
     gained = margins(passed(*drawn))
@@ -138,12 +137,14 @@ def test_figures_are_over_pairs_and_the_loss_is_the_objectives(drawn):
     assert found[1].n == 2
     assert found[1].figures["margin"].value == pytest.approx(float(gained.mean()))
     assert found[1].figures["preferred"].value == pytest.approx(float((gained > 0).double().mean()))
-    assert found[1].loss == pytest.approx(float(dpo(0.1)(passed(*drawn))))
+    for scores, beta in zip(found, (1.0, 0.1), strict=True):
+        assert scores.loss == pytest.approx(float(dpo(beta)(passed(*drawn))))
 
 
 def test_an_answer_that_gained_as_much_as_the_other_counts_half(drawn):
     scores, labels, rows, _ = drawn
     total = PairSum()
+    total.by(dpo())
     total.add(passed(scores, labels, rows, scores))
     assert total.scores().figures["preferred"].value == 0.5
     assert total.scores().loss == pytest.approx(math.log(2))

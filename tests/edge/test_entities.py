@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_world
 import typer
-from typer.testing import CliRunner
+from verbs import ask, verb
 
 from molehill.errors import AnswerError, BundleError
 from molehill.predictions import Entity
@@ -50,18 +50,6 @@ def run(tmp_path_factory):
 def bundle(run):
     export(open_source(run), run.parent / "bundle", Options(scheme="fp32"))
     return run.parent / "bundle"
-
-
-def ask(app, *words):
-    result = CliRunner().invoke(app, list(map(str, words)))
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def verb(function):
-    app = typer.Typer()
-    app.command()(function)
-    return app
 
 
 def test_host_and_device_find_the_same(run, bundle):

@@ -26,7 +26,7 @@ from molehill.cli import app
 from molehill.errors import DeployError
 from molehill.molora.adapter import Manifest, save_adapter
 from molehill.molora.build import wrap
-from molehill.predictions import READINGS
+from molehill.outputs import READINGS
 from molehill.tasks import base_model
 from molehill.tasks.base_model import load_base
 from molehill.tasks.batches import Example

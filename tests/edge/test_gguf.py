@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from molehill.cli import app
 from molehill.errors import BundleError, ConfigError, ModelError
-from molehill.predictions import reading_of
+from molehill.outputs import reading_of
 from molehill_export.gguf_lora import Wanted, export_lora
 from molehill_export.static import fix
 from molehill_simulation.simulate import simulate

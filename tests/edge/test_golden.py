@@ -6,7 +6,7 @@ import edge_export
 import numpy as np
 import pytest
 
-from molehill.predictions import READINGS, About
+from molehill.outputs import READINGS, About
 from molehill_edge import Bundle, InsecureLocal, golden
 from molehill_export import parity
 

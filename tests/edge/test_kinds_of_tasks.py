@@ -10,10 +10,10 @@ import httpx
 import pytest
 import tiny_world
 import typer
-from typer.testing import CliRunner
+from verbs import ask, verb
 
 from molehill.errors import AnswerError, BundleError
-from molehill.predictions import READINGS
+from molehill.outputs import READINGS
 from molehill.tasks.kind import kind_of
 from molehill_edge import Bundle, InsecureLocal, golden
 from molehill_edge.commands import group
@@ -65,18 +65,6 @@ def run(kind, tmp_path_factory):
 def bundle(run):
     export(open_source(run), run.parent / "bundle", Options(scheme="fp32"))
     return run.parent / "bundle"
-
-
-def ask(app, *words):
-    result = CliRunner().invoke(app, list(map(str, words)))
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def verb(function):
-    app = typer.Typer()
-    app.command()(function)
-    return app
 
 
 def numbers(said):

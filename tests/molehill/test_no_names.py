@@ -51,7 +51,7 @@ REASONS = {
         "edge/molehill_export/gguf_lora.py": "lora",
     },
     "a kind of bundle": {
-        "molehill/predictions.py": "classification causal-lm regression multi-label token-classification",
+        "molehill/outputs.py": "classification causal-lm regression multi-label token-classification",
         "edge/molehill_edge/serving/replies.py": "classification",
     },
     "what a LoRA of peft, and a model to ask beside another, is for": {

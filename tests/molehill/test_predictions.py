@@ -8,7 +8,8 @@ import torch
 
 from molehill.errors import DataError
 from molehill.molora import likelihoods
-from molehill.predictions import READINGS, About, Class, Flags, Number, lines
+from molehill.outputs import READINGS, About
+from molehill.predictions import Class, Flags, Number, lines
 from molehill.rowfiles import pairs
 from molehill.rowfiles.values import names_of
 from molehill.tasks.kind import kind_of

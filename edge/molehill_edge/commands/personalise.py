@@ -17,7 +17,7 @@ from molehill.terminal import Json, explained, print_json
 from molehill_edge.commands.opening import GateOption, Insecure, Memory, Name, Spin, StoreFolder, Threads, opened, who
 
 if TYPE_CHECKING:
-    from molehill.predictions import About, Reading
+    from molehill.outputs import About, Reading
     from molehill_edge.personalise import Outcome
 
 
