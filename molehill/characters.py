@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from decimal import Decimal
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")
 _BREAKS = re.compile(r"[\t\n]")
 _BETWEEN = re.compile(r"(?<=[^\W_])[\s_\u2010-\u2015-]+(?=[^\W_])")  # of two words, unlike the dash of a grade A-
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d\u00ab\u00bb"
+_UNSEEN = re.compile(r"[\u034f\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # marks that choose a look
 
 
 def flaw(text: str) -> str:
@@ -92,6 +94,32 @@ def alike(text: str) -> str:
     return (
         f"{-sign if significant else 0}:{significant}:{int(exponent) + len(shown) - len(significant) if shown else 0}"
     )
+
+
+def bare(text: str) -> str:
+    """What a text is without case, punctuation, symbols, white space and Unicode form: its letters, marks and digits.
+
+    A text of symbols alone keeps them.
+    """
+    folded = _UNSEEN.sub("", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()))
+    words = folded.translate(_WORDS)
+    return words if any(map(str.isalnum, words)) else folded.translate(_SEEN)
+
+
+class _Kept(dict[int, int | None]):
+    """A table for `str.translate` that is filled as characters are met; what is not kept goes."""
+
+    def __init__(self, keeps: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._keeps = keeps
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = code if self._keeps(chr(code)) else None
+        return self[code]
+
+
+_WORDS = _Kept(lambda char: char.isalnum() or unicodedata.category(char)[0] == "M")
+_SEEN = _Kept(lambda char: unicodedata.category(char) not in {"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -73,7 +73,8 @@ class Data(Section):
     """The rows.
 
     Attributes:
-        columns: Names in the owner's file of the columns that may be read.
+        columns: Names in the owner's file of the columns that may be read; and ``molehill.group`` where the file has
+            one, which says what stays together, and is neither learnt nor told.
     """
 
     columns: tuple[str, ...] = _COLUMNS

@@ -52,6 +52,7 @@ def key_of(client: Participant, plan: ClientPlan, steps: int) -> str:
     total.update(bench.initial.flat.tobytes())
     for rows in (client.train_rows, client.test_rows):
         total.update(f"{len(rows)} rows".encode())
+        total.update(np.asarray(rows.units, np.int64).tobytes())  # what is chosen on folds follows from them
         for row in rows:
             _add(total, row)
     return total.hexdigest()

@@ -22,6 +22,7 @@ from molehill.tasks.chat import Chat, Span
 from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.units import numbers
 
 
 class CausalLM:
@@ -123,8 +124,8 @@ class CausalLM:
         tasks = rows.columns.get(TASK, (None,) * len(rows))
         reading = settled(rows.columns)
         examples: list[Example] = []
-        tokens, lost, unlearnt, pieces = [], 0, 0, []
-        for (where, row), task in zip(rows.records(), tasks, strict=True):
+        tokens, lost, unlearnt, pieces, units = [], 0, 0, [], []
+        for (where, row), task, unit in zip(rows.records(), tasks, numbers(rows), strict=True):
             form = form_of(row, reading, where)
             if "text" in form:
                 ids, labels = self._plain(form["text"], where)
@@ -140,12 +141,13 @@ class CausalLM:
             taught = [part for part in parts if any(label != IGNORE for label in labels[part][1:])]
             made = [Example(ids[part], labels[part], task) for part in taught]
             examples += made
+            units += [unit] * len(made)
             lost += not made
         lengths = Lengths(tuple(tokens), self.max_length, lost, unlearnt, len(pieces), sum(pieces))
         if lost and not examples:
             mend = f"Raise task.max_length above {self.max_length}: {lengths.quantiles}."
             raise DataError("no answer begins within task.max_length", where=rows.source, mend=mend)
-        return Examples(examples, lengths)
+        return Examples(examples, lengths, units)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B, T]`` with `IGNORE` on prompts and padding."""

@@ -81,13 +81,21 @@ class Examples(list["Example"]):
     """Encoded rows, without those that have no answer left.
 
     Args:
-        examples: The rows.
+        examples: The rows, or pieces of them.
         lengths: Of all rows.
+        units: Of every example the number of the unit that its row is of (see `molehill.tasks.units`), so that folds
+            can keep together what belongs together.
+
+    Raises:
+        ValueError: There are not as many units as examples.
     """
 
-    def __init__(self, examples: Iterable[Example], lengths: Lengths) -> None:
+    def __init__(self, examples: Iterable[Example], lengths: Lengths, units: Sequence[int]) -> None:
         super().__init__(examples)
+        if len(units) != len(self):
+            raise ValueError(f"{len(units)} units of {len(self)} examples")
         self.lengths = lengths
+        self.units = tuple(units)
 
 
 def together(parts: Sequence[Lengths]) -> Lengths:

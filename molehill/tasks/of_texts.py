@@ -12,6 +12,7 @@ from molehill.rowfiles.pairs import PAIR, TEXT
 from molehill.tasks.batches import Batch, Example, pad
 from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.units import numbers
 
 
 class OfTexts(ABC):
@@ -52,7 +53,7 @@ class OfTexts(ABC):
             if not ids:
                 raise DataError("the text has no tokens", where=where, mend="Remove the row.")
             examples.append(Example(ids, label, task))
-        return Examples(examples, lengths)
+        return Examples(examples, lengths, numbers(rows))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length."""

@@ -20,6 +20,7 @@ from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.metrics import require_scores
 from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.units import numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class Preference(CausalLM):
         """
         tasks = rows.columns.get(TASK, (None,) * len(rows))
         examples: list[Example] = []
-        tokens, lost = [], 0
-        for (where, row), task in zip(rows.records(), tasks, strict=True):
+        tokens, lost, units = [], 0, []
+        for (where, row), task, unit in zip(rows.records(), tasks, numbers(rows), strict=True):
             sides = []
             for form in pair_of(row, where):
                 text, spans, _ = self._render(form, where)
@@ -62,13 +63,14 @@ class Preference(CausalLM):
             (ids, labels), (others, other) = ((i[: self.max_length], y[: self.max_length]) for i, y in sides)
             if all(any(label != IGNORE for label in side[1:]) for side in (labels, other)):
                 examples.append(Pair(ids, labels, task, others, other))
+                units.append(unit)
             else:
                 lost += 1
         lengths = Lengths(tuple(tokens), self.max_length, lost)
         if lost and not examples:
             mend = f"Raise task.max_length above {self.max_length}: {lengths.quantiles}."
             raise DataError("no pair has both answers within task.max_length", where=rows.source, mend=mend)
-        return Examples(examples, lengths)
+        return Examples(examples, lengths, units)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad pairs to one length: the chosen answers in the even rows, the rejected ones in the odd."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from molehill import config
+from molehill.characters import bare
 from molehill.errors import DataError
 from molehill.tasks.kind import kind_of
 from molehill.tasks.labels import in_order
@@ -41,7 +43,7 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
         ours = {data.columns.get(name, name) for name in kind.columns}
         if withheld := [repr(name) for name in read.columns if name in ours and name not in only]:
             _log.warning("%s: columns that may not be read are left out: %s", data.source, ", ".join(withheld))
-        read = read.only(only)
+        read = read.only({*only, GROUP})  # ours: it says what stays together, and is neither learnt nor told
     rows = read.renamed({ours: theirs for ours, theirs in data.columns.items() if ours not in ("group", "task")})
     if "group" in data.columns:
         rows = rows.having(**{GROUP: read[data.columns["group"]]})
@@ -77,11 +79,27 @@ def class_counts(rows: Rows, task: config.Task) -> Mapping[str, int]:
 
 
 def content_keys(rows: Rows) -> list[str]:
-    """What a model would see of each row, without answers: rows with equal keys are duplicates."""
+    """What a model would see of each row, without answers: rows with equal keys are twins.
+
+    Case, punctuation, white space and Unicode form make no difference, in none of a row's strings
+    (see `molehill.characters.bare`); the words of a list are one text.
+    """
     asked = ("text", "text_pair", "tokens", "messages", "conversations", "prompt", "instruction", "input")
     names = [name for name in asked if name in rows.columns]
     columns = [rows[name] for name in names]
-    return [json.dumps([values[i] for values in columns], sort_keys=True, default=str) for i in range(len(rows))]
+    return [json.dumps([_bare(values[i]) for values in columns], sort_keys=True, default=str) for i in range(len(rows))]
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, str):
+        return bare(value)
+    if isinstance(value, Mapping):
+        return {name: _bare(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        if all(isinstance(item, str) for item in value):
+            return bare(" ".join(value))
+        return [_bare(item) for item in value]
+    return value
 
 
 def _task_ids(rows: Rows, column: str) -> list[int]:

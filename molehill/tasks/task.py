@@ -63,7 +63,7 @@ class Task(Collator, Protocol):
         ...
 
     def encode(self, rows: Rows) -> Examples:
-        """Tokenise checked rows (see `molehill.tasks.kind.Kind.conform`), and say how long they are.
+        """Tokenise checked rows (see `molehill.tasks.kind.Kind.conform`), and say how long they are and of which units.
 
         Raises:
             DataError: A row gives nothing to learn from.

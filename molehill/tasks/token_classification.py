@@ -19,6 +19,7 @@ from molehill.tasks.batches import IGNORE, Batch, Example, pad
 from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.units import numbers
 
 
 class TokenClassification:
@@ -78,7 +79,7 @@ class TokenClassification:
                 raise DataError("no word has a token", where=rows.where[i], mend="Remove the row.")
             gone += missing
             examples.append(Example(ids[i], labels, tasks[i]))
-        return Examples(examples, Lengths(lengths, self.max_length, words=gone))
+        return Examples(examples, Lengths(lengths, self.max_length, words=gone), numbers(rows))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples to one length; labels ``[B, T]`` with `IGNORE` on all but the first tokens of words."""

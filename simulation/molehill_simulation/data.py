@@ -15,7 +15,8 @@ from molehill import config, files
 from molehill.errors import DataError
 from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
 from molehill.tasks.schema import load_rows
-from molehill_simulation.units import Shard, Unit, units
+from molehill.tasks.units import Unit, units
+from molehill_simulation.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def names_of(owners: Sequence[ClientRows]) -> dict[str, str]:
 def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
     """Partition rows over clients, hold out test rows, then apply the caps.
 
-    A unit (see `molehill_simulation.units.units`) is held out or trained on as a whole, on whichever clients its rows
+    A unit (see `molehill.tasks.units.units`) is held out or trained on as a whole, on whichever clients its rows
     are. Labels are stratified as far as units allow. Equal arguments give equal rows.
 
     Args:

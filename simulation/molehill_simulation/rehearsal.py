@@ -63,7 +63,7 @@ class Rehearsal:
         """The clients with these names and rows."""
         run, base = self._config.run.name, self._bench.base_digest
         return [
-            Actor(self._bench, name, rows, Examples([], rows.lengths), StateStore(self._folder / name, run, base))
+            Actor(self._bench, name, rows, Examples([], rows.lengths, []), StateStore(self._folder / name, run, base))
             for name, rows in owners
         ]
 

@@ -129,5 +129,9 @@ def test_the_key_is_of_all_that_they_follow_from_and_of_nothing_else(home):
         rows = getattr(moved, name)
         rows[0], rows[1] = rows[1], rows[0]
         assert key(client=moved) != first
+        rows[0], rows[1] = rows[1], rows[0]
+        assert key(client=moved) == first
+        rows.units = (rows.units[-1], *rows.units[1:])
+        assert key(client=moved) != first
         rows[0], rows[1] = rows[1], Example([*rows[0].input_ids, 5], rows[0].labels)
         assert key(client=moved) != first

@@ -122,7 +122,7 @@ REASONS = {
         "client/molehill_client/commands/client.py": "none",
         "client/molehill_client/deploy/join.py": "none",
         "simulation/molehill_simulation/describe.py": "none",
-        "simulation/molehill_simulation/units.py": "none",
+        "simulation/molehill_simulation/shards.py": "none",
         "edge/molehill_edge/fetch.py": "none",
         "edge/molehill_edge/fetch_experts.py": "none",
         "edge/molehill_edge/store.py": "none",

@@ -31,7 +31,7 @@ def facts(name, count=10, classes=None, tokens=None):
 
 def test_rows_classes_and_lengths_of_a_client_are_those_it_trains_on_and_holds_out():
     owner = ClientRows("shop", rows("bad", "good", "bad"), rows("good"))
-    lengths = [Examples([], Lengths((4, 9, 5), 8, 1, 2)), Examples([], Lengths((7,), 8))]
+    lengths = [Examples([], Lengths((4, 9, 5), 8, 1, 2), []), Examples([], Lengths((7,), 8), [])]
     (found,) = census([owner], Task(labels=("bad", "fair", "good")), [tuple(lengths)])
     assert (found.rows, found.held_out, found.classes) == (3, 1, {"bad": 2, "fair": 0, "good": 2})
     assert found.tokens == Tokens(median=5, most=9, longest=9, cut=1, lost=1, unlearnt=2)

@@ -14,8 +14,9 @@ from molehill import config, registry
 from molehill.errors import ConfigError, DataError
 from molehill.plan import Hello
 from molehill.tasks.rows import GROUP, Rows
+from molehill.tasks.units import units
 from molehill_simulation.data import deal, names_of
-from molehill_simulation.units import file_safe, units
+from molehill_simulation.shards import file_safe
 
 EASY = {
     "iid": {},
@@ -120,6 +121,21 @@ def test_nothing_leaks(name, rows, clients, seed, fraction):
     ]
 
 
+@pytest.mark.parametrize("name", EASY)
+def test_twins_are_on_one_side(name):
+    more = {"min_rows": 20} if name == "quantity_skew" else {}
+    ways = (str.upper, "\u201c{}!\u201d".format, str.title, " {}\u00a0...".format)
+    texts = [f"word{i // 2} of them" for i in range(160)]
+    texts = [ways[(i % 2) * (1 + i // 2 % 3)](text) for i, text in enumerate(texts)]
+    assert len(set(texts)) == 160
+    rows = table(160).having(text=texts)
+    for seed in range(3):
+        dealt = deal(data(3, name, partition={"name": name, **EASY[name], **more}), rows, seed)
+        train, test = ({place(w) // 2 for c in dealt for w in getattr(c, part).where} for part in ("train", "test"))
+        assert not train & test
+        assert len(train) + len(test) == 80
+
+
 @law
 @given(n=st.integers(60, 200), fraction=st.floats(0.2, 0.8), seed=st.integers(0, 99))
 def test_labels_are_stratified(n, fraction, seed):
@@ -127,11 +143,6 @@ def test_labels_are_stratified(n, fraction, seed):
     total = Counter(client.train["label"]) + Counter(client.test["label"])
     for label, count in total.items():
         assert abs(Counter(client.test["label"])[label] - fraction * count) <= 0.5 + 1e-9
-
-
-def test_units_are_transitive():
-    rows = Rows({"text": ("x", "y", "x", "z", "y"), GROUP: ("g", "g", "h", None, None)}, tuple("12345"), "f")
-    assert units(rows) == [[0, 1, 2, 4], [3]]
 
 
 def test_by_column_names_and_sizes():

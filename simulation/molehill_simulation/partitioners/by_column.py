@@ -13,7 +13,8 @@ import numpy as np
 from molehill.errors import DataError
 from molehill.registry import register
 from molehill.tasks.rows import Rows
-from molehill_simulation.units import Shard, Unit, distinct, file_safe, numbered, spread, units, values_of
+from molehill.tasks.units import Unit, units
+from molehill_simulation.shards import Shard, distinct, file_safe, numbered, spread, values_of
 
 
 @dataclass(frozen=True)

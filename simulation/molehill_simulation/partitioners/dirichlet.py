@@ -15,7 +15,8 @@ import numpy as np
 from molehill.errors import DataError
 from molehill.registry import register
 from molehill.tasks.rows import STRATUM, Rows
-from molehill_simulation.units import Shard, need_units, numbered, units, values_of
+from molehill.tasks.units import units
+from molehill_simulation.shards import Shard, need_units, numbered, values_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import numpy as np
 
 from molehill.registry import register
 from molehill.tasks.rows import Rows
-from molehill_simulation.units import Shard, numbered, spread, units
+from molehill.tasks.units import units
+from molehill_simulation.shards import Shard, numbered, spread
 
 
 @register("partitioner", "iid", paper="McMahan et al. 2017, FedAvg", url="https://arxiv.org/abs/1602.05629")

@@ -13,7 +13,8 @@ import numpy as np
 from molehill.errors import DataError
 from molehill.registry import register
 from molehill.tasks.rows import Rows
-from molehill_simulation.units import Shard, need_units, numbered, units
+from molehill.tasks.units import units
+from molehill_simulation.shards import Shard, need_units, numbered
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,9 @@ def test_columns_that_may_not_be_read_are_named(write, caplog):
     path = write("r.jsonl", [{"messages": TURNS, "tools": [{"name": "f"}], "other": 1}])
     rows, _ = load_rows(config.Data(source=path), WRITE, only=("messages",))
     assert set(rows.columns) == {"messages"}
+    dealt = write("d.jsonl", [{"messages": TURNS, GROUP: "thread-7", "other": 1}])
+    rows, _ = load_rows(config.Data(source=dealt), WRITE, only=("messages",))
+    assert set(rows.columns) == {"messages", GROUP}
     assert caplog.messages == [f"{path}: columns that may not be read are left out: 'tools'"]
     path = write("s.jsonl", [{"messages": TURNS, "system": "Be brief."}])
     with pytest.raises(DataError, match="'system' is not read"):

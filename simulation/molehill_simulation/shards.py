@@ -1,4 +1,4 @@
-"""What a partitioner deals: units of rows that must stay together, into shards."""
+"""What a partitioner makes of units of rows that must stay together: shards, each with the name of a client."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import numpy as np
 
 from molehill import registry
 from molehill.errors import DataError
-from molehill.tasks.rows import GROUP, Rows
-from molehill.tasks.schema import content_keys
-
-Unit = list[int]  # row indices
+from molehill.tasks.rows import Rows
+from molehill.tasks.units import Unit
 
 _RESERVED = ("state.key",)  # lies among the folders of clients
 
@@ -34,36 +32,6 @@ class Shard:
     name: str
     indices: list[int]
     owner: str = ""
-
-
-def units(rows: Rows) -> list[Unit]:
-    """Rows that belong together: those of the same group (column `GROUP`), or with the same content word for word.
-
-    Two rows of one document share its context, and two equal rows are one: were one of them trained on and the other
-    held out, the score would measure memory. Both relations are closed transitively.
-
-    Returns:
-        Disjoint units that hold every row, in order of their first row.
-    """
-    parent = list(range(len(rows)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    groups = rows.columns.get(GROUP, (None,) * len(rows))
-    for keys in ([None if group is None else str(group) for group in groups], content_keys(rows)):
-        first: dict[str, int] = {}
-        for i, key in enumerate(keys):
-            if key is not None:
-                a, b = root(first.setdefault(key, i)), root(i)
-                parent[max(a, b)] = min(a, b)
-    found: dict[int, Unit] = {}
-    for i in range(len(rows)):
-        found.setdefault(root(i), []).append(i)
-    return list(found.values())
 
 
 def values_of(rows: Rows, column: str) -> tuple[Any, ...]:

@@ -1,0 +1,49 @@
+"""Rows that must stay together: were one of them trained on and another held out, a score would measure memory."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from molehill.tasks.rows import GROUP, Rows
+from molehill.tasks.schema import content_keys
+
+Unit: TypeAlias = list[int]  # row indices
+
+
+def units(rows: Rows) -> list[Unit]:
+    """Rows that belong together: those of the same group (column `GROUP`), or of the same content.
+
+    Two rows of one document share its context, and twins are one row: those that differ only in case, punctuation,
+    white space or Unicode form (see `content_keys`). Both relations are closed transitively.
+
+    Returns:
+        Disjoint units that hold every row, in order of their first row.
+    """
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    groups = rows.columns.get(GROUP, (None,) * len(rows))
+    for keys in ([None if group is None else str(group) for group in groups], content_keys(rows)):
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            if key is not None:
+                a, b = root(first.setdefault(key, i)), root(i)
+                parent[max(a, b)] = min(a, b)
+    found: dict[int, Unit] = {}
+    for i in range(len(rows)):
+        found.setdefault(root(i), []).append(i)
+    return list(found.values())
+
+
+def numbers(rows: Rows) -> list[int]:
+    """Of every row the number of its unit, which are counted from 0 in order of their first row."""
+    of = [0] * len(rows)
+    for number, unit in enumerate(units(rows)):
+        for i in unit:
+            of[i] = number
+    return of
