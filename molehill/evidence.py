@@ -105,8 +105,9 @@ KINDS = (
     ),
     Evidence(
         "baselines",
-        "the same scores of models that are trained on these rows alone",
-        ("EvaluationReply.stages", "EvaluationReply.remembered"),
+        "the same scores of models that are trained on these rows alone, and by how much the personalised model is "
+        "better than these",
+        ("EvaluationReply.stages", "EvaluationReply.gains", "EvaluationReply.remembered"),
         lambda config: bool(config.evaluate.baselines),
         "train.baseline",
     ),

@@ -63,6 +63,26 @@ def standard_error(total: float, squares: float, n: int) -> float | None:
     return math.sqrt(max(0.0, squares / n - (total / n) ** 2) / (n - 1))
 
 
+def of_paired(total: float, squares: float, n: int, step: float = 1.0, most: float = 1.0) -> Interval:
+    """Of the mean of independent differences of pairs, after Bonett and Price (2012).
+
+    Their interval is of two shares of the same trials, whose differences are -1, 0 or 1: two more are counted, one of
+    each sign. So it is no point where no pair differs.
+
+    Args:
+        total: Sum of the differences.
+        squares: Sum of their squares.
+        n: How many there are, above 0.
+        step: The least that one can be beside 0.
+        most: The most that the mean can be.
+    """
+    mean, middle = total / n, total / (n + 2)
+    spread = max(0.0, (squares + 2 * step**2) / (n + 2) - middle**2)
+    error = _Z * math.sqrt(spread / (n + 2))
+    # Rounding alone could leave the mean out.
+    return max(-most, min(mean, middle - error)), min(most, max(mean, middle + error))
+
+
 def of_average(figures: Sequence[float], intervals: Sequence[Interval]) -> Interval:
     """Of the unweighted mean of independent figures from the interval of each (MOVER, Zou and Donner 2008).
 

@@ -227,6 +227,8 @@ class EvaluationReply(BaseModel):
         n_train: Training rows.
         n_test: Held-out rows.
         stages: Scores by stage: ``base``, ``local``, ``global``, ``personalised``.
+        gains: How much better the personalised model is than ``local`` on the same held-out rows, by measure: above 0
+            where it is better. Of an evaluate message, where there was a baseline message before.
         answers: How alike the answers to ``evaluate.generate`` held-out rows are to the right ones, by stage; empty
             where none were asked for, or no row has a whole answer.
         tokens: Tokens of the held-out rows by expert id, summed over sites; from the personalised model. Empty under
@@ -244,6 +246,7 @@ class EvaluationReply(BaseModel):
     n_train: int = Field(ge=0)
     n_test: int = Field(ge=0)
     stages: dict[str, Scores]
+    gains: dict[str, Figure] = Field(default_factory=dict)
     answers: dict[str, Answers] = Field(default_factory=dict)
     tokens: dict[str, Amount] = Field(default_factory=dict)
     probes: dict[str, dict[str, list[Sum]]] = Field(default_factory=dict)

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molehill.molora.forward import Forward
-from molehill.plan import ClientPlan, EvaluationReply, Scope, Scores
+from molehill.plan import ClientPlan, EvaluationReply, Scope
 from molehill.tasks.batches import IGNORE
-from molehill.tasks.task import Example
+from molehill.tasks.task import Example, Tally
 from molehill.wire.keys import Key
 from molehill_client.participant import Participant
-from molehill_client.remembered import keep, key_of, recall
-from molehill_client.scoring import batches_of, score
+from molehill_client.remembered import Baseline, keep, key_of, recall
+from molehill_client.scoring import batches_of, by_row, score
+from molehill_client.state import RowScores
 from molehill_client.together import fit, personal_steps, stacked
 from molehill_client.workbench import Workbench
 
@@ -37,7 +38,7 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
     for client, plan in zip(clients, plans, strict=True):
         client.check(plan)
     keys = [key_of(client, plan, steps) for client, plan in zip(clients, plans, strict=True)] if folder else []
-    found: dict[int, dict[str, Scores]] = {}
+    found: dict[int, dict[str, Baseline]] = {}
     if folder is not None and config.evaluate.baselines != "anew":
         found = {n: stages for n, key in enumerate(keys) if (stages := recall(folder, key)) is not None}
     remembered = frozenset(found)
@@ -48,13 +49,19 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
         if folder is not None:
             keep(folder, keys[n], stages)
     seconds = (time.monotonic() - started) / len(clients)
-    return [client.evaluation(found[n], {}, seconds, remembered=n in remembered) for n, client in enumerate(clients)]
+    replies = []
+    for n, client in enumerate(clients):
+        rows = {stage: each.rows for stage, each in found[n].items()}
+        client.store.save_row_scores(RowScores(range(len(client.test_rows)), rows))
+        scores = {stage: each.scores for stage, each in found[n].items()}
+        replies.append(client.evaluation(scores, {}, seconds, remembered=n in remembered))
+    return replies
 
 
-def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps: int) -> list[dict[str, Scores]]:
-    """Scores by stage of every client."""
+def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps: int) -> list[dict[str, Baseline]]:
+    """The baselines of every client by stage."""
     config, model = clients[0].bench.config, clients[0].bench.model
-    stages = [{"base": _base(client)} for client in clients]
+    stages = [{"base": _told(client, _base(client))} for client in clients]
     clients[0].start_over()
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     fixed = config.molora.init.build("init").frozen
@@ -67,22 +74,26 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
         trained = model.values.clone()
     for client, values, stage in zip(clients, trained, stages, strict=True):
         model.flat.copy_(values)
-        stage["local"] = score(client.bench, client.test_rows).scores()
+        stage["local"] = _told(client, score(client.bench, client.test_rows))
     return stages
 
 
-def _base(client: Participant) -> Scores:
+def _told(client: Participant, total: Tally) -> Baseline:
+    return Baseline(total.scores(), by_row(client, total))
+
+
+def _base(client: Participant) -> Tally:
     """Score the frozen base with only a head."""
     client.start_over()
     model = client.bench.model
     model.state.enabled = False
     try:
-        return _head_only(client) if model.head is not None else score(client.bench, client.test_rows).scores()
+        return _head_only(client) if model.head is not None else score(client.bench, client.test_rows)
     finally:
         model.state.enabled = True
 
 
-def _head_only(client: Participant) -> Scores:
+def _head_only(client: Participant) -> Tally:
     """Train only the head on cached features of the frozen base; until the loss stops falling."""
     model, head = client.bench.model, client.bench.model.head
     assert head is not None
@@ -107,7 +118,7 @@ def _head_only(client: Participant) -> Scores:
     with torch.no_grad():
         found, scores = client.bench.tally(), F.linear(x_test / scale, weight, bias)
         found.add(Forward(scores, y_test, rows_test, [], lambda: scores, model.likelihood))
-    return found.scores()
+    return found
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 
 from molehill.errors import MessageError, TrainingError
 from molehill.molora.probes import Told
-from molehill.plan import Answers, ClientPlan, ClientReply, EvaluationReply, Scores
+from molehill.plan import Answers, ClientPlan, ClientReply, EvaluationReply, Figure, Scores
 from molehill.secure.vector import Form, figures_of
 from molehill.tasks.batches import Batch, Batches
 from molehill.tasks.lengths import Examples, Lengths, together
@@ -285,6 +285,7 @@ class Participant:
         *,
         remembered: bool = False,
         answers: Mapping[str, Answers] | None = None,
+        gains: Mapping[str, Figure] | None = None,
     ) -> EvaluationReply:
         """A reply with what was measured, and the round of the personal state it was measured with."""
         return EvaluationReply(
@@ -292,6 +293,7 @@ class Participant:
             n_train=len(self.train_rows),
             n_test=len(self.test_rows),
             stages=dict(stages),
+            gains=dict(gains or {}),
             answers=dict(answers or {}),
             tokens={} if self.masked else tokens,
             probes=probes or {},

@@ -1,8 +1,9 @@
-"""Scores of baselines that were trained on this machine before.
+"""What baselines scored that were trained on this machine before.
 
 Baselines do not depend on the federation, so runs that differ in its rules or codecs alone need not train them anew.
-Kept are the scores of a client, by a digest of all that they follow from, rows included: who guesses them all can see
-that they were right, and nothing else can be read there.
+Kept is what a client's held-out rows were scored, with which class each has and got, by a digest of all that it follows
+from, rows included: who guesses them all can see that they were right, and nothing of a text can be read there. The
+files are for their owner's eyes only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -22,6 +23,7 @@ import numpy as np
 from molehill import files, registry
 from molehill.config import method_refs
 from molehill.plan import ClientPlan, Scores
+from molehill.tasks.outcomes import Outcomes
 from molehill.tasks.task import Example
 from molehill_client.participant import Participant
 
@@ -29,6 +31,20 @@ from molehill_client.participant import Participant
 _ELSEWHERE = frozenset({"data", "engine", "evaluate", "federation", "privacy", "round", "scenario", "wire"})
 
 _STAGES = ("base", "local")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a model that was trained alone scored.
+
+    Attributes:
+        scores: Over all held-out rows.
+        rows: Of each of them, in their order.
+    """
+
+    scores: Scores
+    rows: Outcomes
+
 
 _log = logging.getLogger(__name__)
 
@@ -58,18 +74,24 @@ def key_of(client: Participant, plan: ClientPlan, steps: int) -> str:
     return total.hexdigest()
 
 
-def recall(folder: Path, key: str) -> dict[str, Scores] | None:
-    """The scores by stage; None where there are none."""
+def recall(folder: Path, key: str) -> dict[str, Baseline] | None:
+    """The baselines by stage; None where there are none."""
     try:
         found = json.loads((folder / f"{key}.json").read_bytes())
-        return {stage: Scores.model_validate(found[stage]) for stage in _STAGES}
-    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
+        parts = {stage: (found[stage]["scores"], found[stage]["rows"]) for stage in _STAGES}
+        return {
+            stage: Baseline(Scores.model_validate(scores), Outcomes.of_json(rows))
+            for stage, (scores, rows) in parts.items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # there is none, or it is damaged
         return None
 
 
-def keep(folder: Path, key: str, stages: dict[str, Scores]) -> None:
-    """Remember scores; a folder that cannot be written is no reason to stop."""
-    content = {stage: scores.model_dump() for stage, scores in stages.items()}
+def keep(folder: Path, key: str, stages: dict[str, Baseline]) -> None:
+    """Remember baselines; a folder that cannot be written is no reason to stop."""
+    content = {
+        stage: {"scores": each.scores.model_dump(), "rows": each.rows.as_json()} for stage, each in stages.items()
+    }
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         files.write(folder / f"{key}.json", json.dumps(content).encode(), mode=0o600)

@@ -13,12 +13,14 @@ from molehill.molora import probes
 from molehill.molora.interfaces import Diagnostic
 from molehill.molora.model import seed_for
 from molehill.molora.passes import start_of
-from molehill.plan import Answers, ClientPlan, EvaluationReply, Scores
-from molehill.tasks.batches import Batch, eval_batches
+from molehill.plan import Answers, ClientPlan, EvaluationReply, Figure, Scores
+from molehill.tasks.batches import Batch, eval_batches, eval_order
+from molehill.tasks.kind import kind_of
+from molehill.tasks.outcomes import Outcomes, gains
 from molehill.tasks.task import Example, Tally
 from molehill_client.answering import answer
 from molehill_client.participant import Participant
-from molehill_client.state import Findings, Sample
+from molehill_client.state import Findings, RowScores, Sample
 from molehill_client.together import fit, personal_steps, residuals, stacked
 from molehill_client.workbench import Workbench
 
@@ -57,10 +59,36 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
         stage["personalised"], tokens = _personally(client, looked)
         found = {name: total.found for name, total in stage.items() if total.found}
         client.store.save_findings(Findings(_answer(client, own, "personalised", said), _confusions(stage), found))
+        gained = _gains(client, stage)
         seconds = (time.monotonic() - started) / len(clients)
-        reply = client.evaluation(_scores(stage), tokens, seconds, state.round, probes.told(looked), answers=said)
+        told = probes.told(looked)
+        reply = client.evaluation(_scores(stage), tokens, seconds, state.round, told, answers=said, gains=gained)
         replies.append(reply)
     return replies
+
+
+def _gains(client: Participant, stages: Mapping[str, Tally]) -> dict[str, Figure]:
+    """How much better the personalised model is than the baseline, row by row; all that was scored is kept."""
+    config, rows = client.bench.config, range(len(client.test_rows))
+    known = client.store.load_row_scores().stages if config.evaluate.baselines else {}
+    kept = {**known, **{name: by_row(client, total) for name, total in stages.items()}}
+    client.store.save_row_scores(RowScores(rows, kept))
+    alone, ours = kept.get("local"), kept["personalised"]
+    if alone is None or alone.n != ours.n:  # nothing was trained alone, or on other rows
+        return {}
+    return gains(alone, ours, kind_of(config.task).measures, rows)
+
+
+def by_row(client: Participant, total: Tally) -> Outcomes:
+    """What each of a client's held-out rows was scored, in their order.
+
+    Args:
+        client: The client.
+        total: Of the batches of `batches_of`.
+    """
+    lengths = [len(row.input_ids) for row in client.test_rows]
+    batches = eval_order(lengths, client.bench.config.evaluate.batch_size, start_of(client.bench.model))
+    return total.outcomes().placed([row for batch in batches for row in batch])
 
 
 def _scores(stages: Mapping[str, Tally]) -> dict[str, Scores]:

@@ -14,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
-from molehill import files
+from molehill import config, files
 from molehill.errors import AdapterError, ResumeError
-from molehill.wire.store import pack_tree, unpack_tree
+from molehill.tasks.outcomes import Outcomes
+from molehill.wire.store import load_tree, pack_tree, unpack_tree
 from molehill.wire.tree import Layout, Tree
 from molehill_client.secret import KeyFile, KeySource, damaged, seal, unseal
 
 _KEEP = 3  # rounds
 _STATE, _MASKING, _FINDINGS, _INSTANCE = "state", "masking.sealed", "evaluation.sealed", "instance"
+_OUTCOMES = "outcomes.sealed"
 _PLAIN = re.compile(rb"[0-9a-f]{16}")
 _LENGTH = struct.Struct("<Q")
 
@@ -90,6 +92,19 @@ class Findings:
     found: Mapping[str, Mapping[str, tuple[int, int, int]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RowScores:
+    """What each held-out row was scored; it never leaves the client.
+
+    Attributes:
+        units: Of every row the number of the unit it is of: only units are independent of each other.
+        stages: By stage what its model scored, row by row in the same order.
+    """
+
+    units: Sequence[int] = ()
+    stages: Mapping[str, Outcomes] = field(default_factory=dict)
+
+
 class StateStore:
     """Reads and writes the personal state of one client in one run.
 
@@ -142,13 +157,10 @@ class StateStore:
         Raises:
             ResumeError: There are older states, and their key is not here; or it cannot be used.
         """
-        key = self._key.load()
-        if key is None:
-            if self.rounds():
-                raise _no_key(self._key, self.folder)
-            key = self._key.create()
+        key = self._key_to_write()
         files.make_folder(self.folder)
         if self._foreign():
+            (self.folder / _OUTCOMES).unlink(missing_ok=True)
             for number in self.rounds():
                 self._at(number).unlink(missing_ok=True)
         if self._instance:
@@ -171,7 +183,11 @@ class StateStore:
         return self._load(_MASKING)
 
     def save_secret(self, data: bytes) -> None:
-        """Keep the secrets of secure aggregation in place of the last ones."""
+        """Keep the secrets of secure aggregation in place of the last ones.
+
+        Raises:
+            ResumeError: As of `save`.
+        """
         self._save(_MASKING, data)
 
     def load_findings(self) -> Findings:
@@ -191,10 +207,42 @@ class StateStore:
             raise damaged(str(self.folder / _FINDINGS)) from None
 
     def save_findings(self, findings: Findings) -> None:
-        """Keep what an evaluation found in place of the last."""
+        """Keep what an evaluation found in place of the last.
+
+        Raises:
+            ResumeError: As of `save`.
+        """
         samples = [astuple(sample) for sample in findings.samples]
         kept = {"samples": samples, "confusion": findings.confusion, "found": findings.found}
         self._save(_FINDINGS, json.dumps(kept).encode())
+
+    def load_row_scores(self) -> RowScores:
+        """What the run's evaluations scored row by row; empty where nothing was kept, or an older run of its name did.
+
+        Raises:
+            ResumeError: They belong to another run, base model or client, are damaged, or their key is not here.
+        """
+        data = self._load(_OUTCOMES)
+        if data is None:
+            return RowScores()
+        try:
+            found = files.parse_json(data)
+            if found["instance"] != self._instance:
+                return RowScores()
+            stages = {str(name): Outcomes.of_json(each) for name, each in found["stages"].items()}
+            return RowScores([int(unit) for unit in found["units"]], stages)
+        except (LookupError, ValueError, TypeError, AttributeError):  # whole, but of another form than is written today
+            raise damaged(str(self.folder / _OUTCOMES)) from None
+
+    def save_row_scores(self, found: RowScores) -> None:
+        """Keep what was scored row by row in place of the last.
+
+        Raises:
+            ResumeError: As of `save`.
+        """
+        stages = {name: each.as_json() for name, each in found.stages.items()}
+        kept = {"instance": self._instance, "units": [*map(int, found.units)], "stages": stages}
+        self._save(_OUTCOMES, json.dumps(kept).encode())
 
     def _load(self, name: str) -> bytes | None:
         path = self.folder / name
@@ -206,9 +254,16 @@ class StateStore:
         return unseal(path.read_bytes(), {**self._label, "file": name}, key, str(path))
 
     def _save(self, name: str, data: bytes) -> None:
-        key = self._key.load() or self._key.create()
+        key = self._key_to_write()
         files.make_folder(self.folder)
         files.write(self.folder / name, seal(data, {**self._label, "file": name}, key), mode=files.PRIVATE)
+
+    def _key_to_write(self) -> bytes:
+        """The key; made where nothing needs an older one."""
+        key = self._key.load()
+        if key is None and self.rounds():
+            raise _no_key(self._key, self.folder)
+        return key or self._key.create()
 
     def rounds(self) -> list[int]:
         """Rounds after which a state was kept, in their order."""
@@ -237,6 +292,24 @@ class StateStore:
 
     def _label_of(self, number: int) -> dict[str, str]:
         return {**self._label, "round": str(number), "file": _STATE}
+
+
+def row_scores_of(out: Path, client: str) -> RowScores:
+    """What a client's held-out rows were scored in a simulation; empty where nothing was kept.
+
+    Args:
+        out: Run folder.
+        client: The client's id.
+
+    Raises:
+        ConfigError: The folder's configuration cannot be read.
+        AdapterError: What everybody started from cannot be read there.
+        ResumeError: The scores are damaged, or their key is not here.
+    """
+    _, start = load_tree(out / "initial.safetensors")
+    return StateStore(
+        out / "clients" / client, config.load(out / "config.toml").run.name, start["base"]
+    ).load_row_scores()
 
 
 def _checked(instance: bytes) -> str:

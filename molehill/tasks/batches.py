@@ -217,6 +217,16 @@ def eval_batches(examples: Sequence[Example], batch_size: int, task: Collator, s
         task: Collates.
         start: What a pass costs before its first token, in tokens.
     """
-    lengths = [len(example.input_ids) for example in examples]
-    for indices in sorted(alike(lengths, start, batch_size), key=lambda some: -len(some) * lengths[some[0]]):
+    for indices in eval_order([len(example.input_ids) for example in examples], batch_size, start):
         yield task.collate([examples[i] for i in indices])
+
+
+def eval_order(lengths: Sequence[int], batch_size: int, start: float) -> list[list[int]]:
+    """Which examples are in each batch of `eval_batches`, in their order.
+
+    Args:
+        lengths: Of the examples, in tokens.
+        batch_size: Most rows of a batch.
+        start: What a pass costs before its first token, in tokens.
+    """
+    return sorted(alike(lengths, start, batch_size), key=lambda some: -len(some) * lengths[some[0]])

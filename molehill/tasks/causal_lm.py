@@ -20,6 +20,7 @@ from molehill.rowfiles.readings import form_of, settled
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
 from molehill.tasks.chat import Chat, Span
 from molehill.tasks.lengths import Examples, Lengths
+from molehill.tasks.measures import TOKEN_ACCURACY
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.rows import TASK, Rows
 from molehill.tasks.units import numbers
@@ -155,7 +156,7 @@ class CausalLM:
 
     def tally(self) -> ScoreSum:
         """Accuracy and cross-entropy of the answer tokens, each given the right ones before it."""
-        return ScoreSum()
+        return ScoreSum(accuracy=TOKEN_ACCURACY)
 
     def _render(self, form: dict[str, Any], where: str) -> tuple[str, list[Span], int]:
         """The whole text of a row, where its answers are, and how many more there would be to learn."""

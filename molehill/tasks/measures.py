@@ -56,6 +56,15 @@ class Measure:
         """Whether it can be so much."""
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
+    @property
+    def span(self) -> float | None:
+        """The most that two values can differ by; None where there is no such number."""
+        return None if self.least is None or self.most is None else self.most - self.least
+
+    def spans(self, *differences: float) -> bool:
+        """Whether two values can differ by as much."""
+        return self.span is None or max(map(abs, differences)) <= self.span
+
     def ends(self, interval: Interval) -> tuple[str, ...]:
         """Both ends of an interval, short."""
         return tuple(text.removeprefix("0") if text.startswith("0.") else text for text in map(self.write, interval))

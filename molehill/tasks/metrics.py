@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +13,8 @@ from molehill.errors import DataError, TrainingError
 from molehill.intervals import of_bounded, of_mean, of_share
 from molehill.molora.forward import Forward
 from molehill.plan import Scores
+from molehill.tasks.measures import ACCURACY, LOSS, MACRO_F1, Measure
+from molehill.tasks.outcomes import Outcomes, Parts
 
 
 def require_scores(n: int, loss: float) -> None:
@@ -37,15 +40,19 @@ class ScoreSum:
 
     Args:
         classes: Number of classes; None for causal LM, where F1 over the vocabulary means nothing.
+        accuracy: As which measure the task declares the accuracy.
     """
 
     found = None
 
-    def __init__(self, classes: int | None = None) -> None:
+    def __init__(self, classes: int | None = None, accuracy: Measure = ACCURACY) -> None:
+        self._accuracy = accuracy
         self._n = 0
         self._rows = 0
         self._sums = torch.zeros(3, dtype=torch.float64)  # over predictions: 1, right, loss
         self._products = torch.zeros(3, 3, dtype=torch.float64)  # the same of every row times themselves
+        self._each: list[Tensor] = []  # the same of every row
+        self._places: list[Tensor] = []  # of every prediction its row, what is there and what is said
         self._confusion = None if classes is None else torch.zeros(classes, classes, dtype=torch.int64)
 
     def add(self, forward: Forward) -> None:
@@ -67,9 +74,13 @@ class ScoreSum:
         predicted = logits.argmax(-1)
         losses = -F.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1))[:, 0]
         each = torch.stack([torch.ones_like(losses), (predicted == labels).float(), losses], 1).double().cpu()
+        places = torch.arange(len(labels))
         if rows is not None:
             _, places = torch.unique(rows.cpu(), return_inverse=True)
             each = torch.zeros(int(places.max()) + 1, 3, dtype=torch.float64).index_add_(0, places, each)
+        if self._confusion is not None:
+            self._places.append(torch.stack([places + self._rows, labels.cpu(), predicted.cpu()]))
+        self._each.append(each)
         self._n += len(labels)
         self._rows += len(each)
         self._sums += each.sum(0)
@@ -103,6 +114,18 @@ class ScoreSum:
             macro_f1_interval=None if macro is None else of_bounded(macro, spread, self._n),
             loss_interval=None if error is None else of_mean(loss, error),
         )
+
+    def outcomes(self) -> Outcomes:
+        """See `molehill.tasks.task.Tally`; of rows of several predictions the sums."""
+        n, right, losses = torch.cat(self._each).T.numpy()
+        parts = {self._accuracy.name: Parts.of_rows(right, n), LOSS.name: Parts.of_rows(losses, n)}
+        if self._confusion is not None:
+            rows, there, said = torch.cat(self._places, 1).numpy()
+            # Half of a prediction is of the class that is there, half of the one that is said.
+            halves = np.full(2 * len(rows), 0.5)
+            hits = np.tile((there == said) / 2, 2)
+            parts[MACRO_F1.name] = Parts(hits, halves, np.tile(rows, 2), np.concatenate([there, said]))
+        return Outcomes(self._rows, parts)
 
     @property
     def confusion(self) -> list[list[int]] | None:

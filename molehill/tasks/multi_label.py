@@ -14,8 +14,10 @@ from molehill.intervals import of_bounded, of_mean, of_share, standard_error
 from molehill.molora.forward import Forward
 from molehill.molora.likelihoods import of_flags
 from molehill.plan import Figure, Scores
+from molehill.tasks.measures import LOSS, MACRO_F1
 from molehill.tasks.metrics import require_scores
 from molehill.tasks.of_texts import OfTexts
+from molehill.tasks.outcomes import Outcomes, Parts
 from molehill.tasks.rows import Rows
 
 
@@ -97,6 +99,20 @@ class FlagSum:
             macro_f1_interval=None if macro is None else of_bounded(macro, spread, n),
             loss_interval=None if error is None else of_mean(loss, error),
         )
+
+    def outcomes(self) -> Outcomes:
+        """See `molehill.tasks.task.Tally`."""
+        said, there = (np.concatenate(parts) for parts in (self._said, self._there))
+        hits, both = (said & there).astype(np.float64), (said.astype(np.float64) + there) / 2
+        rows, columns = np.nonzero(both)
+        parts = {
+            "subset_accuracy": Parts.of_rows((said == there).all(1)),
+            LOSS.name: Parts.of_rows(np.concatenate(self._losses)),
+        }
+        if len(rows):
+            parts["micro_f1"] = Parts.of_rows(hits.sum(1), both.sum(1))
+            parts[MACRO_F1.name] = Parts(hits[rows, columns], both[rows, columns], rows, columns)
+        return Outcomes(len(said), parts)
 
     @property
     def confusion(self) -> list[list[int]]:

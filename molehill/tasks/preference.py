@@ -18,7 +18,9 @@ from molehill.rowfiles.preferences import pair_of
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
 from molehill.tasks.causal_lm import CausalLM
 from molehill.tasks.lengths import Examples, Lengths
+from molehill.tasks.measures import LOSS
 from molehill.tasks.metrics import require_scores
+from molehill.tasks.outcomes import Outcomes, Parts
 from molehill.tasks.rows import TASK, Rows
 from molehill.tasks.units import numbers
 
@@ -123,7 +125,7 @@ class PairSum:
         )
         n = len(found)
         require_scores(n, float(losses.sum()))
-        right = (found > 0).double() + (found == 0).double() / 2
+        right = _right(found)
         share, error = float(right.mean()), _error(right)
         margin, loss = float(found.mean()), float(losses.mean())
         return Scores(
@@ -138,6 +140,17 @@ class PairSum:
                 ),
             },
         )  # fmt: skip
+
+    def outcomes(self) -> Outcomes:
+        """See `molehill.tasks.task.Tally`."""
+        found, losses = torch.cat(self._margins), torch.cat(self._losses)
+        parts = {"preferred": Parts.of_rows(_right(found)), "margin": Parts.of_rows(found)}
+        return Outcomes(len(found), {**parts, LOSS.name: Parts.of_rows(losses)})
+
+
+def _right(found: Tensor) -> Tensor:
+    """Of every margin 1 where it is above 0, and half where it is 0."""
+    return (found > 0).double() + (found == 0).double() / 2
 
 
 def _error(values: Tensor) -> float | None:

@@ -15,8 +15,10 @@ from molehill.intervals import Interval, of_correlation, of_mean
 from molehill.molora.forward import Forward
 from molehill.molora.likelihoods import of_number
 from molehill.plan import Figure, Scores
+from molehill.tasks.measures import LOSS
 from molehill.tasks.metrics import require_scores
 from molehill.tasks.of_texts import OfTexts
+from molehill.tasks.outcomes import Outcomes, Parts
 from molehill.tasks.rows import Rows
 
 Array = NDArray[np.float64]
@@ -105,6 +107,16 @@ class NumberSum:
                 figures[name] = Figure(value=r, interval=of_correlation(r, n, spread))
         loss, within_loss = _mean((errors / self._unit) ** 2 / 2)
         return Scores(n=n, loss=loss, loss_interval=within_loss, figures=figures)
+
+    def outcomes(self) -> Outcomes:
+        """See `molehill.tasks.task.Tally`."""
+        errors = (torch.cat(self._said) - torch.cat(self._right)).numpy()
+        parts = {
+            "rmse": Parts.of_rows((errors * self._unit) ** 2, root=True),
+            "mae": Parts.of_rows(np.abs(errors * self._unit)),
+            LOSS.name: Parts.of_rows(errors**2 / 2),
+        }
+        return Outcomes(len(errors), parts)
 
 
 def _mean(values: Array) -> tuple[float, Interval | None]:

@@ -12,6 +12,7 @@ from molehill.molora.likelihoods import Likelihood
 from molehill.plan import Scores
 from molehill.tasks.batches import Collator, Example
 from molehill.tasks.lengths import Examples
+from molehill.tasks.outcomes import Outcomes
 from molehill.tasks.rows import Rows
 
 __all__ = ["ByObjective", "Classes", "Example", "Tally", "Task"]
@@ -31,6 +32,10 @@ class Tally(Protocol):
             DataError: Nothing was counted.
             TrainingError: The loss is not finite.
         """
+        ...
+
+    def outcomes(self) -> Outcomes:
+        """What every row was scored, in the order in which they were counted."""
         ...
 
     @property

@@ -17,7 +17,9 @@ from molehill.molora.likelihoods import of_class
 from molehill.plan import Figure, Scores
 from molehill.tasks.batches import IGNORE, Batch, Example, pad
 from molehill.tasks.lengths import Examples, Lengths
+from molehill.tasks.measures import MACRO_F1, TOKEN_ACCURACY
 from molehill.tasks.metrics import ScoreSum
+from molehill.tasks.outcomes import Outcomes, Parts
 from molehill.tasks.rows import TASK, Rows
 from molehill.tasks.units import numbers
 
@@ -134,9 +136,10 @@ class EntitySum:
 
     def __init__(self, tagging: Tagging, classes: int) -> None:
         self._tagging = tagging
-        self._words = ScoreSum(classes)
+        self._words = ScoreSum(classes, TOKEN_ACCURACY)
         self._rows = 0
-        self._sums = np.zeros(3, np.int64)  # right, found, there
+        self._each: list[NDArray[np.int64]] = []  # right, found and there of every row
+        self._sums = np.zeros(3, np.int64)
         self._products = np.zeros((3, 3), np.int64)  # of every row times themselves
         self._types = np.zeros((len(tagging.types), 3), np.int64)
 
@@ -153,6 +156,7 @@ class EntitySum:
         for column, spans in enumerate((right, found, there)):
             each[:, column] = np.bincount(places[spans[:, 0]], minlength=len(rows))
             self._types[:, column] += np.bincount(spans[:, 2], minlength=len(self._types))
+        self._each.append(each)
         self._rows += len(rows)
         self._sums += each.sum(0)
         self._products += each.T @ each
@@ -175,6 +179,14 @@ class EntitySum:
             )
             figures["entity_recall"] = self._figure(np.array([1, 0, 0]), np.array([0, 0, 1]))
         return words.model_copy(update={"macro_f1": None, "macro_f1_interval": None, "figures": figures})
+
+    def outcomes(self) -> Outcomes:
+        """See `molehill.tasks.task.Tally`."""
+        words, (right, found, there) = self._words.outcomes(), np.concatenate(self._each).T
+        parts = {name: part for name, part in words.parts.items() if name != MACRO_F1.name}
+        if there.any():
+            parts["entity_f1"] = Parts.of_rows(right, (found + there) / 2)
+        return Outcomes(words.n, parts)
 
     @property
     def confusion(self) -> list[list[int]] | None:

@@ -101,6 +101,7 @@ def parse_scores(text: str, client: str, kind: str, model: Layout, config: Confi
         raise MessageError(f"it has answers of {sorted(reply.answers)}, where those to {most} rows were asked for")
     for stage, scores in reply.stages.items():
         _require_measured(scores, stage, config)
+    _require_gains(reply, kind, config)
     foreign = reply.tokens.keys() - {key.expert for key in model}
     if foreign:
         raise MessageError(f"it counts tokens for the foreign expert {min(foreign)!r:.80}")
@@ -120,6 +121,19 @@ def _require_measured(scores: Scores, stage: str, config: Config) -> None:
     first = next(iter(measures.values()))
     if first.of(told) is None:
         raise MessageError(f"it does not tell the {first.title} of stage {stage}")
+
+
+def _require_gains(reply: EvaluationReply, kind: str, config: Config) -> None:
+    """Refuse gains that nobody asked for, that the task does not measure or that cannot be."""
+    if reply.gains and not (kind == "evaluate" and config.evaluate.baselines):
+        raise MessageError("it tells gains over a baseline, where there is none")
+    measures = {measure.name: measure for measure in kind_of(config.task).measures}
+    if unknown := reply.gains.keys() - measures.keys():
+        raise MessageError(f"it tells a gain of {min(unknown)!r:.80}, which means nothing of a {config.task.kind}")
+    for name, gain in reply.gains.items():
+        low, high = gain.interval or (gain.value, gain.value)
+        if not low <= gain.value <= high or not measures[name].spans(low, high):
+            raise MessageError(f"its gain in {name} is {gain.value:g} ({low:g} to {high:g}), which cannot be")
 
 
 def _first(error: ValidationError) -> str:

@@ -207,6 +207,12 @@ def _figures(summary: Summary) -> list[str]:
         f"Base: the frozen base{', with a head trained by each owner' if headed else ''}. Local: each owner alone.",
         f"Global: the shared model. Personalised: with each owner's own gate{' and head' if headed else ''}.",
     ]
+    if summary.gained:
+        lines += [
+            "",
+            "Gain over alone: of each owner the personalised model over the local one, on the same held-out rows.",
+            *(f"In {each.title}: {summary.gains[each.name].told(each)}." for each in summary.gained),
+        ]
     if summary.unscored:
         lines.append(f"{_count(len(summary.unscored), 'owner')} of the run are not in them, for want of figures.")
     if summary.anew:

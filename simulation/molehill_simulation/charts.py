@@ -58,6 +58,42 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Whisker:
+    """A value with its interval, on a line of its own.
+
+    Attributes:
+        name: Whose it is.
+        at: Where the value is, in percent from the left.
+        low: Where the interval begins.
+        high: Where it ends.
+        sign: 1 or -1 when all of it is above or below 0; else 0.
+        text: Both, written.
+    """
+
+    name: str
+    at: float
+    low: float
+    high: float
+    sign: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Whiskers:
+    """Values around 0, one below the other.
+
+    Attributes:
+        zero: Where 0 is, in percent from the left.
+        x: Ticks of the axis.
+        lines: The values.
+    """
+
+    zero: float
+    x: tuple[Tick, ...]
+    lines: tuple[Whisker, ...]
+
+
+@dataclass(frozen=True)
 class Plot:
     """A chart over rounds.
 
@@ -154,3 +190,25 @@ def bar_plot(
         for index, number in enumerate(rounds)
     )
     return Plot(_x_ticks(rounds, lambda index: group * (index + 0.5)), ticks, bars=bars)
+
+
+def whisker_plot(lines: Sequence[tuple[str, float, tuple[float, float], int, str]]) -> Whiskers:
+    """Values with their intervals on one axis, on which 0 is.
+
+    Args:
+        lines: Of each value its name, it, the ends of its interval, its sign and how it is written; at least one.
+    """
+    ends = [end for _, value, interval, _, _ in lines for end in (value, *interval)]
+    low, high, ticks = _y_ticks(min(0.0, *ends), max(0.0, *ends), lambda value: f"{value:+.3g}" if value else "0")
+
+    def place(value: float) -> float:
+        return 100 * (value - low) / (high - low)
+
+    return Whiskers(
+        place(0.0),
+        ticks,
+        tuple(
+            Whisker(name, place(value), place(first), place(last), sign, text)
+            for name, value, (first, last), sign, text in lines
+        ),
+    )

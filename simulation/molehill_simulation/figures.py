@@ -59,6 +59,87 @@ class Figures(BaseModel):
         return measure.best(known) if known else None
 
 
+class Gain(BaseModel):
+    """How much better the personalised model is than the one trained alone, on the same held-out rows.
+
+    Attributes:
+        value: Above 0 where it is better, be that more or less of the measure.
+        interval: Ends of what it is in with 95% confidence, were the held-out rows drawn anew; None where that is not
+            known.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    interval: Interval | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 for a gain and -1 for a loss of more than the interval; 0 for neither."""
+        low, high = self.interval or (-math.inf, math.inf)
+        return (low > 0) - (high < 0)
+
+    def told(self, measure: Measure) -> str:
+        """It with its interval: ``+0.021 (+0.003 to +0.039)``."""
+        ends = f" ({' to '.join(signed(measure, end) for end in self.interval)})" if self.interval else ""
+        return signed(measure, self.value) + ends
+
+
+class Gains(BaseModel):
+    """The gains of all clients that have one, by one measure.
+
+    Attributes:
+        mean: Unweighted mean; its interval is of these clients, whose rows are drawn anew.
+        worst: The least.
+        client: Whose that is.
+        gained: Clients that gain more than their interval, so that none of it is at or below 0.
+        lost: Clients that lose more than it.
+        neither: The others.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: Gain
+    worst: Gain
+    client: str
+    gained: int
+    lost: int
+    neither: int
+
+    @classmethod
+    def over(cls, clients: Mapping[str, Gain]) -> Gains:
+        """Of clients by id, at least one."""
+        found = [*clients.values()]
+        ends = [gain.interval for gain in found if gain.interval is not None]
+        values = [gain.value for gain in found]
+        within = of_average(values, ends) if len(ends) == len(found) else None
+        worst = min(clients, key=lambda client: clients[client].value)
+        signs = [gain.sign for gain in found]
+        return cls(
+            mean=Gain(value=_mean(values), interval=within),
+            worst=clients[worst],
+            client=worst,
+            gained=signs.count(1),
+            lost=signs.count(-1),
+            neither=signs.count(0),
+        )
+
+    def told(self, measure: Measure) -> str:
+        """All in words, without a name."""
+        return f"mean {self.mean.told(measure)}, worst {self.worst.told(measure)}; {self.counted}"
+
+    @property
+    def counted(self) -> str:
+        """How many clients gain and lose, in words."""
+        return f"{self.gained} gain and {self.lost} lose more than their interval, {self.neither} neither"
+
+
+def signed(measure: Measure, value: float) -> str:
+    """A difference as people read it, with its sign."""
+    written = measure.write(abs(value))
+    return written if value == 0 else f"{'+' if value > 0 else '-'}{written}"
+
+
 class Recall(Figures):
     """Of one class, the share of its held-out rows that the final models take for it.
 
@@ -101,6 +182,7 @@ class ClientFigures(Figures):
         rouge_l: Mean ROUGE-L, in [0, 1].
         chrf: Mean chrF2, in [0, 1].
         figures: What else its task measures, by name.
+        gains: By measure how much better the personalised model is than the local one; empty where that is not known.
     """
 
     id: str
@@ -121,6 +203,7 @@ class ClientFigures(Figures):
     rouge_l: Figures | None = None
     chrf: Figures | None = None
     figures: dict[str, Figures] = Field(default_factory=dict)
+    gains: dict[str, Gain] = Field(default_factory=dict)
 
     def of(self, measure: Measure) -> Figures | None:
         """The figures by a measure; None where there are none."""

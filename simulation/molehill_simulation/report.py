@@ -21,10 +21,11 @@ from molehill import files
 from molehill.config import Config, MoLoRA, Task, parse
 from molehill.errors import ConfigError, DataError, ResumeError
 from molehill.tasks.kind import Kind, kind_of
+from molehill.tasks.measures import Measure
 from molehill.words import figure
 from molehill_server import events as events_file
 from molehill_simulation import experts
-from molehill_simulation.charts import Plot, bar_plot, line_plot
+from molehill_simulation.charts import Plot, Whiskers, bar_plot, line_plot, whisker_plot
 from molehill_simulation.few import MOST, Few, spread
 from molehill_simulation.figures import STAGES
 from molehill_simulation.summary import (
@@ -165,6 +166,7 @@ def _content(
         "facts": _facts(events, summary, config),
         "loss": line_plot(numbers, {**curves, _MEAN: mean}, {**styles, _MEAN: "line-mean"}),
         "traffic": bar_plot(numbers, traffic, lambda count: f"{count / 1e6:.3g} MB"),
+        "gains": _gains(summary) if summary else [],
         "clients": count,
         "named": named,
         "classes": _classes(summary, None if len(named) == count else named) if summary and summary.classes else None,
@@ -205,6 +207,20 @@ def _classes(summary: Summary, named: Collection[str] | None) -> dict[str, Any]:
         if named is None or client in named
     ]
     return {"labels": labels, "more": len(totals) - len(labels), "rows": rows, "scored": any(scores.values())}
+
+
+def _gains(summary: Summary) -> list[tuple[Measure, Whiskers]]:
+    """By measure the gain over alone: of the mean, then of every client that is shown, the greatest by the first."""
+    measures = summary.gained
+    clients = [client for client in summary.shown if measures and measures[0].name in client.gains]
+    clients.sort(key=lambda client: -client.gains[measures[0].name].value)
+    plots = []
+    for measure in measures:
+        gains = {client.id: client.gains[measure.name] for client in clients if measure.name in client.gains}
+        lines = [(name, gain.value, gain.interval or (gain.value,) * 2, gain.sign, gain.told(measure))
+                 for name, gain in (("mean", summary.gains[measure.name].mean), *gains.items())]  # fmt: skip
+        plots.append((measure, whisker_plot(lines)))
+    return plots
 
 
 def _norms(rounds: Sequence[Event], styles: Mapping[str, str], named: Collection[str]) -> Plot | None:

@@ -23,6 +23,8 @@ from molehill_simulation.figures import (
     Confusion,
     Figures,
     Found,
+    Gain,
+    Gains,
     Recall,
     Spread,
     TypeF1,
@@ -36,6 +38,8 @@ from molehill_simulation.text import by_name, clean, natural
 Event: TypeAlias = Mapping[str, Any]
 
 _NAMED = 5  # clients that are named in a sentence
+
+_LATEST = ("answers", "gains", "tokens", "probes")  # of an evaluation, what a later one does not take away
 
 _QUANTILES = {"10%": 0.1, "25%": 0.25, "median": 0.5, "75%": 0.75, "90%": 0.9}
 
@@ -104,6 +108,8 @@ class Summary(BaseModel):
             classes.
         recall: Recall of every class, over all clients; empty where that is not known.
         type_f1: F1 of every type of entities, over all clients; empty where none are looked for.
+        gains: By measure how much better the personalised models are than those trained alone, on the same held-out
+            rows; over the clients that told. Empty where there were no baselines.
         lengths: How many tokens the rows have before they are cut, in words; empty where the rows are not here.
         probes: Figures of ``evaluate.probes`` over the held-out rows of all clients, by name and ``site/figure``.
         rounds: Rounds completed.
@@ -137,6 +143,7 @@ class Summary(BaseModel):
     confusion: Confusion | None = None
     recall: dict[str, Recall] = Field(default_factory=dict)
     type_f1: dict[str, TypeF1] = Field(default_factory=dict)
+    gains: dict[str, Gains] = Field(default_factory=dict)
     lengths: str = ""
     probes: dict[str, dict[str, float]] = Field(default_factory=dict)
     rounds: int
@@ -207,6 +214,11 @@ class Summary(BaseModel):
             for each in kind_of(self.task).measures
             if each.name in OF_ANSWERS and getattr(self, each.name) is not None
         )
+
+    @property
+    def gained(self) -> tuple[Measure, ...]:
+        """By what tables tell the gain over alone: two measures at most, that by which a run is judged first."""
+        return tuple(each for each in kind_of(self.task).measures if each.name in self.gains)[:2]
 
     def cells(self, client: ClientFigures) -> tuple[Figures, ...]:
         """The figures of a client in the order of the columns."""
@@ -287,9 +299,9 @@ def evaluations_of(events: Iterable[Event]) -> dict[str, dict[str, Any]]:
     merged: dict[str, dict[str, Any]] = {}
     for event in events:
         if event["event"] == "evaluation":
-            known = merged.setdefault(event["client"], {"stages": {}, "answers": {}, "tokens": {}, "probes": {}})
+            known = merged.setdefault(event["client"], {"stages": {}, **{key: {} for key in _LATEST}})
             stages = {**known["stages"], **event["stages"]}
-            latest = {key: event.get(key) or known[key] for key in ("answers", "tokens", "probes")}
+            latest = {key: event.get(key) or known[key] for key in _LATEST}
             merged[event["client"]] = {**event, "stages": stages, **latest}
     return dict(by_name(merged))
 
@@ -340,6 +352,7 @@ def summarise(
             answered=max((said["n"] for said in evaluation["answers"].values()), default=0),
             **{measure.name: _figures(measure, evaluation) for measure in named},
             figures={each.name: told for each in others if (told := _figures(each, evaluation)) is not None},
+            gains={name: Gain.model_validate(gain) for name, gain in evaluation["gains"].items()},
             **_values(first, evaluation),
         )
         for client, evaluation in evaluations_of(events).items()
@@ -360,6 +373,7 @@ def summarise(
         confusion=confusion,
         recall={} if confusion is None else confusion.recall,
         type_f1=Found.over(found.values()).f1,
+        gains={each.name: Gains.over(gains) for each in measures if (gains := _gains(each, clients))},
         lengths=lengths,
         probes=dict(probes or {}),
         rounds=len(rounds),
@@ -406,6 +420,10 @@ def _values(measure: Measure, evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def _figures(measure: Measure, evaluation: Mapping[str, Any]) -> Figures | None:
     found = Figures.model_validate(_values(measure, evaluation))
     return None if found.last is None else found
+
+
+def _gains(measure: Measure, clients: Iterable[ClientFigures]) -> dict[str, Gain]:
+    return {client.id: client.gains[measure.name] for client in clients if measure.name in client.gains}
 
 
 def _spread(measure: Measure, clients: Iterable[ClientFigures]) -> Spread | None:

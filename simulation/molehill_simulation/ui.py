@@ -20,7 +20,7 @@ from rich.text import Text
 
 from molehill.tasks.measures import Measure
 from molehill.words import counted, figure, short_figure
-from molehill_simulation.figures import STAGES, Figures
+from molehill_simulation.figures import STAGES, Figures, Gain
 from molehill_simulation.pace import Pace, Work, in_words
 from molehill_simulation.summary import Event, Summary
 from molehill_simulation.text import by_name, clean, duration, megabytes, natural
@@ -28,6 +28,7 @@ from molehill_simulation.text import by_name, clean, duration, megabytes, natura
 _log = logging.getLogger(__name__)
 
 _BEST = "bold green"
+_LOST = "bold red"
 _CLASSES = 8  # that the terminal names
 _WITHIN = 40  # clients whose intervals the terminal shows
 _NAMES = {"baseline": "Baselines", "train": "Rounds", "evaluate": "Evaluation"}
@@ -250,6 +251,38 @@ def results_table(summary: Summary) -> Table:
     return table
 
 
+def gains_table(summary: Summary) -> Table:
+    """The gain of every client over training alone, then mean and worst; marked where it is more than its interval.
+
+    Args:
+        summary: A finished run with baselines.
+
+    Returns:
+        A table to print.
+    """
+    title = "Gain over alone: personalised over local on the same held-out rows"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("client", overflow="fold")
+    for measure in summary.gained:
+        table.add_column(measure.title, justify="right")
+    for client in summary.shown if _within(summary) else ():
+        if client.gains:
+            table.add_row(Text(clean(client.id, 40)), *_gains(summary.gained, client.gains))
+    table.add_section()
+    over = summary.gains
+    table.add_row("mean", *_gains(summary.gained, {name: each.mean for name, each in over.items()}))
+    table.add_row("worst", *_gains(summary.gained, {name: each.worst for name, each in over.items()}))
+    return table
+
+
+def _gains(measures: Sequence[Measure], gains: Mapping[str, Gain]) -> list[Text]:
+    cells = []
+    for measure in measures:
+        gain = gains.get(measure.name)
+        cells.append(Text("-") if gain is None else Text(gain.told(measure), {1: _BEST, -1: _LOST}.get(gain.sign, "")))
+    return cells
+
+
 def _signed(rows: Iterable[Figures]) -> bool:
     """Whether there is an interval that begins below 0."""
     return any(ends is not None and ends[0] < 0 for row in rows for ends in row.intervals)
@@ -317,6 +350,11 @@ def show_summary(summary: Summary, console: Console) -> None:
         notes += "; below figures their 95% intervals, in hundredths of such as .712"
         notes += "" if _within(summary) else ", those of clients in report.html and summary.json"
     console.print(Text(notes, style="dim"), soft_wrap=True)
+    if summary.gained:
+        console.print()
+        console.print(gains_table(summary))
+        counts = "; ".join(f"{each.title}: {summary.gains[each.name].counted}" for each in summary.gained)
+        console.print(Text(f"{counts} (in brackets: 95%)", style="dim"), soft_wrap=True)
     if summary.perplexity is not None and summary.told_losses:
         console.print(Text(f"mean loss per answer token in nats: {summary.told_losses}", style="dim"), soft_wrap=True)
     if summary.of_answers:

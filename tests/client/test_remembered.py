@@ -17,7 +17,9 @@ from molehill_client.remembered import key_of
 @pytest.fixture
 def home(house, tmp_path):
     home = house()
-    home.bench = replace(home.bench, remembered=tmp_path / "baselines")
+    evaluate = home.bench.config.evaluate.model_copy(update={"baselines": True})
+    config = home.bench.config.model_copy(update={"evaluate": evaluate})
+    home.bench = replace(home.bench, config=config, remembered=tmp_path / "baselines")
     return home
 
 
@@ -55,13 +57,14 @@ def test_anew_trains_and_replaces_what_was_there(home):
     client, plan = home.client(0), home.plan(0, 0)
     (reply,) = baselines.baseline_together([client], [plan])
     (path,) = home.bench.remembered.iterdir()
-    wrong = {stage: {**scores.model_dump(), "accuracy": 0.125} for stage, scores in reply.stages.items()}
+    wrong = json.loads(path.read_text())
+    wrong["local"]["scores"]["accuracy"] = 0.125
     path.write_text(json.dumps(wrong))
     assert client.baseline(plan).stages["local"].accuracy == 0.125
     evaluate = home.bench.config.evaluate.model_copy(update={"baselines": "anew"})
     object.__setattr__(home.bench, "config", home.bench.config.model_copy(update={"evaluate": evaluate}))
     assert client.baseline(plan).stages == reply.stages
-    assert json.loads(path.read_text())["local"]["accuracy"] == reply.stages["local"].accuracy
+    assert json.loads(path.read_text())["local"]["scores"]["accuracy"] == reply.stages["local"].accuracy
 
 
 def test_what_is_damaged_or_cannot_be_kept_is_trained(home, tmp_path):
@@ -75,6 +78,8 @@ def test_what_is_damaged_or_cannot_be_kept_is_trained(home, tmp_path):
         "7",
         '{"base": {}, "local": {}}',
         json.dumps({"base": json.loads(path.read_text())["base"]}),
+        json.dumps({stage: scores.model_dump() for stage, scores in reply.stages.items()}),  # of an older version
+        path.read_text().replace('"above": [', '"above": [1.0, '),
     ):
         path.write_text(damaged)
         again = client.baseline(plan)
@@ -84,14 +89,30 @@ def test_what_is_damaged_or_cannot_be_kept_is_trained(home, tmp_path):
     assert client.baseline(plan).stages == reply.stages
 
 
-def test_nothing_of_the_rows_is_kept(home):
+def test_what_was_remembered_tells_the_same_gain(home, monkeypatch):
+    client = home.client(0)
+    client.baseline(home.plan(0, 0))
+    first = client.evaluate(home.plan(0))
+    monkeypatch.setattr(baselines, "fit", no_training)
+    (home.folder / client.name / "outcomes.sealed").unlink()
+    again = home.client(0)
+    assert again.baseline(home.plan(0, 0)).remembered
+    assert again.evaluate(home.plan(0)).gains == first.gains
+    assert first.gains.keys() == {"accuracy", "macro_f1", "loss"}
+
+
+def test_no_text_is_kept(home):
     client = home.client(0)
     client.baseline(home.plan(0, 0))
     (path,) = home.bench.remembered.iterdir()
     assert path.stat().st_mode & 0o77 == 0
     kept = json.loads(path.read_text())
     assert kept.keys() == {"base", "local"}
-    assert all(scores.keys() == set(Scores.model_fields) for scores in kept.values())
+    for each in kept.values():
+        assert each.keys() == {"scores", "rows"}
+        assert each["scores"].keys() == set(Scores.model_fields)
+        assert each["rows"]["n"] == len(client.test_rows)
+        assert each["rows"]["parts"].keys() == {"accuracy", "macro_f1", "loss"}
 
 
 def test_the_key_is_of_all_that_they_follow_from_and_of_nothing_else(home):

@@ -18,10 +18,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from keyring.backend import KeyringBackend
 
 from molehill.errors import ConfigError, ResumeError
+from molehill.tasks.outcomes import Outcomes, Parts
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
 from molehill_client.secret import KeyFile, Keyring, seal, unseal
-from molehill_client.state import PersonalState, StateStore
+from molehill_client.state import PersonalState, RowScores, StateStore
 
 
 @pytest.fixture
@@ -140,6 +141,50 @@ def test_a_kill_at_any_change_of_the_folder_leaves_a_whole_state(store, tmp_path
     store().save(2, state(7))
     assert store().before(3).held == {"gate": "7"}
     assert store().before(2).held == {"gate": "1"}
+
+
+def test_what_rows_were_scored_is_kept_for_this_run_and_in_no_clear(store, tmp_path):
+    part = Parts.of_rows(np.array([0.123, 2.0]), np.array([1.0, 3.0]))
+    found = RowScores([4, 4], {"local": Outcomes(2, {"loss": part})})
+    assert store().load_row_scores() == RowScores()
+    store().save_row_scores(found)
+    back = store().load_row_scores()
+    assert (back.units, back.stages.keys()) == ([4, 4], {"local"})
+    assert back.stages["local"].as_json() == found.stages["local"].as_json()
+    path = tmp_path / "client-1" / "outcomes.sealed"
+    written = path.read_bytes()
+    assert b"0.123" not in written
+    assert b"local" not in written
+    assert path.stat().st_mode & 0o777 == 0o600
+    other = StateStore(tmp_path / "client-1", "run", "b" * 64, instance="0" * 16)
+    assert other.load_row_scores() == RowScores()
+    with pytest.raises(ResumeError, match="another base"):
+        store(base="c" * 64).load_row_scores()
+    key = KeyFile(tmp_path / "state.key").load()
+    label = {"run": "run", "base": "b" * 64, "client": "client-1", "file": "outcomes.sealed"}
+    for wrong in (b"7", b"{}", b'{"instance": "", "units": [], "stages": {"local": {"n": 1, "parts": 7}}}'):
+        path.write_bytes(seal(wrong, label, key))
+        with pytest.raises(ResumeError, match="is damaged"):
+            store().load_row_scores()
+    other.save(1, state(1))
+    assert path.exists()  # no other run had left states here
+
+
+def test_what_an_older_run_of_the_name_scored_goes_with_its_states(tmp_path):
+    old, new = (StateStore(tmp_path / "client-1", "run", each * 64, instance=each * 16) for each in "bc")
+    old.save(1, state(1))
+    old.save_row_scores(RowScores([0], {"local": Outcomes(1, {"loss": Parts.of_rows(np.ones(1))})}))
+    new.save(1, state(2))
+    assert new.load_row_scores() == RowScores()
+
+
+def test_no_key_is_made_where_states_need_the_old_one(store, tmp_path):
+    store().save(1, state(1))
+    (tmp_path / "state.key").unlink()
+    for save in (lambda: store().save_row_scores(RowScores()), lambda: store().save_secret(b"")):
+        with pytest.raises(ResumeError, match="the key of the personal state is not there"):
+            save()
+    assert not (tmp_path / "state.key").exists()
 
 
 def test_nothing_is_in_the_clear(store, tmp_path):

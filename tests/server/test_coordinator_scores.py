@@ -68,6 +68,23 @@ ANSWERS = {
         ),
         (lambda said: said.update(answers={"global": ANSWERS}), "it has answers of ['global'], where those to 0 rows"),
         (lambda said: said.update(answers={"global": {**ANSWERS, "n": 0}}), "answers.global.n: Input should be"),
+        (
+            lambda said: said.update(gains={"rmse": {"value": 0.1}}),
+            "it tells a gain of 'rmse', which means nothing of a classification",
+        ),
+        (
+            lambda said: said.update(gains={"accuracy": {"value": 1.2}}),
+            "its gain in accuracy is 1.2 (1.2 to 1.2), which cannot be",
+        ),
+        (
+            lambda said: said.update(gains={"accuracy": {"value": 0.2, "interval": [0.3, 0.4]}}),
+            "its gain in accuracy is 0.2 (0.3 to 0.4), which cannot be",
+        ),
+        (
+            lambda said: said.update(gains={"macro_f1": {"value": 0.2, "interval": [-2, 0.4]}}),
+            "its gain in macro_f1 is 0.2 (-2 to 0.4), which cannot be",
+        ),
+        (lambda said: said.update(gains={"loss": {"value": 1e300}}), "gains.loss.value: Input should be less"),
         (lambda said: said.update(tokens={"e0": float("inf")}), "tokens.e0: Input should be a finite number"),
         (lambda said: said.update(tokens={"e0": -1.0}), "tokens.e0: Input should be greater"),
         (lambda said: said.update(tokens={"e9": 1.0}), "it counts tokens for the foreign expert 'e9'"),
@@ -94,6 +111,29 @@ def test_scores_that_cannot_be_are_refused(toy, change, why):
     assert why in failed["reason"]
     stages = {event["client"]: set(event["stages"]) for event in run.events("evaluation")}
     assert stages["client-1"] == {"base", "local"}
+
+
+@pytest.mark.parametrize("baselines", [True, False])
+def test_gains_are_told_of_runs_with_baselines_alone(toy, baselines):
+    run = toy(config(run={"rounds": 1}, evaluate={"baselines": baselines}))
+    coordinator = run.start()
+    teller = run.transport.clients[11]
+    honest, gain = teller.evaluate, {"value": -0.5, "interval": (-0.75, 0.25)}
+    gains = {"accuracy": gain, "loss": {"value": -50.0, "interval": None}}
+
+    def evaluate(plan):
+        said = {**honest(plan).model_dump(), "gains": gains}
+        return SimpleNamespace(model_dump_json=lambda: json.dumps(said))
+
+    teller.evaluate = evaluate
+    coordinator.run()
+    if baselines:
+        told = {event["client"]: event["gains"] for event in run.events("evaluation")}
+        assert told.pop("client-1") == {**gains, "accuracy": {"value": -0.5, "interval": [-0.75, 0.25]}}
+        assert not any(told.values())
+    else:
+        (failed,) = run.events("failed")
+        assert failed["reason"] == "it tells gains over a baseline, where there is none"
 
 
 def test_a_run_whose_clients_cannot_be_scored_is_no_success(toy):

@@ -10,7 +10,9 @@ import pytest
 import tiny_world
 from rich.console import Console
 
-from molehill.intervals import of_share
+from molehill.intervals import of_average, of_share
+from molehill_client.state import row_scores_of
+from molehill_simulation.card import render
 from molehill_simulation.figures import Confusion
 from molehill_simulation.report import write_report
 from molehill_simulation.simulate import simulate
@@ -58,6 +60,49 @@ def test_every_figure_has_an_interval_around_it(run):
             assert low < high
     first = summary.clients[0]
     assert first.interval["base"] == pytest.approx(of_share(first.base, first.n_test))
+
+
+def test_the_gain_over_alone_is_that_of_the_rows_from_the_clients_to_whoever_reads_it(run):
+    summary = read_summary(run / "summary.json")
+    assert summary.gains.keys() == {"accuracy", "macro_f1", "loss"}
+    for client in summary.clients:
+        kept = row_scores_of(run, client.id)
+        assert len(kept.units) == client.n_test
+        right = {stage: found.parts["accuracy"].above for stage, found in kept.stages.items()}
+        assert right.keys() == {"base", "local", "global", "personalised"}
+        for stage, value in zip(("base", "local", "global", "personalised"), client.row, strict=True):
+            assert right[stage].mean() == pytest.approx(value)
+        difference = right["personalised"] - right["local"]
+        assert client.gains["accuracy"].value == pytest.approx(difference.mean())
+        assert client.gains["accuracy"].value == pytest.approx(client.personalised - client.local)
+        assert client.gains["macro_f1"].value == pytest.approx(client.macro_f1.personalised - client.macro_f1.local)
+        assert client.gains["loss"].value == pytest.approx(client.loss.local - client.loss.personalised)
+    for name, over in summary.gains.items():
+        each = [client.gains[name] for client in summary.clients]
+        values = [gain.value for gain in each]
+        assert over.mean.value == pytest.approx(np.mean(values))
+        assert over.mean.interval == pytest.approx(of_average(values, [gain.interval for gain in each]))
+        assert over.worst.value == min(values)
+        assert over.client == summary.clients[int(np.argmin(values))].id
+        beyond = [gain.interval[0] > 0 for gain in each], [gain.interval[1] < 0 for gain in each]
+        assert [over.gained, over.lost] == [*map(sum, beyond)]
+        assert over.gained + over.lost + over.neither == 3
+    console = Console(file=StringIO(), width=80)
+    show_summary(summary, console)
+    told, page, card = console.file.getvalue(), write_report(run).read_text("utf-8"), render(run)["README.md"]
+    assert "Gain over alone" in told
+    for name, title in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1")):
+        mean, over = summary.gains[name].mean, summary.gains[name]
+        low, high = mean.interval
+        written = f"{mean.value:+.3f} ({low:+.3f} to {high:+.3f})"
+        assert (
+            over.counted == f"{over.gained} gain and {over.lost} lose more than their interval, {over.neither} neither"
+        )
+        assert all(written in text for text in (told, page, card))
+        assert f"{title.lower()[0]}{title[1:]}: {over.counted}" in " ".join(told.split()).replace("Macro", "macro")
+        assert f"<strong>{title}</strong>: {over.counted}. The mean is {written}" in page
+        assert over.counted in card
+    assert page.count('class="gain') == 2 * (1 + 3 + 1)
 
 
 def test_terminal_and_report_tell_them(run):

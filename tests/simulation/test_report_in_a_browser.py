@@ -38,6 +38,9 @@ def pages(tmp_path_factory):
     for event in many:
         if event["event"] == "evaluation" and event["tokens"]:
             event["tokens"] = {f"e{i}": rng.expovariate(1.0) for i in range(12)} | {"shared0": 12.0}
+            gain = rng.gauss(0.01, 0.05)
+            told = {"value": gain, "interval": [gain - 0.04, gain + 0.04]}
+            event["gains"] = {"accuracy": told, "macro_f1": told}
     many += [event | {"client": clients[3]} if "client" in event else event for event in TROUBLES]
     labels = ("positive", "negative", "a class with a long name", *"abcdefgh")
     summary = summarise(many, BASE, "ab" * 32, classes={client: dict.fromkeys(labels, (20, 7)) for client in clients})
@@ -49,6 +52,8 @@ def pages(tmp_path_factory):
         for scores in event.get("stages", {}).values():
             loss = scores["loss"] = 4.7 + rng.random() / 10
             scores |= {"loss_interval": [loss - 0.1, loss + 0.1], "accuracy_interval": [0.1, 0.8]}
+        if "global" in event.get("stages", {}):
+            event["gains"] = {"loss": {"value": -1234567.8, "interval": [-2234567.8, 1234567.8]}}
     writer = make_run(folder / "writer", events)
     (writer / "config.toml").write_text(parse({"task": {"kind": "causal-lm"}}).to_toml())
     (writer / "summary.json").write_text(summarise(events, BASE, "ab" * 32, "causal-lm").to_json())

@@ -22,14 +22,14 @@ def test_summary_has_the_promised_shape_and_figures():
     summary = json.loads(summarise(events, BASE, "cd").to_json())
     assert set(summary) == {
         "task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity", "exact_match",
-        "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall", "type_f1", "lengths",
-        "probes", "rounds", "seconds", "bytes_up", "bytes_down",
+        "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall", "type_f1", "gains",
+        "lengths", "probes", "rounds", "seconds", "bytes_up", "bytes_down",
         "base_model", "config_digest", "unscored", "anew", "remembered", "machine",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
         "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised",
         "token_accuracy", "macro_f1", "recall", "type_f1", "loss", "perplexity", "answered", "exact_match",
-        "normalised_match", "rouge_l", "chrf", "figures", "interval",
+        "normalised_match", "rouge_l", "chrf", "figures", "gains", "interval",
     }  # fmt: skip
     assert summary["rounds"] == 6
     assert summary["seconds"] == 161.2
@@ -77,6 +77,26 @@ def test_the_summary_of_an_older_version_is_read_and_shown(tmp_path):
         show_summary(found, console)
         assert f"{found.clients[0].personalised:.3f}"[1:] in console.file.getvalue()
         assert f"{found.mean.personalised:.3f}" in write_report(folder).read_text("utf-8")
+
+
+def test_gains_are_counted_by_whether_their_interval_has_0_in_it():
+    events = make_events(CLIENTS[:4])
+    ends = [(0.01, 0.05), (0.0, 0.06), (-0.09, -0.01)]
+    told = [event for event in events if "global" in event.get("stages", {})]
+    for event, (low, high) in zip(told, ends, strict=False):  # the last one is of an older version
+        event["gains"] = {"accuracy": {"value": (low + high) / 2, "interval": [low, high]}}
+    summary = summarise(events, BASE, "cd")
+    over = summary.gains["accuracy"]
+    assert (over.gained, over.lost, over.neither) == (1, 1, 1)
+    assert (over.client, over.worst.value) == (CLIENTS[2], pytest.approx(-0.05))
+    assert over.mean.value == pytest.approx(0.01 / 3)
+    spread = math.hypot(0.02, 0.03, 0.04) / 3
+    assert over.mean.interval == pytest.approx((0.01 / 3 - spread, 0.01 / 3 + spread))
+    assert [client.gains.get("accuracy") is None for client in summary.clients] == [False, False, False, True]
+    del told[0]["gains"]["accuracy"]["interval"]
+    vague = summarise(events, BASE, "cd").gains["accuracy"]
+    assert (vague.mean.interval, vague.neither) == (None, 2)
+    assert summarise(make_events(CLIENTS), BASE, "cd").gains == {}
 
 
 def test_summary_counts_a_repeated_round_once_and_allows_missing_stages():

@@ -72,6 +72,23 @@ def test_all_that_a_task_measures_is_in_the_summary(run):
     assert summary.worst.personalised == [max, min][best is max](client.personalised for client in summary.clients)
 
 
+def test_the_gain_over_alone_is_that_of_its_figures(run):
+    summary = read_summary(run / "summary.json")
+    assert summary.measure.name in summary.gains
+    for measure in kind_of(summary.task).measures:
+        for client in summary.clients if measure.name in summary.gains else ():
+            figures, gain = client.of(measure) or client, client.gains[measure.name]
+            sign = -1 if measure.lower else 1
+            assert gain.value == pytest.approx(sign * (figures.personalised - figures.local)), measure.name
+            assert gain.interval[0] <= gain.value <= gain.interval[1]
+    out = StringIO()
+    show_summary(summary, Console(file=out, width=100))
+    first = summary.gained[0]
+    assert summary.gains[first.name].mean.told(first) in out.getvalue()
+    assert summary.gains[first.name].counted in " ".join(out.getvalue().split())
+    assert "Gain over alone" in render(run)
+
+
 def test_something_was_learnt(run):
     losses = [event["loss"] for event in tiny_world.events(run, "round")]
     assert losses[-1] < losses[0]

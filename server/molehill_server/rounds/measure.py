@@ -55,6 +55,7 @@ class Measuring:
                 lost=hello.lost,
                 unlearnt=hello.unlearnt,
                 stages={stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()},
+                gains={name: gain.model_dump() for part in parts for name, gain in part.gains.items()},
                 answers={stage: sums.model_dump() for part in parts for stage, sums in part.answers.items()},
                 tokens=parts[-1].tokens if parts else {},
                 probes=parts[-1].probes if parts else {},
