@@ -83,6 +83,17 @@ def of_paired(total: float, squares: float, n: int, step: float = 1.0, most: flo
     return max(-most, min(mean, middle - error)), min(most, max(mean, middle + error))
 
 
+def student(n: int) -> float:
+    """How many times as long an interval of ``n`` values is by Student's t as by the normal distribution, for 95%.
+
+    Args:
+        n: At least 2. The expansion of Abramowitz and Stegun (1964, 26.7.5) is right to a percent from 4 on.
+    """
+    z, few = _Z, float(n - 1)
+    terms = (z**2 + 1) / 4, (5 * z**4 + 16 * z**2 + 3) / 96, (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384
+    return 1 + sum(term / few**power for power, term in enumerate(terms, 1))
+
+
 def of_average(figures: Sequence[float], intervals: Sequence[Interval]) -> Interval:
     """Of the unweighted mean of independent figures from the interval of each (MOVER, Zou and Donner 2008).
 

@@ -52,7 +52,7 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
     replies = []
     for n, client in enumerate(clients):
         rows = {stage: each.rows for stage, each in found[n].items()}
-        client.store.save_row_scores(RowScores(range(len(client.test_rows)), rows))
+        client.store.save_row_scores(RowScores(client.test_rows.units, rows))
         scores = {stage: each.scores for stage, each in found[n].items()}
         replies.append(client.evaluation(scores, {}, seconds, remembered=n in remembered))
     return replies

@@ -69,14 +69,14 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
 
 def _gains(client: Participant, stages: Mapping[str, Tally]) -> dict[str, Figure]:
     """How much better the personalised model is than the baseline, row by row; all that was scored is kept."""
-    config, rows = client.bench.config, range(len(client.test_rows))
+    config, units = client.bench.config, client.test_rows.units
     known = client.store.load_row_scores().stages if config.evaluate.baselines else {}
     kept = {**known, **{name: by_row(client, total) for name, total in stages.items()}}
-    client.store.save_row_scores(RowScores(rows, kept))
+    client.store.save_row_scores(RowScores(units, kept))
     alone, ours = kept.get("local"), kept["personalised"]
     if alone is None or alone.n != ours.n:  # nothing was trained alone, or on other rows
         return {}
-    return gains(alone, ours, kind_of(config.task).measures, rows)
+    return gains(alone, ours, kind_of(config.task).measures, units)
 
 
 def by_row(client: Participant, total: Tally) -> Outcomes:

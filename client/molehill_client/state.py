@@ -94,7 +94,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class RowScores:
-    """What each held-out row was scored; it never leaves the client.
+    """What each held-out row, or piece of one, was scored; it never leaves the client.
 
     Attributes:
         units: Of every row the number of the unit it is of: only units are independent of each other.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from molehill.intervals import of_mean, of_paired, standard_error
+from molehill.intervals import of_mean, of_paired, standard_error, student
 from molehill.plan import Figure
 from molehill.tasks.measures import Measure
 
@@ -158,8 +158,8 @@ def gains(
     """How much better one model is than another on the same rows, with a 95% interval of the difference.
 
     Differences are of pairs: what both models get right, or wrong, says nothing. Of measures with a least and a most
-    the interval is that of Bonett and Price (2012), of others that of the normal distribution. Two models that say the
-    same of every row differ by nothing, for certain.
+    the interval is that of Bonett and Price (2012), of others that of the normal distribution; it is longer where there
+    are few units of several predictions. Two models that say the same of every row differ by nothing, for certain.
 
     Args:
         alone: What the one scored.
@@ -213,8 +213,12 @@ def _within(gain: float, changes: Array, predictions: float, measure: Measure) -
     """
     n = len(changes)
     values = gain + n * changes  # of every unit; their mean is the gain
-    total, squares = float(values.sum()), float(values @ values)
-    if measure.span is not None:
-        return of_paired(total, squares, n, n / predictions, measure.span)
-    error = standard_error(total, squares, n)
-    return None if error is None else of_mean(gain, error, low=-math.inf)
+    error = standard_error(n * gain, float(values @ values), n)
+    if error is None:
+        return None
+    if measure.span is None:
+        return of_mean(gain, error * student(n), low=-math.inf)
+    squares = float(values @ values)
+    if n != predictions:  # their deviation has to be guessed from them
+        squares = n * gain**2 + n**2 * (error * student(n)) ** 2
+    return of_paired(n * gain, squares, n, n / predictions, measure.span)

@@ -126,7 +126,7 @@ class Gains(BaseModel):
 
     def told(self, measure: Measure) -> str:
         """All in words, without a name."""
-        return f"mean {self.mean.told(measure)}, worst {self.worst.told(measure)}; {self.counted}"
+        return f"{self.mean.told(measure)} in the mean and {self.worst.told(measure)} at worst; {self.counted}"
 
     @property
     def counted(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from molehill import registry
 from molehill.config import Task
 from molehill.entities import Tagging
-from molehill.intervals import of_mean, of_paired
+from molehill.intervals import of_mean, of_paired, student
 from molehill.molora.forward import Forward
 from molehill.molora.likelihoods import of_class, of_flags, of_number
 from molehill.tasks.kind import kind_of
@@ -64,6 +64,22 @@ def test_rows_of_one_unit_say_no_more_than_one():
         assert apart < 0.65 * one
 
 
+def test_few_units_say_little_and_one_nothing():
+    assert [student(n) for n in (5, 10, 30, 1000)] == pytest.approx([2.776 / Z, 2.262 / Z, 2.045 / Z, 1.001], rel=0.004)
+    rng = np.random.default_rng(7)
+    there, units, held = np.zeros(60, int), np.repeat(np.arange(6), 10), []
+    for _ in range(300):  # a model is right in all of a unit or in none, the other everywhere at random
+        alone, ours = rng.random(60) < 0.5, np.repeat(rng.random(6) < 0.5, 10)
+        low, high = gains(classified(alone, there), classified(ours, there), (ACCURACY,), units)["accuracy"].interval
+        held.append(low <= 0 <= high)
+    assert np.mean(held) > 0.91
+    alone = classified(rng.random(60) < 0.5, there)
+    one = gains(alone, classified(rng.random(60) < 0.7, there), (ACCURACY, LOSS), np.zeros(60, int))
+    assert one["accuracy"].value != 0
+    assert (one["accuracy"].interval, one["loss"].interval) == (None, None)
+    assert gains(alone, alone, (ACCURACY,), np.zeros(60, int))["accuracy"].interval == (0.0, 0.0)
+
+
 def test_a_model_gains_nothing_over_itself_for_certain_and_over_one_that_errs_alike_almost():
     there = np.arange(60) % 3
     right = there != 1
@@ -86,7 +102,9 @@ def test_less_is_better_where_a_measure_says_so():
     found = gains(alone, ours, (ACCURACY, LOSS))
     assert found.keys() == {"loss"}
     assert found["loss"].value == pytest.approx(0.25)
-    assert found["loss"].interval == pytest.approx(of_mean(0.25, np.std([1, 0, 1, -1], ddof=1) / 2, low=-math.inf))
+    assert found["loss"].interval == pytest.approx(
+        of_mean(0.25, student(4) * np.std([1, 0, 1, -1], ddof=1) / 2, low=-math.inf)
+    )
     huge = Outcomes(4, {"loss": Parts.of_rows(np.full(4, 1e35))})
     assert gains(huge, ours, (LOSS,)) == {}  # no figure holds it
 
