@@ -6,20 +6,17 @@ import time
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from molehill.molora.forward import Forward
+from molehill.molora.model import seed_for
 from molehill.plan import ClientPlan, EvaluationReply, Scope
-from molehill.tasks.batches import IGNORE
-from molehill.tasks.task import Example, Tally
+from molehill.tasks.task import Tally
 from molehill.wire.keys import Key
+from molehill_client.convex import Line, best_head
 from molehill_client.participant import Participant
 from molehill_client.remembered import Baseline, keep, key_of, recall
-from molehill_client.scoring import batches_of, by_row, score
+from molehill_client.scoring import by_row, score
 from molehill_client.state import RowScores
 from molehill_client.together import fit, personal_steps, stacked
-from molehill_client.workbench import Workbench
 
 
 def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
@@ -61,7 +58,7 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
 def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps: int) -> list[dict[str, Baseline]]:
     """The baselines of every client by stage."""
     config, model = clients[0].bench.config, clients[0].bench.model
-    stages = [{"base": _told(client, _base(client))} for client in clients]
+    stages = [{"base": _told(client, _base(client, plan))} for client, plan in zip(clients, plans, strict=True)]
     clients[0].start_over()
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     fixed = config.molora.init.build("init").frozen
@@ -82,60 +79,19 @@ def _told(client: Participant, total: Tally) -> Baseline:
     return Baseline(total.scores(), by_row(client, total))
 
 
-def _base(client: Participant) -> Tally:
-    """Score the frozen base with only a head."""
+def _base(client: Participant, plan: ClientPlan) -> Tally:
+    """Score the frozen base, with the best head for the training rows where it needs one."""
     client.start_over()
-    model = client.bench.model
+    model, head = client.bench.model, client.bench.model.head
     model.state.enabled = False
     try:
-        return _head_only(client) if model.head is not None else score(client.bench, client.test_rows)
+        if head is not None:
+            start = Line(torch.zeros_like(head.weight), torch.zeros_like(head.bias))
+            seed, where = seed_for(plan.seed, "base"), f"client {client.name}, base"
+            found = best_head(client, start, careful=False, seed=seed, where=where)
+            with torch.no_grad():
+                head.weight.copy_(found.weight)
+                head.bias.copy_(found.bias)
+        return score(client.bench, client.test_rows)
     finally:
         model.state.enabled = True
-
-
-def _head_only(client: Participant) -> Tally:
-    """Train only the head on cached features of the frozen base; until the loss stops falling."""
-    model, head = client.bench.model, client.bench.model.head
-    assert head is not None
-    model.eval()
-    x, y, rows = _features(client.bench, client.train_rows)
-    x_test, y_test, rows_test = _features(client.bench, client.test_rows)
-    weight = torch.zeros_like(head.weight, requires_grad=True)
-    bias = torch.zeros_like(head.bias, requires_grad=True)
-    scale = x.std().clamp_min(1e-6)
-    goal = client.goal()
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        optimiser.zero_grad()
-        scores = F.linear(x / scale, weight, bias)
-        said = Forward(scores, y, rows, [], scores.detach, model.likelihood)
-        loss = goal.of_scores(said) + 1e-3 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped torch
-        return float(loss.detach())
-
-    optimiser.step(closure)  # type: ignore[no-untyped-call]  # untyped torch
-    with torch.no_grad():
-        found, scores = client.bench.tally(), F.linear(x_test / scale, weight, bias)
-        found.add(Forward(scores, y_test, rows_test, [], lambda: scores, model.likelihood))
-    return found
-
-
-@torch.no_grad()
-def _features(bench: Workbench, rows: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features ``[M, d]`` of rows or tokens, their labels, and which row each is of ``[M]``."""
-    model = bench.model
-    assert model.head is not None
-    features, labels, places, before = [], [], [], 0
-    for batch in batches_of(bench, rows):
-        mask = batch.attention_mask.bool()
-        found, wanted = model.head.pool(model.hidden(batch.input_ids, mask), mask), batch.labels
-        place = torch.arange(before, before + len(batch), device=wanted.device)
-        before += len(batch)
-        if not model.head.pools:
-            keep = wanted != IGNORE
-            found, wanted, place = found[keep], wanted[keep], place.unsqueeze(1).expand_as(keep)[keep]
-        features.append(found)
-        labels.append(wanted)
-        places.append(place)
-    return torch.cat(features), torch.cat(labels), torch.cat(places)

@@ -19,12 +19,14 @@ class Objective(ABC):
         by_class: It follows from how often its client has each class, which `begin` tells it; for tasks with classes.
         of_scores: It is a function of scores and labels, and its gradient is that function's, so the head of the frozen
             base, to which models are compared, is trained by it too; by cross-entropy otherwise.
+        convex: Where it is ``of_scores``, that function is convex in the scores, so a best head can be computed.
         learns: Which predictions it can be computed for, see `molehill.tasks.kind.Kind.predicts`.
     """
 
     alone: ClassVar[bool] = False
     by_class: ClassVar[bool] = False
     of_scores: ClassVar[bool] = False
+    convex: ClassVar[bool] = False
     learns: ClassVar[tuple[Predicts, ...]] = ("class",)
 
     @abstractmethod

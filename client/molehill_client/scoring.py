@@ -19,9 +19,10 @@ from molehill.tasks.kind import kind_of
 from molehill.tasks.outcomes import Outcomes, gains
 from molehill.tasks.task import Example, Tally
 from molehill_client.answering import answer
+from molehill_client.convex import Line, best_head
 from molehill_client.participant import Participant
 from molehill_client.state import Findings, RowScores, Sample
-from molehill_client.together import fit, personal_steps, residuals, stacked
+from molehill_client.together import computes_head, fit, personal_steps, residuals, stacked
 from molehill_client.workbench import Workbench
 
 
@@ -48,12 +49,16 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
         steps = personal_steps(clients[0], plan)
         if steps:
             seeds = [seed_for(own.seed, "personal") for own in plans]
-            fit(clients, seeds, residuals(plan), steps, (0.0, 1.0), where, personal=True)
+            learns = residuals(plan, clients[0].bench.config.personal)
+            fit(clients, seeds, learns, steps, (0.0, 1.0), where, personal=True)
         trained = model.values.clone()
     replies = []
     for client, own, values, state, stage, said in zip(clients, plans, trained, states, stages, answers, strict=True):
         model.flat.copy_(values)
-        if steps:
+        computed = computes_head(client, own)
+        if computed:
+            _compute_head(client, own)
+        if steps or computed:
             client.keep(own, state)
         looked = probes.build(client.bench.config.evaluate.probes if evidence.probed(client.bench.config) else ())
         stage["personalised"], tokens = _personally(client, looked)
@@ -65,6 +70,22 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
         reply = client.evaluation(_scores(stage), tokens, seconds, state.round, told, answers=said, gains=gained)
         replies.append(reply)
     return replies
+
+
+def _compute_head(client: Participant, plan: ClientPlan) -> None:
+    """Set the head's residual to what the best head for the client's rows has more than the shared one.
+
+    The model has seen these rows in the rounds, so even those left out of a fit look better after it than others
+    would: a stronger penalty that is not clearly worse is therefore preferred.
+    """
+    head = client.bench.model.head
+    assert head is not None
+    shared = Line(head.weight.detach().clone(), head.bias.detach().clone())
+    where = f"client {client.name}, after round {plan.round}"
+    found = best_head(client, shared, careful=True, seed=seed_for(plan.seed, "personal"), where=where)
+    with torch.no_grad():
+        head.residual["weight"].copy_(found.weight - shared.weight)
+        head.residual["bias"].copy_(found.bias - shared.bias)
 
 
 def _gains(client: Participant, stages: Mapping[str, Tally]) -> dict[str, Figure]:

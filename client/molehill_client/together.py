@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from molehill.config import Personal
 from molehill.molora.model import MoLoRAModel
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
 from molehill.wire.keys import Key
@@ -184,12 +185,21 @@ def _in_rounds(plan: ClientPlan) -> Callable[[Key], Scope]:
     return lambda key: "frozen" if key.residual else plan.scope(key)
 
 
-def residuals(plan: ClientPlan) -> Callable[[Key], Scope]:
-    """What learns when a client fits its residuals."""
-    return lambda key: plan.scope(key) if key.residual else "frozen"
+def residuals(plan: ClientPlan, personal: Personal) -> Callable[[Key], Scope]:
+    """What learns in steps when a client fits its residuals; a head's may be computed instead."""
+    computed = "head" if personal.head_residual == "computed" else None
+    return lambda key: plan.scope(key) if key.residual and key.kind != computed else "frozen"
 
 
 def personal_steps(client: Participant, plan: ClientPlan) -> int:
-    """Steps in which residuals are fitted; none when the client has none."""
+    """Steps in which residuals are fitted; none when the client has none that learn in steps."""
     config, layout = client.bench.config, client.bench.model.layout
-    return config.personal.steps if any(residuals(plan)(key) == "personal" for key in layout) else 0
+    learns = residuals(plan, config.personal)
+    return config.personal.steps if any(learns(key) == "personal" for key in layout) else 0
+
+
+def computes_head(client: Participant, plan: ClientPlan) -> bool:
+    """Whether the client has a residual of its head that is computed; see `molehill_client.convex`."""
+    config, layout = client.bench.config, client.bench.model.layout
+    kept = any(key.residual and key.kind == "head" and plan.scope(key) == "personal" for key in layout)
+    return kept and config.personal.head_residual == "computed"

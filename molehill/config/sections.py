@@ -161,6 +161,9 @@ class MoLoRA(Section):
     losses: tuple[Annotated[LossRef, Axis("routing_loss")], ...] = ()
 
 
+_HEAD_RESIDUALS: dict[str, Literal["fitted", "computed"]] = {"anchored": "fitted", "convex": "computed"}
+
+
 class Personal(Section):
     """What every client keeps for itself.
 
@@ -170,20 +173,28 @@ class Personal(Section):
             whole router stays (the global model mixes uniformly); ``global``: nothing of the router stays;
             ``split``: what the scorer calls its own stays (the main router of ``scorer = "mixture"``), all else is
             averaged; ``mixture`` is an older name of it.
-        head: The same choice for the classification head.
+        head: The same choice for the head of a task that has one (all but ``split``); or ``convex``: averaged as with
+            ``anchored``, and when the client's gate is fitted the residual is computed, as the best for what the model
+            then reads of the client's rows. How far the head may move is chosen on folds of these rows. It costs no
+            steps, and one more reading of the rows.
         decay: L2 pull of the residuals towards zero, per step and unit of learning rate.
         steps: Steps in which a client fits its residuals, after the rounds and on its own rows. No step moves a
             residual and what is sent: the deltas are the same whether a client has residuals or not.
         gate_lr: Peak learning rate of a gate's residual; it falls linearly.
-        head_lr: The same for the head's.
+        head_lr: The same for the head's, where it is fitted in steps (``anchored``).
     """
 
     gate: Literal["anchored", "personal", "global", "split"] = "anchored"
-    head: Literal["anchored", "personal", "global"] = "anchored"
+    head: Literal["anchored", "convex", "personal", "global"] = "anchored"
     decay: float = Field(default=0.1, ge=0)
     steps: int = Field(default=16, ge=0)
     gate_lr: float = Field(default=3e-3, gt=0)
     head_lr: float = Field(default=1e-3, gt=0)
+
+    @property
+    def head_residual(self) -> Literal["fitted", "computed"] | None:
+        """How a residual of the head is found: in `steps`, or as the best there is; None where the head has none."""
+        return _HEAD_RESIDUALS.get(self.head)
 
     @field_validator("gate", mode="before")
     @classmethod

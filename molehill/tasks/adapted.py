@@ -54,7 +54,7 @@ def open_model(config: Config, *, offline: bool = False) -> Adapted:
     computed = loaded.kernels._replace(attention="products" if ours else "torch")
     task, head = make_task(config.task, loaded.tokenizer), None
     if kind_of(config.task).head is not None:
-        head = Head(width, task.outputs, loaded.pooling, anchored=config.personal.head == "anchored")
+        head = Head(width, task.outputs, loaded.pooling, anchored=config.personal.head_residual is not None)
     model = wrap(loaded.model, config.molora, gate=config.personal.gate, head=head, seed=config.run.seed)
     model.likelihood = task.likelihood
     _try(model, config.base.model)

@@ -31,6 +31,7 @@ class Kind(ABC):
         predicts: One of several classes, any number of them, a number, or which of two answers is better; objectives
             say which of these they can be computed for.
         head: Whether a layer of ours reads each ``row`` or each ``token``; None where the base has its own.
+        convex: Whether the likelihood of a label is convex in what that layer says, so that a best one can be computed.
         writes: Whether the model writes text afterwards.
         objective: What is minimised where the configuration says nothing; None for its default.
         sequences: Inputs of the model that a row becomes.
@@ -46,6 +47,7 @@ class Kind(ABC):
     required: ClassVar[tuple[str, ...]] = ()
     predicts: ClassVar[Predicts] = "class"
     head: ClassVar[Literal["row", "token"] | None] = "row"
+    convex: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     objective: ClassVar[str | None] = None
     sequences: ClassVar[int] = 1

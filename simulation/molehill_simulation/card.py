@@ -394,8 +394,9 @@ def _secure(run: _Run) -> list[str]:
 
 def _stays(run: _Run) -> str:
     personal = run.config.personal
-    kept = {"anchored": "its own addition to the shared {}", "personal": "its {}", "split": "its own part of the {}"}
-    parts = [("router", personal.gate)] if run.config.molora.experts > 1 else []
+    beside = "its own addition to the shared {}"
+    kept = {"anchored": beside, "convex": beside, "personal": "its {}", "split": "its own part of the {}"}
+    parts: list[tuple[str, str]] = [("router", personal.gate)] if run.config.molora.experts > 1 else []
     parts += [(f"{run.summary.task} head", personal.head)] if kind_of(run.summary.task).head is not None else []
     told = [kept[how].format(what) for what, how in parts if how in kept]
     return " and ".join(told) or "nothing of the model"

@@ -37,7 +37,8 @@ class Work:
         train, personal = config.train.steps * step, config.personal.steps * step
         rows, held_out = config.data.rows or 0, config.data.test_rows or 0
         alone = config.run.rounds * train + personal + rows + 2 * held_out
-        return cls(config.run.rounds, train, alone if config.evaluate.baselines else 0.0, personal + 2 * held_out)
+        after = personal + (rows if config.personal.head_residual == "computed" else 0) + 2 * held_out
+        return cls(config.run.rounds, train, alone if config.evaluate.baselines else 0.0, after)
 
 
 class Pace:

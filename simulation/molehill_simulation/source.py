@@ -251,7 +251,7 @@ def open_source(
     made, head = make_task(task, loaded.tokenizer), None
     if made.outputs:
         pooling: Pooling = adapter.pooling  # type: ignore[assignment]  # as it was saved
-        anchored = run is not None and run.personal.head == "anchored"
+        anchored = run is not None and run.personal.head_residual is not None
         head = Head(trial_of(loaded.model).width, made.outputs, pooling, anchored=anchored)
     gate = run.personal.gate if run is not None else "global"
     if run is None:

@@ -371,3 +371,33 @@ def test_class_weights_that_do_nothing_or_too_much_are_told(train, key, why):
     assert (conflict.verdict, conflict.keys) == ("warn", ("task.class_weights", key))
     assert why in conflict.why
     assert not check(config(train=train))
+
+
+@pytest.mark.parametrize(
+    ("sections", "keys", "why"),
+    [
+        ({"task": {"kind": "causal-lm"}}, ("personal.head", "task.kind"), "no head of ours"),
+        ({"task": {"kind": "strange"}}, ("personal.head", "task.kind"), "use 'anchored'"),
+        ({"train": {"objective": "strange"}}, ("personal.head", "train.objective"), "'sft'"),
+    ],
+)
+def test_a_head_is_computed_only_where_there_is_a_best_one(monkeypatch, sections, keys, why):
+    computed = {"personal": {"head": "convex"}}
+    if sections.get("task") == {"kind": "strange"}:
+        monkeypatch.setattr(registry.get("task", "classification").target, "convex", False)
+        sections = {}
+    if "train" in sections:
+        monkeypatch.setattr(registry.get("objective", "logit_adjust").target, "convex", False)
+        sections = {"train": {"objective": "logit_adjust"}}
+    (conflict,) = refusals(**sections, **computed)
+    assert conflict.keys == keys
+    assert why in conflict.why
+    assert_real(conflict.keys)
+    assert refusals(**sections) == []
+
+
+def test_who_computes_a_head_that_the_policy_claims_is_told():
+    (conflict,) = check(config(personal={"head": "convex"}, federation={"policy": "share_a"}))
+    assert (conflict.verdict, conflict.keys) == ("warn", ("personal.head", "federation.policy"))
+    assert check(config(personal={"head": "convex"})) == []
+    assert check(config(personal={"head": "convex"}, train={"objective": "dft"})) == []  # then by the likelihood

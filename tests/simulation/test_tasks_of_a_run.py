@@ -32,7 +32,7 @@ def pairs():
 
 def tags():
     more = {"tokens": ["the", "bad", "fun", "page"], "tags": ["O", "B-FEELING", "I-FEELING", "B-DOMAIN"]}
-    return [*tiny_world.tagged(60), more]
+    return [*tiny_world.tagged(150), more]  # enough for the base to find some
 
 
 def flags():

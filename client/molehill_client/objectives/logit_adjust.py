@@ -43,6 +43,7 @@ class LogitAdjustment(Objective):
 
     by_class: ClassVar[bool] = True
     of_scores: ClassVar[bool] = True
+    convex: ClassVar[bool] = True
 
     def __init__(self, params: LogitAdjustmentParams) -> None:
         self._tau = params.tau

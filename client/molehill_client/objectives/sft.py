@@ -18,6 +18,7 @@ class SFT(Objective):
     learns = ("class", "flags", "number")
 
     of_scores: ClassVar[bool] = True
+    convex: ClassVar[bool] = True
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return ``mean(-log p(y))``."""

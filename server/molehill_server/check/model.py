@@ -219,6 +219,26 @@ def _predictions(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", ("train.objective", "task.kind"), why)
 
 
+def _computed_head(config: Config) -> Iterator[Conflict]:
+    if config.personal.head_residual != "computed":
+        return
+    kind, objective, policy = kind_of(config.task), config.train.objective, config.federation.policy.name
+    how = f"personal.head {config.personal.head!r}"
+    if kind.head is None:
+        why = f"a {config.task.kind} has no head of ours, so there is none to compute; leave personal.head out"
+        yield Conflict("refuse", ("personal.head", "task.kind"), why)
+    elif not kind.convex:
+        why = f"{how} computes the best head, and the loss of a {config.task.kind} has no single one"
+        yield Conflict("refuse", ("personal.head", "task.kind"), f"{why}; use 'anchored'")
+    elif objective.declared("objective", "of_scores") and not objective.declared("objective", "convex"):
+        why = f"{how} computes the best head, and objective {objective.name!r} has no single one"
+        able = registry.those("objective", convex=True)
+        yield Conflict("refuse", ("personal.head", "train.objective"), f"{why}; use 'anchored', or objective {able}")
+    if any(decisions(config, number).head is not None for number in (1, 2)):
+        why = f"policy {policy!r} decides what becomes of the head, so none is computed"
+        yield Conflict("warn", ("personal.head", "federation.policy"), why)
+
+
 def _answers(config: Config) -> Iterator[Conflict]:
     if not config.evaluate.generate:
         return
@@ -234,6 +254,7 @@ def _answers(config: Config) -> Iterator[Conflict]:
 RULES: tuple[Rule, ...] = (
     _answers,
     _classes,
+    _computed_head,
     _predictions,
     _split_gate,
     _restart_and_personal_gate,

@@ -19,8 +19,10 @@ _GATES: dict[str, Scopes] = {
     "global": (("*/gate.residual*", "frozen"), ("*/gate*", "shared")),
     "split": (("*/gate.own.*", "personal"), ("*/gate.residual*", "frozen"), ("*/gate*", "shared")),
 }
+_BESIDE: Scopes = (("*/head.residual*", "personal"), ("*/head*", "shared"))
 _HEADS: dict[str, Scopes] = {
-    "anchored": (("*/head.residual*", "personal"), ("*/head*", "shared")),
+    "anchored": _BESIDE,
+    "convex": _BESIDE,
     "personal": (("*/head*", "personal"),),
     "global": (("*/head.residual*", "frozen"), ("*/head*", "shared")),
 }
