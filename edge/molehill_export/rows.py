@@ -42,7 +42,7 @@ def labelled(source: Source, gate: str, file: Path | None, most: int | None = No
     except DataError as error:
         _log.warning("nothing is measured, since the rows of the run are not here: %s", error)
         return []
-    owners = deal(source.run.data, rows, source.run.run.seed)
+    owners = deal(source.run.data, rows, source.run.run.seed, source.run.evaluate.split)
     chosen = [owner for owner in owners if source.client(gate) in {None, owner.name}]
     each = None if most is None else max(1, most // len(chosen))
     return [example for owner in chosen for example in task.encode(owner.test)[:each]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
@@ -10,6 +10,7 @@ from molehill.config.methods import Axis, LossRef, MethodRef, distinct_names, re
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Split: TypeAlias = Literal["test", "validation"]
 
 _MASKED_BOUND = 1e3  # with room for it, sums of many clients keep enough binary places
 
@@ -102,8 +103,11 @@ class Data(Section):
         clients: Number of clients.
         partition: How rows are dealt to clients.
         rows: At most this many training rows per client.
-        test_rows: At most this many held-out rows per client.
+        test_rows: At most this many held-out rows per client, of either split.
         test_fraction: Part of every client's rows that is held out.
+        validation_fraction: Part of all rows that is set aside before, to choose settings on
+            (``evaluate.split = "validation"``): whatever seed and partition, no run trains on them or has them among
+            its test rows. Rows of one group, and twins, are set aside together.
     """
 
     source: str = "sample:reviews"
@@ -114,6 +118,7 @@ class Data(Section):
     rows: int | None = Field(default=None, ge=1)
     test_rows: int | None = Field(default=None, ge=1)
     test_fraction: float = Field(default=0.25, gt=0, lt=1)
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
 
 
 class MoLoRA(Section):
@@ -401,9 +406,11 @@ class Scenario(Section):
 
 
 class Evaluate(Section):
-    """What is measured beside the federation.
+    """What is measured, and on which rows.
 
     Attributes:
+        split: Which held-out rows all figures of a run are about: ``test``, or ``validation`` for those that
+            ``data.validation_fraction`` sets aside.
         baselines: Train the ``base`` (head only) and ``local`` (alone) models on every client as well. A simulation
             takes the scores of those that were trained on this machine before from its cache folder: they do not
             depend on the federation; ``anew`` trains them all the same.
@@ -415,6 +422,7 @@ class Evaluate(Section):
         batch_size: Rows per evaluation batch.
     """
 
+    split: Split = "test"
     baselines: bool | Literal["anew"] = True
     probes: tuple[Annotated[MethodRef, Axis("diagnostic")], ...] = ()
     generate: int = Field(default=0, ge=0)

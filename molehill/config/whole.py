@@ -29,6 +29,7 @@ from molehill.config.sections import (
     Train,
     Wire,
 )
+from molehill.errors import ConfigError
 
 
 class Config(Section):
@@ -63,6 +64,16 @@ class Config(Section):
     @classmethod
     def _objective_of_the_task(cls, values: Any) -> Any:
         return _with_objective(values)
+
+    @model_validator(mode="after")
+    def _rows_to_judge_by(self) -> Config:
+        if self.evaluate.split == "validation" and not self.data.validation_fraction:
+            raise ConfigError(
+                "evaluate.split: there are no validation rows, since data.validation_fraction sets none aside",
+                where="evaluate.split",
+                mend='Set data.validation_fraction, to 0.2 say, or evaluate.split = "test".',
+            )
+        return self
 
     @property
     def digest(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -43,6 +44,16 @@ class Rows:
         names = dict.fromkeys(name for _, record in pairs for name in record)
         columns = {name: tuple(record.get(name) for _, record in pairs) for name in names}
         return cls(columns, tuple(where for where, _ in pairs), source)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows], source: str) -> Rows:
+        """The rows of several tables, in order; a column that one of them lacks has no values there."""
+        names = dict.fromkeys(name for part in parts for name in part.columns)
+        columns = {
+            name: tuple(chain.from_iterable(part.columns.get(name, (None,) * len(part)) for part in parts))
+            for name in names
+        }
+        return cls(columns, tuple(chain.from_iterable(part.where for part in parts)), source)
 
     def __len__(self) -> int:
         return len(self.where)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +72,7 @@ def _parquet(path: Path) -> Rows:
 def _files(folder: Path, split: str) -> Rows:
     """Rows of all files of a split; a column that a file lacks has no values there."""
     paths = splits.files_of(folder, split, lambda path: reading.suffix(path) in _FILES)
-    parts = [_FILES[reading.suffix(path)](path) for path in paths]
-    names = dict.fromkeys(name for part in parts for name in part.columns)
-    columns = {
-        name: tuple(chain.from_iterable(part.columns.get(name, (None,) * len(part)) for part in parts))
-        for name in names
-    }
-    return Rows(columns, tuple(chain.from_iterable(part.where for part in parts)), str(folder))
+    return Rows.joined([_FILES[reading.suffix(path)](path) for path in paths], str(folder))
 
 
 def _folder(path: Path, split: str) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TypeAlias
 
 from molehill.tasks.rows import GROUP, Rows
@@ -38,6 +39,37 @@ def units(rows: Rows) -> list[Unit]:
     for i in range(len(rows)):
         found.setdefault(root(i), []).append(i)
     return list(found.values())
+
+
+def lots(rows: Rows, purpose: str) -> list[float]:
+    """A number of [0, 1) for every row, which decides whether it is used for something; alike within a unit.
+
+    It follows from the purpose and from what the unit is: the names of its groups, or else its contents. So it is the
+    same whatever the seed, whatever other rows there are, and in whatever order; a unit that grows rarely gets another.
+
+    Args:
+        rows: Checked rows.
+        purpose: Numbers for different purposes have nothing to do with each other.
+    """
+    groups, contents = rows.columns.get(GROUP, (None,) * len(rows)), content_keys(rows)
+    drawn = [0.0] * len(rows)
+    for unit in units(rows):
+        names = {f"group {groups[i]}" for i in unit if groups[i] is not None} or {contents[i] for i in unit}
+        first = min(hashlib.sha256(name.encode(errors="surrogatepass")).digest() for name in names)
+        lot = int.from_bytes(hashlib.sha256(purpose.encode() + first).digest()[:6], "big") / 2**48
+        for i in unit:
+            drawn[i] = lot
+    return drawn
+
+
+def set_aside(rows: Rows, fraction: float) -> list[bool]:
+    """Of every row whether it is set aside for validation, whoever's it is: never trained on, never a test row.
+
+    Args:
+        rows: Checked rows.
+        fraction: Part of the units that is.
+    """
+    return [lot < fraction for lot in lots(rows, "validation")] if fraction else [False] * len(rows)
 
 
 def numbers(rows: Rows) -> list[int]:

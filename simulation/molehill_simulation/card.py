@@ -137,7 +137,7 @@ def _model_card(run: _Run) -> str:
     summary, settings = run.summary, run.config
     on_hub = not run.adapter.base["id"].startswith(("local:", "sample:"))
     task, owners = kind_of(summary.task).pipeline, len(joined(run.events))
-    dataset = f"held-out rows, mean over {_count(len(summary.complete), 'owner')}"
+    dataset = f"{summary.scored} rows, mean over {_count(len(summary.complete), 'owner')}"
     results = [
         EvalResult(
             task_type=task, dataset_type="private", dataset_name=dataset, metric_type=measure.name,
@@ -202,7 +202,7 @@ def _figures(summary: Summary) -> list[str]:
     headed = kind_of(summary.task).head is not None
     lines += [
         "",
-        f"On {_count(tested, 'held-out row')} of {_count(len(summary.complete), 'owner')}, every owner alike.",
+        f"On {_count(tested, f'{summary.scored} row')} of {_count(len(summary.complete), 'owner')}, every owner alike.",
         *(["In brackets is what a figure is in with 95% confidence."] if summary.mean.interval else []),
         f"Base: the frozen base{', with a head trained by each owner' if headed else ''}. Local: each owner alone.",
         f"Global: the shared model. Personalised: with each owner's own gate{' and head' if headed else ''}.",

@@ -91,7 +91,7 @@ def _conclude(
     }
     found = {name: Found.model_validate({"counts": each.found}) for name, each in findings.items()}
     summary = summarise(events, info, config.digest, config.task.kind, classes, lengths, looked, confusions, found)
-    summary = summary.model_copy(update={"machine": machine})
+    summary = summary.model_copy(update={"machine": machine, "split": config.evaluate.split})
     files.write(out / "summary.json", summary.to_json().encode())
     some = [{"client": name, **asdict(each)} for name, them in findings.items() for each in them.samples[:SAMPLES]]
     if some:

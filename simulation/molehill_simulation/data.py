@@ -15,7 +15,7 @@ from molehill import config, files
 from molehill.errors import DataError
 from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
 from molehill.tasks.schema import load_rows
-from molehill.tasks.units import Unit, units
+from molehill.tasks.units import Unit, set_aside, units
 from molehill_simulation.shards import Shard
 
 
@@ -26,14 +26,16 @@ class ClientRows:
     Attributes:
         name: Name of the client.
         train: Rows it trains on.
-        test: Held-out rows; no client trains on them, nor on rows of the same group or content.
+        test: Held-out rows that it is scored on; no client trains on them, nor on rows of the same group or content.
         owner: Who it is, as the data say; empty where they do not.
+        spare: Held-out rows of the other split, which are left alone.
     """
 
     name: str
     train: Rows
     test: Rows
     owner: str = ""
+    spare: Rows | None = None
 
     @property
     def renamed(self) -> bool:
@@ -46,16 +48,18 @@ def names_of(owners: Sequence[ClientRows]) -> dict[str, str]:
     return {owner.name: owner.owner for owner in owners if owner.renamed}
 
 
-def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
-    """Partition rows over clients, hold out test rows, then apply the caps.
+def deal(data: config.Data, rows: Rows, seed: int, split: config.Split = "test") -> list[ClientRows]:
+    """Partition rows over clients, set aside what is for validation, hold out test rows, then apply the caps.
 
     A unit (see `molehill.tasks.units.units`) is held out or trained on as a whole, on whichever clients its rows
-    are. Labels are stratified as far as units allow. Equal arguments give equal rows.
+    are. Labels are stratified as far as units allow. Equal arguments give equal rows, and what is set aside does not
+    follow from the seed. Either split leaves the same rows to train on.
 
     Args:
-        data: Number of clients, partitioner, held-out fraction and caps.
+        data: Number of clients, partitioner, held-out fractions and caps.
         rows: Checked rows.
         seed: Of everything random here.
+        split: Which of the held-out rows clients are scored on.
 
     Returns:
         One entry per client, in the partitioner's order.
@@ -72,6 +76,7 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
         )
     shards: list[Shard] = data.partition.build("partitioner", rows=rows, clients=data.clients, seed=seed)
     labels = [str(label) for label in rows.columns.get(STRATUM, rows.columns.get("label", ("",) * len(rows)))]
+    aside = set_aside(rows, data.validation_fraction)
     unit_of = {i: number for number, unit in enumerate(units(rows)) for i in unit}
     held_out: dict[int, bool] = {}
     result = []
@@ -79,27 +84,38 @@ def deal(data: config.Data, rows: Rows, seed: int) -> list[ClientRows]:
         files.require_name(shard.name, DataError)
         rng = np.random.default_rng([seed, number])
         inside: dict[int, Unit] = {}
-        for i in shard.indices:
+        validation = [i for i in shard.indices if aside[i]]
+        left = [i for i in shard.indices if not aside[i]]
+        for i in left:
             inside.setdefault(unit_of[i], []).append(i)
         _hold_out(inside, labels, data.test_fraction, held_out, rng)
-        test = [i for i in shard.indices if held_out[unit_of[i]]]
-        train = [i for i in shard.indices if not held_out[unit_of[i]]]
+        test = [i for i in left if held_out[unit_of[i]]]
+        train = [i for i in left if not held_out[unit_of[i]]]
         if not test or not train:
             raise DataError(
-                f"client {shard.name!r} has {len(shard.indices)} rows in {len(inside)} units: none to "
+                f"client {shard.name!r} has {len(left)} rows in {len(inside)} units: none to "
                 f"{'train on' if test else 'hold out'}",
                 where="data.test_fraction",
                 mend="Lower data.clients, change data.test_fraction or give more rows.",
             )
-        train, test = _sample(train, labels, data.rows, rng), _sample(test, labels, data.test_rows, rng)
-        result.append(ClientRows(shard.name, rows.take(train), rows.take(test), shard.owner))
+        if split == "validation" and not validation:
+            raise DataError(
+                f"client {shard.name!r} has {len(left)} rows, of which none is set aside for validation",
+                where="data.validation_fraction",
+                mend="Raise it, lower data.clients or give more rows.",
+            )
+        train = _sample(train, labels, data.rows, rng)
+        parts = [rows.take(_sample(part, labels, data.test_rows, rng)) for part in (test, validation)]
+        scored, spare = parts if split == "test" else reversed(parts)
+        result.append(ClientRows(shard.name, rows.take(train), scored, shard.owner, spare))
     return result
 
 
 def deal_to(run: config.Config, folders: Sequence[Path]) -> list[ClientRows]:
     """Deal the rows of a configuration to folders, as ``train.jsonl`` and ``test.jsonl``.
 
-    The files have the columns of the source, so the same configuration reads them.
+    What is set aside for validation is in neither of them, but in ``validation.jsonl`` where there is any. The files
+    have the columns of the source, so the same configuration reads them.
 
     Args:
         run: The configuration; there are as many clients as folders, whatever it says.
@@ -114,7 +130,9 @@ def deal_to(run: config.Config, folders: Sequence[Path]) -> list[ClientRows]:
     data = run.data.model_copy(update={"clients": len(folders)})
     owners = deal(data, load_rows(data, run.task)[0], run.run.seed)
     for folder, owner in zip(folders, owners, strict=True):
-        for name, rows in (("train.jsonl", owner.train), ("test.jsonl", owner.test)):
+        assert owner.spare is not None  # it was dealt
+        told = {"train.jsonl": owner.train, "test.jsonl": owner.test, "validation.jsonl": owner.spare}
+        for name, rows in ((name, rows) for name, rows in told.items() if len(rows)):
             lines = [json.dumps(_as_read(record, data.columns), ensure_ascii=False) for _, record in rows.records()]
             try:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from molehill.tasks.lengths import Examples, Lengths, together
 from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
 from molehill.tasks.schema import class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
+from molehill.tasks.units import set_aside
 from molehill.wire.tree import Layout
 from molehill.words import counted
 from molehill_server.planning.planner import scopes, select, trained
@@ -181,7 +182,7 @@ def _look(config: Config) -> _Seen:
     rows = owners = adapted = examples = None
     if is_local(config.data.source):
         rows, task = load_rows(config.data, config.task)
-        owners = deal(config.data, rows, config.run.seed)
+        owners = deal(config.data, rows, config.run.seed, config.evaluate.split)
         config = config.model_copy(update={"task": task})
     if is_here(config.base):
         adapted = open_model(config, offline=True)
@@ -195,6 +196,7 @@ def _of_rows(seen: _Seen, clients: Sequence[ClientFacts]) -> list[tuple[str, str
     if seen.rows is None or seen.owners is None:
         return []
     about = _about(seen.rows, seen.config)
+    about += _set_aside(seen.rows, seen.config)
     names = [f"{clean(name, 60)} is {clean(owner, 60)!r}" for name, owner in names_of(seen.owners).items()]
     about += [("names", "; ".join(names))] if names else []
     absent = lacking(clients)
@@ -258,7 +260,10 @@ def _plan(
         ("run", f"{config.run.name}: {counted(config.run.rounds, 'round')}, seed {config.run.seed}"),
         ("base", f"{config.base.model}, {computed}"),
         ("task", f"{config.task.kind}, inputs of at most {config.task.max_length} tokens"),
-        ("data", f"{data.source} dealt to {counted(data.clients, 'client')}, {_show(data.partition)}{_rows(owners)}"),
+        (
+            "data",
+            f"{data.source} dealt to {counted(data.clients, 'client')}, {_show(data.partition)}{_rows(owners, config)}",
+        ),
         *about,
         ("experts", f"{_experts(molora, model)} on {targets}"),
         ("router", "none" if plain else f"{_show(molora.scorer)}, {_show(molora.selector)}, one per {molora.scope}"),
@@ -327,6 +332,16 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     return about
 
 
+def _set_aside(rows: Rows, config: Config) -> list[tuple[str, str]]:
+    """What no run trains on or tests with."""
+    fraction = config.data.validation_fraction
+    if not fraction:
+        return []
+    count, scored = sum(set_aside(rows, fraction)), config.evaluate.split == "validation"
+    use = "all figures are about them" if scored else 'evaluate.split = "validation" looks at them'
+    return [("validation", f"{counted(count, 'row')} of {len(rows)} set aside, whatever the seed; {use}")]
+
+
 def _unasked(config: Config, examples: Sequence[tuple[Examples, Examples]]) -> list[str]:
     """That there is nothing to answer where all of all rows is learnt."""
     if not config.evaluate.generate or any(
@@ -350,13 +365,14 @@ def _in_words(lengths: Lengths) -> list[tuple[str, str]]:
     return found
 
 
-def _rows(owners: Sequence[ClientRows] | None) -> str:
+def _rows(owners: Sequence[ClientRows] | None, config: Config) -> str:
     if owners is None:
         return ""
     train, test = (
         experts.spread(len(part) for part in parts) for parts in zip(*((o.train, o.test) for o in owners), strict=True)
     )
-    return f": {train} rows each to train on, {test} held out"
+    use = "for validation" if config.evaluate.split == "validation" else "held out"
+    return f": {train} rows each to train on, {test} {use}"
 
 
 def _experts(molora: MoLoRA, model: MoLoRAModel | None) -> str:

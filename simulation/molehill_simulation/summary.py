@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from molehill.config import Split
 from molehill.errors import DataError
 from molehill.tasks.kind import kind_of
 from molehill.tasks.lengths import loss_in_words
@@ -122,6 +123,7 @@ class Summary(BaseModel):
         anew: The clients whose personal state was gone in the course of the run, so that they started anew.
         remembered: How many clients' baselines are those of an earlier run on the machine of a simulation.
         machine: How the machine of a simulation computed it; None of a deployment.
+        split: Which held-out rows all figures are about.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -156,11 +158,19 @@ class Summary(BaseModel):
     anew: tuple[str, ...] = ()
     remembered: int = 0
     machine: Machine | None = None
+    split: Split = "test"
+
+    @property
+    def scored(self) -> str:
+        """What the rows are called that the figures are about, in front of the word."""
+        return "held-out" if self.split == "test" else self.split
 
     @property
     def caveats(self) -> list[str]:
         """What must be said beside the figures, one sentence each."""
         said = []
+        if self.split != "test":
+            said.append(f"all figures are of the {self.split} rows, to choose settings by, and not of the test rows")
         if self.unscored:
             done = len(self.complete)
             why = [f"{clean(client, 40)}: {clean(reason)}" for client, reason in self.unscored.items()]

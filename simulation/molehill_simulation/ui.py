@@ -234,7 +234,7 @@ def results_table(summary: Summary) -> Table:
         A table to print.
     """
     shown = summary.columns[:2]
-    title = f"{' and '.join(measure.title for measure in shown)} on each client's own held-out rows"
+    title = f"{' and '.join(measure.title for measure in shown)} on each client's own {summary.scored} rows"
     table = Table(title=f"{title[0].upper()}{title[1:]}", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("client", overflow="fold")
     table.add_column("rows", justify="right", style="dim", no_wrap=True)
@@ -345,7 +345,7 @@ def show_summary(summary: Summary, console: Console) -> None:
     """Print the results of a finished run."""
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
-    notes = "rows: to train on + held out"
+    notes = f"rows: to train on + {'held out' if summary.split == 'test' else summary.split}"
     if summary.mean.interval:
         notes += "; below figures their 95% intervals, in hundredths of such as .712"
         notes += "" if _within(summary) else ", those of clients in report.html and summary.json"
@@ -360,7 +360,7 @@ def show_summary(summary: Summary, console: Console) -> None:
     if summary.of_answers:
         means = [(each, getattr(summary, each.name).mean) for each in summary.of_answers]
         told = ", ".join(f"{each.title} {mean.told('personalised', each)}" for each, mean in means)
-        rows = counted(sum(client.answered for client in summary.clients), "held-out row")
+        rows = counted(sum(client.answered for client in summary.clients), f"{summary.scored} row")
         console.print(Text(f"mean of personalised answers to {rows}: {told}", style="dim"), soft_wrap=True)
     if told := _by_class(summary):
         console.print(Text(told, style="dim"), soft_wrap=True)

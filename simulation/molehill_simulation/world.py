@@ -62,7 +62,7 @@ def open_world(config: Config) -> World:
     """
     rows, task_config = load_rows(config.data, config.task)
     config = config.model_copy(update={"task": task_config})
-    owners = deal(config.data, rows, config.run.seed)
+    owners = deal(config.data, rows, config.run.seed, config.evaluate.split)
     model, base, task, computed = open_model(config)
     initial = model.tree(lambda key: not key.residual)
     # All at once and first of all: a bad row is found with its place, before anybody has trained.

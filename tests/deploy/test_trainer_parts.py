@@ -13,14 +13,16 @@ from types import SimpleNamespace
 import pytest
 from flwr.supernode import start_client_internal
 
-from molehill.errors import DeployError, MessageError, MolehillError
+from molehill.config import parse
+from molehill.errors import DataError, DeployError, MessageError, MolehillError
 from molehill.tasks.rows import GROUP, Rows
+from molehill.tasks.units import set_aside
 from molehill.wire.exchange import Place
 from molehill.wire.local import MemoryExchange
 from molehill_client.deploy import node
 from molehill_client.deploy.line import Request, ask, serve
 from molehill_client.deploy.outbox import Outbox
-from molehill_client.deploy.trainer import held_out
+from molehill_client.deploy.sides import sides
 
 
 @pytest.fixture
@@ -103,16 +105,74 @@ def table(count, **columns):
     return Rows(values, tuple(map(str, range(count))), "rows")
 
 
+def judged(**data):
+    split = data.pop("split", "test")
+    return parse({"data": data, "evaluate": {"split": split}, "task": {"labels": ["x", "y"]}})
+
+
+def where(sides):
+    return [set(part.where) for part in sides]
+
+
 def test_a_row_keeps_its_side_when_the_file_grows():
-    small, large = table(50), table(400)
-    assert [held_out(small, i, 0.25) for i in range(50)] == [held_out(large, i, 0.25) for i in range(50)]
-    assert 60 < sum(held_out(large, i, 0.25) for i in range(400)) < 140
+    small, large = (where(sides(table(n), None, judged())) for n in (50, 400))
+    here = set(map(str, range(50)))
+    assert small == [part & here for part in large]
+    assert 60 < len(large[1]) < 140
 
 
 def test_rows_of_one_group_are_on_one_side():
     rows = table(200, **{GROUP: tuple(f"author {i % 10}" for i in range(200))})
-    for author in range(10):
-        assert len({held_out(rows, i, 0.4) for i in range(author, 200, 10)}) == 1
+    train, test = sides(rows, None, judged(test_fraction=0.4))
+    assert not {*train[GROUP]} & {*test[GROUP]}
+    assert len(train) + len(test) == 200
+
+
+def test_twins_are_on_one_side_whatever_their_labels():
+    texts = tuple(f"Row {i // 2}{'!' * (i % 2)}" for i in range(200))
+    train, test = sides(table(200).having(text=texts, label="xy" * 100), None, judged())
+    assert not {text.strip("!") for text in train["text"]} & {text.strip("!") for text in test["text"]}
+    assert len(train) + len(test) == 200
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_rows_set_aside_are_neither_trained_on_nor_tests(file):
+    rows, test = table(400), Rows({"text": tuple(f"held {i}" for i in range(100))}, tuple("t" * 100), "tests")
+    given = test if file else None
+    both = Rows.joined([rows, test], "all") if file else rows
+    aside = [text for text, gone in zip(both["text"], set_aside(both, 0.2), strict=True) if gone]
+    assert len(aside) > 50
+    seen = []
+    for split in ("test", "validation"):
+        train, scored = sides(rows, given, judged(validation_fraction=0.2, split=split))
+        assert not {*train["text"]} & {*aside}
+        seen.append((train["text"], scored["text"]))
+    assert seen[0][0] == seen[1][0]
+    assert [*seen[1][1]] == aside
+    assert not {*seen[0][1]} & {*aside, *seen[0][0]}
+    assert len(seen[0][0]) + len(seen[0][1]) + len(aside) == len(both)
+
+
+def test_sides_that_would_be_empty_are_told():
+    aside = table(400).take([i for i, gone in enumerate(set_aside(table(400), 0.2)) if gone])
+    with pytest.raises(DataError, match=r"there are 0 to train on, 0 for tests and \d+ for validation"):
+        sides(aside, None, judged(validation_fraction=0.2))
+    left = table(400).take([i for i, gone in enumerate(set_aside(table(400), 0.2)) if not gone])
+    with pytest.raises(DataError, match=r"0 for validation, and the run is judged on those for validation"):
+        sides(left, None, judged(validation_fraction=0.2, split="validation"))
+    assert where(sides(left, aside, judged(validation_fraction=0.2, split="validation"))) == where((left, aside))
+    pairs = aside.having(text_pair=aside["text"])
+    with pytest.raises(DataError, match="have other columns"):
+        sides(left, pairs, judged(validation_fraction=0.2, split="validation"))
+
+
+def test_a_file_of_tests_that_shares_rows_with_the_other_is_told(caplog):
+    rows = table(20)
+    sides(rows, rows.take([3, 4]).having(text=("ROW 3.", "new")), judged())
+    assert "1 row of 2 held out have a row with the same text" in caplog.text
+    caplog.clear()
+    sides(rows, Rows({"text": ("new",)}, ("n",), "f"), judged())
+    assert not caplog.text
 
 
 def test_the_thin_app_imports_little():

@@ -24,7 +24,7 @@ def test_summary_has_the_promised_shape_and_figures():
         "task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity", "exact_match",
         "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall", "type_f1", "gains",
         "lengths", "probes", "rounds", "seconds", "bytes_up", "bytes_down",
-        "base_model", "config_digest", "unscored", "anew", "remembered", "machine",
+        "base_model", "config_digest", "unscored", "anew", "remembered", "machine", "split",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
         "id", "n_train", "n_test", "cut", "lost", "unlearnt", "base", "local", "global", "personalised",

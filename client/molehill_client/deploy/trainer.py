@@ -7,7 +7,6 @@ data: it names a base model and methods that are installed here; no code is ever
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -40,7 +39,7 @@ from molehill.evidence import Moment
 from molehill.pki import Identity, read_passphrase
 from molehill.plan import ClientPlan, ClientReply, Hello
 from molehill.secure.messages import AskAgree, AskKeys, AskShares, AskUnmask
-from molehill.tasks.rows import GROUP, Rows
+from molehill.tasks.rows import Rows
 from molehill.tasks.schema import load_rows
 from molehill.wire.exchange import Place
 from molehill.wire.remote import GrpcExchange
@@ -52,6 +51,7 @@ from molehill_client.deploy.line import Request, serve
 from molehill_client.deploy.opening import open_run, run_folder
 from molehill_client.deploy.outbox import Outbox
 from molehill_client.deploy.post import Post
+from molehill_client.deploy.sides import sides
 from molehill_client.masking import Masker
 
 _log = logging.getLogger("molehill_client.trainer")  # whatever the module is called when it is run
@@ -247,19 +247,8 @@ class Trainer:
 
     def _rows(self, config: Config) -> tuple[Rows, Rows]:
         rows = self._read(config, self._post.data)
-        if self._post.test is not None:
-            train, test = rows, self._read(config, self._post.test)
-        else:
-            sides: dict[bool, list[int]] = {False: [], True: []}
-            for i in range(len(rows)):
-                sides[held_out(rows, i, config.data.test_fraction)].append(i)
-            train, test = rows.take(sides[False]), rows.take(sides[True])
-        if not (len(train) and len(test)):
-            raise DataError(
-                f"{len(rows)} rows are too few to hold some out",
-                where=self._post.data,
-                mend="Give more rows, or a file of held-out rows with --test.",
-            )
+        held_out = None if self._post.test is None else self._read(config, self._post.test)
+        train, test = sides(rows, held_out, config)
         return _first(train, config.data.rows), _first(test, config.data.test_rows)
 
     def _tell(self, text: str, **facts: Any) -> None:
@@ -281,17 +270,6 @@ def _trained(plan: ClientPlan, reply: ClientReply) -> str:
     work = f"{counted(plan.steps, 'step')} on {counted(reply.examples, 'row')} in {reply.seconds:.1f} s"
     known = f"round {plan.accepted}" if plan.accepted else "none yet"
     return f"{plan.run}: round {plan.round} trained, {work}, {loss}, {traffic}; last accepted: {known}"
-
-
-def held_out(rows: Rows, i: int, fraction: float) -> bool:
-    """Whether a row is held out, by a digest of its group or else of its values.
-
-    Equal rows and rows of one group are on the same side, and a row keeps its side when the file grows.
-    """
-    columns = {GROUP} if GROUP in rows.columns else set(rows.columns)
-    values = [rows.columns[name][i] for name in sorted(columns)]
-    first = hashlib.sha256(json.dumps(values, default=str).encode()).digest()[:8]
-    return int.from_bytes(first, "big") < fraction * 2**64
 
 
 def _first(rows: Rows, count: int | None) -> Rows:

@@ -10,7 +10,7 @@ from molehill.tasks.kind import make_task
 from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.rows import GROUP, Rows
 from molehill.tasks.schema import load_rows
-from molehill.tasks.units import numbers, units
+from molehill.tasks.units import lots, numbers, units
 
 
 def table(**columns):
@@ -80,6 +80,19 @@ def test_units_are_transitive():
     rows = table(**{"text": ["x", "y", "X!", "z", " y"], GROUP: ["g", "g", "h", None, None]})
     assert units(rows) == [[0, 1, 2, 4], [3]]
     assert numbers(rows) == [0, 0, 0, 1, 0]
+
+
+def test_the_lots_of_units_are_those_that_they_always_were():
+    rows = table(**{"text": ["Good film!", "x", "good film", "y", "X."], GROUP: [None, "a", None, "a", None]})
+    for purpose, film, group in (("validation", 0.7923827590747443, 0.30028415960712707),
+                                 ("test", 0.5648226581856441, 0.9504340258982467)):  # fmt: skip
+        assert lots(rows, purpose) == [film, group, film, group, group]
+    assert lots(rows.take([1]), "test") == [0.9504340258982467]  # by its group, whatever the text
+
+
+def test_lots_are_spread_evenly():
+    found = lots(table(text=[f"text {i}" for i in range(2000)]), "test")
+    assert all(abs(sum(lot < part for lot in found) / 2000 - part) < 0.03 for part in (0.1, 0.5, 0.9))
 
 
 LONG = " ".join("abcdefgh" * 4)
