@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -25,11 +25,13 @@ class Rows:
         columns: Values by column name.
         where: Place of every row for error messages, such as ``reviews.csv:12``.
         source: What was read, for errors that concern all rows.
+        read: Columns that the task reads; empty where nobody has said.
     """
 
     columns: Mapping[str, tuple[Any, ...]]
     where: tuple[str, ...]
     source: str
+    read: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.columns.items()}
@@ -53,7 +55,8 @@ class Rows:
             name: tuple(chain.from_iterable(part.columns.get(name, (None,) * len(part)) for part in parts))
             for name in names
         }
-        return cls(columns, tuple(chain.from_iterable(part.where for part in parts)), source)
+        read = dict.fromkeys(name for part in parts for name in part.read)
+        return cls(columns, tuple(chain.from_iterable(part.where for part in parts)), source, tuple(read))
 
     def __len__(self) -> int:
         return len(self.where)
@@ -82,16 +85,15 @@ class Rows:
     def take(self, indices: Sequence[int]) -> Rows:
         """The rows at ``indices``, in that order."""
         columns = {name: tuple(values[i] for i in indices) for name, values in self.columns.items()}
-        return Rows(columns, tuple(self.where[i] for i in indices), self.source)
+        return replace(self, columns=columns, where=tuple(self.where[i] for i in indices))
 
     def having(self, **columns: Sequence[Any]) -> Rows:
         """The same rows with columns added or replaced."""
-        return Rows({**self.columns, **{k: tuple(v) for k, v in columns.items()}}, self.where, self.source)
+        return replace(self, columns={**self.columns, **{k: tuple(v) for k, v in columns.items()}})
 
     def only(self, names: Collection[str]) -> Rows:
         """The same rows without other columns than these."""
-        columns = {name: values for name, values in self.columns.items() if name in names}
-        return Rows(columns, self.where, self.source)
+        return replace(self, columns={name: values for name, values in self.columns.items() if name in names})
 
     def renamed(self, columns: Mapping[str, str]) -> Rows:
         """The same rows with columns under the names that ``columns`` maps to them.
@@ -104,4 +106,4 @@ class Rows:
         """
         mapped = {ours: self[theirs] for ours, theirs in columns.items()}
         rest = {k: v for k, v in self.columns.items() if k not in mapped and k not in columns.values()}
-        return Rows({**mapped, **rest}, self.where, self.source)
+        return replace(self, columns={**mapped, **rest})

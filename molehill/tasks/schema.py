@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from molehill import config
 from molehill.characters import bare
 from molehill.errors import DataError
+from molehill.rowfiles.messages import Message, messages_of
 from molehill.tasks.kind import kind_of
 from molehill.tasks.labels import in_order
 from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
 from molehill.tasks.sources import read_rows
 
 _log = logging.getLogger(__name__)
+
+_TEXTS = ("text", "text_pair", "tokens", "prompt", "instruction", "input")  # what is asked, and no answer
+_TALKS = ("messages", "conversations")
 
 
 def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | None = None) -> tuple[Rows, config.Task]:
@@ -51,6 +56,7 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
         rows = rows.having(**{TASK: _task_ids(read, data.columns["task"])})
     task = kind.settle(rows, task)
     rows = kind.conform(rows, task, data.columns)
+    rows = replace(rows, read=tuple(kind.reads(rows.columns)))
     strata = kind.strata(rows)
     return rows if strata is None else rows.having(**{STRATUM: strata}), task
 
@@ -79,15 +85,32 @@ def class_counts(rows: Rows, task: config.Task) -> Mapping[str, int]:
 
 
 def content_keys(rows: Rows) -> list[str]:
-    """What a model would see of each row, without answers: rows with equal keys are twins.
+    """What a model would see of each row, without what it is to answer: rows with equal keys are twins.
 
     Case, punctuation, white space and Unicode form make no difference, in none of a row's strings
-    (see `molehill.characters.bare`); the words of a list are one text.
+    (see `molehill.characters.bare`); the words of a list are one text. Of a conversation the last answer is left out.
+
+    Args:
+        rows: Checked rows.
     """
-    asked = ("text", "text_pair", "tokens", "messages", "conversations", "prompt", "instruction", "input")
-    names = [name for name in asked if name in rows.columns]
-    columns = [rows[name] for name in names]
-    return [json.dumps([_bare(values[i]) for values in columns], sort_keys=True, default=str) for i in range(len(rows))]
+    there = rows.read or rows.columns
+    parts = []
+    for name in (name for name in (*_TEXTS, *_TALKS) if name in there and name in rows.columns):
+        values: Iterable[Any] = rows[name]
+        if name in _TALKS:
+            values = (_asked(value, name, where) for value, where in zip(values, rows.where, strict=True))
+        parts.append([_bare(value) for value in values])
+    return [json.dumps([part[i] for part in parts], sort_keys=True, default=str) for i in range(len(rows))]
+
+
+def _asked(value: Any, name: str, where: str) -> list[Message]:
+    """A conversation up to its last answer, where somebody asks before it."""
+    turns = [{key: item for key, item in turn.items() if key != "weight"} for turn in messages_of(value, name, where)]
+    asked = list(turns)
+    for answers in (False, True):
+        while asked and (asked[-1]["role"] == "assistant") is answers:
+            asked.pop()
+    return asked if any(turn["role"] == "user" for turn in asked) else turns
 
 
 def _bare(value: Any) -> Any:

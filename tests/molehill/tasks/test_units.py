@@ -72,6 +72,36 @@ def test_what_a_text_is_bare():
     assert bare("") == ""
 
 
+def said(*turns):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, turns, strict=False)]
+
+
+def of_file(write, rows, **task):
+    """Units of the rows of a file."""
+    path = write("twins.jsonl", rows)
+    return units(load_rows(config.Data(source=path), config.Task(**task))[0])
+
+
+def test_the_last_answer_of_a_conversation_makes_no_difference_and_others_do(write):
+    talks = [said("One?", "yes"), said("one", "no"), said("one", "yes", "two", "a"), said("one", "no", "two", "a")]
+    assert of_file(write, [{"messages": talk} for talk in talks], kind="causal-lm") == [[0, 1], [2], [3]]
+    sharegpt = [{"from": "human", "value": "ONE"}, {"from": "gpt", "value": "never"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "one."}]}, {"role": "assistant", "content": "a"}]
+    rows = [{"conversations": talk} for talk in (sharegpt, talks[0], parts)]
+    assert of_file(write, rows, kind="causal-lm") == [[0, 1, 2]]
+    told = [[{"role": "system", "content": "Tell."}, {"role": "assistant", "content": text}] for text in "ab"]
+    assert of_file(write, [{"messages": talk} for talk in told], kind="causal-lm") == [[0], [1]]  # nobody asks
+
+
+def test_columns_that_are_not_read_make_no_difference(write):
+    rows = [{"text": "Good.", "label": label, "prompt": label, "messages": "none"} for label in "xy"]
+    assert of_file(write, rows) == [[0, 1]]
+    rows = [{"prompt": "a", "completion": "b", "text": text} for text in "xy"]
+    assert of_file(write, rows, kind="causal-lm") == [[0, 1]]
+    rows = [{"text": "a", "label": "x", "text_pair": pair} for pair in ("b", "c")]
+    assert of_file(write, [*rows, {**rows[0], "label": "y"}]) == [[0, 2], [1]]
+
+
 def test_roles_make_a_difference():
     assert not alike("messages", *([{"role": role, "content": "Hi"}] for role in ("user", "system")))
 
