@@ -224,8 +224,9 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     assert list(summary) == [
         *("task", "clients", "mean", "worst", "token_accuracy", "macro_f1", "loss", "perplexity"),
         *("exact_match", "normalised_match", "rouge_l", "chrf", "figures", "classes", "confusion", "recall", "type_f1"),
-        *("lengths", "probes", "rounds", "seconds"),
+        *("gains", "lengths", "probes", "rounds", "seconds"),
         *("bytes_up", "bytes_down", "base_model", "config_digest", "unscored", "anew", "remembered", "machine"),
+        "split",
     ]
     assert summary["rounds"] == 8
     assert set(summary["mean"]) == set(summary["worst"]) == FIGURES
