@@ -234,6 +234,6 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
     assert [set(client) for client in summary["clients"]] == [
         FIGURES
         | {"id", "n_train", "n_test", "cut", "lost", "unlearnt", "token_accuracy", "macro_f1", "loss", "perplexity"}
-        | {"answered", "exact_match", "normalised_match", "rouge_l", "chrf", "recall", "type_f1", "figures"}
+        | {"answered", "exact_match", "normalised_match", "rouge_l", "chrf", "recall", "type_f1", "figures", "gains"}
     ] * 3
     assert (out / "adapter" / "molora.json").is_file()
