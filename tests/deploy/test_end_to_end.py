@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """A run that has ended; the machines are still there, and all that passed between them was written down."""
-    with open_lab(tmp_path_factory.mktemp("lab"), config(), NAMES, passphrase=b"a secret") as lab:
+    settings = config(evaluate={"baselines": True})
+    with open_lab(tmp_path_factory.mktemp("lab"), settings, NAMES, passphrase=b"a secret") as lab:
         lab.up()
         with Wire(lab.port) as door, Wire(lab.exchange_port) as data:
             lab.taps = {"door": door, "data": data}
@@ -46,6 +47,9 @@ def test_the_numbers_are_those_of_a_simulation(finished, tmp_path_factory):
     assert all(client.pop("recall") for client in simulated["clients"])
     assert not any(client.pop("recall") for client in deployed["clients"])  # how often it has each class is its own
     assert deployed["clients"] == simulated["clients"]
+    assert deployed["gains"] == simulated["gains"]
+    assert deployed["gains"].keys() == {"accuracy", "macro_f1", "loss"}  # over models that the machines trained alone
+    assert "Gain over alone" in (finished.out / "report.html").read_text("utf-8")
     rounds = [tiny_world.events(folder, "round") for folder in (finished.out, out)]
     for ours, theirs in zip(*rounds, strict=True):
         for key in ("selected", "quarantined", "missing"):
