@@ -27,7 +27,7 @@ _PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 1e-3)  # of the mean 
 _WORSE = 2  # weaker penalties in a row that are worse than the best, after which none is tried
 _FLOOR = 1e-3  # of the mean deviation: features that move less are not blown up further
 _BIAS = 0.1  # rows: what pulls the bias, so that a class without a row stays at a finite distance
-_ROUGH, _EXACT = (1e-5, 1e-7, 200), (1e-9, 1e-13, 2000)  # gradient, change of the loss, iterations
+_ROUGH, _EXACT = (1e-4, 1e-6, 200), (1e-9, 1e-13, 2000)  # gradient, change of the loss, iterations
 
 
 class Line(NamedTuple):
@@ -142,21 +142,23 @@ def find_head(
     dealt = folds(units, strata_of(labels, rows, n), _FOLDS, seed)
     fold = torch.from_numpy(dealt[rows]).to(readings.rows.device)
     problem = _Problem(readings, goal, likelihood, start, where)
-    parts = sorted(set(fold.tolist()))  # a fold may have no prediction
-    if len(parts) < 2:
+    there = sorted(set(fold.tolist()))  # a fold may have no prediction
+    if len(there) < 2:
         return start
+    everything = problem.part(fold >= 0)
+    parts = [(problem.part(fold != one), problem.part(fold == one)) for one in there]
     kept = [problem.start() for _ in parts]
-    scores = problem.scores(kept[0]).detach()
+    scores = problem.scores(kept[0])
 
     def judged() -> NDArray[np.float64]:
         """The loss of all rows, then of each fold's."""
-        return np.array([float(problem.loss(scores, some)) for some in (None, *(fold == part for part in parts))])
+        return np.array([float(problem.loss(scores, some)) for some in (everything, *(out for _, out in parts))])
 
     at_start, tried = judged(), []
     for penalty in _PENALTIES:
-        for number, part in enumerate(parts):
-            kept[number] = problem.solve(penalty, kept[number], fold != part, _ROUGH)
-            scores[fold == part] = problem.scores(kept[number])[fold == part]
+        for number, (others, out) in enumerate(parts):
+            kept[number] = problem.solve(penalty, kept[number], others, _ROUGH)
+            scores[out.at] = problem.scores(kept[number])[out.at]
         tried.append(judged())
         best = min(range(len(tried)), key=lambda at: tried[at][0])
         if len(tried) > best + _WORSE:
@@ -168,7 +170,7 @@ def find_head(
         chosen = next(at for at, each in enumerate(tried) if at == best or _as_good(each, tried[best]))
     found = problem.start()
     for at, penalty in enumerate(_PENALTIES[: chosen + 1]):
-        found = problem.solve(penalty, found, None, _EXACT if at == chosen else _ROUGH)
+        found = problem.solve(penalty, found, everything, _EXACT if at == chosen else _ROUGH)
     return problem.line(found)
 
 
@@ -176,6 +178,14 @@ def _as_good(losses: NDArray[np.float64], best: NDArray[np.float64]) -> bool:
     """Whether losses (of all, then of each fold) are worse by no more than a standard error of the difference."""
     apart = (losses - best)[1:]
     return bool(losses[0] - best[0] <= apart.std(ddof=1) / math.sqrt(len(apart)))
+
+
+class _Part(NamedTuple):
+    """Some of the predictions: which they are, their labels and their rows."""
+
+    at: Tensor
+    labels: Tensor
+    rows: Tensor
 
 
 class _Problem:
@@ -194,7 +204,7 @@ class _Problem:
 
     def __init__(self, readings: Readings, goal: Goal, likelihood: Likelihood, start: Line, where: str) -> None:
         wide = torch.float32 if readings.features.device.type == "mps" else torch.float64
-        x = readings.features.to(wide)
+        x = readings.features.to(wide, copy=True)
         self._where = where
         if not bool(x.isfinite().all()):
             raise self._strange("a feature is not finite")
@@ -202,9 +212,10 @@ class _Problem:
         self._start = Line(start.weight.to(wide), start.bias.to(wide))
         self._base = x @ self._start.weight.T + self._start.bias
         self._middle = x.mean(0)
-        deviation = (x - self._middle).square().mean(0).sqrt()
+        x -= self._middle
+        deviation = torch.linalg.vector_norm(x, dim=0) / math.sqrt(len(x))
         self._deviation = deviation.clamp_min(max(float(deviation.mean()) * _FLOOR, torch.finfo(wide).tiny))
-        self._z = (x - self._middle) / self._deviation
+        self._z = x.div_(self._deviation)  # in place: of tokens there are many
 
     def start(self) -> Line:
         """No change."""
@@ -214,20 +225,23 @@ class _Problem:
         """Of all rows, ``[M, C]``."""
         return torch.addmm(self._base + change.bias, self._z, change.weight.T)
 
-    def loss(self, scores: Tensor, some: Tensor | None = None) -> Tensor:
-        """The goal's, over all predictions or some of them, ``[M]``."""
-        labels, rows = self._readings.labels, self._readings.rows
-        if some is not None:
-            scores, labels, rows = scores[some], labels[some], rows[some]
-        return self._goal.of_scores(Forward(scores, labels, rows, [], scores.detach, self._likelihood))
+    def part(self, mask: Tensor) -> _Part:
+        """The predictions where a mask ``[M]`` is true."""
+        at = mask.nonzero().squeeze(1)
+        return _Part(at, self._readings.labels[at], self._readings.rows[at])
 
-    def solve(self, penalty: float, change: Line, some: Tensor | None, tolerance: tuple[float, float, int]) -> Line:
+    def loss(self, scores: Tensor, some: _Part) -> Tensor:
+        """The goal's over some predictions, by the scores of all."""
+        own = scores.index_select(0, some.at)
+        return self._goal.of_scores(Forward(own, some.labels, some.rows, [], own.detach, self._likelihood))
+
+    def solve(self, penalty: float, change: Line, some: _Part, tolerance: tuple[float, float, int]) -> Line:
         """The best change under a penalty for some predictions, sought from another.
 
         Raises:
             TrainingError: It is not finite.
         """
-        pull = _BIAS / (len(self._z) if some is None else int(some.sum()))
+        pull = _BIAS / len(some.at)
         weight, bias = (part.clone().requires_grad_() for part in change)
         gradient, least, most = tolerance
         optimiser = torch.optim.LBFGS(
