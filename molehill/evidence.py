@@ -59,11 +59,11 @@ def probed(config: Config) -> bool:
 KINDS = (
     Evidence(
         "rows",
-        "how many rows there are, to train on and held out, and how many are cut, left out or not learnt",
+        "how many rows there are, to train on, set aside and held out, and how many are cut, left out or not learnt",
         (
             *("Hello.n_train", "Hello.n_test", "ClientReply.examples", "Delta.examples"),
             *("EvaluationReply.n_train", "EvaluationReply.n_test", "Hello.cut", "Hello.lost"),
-            "Hello.unlearnt",
+            *("Hello.unlearnt", "Hello.aside", "EvaluationReply.aside"),
         ),
         _always,
     ),

@@ -25,12 +25,13 @@ class Hello(BaseModel):
 
     Attributes:
         client: Its id.
-        n_train: Training rows.
+        n_train: Training rows that take part in the rounds.
         n_test: Held-out rows.
         version: Version of Molehill it runs.
         cut: Rows, of both kinds, that are longer than ``task.max_length`` and lose their end.
         lost: Of these, rows without any token of an answer, which are left out of the other two counts.
         unlearnt: Answers that are read and not learnt, since the chat template edits them once others follow.
+        aside: Training rows that the rounds never see (``personal.holdout``).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +43,7 @@ class Hello(BaseModel):
     cut: int = Field(default=0, ge=0)
     lost: int = Field(default=0, ge=0)
     unlearnt: int = Field(default=0, ge=0)
+    aside: int = Field(default=0, ge=0)
 
 
 def scope_of(scopes: Scopes, key: Key) -> Scope:
@@ -110,7 +112,7 @@ class ClientReply(BaseModel):
         delta: Digest of the encoded delta in the exchange.
         bytes_up: Length of the encoded delta in bytes.
         bytes_down: Length in bytes of the blobs that were fetched for this plan.
-        examples: Rows the client trains on.
+        examples: Rows the client trains on in the rounds.
         loss: Mean training loss over the round; None under secure aggregation, where it is part of the sum.
         seconds: Wall time of the local work.
         metrics: Mean of every routing loss over the round, unweighted, by name; empty under secure aggregation.
@@ -224,7 +226,7 @@ class EvaluationReply(BaseModel):
 
     Attributes:
         client: Id of the client.
-        n_train: Training rows.
+        n_train: Training rows that take part in the rounds.
         n_test: Held-out rows.
         stages: Scores by stage: ``base``, ``local``, ``global``, ``personalised``.
         gains: How much better the personalised model is than ``local`` on the same held-out rows, by measure: above 0
@@ -238,6 +240,7 @@ class EvaluationReply(BaseModel):
         seconds: Wall time of the local work.
         started: As in `ClientReply`; None where no personal state was used.
         remembered: Whether the baselines were trained by an earlier run.
+        aside: As in `Hello`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -253,3 +256,4 @@ class EvaluationReply(BaseModel):
     seconds: Amount
     started: int | None = Field(default=None, ge=0)
     remembered: bool = False
+    aside: int = Field(default=0, ge=0)

@@ -67,7 +67,15 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
         return "frozen" if key.residual or key.kind in fixed else "shared"
 
     with stacked(model, len(clients)):
-        fit(clients, [plan.seed for plan in plans], scope, steps, (0.0, 1.0), where)
+        fit(
+            clients,
+            [client.train_rows for client in clients],
+            [plan.seed for plan in plans],
+            scope,
+            steps,
+            (0.0, 1.0),
+            where,
+        )
         trained = model.values.clone()
     for client, values, stage in zip(clients, trained, stages, strict=True):
         model.flat.copy_(values)
@@ -88,7 +96,7 @@ def _base(client: Participant, plan: ClientPlan) -> Tally:
         if head is not None:
             start = Line(torch.zeros_like(head.weight), torch.zeros_like(head.bias))
             seed, where = seed_for(plan.seed, "base"), f"client {client.name}, base"
-            found = best_head(client, start, careful=False, seed=seed, where=where)
+            found = best_head(client.bench, client.train_rows, start, careful=False, seed=seed, where=where)
             with torch.no_grad():
                 head.weight.copy_(found.weight)
                 head.bias.copy_(found.bias)

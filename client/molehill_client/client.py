@@ -17,7 +17,8 @@ class Client(Participant):
         """Say who this is."""
         return Hello(
             client=self.name,
-            n_train=len(self.train_rows),
+            n_train=len(self.round_rows),
+            aside=len(self.aside_rows),
             n_test=len(self.test_rows),
             version=__version__,
             cut=self.lengths.cut,

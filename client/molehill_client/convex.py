@@ -16,10 +16,10 @@ from molehill.molora.forward import Forward
 from molehill.molora.likelihoods import Likelihood
 from molehill.molora.passes import start_of
 from molehill.tasks.batches import IGNORE, eval_order
+from molehill.tasks.lengths import Examples
 from molehill.tasks.task import Example
 from molehill_client.folds import folds, strata_of
 from molehill_client.goals import Goal
-from molehill_client.participant import Participant
 from molehill_client.workbench import Workbench
 
 _FOLDS = 5
@@ -84,11 +84,12 @@ def read(bench: Workbench, rows: Sequence[Example]) -> Readings:
     return Readings(torch.cat(features)[order], torch.cat(labels)[order], place)
 
 
-def best_head(client: Participant, start: Line, *, careful: bool, seed: int, where: str) -> Line:
-    """Find the head that does best after the model as it is, on a client's training rows; see `find_head`.
+def best_head(bench: Workbench, rows: Examples, start: Line, *, careful: bool, seed: int, where: str) -> Line:
+    """Find the head that does best after the model as it is, on some rows of an owner; see `find_head`.
 
     Args:
-        client: The client.
+        bench: With a model that has a head.
+        rows: Those to find it for.
         start: The head to change.
         careful: As for `find_head`.
         seed: As for `find_head`.
@@ -97,9 +98,8 @@ def best_head(client: Participant, start: Line, *, careful: bool, seed: int, whe
     Raises:
         TrainingError: Features or losses are not finite.
     """
-    rows, likelihood = client.train_rows, client.bench.model.likelihood
-    readings = read(client.bench, rows)
-    return find_head(readings, rows.units, client.goal(), likelihood, start, careful=careful, seed=seed, where=where)
+    readings, goal, likelihood = read(bench, rows), bench.goal(rows), bench.model.likelihood
+    return find_head(readings, rows.units, goal, likelihood, start, careful=careful, seed=seed, where=where)
 
 
 def find_head(

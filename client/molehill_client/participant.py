@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from molehill.errors import MessageError, TrainingError
+from molehill.molora.model import seed_for
 from molehill.molora.probes import Told
 from molehill.plan import Answers, ClientPlan, ClientReply, EvaluationReply, Figure, Scores
 from molehill.secure.vector import Form, figures_of
 from molehill.tasks.batches import Batch, Batches
+from molehill.tasks.kind import kind_of
 from molehill.tasks.lengths import Examples, Lengths, together
 from molehill.wire.clipping import clip, norm
 from molehill.wire.exchange import Place
@@ -19,11 +23,13 @@ from molehill.wire.keys import Key
 from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked, largest_delta
 from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.consent import Consent, require_consent
-from molehill_client.goals import Goal
+from molehill_client.folds import holdout, strata_of_rows
 from molehill_client.masking import Masker, Signer
 from molehill_client.state import PersonalState, StateStore
 from molehill_client.trainer import Observer, Result
 from molehill_client.workbench import Workbench
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Participant:
     Args:
         bench: Model, task and exchange.
         name: Client id.
-        train_rows: Encoded training rows.
+        train_rows: Encoded training rows; of these ``personal.holdout`` sets some aside from the rounds.
         test_rows: Encoded held-out rows, never trained on.
         store: Where the personal state lives.
         observe: Called after every local step.
@@ -76,6 +82,26 @@ class Participant:
         self.observe = observe
         self.consent = consent
         self.masker = Masker(name, bench.config, store, signer)
+
+    @property
+    def round_rows(self) -> Examples:
+        """The training rows that take part in the rounds."""
+        return self._parts[0] if self.bench.config.personal.holdout else self.train_rows
+
+    @property
+    def aside_rows(self) -> Examples:
+        """The training rows that the rounds never see; none where there are too few to set some aside."""
+        return self._parts[1] if self.bench.config.personal.holdout else self.train_rows.part(())
+
+    @cached_property
+    def _parts(self) -> tuple[Examples, Examples]:
+        config, rows = self.bench.config, self.train_rows
+        seed = seed_for(config.run.seed, self.name, "holdout")
+        strata = strata_of_rows(rows, kind_of(config.task).head)
+        aside = holdout(rows.units, strata, config.personal.holdout, seed)
+        if not aside.any():
+            _log.warning("%s has too few training rows to set any aside: it trains on all of them", self.name)
+        return rows.part(np.flatnonzero(~aside)), rows.part(np.flatnonzero(aside))
 
     @property
     def lengths(self) -> Lengths:
@@ -118,7 +144,7 @@ class Participant:
         if self.masked and not after:
             self.masker.ready(plan.round, plan.company)
             assert plan.company is not None  # or it would not be ready
-            self.masker.weight(len(self.train_rows), plan.company)  # better refused before the work
+            self.masker.weight(len(self.round_rows), plan.company)  # better refused before the work
         state = self.store.before(plan.round + after)
         state.settle(plan.accepted)
         bytes_down = self.receive(plan, state)
@@ -151,7 +177,7 @@ class Participant:
             delta=digest,
             bytes_up=len(blob),
             bytes_down=session.bytes_down,
-            examples=len(self.train_rows),
+            examples=len(self.round_rows),
             loss=None if self.masked else result.loss,
             seconds=seconds,
             metrics={} if self.masked else result.routing,
@@ -166,7 +192,7 @@ class Participant:
             delta="",
             bytes_up=0,
             bytes_down=0,
-            examples=len(self.train_rows),
+            examples=len(self.round_rows),
             loss=None,
             seconds=seconds,
             unusable=reason[:1000],
@@ -185,7 +211,7 @@ class Participant:
             client=self.name,
             base=plan.base,
             tree=change,
-            examples=len(self.train_rows),
+            examples=len(self.round_rows),
             tokens=result.tokens,
         )
         before = dict(memory)
@@ -218,7 +244,7 @@ class Participant:
         form = Form(change.layout, len(names))
         values = form.fill(
             change,
-            self.masker.weight(len(self.train_rows), company),
+            self.masker.weight(len(self.round_rows), company),
             result.tokens if plan.clip is None else None,  # see `Mechanism`: weights by tokens would have to be noised
             [figures[name] for name in names],
         )
@@ -290,7 +316,8 @@ class Participant:
         """A reply with what was measured, and the round of the personal state it was measured with."""
         return EvaluationReply(
             client=self.name,
-            n_train=len(self.train_rows),
+            n_train=len(self.round_rows),
+            aside=len(self.aside_rows),
             n_test=len(self.test_rows),
             stages=dict(stages),
             gains=dict(gains or {}),
@@ -303,22 +330,15 @@ class Participant:
         )
 
     @property
-    def batch_size(self) -> int:
-        """Rows of every training batch."""
-        return min(self.bench.config.train.batch_size, len(self.train_rows))
+    def batch_sizes(self) -> tuple[int, int]:
+        """Rows of every training batch: in the rounds, and of all training rows."""
+        most = self.bench.config.train.batch_size
+        return min(most, len(self.round_rows)), min(most, len(self.train_rows))
 
-    def goal(self) -> Goal:
-        """What its training minimises; of how often it has each class nothing is sent.
-
-        Raises:
-            ConfigError: The configuration asks for classes, and the task has none.
-        """
-        return self.bench.goal(self.train_rows)
-
-    def batches(self, seed: int) -> Iterator[Batch]:
-        """Endless training batches on the model's device."""
+    def batches(self, rows: Examples, seed: int) -> Iterator[Batch]:
+        """Endless training batches of some of its rows, on the model's device."""
         device = self.bench.model.flat.device
-        batches = Batches(self.train_rows, self.bench.config.train.batch_size, seed, self.bench.task)
+        batches = Batches(rows, self.bench.config.train.batch_size, seed, self.bench.task)
         return (batch.to(device) for batch in batches)
 
 

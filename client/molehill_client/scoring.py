@@ -50,7 +50,16 @@ def evaluate_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
         if steps:
             seeds = [seed_for(own.seed, "personal") for own in plans]
             learns = residuals(plan, clients[0].bench.config.personal)
-            fit(clients, seeds, learns, steps, (0.0, 1.0), where, personal=True)
+            fit(
+                clients,
+                [client.train_rows for client in clients],
+                seeds,
+                learns,
+                steps,
+                (0.0, 1.0),
+                where,
+                personal=True,
+            )
         trained = model.values.clone()
     replies = []
     for client, own, values, state, stage, said in zip(clients, plans, trained, states, stages, answers, strict=True):
@@ -82,7 +91,9 @@ def _compute_head(client: Participant, plan: ClientPlan) -> None:
     assert head is not None
     shared = Line(head.weight.detach().clone(), head.bias.detach().clone())
     where = f"client {client.name}, after round {plan.round}"
-    found = best_head(client, shared, careful=True, seed=seed_for(plan.seed, "personal"), where=where)
+    found = best_head(
+        client.bench, client.train_rows, shared, careful=True, seed=seed_for(plan.seed, "personal"), where=where
+    )
     with torch.no_grad():
         head.residual["weight"].copy_(found.weight - shared.weight)
         head.residual["bias"].copy_(found.bias - shared.bias)

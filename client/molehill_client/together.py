@@ -18,6 +18,7 @@ import torch
 from molehill.config import Personal
 from molehill.molora.model import MoLoRAModel
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
+from molehill.tasks.lengths import Examples
 from molehill.wire.keys import Key
 from molehill_client.participant import Participant
 from molehill_client.trainer import Result, UntrainableError, train
@@ -66,7 +67,15 @@ def _train_together(clients: Sequence[Participant], plans: Sequence[ClientPlan],
             model.select(number)
             sessions.append(client.begin(own))
         model.use_personal(gate=False, head=False)
-        results = fit(clients, [own.seed for own in plans], _in_rounds(plan), plan.steps, span, where)
+        results = fit(
+            clients,
+            [client.round_rows for client in clients],
+            [own.seed for own in plans],
+            _in_rounds(plan),
+            plan.steps,
+            span,
+            where,
+        )
         seconds = (time.monotonic() - started) / len(clients)
         replies = []
         for number, client in enumerate(clients):
@@ -90,9 +99,9 @@ def share(
     Returns:
         For every client, in order, its reply or what stopped it.
     """
-    companies: dict[int, list[int]] = {}
+    companies: dict[tuple[int, int], list[int]] = {}
     for number, client in enumerate(clients):
-        companies.setdefault(client.batch_size, []).append(number)
+        companies.setdefault(client.batch_sizes, []).append(number)
     outcomes: dict[int, Reply | Exception] = {}
     for company in companies.values():
         some, own = [clients[i] for i in company], [plans[i] for i in company]
@@ -117,7 +126,7 @@ def may_share(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> bo
     return (
         bench.model.stackable
         and not bench.objective().alone
-        and all(client.bench is bench and client.batch_size == clients[0].batch_size for client in clients)
+        and all(client.bench is bench and client.batch_sizes == clients[0].batch_sizes for client in clients)
         and all((own.round, own.scopes, own.steps) == same for own in plans)
         and not any(group.startswith("patch") for own in plans for group in own.blobs)
     )
@@ -135,6 +144,7 @@ def stacked(model: MoLoRAModel, clients: int) -> Iterator[None]:
 
 def fit(
     clients: Sequence[Participant],
+    rows: Sequence[Examples],
     seeds: Sequence[int],
     scope: Callable[[Key], Scope],
     steps: int,
@@ -147,6 +157,7 @@ def fit(
 
     Args:
         clients: The clients, in the model's order.
+        rows: What each of them trains on.
         seeds: One for each.
         scope: What happens to every tensor.
         steps: Optimiser steps.
@@ -168,8 +179,8 @@ def fit(
         torch.manual_seed(seeds[0])
         return train(
             bench.model,
-            [client.batches(seed) for client, seed in zip(clients, seeds, strict=True)],
-            [client.goal() for client in clients],
+            [client.batches(some, seed) for client, some, seed in zip(clients, rows, seeds, strict=True)],
+            [bench.goal(some) for some in rows],
             () if personal else bench.losses(),
             bench.residual_settings() if personal else bench.settings(),
             scope,

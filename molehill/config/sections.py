@@ -187,6 +187,10 @@ class Personal(Section):
             residual and what is sent: the deltas are the same whether a client has residuals or not.
         gate_lr: Peak learning rate of a gate's residual; it falls linearly.
         head_lr: The same for the head's, where it is fitted in steps (``anchored``).
+        holdout: How much of its training rows every client sets aside: no round trains on them, and their number
+            gives it no weight. They are whole units, such as groups, of every class as many as fit. A client with
+            fewer than ten units, or with a class that only these would have, sets nothing aside. What is fitted
+            after the rounds is fitted to all training rows.
     """
 
     gate: Literal["anchored", "personal", "global", "split"] = "anchored"
@@ -195,6 +199,7 @@ class Personal(Section):
     steps: int = Field(default=16, ge=0)
     gate_lr: float = Field(default=3e-3, gt=0)
     head_lr: float = Field(default=1e-3, gt=0)
+    holdout: float = Field(default=0.0, ge=0, le=0.5)
 
     @property
     def head_residual(self) -> Literal["fitted", "computed"] | None:

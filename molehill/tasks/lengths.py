@@ -97,6 +97,11 @@ class Examples(list["Example"]):
         self.lengths = lengths
         self.units = tuple(units)
 
+    def part(self, places: Iterable[int]) -> Examples:
+        """Some of the examples, with the units that they are of; the lengths stay those of all rows."""
+        kept = list(places)
+        return Examples([self[i] for i in kept], self.lengths, [self.units[i] for i in kept])
+
 
 def together(parts: Sequence[Lengths]) -> Lengths:
     """The lengths of all rows of several parts, which have one limit.

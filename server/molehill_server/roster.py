@@ -136,8 +136,8 @@ class Roster:
             return f"it says it is {hello.client!r}, and its certificate says {proved!r}"
         if hello.n_train > _MOST_ROWS:
             return f"it says it has {hello.n_train:,} training rows, which no machine trains on"
-        if max(hello.n_test, hello.cut, hello.lost, hello.unlearnt) > _MOST_ROWS:
-            return f"it says that more than {_MOST_ROWS:,} rows are held out, cut, lost or not learnt"
+        if max(hello.n_test, hello.aside, hello.cut, hello.lost, hello.unlearnt) > _MOST_ROWS:
+            return f"it says that more than {_MOST_ROWS:,} rows are held out, set aside, cut, lost or not learnt"
         if hello.version != __version__:
             return f"it runs Molehill {hello.version}, this is {__version__}. Install the same version on both."
         return ""

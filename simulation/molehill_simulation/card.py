@@ -225,14 +225,15 @@ def _figures(summary: Summary) -> list[str]:
 
 def _data_card(run: _Run) -> str:
     summary, data = run.summary, run.config.data
-    trained, tested = (sum(getattr(c, name) for c in summary.clients) for name in ("n_train", "n_test"))
+    trained, aside, tested = (sum(getattr(c, name) for c in summary.clients) for name in ("n_train", "aside", "n_test"))
+    told = f", {aside:,} of them set aside from the rounds," if aside else ""
     source = Path(data.source).name if Path(data.source).suffix else data.source  # not where it lies
     lines = [
         f"# Data of {_text(run.config.run.name)}", "",
         "Counts only; no row is in this file, and none was read for it.",
         "It names the owners: read it before you pass it on.", "",
         f"{_count(len(joined(run.events)), 'owner')} took part; {len(summary.clients)} told their counts:",
-        f"{_count(trained, 'row')} to train on and {tested:,} held out.", "",
+        f"{_count(trained + aside, 'row')} to train on{told} and {tested:,} held out.", "",
     ]  # fmt: skip
     if run.simulated:
         lines.append(f"The rows are those of {_text(source)}, dealt to owners ({_text(data.partition.name)}).")
@@ -244,7 +245,8 @@ def _data_card(run: _Run) -> str:
         lines += ["", f"{_text(summary.told_cut[0].upper() + summary.told_cut[1:])}."]
     lines += ["", "| owner | to train on | held out | too long |", "|---|---:|---:|---:|"]
     for client in sorted(summary.clients, key=lambda each: natural(each.id)):
-        lines.append(f"| {_text(client.id)} | {client.n_train:,} | {client.n_test:,} | {client.cut:,} |")
+        to_train = f"{client.n_train + client.aside:,}"
+        lines.append(f"| {_text(client.id)} | {to_train} | {client.n_test:,} | {client.cut:,} |")
     if summary.classes:
         labels = sorted({label for counts in summary.classes.values() for label in counts})
         things = "Entities of each type" if summary.spans else "Rows of each class"

@@ -165,11 +165,12 @@ class ClientFigures(Figures):
 
     Attributes:
         id: The client.
-        n_train: Its training rows.
+        n_train: Its training rows that took part in the rounds.
         n_test: Its held-out rows.
         cut: Its rows, of both kinds, that are longer than ``task.max_length`` and lost their end.
         lost: Of these, rows that lost their whole answer and were left out.
         unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
+        aside: Its training rows that the rounds never saw.
         token_accuracy: The accuracies of a causal LM by their name, or of words; None for a classification.
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
         recall: Recall of every class that it has held-out rows of; empty where that is not known.
@@ -191,6 +192,7 @@ class ClientFigures(Figures):
     cut: int = 0
     lost: int = 0
     unlearnt: int = 0
+    aside: int = 0
     token_accuracy: Figures | None = None
     macro_f1: Figures | None = None
     recall: dict[str, Recall] = Field(default_factory=dict)

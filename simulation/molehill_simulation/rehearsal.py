@@ -35,10 +35,10 @@ class Actor(Participant):
 
     rows: Sequence[Example] = ()
 
-    def batches(self, seed: int) -> Iterator[Batch]:
+    def batches(self, rows: Examples, seed: int) -> Iterator[Batch]:
         """See `Participant.batches`."""
         if not self.rows:
-            yield from super().batches(seed)
+            yield from super().batches(rows, seed)
         device = self.bench.model.flat.device
         while True:
             yield self.bench.task.collate(self.rows).to(device)
@@ -102,7 +102,9 @@ class Rehearsal:
             times[0] = time.perf_counter()
             where = f"client {', '.join(actor.name for actor in actors)}, before the run"
             seeds = [seed(config, 1, actor.name) for actor in actors]
-            fit(actors, seeds, scope, steps, (0.0, 1 / config.run.rounds), where)
+            fit(
+                actors, [actor.round_rows for actor in actors], seeds, scope, steps, (0.0, 1 / config.run.rounds), where
+            )
         return [end - begin for begin, end in pairwise(times)]
 
 

@@ -290,7 +290,7 @@ class Summary(BaseModel):
     def told_cut(self) -> str:
         """What of the rows was cut off or not learnt, in sentences; empty when it was nothing."""
         cut, lost, unlearnt = (sum(getattr(c, name) for c in self.clients) for name in ("cut", "lost", "unlearnt"))
-        rows = sum(client.n_train + client.n_test for client in self.clients) + lost
+        rows = sum(client.n_train + client.aside + client.n_test for client in self.clients) + lost
         return loss_in_words(cut, lost, rows, unlearnt)
 
     def to_json(self) -> str:
@@ -357,6 +357,7 @@ def summarise(
             cut=evaluation.get("cut", 0),
             lost=evaluation.get("lost", 0),
             unlearnt=evaluation.get("unlearnt", 0),
+            aside=evaluation.get("aside", 0),
             recall=confusions[client].recall if client in confusions else {},
             type_f1=found[client].f1 if client in found else {},
             answered=max((said["n"] for said in evaluation["answers"].values()), default=0),

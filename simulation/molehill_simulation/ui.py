@@ -20,7 +20,7 @@ from rich.text import Text
 
 from molehill.tasks.measures import Measure
 from molehill.words import counted, figure, short_figure
-from molehill_simulation.figures import STAGES, Figures, Gain
+from molehill_simulation.figures import STAGES, ClientFigures, Figures, Gain
 from molehill_simulation.pace import Pace, Work, in_words
 from molehill_simulation.summary import Event, Summary
 from molehill_simulation.text import by_name, clean, duration, megabytes, natural
@@ -244,11 +244,16 @@ def results_table(summary: Summary) -> Table:
     between = "\n" if _signed(row for client in summary.shown for row in summary.cells(client)) else " "
     for client in summary.shown:
         cells = _cells(shown, summary.cells(client), between if _within(summary) else None)
-        table.add_row(Text(clean(client.id, 40)), f"{client.n_train}+{client.n_test}", *cells)
+        table.add_row(Text(clean(client.id, 40)), _rows(client), *cells)
     table.add_section()
     table.add_row("mean", "", *_cells(shown, summary.means, between), style="bold")
     table.add_row("worst", "", *_cells(shown, summary.worsts, between))
     return table
+
+
+def _rows(client: ClientFigures) -> str:
+    """Its numbers of rows, of those set aside only where it did."""
+    return "+".join(str(n) for n in (client.n_train, *([client.aside] if client.aside else []), client.n_test))
 
 
 def gains_table(summary: Summary) -> Table:
@@ -345,7 +350,8 @@ def show_summary(summary: Summary, console: Console) -> None:
     """Print the results of a finished run."""
     traffic = f"up {megabytes(summary.bytes_up)}, down {megabytes(summary.bytes_down)}"
     console.print(results_table(summary))
-    notes = f"rows: to train on + {'held out' if summary.split == 'test' else summary.split}"
+    aside = " + set aside from the rounds" if any(client.aside for client in summary.clients) else ""
+    notes = f"rows: to train on{aside} + {'held out' if summary.split == 'test' else summary.split}"
     if summary.mean.interval:
         notes += "; below figures their 95% intervals, in hundredths of such as .712"
         notes += "" if _within(summary) else ", those of clients in report.html and summary.json"

@@ -51,7 +51,7 @@ def test_a_client_clips_what_it_sends_and_not_what_it_learnt(house, codec):
 def test_tokens_of_the_delta_are_the_real_tokens_of_the_batches(one):
     client = one.client(0)
     delta = one.delta(client.train(one.plan(0)))
-    batches = client.batches(5)
+    batches = client.batches(client.train_rows, 5)
     real = sum(float(next(batches).attention_mask.sum()) for _ in range(2))
     for site in one.bench.model.sites:
         assert sum(mass for (at, _), mass in delta.tokens.items() if at == site) == pytest.approx(real, rel=1e-5)

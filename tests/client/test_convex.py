@@ -278,7 +278,9 @@ def test_a_computed_head_is_the_best_one_after_the_gate_and_is_kept(house, monke
     model = h.bench.model  # still holds what was scored
     shared = Line(model.head.weight.detach(), model.head.bias.detach())
     units = range(len(client.train_rows))
-    again = find(readings, units, client.goal(), of_class, shared, careful=False, seed=0, where="")
+    again = find(
+        readings, units, client.bench.goal(client.train_rows), of_class, shared, careful=False, seed=0, where=""
+    )
     torch.testing.assert_close(model.head.residual["weight"], again.weight - shared.weight, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(readings.features, read(h.bench, client.train_rows).features)
     assert stages["personalised"].loss != stages["global"].loss

@@ -140,7 +140,7 @@ def test_a_client_goes_by_its_own_training_rows(house):
         client.train_rows[number:] = [row for row in client.train_rows[number:] if row.labels != 2]
         labels = torch.tensor([row.labels for row in client.train_rows])
         counts = torch.bincount(labels, minlength=3).float()
-        goals.append(client.goal())
+        goals.append(client.bench.goal(client.train_rows))
         torch.testing.assert_close(goals[-1].weights, balanced(counts))
         shifted = goals[-1].objective(forward_of(torch.zeros(len(labels), 3), labels))
         torch.testing.assert_close(shifted, -(counts / counts.sum()).log()[labels].mean())
@@ -170,4 +170,4 @@ def test_a_task_without_classes_is_refused(tmp_path, section):
     task, molora = {**CAUSAL, **section.get("task", {})}, {"targets": ["q_proj"]}
     home = House((base, source), tmp_path / "home", **{**section, "task": task, "molora": molora})
     with pytest.raises(ConfigError, match="no classes"):
-        home.client(0).goal()
+        home.bench.goal(home.client(0).train_rows)

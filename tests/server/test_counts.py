@@ -59,7 +59,7 @@ def test_rows_of_other_kinds_are_believed_no_more(toy, name):
     coordinator.run()
     (event,) = run.events("refused")
     assert event["client"] == "client-4"
-    assert "more than 1,000,000,000 rows are held out, cut, lost or not learnt" in event["reason"]
+    assert "more than 1,000,000,000 rows are held out, set aside, cut, lost or not learnt" in event["reason"]
 
 
 @pytest.mark.parametrize("sections", [{}, SECURE], ids=["open", "masked"])

@@ -54,6 +54,7 @@ class Measuring:
                 cut=hello.cut,
                 lost=hello.lost,
                 unlearnt=hello.unlearnt,
+                aside=hello.aside,
                 stages={stage: scores.model_dump() for part in parts for stage, scores in part.stages.items()},
                 gains={name: gain.model_dump() for part in parts for name, gain in part.gains.items()},
                 answers={stage: sums.model_dump() for part in parts for stage, sums in part.answers.items()},
