@@ -77,6 +77,8 @@ class ClientPlan(BaseModel):
             is not known before. Error feedback sends no more than this at once and owes the rest, or what has gathered
             while deltas did not count would be refused for ever.
         company: Whose masks to add under secure aggregation; only of a ``train`` message.
+        lean: What the client's own part of the routers adds to the logits of experts, by their ids, in place of what it
+            was; empty leaves it as it is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,6 +99,7 @@ class ClientPlan(BaseModel):
     accepted: int = Field(ge=0)
     norm_bound: float | None = Field(default=None, ge=0)
     company: Company | None = None
+    lean: dict[str, Annotated[FiniteFloat, Field(ge=-100, le=100)]] = Field(default_factory=dict)
 
     def scope(self, key: Key) -> Scope:
         """What happens to ``key`` under this plan."""

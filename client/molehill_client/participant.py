@@ -19,7 +19,7 @@ from molehill.tasks.kind import kind_of
 from molehill.tasks.lengths import Examples, Lengths, together
 from molehill.wire.clipping import clip, norm
 from molehill.wire.exchange import Place
-from molehill.wire.keys import Key
+from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.message import Delta, Masked, decode_tree, encode_delta, encode_masked, largest_delta
 from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.consent import Consent, require_consent
@@ -149,7 +149,32 @@ class Participant:
         state.settle(plan.accepted)
         bytes_down = self.receive(plan, state)
         self.bench.model.load({key: value for key, value in state.tree.items() if not key.residual})
+        self._lean(plan)
         return Session(plan, state, bytes_down, self._shared(plan))
+
+    def _lean(self, plan: ClientPlan) -> None:
+        """Put what the plan leans on into the routers."""
+        if not plan.lean:
+            return
+        model = self.bench.model
+        found = {}
+        for name, group in model.routers.items():
+            part = group.router.scorer.leans
+            key = Key(name, NO_EXPERT, f"gate.own.{part}")
+            if part is None or plan.scope(key) != "personal":
+                raise MessageError(
+                    "plan leans on experts, and the routers have nothing of a client's own for that",
+                    where=f"client {self.name}, {name}",
+                    mend="Run the same configuration on server and clients.",
+                )
+            site = next(site for site in model.sites.values() if site.group is group)
+            routed = model.expert_ids(site)[site.shared :]
+            found[key] = np.array([plan.lean.get(expert, 0.0) for expert in routed], np.float32)
+        if strange := sorted(plan.lean.keys() - set(model.experts)):
+            raise MessageError(
+                f"plan leans on an expert that is not there: {strange[0]!r:.40}", where=f"client {self.name}"
+            )
+        model.load(found)
 
     def keep(self, plan: ClientPlan, state: PersonalState) -> None:
         """Save the personal tensors that are in the model as part of the state after the plan's round."""

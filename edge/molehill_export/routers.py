@@ -202,10 +202,7 @@ class Routers:
 
 def effective(router: Router, part: str) -> Array:
     """A parameter of a router's scorer, with its residual where that counts."""
-    value = dict(router.scorer.named_parameters())[part]
-    if router.residual and router.personal:
-        value = value + router.residual[part.replace(".", "__")]
-    return value.detach().float().cpu().numpy()
+    return router.effective(part).detach().float().cpu().numpy()
 
 
 def _float_output(name: str) -> ValueInfoProto:

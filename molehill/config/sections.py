@@ -173,7 +173,8 @@ class Personal(Section):
     """What every client keeps for itself.
 
     Attributes:
-        gate: ``anchored``: the router is averaged, and every client fits a residual of its own to the final model;
+        gate: ``anchored``: the router is averaged but for what the scorer calls its own (``lean`` of ``scorer =
+            "leaning"``), and every client fits a residual of its own to the final model;
             ``personal``: the
             whole router stays (the global model mixes uniformly); ``global``: nothing of the router stays;
             ``split``: what the scorer calls its own stays (the main router of ``scorer = "mixture"``), all else is
@@ -264,6 +265,7 @@ class Federation(Section):
         select: Which clients take part in a round.
         space: What is combined.
         rule: How it is combined.
+        assign: Which experts a client leans on and trains, from what its changes say.
         lower: How the result comes back to factors.
         server_opt: Optimiser applied to the combined change.
     """
@@ -273,6 +275,7 @@ class Federation(Section):
     select: Annotated[MethodRef, Axis("client_selector")] = ref("all")
     space: Annotated[MethodRef, Axis("space")] = ref("factor")
     rule: Annotated[MethodRef, Axis("rule")] = ref("mean")
+    assign: Annotated[MethodRef, Axis("assignment")] = ref("none")
     lower: Annotated[MethodRef, Axis("lower")] = ref("none")
     server_opt: Annotated[MethodRef, Axis("server_opt")] = ref("none")
 

@@ -236,4 +236,5 @@ def _initialise(model: MoLoRAModel, ref: MethodRef, seed: int) -> None:
     init = ref.build("init")
     for name, site in model.sites.items():
         for index, expert in enumerate(model.expert_ids(site)):
-            site.bank.start(index, init, torch.Generator().manual_seed(seed_for(seed, name, expert)))
+            drawn = "routed" if init.alike and index >= site.shared else expert
+            site.bank.start(index, init, torch.Generator().manual_seed(seed_for(seed, name, drawn)))

@@ -140,11 +140,12 @@ class Scorer(nn.Module, ABC):
     Attributes:
         n_experts: Routed experts, E.
         heads: Heads of a route; more than one have weights each for their own block of features.
-        fusable: The logits are ``x @ weight.T`` and nothing else, so that the product can be computed together with
-            the experts' first factors.
+        fusable: The logits are ``x @ weight.T``, plus `offset`, and nothing else, so that the product can be computed
+            together with the experts' first factors.
         level: How often the logits may change: with every token, with every row, or never.
         reads: What they depend on beside the input.
-        own: Parameters that stay with their client under ``personal.gate = "split"``.
+        own: Parameters that stay with their client under ``personal.gate = "split"`` and ``"anchored"``.
+        leans: The one of them, ``[E]``, that ``federation.assign`` may set; None where there is none.
     """
 
     n_experts: int
@@ -153,6 +154,11 @@ class Scorer(nn.Module, ABC):
     level: Literal["token", "row", "static"] = "token"
     reads: frozenset[Literal["task_ids"]] = frozenset()
     own: frozenset[str] = frozenset()
+    leans: str | None = None
+
+    def offset(self) -> Tensor | None:
+        """What is added to the product of a fusable scorer: ``[E]``, with clients in the model ``[C, E]``."""
+        return None
 
     @abstractmethod
     def axes(self) -> Mapping[str, int]:
@@ -262,9 +268,11 @@ class InitStrategy(ABC):
 
     Attributes:
         frozen: Factors that keep their start values.
+        alike: All routed experts of a site start with the same values.
     """
 
     frozen: frozenset[Literal["A", "B"]] = frozenset()
+    alike: bool = False
 
     @abstractmethod
     def __call__(self, A: Tensor, B: Tensor, generator: torch.Generator) -> None:

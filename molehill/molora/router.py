@@ -18,8 +18,9 @@ class Router(nn.Module):
         scorer: Produces logits.
         transforms: Edit the logits, in order.
         selector: Turns logits into weights.
-        anchored: Give every scorer parameter a residual of the same shape, zero at the start, that is added to it.
-            The parameter can then be averaged over clients while each client keeps its residual.
+        anchored: Give every scorer parameter that is not the client's own a residual of the same shape, zero at the
+            start, that is added to it. The parameter can then be averaged over clients while each client keeps its
+            residual.
 
     Attributes:
         residual: The residuals by parameter name (dots replaced by ``__``); empty when not anchored.
@@ -37,6 +38,8 @@ class Router(nn.Module):
         self.residual = nn.ParameterDict()
         if anchored:
             for name, parameter in scorer.named_parameters():
+                if name in scorer.own:  # which stays with the client as it is
+                    continue
                 self.residual[name.replace(".", "__")] = nn.Parameter(torch.zeros_like(parameter))
         self.personal = True
         self.uniform = False
@@ -71,19 +74,32 @@ class Router(nn.Module):
             return id(self)
         return id(self.selector), *map(id, self.transforms), self.n_experts
 
+    def effective(self, name: str) -> Tensor:
+        """A parameter of the scorer, with its residual where it has one that counts."""
+        parameter, residual = self.scorer.get_parameter(name), name.replace(".", "__")
+        counts = self.personal and residual in self.residual
+        return parameter + self.residual[residual] if counts else parameter
+
     def gate_rows(self) -> Tensor | None:
         """Rows ``[E, d]`` that may be multiplied together with A; None when the scores are not one product with x."""
         if self.uniform or not self.scorer.fusable:
             return None
-        weight: Tensor = self.scorer.weight  # type: ignore[assignment]  # modules hide their attributes' types
-        return weight + self.residual["weight"] if self.residual and self.personal else weight
+        return self.effective("weight")
+
+    def logits(self, product: Tensor) -> Tensor:
+        """The scores ``[B, T, E]`` of which `gate_rows` gave the product; clients in the model have runs of rows."""
+        offset = self.scorer.offset()
+        if offset is None:
+            return product
+        clients = offset.view(-1, 1, self.n_experts)
+        return (product.float().reshape(len(clients), -1, self.n_experts) + clients).view_as(product)
 
     def route(self, ctx: RouteContext, logits: Tensor | None = None) -> Route:
         """Return the route.
 
         Args:
             ctx: What the router may look at.
-            logits: Scores ``[B, T, E]`` from the fused product; computed here when None.
+            logits: Scores ``[B, T, E]`` where they are known (see `logits`); computed here when None.
 
         Returns:
             Weights ``[B|1, T|1, (H,) E]`` in float32.
@@ -115,10 +131,7 @@ class Router(nn.Module):
     def _score(self, ctx: RouteContext) -> Tensor:
         if not (self.residual and self.personal):
             return self.scorer(ctx).float()  # type: ignore[no-any-return]  # its callee is untyped
-        effective = {
-            name: parameter + self.residual[name.replace(".", "__")]
-            for name, parameter in self.scorer.named_parameters()
-        }
+        effective = {name: self.effective(name) for name, _ in self.scorer.named_parameters()}
         return functional_call(self.scorer, effective, (ctx,)).float()  # type: ignore[no-any-return]  # its callee is untyped
 
 

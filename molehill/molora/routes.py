@@ -206,10 +206,11 @@ def route_together(scores: Mapping[RouteGroup, Tensor], x: Tensor, call: int) ->
     """Compute open routes of one input; those of routers that do the same are further rows of one call.
 
     Args:
-        scores: Logits ``[B, T, E]`` by group.
+        scores: Products ``[B, T, E]`` of x and the group's `Router.gate_rows`, by group.
         x: Their input ``[B, T, d]``.
         call: Number of the call in this pass.
     """
+    scores = {group: group.router.logits(product) for group, product in scores.items()}
     companies: dict[Hashable, list[RouteGroup]] = {}
     for group in scores:
         companies.setdefault(group.router.kin(group.overrides), []).append(group)

@@ -1,9 +1,10 @@
 """Atomic checkpoints: after every round, everything that is needed to go on as if nothing had happened.
 
 ``checkpoints/round-00003/`` holds ``tree.safetensors``, ``patches.safetensors``, ``state.<name>.safetensors`` per
-tree of the server optimiser, ``blobs/<digest>`` (what clients hold, byte for byte) and ``meta.json``, with the digests
-of all files, itself included. A folder is written under another name, synced and renamed, so a folder named ``round-*``
-is whole when it is made; what became of it since is found when it is read. The last two are kept.
+tree of the server optimiser, ``seen.safetensors`` where an assignment looks at changes, ``blobs/<digest>`` (what
+clients hold, byte for byte) and ``meta.json``, with the digests of all files, itself included. A folder is written
+under another name, synced and renamed, so a folder named ``round-*`` is whole when it is made; what became of it since
+is found when it is read. The last two are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from molehill.errors import AdapterError, MessageError, ResumeError
@@ -26,6 +28,7 @@ from molehill.wire.tree import Tree
 from molehill_server.broadcast import Blob, patch_tree, tree_patches
 from molehill_server.events import EMPTY, Mark
 from molehill_server.norms import Medians
+from molehill_server.planning.assigning import Leaning
 from molehill_server.privacy.accountant import Ledger
 from molehill_server.privacy.draw import Round
 from molehill_server.records import Global
@@ -33,6 +36,7 @@ from molehill_server.records import Global
 _FORMAT = 2
 _KEEP = 2
 _META = "meta.json"
+_SEEN = "seen.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Checkpoint:
         rows: Training rows that every client named when it first joined.
         norms: Medians of the norms of accepted deltas; see `molehill_server.norms`.
         accepted: The last round in which a delta of a client was used, by client.
+        seen: Sums of changes that an assignment looks at, by client.
+        leanings: What of the experts is whose, by client, where something was decided.
         log: How far the run's events were written.
         audit: Hash of the last entry of the audit log; empty when there is none.
     """
@@ -79,6 +85,15 @@ class Checkpoint:
     accepted: Mapping[str, int] = field(default_factory=dict)
     log: Mark = EMPTY
     audit: str = ""
+    seen: Mapping[str, Tree] = field(default_factory=dict)
+    leanings: Mapping[str, Leaning] = field(default_factory=dict)
+
+
+class _Leaning(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    bias: dict[str, float]
+    trains: tuple[str, ...] | None
 
 
 class _Privacy(BaseModel):
@@ -110,6 +125,8 @@ class _Meta(BaseModel):
     log: Mark
     audit: str
     files: dict[str, str]
+    seen: tuple[str, ...] = ()  # before 0.9 there were none
+    leanings: dict[str, _Leaning] = {}
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -130,6 +147,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     make_folder(scratch / "blobs")
     save_tree(scratch / "tree.safetensors", glob.tree, {})
     save_tree(scratch / "patches.safetensors", patch_tree(glob.patches), {})
+    if checkpoint.seen:
+        save_tree(scratch / _SEEN, _stacked(list(checkpoint.seen.values())), {})
     numbers = {}
     for name, value in glob.state.items():
         if isinstance(value, Tree):
@@ -155,6 +174,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "accepted": dict(checkpoint.accepted),
         "log": checkpoint.log._asdict(),
         "audit": checkpoint.audit,
+        "seen": list(checkpoint.seen),
+        "leanings": {
+            client: {"bias": dict(each.bias), "trains": None if each.trains is None else sorted(each.trains)}
+            for client, each in checkpoint.leanings.items()
+        },
         "files": {path.name: digest_of(path) for path in scratch.glob("*.safetensors")},
     }
     write(scratch / _META, json.dumps({**meta, "sha256": _meta_digest(meta)}, indent=1).encode())
@@ -193,6 +217,7 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
             state[name], _ = load_tree(path / f"state.{name}.safetensors")
         tree, _ = load_tree(path / "tree.safetensors")
         patches, _ = load_tree(path / "patches.safetensors")
+        seen = _unstacked(load_tree(path / _SEEN)[0], len(meta.seen)) if meta.seen else []
         return Checkpoint(
             identity,
             Global(tree, tree_patches(patches), state, meta.round),
@@ -206,6 +231,11 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
             meta.accepted,
             meta.log,
             meta.audit,
+            dict(zip(meta.seen, seen, strict=True)),
+            {
+                client: Leaning(each.bias, None if each.trains is None else frozenset(each.trains))
+                for client, each in meta.leanings.items()
+            },
         )
     except (OSError, KeyError, ValueError, AdapterError, MessageError) as error:
         raise ResumeError(
@@ -213,6 +243,15 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
             where=str(path),
             mend="Delete this folder to use the one before.",
         ) from None
+
+
+def _stacked(trees: list[Tree]) -> Tree:
+    """Trees of one layout as one, whose tensors ``[K, ..]`` hold the tensor of each."""
+    return Tree.of({key: np.stack([tree[key] for tree in trees]) for key in trees[0]})
+
+
+def _unstacked(tree: Tree, count: int) -> list[Tree]:
+    return [Tree.of({key: value[number] for key, value in tree.items()}) for number in range(count)]
 
 
 def _read_meta(path: Path) -> _Meta:

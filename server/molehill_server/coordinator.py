@@ -7,6 +7,7 @@ done is its `Way`'s.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from molehill_server.broadcast import Broadcast, patch_tree
 from molehill_server.check import require
 from molehill_server.exchange.grants import Grants
 from molehill_server.norms import later
+from molehill_server.planning.assigning import Assignment, Leaning, Seen, added, routed
 from molehill_server.planning.planner import select, trained
 from molehill_server.privacy.accountant import Accountant, Ledger
 from molehill_server.privacy.draw import Draw
@@ -78,6 +80,7 @@ class Coordinator:
         self._out = out
         self._grants = grants
         self._limits = Limits.from_config(config)
+        self._assignment: Assignment = config.federation.assign.build("assignment")
         self._accountant, self._draw = Accountant.of(config), Draw.of(config)
         self._record = record = Record(config, out, Ledger() if self._accountant else None)
         wire, blobs = config.wire, dict(record.saved.blobs)
@@ -157,10 +160,13 @@ class Coordinator:
             tokens=notes.tokens,
             report={**report, **spent},
         )
+        seen, leanings = self._assigned(notes, number)
         record.commit(
             replace(
                 record.saved,
                 glob=after,
+                seen=seen,
+                leanings=leanings,
                 blobs=dict(self._broadcast.blobs),
                 bytes_up=record.saved.bytes_up + notes.bytes_up,
                 bytes_down=record.saved.bytes_down + notes.bytes_down,
@@ -170,6 +176,23 @@ class Coordinator:
             )
         )
         self._way.forget()
+
+    def _assigned(self, notes: Notes, number: int) -> tuple[Mapping[str, Tree], Mapping[str, Leaning]]:
+        """The sums of what an assignment looks at after a round, and what of the experts is whose from then on."""
+        saved = self._record.saved
+        if not self._assignment.sees:
+            return saved.seen, saved.leanings
+        seen = dict(saved.seen)
+        for client, change in notes.seen.items():
+            seen[client] = added(seen.get(client), change, change.layout)
+        run, known = self._config.run, saved.leanings
+        experts = routed(saved.glob.tree)
+        found = self._assignment.assign(Seen(number, run.rounds, seen, saved.rows, known, experts, run.seed))
+        if found != known:
+            leans = {client: dict(leaning.bias) for client, leaning in found.items()}
+            trains = {c: sorted(each.trains) for c, each in found.items() if each.trains is not None}
+            self._record.log.emit("assigned", round=number, leans=leans, trains=trains)
+        return seen, found
 
     def _attempts(self, glob: Global, number: int) -> Done:
         up = down = 0  # bytes of the attempts before

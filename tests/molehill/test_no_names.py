@@ -21,7 +21,7 @@ MODULES = {method.target.__module__ for method in METHODS}
 REASONS = {
     "what a configuration says where it says nothing": {
         "molehill/config/sections.py": "classification by_column lora*2 linear top_k output parallel uniform sft "
-        "fedit all factor mean none*2 int4 fp16",
+        "fedit all factor mean none*3 int4 fp16",
     },
     "what another key stands for": {"molehill/config/sections.py": "fedprox"},
     "a number format of bases, graphs and bundles": {

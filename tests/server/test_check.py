@@ -143,8 +143,7 @@ def test_rules_against_poison_are_refused_in_factor_space():
 def test_routers_and_personal_gates():
     assert refusals(personal={"gate": "mixture"})
     assert not refusals(personal={"gate": "mixture"}, molora={"scorer": "mixture"})
-    warned = check(config(molora={"scorer": "mixture"}))
-    assert [conflict.verdict for conflict in warned] == ["warn"]
+    assert not check(config(molora={"scorer": "mixture"}))
     warned = check(config(federation={"preset": "flora"}))
     assert [conflict.verdict for conflict in warned] == ["warn"]
     assert not check(config(federation={"preset": "flora"}, personal={"gate": "global"}))

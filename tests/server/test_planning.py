@@ -66,7 +66,7 @@ def test_what_clients_train_is_what_no_round_leaves_frozen(policy, rounds, kinds
 @pytest.mark.parametrize(
     ("gate", "weight", "residual", "sub", "main"),
     [
-        ("anchored", "shared", "personal", "shared", "shared"),
+        ("anchored", "shared", "personal", "shared", "personal"),
         ("personal", "personal", "personal", "personal", "personal"),
         ("global", "shared", "frozen", "shared", "shared"),
         ("split", "shared", "frozen", "shared", "personal"),

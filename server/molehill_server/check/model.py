@@ -25,13 +25,27 @@ def _split_gate(config: Config) -> Iterator[Conflict]:
             f"gate 'split' keeps a part of the router on the client, and scorer {scorer!r} names none; of those that "
             f"do there is {registry.either(able)}",
         )
-    if own and config.personal.gate == "anchored":
-        yield Conflict(
-            "warn",
-            keys,
-            f"scorer {scorer!r} has a part of its own to keep on the client ({', '.join(own)}); gate 'split' does "
-            "that, while 'anchored' adds a residual to all of it",
-        )
+
+
+def _assignment(config: Config) -> Iterator[Conflict]:
+    """What is decided from single clients' changes needs to see them, and routers that can be told."""
+    assign, keys = config.federation.assign, "federation.assign"
+    if not assign.declared("assignment", "sees"):
+        return
+    if config.privacy.secure_aggregation or config.privacy.clip is not None:
+        key = "privacy.secure_aggregation" if config.privacy.secure_aggregation else "privacy.clip"
+        why = f"assignment {assign.name!r} goes by the changes of single clients, which privacy keeps from the server"
+        yield Conflict("refuse", (keys, key), f"{why}; use assignment {registry.those('assignment', sees=())}")
+    scorer = config.molora.scorer
+    if not assign.declared("assignment", "leans"):
+        return
+    if scorer.declared("scorer", "leans") is None:
+        able = [each.name for each in registry.methods("scorer") if registry.declared(each, "leans") is not None]
+        why = f"assignment {assign.name!r} has clients lean on experts, which scorer {scorer.name!r} has no numbers for"
+        yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {registry.either(able)}")
+    elif config.personal.gate not in {"anchored", "split", "personal"} or decisions(config, 1).gate is not None:
+        why = "what a client leans on is its own, and here nothing of a router is"
+        yield Conflict("refuse", (keys, "personal.gate"), f"{why}; set personal.gate to anchored or split")
 
 
 def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
@@ -253,6 +267,7 @@ def _answers(config: Config) -> Iterator[Conflict]:
 
 RULES: tuple[Rule, ...] = (
     _answers,
+    _assignment,
     _classes,
     _computed_head,
     _predictions,

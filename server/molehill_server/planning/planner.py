@@ -11,10 +11,11 @@ from molehill.config import Config
 from molehill.plan import ClientPlan, Scope, Scopes, scope_of
 from molehill.wire.keys import Key
 from molehill.wire.tree import Layout
+from molehill_server.planning.assigning import Leaning, routed
 from molehill_server.planning.shares import Shares
 
 _GATES: dict[str, Scopes] = {
-    "anchored": (("*/gate.residual*", "personal"), ("*/gate*", "shared")),
+    "anchored": (("*/gate.residual*", "personal"), ("*/gate.own.*", "personal"), ("*/gate*", "shared")),
     "personal": (("*/gate*", "personal"),),
     "global": (("*/gate.residual*", "frozen"), ("*/gate*", "shared")),
     "split": (("*/gate.own.*", "personal"), ("*/gate.residual*", "frozen"), ("*/gate*", "shared")),
@@ -73,6 +74,16 @@ def trained(config: Config, layout: Layout) -> Layout:
     return layout.where(lambda key: not key.residual and any(scope_of(each, key) != "frozen" for each in rounds))
 
 
+def looked_at(config: Config, layout: Layout) -> Layout:
+    """The tensors whose changes the run's assignment sees, of those that clients send; of the shared model's shapes."""
+    sees: tuple[str, ...] = config.federation.assign.declared("assignment", "sees")
+    patterns = scopes(config, 1)
+    sent = trained(config, layout).where(lambda key: scope_of(patterns, key) == "shared")
+    kinds = {key.kind for key in sent}
+    kind = next((kind for kind in sees if kind in kinds), None)
+    return sent.where(lambda key: key.kind == kind)
+
+
 def select(
     config: Config, pool: Sequence[str], round_number: int, attempt: int, *, secret: int | None = None
 ) -> list[str]:
@@ -107,7 +118,14 @@ class Planner:
         self._last: tuple[int, tuple[Scopes, tuple[int, ...]]] = (-1, ((), ()))
 
     def plan(
-        self, client: str, round_number: int, layout: Layout, blobs: Mapping[str, str], turn: int, accepted: int = 0
+        self,
+        client: str,
+        round_number: int,
+        layout: Layout,
+        blobs: Mapping[str, str],
+        turn: int,
+        accepted: int = 0,
+        leaning: Leaning | None = None,
     ) -> ClientPlan:
         """Write the plan of one client.
 
@@ -118,12 +136,16 @@ class Planner:
             blobs: Digests to fetch by group.
             turn: Number of the client in the run, for what is dealt to clients in turn.
             accepted: Last round in which a delta of this client was used.
+            leaning: What of the experts is the client's; None where nothing was decided.
 
         Returns:
             The plan.
         """
         config = self._config
         patterns, ranks = self._decided(round_number)
+        if leaning is not None and leaning.trains is not None:
+            others = [expert for expert in routed(layout) if expert not in leaning.trains]
+            patterns = (*((f"*/{expert}/*", "frozen") for expert in others), *patterns)
         return ClientPlan(
             run=config.run.name,
             round=round_number,
@@ -138,6 +160,7 @@ class Planner:
             codec=config.wire.up,
             clip=config.privacy.clip,
             accepted=accepted,
+            lean=dict(leaning.bias) if leaning is not None else {},
         )
 
     def _decided(self, round_number: int) -> tuple[Scopes, tuple[int, ...]]:

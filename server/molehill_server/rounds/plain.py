@@ -12,7 +12,8 @@ from molehill.wire.clipping import norm
 from molehill.wire.message import Delta
 from molehill_server.aggregate import Aggregator
 from molehill_server.norms import RoundNorms, kind_of, running, scale_of
-from molehill_server.planning.planner import expected
+from molehill_server.planning.assigning import added
+from molehill_server.planning.planner import expected, looked_at
 from molehill_server.privacy.accountant import Ledger
 from molehill_server.privacy.draw import Draw
 from molehill_server.privacy.mechanism import Mechanism
@@ -45,6 +46,7 @@ class PlainRound:
         self._crew = crew
         self._record = record
         self._limits = Limits.from_config(config)
+        self._looked_at = looked_at(config, record.layout)
         self._metrics = [ref.name for ref in config.molora.losses]
         self._mechanism, self._draw = Mechanism.of(config.privacy), Draw.of(config)
         self._follows = config.round.norm_bound == "auto" and config.privacy.clip is None
@@ -170,6 +172,8 @@ class PlainRound:
         for (_, expert), count in delta.tokens.items():
             experts[expert] = experts.get(expert, 0.0) + count
         values = delta.tree
+        if self._looked_at:
+            notes.seen[plan.client] = added(None, values, self._looked_at)
         for key, shape in values.layout.items():
             values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
         return Update(plan.client, values, notes.examples[plan.client], delta.tokens)

@@ -63,9 +63,17 @@ class Post:
     def plans(self, clients: Iterable[str], number: int, glob: Global) -> dict[str, ClientPlan]:
         """A plan per client, whose turn is its place among all clients in the order in which they came."""
         turns = {client: turn for turn, client in enumerate(self._record.saved.clients)}
-        layout, digests, accepted = glob.tree.layout, self._broadcast.digests(), self._record.saved.accepted
+        layout, digests, saved = glob.tree.layout, self._broadcast.digests(), self._record.saved
         return {
-            client: self._planner.plan(client, number, layout, digests, turns[client], accepted.get(client, 0))
+            client: self._planner.plan(
+                client,
+                number,
+                layout,
+                digests,
+                turns[client],
+                saved.accepted.get(client, 0),
+                saved.leanings.get(client),
+            )
             for client in clients
         }
 

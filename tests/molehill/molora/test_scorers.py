@@ -106,3 +106,12 @@ def test_temperature_anneals_in_training_and_is_final_at_inference(context):
         torch.testing.assert_close(warm(z, context(training=True, progress=progress)), z / tau)
     torch.testing.assert_close(warm(z, context()), z / 0.25)
     assert torch.equal(registry.build("transform", "temperature")(z, context(training=True)), z)
+
+
+def test_who_leans_adds_a_number_an_expert(context):
+    scorer, x = _build("leaning"), torch.randn(2, 3, 8)
+    assert torch.equal(scorer(context(x=x)), x @ scorer.weight.T)
+    assert scorer.own == {scorer.leans} == {"lean"}
+    with torch.no_grad():
+        scorer.lean.copy_(torch.arange(5.0))
+    torch.testing.assert_close(scorer(context(x=x)), x @ scorer.weight.T + torch.arange(5.0))
