@@ -1,139 +1,326 @@
-"""Accuracy on `sample:reviews`: base, local-only, FedIT, MoLoRA global and personalised, over several seeds.
+"""What owners gain: base, alone, FedIT, FedSA and MoLoRA on four tasks, over seeds, with paired intervals.
 
-Settings were chosen on seeds 0 and 1, so the study counts seeds from 2.
+    python benchmarks/quality.py --tune                 # learning rates, on validation rows that no test ever sees
+    python benchmarks/quality.py                        # the study; then writes docs/reference/results.md
+    python benchmarks/quality.py --table                # only rewrites the tables from finished runs
+    python benchmarks/quality.py --tasks reviews --methods fedit clusters --seeds 2
 
-    python benchmarks/quality.py --out runs/quality --seeds 3      # trains, then writes docs/reference/results.md
-    python benchmarks/quality.py --out runs/quality --table        # only rewrites the table from finished runs
-    python benchmarks/quality.py --out runs/quality --compeft      # and MoLoRA with ComPEFT deltas at 20%
-
-Every run keeps its folder, so an interrupted study goes on where it stopped.
+Every run keeps its folder, so an interrupted study goes on where it stopped. Runs of one seed have the same rows,
+steps and, but for FedSA, about the same bytes; whatever has a head of its own has the same kind.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import fill, markdown  # finds the packages
+from common import ROOT, fill, markdown  # finds the packages
 
 # isort: split
 
+import numpy as np
+import quality_data as data
 from rich.console import Console
 
-from molehill.config import Config, load
+from molehill.config import Config, parse
+from molehill_client.state import row_scores_of
 from molehill_simulation.simulate import simulate
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reference" / "results.md"
-DEMO = ROOT / "configs" / "demo.toml"
-FEDIT, LOCAL = (ROOT / "configs" / "baselines" / f"{name}.toml" for name in ("fedit", "local"))
-# More rows than in the demo, to learn from and for figures with a smaller error; one epoch for what is personal.
-STUDY = ("data.rows=1000", "data.test_rows=600", "train.steps=13", "train.lr=4e-3", "personal.steps=64")
-METHODS = {  # FedIT's personal head takes no part in its rounds: what it is fitted to is plain FedIT
-    "fedit": (FEDIT, ("evaluate.baselines=false", "personal.head=anchored", "personal.head_lr=3e-3")),
-    "fedit-long": (FEDIT, ("evaluate.baselines=false", "train.steps=24")),
-    "molora": (DEMO, ()),
-    # Nobody averages out what a high rate does to one client, so alone it needs a lower one.
-    "local": (LOCAL, ("evaluate.baselines=false", "train.steps=24", "train.lr=1e-3")),
+DRAWS = 2000
+TARGETS = ("query", "value", "intermediate.dense")
+Scores = dict[tuple[int, str], Any]  # of the held-out rows, by seed and owner
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows, and what a run of them is.
+
+    Attributes:
+        title: What sets its owners apart.
+        rows: Makes the rows.
+        sections: Of the configuration.
+        measure: What is compared.
+    """
+
+    title: str
+    rows: Any
+    sections: Mapping[str, Any]
+    measure: str = "accuracy"
+
+
+def _owners(clients: int, **partition: Any) -> dict[str, Any]:
+    dealt = partition or {"name": "by_column", "column": "owner"}
+    sizes = {"rows": 300, "test_rows": 250, "validation_fraction": 0.2, "test_fraction": 0.35}
+    return {"clients": clients, "partition": dealt, "columns": {"group": "group"}, **sizes}
+
+
+TASKS = {
+    "reviews": Task("feature shift: four kinds of text", data.reviews, {"data": _owners(8)}),
+    "skew": Task(
+        "label skew: Dirichlet, alpha 0.4",
+        data.skew,
+        {"data": _owners(8, name="dirichlet", alpha=0.4, column="label", min_units=60)},
+    ),
+    "disagreement": Task("three opinions on what labels mean", data.disagreement, {"data": _owners(6)}),
 }
-COMPEFT = {  # to cost no more than 1 point of accuracy; not run unless asked for
-    "molora-compeft": (DEMO, ("evaluate.baselines=false", 'wire.up={name="compeft", density=0.2}')),
+EVERYWHERE: Mapping[str, Any] = {
+    "task": {"max_length": 48},
+    "molora": {"targets": TARGETS, "layers": (3, 4, 5), "scope": "layer", "selector": "dense"},
+    "train": {"steps": 11, "batch_size": 16, "schedule": "linear", "head_lr": 8e-3, "router_lr": 3e-4},
+    "evaluate": {"baselines": False},
+    "engine": {"workers": 1},
 }
-ROWS = (  # name in the table, run it comes from, stage of that run
-    ("base (head only)", "molora", "base"),
-    ("local only, the same MoLoRA", "molora", "local"),
-    ("local only, one LoRA at a lower rate", "local", "personalised"),
-    ("FedIT (one LoRA, averaged)", "fedit", "global"),
-    ("FedIT with a personal head", "fedit", "personalised"),
-    ("FedIT, 24 steps per round", "fedit-long", "global"),
-    ("MoLoRA, global", "molora", "global"),
-    ("MoLoRA, personalised", "molora", "personalised"),
-    ("MoLoRA, global, ComPEFT at 20%", "molora-compeft", "global"),
-    ("MoLoRA, personalised, ComPEFT at 20%", "molora-compeft", "personalised"),
-)
+ONE = {"preset": "lora", "rank": 33, "alpha": 66.0, "selector": None, "scope": None}
+FOUR = {"experts": 4, "rank": 8, "alpha": 64.0}
+CONVEX = {"head": "convex", "steps": 12, "gate_lr": 3e-3}
+LEANING = {"scorer": "leaning", "init": "alike"}
 
 
-def study(seed: int, method: str, overrides: list[str]) -> Config:
-    """The configuration of one run."""
-    path, settings = {**METHODS, **COMPEFT}[method]
-    return load(path, [*STUDY, *settings, f"run.seed={seed}", *overrides])
+@dataclass(frozen=True)
+class Method:
+    """How a run trains.
+
+    Attributes:
+        title: In the tables.
+        sections: Of the configuration.
+        rates: Learning rates to choose from.
+    """
+
+    title: str
+    sections: Mapping[str, Any]
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
 
 
-def run(config: Config, out: Path) -> None:
-    """Run, or go on with, one study."""
-    if not (out / "summary.json").exists():
-        simulate(config, out)
+METHODS = {
+    "alone": Method(
+        "alone: one LoRA",
+        {"molora": ONE, "federation": {"preset": "local"}, "personal": {"gate": "global", "head": "global"}},
+        (5e-4, 1e-3, 2e-3),
+    ),
+    "fedit": Method(
+        "FedIT", {"molora": ONE, "federation": {"preset": "fedit"}, "personal": {"gate": "global", "head": "convex"}}
+    ),
+    "fedsa": Method("FedSA", {"molora": ONE, "federation": {"preset": "fedsa"}, "personal": {"gate": "global"}}),
+    "dense": Method("MoLoRA, no owner leans", {"molora": FOUR, "personal": CONVEX}),
+    "clusters": Method("MoLoRA", {"molora": FOUR | LEANING, "personal": CONVEX, "federation": {"assign": "clusters"}}),
+}
+# Chosen with --tune: the best mean accuracy over seeds 0 and 1 on validation rows, of the personalised models.
+RATES: Mapping[str, Mapping[str, float]] = {}
 
 
-def scores(out: Path, stage: str, what: str) -> list[float]:
-    """One figure of every client."""
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [e["stages"][stage][what] for e in events if e["event"] == "evaluation"]
+@dataclass(frozen=True)
+class Job:
+    """One run of the study."""
+
+    task: str
+    method: str
+    seed: int
+    rate: float
+    split: str = "test"
+    more: tuple[str, ...] = field(default=())
+
+    def out(self, folder: Path) -> Path:
+        """Its run folder."""
+        name = f"{self.task}-{self.method}-{self.seed}-{self.rate:g}"
+        return folder / (name if self.split == "test" else f"{name}-{self.split}")
+
+    def config(self, folder: Path) -> Config:
+        """Its configuration."""
+        task = TASKS[self.task]
+        source = data.write(task.rows(), folder / "data" / f"{self.task}.jsonl")
+        ours = {
+            "run": {"name": f"{self.task}-{self.method}", "seed": self.seed, "rounds": 6},
+            "data": {"source": str(source)},
+            "train": {"lr": self.rate},
+            "evaluate": {"split": self.split},
+        }
+        values: dict[str, dict[str, Any]] = {}
+        for sections in (EVERYWHERE, task.sections, METHODS[self.method].sections, ours):
+            for name, section in sections.items():
+                values[name] = {**values.get(name, {}), **section}
+        return parse({name: {k: v for k, v in part.items() if v is not None} for name, part in values.items()})
 
 
-def table(folder: Path, seeds: Iterable[int], methods: Iterable[str]) -> list[list[str]]:
-    """Rows of the table, of these methods."""
-    seeds, methods = list(seeds), set(methods)
+def jobs(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], *, tune: bool) -> Iterator[Job]:
+    """All runs, the first seed's first."""
+    for seed in seeds:
+        for task in tasks:
+            for method in methods:
+                rates = METHODS[method].rates
+                if tune:
+                    yield from (Job(task, method, seed, rate, "validation") for rate in rates)
+                else:
+                    yield Job(task, method, seed, RATES.get(task, {}).get(method, sorted(rates)[len(rates) // 2]))
+
+
+def run_all(wanted: Sequence[Job], folder: Path, workers: int, tell: Any) -> None:
+    """Run what has not finished, each in a process of its own."""
+    left = [job for job in wanted if not (job.out(folder) / "summary.json").exists()]
+
+    def one(job: Job) -> str:
+        words = [job.task, job.method, str(job.seed), str(job.rate), job.split]
+        command = [sys.executable, __file__, "--out", str(folder), "--one", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return f"{job.out(folder).name}{'' if done.returncode == 0 else ': ' + done.stderr[-500:]}"
+
+    for job in left:
+        data.write(TASKS[job.task].rows(), folder / "data" / f"{job.task}.jsonl")
+    with ThreadPoolExecutor(workers) as pool:
+        for number, line in enumerate(pool.map(one, left), start=1):
+            tell(f"{number} of {len(left)}: {line}")
+
+
+def scores(job: Job, folder: Path, stage: str, measure: str) -> Scores:
+    """Parts of a measure by seed and owner, with the units of the rows."""
+    found = {}
+    for client in sorted(path.name for path in (job.out(folder) / "clients").iterdir() if path.is_dir()):
+        rows = row_scores_of(job.out(folder), client)
+        found[job.seed, client] = (rows.stages[stage].parts[measure], np.asarray(rows.units))
+    return found
+
+
+def means(found: Scores) -> tuple[float, float]:
+    """Mean over owners and seeds, and the mean over seeds of the worst owner."""
+    values: dict[int, list[float]] = {}
+    for (seed, _), (parts, _) in found.items():
+        values.setdefault(seed, []).append(parts.value())
+    return float(np.mean([np.mean(each) for each in values.values()])), float(
+        np.mean([min(v) for v in values.values()])
+    )
+
+
+def differences(ours: Scores, theirs: Scores, seed: int = 0) -> tuple[float, float, float, float]:
+    """Mean difference over owners and seeds and its 95% interval, and the greatest loss of an owner, mean over seeds.
+
+    A paired bootstrap draws seeds, and within them the units of every owner's rows, the same for both sides.
+    """
+    rng, seeds = np.random.default_rng(seed), sorted({at for at, _ in ours})
+    drawn = np.zeros((DRAWS, len(seeds)))
+    each: dict[int, list[float]] = {at: [] for at in seeds}
+    for (at, owner), (mine, units) in ours.items():
+        other, same = theirs[at, owner]
+        if not np.array_equal(units, same):
+            raise ValueError(f"{owner} of seed {at} has other rows")
+        each[at].append(mine.value() - other.value())
+        names, place = np.unique(units, return_inverse=True)
+        owners = sum(1 for a, _ in ours if a == at)
+        for draw in range(DRAWS):
+            weights = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[place].astype(float)
+            drawn[draw, seeds.index(at)] += (mine.value(weights) - other.value(weights)) / owners
+    picked = rng.integers(len(seeds), size=(DRAWS, len(seeds)))
+    low, high = np.quantile(np.take_along_axis(drawn, picked, 1).mean(1), (0.025, 0.975))
+    worst = float(np.mean([min(values) for values in each.values()]))
+    return float(np.mean([np.mean(values) for values in each.values()])), float(low), float(high), worst
+
+
+def choose(
+    tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], folder: Path
+) -> dict[str, dict[str, float]]:
+    """The best rate of every method on the validation rows."""
+    best: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        for method in methods:
+            by_rate = {}
+            for rate in METHODS[method].rates:
+                found: Scores = {}
+                for seed in seeds:
+                    job = Job(task, method, seed, rate, "validation")
+                    found |= scores(job, folder, "personalised", TASKS[task].measure)
+                by_rate[rate] = means(found)[0]
+            best.setdefault(task, {})[method] = max(by_rate, key=lambda rate: by_rate[rate])
+    return best
+
+
+def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path) -> list[list[str]]:
+    """Rows of one task's table."""
+    wanted = {job.method: [] for job in jobs([task], methods, seeds, tune=False)}  # type: dict[str, list[Job]]
+    for job in jobs([task], methods, seeds, tune=False):
+        wanted[job.method].append(job)
+    measure = TASKS[task].measure
+
+    def of(method: str, stage: str, what: str) -> Scores:
+        return {key: value for job in wanted[method] for key, value in scores(job, folder, stage, what).items()}
+
     rows = []
-    for name, method, stage in ROWS:
-        if method not in methods:
-            continue
-        outs = [folder / f"{method}-{seed}" for seed in seeds]
-        accuracy = [scores(out, stage, "accuracy") for out in outs]
-        f1 = [scores(out, stage, "macro_f1") for out in outs]
-        summaries = [json.loads((out / "summary.json").read_text(encoding="utf-8")) for out in outs]
-        alone = stage in {"base", "local"}
-        rows.append(
-            [
-                name,
-                over(map(statistics.mean, accuracy)),
-                over(map(min, accuracy)),
-                over(map(statistics.mean, f1)),
-                over(map(min, f1)),
-                "0" if alone else megabytes(summaries, "bytes_up"),
-                "0" if alone else megabytes(summaries, "bytes_down"),
+    alone = of("alone", "personalised", measure) if "alone" in methods else None
+    fedit = of("fedit", "personalised", measure) if "fedit" in methods else None
+    for method in methods:
+        stages = ["personalised"] if method == "alone" else ["global", "personalised"]
+        for stage in stages:
+            found = of(method, stage, measure)
+            mean, worst = means(found)
+            f1, worst_f1 = means(of(method, stage, "macro_f1"))
+            summaries = [
+                json.loads((job.out(folder) / "summary.json").read_text(encoding="utf-8")) for job in wanted[method]
             ]
-        )
+            up = float(np.mean([summary["bytes_up"] for summary in summaries])) / 1e6
+            name = METHODS[method].title if method == "alone" else f"{METHODS[method].title}, {stage}"
+            rows.append([
+                name, f"{mean:.3f}", f"{worst:.3f}", f"{f1:.3f}", f"{worst_f1:.3f}",
+                "" if alone is None or method == "alone" else _difference(found, alone),
+                "" if fedit is None or (method, stage) == ("fedit", "personalised") else _difference(found, fedit),
+                f"{0.0 if method == 'alone' else up:.1f}",
+            ])  # fmt: skip
     return rows
 
 
-def over(values: Iterable[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    figures = list(values)
-    spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
-    return f"{statistics.mean(figures):.3f} ± {spread:.3f}"
+def _difference(ours: Scores, theirs: Scores) -> str:
+    mean, low, high, worst = differences(ours, theirs)
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), worst {100 * worst:+.1f}"
 
 
-def megabytes(summaries: list[dict[str, Any]], key: str) -> str:
-    """Mean over seeds, in MB (10^6 bytes)."""
-    return f"{statistics.mean(summary[key] for summary in summaries) / 1e6:.2f}"
+HEAD = [
+    "",
+    "accuracy",
+    "worst owner",
+    "macro-F1",
+    "worst owner",
+    "points over alone",
+    "points over FedIT with a head",
+    "MB up",
+]
 
 
 def main() -> None:
     """Parse the command line and run."""
-    echo = Console().print
+    echo = Console(width=200).print
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--compeft", action="store_true", help="also MoLoRA with ComPEFT deltas")
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates on validation rows, seeds 0 and 1")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    seeds = range(2, 2 + arguments.seeds)
-    methods = [*METHODS, *(COMPEFT if arguments.compeft else ())]
-    for seed in seeds:
-        for method in methods:
-            if not arguments.table:
-                echo(f"{method}, seed {seed}")
-                run(study(seed, method, arguments.overrides), arguments.out / f"{method}-{seed}")
-    head = ["", "accuracy", "worst client", "macro-F1", "worst client", "MB up", "MB down"]
-    text = markdown(head, list(table(arguments.out, seeds, methods)))
-    fill(PAGE, "quality", text)
-    echo(text)
+    if arguments.one:
+        task, method, seed, rate, split = arguments.one
+        job = Job(task, method, int(seed), float(rate), split)
+        simulate(job.config(arguments.out), job.out(arguments.out))
+        return
+    seeds = range(2) if arguments.tune else range(2, 2 + arguments.seeds)
+    wanted = list(jobs(arguments.tasks, arguments.methods, seeds, tune=arguments.tune))
+    if not arguments.table:
+        run_all(wanted, arguments.out, arguments.jobs, echo)
+    if arguments.tune:
+        echo(json.dumps(choose(arguments.tasks, arguments.methods, seeds, arguments.out), indent=1))
+        return
+    parts = []
+    for task in arguments.tasks:
+        rows = table(task, arguments.methods, seeds, arguments.out)
+        parts.append(f"**{task}** ({TASKS[task].title})\n\n{markdown(HEAD, rows)}")
+    echo("\n\n".join(parts))
+    if {*arguments.tasks} == {*TASKS} and {*arguments.methods} == {*METHODS}:
+        fill(PAGE, "quality", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

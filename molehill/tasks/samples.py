@@ -38,7 +38,7 @@ _NEUTRAL = 0.5  # ratings run from -4 to 4; within this of 0 a sentence counts a
 def read_sample(name: str) -> Rows:
     """Read a sample by name.
 
-    ``sample:reviews`` has the columns text, label, domain (amazon, movie, nyt or tweets) and group (the document
+    ``sample:reviews`` has the columns text, label, rating (the mean human one, -4 to 4), domain (amazon, movie, nyt or tweets) and group (the document
     a sentence is from; sentences of one document must not be divided between training and test). A label is
     negative where the mean human rating is <= -0.5, positive where it is >= 0.5, else neutral.
 
@@ -75,7 +75,9 @@ def _sentences(data: bytes, domain: str) -> Iterator[tuple[str, dict[str, Any]]]
         label = "negative" if score <= -_NEUTRAL else "positive" if score >= _NEUTRAL else "neutral"
         # amazon and nyt ids are DOCUMENT_SENTENCE; the other two number their rows.
         group = f"{domain}/{name.partition('_')[0]}"
-        yield f"{_REVIEWS}:{domain}:{number}", {"text": text.strip(), "label": label, "domain": domain, GROUP: group}
+        yield f"{_REVIEWS}:{domain}:{number}", {
+            "text": text.strip(), "label": label, "rating": score, "domain": domain, GROUP: group,
+        }  # fmt: skip
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
