@@ -16,7 +16,7 @@ from molehill_client.participant import Participant
 from molehill_client.remembered import Baseline, keep, key_of, recall
 from molehill_client.scoring import by_row, score
 from molehill_client.state import RowScores
-from molehill_client.together import fit, personal_steps, stacked
+from molehill_client.together import computes_head, fit, personal_steps, stacked
 
 
 def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
@@ -77,8 +77,10 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
             where,
         )
         trained = model.values.clone()
-    for client, values, stage in zip(clients, trained, stages, strict=True):
+    for client, plan, values, stage in zip(clients, plans, trained, stages, strict=True):
         model.flat.copy_(values)
+        if computes_head(client, plan):  # or the personalised model would be ahead by that alone
+            _find_head(client, plan, "local", careful=True)
         stage["local"] = _told(client, score(client.bench, client.test_rows))
     return stages
 
@@ -94,12 +96,22 @@ def _base(client: Participant, plan: ClientPlan) -> Tally:
     model.state.enabled = False
     try:
         if head is not None:
-            start = Line(torch.zeros_like(head.weight), torch.zeros_like(head.bias))
-            seed, where = seed_for(plan.seed, "base"), f"client {client.name}, base"
-            found = best_head(client.bench, client.train_rows, start, careful=False, seed=seed, where=where)
             with torch.no_grad():
-                head.weight.copy_(found.weight)
-                head.bias.copy_(found.bias)
+                head.weight.zero_()
+                head.bias.zero_()
+            _find_head(client, plan, "base", careful=False)
         return score(client.bench, client.test_rows)
     finally:
         model.state.enabled = True
+
+
+def _find_head(client: Participant, plan: ClientPlan, stage: str, *, careful: bool) -> None:
+    """Put the best head for a client's training rows, sought from the one that is there, in its place."""
+    head = client.bench.model.head
+    assert head is not None
+    start = Line(head.weight.detach().clone(), head.bias.detach().clone())
+    seed, where = seed_for(plan.seed, stage), f"client {client.name}, {stage}"
+    found = best_head(client.bench, client.train_rows, start, careful=careful, seed=seed, where=where)
+    with torch.no_grad():
+        head.weight.copy_(found.weight)
+        head.bias.copy_(found.bias)

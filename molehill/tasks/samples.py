@@ -38,9 +38,9 @@ _NEUTRAL = 0.5  # ratings run from -4 to 4; within this of 0 a sentence counts a
 def read_sample(name: str) -> Rows:
     """Read a sample by name.
 
-    ``sample:reviews`` has the columns text, label, rating (the mean human one, -4 to 4), domain (amazon, movie, nyt or tweets) and group (the document
-    a sentence is from; sentences of one document must not be divided between training and test). A label is
-    negative where the mean human rating is <= -0.5, positive where it is >= 0.5, else neutral.
+    ``sample:reviews`` has the columns text, label, rating (the mean human one, from -4 to 4), domain (amazon, movie,
+    nyt or tweets) and group (the document a sentence is from; sentences of one document must not be divided between
+    training and test). A label is negative where the rating is <= -0.5, positive where it is >= 0.5, else neutral.
 
     Raises:
         DataError: No such sample, or it can neither be found in the cache nor downloaded.

@@ -225,6 +225,8 @@ def written(said: Answers) -> str:
     partition = f'{{ name = "by_column", column = {_toml(said.owners)} }}' if said.owners else '"iid"'
     columns = ", ".join(f"{ours} = {_toml(theirs)}" for ours, theirs in said.columns.items())
     shape = 'scorer = "linear"                  # one product of a token decides who answers\n' if classes else ""
+    convex = 'head = "convex"                    # and the head that is best for its rows, found after the rounds\n'
+    head = "" if not classes else convex if kind_of(said.kind).convex else 'head = "anchored"\n'
     lines = f"""\
 # Look at what this comes to: molehill check FILE      Run it: molehill simulate FILE --out runs/{said.name}
 # Every key: docs/reference/config.md; what can be named: molehill methods
@@ -255,7 +257,7 @@ scope = "layer"                    # one router for all linears of a layer
 
 [personal]
 gate = "anchored"                  # every owner's own gate is what all share and a residual of its own
-{'head = "anchored"' + chr(10) if classes else ""}\
+{head}\
 
 [train]
 steps = {12 if classes else 20}                         # of every owner in every round
