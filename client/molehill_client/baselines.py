@@ -80,7 +80,7 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
     for client, plan, values, stage in zip(clients, plans, trained, stages, strict=True):
         model.flat.copy_(values)
         if computes_head(client, plan):  # or the personalised model would be ahead by that alone
-            _find_head(client, plan, "local", careful=True)
+            _find_head(client, plan, "alone", careful=True)
         stage["local"] = _told(client, score(client.bench, client.test_rows))
     return stages
 
@@ -105,12 +105,12 @@ def _base(client: Participant, plan: ClientPlan) -> Tally:
         model.state.enabled = True
 
 
-def _find_head(client: Participant, plan: ClientPlan, stage: str, *, careful: bool) -> None:
+def _find_head(client: Participant, plan: ClientPlan, what: str, *, careful: bool) -> None:
     """Put the best head for a client's training rows, sought from the one that is there, in its place."""
     head = client.bench.model.head
     assert head is not None
     start = Line(head.weight.detach().clone(), head.bias.detach().clone())
-    seed, where = seed_for(plan.seed, stage), f"client {client.name}, {stage}"
+    seed, where = seed_for(plan.seed, what), f"client {client.name}, {what}"
     found = best_head(client.bench, client.train_rows, start, careful=careful, seed=seed, where=where)
     with torch.no_grad():
         head.weight.copy_(found.weight)
