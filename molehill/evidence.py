@@ -56,6 +56,11 @@ def probed(config: Config) -> bool:
     return bool(config.evaluate.probes) and _in_the_open(config) and config.privacy.clip is None
 
 
+def chosen(config: Config) -> bool:
+    """Whether clients tell which candidate their personalised model is; see `probed`."""
+    return bool(config.personal.candidates) and _in_the_open(config) and config.privacy.clip is None
+
+
 KINDS = (
     Evidence(
         "rows",
@@ -93,6 +98,13 @@ KINDS = (
         "errors of numbers and F1 of entities, each with the interval that it is in",
         ("EvaluationReply.stages",),
         _always,
+        "evaluate",
+    ),
+    Evidence(
+        "choice",
+        "which of `personal.candidates` the owner made of the final model",
+        ("EvaluationReply.chosen",),
+        chosen,
         "evaluate",
     ),
     Evidence(

@@ -244,6 +244,8 @@ class EvaluationReply(BaseModel):
         started: As in `ClientReply`; None where no personal state was used.
         remembered: Whether the baselines were trained by an earlier run.
         aside: As in `Hello`.
+        chosen: Name of the candidate of ``personal.candidates`` that the personalised model is; empty where there is no
+            choice, and under ``privacy``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -260,3 +262,4 @@ class EvaluationReply(BaseModel):
     started: int | None = Field(default=None, ge=0)
     remembered: bool = False
     aside: int = Field(default=0, ge=0)
+    chosen: str = Field(default="", max_length=64)

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from molehill.molora.model import seed_for
-from molehill.plan import ClientPlan, EvaluationReply, Scope
+from molehill.plan import ClientPlan, EvaluationReply
 from molehill.tasks.task import Tally
-from molehill.wire.keys import Key
 from molehill_client.convex import Line, best_head
 from molehill_client.participant import Participant
 from molehill_client.remembered import Baseline, keep, key_of, recall
-from molehill_client.scoring import by_row, score
+from molehill_client.scores import by_row, score
 from molehill_client.state import RowScores
-from molehill_client.together import computes_head, fit, personal_steps, stacked
+from molehill_client.together import computes_head, fit, learns_alone, personal_steps, stacked
 
 
 def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
@@ -61,21 +60,9 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
     stages = [{"base": _told(client, _base(client, plan))} for client, plan in zip(clients, plans, strict=True)]
     clients[0].start_over()
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
-    fixed = config.molora.init.build("init").frozen
-
-    def scope(key: Key) -> Scope:
-        return "frozen" if key.residual or key.kind in fixed else "shared"
-
+    rows = [client.train_rows for client in clients]
     with stacked(model, len(clients)):
-        fit(
-            clients,
-            [client.train_rows for client in clients],
-            [plan.seed for plan in plans],
-            scope,
-            steps,
-            (0.0, 1.0),
-            where,
-        )
+        fit(clients, rows, [plan.seed for plan in plans], learns_alone(config), steps, (0.0, 1.0), where)
         trained = model.values.clone()
     for client, plan, values, stage in zip(clients, plans, trained, stages, strict=True):
         model.flat.copy_(values)
@@ -86,7 +73,7 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
 
 
 def _told(client: Participant, total: Tally) -> Baseline:
-    return Baseline(total.scores(), by_row(client, total))
+    return Baseline(total.scores(), by_row(client.bench, client.test_rows, total))
 
 
 def _base(client: Participant, plan: ClientPlan) -> Tally:

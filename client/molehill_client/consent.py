@@ -281,6 +281,11 @@ def _limits(policy: Policy, config: Config) -> Iterator[tuple[str, str]]:
         for key, value in values.items():
             if value > getattr(policy.limits, name):
                 yield f"limits.{name}", f"{key} is {value}"
+    for each in config.personal.candidates:
+        candidate, limits = each.build("candidate"), policy.limits
+        steps, rounds = candidate.steps(config), limits.rounds if candidate.starts_over else 1
+        if steps > rounds * limits.steps:
+            yield "limits.steps", f"{each.name} of personal.candidates takes {steps}"
     if config.wire.up.name not in policy.share.codecs:
         yield "share.codecs", f"wire.up is {config.wire.up.name}"
 

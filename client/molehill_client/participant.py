@@ -176,9 +176,25 @@ class Participant:
             )
         model.load(found)
 
-    def keep(self, plan: ClientPlan, state: PersonalState) -> None:
-        """Save the personal tensors that are in the model as part of the state after the plan's round."""
-        state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal")
+    def kept(self, plan: ClientPlan) -> Layout:
+        """What stays with the client in the rounds."""
+        return self.bench.model.layout.where(lambda key: plan.scope(key) == "personal" and not key.residual)
+
+    def keep(self, plan: ClientPlan, state: PersonalState, chosen: str = "", *, replaced: bool = False) -> None:
+        """Save what of the model in use is the owner's as part of the state after the plan's round.
+
+        Args:
+            plan: The plan.
+            state: The state before; the rounds go on from its personal tensors, whatever is in the model.
+            chosen: Name of the candidate that it is; empty where there was no choice.
+            replaced: Whether all tensors are the owner's, and not those alone that the plan calls personal.
+        """
+        model, before = self.bench.model, state.tree
+        state.tree = model.tree(lambda key: plan.scope(key) == "personal" and (key.residual or not replaced))
+        if replaced:
+            state.tree = Tree.of({**{key: value for key, value in before.items() if not key.residual}, **state.tree})
+        state.own = model.tree(lambda key: not key.residual and replaced)
+        state.chosen = chosen
         self.store.save(plan.round, state)
 
     def finish(self, session: Session, result: Result, seconds: float) -> ClientReply:
@@ -192,8 +208,9 @@ class Participant:
         blob = self._mask(plan, change, result) if self.masked else self._encode(plan, change, result, memory)
         before, started = state.memory, state.round
         state.owed = Tree.of({key: value + before.get(key, 0) for key, value in change.items() if key in memory})
-        state.tree = self.bench.model.tree(lambda key: plan.scope(key) == "personal" and not key.residual)
+        state.tree = self.bench.model.tree(self.kept(plan))
         state.memory = Tree.of(memory)
+        state.own, state.chosen = Tree(Layout({})), ""  # of the model before this round
         self.store.save(plan.round, state)  # first: what then does not arrive is added back
         digest = self.bench.exchange.put(blob, Place(plan.run, plan.round))
         return ClientReply(
@@ -337,6 +354,7 @@ class Participant:
         remembered: bool = False,
         answers: Mapping[str, Answers] | None = None,
         gains: Mapping[str, Figure] | None = None,
+        chosen: str = "",
     ) -> EvaluationReply:
         """A reply with what was measured, and the round of the personal state it was measured with."""
         return EvaluationReply(
@@ -352,6 +370,7 @@ class Participant:
             seconds=seconds,
             started=started,
             remembered=remembered,
+            chosen=chosen,
         )
 
     @property

@@ -93,7 +93,7 @@ class Share(Section):
     tensors: Annotated[tuple[str, ...], _known("kind of tensor", TENSORS)] = TENSORS
     codecs: Annotated[tuple[str, ...], _known("codec", _CODECS)] = _CODECS
     tell: Annotated[tuple[str, ...], _known("kind of evidence", tuple(kind.name for kind in evidence.KINDS))] = (
-        *("rows", "time", "scores", "answers", "baselines"),
+        *("rows", "time", "scores", "choice", "answers", "baselines"),
     )
 
 
@@ -102,7 +102,8 @@ class Limits(Section):
 
     Attributes:
         rounds: Most rounds of a run.
-        steps: Most optimiser steps of a round, and of fitting the personal parts.
+        steps: Most optimiser steps of a round, and of fitting the personal parts; for a candidate that starts over
+            (``personal.candidates``) as many as in all ``rounds``.
         rank: Highest rank of an expert of any kind, whatever the kind calls it (the width of a bottleneck).
     """
 

@@ -38,6 +38,9 @@ class PersonalState:
         held: Digests of the blobs this client has, by group.
         owed: What the error feedback would be had nothing of the round's delta arrived; empty for codecs without.
         round: The round after which it is; 0 for a client that never trained.
+        own: What takes the place of tensors of the shared model, where the owner chose a model that replaces them; no
+            round goes on from it.
+        chosen: Name of the candidate that the owner chose; empty where there was no choice.
     """
 
     tree: Tree
@@ -45,6 +48,13 @@ class PersonalState:
     held: dict[str, str] = field(default_factory=dict)
     owed: Tree = field(default_factory=lambda: Tree(Layout({})))
     round: int = 0
+    own: Tree = field(default_factory=lambda: Tree(Layout({})))
+    chosen: str = ""
+
+    @property
+    def personal(self) -> Tree:
+        """What to load over the shared model to have the owner's."""
+        return Tree.of({**self.tree, **self.own})
 
     def settle(self, accepted: int) -> None:
         """Add back what the server could not use of the last delta.
@@ -145,10 +155,11 @@ class StateStore:
             raise ResumeError(what, where=str(path), mend="Check its permissions, and the disk.") from None
         data = unseal(sealed, self._label_of(max(rounds)), key, str(path))
         try:
-            *trees, held = _parts(data, 4)
-            tree, memory, owed = (unpack_tree(part, str(path)) for part in trees)
-            return PersonalState(tree, memory, files.parse_json(held), owed, max(rounds))
-        except (AdapterError, ValueError, struct.error):  # whole, but of another form than is written today
+            *trees, told = _parts(data, 5)
+            tree, memory, owed, own = (unpack_tree(part, str(path)) for part in trees)
+            found = files.parse_json(told)
+            return PersonalState(tree, memory, found["held"], owed, max(rounds), own, str(found["chosen"]))
+        except (AdapterError, LookupError, TypeError, ValueError, struct.error):  # whole, but of another form
             raise damaged(str(path)) from None
 
     def save(self, round_: int, state: PersonalState) -> None:
@@ -166,7 +177,8 @@ class StateStore:
         if self._instance:
             note = f"{self._instance} {_checked(self._instance.encode())}"
             files.write(self.folder / _INSTANCE, note.encode(), mode=files.PRIVATE)
-        parts = [*map(pack_tree, (state.tree, state.memory, state.owed)), json.dumps(state.held).encode()]
+        told = json.dumps({"held": state.held, "chosen": state.chosen}).encode()
+        parts = [*map(pack_tree, (state.tree, state.memory, state.owed, state.own)), told]
         data = b"".join(_LENGTH.pack(len(part)) + part for part in parts)
         files.write(self._at(round_), seal(data, self._label_of(round_), key), mode=files.PRIVATE)
         rounds = [number for number in self.rounds() if number <= round_]

@@ -15,13 +15,13 @@ from typing import TypeVar
 
 import torch
 
-from molehill.config import Personal
+from molehill.config import Config, Personal
 from molehill.molora.model import MoLoRAModel
 from molehill.plan import ClientPlan, ClientReply, EvaluationReply, Scope
 from molehill.tasks.lengths import Examples
 from molehill.wire.keys import Key
 from molehill_client.participant import Participant
-from molehill_client.trainer import Result, UntrainableError, train
+from molehill_client.trainer import Result, Settings, UntrainableError, train
 
 Reply = TypeVar("Reply", ClientReply, EvaluationReply)
 
@@ -151,7 +151,8 @@ def fit(
     span: tuple[float, float],
     where: str,
     *,
-    personal: bool = False,
+    settings: Settings | None = None,
+    routed: bool = True,
 ) -> list[Result]:
     """Train the clients that are in the model; what is random follows from their seeds.
 
@@ -163,7 +164,8 @@ def fit(
         steps: Optimiser steps.
         span: Part of the whole run that these steps cover, from 0 to 1.
         where: Clients and round, for error messages.
-        personal: Fit residuals: to the objective alone, without the routing losses, at rates of their own.
+        settings: How; as in the rounds when omitted.
+        routed: Whether the routing losses count, and not the objective alone.
 
     Raises:
         TrainingError: A loss is not finite.
@@ -181,8 +183,8 @@ def fit(
             bench.model,
             [client.batches(some, seed) for client, some, seed in zip(clients, rows, seeds, strict=True)],
             [bench.goal(some) for some in rows],
-            () if personal else bench.losses(),
-            bench.residual_settings() if personal else bench.settings(),
+            bench.losses() if routed else (),
+            settings or bench.settings(),
             scope,
             steps=steps,
             progress=span,
@@ -194,6 +196,12 @@ def fit(
 def _in_rounds(plan: ClientPlan) -> Callable[[Key], Scope]:
     """What learns in the rounds: all but residuals, so that what is sent does not depend on them."""
     return lambda key: "frozen" if key.residual else plan.scope(key)
+
+
+def learns_alone(config: Config) -> Callable[[Key], Scope]:
+    """What learns where an owner trains a whole adapter by itself: all but residuals and what the start values fix."""
+    fixed = config.molora.init.build("init").frozen
+    return lambda key: "frozen" if key.residual or key.kind in fixed else "shared"
 
 
 def residuals(plan: ClientPlan, personal: Personal) -> Callable[[Key], Scope]:

@@ -5,6 +5,7 @@ For Transformers it is a whole model, with the experts in its weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -122,14 +123,15 @@ def write_elsewhere(
         folder = Path(scratch) / "model"
         folder.mkdir()
         progress("Writing")
-        if wanted.merged:
-            base, dtype, rank = "", _dtype(source, wanted), None
-            _require_room(out, _size(model, dtype) + _beside(source))
-            fold(model, weights)
-            _write_model(source, folder, dtype)
-        else:
-            base, dtype = _place(source), torch.float32
-            rank = _write_adapter(source, folder, weights, out)
+        with source.gate(gate) if wanted.gate else contextlib.nullcontext():  # it may have experts of its own
+            if wanted.merged:
+                base, dtype, rank = "", _dtype(source, wanted), None
+                _require_room(out, _size(model, dtype) + _beside(source))
+                fold(model, weights)
+                _write_model(source, folder, dtype)
+            else:
+                base, dtype = _place(source), torch.float32
+                rank = _write_adapter(source, folder, weights, out)
         source.tokenizer.save_pretrained(folder)
         opens = _opens(source, merged=wanted.merged)
         with source.gate(gate):

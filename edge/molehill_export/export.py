@@ -183,9 +183,7 @@ def _check(source: Source, out: Path, options: Options) -> None:
             stacks(site.bank)
     if len(set(options.gates)) != len(options.gates):
         raise ConfigError("a gate is named twice", where="--gate")
-    for gate in options.gates:
-        with source.gate(gate):
-            pass  # it is there
+    _require_gates(source, options)
     if options.block != BLOCK and not options.blocks:
         raise ConfigError(
             f"only int4 has blocks, and this is {options.scheme}", where="--block", mend="Add --quantize int4."
@@ -195,6 +193,17 @@ def _check(source: Source, out: Path, options: Options) -> None:
         raise ConfigError(f"{options.id!r} cannot name a bundle", where="--id", mend=mend)
     if options.expires and options.expires <= time.time():
         raise ConfigError("the bundle would have expired already", where="--expires")
+
+
+def _require_gates(source: Source, options: Options) -> None:
+    for gate in options.gates:
+        with source.gate(gate):
+            pass  # it is there
+        if len(options.gates) > 1 and source.replaced(gate):
+            raise ConfigError(
+                f"{gate} has experts of its own, and a bundle has one of each", where=f"--gate {gate}",
+                mend="Export it by itself.",
+            )  # fmt: skip
 
 
 def _require_known(source: Source) -> None:
@@ -386,8 +395,8 @@ def _provenance(source: Source, manifest: pb.Manifest, gate: str) -> None:
 def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
     """An expert's tensors at every site, and its row of every router."""
     model = source.model
-    values = dict(expert_tensors(model, expert))
     with source.gate(gate) as shared:
+        values = dict(expert_tensors(model, expert))
         for group in shared.routers.values():
             first = next(site for site in shared.sites.values() if site.group is group)
             ids = shared.expert_ids(first)[first.shared :]

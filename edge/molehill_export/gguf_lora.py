@@ -9,6 +9,7 @@ readers scale by 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,14 +108,16 @@ def export_lora(source: Source, out: Path, wanted: Wanted) -> Written:
     if wanted.expert is None and len(model.experts) > 1:
         experts = model.experts
         fixed = _weigh(source, wanted)
-        factors = as_lora(model, by_routes(model, fixed.weights))
+        with source.gate(wanted.gate or GLOBAL):  # it may have experts of its own
+            factors = as_lora(model, by_routes(model, fixed.weights))
     else:
         experts = (wanted.expert or model.experts[0],)
         if experts[0] not in model.experts:
             raise ConfigError(f"there is no expert {experts[0]!r}", where="--expert", mend=_those(model.experts))
-        if wanted.gate is not None:
+        if wanted.gate is not None and not (wanted.gate in source.clients() and source.replaced(wanted.gate)):
             raise ConfigError("there is one expert, and no gate to weigh it", where="--gate", mend="Leave it out.")
-        factors = as_lora(model, alone(model, experts[0]))
+        with source.gate(wanted.gate) if wanted.gate else nullcontext():
+            factors = as_lora(model, alone(model, experts[0]))
     rank = max(len(a) for a, _ in factors.values())
     _write(source, out, _stored(source, family, factors), rank)
     return Written(experts, rank, len(factors), fixed)

@@ -192,6 +192,11 @@ class Personal(Section):
             gives it no weight. They are whole units, such as groups, of every class as many as fit. A client with
             fewer than ten units, or with a class that only these would have, sets nothing aside. What is fitted
             after the rounds is fitted to all training rows.
+        candidates: What every client tries to make of the final model, in the order of preference, such as
+            ``["shared_model", "fitted_model", "own_adapter", "trained_alone"]``. Each is made with the rows of the
+            rounds and judged by its loss on those that ``holdout`` set aside; the first that is no worse than the best
+            by more than one standard error wins, and is made once more with all training rows. A client that set
+            nothing aside takes the first. Without any, residuals are fitted as ``gate`` and ``head`` say.
     """
 
     gate: Literal["anchored", "personal", "global", "split"] = "anchored"
@@ -201,11 +206,17 @@ class Personal(Section):
     gate_lr: float = Field(default=3e-3, gt=0)
     head_lr: float = Field(default=1e-3, gt=0)
     holdout: float = Field(default=0.0, ge=0, le=0.5)
+    candidates: tuple[Annotated[MethodRef, Axis("candidate")], ...] = ()
 
     @property
     def head_residual(self) -> Literal["fitted", "computed"] | None:
         """How a residual of the head is found: in `steps`, or as the best there is; None where the head has none."""
         return _HEAD_RESIDUALS.get(self.head)
+
+    @model_validator(mode="after")
+    def _once_each(self) -> Personal:
+        distinct_names(self.candidates, "what is chosen is told by its name")
+        return self
 
     @field_validator("gate", mode="before")
     @classmethod

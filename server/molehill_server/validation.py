@@ -102,6 +102,9 @@ def parse_scores(text: str, client: str, kind: str, model: Layout, config: Confi
     for stage, scores in reply.stages.items():
         _require_measured(scores, stage, config)
     _require_gains(reply, kind, config)
+    choosing = kind == "evaluate" and evidence.chosen(config)
+    if reply.chosen and not (choosing and reply.chosen in [each.name for each in config.personal.candidates]):
+        raise MessageError(f"it chose {reply.chosen!r:.80}, which it was not asked to")
     foreign = reply.tokens.keys() - {key.expert for key in model}
     if foreign:
         raise MessageError(f"it counts tokens for the foreign expert {min(foreign)!r:.80}")

@@ -171,6 +171,7 @@ class ClientFigures(Figures):
         lost: Of these, rows that lost their whole answer and were left out.
         unlearnt: Its answers that are read and not learnt, since the chat template edits them once others follow.
         aside: Its training rows that the rounds never saw.
+        chosen: Which of ``personal.candidates`` its personalised model is; empty where there was no choice.
         token_accuracy: The accuracies of a causal LM by their name, or of words; None for a classification.
         macro_f1: Unweighted mean F1 over classes; None for a causal LM.
         recall: Recall of every class that it has held-out rows of; empty where that is not known.
@@ -193,6 +194,7 @@ class ClientFigures(Figures):
     lost: int = 0
     unlearnt: int = 0
     aside: int = 0
+    chosen: str = ""
     token_accuracy: Figures | None = None
     macro_f1: Figures | None = None
     recall: dict[str, Recall] = Field(default_factory=dict)

@@ -38,6 +38,8 @@ class Work:
         rows, held_out = config.data.rows or 0, config.data.test_rows or 0
         alone = config.run.rounds * train + personal + rows + 2 * held_out
         after = personal + (rows if config.personal.head_residual == "computed" else 0) + 2 * held_out
+        tried = [ref.build("candidate").steps(config) * step for ref in config.personal.candidates]
+        after += sum(tried) + max(tried, default=0.0)  # and what is chosen is made again
         return cls(config.run.rounds, train, alone if config.evaluate.baselines else 0.0, after)
 
 

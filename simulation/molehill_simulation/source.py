@@ -27,7 +27,7 @@ from molehill.tasks.kind import kind_of, make_task
 from molehill.tasks.weights import Stored
 from molehill.wire.tree import Tree
 from molehill_client.secret import KeyFile, Keyring, KeySource
-from molehill_client.state import StateStore
+from molehill_client.state import PersonalState, StateStore
 from molehill_server.events import read
 from molehill_simulation.text import natural
 
@@ -150,7 +150,7 @@ class Source:
             if client is None:
                 self._share()
             else:
-                model.load(self._personal(client))
+                model.load(self._state(client).personal)
                 model.use_personal(gate=True, head=True)
             yield model
         finally:
@@ -174,7 +174,20 @@ class Source:
         if kept.get("gate") in {"split", "mixture"}:  # the older name is in adapters of format 1
             model.load(Tree(model.layout.where(lambda key: key.own)))
 
-    def _personal(self, name: str) -> Tree:
+    def replaced(self, gate: str) -> bool:
+        """Whether somebody's model has other experts than the one that all share (``personal.candidates``).
+
+        Args:
+            gate: As for `client`.
+
+        Raises:
+            ConfigError: There is no such client.
+            ResumeError: The personal state cannot be read.
+        """
+        client = self.client(gate)
+        return client is not None and len(self._state(client).own.layout) > 0
+
+    def _state(self, name: str) -> PersonalState:
         names = self.clients()
         if name not in names or self.run is None:
             known = ", ".join(names) or "none: a run folder holds those of a simulation, --state those of a lab"
@@ -189,10 +202,10 @@ class Source:
             folder, key = self.out / "clients" / name, None
         store = StateStore(folder, self.run.run.name, self.base.digest, key)
         state = store.before(max(store.rounds()) + 1)
-        if not len(state.tree.layout):
+        if not len(state.personal.layout):
             mend = f"Give {self.option} {GLOBAL}."
             raise ConfigError(f"{name} keeps nothing personal in this run", where=self.option, mend=mend)
-        return state.tree
+        return state
 
     def _names(self) -> str:
         return " or ".join(self.clients()[:3]) or "CLIENT, and --state of that client's machine"

@@ -6,6 +6,7 @@ round twice; the later event counts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from molehill.errors import DataError
 from molehill.tasks.kind import kind_of
 from molehill.tasks.lengths import loss_in_words
 from molehill.tasks.measures import LOSS, OF_ANSWERS, Measure
+from molehill.words import counted
 from molehill_simulation.few import spread
 from molehill_simulation.figures import (
     STAGES,
@@ -40,7 +42,7 @@ Event: TypeAlias = Mapping[str, Any]
 
 _NAMED = 5  # clients that are named in a sentence
 
-_LATEST = ("answers", "gains", "tokens", "probes")  # of an evaluation, what a later one does not take away
+_LATEST = ("answers", "gains", "tokens", "probes", "chosen")  # of an evaluation, what a later one does not take away
 
 _QUANTILES = {"10%": 0.1, "25%": 0.25, "median": 0.5, "75%": 0.75, "90%": 0.9}
 
@@ -287,6 +289,13 @@ class Summary(BaseModel):
         return ", ".join(f"{stage} {mean.told(stage, LOSS)}" for stage, value in measured if value is not None)
 
     @property
+    def told_chosen(self) -> str:
+        """What the clients made of the final model, in words; empty where there was no choice, or none was told."""
+        counts = Counter(client.chosen for client in self.clients if client.chosen)
+        told = ", ".join(f"{clean(name, 40)} by {number}" for name, number in counts.most_common())
+        return f"made of the final model: {told} of {counted(len(self.clients), 'client')}" if told else ""
+
+    @property
     def told_cut(self) -> str:
         """What of the rows was cut off or not learnt, in sentences; empty when it was nothing."""
         cut, lost, unlearnt = (sum(getattr(c, name) for c in self.clients) for name in ("cut", "lost", "unlearnt"))
@@ -358,6 +367,7 @@ def summarise(
             lost=evaluation.get("lost", 0),
             unlearnt=evaluation.get("unlearnt", 0),
             aside=evaluation.get("aside", 0),
+            chosen=evaluation["chosen"] or "",
             recall=confusions[client].recall if client in confusions else {},
             type_f1=found[client].f1 if client in found else {},
             answered=max((said["n"] for said in evaluation["answers"].values()), default=0),

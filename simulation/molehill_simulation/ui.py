@@ -368,6 +368,8 @@ def show_summary(summary: Summary, console: Console) -> None:
         told = ", ".join(f"{each.title} {mean.told('personalised', each)}" for each, mean in means)
         rows = counted(sum(client.answered for client in summary.clients), f"{summary.scored} row")
         console.print(Text(f"mean of personalised answers to {rows}: {told}", style="dim"), soft_wrap=True)
+    if summary.told_chosen:
+        console.print(Text(summary.told_chosen, style="dim"), soft_wrap=True)
     if told := _by_class(summary):
         console.print(Text(told, style="dim"), soft_wrap=True)
     if summary.told_shown:

@@ -400,3 +400,41 @@ def test_who_computes_a_head_that_the_policy_claims_is_told():
     assert (conflict.verdict, conflict.keys) == ("warn", ("personal.head", "federation.policy"))
     assert check(config(personal={"head": "convex"})) == []
     assert check(config(personal={"head": "convex"}, train={"objective": "dft"})) == []  # then by the likelihood
+
+
+EVERY = ["shared_model", "fitted_model", "own_adapter", "trained_alone"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "keys", "why"),
+    [
+        ({"personal": {"candidates": EVERY}}, ("personal.candidates", "personal.holdout"), "set personal.holdout"),
+        (
+            {"personal": {"candidates": EVERY, "holdout": 0.2, "gate": "personal"}},
+            ("personal.candidates", "personal.gate"),
+            "no model that all share",
+        ),
+        (
+            {"personal": {"candidates": EVERY, "holdout": 0.2, "head": "personal"}},
+            ("personal.candidates", "personal.head"),
+            "no model that all share",
+        ),
+        (
+            {"personal": {"candidates": EVERY, "holdout": 0.2, "gate": "global"}, "federation": {"preset": "flora"}},
+            ("personal.candidates", "federation.lower"),
+            "candidate 'trained_alone' is without; leave it out",
+        ),
+    ],
+)
+def test_candidates_need_rows_that_no_round_sees_and_a_model_that_all_share(sections, keys, why):
+    (conflict,) = refusals(**sections)
+    assert conflict.keys == keys
+    assert why in conflict.why
+    assert_real(conflict.keys)
+    personal = {"candidates": EVERY[:3], "holdout": 0.2, "gate": "global"}
+    assert refusals(**{**sections, "personal": personal}) == []
+
+
+def test_a_candidate_is_named_once():
+    with pytest.raises(ConfigError, match=r"'shared_model'"):
+        config(personal={"candidates": ["shared_model", "shared_model"], "holdout": 0.2})

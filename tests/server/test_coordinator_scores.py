@@ -136,6 +136,27 @@ def test_gains_are_told_of_runs_with_baselines_alone(toy, baselines):
         assert failed["reason"] == "it tells gains over a baseline, where there is none"
 
 
+PRIVATE = {"clip": 1.0, "noise": 4.0, "epsilon": 50.0, "delta": 1e-5}
+
+
+@pytest.mark.parametrize(("privacy", "said"), [({}, "fitted_model"), ({}, "another"), (PRIVATE, "fitted_model")])
+def test_a_choice_is_one_of_the_candidates_and_told_in_the_open_alone(toy, privacy, said):
+    personal = {"holdout": 0.2, "candidates": ["shared_model", "fitted_model"]}
+    run = toy(config(run={"rounds": 1}, personal=personal, evaluate={"baselines": False}, privacy=privacy))
+    coordinator = run.start()
+    teller = run.transport.clients[11]
+    honest = teller.evaluate
+    teller.evaluate = lambda plan: honest(plan).model_copy(update={"chosen": said})
+    coordinator.run()
+    told = {event["client"]: event["chosen"] for event in run.events("evaluation")}
+    reasons = {event["client"]: event["reason"] for event in run.events("failed")}
+    if privacy or said == "another":
+        assert told["client-1"] == ""
+        assert reasons["client-1"] == f"it chose '{said}', which it was not asked to"
+    else:
+        assert told["client-1"] == said
+
+
 def test_a_run_whose_clients_cannot_be_scored_is_no_success(toy):
     run = toy(config(run={"rounds": 1}))
     coordinator = run.start()

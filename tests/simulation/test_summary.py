@@ -27,7 +27,8 @@ def test_summary_has_the_promised_shape_and_figures():
         "base_model", "config_digest", "unscored", "anew", "remembered", "machine", "split",
     }  # fmt: skip
     assert set(summary["clients"][0]) == {
-        "id", "n_train", "n_test", "aside", "cut", "lost", "unlearnt", "base", "local", "global", "personalised",
+        "id", "n_train", "n_test", "aside", "chosen", "cut", "lost", "unlearnt",
+        "base", "local", "global", "personalised",
         "token_accuracy", "macro_f1", "recall", "type_f1", "loss", "perplexity", "answered", "exact_match",
         "normalised_match", "rouge_l", "chrf", "figures", "gains", "interval",
     }  # fmt: skip

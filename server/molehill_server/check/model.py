@@ -265,9 +265,28 @@ def _answers(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", ("evaluate.generate", "molora.selector"), f"{why}; use selector {able}")
 
 
+def _candidates(config: Config) -> Iterator[Conflict]:
+    candidates, held = config.personal.candidates, config.personal.holdout
+    if not candidates:
+        return
+    if not held:
+        why = "candidates are tried on rows that no round sees, and none are set aside; set personal.holdout = 0.2"
+        yield Conflict("refuse", ("personal.candidates", "personal.holdout"), why)
+    for part in ("gate", "head"):
+        if getattr(config.personal, part) == "personal":
+            why = f"with {part} 'personal' there is no model that all share, of which something could be made"
+            yield Conflict("refuse", ("personal.candidates", f"personal.{part}"), f"{why}; use 'anchored'")
+    lower = config.federation.lower
+    if has_factors(config) and lower.build("lower").patches:
+        for name in [each.name for each in candidates if each.declared("candidate", "starts_over")]:
+            why = f"lower {lower.name!r} puts what the rounds learnt into patches, which candidate {name!r} is without"
+            yield Conflict("refuse", ("personal.candidates", "federation.lower"), f"{why}; leave it out")
+
+
 RULES: tuple[Rule, ...] = (
     _answers,
     _assignment,
+    _candidates,
     _classes,
     _computed_head,
     _predictions,

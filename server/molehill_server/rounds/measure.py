@@ -60,6 +60,7 @@ class Measuring:
                 answers={stage: sums.model_dump() for part in parts for stage, sums in part.answers.items()},
                 tokens=parts[-1].tokens if parts else {},
                 probes=parts[-1].probes if parts else {},
+                chosen=parts[-1].chosen if parts else "",
                 remembered=any(part.remembered for part in parts),
             )
         if len(failed) == len(nodes):

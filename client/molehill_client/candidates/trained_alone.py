@@ -1,0 +1,54 @@
+"""What the owner would have without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from molehill.config import Config
+from molehill.registry import register
+from molehill_client.making import Candidate, Company
+
+
+@dataclass(frozen=True)
+class TrainedAloneParams:
+    """Parameters of an adapter that is trained alone.
+
+    Attributes:
+        lr: Learning rate of the experts; that of the rounds when omitted.
+    """
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+
+
+@register("candidate", "trained_alone", paper="house", params=TrainedAloneParams)
+class TrainedAlone(Candidate):
+    """The adapter trained on the owner's rows alone, from the start values, for as many steps as the run gives it.
+
+    It is what ``local`` is in the scores. A change of the head is added as ``personal.head`` says.
+    """
+
+    replaces = True
+    starts_over = True
+
+    def __init__(self, params: TrainedAloneParams) -> None:
+        self._lr = params.lr
+
+    def steps(self, config: Config, /) -> int:
+        """Those of all rounds, and those of a head that is fitted in steps."""
+        after = config.personal.steps if config.personal.head_residual == "fitted" else 0
+        return config.run.rounds * config.train.steps + after
+
+    def make(self, company: Company, /) -> Sequence[Tensor]:
+        """The start values, trained."""
+        settings, run = company.bench.settings(), company.bench.config
+        if self._lr is not None:
+            rates = settings.rates._replace(experts=self._lr)
+            settings = replace(settings, rates=rates, keys="lr of candidate trained_alone")
+        steps = run.run.rounds * run.train.steps
+        made = company.trained(company.started(), settings, steps, "alone", routed=True)
+        return [company.personal(made, kinds=("head",))]

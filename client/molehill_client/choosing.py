@@ -1,0 +1,145 @@
+"""An owner's choice among what it could make of the final model, on rows that the rounds never saw."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molehill.errors import MolehillError, TrainingError
+from molehill.tasks.measures import LOSS
+from molehill_client.making import Candidate, Company
+from molehill_client.participant import Participant
+from molehill_client.scores import by_row, score
+
+_log = logging.getLogger(__name__)
+
+
+class Losses(NamedTuple):
+    """What a model loses on some rows, unit by unit.
+
+    Attributes:
+        total: Of every unit the sum over its predictions, in nats, ``[U]``.
+        counts: Of every unit its predictions, ``[U]``.
+    """
+
+    total: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """Of a prediction."""
+        return float(self.total.sum() / self.counts.sum())
+
+    def as_good(self, best: Losses) -> bool:
+        """Whether the mean is worse by no more than one standard error of the paired difference over units."""
+        apart, whole, n = self.total - best.total, self.counts.sum(), len(self.counts)
+        worse = apart.sum() / whole
+        each = (apart - worse * self.counts) / whole
+        return bool(worse <= math.sqrt(n / (n - 1) * float(each @ each)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an owner makes.
+
+    Attributes:
+        name: Of the candidate; empty where there was no choice.
+        values: All numbers of the model, ``[P]``.
+        replaces: See `Candidate`.
+    """
+
+    name: str
+    values: Tensor
+    replaces: bool
+
+
+class _Trial(NamedTuple):
+    place: int
+    way: int
+    losses: Losses
+
+
+def choose(company: Company) -> list[Choice]:
+    """Choose for every owner of a company, and make it with all rows of the company.
+
+    Every candidate is made with the rows of the rounds and tried on those that were set aside. The first that is not
+    worse than the best by more than a standard error wins, so without evidence an earlier one is taken, and without
+    rows that were set aside the first.
+
+    Args:
+        company: With all training rows of its owners.
+
+    Raises:
+        TrainingError: What an owner chose cannot be made; or, with several owners, anything.
+    """
+    refs = company.bench.config.personal.candidates
+    candidates: list[Candidate] = [ref.build("candidate") for ref in refs]
+    trying = [n for n, client in enumerate(company.clients) if len(client.aside_rows)]
+    chosen = dict.fromkeys(range(len(company.clients)), (0, 0))
+    if trying:
+        chosen |= dict(zip(trying, _tried(company.part(trying), candidates), strict=True))
+    choices: dict[int, Choice] = {}
+    for place, way in sorted(set(chosen.values())):
+        members = [n for n in chosen if chosen[n] == (place, way)]
+        made = candidates[place].make(company.part(members))[way]
+        for n, values in zip(members, made, strict=True):
+            choices[n] = Choice(refs[place].name, values.clone(), candidates[place].replaces)
+    return [choices[n] for n in range(len(company.clients))]
+
+
+def fit_as_told(company: Company) -> list[Choice]:
+    """What every owner of a company makes where there is nothing to choose: the residuals that the configuration says.
+
+    Raises:
+        TrainingError: A loss is not finite.
+    """
+    return [Choice("", values, replaces=False) for values in company.personal(company.received)]
+
+
+def _tried(company: Company, candidates: Sequence[Candidate]) -> list[tuple[int, int]]:
+    """Of every owner the place of the candidate that wins, and which way of it."""
+    owners = company.clients
+    trial = replace(company, rows=[client.round_rows for client in owners])
+    tried: list[list[_Trial]] = [[] for _ in owners]
+    for place, candidate in enumerate(candidates):
+        try:
+            for way, values in enumerate(candidate.make(trial)):
+                for found, client, own in zip(tried, owners, values, strict=True):
+                    client.bench.model.flat.copy_(own)
+                    found.append(_Trial(place, way, losses_of(client)))
+        except MolehillError as error:
+            if len(owners) > 1:  # one by one it shows whom it concerns
+                raise
+            name = company.bench.config.personal.candidates[place].name
+            _log.warning("%s cannot make candidate %s: %s", owners[0].name, name, error)
+    return [_winner(found, client) for found, client in zip(tried, owners, strict=True)]
+
+
+def _winner(tried: Sequence[_Trial], client: Participant) -> tuple[int, int]:
+    if not tried:
+        raise TrainingError("none of personal.candidates can be made", where=f"client {client.name}")
+    best = min(tried, key=lambda each: each.losses.mean)
+    first = next(each for each in tried if each is best or each.losses.as_good(best.losses))
+    return first.place, first.way
+
+
+def losses_of(client: Participant) -> Losses:
+    """What the model as it is loses on the rows that a client set aside.
+
+    Raises:
+        TrainingError: A loss is not finite.
+    """
+    rows = client.aside_rows
+    part = by_row(client.bench, rows, score(client.bench, rows)).parts[LOSS.name]
+    _, unit = np.unique(np.asarray(rows.units), return_inverse=True)
+    total, counts = np.zeros(unit.max() + 1), np.zeros(unit.max() + 1)
+    np.add.at(total, unit[part.rows], part.above)
+    np.add.at(counts, unit[part.rows], part.below)
+    return Losses(total, counts)
