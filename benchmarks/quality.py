@@ -27,6 +27,7 @@ from common import ROOT, fill, markdown  # finds the packages
 
 import numpy as np
 import quality_data as data
+from paired import Scores, differences, means
 from rich.console import Console
 
 from molehill.config import Config, parse
@@ -34,9 +35,7 @@ from molehill_client.state import row_scores_of
 from molehill_simulation.simulate import simulate
 
 PAGE = ROOT / "docs" / "reference" / "results.md"
-DRAWS = 2000
 TARGETS = ("query", "value", "intermediate.dense")
-Scores = dict[tuple[int, str], Any]  # of the held-out rows, by seed and owner
 
 
 @dataclass(frozen=True)
@@ -185,40 +184,6 @@ def scores(job: Job, folder: Path, stage: str, measure: str) -> Scores:
         rows = row_scores_of(job.out(folder), client)
         found[job.seed, client] = (rows.stages[stage].parts[measure], np.asarray(rows.units))
     return found
-
-
-def means(found: Scores) -> tuple[float, float]:
-    """Mean over owners and seeds, and the mean over seeds of the worst owner."""
-    values: dict[int, list[float]] = {}
-    for (seed, _), (parts, _) in found.items():
-        values.setdefault(seed, []).append(parts.value())
-    return float(np.mean([np.mean(each) for each in values.values()])), float(
-        np.mean([min(v) for v in values.values()])
-    )
-
-
-def differences(ours: Scores, theirs: Scores, seed: int = 0) -> tuple[float, float, float, float]:
-    """Mean difference over owners and seeds and its 95% interval, and the greatest loss of an owner, mean over seeds.
-
-    A paired bootstrap draws seeds, and within them the units of every owner's rows, the same for both sides.
-    """
-    rng, seeds = np.random.default_rng(seed), sorted({at for at, _ in ours})
-    drawn = np.zeros((DRAWS, len(seeds)))
-    each: dict[int, list[float]] = {at: [] for at in seeds}
-    for (at, owner), (mine, units) in ours.items():
-        other, same = theirs[at, owner]
-        if not np.array_equal(units, same):
-            raise ValueError(f"{owner} of seed {at} has other rows")
-        each[at].append(mine.value() - other.value())
-        names, place = np.unique(units, return_inverse=True)
-        owners = sum(1 for a, _ in ours if a == at)
-        for draw in range(DRAWS):
-            weights = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[place].astype(float)
-            drawn[draw, seeds.index(at)] += (mine.value(weights) - other.value(weights)) / owners
-    picked = rng.integers(len(seeds), size=(DRAWS, len(seeds)))
-    low, high = np.quantile(np.take_along_axis(drawn, picked, 1).mean(1), (0.025, 0.975))
-    worst = float(np.mean([min(values) for values in each.values()]))
-    return float(np.mean([np.mean(values) for values in each.values()])), float(low), float(high), worst
 
 
 def choose(
