@@ -77,8 +77,11 @@ class ClientPlan(BaseModel):
             is not known before. Error feedback sends no more than this at once and owes the rest, or what has gathered
             while deltas did not count would be refused for ever.
         company: Whose masks to add under secure aggregation; only of a ``train`` message.
-        lean: What the client's own part of the routers adds to the logits of experts, by their ids, in place of what it
-            was; empty leaves it as it is.
+        lean: What the client's own part of the routers says of experts, by their ids, in place of what it said; see
+            `molehill.molora.interfaces.Scorer.lean_means`. Empty leaves it as it is.
+        apart: The client trains by itself: from the start values, or what it kept of an earlier such round, and not
+            from the shared model, of which it fetches nothing. It sends how far it is from the start values, and keeps
+            what it sent.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -100,6 +103,7 @@ class ClientPlan(BaseModel):
     norm_bound: float | None = Field(default=None, ge=0)
     company: Company | None = None
     lean: dict[str, Annotated[FiniteFloat, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    apart: bool = False
 
     def scope(self, key: Key) -> Scope:
         """What happens to ``key`` under this plan."""

@@ -12,7 +12,7 @@ import numpy as np
 from molehill.errors import MessageError, TrainingError
 from molehill.molora.model import seed_for
 from molehill.molora.probes import Told
-from molehill.plan import Answers, ClientPlan, ClientReply, EvaluationReply, Figure, Scores
+from molehill.plan import Answers, ClientPlan, ClientReply, EvaluationReply, Figure, Scope, Scores
 from molehill.secure.vector import Form, figures_of
 from molehill.tasks.batches import Batch, Batches
 from molehill.tasks.kind import kind_of
@@ -148,9 +148,11 @@ class Participant:
         state = self.store.before(plan.round + after)
         state.settle(plan.accepted)
         bytes_down = self.receive(plan, state)
-        self.bench.model.load({key: value for key, value in state.tree.items() if not key.residual})
+        received = self._shared(plan)
+        kept = self.kept(plan)
+        self.bench.model.load({key: value for key, value in state.tree.items() if key in kept})
         self._lean(plan)
-        return Session(plan, state, bytes_down, self._shared(plan))
+        return Session(plan, state, bytes_down, received)
 
     def _lean(self, plan: ClientPlan) -> None:
         """Put what the plan leans on into the routers."""
@@ -178,7 +180,8 @@ class Participant:
 
     def kept(self, plan: ClientPlan) -> Layout:
         """What stays with the client in the rounds."""
-        return self.bench.model.layout.where(lambda key: plan.scope(key) == "personal" and not key.residual)
+        scopes = _stays(plan)
+        return self.bench.model.layout.where(lambda key: plan.scope(key) in scopes and not key.residual)
 
     def keep(self, plan: ClientPlan, state: PersonalState, chosen: str = "", *, replaced: bool = False) -> None:
         """Save what of the model in use is the owner's as part of the state after the plan's round.
@@ -189,8 +192,8 @@ class Participant:
             chosen: Name of the candidate that it is; empty where there was no choice.
             replaced: Whether all tensors are the owner's, and not those alone that the plan calls personal.
         """
-        model, before = self.bench.model, state.tree
-        state.tree = model.tree(lambda key: plan.scope(key) == "personal" and (key.residual or not replaced))
+        model, before, scopes = self.bench.model, state.tree, _stays(plan)
+        state.tree = model.tree(lambda key: plan.scope(key) in scopes and (key.residual or not replaced))
         if replaced:
             state.tree = Tree.of({**{key: value for key, value in before.items() if not key.residual}, **state.tree})
         state.own = model.tree(lambda key: not key.residual and replaced)
@@ -205,8 +208,12 @@ class Participant:
         if plan.clip is not None:
             change = clip(change, plan.clip)
         memory: dict[Key, Array] = {key: np.array(value) for key, value in state.memory.items()}
+        if plan.apart:  # the whole change is sent in every round, so none is owed
+            memory = {}
         blob = self._mask(plan, change, result) if self.masked else self._encode(plan, change, result, memory)
         before, started = state.memory, state.round
+        if plan.apart:
+            memory = {}
         state.owed = Tree.of({key: value + before.get(key, 0) for key, value in change.items() if key in memory})
         state.tree = self.bench.model.tree(self.kept(plan))
         state.memory = Tree.of(memory)
@@ -258,7 +265,7 @@ class Participant:
         )
         before = dict(memory)
         blob = encode_delta(delta, plan.codec, memory)
-        if plan.norm_bound is None or not memory:
+        if plan.norm_bound is None or plan.apart or not memory:
             return blob
         wanted = Tree.of({key: value + before.get(key, 0) for key, value in change.items()})
         sent = norm(Tree.of({key: wanted[key] - memory[key] for key in wanted}).flat)
@@ -384,6 +391,11 @@ class Participant:
         device = self.bench.model.flat.device
         batches = Batches(rows, self.bench.config.train.batch_size, seed, self.bench.task)
         return (batch.to(device) for batch in batches)
+
+
+def _stays(plan: ClientPlan) -> frozenset[Scope]:
+    """Scopes of what a client keeps: of one that trains apart, also what it sends."""
+    return frozenset({"personal", "shared"}) if plan.apart else frozenset({"personal"})
 
 
 def _truncated(tree: Mapping[Key, Array], rank: int | None) -> dict[Key, Array]:

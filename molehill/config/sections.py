@@ -276,7 +276,7 @@ class Federation(Section):
         select: Which clients take part in a round.
         space: What is combined.
         rule: How it is combined.
-        assign: Which experts a client leans on and trains, from what its changes say.
+        assign: Which experts a client leans on, owns and trains, from what its changes say.
         lower: How the result comes back to factors.
         server_opt: Optimiser applied to the combined change.
     """

@@ -137,6 +137,8 @@ class RouteRecord:
 class Scorer(nn.Module, ABC):
     """Produces logits; start values come from torch's global generator.
 
+    Parameters named ``of.<expert>.`` go with an expert: a client that does not train it does not train them either.
+
     Attributes:
         n_experts: Routed experts, E.
         heads: Heads of a route; more than one have weights each for their own block of features.
@@ -146,6 +148,8 @@ class Scorer(nn.Module, ABC):
         reads: What they depend on beside the input.
         own: Parameters that stay with their client under ``personal.gate = "split"`` and ``"anchored"``.
         leans: The one of them, ``[E]``, that ``federation.assign`` may set; None where there is none.
+        lean_means: What its numbers are: ``bias``, added to the logits; or ``place``: 2 for the expert that is the
+            client's own, 1 for others that it may use, 0 for those that are closed to it.
     """
 
     n_experts: int
@@ -155,6 +159,7 @@ class Scorer(nn.Module, ABC):
     reads: frozenset[Literal["task_ids"]] = frozenset()
     own: frozenset[str] = frozenset()
     leans: str | None = None
+    lean_means: Literal["bias", "place"] = "bias"
 
     def offset(self) -> Tensor | None:
         """What is added to the product of a fusable scorer: ``[E]``, with clients in the model ``[C, E]``."""

@@ -94,6 +94,7 @@ class _Leaning(BaseModel):
 
     bias: dict[str, float]
     trains: tuple[str, ...] | None
+    apart: bool = False
 
 
 class _Privacy(BaseModel):
@@ -176,7 +177,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "audit": checkpoint.audit,
         "seen": list(checkpoint.seen),
         "leanings": {
-            client: {"bias": dict(each.bias), "trains": None if each.trains is None else sorted(each.trains)}
+            client: {
+                "bias": dict(each.bias),
+                "trains": None if each.trains is None else sorted(each.trains),
+                "apart": each.apart,
+            }
             for client, each in checkpoint.leanings.items()
         },
         "files": {path.name: digest_of(path) for path in scratch.glob("*.safetensors")},
@@ -233,7 +238,7 @@ def load(folder: Path, identity: Identity, max_bytes: int) -> Checkpoint | None:
             meta.audit,
             dict(zip(meta.seen, seen, strict=True)),
             {
-                client: Leaning(each.bias, None if each.trains is None else frozenset(each.trains))
+                client: Leaning(each.bias, None if each.trains is None else frozenset(each.trains), each.apart)
                 for client, each in meta.leanings.items()
             },
         )

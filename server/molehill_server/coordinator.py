@@ -160,7 +160,7 @@ class Coordinator:
             tokens=notes.tokens,
             report={**report, **spent},
         )
-        seen, leanings = self._assigned(notes, number)
+        seen, leanings, after = self._assigned(notes, after)
         record.commit(
             replace(
                 record.saved,
@@ -177,22 +177,30 @@ class Coordinator:
         )
         self._way.forget()
 
-    def _assigned(self, notes: Notes, number: int) -> tuple[Mapping[str, Tree], Mapping[str, Leaning]]:
-        """The sums of what an assignment looks at after a round, and what of the experts is whose from then on."""
-        saved = self._record.saved
+    def _assigned(self, notes: Notes, after: Global) -> tuple[Mapping[str, Tree], Mapping[str, Leaning], Global]:
+        """What an assignment looks at after a round, what of the experts is whose from then on, and the model."""
+        saved, number = self._record.saved, after.round
         if not self._assignment.sees:
-            return saved.seen, saved.leanings
+            return saved.seen, saved.leanings, after
+        forms = self._assignment.forms
         seen = dict(saved.seen)
         for client, change in notes.seen.items():
-            seen[client] = added(seen.get(client), change, change.layout)
+            seen[client] = change if forms else added(seen.get(client), change, change.layout)
         run, known = self._config.run, saved.leanings
         experts = routed(saved.glob.tree)
-        found = self._assignment.assign(Seen(number, run.rounds, seen, saved.rows, known, experts, run.seed))
+        looked = Seen(number, run.rounds, seen, saved.rows, known, experts, run.seed, after.tree)
+        found = self._assignment.assign(looked)
         if found != known:
+            tree = after.tree.copy()
+            for key, value in self._assignment.form(looked, found).items():
+                tree[key][...] = value
+            after = replace(after, tree=tree)
             leans = {client: dict(leaning.bias) for client, leaning in found.items()}
             trains = {c: sorted(each.trains) for c, each in found.items() if each.trains is not None}
             self._record.log.emit("assigned", round=number, leans=leans, trains=trains)
-        return seen, found
+        if forms:  # what is decided stays so
+            seen = {client: change for client, change in seen.items() if client not in found}
+        return seen, found, after
 
     def _attempts(self, glob: Global, number: int) -> Done:
         up = down = 0  # bytes of the attempts before

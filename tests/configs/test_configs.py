@@ -46,7 +46,7 @@ def overrides(tmp_path_factory):
 
 def test_the_files_are_where_the_documentation_says():
     names = {str(path.relative_to(ROOT)) for path in FILES}
-    baselines = ("local", "fedit", "ffa", "fedsa", "flora", "flexlora", "fedex")
+    baselines = ("local", "fedit", "ffa", "fedsa", "flora", "flexlora", "fedex", "fedlease")
     assert {"demo.toml", "causal-lm.toml", *(f"baselines/{name}.toml" for name in baselines)} <= names
     assert len([name for name in names if name.startswith("methods/")]) >= 15
 
@@ -60,7 +60,9 @@ def test_a_configuration_is_accepted_as_it_ships(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_configuration_runs_a_step(path, overrides, tmp_path):
-    config = load(path, overrides[load(path).task.kind])
+    shipped = load(path)
+    waits = shipped.federation.assign.declared("assignment", "forms")  # else nothing is shared in a single round
+    config = load(path, (*overrides[shipped.task.kind], *(["federation.assign.warmup=1"] if waits else [])))
     summary = simulate(config, tmp_path)
     assert load(tmp_path / "config.toml").digest == summary.config_digest
     assert summary.rounds == 1

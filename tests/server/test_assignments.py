@@ -10,7 +10,7 @@ from toy_federation import BASE, SITE, config, initial
 
 from molehill import registry
 from molehill.wire.keys import Key
-from molehill.wire.tree import Tree
+from molehill.wire.tree import Layout, Tree
 from molehill_server.check import check
 from molehill_server.planning.assigning import Leaning, Seen, added, routed
 from molehill_server.planning.clustering import clusters, distances, silhouette
@@ -127,6 +127,90 @@ def test_changes_add_up_and_what_is_not_sent_counts_nothing():
     total = added(added(None, low, layout), {**low, HEAD: np.full((2, 3), 2, np.float32)}, layout)
     assert total[Key(SITE, "e0", "B")].tolist() == [[2, 0], [2, 0]]
     assert total[HEAD].tolist() == [[2] * 3] * 2
+
+
+LEASE = {"molora": {"scorer": "own_alias", "selector": "dense"}, "federation": {"preset": "fedlease"}}
+
+
+def learnt(groups, number=5, known=None):
+    """What clients of planted groups learnt alone of one LoRA and a head."""
+    B, rng = rays(groups), np.random.default_rng(3)
+    names = [Key(site, "e0", "B") for site in ("one", "two")]
+    changes, model = {}, {}
+    for n, ray in enumerate(B):
+        parts = {key: (n + 1) * ray.reshape(8, 5).astype(np.float32) for key in names}
+        A = {key._replace(role="A"): rng.normal(size=(5, 6)).astype(np.float32) for key in names}
+        changes[f"c{n:02d}"] = Tree.of({**parts, **A, HEAD: np.full((2, 3), n, np.float32)})
+    for expert in EXPERTS:
+        for key in changes["c00"]:
+            model[key if key == HEAD else key._replace(expert=expert)] = np.full_like(
+                changes["c00"][key], key.role == "A"
+            )
+    return Seen(number, 9, changes, dict.fromkeys(changes, 10), known or {}, EXPERTS, model=Tree.of(model))
+
+
+def test_leases_wait_for_the_warm_up_then_planted_clusters_own_an_expert_each():
+    assign, groups = registry.build("assignment", "lease", {}), (0, 1, 0, 2, 1, 2)
+    assert assign.assign(learnt(groups, number=4)) == {}
+    found = assign.assign(learnt(groups))
+    own = [min(found[f"c{n:02d}"].trains) for n in range(6)]
+    assert own == ["e0", "e1", "e0", "e2", "e1", "e2"]  # whatever the lengths of what they learnt
+    assert found["c00"] == Leaning({"e0": 2.0, "e1": 1.0, "e2": 1.0}, frozenset({"e0"}))  # and e3 is closed
+
+
+def test_experts_are_formed_as_unweighted_means_of_clusters_once():
+    assign, groups = registry.build("assignment", "lease", {}), (0, 1, 0, 1, 1)
+    seen = learnt(groups)
+    found = assign.assign(seen)
+    formed = assign.form(seen, found)
+    for expert, members in {"e0": (0, 2), "e1": (1, 3, 4), "e2": range(5), "e3": range(5)}.items():
+        for key in (Key("two", "e0", "A"), Key("one", "e0", "B")):
+            mean = np.mean([seen.changes[f"c{n:02d}"][key] for n in members], axis=0)
+            np.testing.assert_allclose(formed[key._replace(expert=expert)], mean + (key.role == "A"), rtol=1e-5)
+    assert formed[HEAD].tolist() == [[2.0] * 3] * 2
+    assert formed.keys() == seen.model.layout.keys()
+    assert assign.form(replace(seen, known=found), found) == {}
+
+
+def test_who_comes_after_the_warm_up_joins_the_expert_nearest_to_what_it_learnt_alone():
+    assign, groups = registry.build("assignment", "lease", {}), (0, 1, 0, 1, 1, 0)
+    whole = learnt(groups)
+    first = replace(whole, changes={name: whole.changes[name] for name in ("c00", "c01", "c02", "c03")})
+    known = assign.assign(first)
+    model = Tree.of({**whole.model, **assign.form(first, known)})
+    changes = {name: whole.changes[name] for name in ("c04", "c05")}
+    later = assign.assign(replace(whole, round=6, changes=changes, known=known, model=model))
+    assert later == {**known, "c04": known["c01"], "c05": known["c00"]}
+
+
+def test_a_newcomer_trains_one_expert_apart_and_a_member_its_own_and_its_router():
+    routers = [Key(SITE, "-", f"gate.of.{expert}.{part}") for expert in ("e0", "e1") for part in ("weight", "alias")]
+    own = Key(SITE, "-", "gate.own.lean")
+    shapes = {key: shape for key, shape in initial().layout.items() if key.kind != "gate"}
+    settings, layout = config(**LEASE), Layout({**shapes, **dict.fromkeys(routers, (2, 6)), own: (2,)})
+    planner = Planner(settings, BASE)
+    plan = planner.plan("c00", 1, layout, {"gate": "x"}, 0)
+    assert plan.apart
+    assert plan.blobs == {}
+    assert set(expected(plan, layout)) == set(looked_at(settings, layout))
+    assert {(key.expert, key.kind) for key in expected(plan, layout)} == {("e0", "A"), ("e0", "B"), ("-", "head")}
+    plan = planner.plan("c00", 6, layout, {"gate": "x"}, 0, leaning=Leaning({"e0": 1.0, "e1": 2.0}, frozenset({"e1"})))
+    assert not plan.apart
+    assert plan.blobs == {"gate": "x"}
+    sent = {(key.expert, key.role) for key in expected(plan, layout) if key.kind != "head"}
+    assert sent == {("e1", "A"), ("e1", "B"), ("-", "gate.of.e1.weight"), ("-", "gate.of.e1.alias")}
+
+
+def test_leases_and_leanings_mean_different_things():
+    def refused(scorer, preset):
+        found = check(config(molora={"scorer": scorer, "selector": "dense"}, federation=preset))
+        return [each.keys for each in found if each.verdict == "refuse"]
+
+    assert ("federation.assign", "molora.scorer") in refused("leaning", {"preset": "fedlease"})
+    assert ("federation.assign", "molora.scorer") in refused("own_alias", {"assign": "clusters"})
+    uneven = {"molora": {**LEASE["molora"], "allocation": "hetero_rank"}, "federation": LEASE["federation"]}
+    assert ("federation.assign", "molora.allocation") in [each.keys for each in check(config(**uneven))]
+    assert refused("own_alias", {"preset": "fedlease"}) == refused("leaning", {"assign": "clusters"}) == []
 
 
 @pytest.mark.parametrize(

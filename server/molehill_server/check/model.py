@@ -43,9 +43,39 @@ def _assignment(config: Config) -> Iterator[Conflict]:
         able = [each.name for each in registry.methods("scorer") if registry.declared(each, "leans") is not None]
         why = f"assignment {assign.name!r} has clients lean on experts, which scorer {scorer.name!r} has no numbers for"
         yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {registry.either(able)}")
+    elif scorer.declared("scorer", "lean_means") != assign.declared("assignment", "lean_means"):
+        meant = registry.those("scorer", lean_means=assign.declared("assignment", "lean_means"))
+        why = f"what assignment {assign.name!r} says of experts is not what scorer {scorer.name!r} understands"
+        yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {meant}")
     elif config.personal.gate not in {"anchored", "split", "personal"} or decisions(config, 1).gate is not None:
         why = "what a client leans on is its own, and here nothing of a router is"
         yield Conflict("refuse", (keys, "personal.gate"), f"{why}; set personal.gate to anchored or split")
+
+
+def _looked_at(config: Config) -> Iterator[Conflict]:
+    """What an assignment goes by has to be there, and be sent; where it forms experts, in all rounds alike."""
+    assign, molora = config.federation.assign, config.molora
+    sees: tuple[str, ...] = assign.declared("assignment", "sees")
+    if not sees:
+        return
+    keys, forms = "federation.assign", assign.declared("assignment", "forms")
+    there = {"A", "B"} if has_factors(config) else {"dense"}
+    there |= {"head"} if kind_of(config.task).head is not None else set()
+    rounds = [shares(config, number) for number in (1, 2)]
+    left = "personal" if config.personal.head == "personal" else "shared"
+    sent = [kind for kind in sees if all((each.of(kind) or left) == "shared" for each in rounds)]
+    what = f"assignment {assign.name!r} goes by the changes of {' or '.join(sees)}"
+    if not there & {*sees}:
+        why = f"{what}, and expert {molora.expert.name!r} has no such tensor"
+        able = registry.those("expert", kind="pairs")
+        yield Conflict("refuse", (keys, "molora.expert"), f"{why}; use expert {able}")
+    elif not there & {*sent} or (forms and rounds[0] != rounds[1]):
+        policy = config.federation.policy.name
+        why = f"{what}, and policy {policy!r} does not have clients send them in every round"
+        yield Conflict("refuse", (keys, "federation.policy"), f"{why}; use a policy that shares them in all")
+    if forms and len({*_planned(molora.allocation, config).ranks}) > 1:
+        why = f"assignment {assign.name!r} makes any expert of what clients learnt with one, so all need one rank"
+        yield Conflict("refuse", (keys, "molora.allocation"), f"{why}; leave molora.allocation out")
 
 
 def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
@@ -287,6 +317,7 @@ RULES: tuple[Rule, ...] = (
     _answers,
     _assignment,
     _candidates,
+    _looked_at,
     _classes,
     _computed_head,
     _predictions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,15 @@ class Leaning:
     """What of the experts is a client's.
 
     Attributes:
-        bias: Added to the logits of its router, by expert id; experts that are not named get 0.
+        bias: What its router's own part says of experts, by expert id; experts that are not named get 0.
         trains: The routed experts it trains and sends; None for all.
+        apart: It trains them, and a head, by itself: from the start values and what it kept, without routers. What it
+            sends, its whole change since the start, is looked at and not merged.
     """
 
     bias: Mapping[str, float] = field(default_factory=dict)
     trains: frozenset[str] | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,14 @@ class Seen:
     Attributes:
         round: The round that was just done.
         rounds: Of the run.
-        changes: By client, the sum of its changes so far of the tensors that the assignment wants, in their order.
+        changes: By client, the sum of its changes so far of the tensors that the assignment wants, in their order. Of
+            an assignment that forms experts: the changes since the start of all that clients apart send, until it is
+            decided what is theirs.
         rows: What each of them counts for.
         known: What was decided before, by client.
         experts: Ids of the routed experts.
         seed: Of the run.
+        model: The shared model after the round.
     """
 
     round: int
@@ -47,6 +54,7 @@ class Seen:
     known: Mapping[str, Leaning]
     experts: Sequence[str]
     seed: int = 0
+    model: Tree = field(default_factory=lambda: Tree(Layout({})))
 
 
 class Assignment(ABC):
@@ -56,14 +64,26 @@ class Assignment(ABC):
         sees: Kinds of tensors (see `molehill.wire.keys.Key.kind`) of whose changes it wants the sum of every client,
             the first of them that clients send; empty for an assignment that decides nothing.
         leans: It gives biases, which need a scorer that takes them.
+        lean_means: What they are; as of `molehill.molora.interfaces.Scorer`.
+        forms: Clients train apart until it is decided what is theirs, and the experts are then formed from that.
     """
 
     sees: tuple[str, ...] = ()
     leans: bool = False
+    lean_means: Literal["bias", "place"] = "bias"
+    forms: bool = False
 
     @abstractmethod
     def assign(self, seen: Seen) -> Mapping[str, Leaning]:
-        """What is decided from now on, by client; who is not named has all experts and no bias."""
+        """What is decided from now on, by client; who is not named is a newcomer."""
+
+    def newcomer(self, _experts: Sequence[str]) -> Leaning | None:
+        """What is a client's of which nothing is decided; None for all experts and no bias."""
+        return None
+
+    def form(self, _seen: Seen, _found: Mapping[str, Leaning]) -> Mapping[Key, Array]:
+        """Values of the shared model that follow from what was seen, now that ``found`` is decided."""
+        return {}
 
 
 def routed(keys: Iterable[Key]) -> list[str]:

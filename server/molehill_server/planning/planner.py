@@ -11,7 +11,7 @@ from molehill.config import Config
 from molehill.plan import ClientPlan, Scope, Scopes, scope_of
 from molehill.wire.keys import Key
 from molehill.wire.tree import Layout
-from molehill_server.planning.assigning import Leaning, routed
+from molehill_server.planning.assigning import Assignment, Leaning, routed
 from molehill_server.planning.shares import Shares
 
 _GATES: dict[str, Scopes] = {
@@ -76,6 +76,10 @@ def trained(config: Config, layout: Layout) -> Layout:
 
 def looked_at(config: Config, layout: Layout) -> Layout:
     """The tensors whose changes the run's assignment sees, of those that clients send; of the shared model's shapes."""
+    if config.federation.assign.declared("assignment", "forms"):
+        leaning = config.federation.assign.build("assignment").newcomer(routed(layout))
+        apart = narrowed(scopes(config, 1), leaning, layout)
+        return layout.where(lambda key: scope_of(apart, key) == "shared")
     sees: tuple[str, ...] = config.federation.assign.declared("assignment", "sees")
     patterns = scopes(config, 1)
     sent = trained(config, layout).where(lambda key: scope_of(patterns, key) == "shared")
@@ -104,6 +108,24 @@ def seed(config: Config, round_number: int, client: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
+@lru_cache(maxsize=8)  # a run has one
+def _experts(layout: Layout) -> list[str]:
+    return routed(layout)
+
+
+def narrowed(patterns: Scopes, leaning: Leaning | None, layout: Layout) -> Scopes:
+    """The patterns of a client, given those of all and what of the experts is its own."""
+    if leaning is None:
+        return patterns
+    if leaning.apart:
+        patterns = tuple((pattern, "frozen" if pattern == "*/gate*" else scope) for pattern, scope in patterns)
+    if leaning.trains is None:
+        return patterns
+    others = [expert for expert in _experts(layout) if expert not in leaning.trains]
+    left = [pattern for expert in others for pattern in (f"*/{expert}/*", f"*/gate.of.{expert}.*")]
+    return (*((pattern, "frozen") for pattern in left), *patterns)
+
+
 class Planner:
     """Writes the plans of one run.
 
@@ -115,6 +137,7 @@ class Planner:
     def __init__(self, config: Config, base: str) -> None:
         self._config = config
         self._base = base
+        self._assignment: Assignment = config.federation.assign.build("assignment")
         self._last: tuple[int, tuple[Scopes, tuple[int, ...]]] = (-1, ((), ()))
 
     def plan(
@@ -136,23 +159,22 @@ class Planner:
             blobs: Digests to fetch by group.
             turn: Number of the client in the run, for what is dealt to clients in turn.
             accepted: Last round in which a delta of this client was used.
-            leaning: What of the experts is the client's; None where nothing was decided.
+            leaning: What of the experts is the client's; None where nothing was decided: it is a newcomer.
 
         Returns:
             The plan.
         """
         config = self._config
         patterns, ranks = self._decided(round_number)
-        if leaning is not None and leaning.trains is not None:
-            others = [expert for expert in routed(layout) if expert not in leaning.trains]
-            patterns = (*((f"*/{expert}/*", "frozen") for expert in others), *patterns)
+        leaning = leaning or self._assignment.newcomer(_experts(layout)) or Leaning()
+        patterns = narrowed(patterns, leaning, layout)
         return ClientPlan(
             run=config.run.name,
             round=round_number,
             client=client,
             base=self._base,
             layout=layout.digest,
-            blobs=dict(blobs),
+            blobs={} if leaning.apart else dict(blobs),
             scopes=patterns,
             rank=ranks[turn % len(ranks)] if ranks else None,
             steps=config.train.steps,
@@ -160,7 +182,8 @@ class Planner:
             codec=config.wire.up,
             clip=config.privacy.clip,
             accepted=accepted,
-            lean=dict(leaning.bias) if leaning is not None else {},
+            lean=dict(leaning.bias),
+            apart=leaning.apart,
         )
 
     def _decided(self, round_number: int) -> tuple[Scopes, tuple[int, ...]]:

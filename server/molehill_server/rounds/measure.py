@@ -43,7 +43,9 @@ class Measuring:
         replies: dict[str, list[EvaluationReply]] = {client: [] for client in nodes}
         if self._config.evaluate.baselines:
             self._ask("train.baseline", "baseline", self._post.plans(nodes, 0, final), nodes, replies)
-        failed = self._ask("evaluate", "evaluate", self._post.plans(nodes, final.round, final), nodes, replies)
+        failed = self._ask(
+            "evaluate", "evaluate", self._post.plans(nodes, final.round, final, trains=False), nodes, replies
+        )
         for client, parts in replies.items():
             hello = self._crew.roster.hello(nodes[client])
             self._record.log.emit(

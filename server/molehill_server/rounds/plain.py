@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain, islice
 
 from molehill.config import Config
 from molehill.errors import MessageError
@@ -47,6 +48,7 @@ class PlainRound:
         self._record = record
         self._limits = Limits.from_config(config)
         self._looked_at = looked_at(config, record.layout)
+        self._forms: bool = config.federation.assign.declared("assignment", "forms")
         self._metrics = [ref.name for ref in config.molora.losses]
         self._mechanism, self._draw = Mechanism.of(config.privacy), Draw.of(config)
         self._follows = config.round.norm_bound == "auto" and config.privacy.clip is None
@@ -83,6 +85,10 @@ class PlainRound:
             for _ in updates:  # nothing is shared: the clients train for themselves and there is nothing to combine
                 pass
             return replace(glob, round=number), {}
+        if self._mechanism is None and any(plan.apart for plan in plans.values()):
+            updates = _joint(updates, plans)
+            first = list(islice(updates, 1))
+            return self._aggregator(glob, chain(first, updates)) if first else (replace(glob, round=number), {})
         if self._mechanism is None:
             return self._aggregator(glob, updates)
         layout = expected(self._post.any_plan(number, glob), glob.tree.layout)
@@ -172,8 +178,16 @@ class PlainRound:
         for (_, expert), count in delta.tokens.items():
             experts[expert] = experts.get(expert, 0.0) + count
         values = delta.tree
-        if self._looked_at:
+        if self._looked_at and plan.apart == self._forms:
             notes.seen[plan.client] = added(None, values, self._looked_at)
         for key, shape in values.layout.items():
             values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
         return Update(plan.client, values, notes.examples[plan.client], delta.tokens)
+
+
+def _joint(updates: Iterator[Update], plans: Mapping[str, ClientPlan]) -> Iterator[Update]:
+    """The updates of the shared model; what clients send that train apart is none."""
+    for update in updates:
+        if not plans[update.client].apart:
+            yield update
+        del update  # or it would still be in memory while the next is decoded

@@ -14,6 +14,7 @@ from molehill.plan import ClientPlan, ClientReply, EvaluationReply
 from molehill.wire.exchange import Exchange
 from molehill_server.broadcast import Broadcast
 from molehill_server.exchange.grants import Grant, Grants
+from molehill_server.planning.assigning import Leaning
 from molehill_server.planning.planner import Planner
 from molehill_server.records import Global
 from molehill_server.rounds.notes import Notes, UnusableModelError
@@ -60,10 +61,18 @@ class Post:
         self._planner = Planner(config, record.base)
         self._late: set[str] = set()
 
-    def plans(self, clients: Iterable[str], number: int, glob: Global) -> dict[str, ClientPlan]:
-        """A plan per client, whose turn is its place among all clients in the order in which they came."""
+    def plans(self, clients: Iterable[str], number: int, glob: Global, *, trains: bool = True) -> dict[str, ClientPlan]:
+        """A plan per client, whose turn is its place among all clients in the order in which they came.
+
+        Args:
+            clients: Their ids.
+            number: The round.
+            glob: The shared model.
+            trains: Whether they are to train on; else a newcomer has the shared model as it is, once there is one.
+        """
         turns = {client: turn for turn, client in enumerate(self._record.saved.clients)}
         layout, digests, saved = glob.tree.layout, self._broadcast.digests(), self._record.saved
+        unknown = Leaning() if saved.leanings and not trains else None
         return {
             client: self._planner.plan(
                 client,
@@ -72,14 +81,15 @@ class Post:
                 digests,
                 turns[client],
                 saved.accepted.get(client, 0),
-                saved.leanings.get(client),
+                saved.leanings.get(client, unknown),
             )
             for client in clients
         }
 
     def any_plan(self, number: int, glob: Global) -> ClientPlan:
         """What all plans of a round have in common where clients have one rank; nobody need be here for it."""
-        return self._planner.plan("", number, glob.tree.layout, self._broadcast.digests(), 0)
+        some = next(iter(self._record.saved.leanings.values()), None)
+        return self._planner.plan("", number, glob.tree.layout, self._broadcast.digests(), 0, leaning=some)
 
     def grant(self, plans: Mapping[str, ClientPlan], attempt: int = 0, most: int | None = None) -> None:
         """Let these clients, and no others, do what their plans say in this attempt.

@@ -115,3 +115,51 @@ def test_who_leans_adds_a_number_an_expert(context):
     with torch.no_grad():
         scorer.lean.copy_(torch.arange(5.0))
     torch.testing.assert_close(scorer(context(x=x)), x @ scorer.weight.T + torch.arange(5.0))
+
+
+def _placed(lean, n_experts=4):
+    scorer = _build("own_alias", n_experts=n_experts)
+    with torch.no_grad():
+        scorer.lean.copy_(torch.tensor(lean))
+        for parameter in scorer.of.parameters():
+            parameter.mul_(4)
+    return scorer
+
+
+@pytest.mark.parametrize("lean", [(1, 1, 2, 1), (1, 0, 2, 1), (2, 0, 1, 0)])
+def test_own_alias_is_the_top_m_of_2m_minus_1_outputs(lean, context):
+    scorer, x = _placed([float(number) for number in lean]), torch.randn(6, 9, 8)
+    weights = scorer(context(x=x)).softmax(-1)
+    opened, own = [e for e in range(4) if lean[e]], lean.index(2)
+    m, router = len(opened), scorer.of[f"e{own}"]
+    maps = opened + [own] * (m - 1)
+    rows = torch.cat([router.weight[opened], router.alias[: m - 1]])
+    chosen = 0
+    for b in range(6):
+        for t in range(9):
+            best, where = (rows @ x[b, t]).softmax(-1).topk(m)
+            expected = torch.zeros(4)
+            for value, at in zip(best / best.sum(), where.tolist(), strict=True):
+                expected[maps[at]] += value
+            torch.testing.assert_close(weights[b, t], expected)
+            chosen += int((expected > 0).sum())
+    assert (weights[..., own] > 0).all()  # of m outputs at most m - 1 are of others
+    assert 54 < chosen < 54 * m  # and tokens differ in how many experts they have
+
+
+def test_own_alias_of_one_open_expert_is_that_expert_and_without_an_own_all_count(context):
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(_placed([0.0, 2.0, 0.0, 0.0])(context(x=x)).softmax(-1), torch.eye(4)[1].expand(2, 3, 4))
+    shared = _placed([0.0] * 4)
+    rows = torch.stack([router.weight for router in shared.of.values()]).mean(0)
+    torch.testing.assert_close(shared(context(x=x)).softmax(-1), (x @ rows.T).softmax(-1))
+
+
+def test_own_alias_teaches_the_router_of_the_own_expert_alone(context):
+    scorer = _placed([1.0, 2.0, 1.0, 0.0])
+    weights = scorer(context(x=torch.randn(4, 9, 8))).softmax(-1)
+    (weights * torch.randn_like(weights)).sum().backward()
+    moved = {
+        name for name, parameter in scorer.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert moved == {"of.e1.weight", "of.e1.alias"}

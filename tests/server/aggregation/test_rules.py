@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from molehill import registry
 from molehill.errors import FederationError, MessageError
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
@@ -146,3 +147,14 @@ def test_foreign_and_oversized_tensors_are_refused(kit, name):
     for key, shape in ((Key("layer.0.query", "e0", "A"), (4, 10)), (Key("head", "-", "head.bias"), (2,))):
         with pytest.raises(MessageError, match="does not fit"):
             kit.preset(name)(glob, [Update("c", Tree.of({key: np.ones(shape, np.float32)}), 1)])
+
+
+def test_even_counts_clients_and_neither_their_rows_nor_their_tokens(kit):
+    glob, (site, e0, e1) = kit.model(), ("layer.0.ffn", "e0", "e1")
+    updates = [kit.client(glob, seed, examples=10 ** (seed + 1)) for seed in range(3)]
+    for update, tokens in zip(updates, (30.0, 0.0, 700.0), strict=True):
+        update.tokens.update({(site, e0): tokens, (site, e1): 5.0})
+    (first, idle, last) = registry.build("rule", "even").weights(updates, glob)
+    assert first.rest == idle.rest == last.rest == 1
+    assert [each.experts[site, e0] for each in (first, idle, last)] == [1, 0, 1]
+    assert [each.experts[site, e1] for each in (first, idle, last)] == [1, 1, 1]
