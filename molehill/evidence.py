@@ -61,6 +61,12 @@ def chosen(config: Config) -> bool:
     return bool(config.personal.candidates) and _in_the_open(config) and config.privacy.clip is None
 
 
+def embedded(config: Config) -> bool:
+    """Whether clients tell embeddings: where an assignment goes by them, and the server may learn of single clients."""
+    asks: bool = config.federation.assign.declared("assignment", "asks")
+    return asks and _in_the_open(config) and config.privacy.clip is None
+
+
 KINDS = (
     Evidence(
         "rows",
@@ -85,6 +91,13 @@ KINDS = (
         "how many tokens went to which expert, by site, which says something of the topics of the rows",
         ("Delta.tokens", "EvaluationReply.tokens"),
         _in_the_open,
+    ),
+    Evidence(
+        "embeddings",
+        "where the tokens of a round lie in mean in a space of as many axes as an expert has ranks, and what every "
+        "expert makes of them, by site, which says something of the topics of the rows",
+        ("ClientReply.embeddings",),
+        embedded,
     ),
     Evidence(
         "probes",

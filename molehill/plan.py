@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self, TypeAlias
 
@@ -109,6 +110,14 @@ class ClientPlan(BaseModel):
         """What happens to ``key`` under this plan."""
         return scope_of(self.scopes, key)
 
+    def trained(self, keys: Iterable[Key]) -> dict[str, set[str]]:
+        """The routed experts of every site of which the plan lets anything learn."""
+        found: dict[str, set[str]] = {}
+        for key in keys:
+            if key.routed and self.scope(key) != "frozen":
+                found.setdefault(key.site, set()).add(key.expert)
+        return found
+
 
 class ClientReply(BaseModel):
     """What a client answers to a train message; the delta itself lies in the exchange.
@@ -126,6 +135,8 @@ class ClientReply(BaseModel):
         unusable: Why the model that the client was sent cannot be trained, which is no fault of the client's; there is
             no delta then. Empty when it was trained.
         started: The round after which the personal state was left that the client started from; 0 for none.
+        embeddings: By router, where the tokens of the round lie in mean (``-``), and what every routed expert that the
+            plan lets learn makes of them, ``[r]``; empty where no assignment asks for it, and under ``privacy``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -141,6 +152,7 @@ class ClientReply(BaseModel):
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
     unusable: str = Field(default="", max_length=1000)
     started: int | None = Field(default=None, ge=0)
+    embeddings: dict[str, dict[str, list[Sum]]] = Field(default_factory=dict)
 
 
 def _ordered(interval: tuple[float, float]) -> tuple[float, float]:

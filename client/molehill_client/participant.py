@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from molehill import evidence
 from molehill.errors import MessageError, TrainingError
 from molehill.molora.model import seed_for
 from molehill.molora.probes import Told
@@ -231,7 +232,19 @@ class Participant:
             seconds=seconds,
             metrics={} if self.masked else result.routing,
             started=started,
+            embeddings=self._embeddings(plan, result) if evidence.embedded(self.bench.config) else {},
         )
+
+    def _embeddings(self, plan: ClientPlan, result: Result) -> dict[str, dict[str, list[float]]]:
+        """Where the tokens of a round lie, and what the experts that the plan lets it train make of them."""
+        model, found = self.bench.model, {}
+        trained = plan.trained(model.layout)
+        for name, values in result.embeddings.items():
+            site = model.sites[name]
+            ids = (NO_EXPERT, *model.expert_ids(site)[site.shared :])
+            kept = {NO_EXPERT, *trained.get(name, ())}
+            found[name] = {e: row for e, row in zip(ids, values.tolist(), strict=True) if e in kept}
+        return found
 
     def unusable(self, plan: ClientPlan, reason: str, seconds: float) -> ClientReply:
         """Say that the model of a plan cannot be trained; nothing was learnt, and nothing is kept."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from molehill.molora.passes import start_of
 from molehill.plan import Scope
 from molehill.tasks.batches import IGNORE, Batch, alike, join
 from molehill.wire.keys import Key
+from molehill.wire.tree import Array
 from molehill_client.goals import Goal
 from molehill_client.interfaces import Regulariser
 
@@ -85,11 +86,13 @@ class Result:
         loss: Mean objective over the steps, routing losses excluded.
         routing: Mean of every routing loss, unweighted, by name.
         tokens: Gate mass by (site, expert).
+        embeddings: Mean embeddings of the tokens and of all routed experts by router, ``[1 + E, r]``; see `Embeds`.
     """
 
     loss: float
     routing: dict[str, float]
     tokens: dict[tuple[str, str], float]
+    embeddings: Mapping[str, Array] = field(default_factory=dict)
 
 
 class _Range(NamedTuple):
@@ -177,9 +180,8 @@ def train(
     results = []
     for client, (loss, *extra) in enumerate((total / learnt).t().tolist()):
         model.select(client)
-        results.append(
-            Result(loss, {loss[0]: value for loss, value in zip(losses, extra, strict=True)}, model.tokens())
-        )
+        routing = {loss[0]: value for loss, value in zip(losses, extra, strict=True)}
+        results.append(Result(loss, routing, model.tokens(), model.embeddings()))
     return results
 
 

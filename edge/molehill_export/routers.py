@@ -52,6 +52,9 @@ class Routers:
         work: The insertion.
         scorer: What they were built from.
         by_places: Let a caller choose experts by their places among the logits.
+
+    Raises:
+        ModelError: The scorer reads more than its input.
     """
 
     def __init__(self, work: Work, scorer: MethodRef, *, by_places: bool = False) -> None:
@@ -60,6 +63,11 @@ class Routers:
         self._gates: dict[tuple[int, int], Gate] = {}  # by router and number of the call
         self._limits: list[str] = []
         groups = list(work.model.routers.values())
+        if any("experts" in group.router.scorer.reads for group in groups):
+            raise ModelError(
+                f"scorer {scorer.name!r} reads the experts themselves, which routers in a graph cannot",
+                mend="Train with another molora.scorer.",
+            )
         routed = [work.slots_of(work.first(group), routed=True) for group in groups]
         self._overrides([len(slots) for slots in routed])
         if groups and by_places:

@@ -62,6 +62,11 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _adapter_of_the_federation(cls, values: Any) -> Any:
+        return _with_adapter(values)
+
+    @model_validator(mode="before")
+    @classmethod
     def _objective_of_the_task(cls, values: Any) -> Any:
         return _with_objective(values)
 
@@ -95,6 +100,19 @@ def _expand(value: Any, axis: str) -> Any:
     if not isinstance(value, Mapping) or not isinstance(value.get("preset"), str):
         return value
     return {**registry.build(axis, value["preset"]), **value}
+
+
+def _with_adapter(values: Any) -> Any:
+    """Name the adapter of a federation's preset, which has the same name, where no preset of an adapter is named."""
+    federation, molora = (
+        values.get(name, {}) if isinstance(values, Mapping) else None for name in ("federation", "molora")
+    )
+    if not isinstance(federation, Mapping) or not isinstance(molora, Mapping) or "preset" in molora:
+        return values
+    name = federation.get("preset")
+    if all(method.name != name for method in registry.methods("preset")):
+        return values
+    return {**values, "molora": {**molora, "preset": name}}
 
 
 def _with_objective(values: Any) -> Any:

@@ -78,10 +78,12 @@ def wrap(
         ranks = plan.shared_ranks + plan.ranks
         bank = config.expert.build("expert", site=site, ranks=ranks, alpha=config.alpha)
         if role != "plain":
-            _require_wishes(topology.wants, bank, len(plan.shared_ranks), config.topology.name)
+            _require_wishes(topology.wants, bank, len(plan.shared_ranks), f"topology {config.topology.name!r}")
         group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
         if group is not None:
             _require_whole_blocks(site, group.router.heads)
+            if group.site.name == site.name:
+                _show(bank, group, len(plan.shared_ranks), config.scorer)
         module = kinds[role](
             base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
             mixer=MoLoRAConfig().mixer.build("mixer") if group is None else mixer, dropout=config.dropout,
@@ -121,7 +123,17 @@ def _join(sites: Mapping[str, MoLoRALinear], found: Trial) -> None:
             site.fan = fan
 
 
-def _require_wishes(wants: Collection[Wish], bank: Bank, shared: int, topology: str) -> None:
+def _show(bank: Bank, group: RouteGroup, shared: int, scorer: MethodRef) -> None:
+    """Let a router that reads the experts see those of its site."""
+    if "experts" not in group.router.scorer.reads:
+        return
+    _require_wishes(group.router.scorer.wants, bank, shared, f"scorer {scorer.name!r}", "molora.scorer")
+    group.__dict__["bank"] = bank
+
+
+def _require_wishes(
+    wants: Collection[Wish], bank: Bank, shared: int, part: str, where: str = "molora.topology"
+) -> None:
     unmet = {
         "pairs": ("low-rank pairs", bank.kind != "pairs"),
         "equal_ranks": ("experts of one rank", len(set(bank.ranks)) > 1),
@@ -129,7 +141,7 @@ def _require_wishes(wants: Collection[Wish], bank: Bank, shared: int, topology: 
     }
     missing = [words for wish, (words, broken) in unmet.items() if wish in wants and broken]
     if missing:
-        raise ConfigError(f"topology {topology!r} needs {' and '.join(missing)}", where="molora.topology")
+        raise ConfigError(f"{part} needs {' and '.join(missing)}", where=where)
 
 
 def _require_whole_blocks(site: Site, heads: int) -> None:
@@ -188,7 +200,8 @@ def _groups(
         experts = len(plan.ranks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "gate", site.name))
-            scorer = config.scorer.build("scorer", d_in=site.d_in, n_experts=experts)
+            size = {"rank": plan.ranks[0]} if "experts" in config.scorer.declared("scorer", "reads") else {}
+            scorer = config.scorer.build("scorer", d_in=site.d_in, n_experts=experts, **size)
         selector = config.selector
         if plan.top_k and not selector.declared("selector", "takes_k"):
             raise ConfigError(

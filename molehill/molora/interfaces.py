@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class RouteContext:
         progress: Fraction of training done, 0 to 1, for schedules.
         training: Whether stochastic parts are on.
         overrides: Run-time changes.
+        experts: First factors of the routed experts of the site, ``[E, r, d]``, where the scorer reads them.
     """
 
     x: Tensor
@@ -84,6 +85,7 @@ class RouteContext:
     progress: float = 0.0
     training: bool = False
     overrides: Overrides = field(default_factory=Overrides)
+    experts: Tensor | None = None
 
 
 @dataclass
@@ -134,6 +136,9 @@ class RouteRecord:
     types: Tensor | None = None
 
 
+Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared"]  # what a part needs of the others at its site
+
+
 class Scorer(nn.Module, ABC):
     """Produces logits; start values come from torch's global generator.
 
@@ -145,8 +150,10 @@ class Scorer(nn.Module, ABC):
         fusable: The logits are ``x @ weight.T``, plus `offset`, and nothing else, so that the product can be computed
             together with the experts' first factors.
         level: How often the logits may change: with every token, with every row, or never.
-        reads: What they depend on beside the input.
+        reads: What they depend on beside the input; a scorer that reads ``experts`` is told their ``rank``.
+        wants: What it needs of the experts: low-rank ``pairs``, of ``equal_ranks``.
         own: Parameters that stay with their client under ``personal.gate = "split"`` and ``"anchored"``.
+        embeds: It is `Embeds`.
         leans: The one of them, ``[E]``, that ``federation.assign`` may set; None where there is none.
         lean_means: What its numbers are: ``bias``, added to the logits; or ``place``: 2 for the expert that is the
             client's own, 1 for others that it may use, 0 for those that are closed to it.
@@ -156,8 +163,10 @@ class Scorer(nn.Module, ABC):
     heads: int = 1
     fusable: bool = False
     level: Literal["token", "row", "static"] = "token"
-    reads: frozenset[Literal["task_ids"]] = frozenset()
+    reads: frozenset[Literal["task_ids", "experts"]] = frozenset()
+    wants: frozenset[Wish] = frozenset()
     own: frozenset[str] = frozenset()
+    embeds: bool = False
     leans: str | None = None
     lean_means: Literal["bias", "place"] = "bias"
 
@@ -172,6 +181,15 @@ class Scorer(nn.Module, ABC):
     @abstractmethod
     def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B|1, T|1, (H,) E]``."""
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A scorer that places tokens and experts in one space."""
+
+    def embeddings(self, ctx: RouteContext) -> Tensor:
+        """Those of tokens and of experts ``[B, T, 1 + E, r]``, the token's first."""
+        ...
 
 
 class LogitTransform(ABC):
@@ -218,9 +236,6 @@ class Selector(ABC):
     @abstractmethod
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[B|1, T|1, (H,) E]``."""
-
-
-Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared"]  # what a part needs of the others at its site
 
 
 class Topology:

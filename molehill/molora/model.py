@@ -328,6 +328,14 @@ class MoLoRAModel(nn.Module):
                 counts |= {(name, e): mass for e, mass in zip(self.expert_ids(site), masses, strict=True)}
         return counts
 
+    def embeddings(self) -> dict[str, Array]:
+        """Mean embeddings over the tokens that were counted, ``[1 + E, r]`` by router; see `Embeds`."""
+        return {
+            name: (group.embedded / group.tokens.sum().clamp_min(1)).float().cpu().numpy()
+            for name, group in self.routers.items()
+            if group.embedded is not None
+        }
+
     # ---- forward ---------------------------------------------------------------------------------------------
 
     def forward(

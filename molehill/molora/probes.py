@@ -12,7 +12,7 @@ import torch
 from molehill.config import MethodRef
 from molehill.errors import MessageError
 from molehill.molora.interfaces import Diagnostic
-from molehill.wire.keys import NO_EXPERT, Key
+from molehill.wire.keys import Key
 
 if TYPE_CHECKING:
     from molehill.molora.model import MoLoRAModel
@@ -88,6 +88,6 @@ def routed(layout: Iterable[Key]) -> dict[str, int]:
     """Routed experts of every site."""
     found: dict[str, set[str]] = {}
     for key in layout:
-        if key.expert != NO_EXPERT and not key.expert.startswith("shared"):
+        if key.routed:
             found.setdefault(key.site, set()).add(key.expert)
     return {site: len(experts) for site, experts in found.items()}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from molehill.errors import ModelError
-from molehill.molora.interfaces import Overrides, Route, RouteContext, RouteRecord, Site
+from molehill.molora.banks import PairBank
+from molehill.molora.interfaces import Embeds, Overrides, Route, RouteContext, RouteRecord, Site
 from molehill.molora.router import Router
 
 
@@ -93,9 +94,13 @@ class RouteGroup(nn.Module):
         self.state = state
         self.overrides = Overrides()
         self.register_buffer("costs", costs, persistent=False)
+        # held outside the module tree: the experts belong to a site
+        self.__dict__["bank"] = None
+        self.bank: PairBank | None  # of the first site, where the scorer reads it
         # By client: gate mass and number of real tokens.
         self.register_buffer("mass", torch.zeros(1, len(costs)), persistent=False)
         self.register_buffer("tokens", torch.zeros(1), persistent=False)
+        self.embedded: Tensor | None = None  # sum of the embeddings of real tokens, where the scorer has any
         self.calls = tuple(tokens)
         self._version = -1  # of the pass that the routes are of
         self._routes: dict[int, Route] = {}  # by number of the call
@@ -142,7 +147,16 @@ class RouteGroup(nn.Module):
             progress=self.state.progress,
             training=self.training,
             overrides=self.overrides,
+            experts=self._experts(),
         )
+
+    def _experts(self) -> Tensor | None:
+        """First factors of the routed experts, ``[E, r, d]``, which follow the always-on ones."""
+        if self.bank is None:
+            return None
+        routed = len(self.costs)
+        rank = self.bank.ranks[-1]
+        return self.bank.A[-routed * rank :].view(routed, rank, -1)
 
     def keep(self, route: Route, x: Tensor, call: int) -> Route:
         """Take a route as that of a call with the input ``x [B, T, d]``, and record and count it."""
@@ -153,6 +167,7 @@ class RouteGroup(nn.Module):
                 state.records.append(RouteRecord(self.site, route, mask, self.costs, state.task_ids))
             if state.count:
                 self._count(route, mask, x.shape[:2])
+                self._embed(x, mask, call)
         return route
 
     def _on_tokens(self, call: int) -> bool:
@@ -187,6 +202,16 @@ class RouteGroup(nn.Module):
         self.mass[self.state.members] += (real @ flat).squeeze(1)
         self.tokens[self.state.members] += real.sum((1, 2))
 
+    @torch.no_grad()
+    def _embed(self, x: Tensor, mask: Tensor | None, call: int) -> None:
+        scorer = self.router.scorer
+        if not isinstance(scorer, Embeds):
+            return
+        found = scorer.embeddings(self.context(x, call)).double()
+        real = torch.ones(x.shape[:2], device=x.device) if mask is None else mask
+        total = torch.einsum("bt,btnr->nr", real.double() / sum(self.calls), found)
+        self.embedded = total if self.embedded is None else self.embedded + total
+
     def reopen(self, call: int) -> None:
         """Let go of the route of a call, and of its record, so that it is computed anew."""
         route = self._routes.pop(call, None)
@@ -200,6 +225,7 @@ class RouteGroup(nn.Module):
         """Forget the counted gate mass."""
         self.mass = self.mass.new_zeros(self.state.clients, self.mass.shape[-1])
         self.tokens = self.tokens.new_zeros(self.state.clients)
+        self.embedded = None
 
 
 def route_together(scores: Mapping[RouteGroup, Tensor], x: Tensor, call: int) -> None:

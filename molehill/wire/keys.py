@@ -43,6 +43,11 @@ class Key(NamedTuple):
         return self.role.partition(".")[2].startswith("own.")
 
     @property
+    def routed(self) -> bool:
+        """Whether this is of an expert that a router chooses."""
+        return self.expert != NO_EXPERT and not self.expert.startswith("shared")
+
+    @property
     def name(self) -> str:
         """The wire name, ``site/expert/role``."""
         return "/".join(self)

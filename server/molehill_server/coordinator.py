@@ -119,6 +119,8 @@ class Coordinator:
         facts = {"run": run.name, "rounds": run.rounds, "clients": list(nodes), "parameters": learnt}
         facts |= {"config_digest": self._config.digest, "version": __version__}
         record.begin(self._crew.roster.rows(nodes), facts)
+        if self._assignment.asks and not record.saved.glob.round:  # not committed: it comes to the same once more
+            record.saved = replace(record.saved, leanings=self._decided({}, record.saved.glob)[0])
         while record.saved.glob.round < run.rounds:
             self._round(record.saved.glob.round + 1)
         final = self._broadcast.publish(record.saved.glob)
@@ -179,13 +181,21 @@ class Coordinator:
 
     def _assigned(self, notes: Notes, after: Global) -> tuple[Mapping[str, Tree], Mapping[str, Leaning], Global]:
         """What an assignment looks at after a round, what of the experts is whose from then on, and the model."""
-        saved, number = self._record.saved, after.round
-        if not self._assignment.sees:
+        saved, assignment = self._record.saved, self._assignment
+        if not (assignment.sees or assignment.asks):
             return saved.seen, saved.leanings, after
-        forms = self._assignment.forms
         seen = dict(saved.seen)
         for client, change in notes.seen.items():
-            seen[client] = change if forms else added(seen.get(client), change, change.layout)
+            anew = assignment.forms or assignment.asks
+            seen[client] = change if anew else added(seen.get(client), change, change.layout)
+        found, after = self._decided(seen, after)
+        if assignment.forms:  # what is decided stays so
+            seen = {client: change for client, change in seen.items() if client not in found}
+        return seen, found, after
+
+    def _decided(self, seen: Mapping[str, Tree], after: Global) -> tuple[Mapping[str, Leaning], Global]:
+        """What of the experts is whose after a round, or before the first, and the model."""
+        saved, number = self._record.saved, after.round
         run, known = self._config.run, saved.leanings
         experts = routed(saved.glob.tree)
         looked = Seen(number, run.rounds, seen, saved.rows, known, experts, run.seed, after.tree)
@@ -198,9 +208,7 @@ class Coordinator:
             leans = {client: dict(leaning.bias) for client, leaning in found.items()}
             trains = {c: sorted(each.trains) for c, each in found.items() if each.trains is not None}
             self._record.log.emit("assigned", round=number, leans=leans, trains=trains)
-        if forms:  # what is decided stays so
-            seen = {client: change for client, change in seen.items() if client not in found}
-        return seen, found, after
+        return found, after
 
     def _attempts(self, glob: Global, number: int) -> Done:
         up = down = 0  # bytes of the attempts before

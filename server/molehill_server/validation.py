@@ -13,6 +13,7 @@ from molehill.molora.probes import require_fitting
 from molehill.plan import HUGE, ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.tasks.kind import kind_of
 from molehill.wire.clipping import norm
+from molehill.wire.keys import NO_EXPERT
 from molehill.wire.message import Delta, decode_delta, digest, largest_delta
 from molehill.wire.tree import Layout
 from molehill_server.planning.planner import expected
@@ -163,6 +164,28 @@ def check_reply(reply: ClientReply, plan: ClientPlan, rows: int) -> None:
         raise MessageError(f"its training loss is {reply.loss}")
     if reply.examples != rows:
         raise MessageError(f"it trains on {reply.examples} rows, and joined with {rows}")
+
+
+def require_embeddings(reply: ClientReply, plan: ClientPlan, model: Layout, *, asked: bool) -> None:
+    """Refuse embeddings that nobody asked for, or that this model cannot have.
+
+    Args:
+        reply: The client's reply; its numbers are finite, or it could not have been read.
+        plan: What the client was told to do.
+        model: Layout of the shared model.
+        asked: Whether the run has clients tell them.
+
+    Raises:
+        MessageError: There are some, or some are missing.
+    """
+    gates = {key.site for key in model if key.kind == "gate"}
+    if reply.embeddings.keys() != (gates if asked else set()):
+        raise MessageError(f"it tells embeddings of {len(reply.embeddings)} sites, not of {len(gates) if asked else 0}")
+    trained = plan.trained(model)
+    for site, rows in reply.embeddings.items():
+        rank = next(shape[0] for key, shape in model.items() if key.site == site and key.routed and key.role == "A")
+        if rows.keys() != {NO_EXPERT, *trained.get(site, ())} or {*map(len, rows.values())} != {rank}:
+            raise MessageError(f"its embeddings of {site} are not of its tokens and experts, {rank} numbers each")
 
 
 def require_addressed(reply: ClientReply, plan: ClientPlan) -> None:

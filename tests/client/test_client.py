@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
+import torch
 from tiny_house import ANCHORED, EXPERTS, FP32, HEAD, PRIVATE, SITE
 
 from molehill.config import MethodRef
@@ -301,3 +304,34 @@ def test_a_model_that_cannot_be_trained_is_told_apart_from_training_that_diverge
     wild = house("wild", train={"lr": 1e38, "steps": 4, "clip": None})
     with pytest.raises(TrainingError, match=r"at step [234]\. Lower train\.lr"):
         wild.client(0).train(wild.plan(0, steps=4))
+
+
+def test_embeddings_are_means_over_the_tokens_of_a_round(house):
+    """With rates of almost 0 all batches are read by the same values."""
+    molora = {"preset": "fedamole", "experts": 3, "rank": 2, "dropout": 0.0, "targets": ["query"], "layers": [0]}
+    home = house(
+        molora=molora,
+        personal={"gate": "split"},
+        federation={"preset": "fedamole"},
+        train={"steps": 3, "lr": 1e-12, "router_lr": 1e-12, "head_lr": 1e-12},
+    )
+    own = ("*/gate.own.*", "personal")
+    scopes = (("*/e1/*", "frozen"), *EXPERTS, own, ("*/gate*", "shared"), *HEAD)
+    client, plan = home.client(0), home.plan(0, scopes=scopes)
+    reply = client.train(plan)
+    assert reply.embeddings.keys() == {SITE}
+    told = reply.embeddings[SITE]
+    assert told.keys() == {"-", "e0", "e2"}  # of the one that the plan does not let it train nothing is told
+    model, stream = home.bench.model, client.batches(client.round_rows, plan.seed)
+    tree, inputs = model.tree(), []
+    site = model.sites[SITE]
+    hook = site.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for batch in islice(stream, 3):
+        model(batch.input_ids, batch.attention_mask, batch.labels)
+        inputs[-1] = inputs[-1][batch.attention_mask.bool()]
+    hook.remove()
+    mean = torch.cat(inputs).mean(0).detach().numpy()
+    for expert, key in {"-": Key(SITE, "-", "gate.projection"), "e2": Key(SITE, "e2", "A")}.items():
+        np.testing.assert_allclose(told[expert], tree[key] @ mean, atol=1e-5)
+    plain = house("plain")
+    assert plain.client(0).train(plain.plan(0)).embeddings == {}

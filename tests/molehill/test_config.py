@@ -50,3 +50,11 @@ def test_numbers_that_are_not_finite_are_refused(sections):
     key, value = next((f"{section}.{key}", value) for section, keys in sections.items() for key, value in keys.items())
     with pytest.raises(ConfigError, match=rf"{key}: .* Given: {value}"):
         parse(sections)
+
+
+def test_a_federation_brings_the_adapter_of_its_name_unless_another_is_named():
+    brought = parse({"federation": {"preset": "fedamole"}, "molora": {"experts": 4}})
+    assert (brought.molora.preset, brought.molora.scorer.name, brought.molora.experts) == ("fedamole", "lowrank_dot", 4)
+    assert parse(brought.model_dump(mode="json")) == brought
+    assert parse({"federation": {"preset": "fedamole"}, "molora": {"preset": "mola"}}).molora.preset == "mola"
+    assert parse({"federation": {"preset": "fedit"}}).molora == parse({}).molora

@@ -101,7 +101,7 @@ REASONS = {
         "edge/molehill_export/commands/probe.py": "mean",
     },
     "a section of the configuration": {
-        "molehill/config/whole.py": "molora",
+        "molehill/config/whole.py": "molora*3",
         "simulation/molehill_simulation/report.py": "molora*4",
     },
     "a word of people": {"molehill/tasks/measures.py": "ppl"},

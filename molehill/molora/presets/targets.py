@@ -10,3 +10,6 @@ OUTPUTS = (r"(?:o_proj|down_proj|attn\.c_proj|mlp\.c_proj|output\.dense)",)
 
 KEY_VALUE_FFN_IN = (r"(?:k_proj|v_proj|up_proj|key|value|intermediate\.dense|c_attn|mlp\.c_fc)",)
 """Keys, values and the feed-forward block's hidden layer; GPT-2's ``c_attn`` makes queries too."""
+
+QUERY_VALUE = (r"(?:q_proj|v_proj|query|value|c_attn)",)
+"""Queries and values; GPT-2's ``c_attn`` makes keys too."""

@@ -30,13 +30,20 @@ def _split_gate(config: Config) -> Iterator[Conflict]:
 def _assignment(config: Config) -> Iterator[Conflict]:
     """What is decided from single clients' changes needs to see them, and routers that can be told."""
     assign, keys = config.federation.assign, "federation.assign"
-    if not assign.declared("assignment", "sees"):
+    asks = assign.declared("assignment", "asks")
+    if not (assign.declared("assignment", "sees") or asks):
         return
     if config.privacy.secure_aggregation or config.privacy.clip is not None:
         key = "privacy.secure_aggregation" if config.privacy.secure_aggregation else "privacy.clip"
-        why = f"assignment {assign.name!r} goes by the changes of single clients, which privacy keeps from the server"
-        yield Conflict("refuse", (keys, key), f"{why}; use assignment {registry.those('assignment', sees=())}")
+        what = "embeddings" if asks else "changes"
+        why = f"assignment {assign.name!r} goes by the {what} of single clients, which privacy keeps from the server"
+        none = registry.those("assignment", sees=(), asks=False)
+        yield Conflict("refuse", (keys, key), f"{why}; use assignment {none}")
     scorer = config.molora.scorer
+    if asks and not scorer.declared("scorer", "embeds"):
+        why = f"assignment {assign.name!r} goes by embeddings, which scorer {scorer.name!r} does not have"
+        yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {registry.those('scorer', embeds=True)}")
+        return
     if not assign.declared("assignment", "leans"):
         return
     if scorer.declared("scorer", "leans") is None:
@@ -135,7 +142,11 @@ def _mixed_parameters(config: Config) -> Iterator[Conflict]:
 def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
     """Parts that stack the experts of a site need LoRAs of one rank; an allocation may also decide how many count."""
     molora = config.molora
-    parts = {"molora.mixer": ("mixer", molora.mixer), "molora.topology": ("topology", molora.topology)}
+    parts = {
+        "molora.mixer": ("mixer", molora.mixer),
+        "molora.topology": ("topology", molora.topology),
+        "molora.scorer": ("scorer", molora.scorer),
+    }
     try:
         plan = _planned(molora.allocation, config)
     except ConfigError as error:

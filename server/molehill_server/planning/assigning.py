@@ -35,12 +35,12 @@ class Seen:
     """What an assignment may look at.
 
     Attributes:
-        round: The round that was just done.
+        round: The round that was just done; 0 before the first.
         rounds: Of the run.
         changes: By client, the sum of its changes so far of the tensors that the assignment wants, in their order. Of
             an assignment that forms experts: the changes since the start of all that clients apart send, until it is
-            decided what is theirs.
-        rows: What each of them counts for.
+            decided what is theirs. Of one that asks: the embeddings that it told last, see `embedded`.
+        rows: Training rows of every client that ever came.
         known: What was decided before, by client.
         experts: Ids of the routed experts.
         seed: Of the run.
@@ -63,12 +63,14 @@ class Assignment(ABC):
     Attributes:
         sees: Kinds of tensors (see `molehill.wire.keys.Key.kind`) of whose changes it wants the sum of every client,
             the first of them that clients send; empty for an assignment that decides nothing.
+        asks: It goes by what clients tell of their embeddings, which need a scorer that has them.
         leans: It gives biases, which need a scorer that takes them.
         lean_means: What they are; as of `molehill.molora.interfaces.Scorer`.
         forms: Clients train apart until it is decided what is theirs, and the experts are then formed from that.
     """
 
     sees: tuple[str, ...] = ()
+    asks: bool = False
     leans: bool = False
     lean_means: Literal["bias", "place"] = "bias"
     forms: bool = False
@@ -88,8 +90,21 @@ class Assignment(ABC):
 
 def routed(keys: Iterable[Key]) -> list[str]:
     """Ids of the routed experts, in their order."""
-    found = {key.expert for key in keys if key.expert != NO_EXPERT and not key.expert.startswith("shared")}
+    found = {key.expert for key in keys if key.routed}
     return sorted(found, key=lambda expert: (len(expert), expert))
+
+
+def embedded(told: Mapping[str, Mapping[str, Sequence[float]]], experts: Sequence[str]) -> Tree:
+    """What a client told of its embeddings as a tree of one shape for all clients.
+
+    Every router has ``[1 + E, r]``, the tokens first; zeros for experts that it told nothing of.
+    """
+    found = {}
+    for site, rows in told.items():
+        rank = len(rows[NO_EXPERT])
+        values = [rows.get(expert, [0.0] * rank) for expert in (NO_EXPERT, *experts)]
+        found[Key(site, NO_EXPERT, "gate.embeddings")] = np.array(values, np.float32)
+    return Tree.of(found)
 
 
 def added(before: Tree | None, change: Mapping[Key, Array], layout: Layout) -> Tree:

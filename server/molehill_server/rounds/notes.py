@@ -46,7 +46,7 @@ class Notes:
     examples: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
-    seen: dict[str, Tree] = field(default_factory=dict)  # of every accepted change, what an assignment looks at
+    seen: dict[str, Tree] = field(default_factory=dict)  # of every accepted update, what an assignment looks at
     figures: Mapping[str, float] | None = None  # means over rows, where no client tells its own
     bytes_up: int = 0
     bytes_down: int = 0

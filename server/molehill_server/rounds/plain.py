@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 
+from molehill import evidence
 from molehill.config import Config
 from molehill.errors import MessageError
 from molehill.plan import ClientPlan, ClientReply
@@ -13,7 +14,7 @@ from molehill.wire.clipping import norm
 from molehill.wire.message import Delta
 from molehill_server.aggregate import Aggregator
 from molehill_server.norms import RoundNorms, kind_of, running, scale_of
-from molehill_server.planning.assigning import added
+from molehill_server.planning.assigning import added, embedded, routed
 from molehill_server.planning.planner import expected, looked_at
 from molehill_server.privacy.accountant import Ledger
 from molehill_server.privacy.draw import Draw
@@ -25,7 +26,7 @@ from molehill_server.rounds.post import NotYetError, Post
 from molehill_server.rounds.record import Record
 from molehill_server.rounds.way import Done
 from molehill_server.transport import Collection, Incoming
-from molehill_server.validation import Limits, open_delta
+from molehill_server.validation import Limits, open_delta, require_embeddings
 
 
 class PlainRound:
@@ -49,6 +50,7 @@ class PlainRound:
         self._limits = Limits.from_config(config)
         self._looked_at = looked_at(config, record.layout)
         self._forms: bool = config.federation.assign.declared("assignment", "forms")
+        self._asks = evidence.embedded(config)
         self._metrics = [ref.name for ref in config.molora.losses]
         self._mechanism, self._draw = Mechanism.of(config.privacy), Draw.of(config)
         self._follows = config.round.norm_bound == "auto" and config.privacy.clip is None
@@ -161,6 +163,7 @@ class PlainRound:
 
         def read(blob: bytes, reply: ClientReply) -> tuple[Delta, ClientReply]:
             delta = open_delta(blob, reply, plan, model, self._limits)
+            require_embeddings(reply, plan, model, asked=self._asks)
             if again:
                 refusal = notes.norms.refusal(plan.client)
                 if refusal:
@@ -180,6 +183,8 @@ class PlainRound:
         values = delta.tree
         if self._looked_at and plan.apart == self._forms:
             notes.seen[plan.client] = added(None, values, self._looked_at)
+        if reply.embeddings:
+            notes.seen[plan.client] = embedded(reply.embeddings, routed(model))
         for key, shape in values.layout.items():
             values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
         return Update(plan.client, values, notes.examples[plan.client], delta.tokens)

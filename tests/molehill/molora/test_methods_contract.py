@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_models import adapted, base, batch, shake
 
 from molehill import registry
 from molehill.errors import ConfigError
-from molehill.molora.interfaces import RouteRecord, Scorer, Site
+from molehill.molora.interfaces import Embeds, RouteRecord, Scorer, Site
 
 AXES = (
     "expert",
@@ -57,6 +58,7 @@ def test_parameters_are_frozen_documented_and_have_defaults(axis, name):
 @pytest.mark.parametrize("name", _of("scorer"))
 def test_scorers(name, context):
     scorer = registry.build("scorer", name, d_in=8, n_experts=5)
+    context = partial(context, experts=torch.randn(5, 1, 8) if "experts" in scorer.reads else None)
     assert isinstance(scorer, Scorer)
     assert scorer.n_experts == 5
     x, tasks = torch.randn(2, 3, 8), torch.tensor([0, 2])
@@ -72,6 +74,7 @@ def test_scorers(name, context):
     moved = scorer(context(x=x, task_ids=torch.tensor([2, 0])))
     assert torch.equal(z, moved) is ("task_ids" not in scorer.reads)
     assert (scorer.level == "token") is (z.shape[1] == 3)
+    assert scorer.embeds is isinstance(scorer, Embeds)
     assert scorer.own <= {part for part, _ in scorer.named_parameters()}
     assert torch.equal(z, scorer(context(x=x, task_ids=tasks)))  # nothing random at inference
     torch.manual_seed(1)
@@ -85,7 +88,8 @@ def test_scorers(name, context):
 def test_scorers_know_the_axis_of_the_experts(name, context):
     """Experts in another order, along that axis of every parameter, are scored alike."""
     scorer = registry.build("scorer", name, d_in=8, n_experts=5)
-    order, ctx = torch.randperm(5), context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]))
+    experts = torch.randn(5, 1, 8) if "experts" in scorer.reads else None
+    order, ctx = torch.randperm(5), context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]), experts=experts)
     before = scorer(ctx)
     assert scorer.axes().keys() == {part for part, _ in scorer.named_parameters()}
     with torch.no_grad():
@@ -93,6 +97,7 @@ def test_scorers_know_the_axis_of_the_experts(name, context):
             if axis >= 0:
                 parameter = scorer.get_parameter(part)
                 parameter.copy_(parameter.index_select(axis, order))
+    ctx.experts = None if experts is None else experts[order]
     torch.testing.assert_close(scorer(ctx), before[..., order])
 
 

@@ -163,3 +163,22 @@ def test_own_alias_teaches_the_router_of_the_own_expert_alone(context):
         name for name, parameter in scorer.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
     assert moved == {"of.e1.weight", "of.e1.alias"}
+
+
+def test_lowrank_dot_holds_what_an_expert_makes_of_a_token_against_the_router(context):
+    scorer, x = registry.build("scorer", "lowrank_dot", d_in=8, n_experts=3, rank=4), torch.randn(2, 5, 8)
+    A = torch.randn(3, 4, 8, requires_grad=True)
+    z = scorer(context(x=x, experts=A))
+    for b, t, e in ((0, 0, 0), (1, 4, 2), (1, 2, 1)):
+        expected = (A[e] @ x[b, t]) @ (scorer.projection @ x[b, t]) / 2
+        torch.testing.assert_close(z[b, t, e], expected)
+    places = scorer.embeddings(context(x=x, experts=A))
+    torch.testing.assert_close(places[:, :, 0], x @ scorer.projection.T)
+    torch.testing.assert_close(places[:, :, 2], x @ A[1].T)
+    (z * torch.randn_like(z)).sum().backward()
+    assert scorer.projection.grad.abs().sum() > 0
+    assert A.grad.abs().sum() > 0  # an expert learns what it is for
+    assert scorer.lean.grad is None  # which is said, and not learnt
+    with torch.no_grad():
+        scorer.lean[1] = -100.0
+    torch.testing.assert_close(scorer(context(x=x, experts=A)), z + torch.tensor([0.0, -100.0, 0.0]))

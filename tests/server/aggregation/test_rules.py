@@ -158,3 +158,16 @@ def test_even_counts_clients_and_neither_their_rows_nor_their_tokens(kit):
     assert first.rest == idle.rest == last.rest == 1
     assert [each.experts[site, e0] for each in (first, idle, last)] == [1, 0, 1]
     assert [each.experts[site, e1] for each in (first, idle, last)] == [1, 1, 1]
+
+
+def test_the_even_rule_knows_neither_rows_nor_how_many_tokens(kit):
+    glob = kit.model()
+    updates = [kit.client(glob, seed, examples=10 ** (1 + seed)) for seed in range(3)]
+    site = "layer.0.ffn"
+    updates[2].tokens.update({(site, "e0"): 0.0})
+    new, _ = kit.preset("fedamole")(glob, updates)
+    for key, count in ((Key(site, "e0", "A"), 2), (Key(site, "e1", "B"), 3), (Key(site, "shared0", "A"), 3)):
+        expected = np.mean([update.tree[key] for update in updates[:count]], axis=0)
+        np.testing.assert_allclose(new.tree[key], expected, atol=1e-6)
+    gate = Key(site, "-", "gate.weight")
+    np.testing.assert_allclose(new.tree[gate], np.mean([u.tree[gate] for u in updates], axis=0), atol=1e-6)
