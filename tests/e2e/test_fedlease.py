@@ -9,6 +9,7 @@ import pytest
 import tiny_world
 import torch
 
+from molehill.config import parse
 from molehill.wire.keys import Key
 from molehill.wire.store import load_tree
 from molehill_simulation.simulate import simulate
@@ -117,3 +118,25 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(made, tmp_path):
     tiny_world.forget()
     simulate(config, tmp_path / "run")
     assert tree(tmp_path / "run", "final.safetensors").digest == tree(out, "final.safetensors").digest
+
+
+def test_who_was_not_there_has_the_shared_model_then_trains_apart_and_joins(made, tmp_path):
+    config, _, _ = made
+    federation = {
+        "preset": "fedlease",
+        "assign": {"name": "lease", "warmup": 1},
+        "select": {"name": "random", "fraction": 0.75},
+    }
+    for rounds in (1, 2):
+        values = {**config.model_dump(mode="json"), "federation": federation}
+        simulate(parse({**values, "run": {**values["run"], "rounds": rounds}}), tmp_path / str(rounds))
+    first, second = tiny_world.events(tmp_path / "2", "round")
+    (new,) = set(second["selected"]) - set(first["selected"])
+    assert first["report"] == {}
+    assert second["report"]["updates"] == 2  # of three, of which one is new and trains apart
+    formed, joined = (event["trains"] for event in tiny_world.events(tmp_path / "2", "assigned"))
+    assert joined.keys() - formed.keys() == {new}
+    assert joined[new] in formed.values()
+    for event in tiny_world.events(tmp_path / "1", "evaluation"):
+        stages = event["stages"]
+        assert (stages["personalised"]["loss"] == stages["global"]["loss"]) is (event["client"] == new)

@@ -212,6 +212,8 @@ def test_leases_and_leanings_mean_different_things():
 
     assert ("federation.assign", "molora.scorer") in refused("leaning", {"preset": "fedlease"})
     assert ("federation.assign", "molora.scorer") in refused("own_alias", {"assign": "clusters"})
+    (alone,) = check(config(molora={"preset": "fedlease"}))
+    assert (alone.verdict, alone.keys) == ("warn", ("molora.scorer", "federation.assign"))
     uneven = {"molora": {**LEASE["molora"], "allocation": "hetero_rank"}, "federation": LEASE["federation"]}
     assert ("federation.assign", "molora.allocation") in [each.keys for each in check(config(**uneven))]
     assert refused("own_alias", {"preset": "fedlease"}) == refused("leaning", {"assign": "clusters"}) == []

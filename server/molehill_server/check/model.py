@@ -59,6 +59,18 @@ def _assignment(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", (keys, "personal.gate"), f"{why}; set personal.gate to anchored or split")
 
 
+def _nobody_places(config: Config) -> Iterator[Conflict]:
+    """A scorer with an own expert needs somebody to say which that is."""
+    scorer, assign = config.molora.scorer, config.federation.assign
+    if scorer.declared("scorer", "lean_means") != "place" or assign.declared("assignment", "leans"):
+        return
+    able = registry.those("assignment", lean_means="place")
+    why = (
+        f"scorer {scorer.name!r} chooses by which expert is the client's own, and assignment {assign.name!r} gives none"
+    )
+    yield Conflict("warn", ("molora.scorer", "federation.assign"), f"{why}: all experts count; use assignment {able}")
+
+
 def _looked_at(config: Config) -> Iterator[Conflict]:
     """What an assignment goes by has to be there, and be sent; where it forms experts, in all rounds alike."""
     assign, molora = config.federation.assign, config.molora
@@ -329,6 +341,7 @@ RULES: tuple[Rule, ...] = (
     _assignment,
     _candidates,
     _looked_at,
+    _nobody_places,
     _classes,
     _computed_head,
     _predictions,
