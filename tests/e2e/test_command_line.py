@@ -63,7 +63,7 @@ SETTINGS = [
     ("molora.selector=best", 2, "unknown selector 'best'"),
     ("molora.selector.m=3", 2, "unknown key 'm' for selector 'top_k'"),
     ("federation.preset=magic", 2, "unknown federation 'magic'"),
-    ("personal.gate=mixture", 2, "those that do there is 'mixture'"),
+    ("personal.gate=mixture", 2, "those that do there is 'leaning'"),
     ("base.device=abacus", 2, "no device 'abacus'"),
     ("base.device=meta", 2, "no device 'meta'"),
     ('molora.targets=["qeury"]', 4, "qeury"),
@@ -235,5 +235,6 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_json_is_one_document(toml, 
         FIGURES
         | {"id", "n_train", "n_test", "cut", "lost", "unlearnt", "token_accuracy", "macro_f1", "loss", "perplexity"}
         | {"answered", "exact_match", "normalised_match", "rouge_l", "chrf", "recall", "type_f1", "figures", "gains"}
+        | {"aside", "chosen"}
     ] * 3
     assert (out / "adapter" / "molora.json").is_file()
