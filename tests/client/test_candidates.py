@@ -97,7 +97,10 @@ def test_a_candidate_changes_what_it_says_and_makes_the_same_again(home, name):
 def test_an_adapter_goes_each_part_of_the_way_under_its_pull(home):
     house = home(personal={"head": "global"})
     company = company_of(house, tree=learnt(house, steps=10))
-    build = lambda **params: registry.build("candidate", "own_adapter", {"steps": 10, **params}).make(company)  # noqa: E731
+
+    def build(**params):
+        return registry.build("candidate", "own_adapter", {"steps": 10, **params}).make(company)
+
     half, whole = (values - company.received for values in build())
     torch.testing.assert_close(half, whole / 2, rtol=1e-3, atol=1e-5)
     assert build(along=[1.0])[0].equal(whole + company.received)

@@ -68,13 +68,7 @@ def test_kinds_are_told_apart_and_each_owner_keeps_what_it_leans_on(made):
 def test_a_run_that_stops_goes_on_as_if_it_had_not(made, tmp_path):
     config, out, _ = made
 
-    def stop(event):
-        if event["event"] == "progress" and (tmp_path / "run" / "checkpoints" / "round-00002").is_dir():
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        simulate(config, tmp_path / "run", observer=stop)
-    tiny_world.forget()
+    tiny_world.stopped_after(2, config, tmp_path / "run")
     simulate(config, tmp_path / "run")
     assert final(tmp_path / "run").digest == final(out).digest
     assert len(tiny_world.events(tmp_path / "run", "assigned")) == 1

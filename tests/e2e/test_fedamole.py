@@ -57,13 +57,7 @@ def test_a_client_asks_its_own_experts_alone(made):
 def test_a_run_that_stops_goes_on_as_if_it_had_not(made, tmp_path):
     config, out = made
 
-    def stop(event):
-        if event["event"] == "progress" and (tmp_path / "run" / "checkpoints" / "round-00001").is_dir():
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        simulate(config, tmp_path / "run", observer=stop)
-    tiny_world.forget()
+    tiny_world.stopped_after(1, config, tmp_path / "run")
     simulate(config, tmp_path / "run")
     ours, theirs = (load_tree(path / "final.safetensors")[0] for path in (tmp_path / "run", out))
     assert ours.digest == theirs.digest

@@ -109,13 +109,7 @@ def test_an_expert_starts_as_the_mean_of_what_its_cluster_learnt_alone(made, tmp
 def test_a_run_that_stops_goes_on_as_if_it_had_not(made, tmp_path):
     config, out, _ = made
 
-    def stop(event):
-        if event["event"] == "progress" and (tmp_path / "run" / "checkpoints" / "round-00001").is_dir():
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        simulate(config, tmp_path / "run", observer=stop)
-    tiny_world.forget()
+    tiny_world.stopped_after(1, config, tmp_path / "run")
     simulate(config, tmp_path / "run")
     assert tree(tmp_path / "run", "final.safetensors").digest == tree(out, "final.safetensors").digest
 

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -24,6 +25,7 @@ from molehill.wire import connect
 from molehill.wire.store import load_tree
 from molehill_client.state import PersonalState, StateStore
 from molehill_simulation import world
+from molehill_simulation.simulate import simulate
 
 LABELS = {
     "negative": ("bad", "poor", "dull"),
@@ -139,6 +141,18 @@ def forget() -> None:
     world._clients.cache_clear()
     world.world_of.cache_clear()
     connect._memories.clear()
+
+
+def stopped_after(number: int, config: Config, out: Path) -> None:
+    """Run until a round of this number is committed, and break off in the next."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "progress" and (out / "checkpoints" / f"round-{number:05d}").is_dir():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, out, observer=stop)
+    forget()
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
