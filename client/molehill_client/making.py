@@ -79,12 +79,13 @@ class Company:
         """
         return self._fit(values, learns_alone(self.bench.config), settings, steps, what, routed=routed)
 
-    def personal(self, values: Tensor, kinds: Collection[str] = ("gate", "head")) -> Tensor:
+    def personal(self, values: Tensor, kinds: Collection[str] = ("gate", "head"), *, seen: bool = True) -> Tensor:
         """Add the residuals that the configuration says: fitted in steps, then a head that is computed.
 
         Args:
             values: What they are added to, ``[C, P]``, without residuals.
             kinds: Of which kinds.
+            seen: Whether what they are added to was trained on these rows.
 
         Returns:
             ``[C, P]``.
@@ -103,7 +104,7 @@ class Company:
             values = self._fit(values, scope, bench.residual_settings(), steps, "personal", routed=False)
         if not computes_head(self.clients[0], plan):
             return values
-        return torch.stack([self._headed(number, own) for number, own in enumerate(values)])
+        return torch.stack([self._headed(number, own, seen=seen) for number, own in enumerate(values)])
 
     def _fit(
         self, values: Tensor, scope: Callable[[Key], Scope], settings: Settings, steps: int, what: str, *, routed: bool
@@ -116,10 +117,10 @@ class Company:
             fit(self.clients, self.rows, seeds, scope, steps, (0.0, 1.0), self.where, settings=settings, routed=routed)
             return model.values.clone()
 
-    def _headed(self, number: int, values: Tensor) -> Tensor:
+    def _headed(self, number: int, values: Tensor, *, seen: bool) -> Tensor:
         """The head's residual is what the best head for the owner's rows has more than the one that is there.
 
-        The model has seen these rows, so even those left out of a fit look better after it than others would: a
+        Where the model has seen these rows, even those left out of a fit look better after it than others would: a
         stronger penalty that is not clearly worse is therefore preferred.
         """
         model, head = self.bench.model, self.bench.model.head
@@ -127,7 +128,7 @@ class Company:
         model.flat.copy_(values)
         shared = Line(head.weight.detach().clone(), head.bias.detach().clone())
         seed = seed_for(self.plans[number].seed, "personal")
-        found = best_head(self.bench, self.rows[number], shared, careful=True, seed=seed, where=self.where)
+        found = best_head(self.bench, self.rows[number], shared, careful=seen, seed=seed, where=self.where)
         with torch.no_grad():
             head.residual["weight"].copy_(found.weight - shared.weight)
             head.residual["bias"].copy_(found.bias - shared.bias)

@@ -125,6 +125,18 @@ def test_alone_is_the_baseline(home):
     assert ours.loss == pytest.approx(theirs.loss, abs=0.25)  # of other batches
 
 
+def test_the_frozen_base_is_the_baseline(home):
+    house = home(personal={"head": "convex"}, evaluate={"baselines": True}, run={"rounds": 1})
+    company = company_of(house, tree=learnt(house, steps=10))
+    client, plan = company.clients[0], company.plans[0]
+    base = registry.build("candidate", "frozen_base", {})
+    house.bench.model.flat.copy_(base.make(dataclasses.replace(company, rows=[client.train_rows]))[0][0])
+    ours = score(house.bench, client.test_rows).scores()
+    theirs = client.baseline(plan).stages["base"]
+    assert ours.loss == pytest.approx(theirs.loss, abs=0.02)  # of other folds
+    assert ours.accuracy == pytest.approx(theirs.accuracy, abs=0.02)
+
+
 def test_who_is_like_the_others_takes_the_shared_model_and_who_contradicts_them_its_own(home):
     house = home(personal={"head": "global"})  # a head of its own could say the opposite
     tree = learnt(house)
