@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,35 +15,90 @@ Scores: TypeAlias = Mapping[tuple[int, str], tuple[Parts, NDArray[np.int64]]]
 """What held-out rows were scored, with the units of the rows, by seed and owner."""
 
 
-def means(found: Scores) -> tuple[float, float]:
-    """Mean over owners and seeds, and the mean over seeds of the worst owner."""
+class Difference(NamedTuple):
+    """How much better one side is.
+
+    Attributes:
+        mean: Over owners and seeds.
+        low: Lower end of its 95% interval.
+        high: Upper end.
+        worst: Of the owner who loses most, mean over seeds.
+        losers: Owners whose own interval, over seeds, lies below 0.
+        owners: How many there are.
+    """
+
+    mean: float
+    low: float
+    high: float
+    worst: float
+    losers: int
+    owners: int
+
+
+def means(found: Scores, *, lower: bool = False) -> tuple[float, float]:
+    """Mean over owners and seeds, and the mean over seeds of the worst owner.
+
+    Args:
+        found: The scores.
+        lower: Whether less is better.
+    """
     values: dict[int, list[float]] = {}
     for (seed, _), (parts, _) in found.items():
         values.setdefault(seed, []).append(parts.value())
+    worst = max if lower else min
     return float(np.mean([np.mean(each) for each in values.values()])), float(
-        np.mean([min(v) for v in values.values()])
+        np.mean([worst(each) for each in values.values()])
     )
 
 
-def differences(ours: Scores, theirs: Scores, seed: int = 0) -> tuple[float, float, float, float]:
-    """Mean difference over owners and seeds and its 95% interval, and the greatest loss of an owner, mean over seeds.
+def differences(ours: Scores, theirs: Scores, seed: int = 0) -> Difference:
+    """Compare two sides, of the same rows.
 
     A paired bootstrap draws seeds, and within them the units of every owner's rows, the same for both sides.
+
+    Raises:
+        ValueError: They are of other rows.
     """
-    rng, seeds = np.random.default_rng(seed), sorted({at for at, _ in ours})
-    drawn = np.zeros((DRAWS, len(seeds)))
-    each: dict[int, list[float]] = {at: [] for at in seeds}
-    for (at, owner), (mine, units) in ours.items():
-        other, same = theirs[at, owner]
-        if not np.array_equal(units, same):
-            raise ValueError(f"{owner} of seed {at} has other rows")
-        each[at].append(mine.value() - other.value())
-        names, place = np.unique(units, return_inverse=True)
-        owners = sum(1 for a, _ in ours if a == at)
-        for draw in range(DRAWS):
-            weights = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[place].astype(float)
-            drawn[draw, seeds.index(at)] += (mine.value(weights) - other.value(weights)) / owners
+    rng = np.random.default_rng(seed)
+    seeds, owners = (sorted({key[at] for key in ours}) for at in range(2))
+    drawn = {key: _draws(*ours[key], *theirs[key], key, rng) for key in sorted(ours)}
+    each = {key: ours[key][0].value() - theirs[key][0].value() for key in ours}
     picked = rng.integers(len(seeds), size=(DRAWS, len(seeds)))
-    low, high = np.quantile(np.take_along_axis(drawn, picked, 1).mean(1), (0.025, 0.975))
-    worst = float(np.mean([min(values) for values in each.values()]))
-    return float(np.mean([np.mean(values) for values in each.values()])), float(low), float(high), worst
+
+    def over_seeds(by_seed: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        return np.take_along_axis(np.stack(by_seed, 1), picked, 1).mean(1)
+
+    of = {at: [key for key in ours if key[0] == at] for at in seeds}
+    low, high = np.quantile(over_seeds([np.mean([drawn[key] for key in of[at]], 0) for at in seeds]), (0.025, 0.975))
+    losers = 0
+    for owner in owners:
+        # Of one owner the seeds are too few to be drawn, and its rows differ from seed to seed.
+        mine = np.mean([drawn[at, owner] for at in seeds if (at, owner) in drawn], 0)
+        losers += bool(np.quantile(mine, 0.975) < 0)
+    return Difference(
+        float(np.mean([np.mean([each[key] for key in of[at]]) for at in seeds])),
+        float(low),
+        float(high),
+        float(np.mean([min(each[key] for key in of[at]) for at in seeds])),
+        losers,
+        len(owners),
+    )
+
+
+def _draws(
+    mine: Parts,
+    units: NDArray[np.int64],
+    other: Parts,
+    same: NDArray[np.int64],
+    key: tuple[int, str],
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    """Differences of one owner's rows, their units drawn anew."""
+    if not np.array_equal(units, same):
+        raise ValueError(f"{key[1]} of seed {key[0]} has other rows")
+    names, place = np.unique(units, return_inverse=True)
+    found = np.empty(DRAWS)
+    for draw in range(DRAWS):
+        weights = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[place].astype(float)
+        found[draw] = mine.value(weights) - other.value(weights)
+    return found

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +29,19 @@ from common import ROOT, fill, markdown  # finds the packages
 
 import numpy as np
 import quality_data as data
-from paired import Scores, differences, means
+from paired import Difference, Scores, differences, means
+from quality_base import build
 from rich.console import Console
 
 from molehill.config import Config, parse
-from molehill_client.state import row_scores_of
+from molehill.tasks.answers import exact
+from molehill.tasks.measures import LOSS
+from molehill.tasks.outcomes import Parts
+from molehill_client.state import store_in
 from molehill_simulation.simulate import simulate
 
 PAGE = ROOT / "docs" / "reference" / "results.md"
+EXACT = "exact_match"
 TARGETS = ("query", "value", "intermediate.dense")
 
 
@@ -46,13 +53,15 @@ class Task:
         title: What sets its owners apart.
         rows: Makes the rows.
         sections: Of the configuration.
-        measure: What is compared.
+        measures: What is compared: the first by differences, too.
+        answers: Whether models write answers.
     """
 
     title: str
-    rows: Any
+    rows: Callable[[], Iterator[data.Row]]
     sections: Mapping[str, Any]
-    measure: str = "accuracy"
+    measures: tuple[str, str] = ("accuracy", "macro_f1")
+    answers: bool = False
 
 
 def _owners(clients: int, **partition: Any) -> dict[str, Any]:
@@ -69,6 +78,18 @@ TASKS = {
         {"data": _owners(8, name="dirichlet", alpha=0.4, column="label", min_units=60)},
     ),
     "disagreement": Task("three opinions on what labels mean", data.disagreement, {"data": _owners(6)}),
+    "answers": Task(
+        "a causal model, feature shift",
+        data.answers,
+        {
+            "data": _owners(8),
+            "task": {"kind": "causal-lm", "max_length": 64},
+            "molora": {"targets": ("q_proj", "v_proj", "up_proj"), "layers": None},
+            "evaluate": {"generate": 250},
+        },
+        (EXACT, LOSS.name),
+        answers=True,
+    ),
 }
 EVERYWHERE: Mapping[str, Any] = {
     "run": {"rounds": 6},
@@ -91,11 +112,15 @@ class Method:
     Attributes:
         title: In the tables.
         sections: Of the configuration.
+        shares: Whether owners share anything.
+        as_of: The method whose rate it takes, where it does not choose.
         rates: Learning rates to choose from.
     """
 
     title: str
     sections: Mapping[str, Any]
+    shares: bool = True
+    as_of: str = ""
     rates: tuple[float, ...] = (2e-3, 4e-3)
 
 
@@ -109,12 +134,14 @@ METHODS = {
             "train": {"steps": 1},
             "personal": {"gate": "global", "head": "convex", "candidates": ("frozen_base",)},
         },
-        (1e-3,),
+        shares=False,
+        rates=(1e-3,),
     ),
     "alone": Method(
         "one LoRA, alone",
         {"molora": ONE, "federation": {"preset": "local"}, "personal": {"gate": "global", "head": "convex"}},
-        (1e-3, 2e-3),
+        shares=False,
+        rates=(1e-3, 2e-3),
     ),
     "fedit": Method(
         "FedIT", {"molora": ONE, "federation": {"preset": "fedit"}, "personal": {"gate": "global", "head": "convex"}}
@@ -131,9 +158,10 @@ METHODS = {
             "personal": CONVEX | {"holdout": 0.2, "candidates": CHOSEN},
             "federation": {"assign": "clusters"},
         },
+        as_of="clusters",
     ),
 }
-# Chosen with --tune: the best mean accuracy over seeds 0 and 1 on validation rows, of the personalised models.
+# Chosen with --tune: the best mean of the personalised models on validation rows, with a seed that no table has.
 RATES: Mapping[str, Mapping[str, float]] = {}
 
 
@@ -156,18 +184,30 @@ class Job:
     def config(self, folder: Path) -> Config:
         """Its configuration."""
         task = TASKS[self.task]
-        source = data.write(task.rows(), folder / "data" / f"{self.task}.jsonl")
-        ours = {
+        source = source_of(self.task, folder)
+        ours: dict[str, dict[str, Any]] = {
             "run": {"name": f"{self.task}-{self.method}", "seed": self.seed},
             "data": {"source": str(source)},
             "train": {"lr": self.rate},
             "evaluate": {"split": self.split},
         }
         values: dict[str, dict[str, Any]] = {}
-        for sections in (EVERYWHERE, task.sections, METHODS[self.method].sections, ours):
+        method = {name: dict(part) for name, part in METHODS[self.method].sections.items()}
+        if task.answers:
+            method.get("personal", {}).pop("head", None)
+            ours["base"] = {"model": str(folder / "data" / "base")}
+        for sections in (EVERYWHERE, task.sections, method, ours):
             for name, section in sections.items():
                 values[name] = {**values.get(name, {}), **section}
         return parse({name: {k: v for k, v in part.items() if v is not None} for name, part in values.items()})
+
+
+def source_of(task: str, folder: Path) -> Path:
+    """Write the rows of a task, and the base that it needs."""
+    known = TASKS[task]
+    if known.answers:
+        build(list(data.apart()), folder / "data" / "base")
+    return data.write(known.rows(), folder / "data" / f"{task}.jsonl")
 
 
 def jobs(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], *, tune: bool) -> Iterator[Job]:
@@ -175,11 +215,11 @@ def jobs(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], *, 
     for seed in seeds:
         for task in tasks:
             for method in methods:
-                rates = METHODS[method].rates
-                if tune:
-                    yield from (Job(task, method, seed, rate, "validation") for rate in rates)
-                else:
-                    yield Job(task, method, seed, RATES.get(task, {}).get(method, sorted(rates)[len(rates) // 2]))
+                known = METHODS[method]
+                if not tune:
+                    yield Job(task, method, seed, RATES.get(task, {}).get(known.as_of or method, known.rates[0]))
+                elif not known.as_of:
+                    yield from (Job(task, method, seed, rate, "validation") for rate in known.rates)
 
 
 def run_all(wanted: Sequence[Job], folder: Path, workers: int, tell: Any) -> None:
@@ -193,7 +233,7 @@ def run_all(wanted: Sequence[Job], folder: Path, workers: int, tell: Any) -> Non
         return f"{job.out(folder).name}{'' if done.returncode == 0 else ': ' + done.stderr[-500:]}"
 
     for job in left:
-        data.write(TASKS[job.task].rows(), folder / "data" / f"{job.task}.jsonl")
+        source_of(job.task, folder)
     with ThreadPoolExecutor(workers) as pool:
         for number, line in enumerate(pool.map(one, left), start=1):
             tell(f"{number} of {len(left)}: {line}")
@@ -203,8 +243,14 @@ def scores(job: Job, folder: Path, stage: str, measure: str) -> Scores:
     """Parts of a measure by seed and owner, with the units of the rows."""
     found = {}
     for client in sorted(path.name for path in (job.out(folder) / "clients").iterdir() if path.is_dir()):
-        rows = row_scores_of(job.out(folder), client)
-        found[job.seed, client] = (rows.stages[stage].parts[measure], np.asarray(rows.units))
+        store = store_in(job.out(folder), client)
+        if measure == EXACT:  # of the personalised model alone
+            samples = store.load_findings().samples
+            parts = Parts.of_rows([float(exact(each.answer, each.reference)) for each in samples])
+            found[job.seed, client] = (parts, np.array([zlib.crc32(each.question.encode()) for each in samples]))
+        else:
+            rows = store.load_row_scores()
+            found[job.seed, client] = (rows.stages[stage].parts[measure], np.asarray(rows.units))
     return found
 
 
@@ -214,13 +260,13 @@ def choose(
     """The best rate of every method on the validation rows."""
     best: dict[str, dict[str, float]] = {}
     for task in tasks:
-        for method in methods:
+        for method in (name for name in methods if not METHODS[name].as_of):
             by_rate = {}
             for rate in METHODS[method].rates:
                 found: Scores = {}
                 for seed in seeds:
                     job = Job(task, method, seed, rate, "validation")
-                    found |= scores(job, folder, "personalised", TASKS[task].measure)
+                    found |= scores(job, folder, "personalised", TASKS[task].measures[0])
                 by_rate[rate] = means(found)[0]
             best.setdefault(task, {})[method] = max(by_rate, key=lambda rate: by_rate[rate])
     return best
@@ -228,52 +274,53 @@ def choose(
 
 def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path) -> list[list[str]]:
     """Rows of one task's table."""
-    wanted = {job.method: [] for job in jobs([task], methods, seeds, tune=False)}  # type: dict[str, list[Job]]
+    wanted: dict[str, list[Job]] = {}
     for job in jobs([task], methods, seeds, tune=False):
-        wanted[job.method].append(job)
-    measure = TASKS[task].measure
+        wanted.setdefault(job.method, []).append(job)
+    first, second = TASKS[task].measures
 
-    def of(method: str, stage: str, what: str) -> Scores:
+    def of(method: str, stage: str, what: str = first) -> Scores:
         return {key: value for job in wanted[method] for key, value in scores(job, folder, stage, what).items()}
 
+    def compared(found: Scores, other: str, *, same: bool) -> str:
+        return "" if same or other not in methods else _told(differences(found, of(other, "personalised")))
+
     rows = []
-    alone = of("alone", "personalised", measure) if "alone" in methods else None
-    fedit = of("fedit", "personalised", measure) if "fedit" in methods else None
     for method in methods:
-        stages = ["personalised"] if method == "alone" else ["global", "personalised"]
+        known = METHODS[method]
+        stages = ["global", "personalised"] if known.shares and not TASKS[task].answers else ["personalised"]
         for stage in stages:
-            found = of(method, stage, measure)
-            mean, worst = means(found)
-            f1, worst_f1 = means(of(method, stage, "macro_f1"))
-            summaries = [
-                json.loads((job.out(folder) / "summary.json").read_text(encoding="utf-8")) for job in wanted[method]
+            found = of(method, stage)
+            numbers = [*means(found), *_second(of(method, stage, second), second)]
+            up = [
+                json.loads((job.out(folder) / "summary.json").read_text(encoding="utf-8"))["bytes_up"]
+                for job in wanted[method]
             ]
-            up = float(np.mean([summary["bytes_up"] for summary in summaries])) / 1e6
-            name = METHODS[method].title if method == "alone" else f"{METHODS[method].title}, {stage}"
             rows.append([
-                name, f"{mean:.3f}", f"{worst:.3f}", f"{f1:.3f}", f"{worst_f1:.3f}",
-                "" if alone is None or method == "alone" else _difference(found, alone),
-                "" if fedit is None or (method, stage) == ("fedit", "personalised") else _difference(found, fedit),
-                f"{0.0 if method == 'alone' else up:.1f}",
+                known.title if len(stages) == 1 else f"{known.title}, {stage}",
+                *(f"{number:.3f}" if number < 2 else f"{number:.2f}" for number in numbers),
+                compared(found, "alone", same=method == "alone"),
+                compared(found, "fedit", same=(method, stage) == ("fedit", "personalised")),
+                f"{float(np.mean(up)) / 1e6 if known.shares else 0.0:.1f}",
             ])  # fmt: skip
     return rows
 
 
-def _difference(ours: Scores, theirs: Scores) -> str:
-    mean, low, high, worst = differences(ours, theirs)
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), worst {100 * worst:+.1f}"
+def _second(found: Scores, name: str) -> tuple[float, float]:
+    """Mean and worst of the second measure; of a loss the perplexity."""
+    mean, worst = means(found, lower=name == LOSS.name)
+    return (math.exp(mean), math.exp(worst)) if name == LOSS.name else (mean, worst)
 
 
-HEAD = [
-    "",
-    "accuracy",
-    "worst owner",
-    "macro-F1",
-    "worst owner",
-    "points over alone",
-    "points over FedIT with a head",
-    "MB up",
-]
+def _told(found: Difference) -> str:
+    mean, low, high, worst = (100 * number for number in found[:4])
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), worst {worst:+.1f}, {found.losers} of {found.owners} lose"
+
+
+def head(task: Task) -> list[str]:
+    """Of a task's table."""
+    first, second = ("exact match", "perplexity") if task.answers else ("accuracy", "macro-F1")
+    return ["", first, "worst owner", second, "worst owner", "points over alone", "points over FedIT", "MB up"]
 
 
 def main() -> None:
@@ -285,7 +332,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
-    parser.add_argument("--tune", action="store_true", help="choose learning rates on validation rows, seeds 0 and 1")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates on validation rows")
     parser.add_argument("--table", action="store_true", help="only write the tables")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -294,7 +341,7 @@ def main() -> None:
         job = Job(task, method, int(seed), float(rate), split)
         simulate(job.config(arguments.out), job.out(arguments.out))
         return
-    seeds = range(2) if arguments.tune else range(2, 2 + arguments.seeds)
+    seeds = range(1) if arguments.tune else range(1, 1 + arguments.seeds)
     wanted = list(jobs(arguments.tasks, arguments.methods, seeds, tune=arguments.tune))
     if not arguments.table:
         run_all(wanted, arguments.out, arguments.jobs, echo)
@@ -304,7 +351,7 @@ def main() -> None:
     parts = []
     for task in arguments.tasks:
         rows = table(task, arguments.methods, seeds, arguments.out)
-        parts.append(f"**{task}** ({TASKS[task].title})\n\n{markdown(HEAD, rows)}")
+        parts.append(f"**{task}** ({TASKS[task].title})\n\n{markdown(head(TASKS[task]), rows)}")
     echo("\n\n".join(parts))
     if {*arguments.tasks} == {*TASKS} and {*arguments.methods} == {*METHODS}:
         fill(PAGE, "quality", "\n\n".join(parts))

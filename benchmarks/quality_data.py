@@ -63,9 +63,19 @@ def disagreement() -> Iterator[Row]:
         yield row | {"owner": f"{opinion}-{1 + number // 3}", "label": label}
 
 
+def apart() -> Iterator[Row]:
+    """Half of the documents, which no row of `answers` is from: the base is trained on them."""
+    yield from (row for row in _sample() if _share(f"apart {row['group']}", 2))
+
+
 def answers() -> Iterator[Row]:
-    """The owners of `reviews` with instructions that a language model answers: how strong a feeling, and which."""
+    """The owners of `reviews` with instructions that a language model answers: how strong a feeling, and which.
+
+    Of the documents that `apart` leaves.
+    """
     for row in reviews():
+        if _share(f"apart {row['group']}", 2):
+            continue
         firm = FIRM[bisect_right((0.6, 1.7), abs(float(row["rating"])))]
         yield {
             "instruction": row["text"],

@@ -98,7 +98,7 @@ def best_head(bench: Workbench, rows: Examples, start: Line, *, careful: bool, s
     Raises:
         TrainingError: Features or losses are not finite.
     """
-    readings, goal, likelihood = read(bench, rows), bench.goal(rows), bench.model.likelihood
+    readings, goal, likelihood = read(bench, rows), bench.goal(rows, personal=True), bench.model.likelihood
     return find_head(readings, rows.units, goal, likelihood, start, careful=careful, seed=seed, where=where)
 
 

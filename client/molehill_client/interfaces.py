@@ -41,6 +41,10 @@ class Objective(ABC):
         """
         del counts
 
+    def personal(self) -> Objective:
+        """What an owner's own part is fitted with after the rounds: the same, unless it was for what all share."""
+        return self
+
 
 class Regulariser(ABC):
     """What acts on the gradients of a step beside the objective."""

@@ -101,20 +101,31 @@ class Company:
 
         steps = bench.config.personal.steps
         if steps and any(scope(key) == "personal" for key in bench.model.layout):
-            values = self._fit(values, scope, bench.residual_settings(), steps, "personal", routed=False)
+            values = self._fit(values, scope, bench.residual_settings(), steps, "personal", routed=False, own=True)
         if not computes_head(self.clients[0], plan):
             return values
         return torch.stack([self._headed(number, own, seen=seen) for number, own in enumerate(values)])
 
     def _fit(
-        self, values: Tensor, scope: Callable[[Key], Scope], settings: Settings, steps: int, what: str, *, routed: bool
+        self,
+        values: Tensor,
+        scope: Callable[[Key], Scope],
+        settings: Settings,
+        steps: int,
+        what: str,
+        *,
+        routed: bool,
+        own: bool = False,
     ) -> Tensor:
         model = self.bench.model
         seeds = [seed_for(plan.seed, what) for plan in self.plans]
         model.flat.copy_(values[0])
         with stacked(model, len(self.clients)):
             model.values.copy_(values)
-            fit(self.clients, self.rows, seeds, scope, steps, (0.0, 1.0), self.where, settings=settings, routed=routed)
+            fit(
+                self.clients, self.rows, seeds, scope, steps, (0.0, 1.0), self.where,
+                settings=settings, routed=routed, personal=own,
+            )  # fmt: skip
             return model.values.clone()
 
     def _headed(self, number: int, values: Tensor, *, seen: bool) -> Tensor:

@@ -306,8 +306,8 @@ class StateStore:
         return {**self._label, "round": str(number), "file": _STATE}
 
 
-def row_scores_of(out: Path, client: str) -> RowScores:
-    """What a client's held-out rows were scored in a simulation; empty where nothing was kept.
+def store_in(out: Path, client: str) -> StateStore:
+    """What a client of a simulation keeps.
 
     Args:
         out: Run folder.
@@ -316,12 +316,9 @@ def row_scores_of(out: Path, client: str) -> RowScores:
     Raises:
         ConfigError: The folder's configuration cannot be read.
         AdapterError: What everybody started from cannot be read there.
-        ResumeError: The scores are damaged, or their key is not here.
     """
     _, start = load_tree(out / "initial.safetensors")
-    return StateStore(
-        out / "clients" / client, config.load(out / "config.toml").run.name, start["base"]
-    ).load_row_scores()
+    return StateStore(out / "clients" / client, config.load(out / "config.toml").run.name, start["base"])
 
 
 def _checked(instance: bytes) -> str:

@@ -153,6 +153,7 @@ def fit(
     *,
     settings: Settings | None = None,
     routed: bool = True,
+    personal: bool = False,
 ) -> list[Result]:
     """Train the clients that are in the model; what is random follows from their seeds.
 
@@ -166,6 +167,7 @@ def fit(
         where: Clients and round, for error messages.
         settings: How; as in the rounds when omitted.
         routed: Whether the routing losses count, and not the objective alone.
+        personal: Whether what learns is what they fit for themselves after the rounds.
 
     Raises:
         TrainingError: A loss is not finite.
@@ -182,7 +184,7 @@ def fit(
         return train(
             bench.model,
             [client.batches(some, seed) for client, some, seed in zip(clients, rows, seeds, strict=True)],
-            [bench.goal(some) for some in rows],
+            [bench.goal(some, personal=personal) for some in rows],
             bench.losses() if routed else (),
             settings or bench.settings(),
             scope,

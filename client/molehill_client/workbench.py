@@ -53,13 +53,18 @@ class Workbench:
             found.by(self.objective())
         return found
 
-    def goal(self, rows: Examples) -> Goal:
+    def goal(self, rows: Examples, *, personal: bool = False) -> Goal:
         """What a client minimises on its training rows.
+
+        Args:
+            rows: These.
+            personal: Whether it is for what the client fits for itself after the rounds.
 
         Raises:
             ConfigError: The configuration asks for classes, and the task has none.
         """
-        objective, weighted = self.objective(), self.config.task.class_weights == "balanced"
+        objective = self.objective().personal() if personal else self.objective()
+        weighted = self.config.task.class_weights == "balanced"
         if not objective.by_class and not weighted:
             return Goal(objective)
         if not isinstance(self.task, Classes):

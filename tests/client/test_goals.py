@@ -18,6 +18,7 @@ from molehill.tasks.batches import Batch, join
 from molehill_client.baselines import baseline_together
 from molehill_client.goals import Goal, balanced
 from molehill_client.objectives.sft import SFT
+from molehill_client.scoring import evaluate_together
 from molehill_client.trainer import Rates, Settings, train
 
 CAUSAL = {"kind": "causal-lm", "max_length": 48}
@@ -145,6 +146,37 @@ def test_a_client_goes_by_its_own_training_rows(house):
         shifted = goals[-1].objective(forward_of(torch.zeros(len(labels), 3), labels))
         torch.testing.assert_close(shifted, -(counts / counts.sum()).log()[labels].mean())
     assert not torch.equal(goals[0].weights, goals[1].weights)
+
+
+def test_what_an_owner_fits_for_itself_may_be_by_plain_cross_entropy(house):
+    home = house(train={"objective": {"name": "logit_adjust", "rounds_only": True}})
+    client = home.client(0)
+    client.train_rows[:] = [row for i, row in enumerate(client.train_rows) if row.labels != 2 or i % 3 == 0]
+    labels = torch.tensor([row.labels for row in client.train_rows])
+    forward = forward_of(torch.randn(len(labels), 3), labels)
+    plain = forward.mean(forward.nll())
+    assert not torch.isclose(client.bench.goal(client.train_rows)(forward), plain, rtol=0.01)
+    own = client.bench.goal(client.train_rows, personal=True)
+    torch.testing.assert_close((own(forward), own.of_scores(forward)), (plain, plain))
+    both = house("both", train={"objective": {"name": "logit_adjust"}}).client(0)
+    assert both.bench.goal(client.train_rows, personal=True)(forward) != plain
+
+
+@pytest.mark.parametrize(("head", "steps"), [("convex", 0), ("anchored", 40)])
+def test_an_owner_whose_classes_are_skewed_predicts_them_as_often_as_they_occur(house, head, steps):
+    def losses(rounds_only):
+        home = house(
+            f"only {rounds_only}",
+            train={"objective": {"name": "logit_adjust", "tau": 2.0, "rounds_only": rounds_only}},
+            personal={"head": head, "steps": steps, "head_lr": 0.1, "decay": 0.0},
+        )
+        client = home.client(0)
+        rows = client.train_rows
+        client.train_rows = rows.part([i for i, row in enumerate(rows) if row.labels == 0 or i % 5 == 0])
+        client.test_rows = client.train_rows
+        return evaluate_together([client], [home.plan(0)])[0].stages["personalised"].loss
+
+    assert losses(True) < losses(False)
 
 
 def test_baselines_are_trained_for_rare_classes_too(house):

@@ -36,17 +36,24 @@ def scores(rates, n=200, per_unit=1):
 
 def test_nothing_differs_from_itself():
     same = scores({"a": 0.6, "b": 0.8})
-    assert paired.differences(same, same) == (0.0, 0.0, 0.0, 0.0)
+    assert paired.differences(same, same) == (0.0, 0.0, 0.0, 0.0, 0, 2)
 
 
 def test_a_difference_is_the_mean_over_owners_and_lies_in_its_interval():
     ours, theirs = scores({"a": 0.7, "b": 0.8}), scores({"a": 0.6, "b": 0.8})
-    mean, low, high, worst = paired.differences(ours, theirs)
+    mean, low, high, worst, losers, owners = paired.differences(ours, theirs)
     wanted = np.mean([ours[key][0].value() - theirs[key][0].value() for key in ours])
     assert mean == pytest.approx(wanted)
     assert low < mean < high
-    assert worst == 0
+    assert (worst, losers, owners) == (0, 0, 2)
     assert paired.means(ours)[1] == pytest.approx(np.mean([min(ours[s, o][0].value() for o in "ab") for s in (2, 3)]))
+
+
+def test_an_owner_loses_who_is_worse_by_more_than_chance():
+    ours, theirs = scores({"a": 0.9, "b": 0.5, "c": 0.6}), scores({"a": 0.6, "b": 0.8, "c": 0.601})
+    found = paired.differences(ours, theirs)
+    assert (found.losers, found.owners) == (1, 3)
+    assert found.worst < -0.2
 
 
 def test_rows_of_one_unit_are_drawn_together():
@@ -55,8 +62,8 @@ def test_rows_of_one_unit_are_drawn_together():
         units = np.arange(200) // per_unit
         ours = {(2, "a"): (Parts.of_rows(block), units)}
         theirs = {(2, "a"): (Parts.of_rows(np.zeros(200)), units)}
-        _, low, high, _ = paired.differences(ours, theirs)
-        return high - low
+        found = paired.differences(ours, theirs)
+        return found.high - found.low
 
     assert width(20) > 3 * width(1)
 

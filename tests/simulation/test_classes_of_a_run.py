@@ -11,7 +11,7 @@ import tiny_world
 from rich.console import Console
 
 from molehill.intervals import of_average, of_share
-from molehill_client.state import row_scores_of
+from molehill_client.state import store_in
 from molehill_simulation.card import render
 from molehill_simulation.figures import Confusion
 from molehill_simulation.report import write_report
@@ -66,7 +66,7 @@ def test_the_gain_over_alone_is_that_of_the_rows_from_the_clients_to_whoever_rea
     summary = read_summary(run / "summary.json")
     assert summary.gains.keys() == {"accuracy", "macro_f1", "loss"}
     for client in summary.clients:
-        kept = row_scores_of(run, client.id)
+        kept = store_in(run, client.id).load_row_scores()
         assert len(kept.units) == client.n_test
         right = {stage: found.parts["accuracy"].above for stage, found in kept.stages.items()}
         assert right.keys() == {"base", "local", "global", "personalised"}

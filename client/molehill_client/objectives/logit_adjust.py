@@ -20,9 +20,13 @@ class LogitAdjustmentParams:
 
     Attributes:
         tau: Strength: 1 aims at the balanced error, 0 is plain cross-entropy.
+        rounds_only: What an owner fits for itself after the rounds, its gate and head, is by plain cross-entropy, so
+            that the owner's own classes count as often as they occur: for owners who differ in how often they have
+            each class, and are judged on rows like their own.
     """
 
     tau: Annotated[float, Field(ge=0)] = 1.0
+    rounds_only: bool = False
 
 
 @register(
@@ -46,12 +50,16 @@ class LogitAdjustment(Objective):
     convex: ClassVar[bool] = True
 
     def __init__(self, params: LogitAdjustmentParams) -> None:
-        self._tau = params.tau
+        self._tau, self._rounds_only = params.tau, params.rounds_only
         self._shift = torch.zeros(1)  # before `begin`: of classes that occur alike
 
     def begin(self, counts: Tensor) -> None:
         """See `Objective.begin`."""
         self._shift = torch.xlogy(self._tau, counts / counts.sum())  # at tau 0 it is 0, of absent classes as well
+
+    def personal(self) -> Objective:
+        """See `Objective.personal`."""
+        return LogitAdjustment(LogitAdjustmentParams(tau=0.0)) if self._rounds_only else self
 
     def __call__(self, forward: Forward) -> Tensor:
         """Return the loss of one pass."""
