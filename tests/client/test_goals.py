@@ -164,7 +164,7 @@ def test_what_an_owner_fits_for_itself_may_be_by_plain_cross_entropy(house):
 
 @pytest.mark.parametrize(("head", "steps"), [("convex", 0), ("anchored", 40)])
 def test_an_owner_whose_classes_are_skewed_predicts_them_as_often_as_they_occur(house, head, steps):
-    def losses(rounds_only):
+    def loss(*, rounds_only):
         home = house(
             f"only {rounds_only}",
             train={"objective": {"name": "logit_adjust", "tau": 2.0, "rounds_only": rounds_only}},
@@ -176,7 +176,7 @@ def test_an_owner_whose_classes_are_skewed_predicts_them_as_often_as_they_occur(
         client.test_rows = client.train_rows
         return evaluate_together([client], [home.plan(0)])[0].stages["personalised"].loss
 
-    assert losses(True) < losses(False)
+    assert loss(rounds_only=True) < loss(rounds_only=False)
 
 
 def test_baselines_are_trained_for_rare_classes_too(house):
