@@ -67,6 +67,12 @@ def embedded(config: Config) -> bool:
     return asks and _in_the_open(config) and config.privacy.clip is None
 
 
+def placed(config: Config) -> bool:
+    """Whether clients that train apart tell where their rows lie; see `embedded`."""
+    gathers: bool = config.federation.assign.declared("assignment", "gathers")
+    return gathers and _in_the_open(config) and config.privacy.clip is None
+
+
 KINDS = (
     Evidence(
         "rows",
@@ -98,6 +104,13 @@ KINDS = (
         "expert makes of them, by site, which says something of the topics of the rows",
         ("ClientReply.embeddings",),
         embedded,
+    ),
+    Evidence(
+        "places",
+        "the centres of a few clusters of the rows, each the mean over rows of what the base makes of their prompts, "
+        "which says what the rows are about, and of a cluster of one row what that row is about",
+        ("ClientReply.places",),
+        placed,
     ),
     Evidence(
         "probes",

@@ -137,6 +137,9 @@ class ClientReply(BaseModel):
         started: The round after which the personal state was left that the client started from; 0 for none.
         embeddings: By router, where the tokens of the round lie in mean (``-``), and what every routed expert that the
             plan lets learn makes of them, ``[r]``; empty where no assignment asks for it, and under ``privacy``.
+        places: By router, the centres of the clusters of the client's rows, ``[n, w]``, one for every expert that the
+            plan lets learn, with zeros where there are fewer clusters; of a client that trains apart where an
+            assignment goes by them, else empty, and under ``privacy``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -153,6 +156,7 @@ class ClientReply(BaseModel):
     unusable: str = Field(default="", max_length=1000)
     started: int | None = Field(default=None, ge=0)
     embeddings: dict[str, dict[str, list[Sum]]] = Field(default_factory=dict)
+    places: dict[str, list[list[Sum]]] = Field(default_factory=dict)
 
 
 def _ordered(interval: tuple[float, float]) -> tuple[float, float]:

@@ -79,9 +79,12 @@ def _keeper(key: Key, config: Config, decided: Any) -> str:
     scope = decided.of(key.kind)
     if scope is not None:
         return "" if scope == "shared" else "federation.policy"
+    part = key.role.partition(".")[2].removeprefix("own.")
+    if key.kind == "gate" and part in config.molora.scorer.declared("scorer", "fixed"):
+        return "molora.scorer"
     if key.kind == "head":
         return "personal.head" if config.personal.head == "personal" else ""
-    kept = config.personal.gate == "personal" or (config.personal.gate == "split" and key.own)
+    kept = config.personal.gate == "personal" or (config.personal.gate in {"anchored", "split"} and key.own)
     return "personal.gate" if kept else ""
 
 

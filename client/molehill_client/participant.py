@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from molehill import evidence
 from molehill.errors import MessageError, TrainingError
+from molehill.molora.interfaces import Settles
 from molehill.molora.model import seed_for
 from molehill.molora.probes import Told
 from molehill.plan import Answers, ClientPlan, ClientReply, EvaluationReply, Figure, Scope, Scores
@@ -26,6 +28,7 @@ from molehill.wire.tree import Array, Layout, Tree
 from molehill_client.consent import Consent, require_consent
 from molehill_client.folds import holdout, strata_of_rows
 from molehill_client.masking import Masker, Signer
+from molehill_client.scores import batches_of
 from molehill_client.state import PersonalState, StateStore
 from molehill_client.trainer import Observer, Result
 from molehill_client.workbench import Workbench
@@ -153,6 +156,8 @@ class Participant:
         kept = self.kept(plan)
         self.bench.model.load({key: value for key, value in state.tree.items() if key in kept})
         self._lean(plan)
+        if not after:
+            self._settle()
         return Session(plan, state, bytes_down, received)
 
     def _lean(self, plan: ClientPlan) -> None:
@@ -178,6 +183,17 @@ class Participant:
                 f"plan leans on an expert that is not there: {strange[0]!r:.40}", where=f"client {self.name}"
             )
         model.load(found)
+
+    def _settle(self) -> None:
+        """Have routers that go by where the rows of the rounds lie find that, once; they keep it."""
+        groups = self.bench.model.routers.values()
+        scorers = [scorer for scorer in (group.router.scorer for group in groups) if isinstance(scorer, Settles)]
+        if not any(scorer.unsettled for scorer in scorers):
+            return
+        model, batches = self.bench.model, batches_of(self.bench, self.round_rows)
+        found = [model.states_of(batch.input_ids, batch.attention_mask, batch.labels) for batch in batches]
+        for scorer in scorers:
+            scorer.settle(torch.cat(found), seed_for(self.bench.config.run.seed, self.name, "places"))
 
     def kept(self, plan: ClientPlan) -> Layout:
         """What stays with the client in the rounds."""
@@ -233,7 +249,14 @@ class Participant:
             metrics={} if self.masked else result.routing,
             started=started,
             embeddings=self._embeddings(plan, result) if evidence.embedded(self.bench.config) else {},
+            places=self._places() if plan.apart and evidence.placed(self.bench.config) else {},
         )
+
+    def _places(self) -> dict[str, list[list[float]]]:
+        """Where its rows lie, by router; numbers with the digits that float32 has."""
+        scorers = {name: group.router.scorer for name, group in self.bench.model.routers.items()}
+        found = {name: scorer.settled() for name, scorer in scorers.items() if isinstance(scorer, Settles)}
+        return {name: [[float(str(x)) for x in row] for row in rows.cpu().numpy()] for name, rows in found.items()}
 
     def _embeddings(self, plan: ClientPlan, result: Result) -> dict[str, dict[str, list[float]]]:
         """Where the tokens of a round lie, and what the experts that the plan lets it train make of them."""

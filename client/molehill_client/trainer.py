@@ -271,7 +271,7 @@ def _trained(model: MoLoRAModel, settings: Settings, scope: Callable[[Key], Scop
     by_kind = {"gate": rates.router, "head": rates.head}
     learns = torch.zeros(model.flat.numel(), dtype=torch.bool)
     for key, slot in sorted(model.slots.items(), key=lambda item: item[1].start):
-        if scope(key) == "frozen":
+        if scope(key) == "frozen" or key in model.fixed:
             continue
         learns[slot.start : slot.stop] = True
         part = _Range(slot.start, slot.stop, by_kind.get(key.kind, rates.experts))

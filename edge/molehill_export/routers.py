@@ -68,6 +68,11 @@ class Routers:
                 f"scorer {scorer.name!r} reads the experts themselves, which routers in a graph cannot",
                 mend="Train with another molora.scorer.",
             )
+        if any("base" in group.router.scorer.reads for group in groups):
+            raise ModelError(
+                f"scorer {scorer.name!r} reads what the base alone makes of a text, for which a graph has no pass",
+                mend="Train with another molora.scorer, or ask the run itself: molehill generate.",
+            )
         routed = [work.slots_of(work.first(group), routed=True) for group in groups]
         self._overrides([len(slots) for slots in routed])
         if groups and by_places:

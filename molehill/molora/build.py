@@ -13,6 +13,7 @@ from molehill import registry
 from molehill.config import MethodRef
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError, ModelError
+from molehill.molora import reading
 from molehill.molora.banks import Bank
 from molehill.molora.head import Head
 from molehill.molora.interfaces import RouteContext, Selector, Site, SitePlan, Wish
@@ -65,7 +66,7 @@ def wrap(
              for s in sites}  # fmt: skip
     device = next(base.parameters()).device
     state = ForwardState()
-    groups = _groups(sites, plans, config, topology.scope or config.scope, gate, seed, state, found)
+    groups = _groups(base, sites, plans, config, topology.scope or config.scope, gate, seed, state, found)
     mixer = config.mixer.build("mixer")
     kinds: Mapping[str, type[MoLoRALinear]] = {
         "plain": MoLoRALinear,
@@ -171,6 +172,7 @@ def _group_of(site: Site, scope: str) -> str:
 
 
 def _groups(
+    base: nn.Module,
     sites: Sequence[Site],
     plans: Mapping[str, SitePlan],
     config: MoLoRAConfig,
@@ -183,6 +185,7 @@ def _groups(
     groups: dict[str, RouteGroup] = {}
     transforms = [ref.build("transform") for ref in config.transforms]
     selectors: dict[str, Selector] = {}  # routers that share one may share a call
+    width = reading.width(base) if "base" in config.scorer.declared("scorer", "reads") else 0
     order = {name: at for at, name in enumerate(found.calls)}  # of the pass, which is not always that of the modules
     for site in sorted(sites, key=lambda site: order.get(site.name, len(order))):
         plan, key = plans[site.name], _group_of(site, scope)
@@ -200,7 +203,9 @@ def _groups(
         experts = len(plan.ranks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "gate", site.name))
-            size = {"rank": plan.ranks[0]} if "experts" in config.scorer.declared("scorer", "reads") else {}
+            reads = config.scorer.declared("scorer", "reads")
+            size = {"rank": plan.ranks[0]} if "experts" in reads else {}
+            size |= {"width": width} if "base" in reads else {}
             scorer = config.scorer.build("scorer", d_in=site.d_in, n_experts=experts, **size)
         selector = config.selector
         if plan.top_k and not selector.declared("selector", "takes_k"):

@@ -152,9 +152,25 @@ def _both(one: Tensor | None, two: Tensor | None) -> Tensor | None:
 
 @dataclass
 class _Lane:
+    """What a cache is of.
+
+    Attributes:
+        setting: With which it was made.
+        ids: Tokens that are in it.
+        cache: It.
+        began: Tokens that the text began with, where routers go by what the base alone makes of them.
+        known: That, see `molehill.molora.routes.ForwardState.about`.
+    """
+
     setting: Setting = OWN
     ids: list[int] = field(default_factory=list)
     cache: Any = None
+    began: list[int] = field(default_factory=list)
+    known: Tensor | None = None
+
+    def goes_on(self, ids: Sequence[int]) -> bool:
+        """Whether tokens go on with the text of which it is known what the base makes."""
+        return self.known is not None and list(ids[: len(self.began)]) == self.began
 
 
 class TorchPasses:
@@ -209,8 +225,8 @@ class TorchPasses:
 
     def kept(self, ids: Sequence[int], lane: str = "") -> int:
         """How many of the first tokens the cache of a lane has."""
-        known = self._lanes.get(lane, _Lane()).ids
-        return _common(known, ids[:-1])
+        known = self._lanes.get(lane, _Lane())
+        return 0 if self._model.state.reads_base and not known.goes_on(ids) else _common(known.ids, ids[:-1])
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int], setting: Setting = OWN, lane: str = "") -> Array:
@@ -220,18 +236,25 @@ class TorchPasses:
                 return self._classes(ids)
             known = self._lanes.get(lane)
             if known is None or known.setting != setting:
-                known = self._lanes[lane] = _Lane(setting)
+                began = _Lane() if known is None else known
+                known = self._lanes[lane] = _Lane(setting, began=began.began, known=began.known)
+            if self._model.state.reads_base and not setting.base and not known.goes_on(ids):
+                known = self._lanes[lane] = _Lane(setting, began=list(ids))  # what is in the cache had another route
             self._cut(known, _common(known.ids, ids[:-1]))
             fresh = list(ids[len(known.ids) :])
             if known.cache is None:
                 known.cache = DynamicCache()
             extra = {"logits_to_keep": 1} if _keeps(self._model.base) else {}
             try:
-                out = self._model.base(input_ids=self._row(fresh), past_key_values=known.cache, use_cache=True, **extra)
+                with self._model.state.about(known.known):
+                    out = self._model.base(
+                        input_ids=self._row(fresh), past_key_values=known.cache, use_cache=True, **extra
+                    )
             except BaseException:
                 del self._lanes[lane]  # what is in the cache is not known
                 raise
             known.ids = list(ids)
+            known.known = self._model.state.base if known.known is None else known.known
             found: Array = out.logits[0, -1].float().cpu().numpy()
             return found
 
@@ -259,17 +282,18 @@ class TorchPasses:
     @torch.no_grad()
     def condition(self, ids: Sequence[int]) -> Array:
         """See `Conditions.condition`."""
-        with self._turn(Setting(base=True)):
-            out = self._model.base(input_ids=self._row(ids), output_hidden_states=True)
-        last = out.last_hidden_state if self._model.head is not None else out.hidden_states[-1]
-        return last[0].float().mean(0).cpu().numpy()  # type: ignore[no-any-return]  # numpy's arrays are Any
+        with self._turn(OWN):
+            found = self._model.state.read(self._model.base, (), {"input_ids": self._row(ids)}, None)
+        return found[0].cpu().numpy()
 
     def _losses(self, ids: Sequence[int]) -> Tensor:
         if not self.writes:
             raise AnswerError("a classifier gives tokens no probability", mend="Use another strategy or picker.")
         if len(ids) < 2:
             return torch.zeros(0)
-        logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
+        known = next((lane.known for lane in self._lanes.values() if lane.goes_on(ids)), None)
+        with self._model.state.about(known):
+            logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
         taken = torch.tensor(list(ids[1:]), device=logits.device).unsqueeze(-1)
         found: Tensor = -logits.log_softmax(-1).gather(-1, taken)[:, 0]
         return found
@@ -390,11 +414,14 @@ def _written(
     cache = DynamicCache()
     found: list[list[int]] = [[] for _ in prompts]
     open_, ends_by = set(range(len(prompts))), dict[int, int]()
+    known: Tensor | None = None  # what the base makes of the prompts, where routers read it
     while True:
         extra: dict[str, Any] = {"position_ids": positions} if placed else {}
         if keeps:
             extra["logits_to_keep"] = 1
-        out = model.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        with model.state.about(known):
+            out = model.base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        known = model.state.base
         logits = out.logits[:, -1].float().cpu().numpy()
         step = [0] * len(prompts)
         for row in sorted(open_):

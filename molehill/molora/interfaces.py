@@ -76,6 +76,9 @@ class RouteContext:
         training: Whether stochastic parts are on.
         overrides: Run-time changes.
         experts: First factors of the routed experts of the site, ``[E, r, d]``, where the scorer reads them.
+        base: Of every row the mean state of its prompt after the last layer of the base alone, ``[B, w]`` float32,
+            where a scorer of the model reads it. A row's prompt ends where its first answer begins; without answers, or
+            where the row begins with one, it is the whole row.
     """
 
     x: Tensor
@@ -86,6 +89,7 @@ class RouteContext:
     training: bool = False
     overrides: Overrides = field(default_factory=Overrides)
     experts: Tensor | None = None
+    base: Tensor | None = None
 
 
 @dataclass
@@ -150,10 +154,14 @@ class Scorer(nn.Module, ABC):
         fusable: The logits are ``x @ weight.T``, plus `offset`, and nothing else, so that the product can be computed
             together with the experts' first factors.
         level: How often the logits may change: with every token, with every row, or never.
-        reads: What they depend on beside the input; a scorer that reads ``experts`` is told their ``rank``.
+        reads: What they depend on beside the input; a scorer that reads ``experts`` is told their ``rank``, one that
+            reads ``base`` the ``width`` of its states.
         wants: What it needs of the experts: low-rank ``pairs``, of ``equal_ranks``.
         own: Parameters that stay with their client under ``personal.gate = "split"`` and ``"anchored"``.
+        fixed: Parameters that no training moves: the server sets them, or what is found on the owner's rows. Those that
+            are not ``own`` are never sent.
         embeds: It is `Embeds`.
+        settles: It is `Settles`.
         leans: The one of them, ``[E]``, that ``federation.assign`` may set; None where there is none.
         lean_means: What its numbers are: ``bias``, added to the logits; or ``place``: 2 for the expert that is the
             client's own, 1 for others that it may use, 0 for those that are closed to it.
@@ -163,10 +171,12 @@ class Scorer(nn.Module, ABC):
     heads: int = 1
     fusable: bool = False
     level: Literal["token", "row", "static"] = "token"
-    reads: frozenset[Literal["task_ids", "experts"]] = frozenset()
+    reads: frozenset[Literal["task_ids", "experts", "base"]] = frozenset()
     wants: frozenset[Wish] = frozenset()
     own: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
     embeds: bool = False
+    settles: bool = False
     leans: str | None = None
     lean_means: Literal["bias", "place"] = "bias"
 
@@ -189,6 +199,28 @@ class Embeds(Protocol):
 
     def embeddings(self, ctx: RouteContext) -> Tensor:
         """Those of tokens and of experts ``[B, T, 1 + E, r]``, the token's first."""
+        ...
+
+
+@runtime_checkable
+class Settles(Protocol):
+    """A scorer that goes by where rows lie among the states of the base (`RouteContext.base`).
+
+    Its parameters ``places [E, w]`` are those of the experts, which ``federation.assign`` sets, and ``mine [E, w]``
+    those of the owner's rows (`molehill.wire.keys.PLACES` and `OWN_PLACES`). A row of zeros is none.
+    """
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the owner has experts of its own, and no places of its rows were found yet."""
+        ...
+
+    def settle(self, states: Tensor, seed: int) -> None:
+        """Find places of the owner's rows, as many as it has experts of its own, among their states ``[N, w]``."""
+        ...
+
+    def settled(self) -> Tensor:
+        """The places of these experts, ``[n, w]``, as they were found; zeros where there are fewer."""
         ...
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from molehill.errors import AdapterError, ModelError
+from molehill.molora import reading
 from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
@@ -72,6 +73,7 @@ class MoLoRAModel(nn.Module):
         slots: Where each wire tensor lies.
         places: Every parameter with its start and stop in a row.
         layout: Wire names and shapes.
+        fixed: Keys of what no training moves, see `molehill.molora.interfaces.Scorer.fixed`.
         likelihood: Of the labels, given the scores; a task says which.
     """
 
@@ -95,12 +97,19 @@ class MoLoRAModel(nn.Module):
         self.head = head
         self.likelihood: Likelihood = of_class
         self.state = state
+        state.reads_base = any("base" in group.router.scorer.reads for group in groups.values())
         self._keeps = keeps_logits(base)
         base.register_forward_pre_hook(state.begin, with_kwargs=True)
         self.slots: dict[Key, Slot] = {}
         self.places: list[tuple[nn.Parameter, int, int]] = []
         self._flatten()
         self.layout = Layout({key: slot.wire_shape for key, slot in self.slots.items()})
+        self.fixed = frozenset(
+            Key(name, NO_EXPERT, role)
+            for name, group in self.routers.items()
+            for part, role in group.router.roles().items()
+            if part in group.router.scorer.fixed
+        )
 
     # ---- parameters ------------------------------------------------------------------------------------------
 
@@ -369,6 +378,18 @@ class MoLoRAModel(nn.Module):
 
         return Forward(scores, targets, rows, records, reference, self.likelihood)
 
+    def states_of(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """What routers that read the base see of rows, ``[B, w]`` float32; see `RouteContext.base`.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: True for real tokens, ``[B, T]``.
+            labels: As for a pass.
+        """
+        mask = attention_mask.bool()
+        some = mask if self.head is not None else reading.prompts(mask, labels)
+        return self.state.read(self.base, (), {"input_ids": input_ids, "attention_mask": mask.long()}, some)
+
     def hidden(self, input_ids: Tensor, mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Last token states of the base, ``[B, T, d]`` (classification backbones)."""
         self.state.announce(mask, task_ids)
@@ -394,7 +415,7 @@ class MoLoRAModel(nn.Module):
     def _predict_tokens(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        self.state.announce(mask, task_ids)
+        self.state.announce(mask, task_ids, reading.prompts(mask, labels) if self.state.reads_base else None)
         wanted = labels[:, 1:] != -100
         positions = wanted.any(0).nonzero().squeeze(1)  # the head runs only where some row has an answer token
         kept = {"logits_to_keep": positions} if self._keeps else {}

@@ -18,9 +18,9 @@ class Router(nn.Module):
         scorer: Produces logits.
         transforms: Edit the logits, in order.
         selector: Turns logits into weights.
-        anchored: Give every scorer parameter that is not the client's own a residual of the same shape, zero at the
-            start, that is added to it. The parameter can then be averaged over clients while each client keeps its
-            residual.
+        anchored: Give every scorer parameter that is neither the client's own nor fixed a residual of the same shape,
+            zero at the start, that is added to it. The parameter can then be averaged over clients while each client
+            keeps its residual.
 
     Attributes:
         residual: The residuals by parameter name (dots replaced by ``__``); empty when not anchored.
@@ -38,7 +38,7 @@ class Router(nn.Module):
         self.residual = nn.ParameterDict()
         if anchored:
             for name, parameter in scorer.named_parameters():
-                if name in scorer.own:  # which stays with the client as it is
+                if name in scorer.own | scorer.fixed:  # which stays with the client, or stays at all, as it is
                     continue
                 self.residual[name.replace(".", "__")] = nn.Parameter(torch.zeros_like(parameter))
         self.personal = True

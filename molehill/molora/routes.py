@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from molehill.errors import ModelError
+from molehill.molora import reading
 from molehill.molora.banks import PairBank
 from molehill.molora.interfaces import Embeds, Overrides, Route, RouteContext, RouteRecord, Site
 from molehill.molora.router import Router
@@ -30,7 +32,10 @@ class ForwardState:
         members: Which of the stacked clients these are.
         records: The records of the last forward pass.
         version: Increases with every pass; routes shared between sites are cached per version.
-        next: Mask and task ids that the coming pass of the base is to use.
+        next: Mask, task ids and tokens of the prompts that the coming pass of the base is to use.
+        reads_base: Whether a router reads what the base alone makes of the rows, for which it runs before every pass.
+        base: That, see `RouteContext.base`; None where no router reads it, or the base runs alone.
+        known: That of the coming passes, where it is not to be made of their own tokens, see `about`.
     """
 
     mask: Tensor | None = None
@@ -43,20 +48,60 @@ class ForwardState:
     members: slice | list[int] = field(default_factory=lambda: slice(None))
     records: list[RouteRecord] = field(default_factory=list)
     version: int = 0
-    next: tuple[Tensor, Tensor | None] | None = None
+    next: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+    reads_base: bool = False
+    base: Tensor | None = None
+    known: Tensor | None = None
+    _reading: bool = False
 
-    def announce(self, mask: Tensor, task_ids: Tensor | None) -> None:
-        """Say what the coming pass of the base is about."""
-        self.next = (mask, task_ids)
+    def announce(self, mask: Tensor, task_ids: Tensor | None, prompts: Tensor | None = None) -> None:
+        """Say what the coming pass of the base is about; without ``prompts`` rows are prompts as a whole."""
+        self.next = (mask, task_ids, prompts)
+
+    @contextmanager
+    def about(self, known: Tensor | None) -> Iterator[None]:
+        """Let routers take the rows of these passes, which go on with a text, for what they were when it began.
+
+        Args:
+            known: What `base` was then; None where a text begins.
+        """
+        before, self.known = self.known, known
+        try:
+            yield
+        finally:
+            self.known = before
 
     def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a pass; a forward pre-hook of the base, so that a pass somebody else starts gets routes of its own."""
+        if self._reading:
+            return
         mask = kwargs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.mask, self.task_ids = self.next or (mask, None)
+        self.mask, self.task_ids, prompts = self.next or (mask, None, None)
         self.next = None
         self.records = []
         self.version += 1
+        if self.reads_base:
+            self.base = self.known
+            if not self.enabled:
+                self.base = None
+            elif self.known is None:
+                self.base = self.read(base, args, kwargs, self.mask if prompts is None else prompts)
+
+    def read(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
+        """What the base alone makes of rows: the mean state of some of their tokens, ``[B, w]`` float32.
+
+        Args:
+            base: The base.
+            args: As for a pass of it.
+            kwargs: As for a pass of it.
+            mask: True for these tokens, ``[B, T]``; None for all.
+        """
+        enabled, self.enabled, self._reading = self.enabled, False, True
+        try:
+            return reading.mean(reading.states(base, args, kwargs), mask)
+        finally:
+            self.enabled, self._reading = enabled, False
 
     def mask_of(self, lead: torch.Size) -> Tensor | None:
         """The mask for tokens in rows ``[B, T]`` or one after another ``[1, B * T]``; None when it is of others."""
@@ -148,6 +193,7 @@ class RouteGroup(nn.Module):
             training=self.training,
             overrides=self.overrides,
             experts=self._experts(),
+            base=self.state.base,
         )
 
     def _experts(self) -> Tensor | None:

@@ -9,6 +9,7 @@ from molehill.errors import MessageError
 
 NO_EXPERT = "-"
 KINDS = ("A", "B", "dense", "gate", "head")  # of tensors; policies of rounds and of owners name them
+PLACES, OWN_PLACES = "gate.places", "gate.own.mine"  # roles; see `molehill.molora.interfaces.Settles`
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*|-")
 _MAX_NAME = 512  # characters
 

@@ -13,7 +13,7 @@ from molehill.molora.probes import require_fitting
 from molehill.plan import HUGE, ClientPlan, ClientReply, EvaluationReply, Scores
 from molehill.tasks.kind import kind_of
 from molehill.wire.clipping import norm
-from molehill.wire.keys import NO_EXPERT
+from molehill.wire.keys import NO_EXPERT, OWN_PLACES
 from molehill.wire.message import Delta, decode_delta, digest, largest_delta
 from molehill.wire.tree import Layout
 from molehill_server.planning.planner import expected
@@ -186,6 +186,29 @@ def require_embeddings(reply: ClientReply, plan: ClientPlan, model: Layout, *, a
         rank = next(shape[0] for key, shape in model.items() if key.site == site and key.routed and key.role == "A")
         if rows.keys() != {NO_EXPERT, *trained.get(site, ())} or {*map(len, rows.values())} != {rank}:
             raise MessageError(f"its embeddings of {site} are not of its tokens and experts, {rank} numbers each")
+
+
+def require_places(reply: ClientReply, plan: ClientPlan, model: Layout, *, asked: bool) -> None:
+    """Refuse places of rows that nobody asked for, or that this model cannot have.
+
+    Args:
+        reply: The client's reply; its numbers are finite, or it could not have been read.
+        plan: What the client was told to do.
+        model: Layout of the shared model.
+        asked: Whether the client is to tell them.
+
+    Raises:
+        MessageError: There are some, or some are missing.
+    """
+    widths = {key.site: shape[1] for key, shape in model.items() if key.role == OWN_PLACES} if asked else {}
+    if reply.places.keys() != widths.keys():
+        raise MessageError(f"it tells where its rows lie at {len(reply.places)} routers, not at {len(widths)}")
+    count = len({expert for experts in plan.trained(model).values() for expert in experts})
+    for site, rows in reply.places.items():
+        if len(rows) != count or {*map(len, rows)} != {widths[site]}:
+            raise MessageError(f"it does not tell {count} places of {widths[site]} numbers at {site}")
+    if reply.places and not all(any(rows[0]) for rows in reply.places.values()):
+        raise MessageError("it tells no place of its rows")
 
 
 def require_addressed(reply: ClientReply, plan: ClientPlan) -> None:

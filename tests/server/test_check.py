@@ -58,6 +58,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
         or decided.B == "personal" != decided.A
         for decided in (one, two)
     )
+    forms = federation.assign.declared("assignment", "forms")
     bad = (
         (products and not both)
         or (federation.lower.name != "none" and not {one.A, one.B, two.A, two.B} <= kept)
@@ -65,7 +66,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
         or (federation.space.name == "common" and bool(one.ranks))
         or (federation.rule.name == "norm_weights" and one.B == "personal")
         or no_common
-        or (federation.assign.name == "lease" and not (one.B == two.B == "shared" and one == two and one.gate is None))
+        or (forms and not (one.B == two.B == "shared" and one == two and one.gate is None))
         or (federation.assign.declared("assignment", "leans") and one.gate is not None)  # no part of it is a client's
     )
     assert bool(found) == bad, found
@@ -177,6 +178,7 @@ OF_FACTORS = {
     "flexlora": {("warn", "federation.space")},
     "flora": {("warn", "federation.space")},
     "fedlease": {("refuse", "federation.assign")},
+    "fedrouter": {("refuse", "federation.assign")},
     "hetlora": {("refuse", "federation.policy"), ("refuse", "federation.rule")},
     "local": set(),
     "rolora": {("warn", "federation.policy"), ("warn", "federation.space")},

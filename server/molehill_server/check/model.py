@@ -44,6 +44,10 @@ def _assignment(config: Config) -> Iterator[Conflict]:
         why = f"assignment {assign.name!r} goes by embeddings, which scorer {scorer.name!r} does not have"
         yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {registry.those('scorer', embeds=True)}")
         return
+    if assign.declared("assignment", "gathers") and not scorer.declared("scorer", "settles"):
+        why = f"assignment {assign.name!r} goes by where rows lie, which scorer {scorer.name!r} does not find out"
+        yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {registry.those('scorer', settles=True)}")
+        return
     if not assign.declared("assignment", "leans"):
         return
     if scorer.declared("scorer", "leans") is None:
@@ -54,7 +58,7 @@ def _assignment(config: Config) -> Iterator[Conflict]:
         meant = registry.those("scorer", lean_means=assign.declared("assignment", "lean_means"))
         why = f"what assignment {assign.name!r} says of experts is not what scorer {scorer.name!r} understands"
         yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {meant}")
-    elif config.personal.gate not in {"anchored", "split", "personal"} or decisions(config, 1).gate is not None:
+    elif config.personal.gate not in _keeping(config) or decisions(config, 1).gate is not None:
         why = "what a client leans on is its own, and here nothing of a router is"
         yield Conflict("refuse", (keys, "personal.gate"), f"{why}; set personal.gate to anchored or split")
 
@@ -64,11 +68,32 @@ def _nobody_places(config: Config) -> Iterator[Conflict]:
     scorer, assign = config.molora.scorer, config.federation.assign
     if scorer.declared("scorer", "lean_means") != "place" or assign.declared("assignment", "leans"):
         return
-    able = registry.those("assignment", lean_means="place")
+    able = registry.those("assignment", lean_means="place", gathers=scorer.declared("scorer", "settles"))
     why = (
         f"scorer {scorer.name!r} chooses by which expert is the client's own, and assignment {assign.name!r} gives none"
     )
-    yield Conflict("warn", ("molora.scorer", "federation.assign"), f"{why}: all experts count; use assignment {able}")
+    yield Conflict("warn", ("molora.scorer", "federation.assign"), f"{why}; use assignment {able}")
+
+
+def _keeping(config: Config) -> set[str]:
+    """Gate policies under which what a client leans on is its own; one that trains apart has no router but that."""
+    return {"anchored", "split"} | (
+        {"personal"} if not config.federation.assign.declared("assignment", "forms") else set()
+    )
+
+
+def _nobody_gathers(config: Config) -> Iterator[Conflict]:
+    """Where rows lie is of use to a router whose experts get places, and it is the same at all sites."""
+    scorer, assign, scope = config.molora.scorer, config.federation.assign, config.molora.scope
+    if not scorer.declared("scorer", "settles"):
+        return
+    if assign.declared("assignment", "leans") and not assign.declared("assignment", "gathers"):
+        able = registry.those("assignment", gathers=True)
+        why = f"scorer {scorer.name!r} chooses by places of experts, which assignment {assign.name!r} gives none"
+        yield Conflict("refuse", ("molora.scorer", "federation.assign"), f"{why}; use assignment {able}")
+    if scope != "model":
+        why = f"scorer {scorer.name!r} says the same at all sites, and with scope {scope!r} every site would tell it"
+        yield Conflict("refuse", ("molora.scorer", "molora.scope"), f"{why}; set molora.scope to model")
 
 
 def _looked_at(config: Config) -> Iterator[Conflict]:
@@ -341,6 +366,7 @@ RULES: tuple[Rule, ...] = (
     _assignment,
     _candidates,
     _looked_at,
+    _nobody_gathers,
     _nobody_places,
     _classes,
     _computed_head,

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from molehill.wire.keys import NO_EXPERT, Key
+from molehill.wire.keys import NO_EXPERT, OWN_PLACES, Key
 from molehill.wire.tree import Array, Layout, Tree
 
 
@@ -39,7 +39,8 @@ class Seen:
         rounds: Of the run.
         changes: By client, the sum of its changes so far of the tensors that the assignment wants, in their order. Of
             an assignment that forms experts: the changes since the start of all that clients apart send, until it is
-            decided what is theirs. Of one that asks: the embeddings that it told last, see `embedded`.
+            decided what is theirs; and of one that gathers, under `molehill.wire.keys.OWN_PLACES`, the places that
+            they told. Of one that asks: the embeddings that it told last, see `embedded`.
         rows: Training rows of every client that ever came.
         known: What was decided before, by client.
         experts: Ids of the routed experts.
@@ -67,6 +68,8 @@ class Assignment(ABC):
         leans: It gives biases, which need a scorer that takes them.
         lean_means: What they are; as of `molehill.molora.interfaces.Scorer`.
         forms: Clients train apart until it is decided what is theirs, and the experts are then formed from that.
+        gathers: It goes by where clients' rows lie, which those that train apart tell; it needs a scorer that `Settles`
+            (`molehill.molora.interfaces`). It forms experts, and their places.
     """
 
     sees: tuple[str, ...] = ()
@@ -74,6 +77,7 @@ class Assignment(ABC):
     leans: bool = False
     lean_means: Literal["bias", "place"] = "bias"
     forms: bool = False
+    gathers: bool = False
 
     @abstractmethod
     def assign(self, seen: Seen) -> Mapping[str, Leaning]:
@@ -105,6 +109,11 @@ def embedded(told: Mapping[str, Mapping[str, Sequence[float]]], experts: Sequenc
         values = [rows.get(expert, [0.0] * rank) for expert in (NO_EXPERT, *experts)]
         found[Key(site, NO_EXPERT, "gate.embeddings")] = np.array(values, np.float32)
     return Tree.of(found)
+
+
+def placed(told: Mapping[str, Sequence[Sequence[float]]]) -> Tree:
+    """Where a client told that its rows lie, ``[n, w]`` for every router."""
+    return Tree.of({Key(site, NO_EXPERT, OWN_PLACES): np.array(rows, np.float32) for site, rows in told.items()})
 
 
 def added(before: Tree | None, change: Mapping[Key, Array], layout: Layout) -> Tree:

@@ -51,6 +51,8 @@ def scopes(config: Config, round_number: int) -> Scopes:
     decided = shares(config, round_number)
     gate = _GATES[config.personal.gate] if decided.gate is None else _whole("gate", decided.gate)
     head = _HEADS[config.personal.head] if decided.head is None else _whole("head", decided.head)
+    own, fixed = (config.molora.scorer.declared("scorer", name) for name in ("own", "fixed"))
+    gate = (*((f"*/gate.{name}", "frozen") for name in sorted(fixed - own)), *gate)
     experts: Scopes = (("*/A", decided.A), ("*/B", decided.B), ("*/dense*", decided.dense))
     return (*experts, *gate, *head, ("*/patch.*", "frozen"), ("*", decided.other))
 

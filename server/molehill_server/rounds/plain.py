@@ -12,9 +12,10 @@ from molehill.errors import MessageError
 from molehill.plan import ClientPlan, ClientReply
 from molehill.wire.clipping import norm
 from molehill.wire.message import Delta
+from molehill.wire.tree import Tree
 from molehill_server.aggregate import Aggregator
 from molehill_server.norms import RoundNorms, kind_of, running, scale_of
-from molehill_server.planning.assigning import added, embedded, routed
+from molehill_server.planning.assigning import added, embedded, placed, routed
 from molehill_server.planning.planner import expected, looked_at
 from molehill_server.privacy.accountant import Ledger
 from molehill_server.privacy.draw import Draw
@@ -26,7 +27,7 @@ from molehill_server.rounds.post import NotYetError, Post
 from molehill_server.rounds.record import Record
 from molehill_server.rounds.way import Done
 from molehill_server.transport import Collection, Incoming
-from molehill_server.validation import Limits, open_delta, require_embeddings
+from molehill_server.validation import Limits, open_delta, require_embeddings, require_places
 
 
 class PlainRound:
@@ -50,7 +51,7 @@ class PlainRound:
         self._limits = Limits.from_config(config)
         self._looked_at = looked_at(config, record.layout)
         self._forms: bool = config.federation.assign.declared("assignment", "forms")
-        self._asks = evidence.embedded(config)
+        self._asks, self._gathers = evidence.embedded(config), evidence.placed(config)
         self._metrics = [ref.name for ref in config.molora.losses]
         self._mechanism, self._draw = Mechanism.of(config.privacy), Draw.of(config)
         self._follows = config.round.norm_bound == "auto" and config.privacy.clip is None
@@ -164,6 +165,7 @@ class PlainRound:
         def read(blob: bytes, reply: ClientReply) -> tuple[Delta, ClientReply]:
             delta = open_delta(blob, reply, plan, model, self._limits)
             require_embeddings(reply, plan, model, asked=self._asks)
+            require_places(reply, plan, model, asked=self._gathers and plan.apart)
             if again:
                 refusal = notes.norms.refusal(plan.client)
                 if refusal:
@@ -185,6 +187,8 @@ class PlainRound:
             notes.seen[plan.client] = added(None, values, self._looked_at)
         if reply.embeddings:
             notes.seen[plan.client] = embedded(reply.embeddings, routed(model))
+        if reply.places:
+            notes.seen[plan.client] = Tree.of({**notes.seen[plan.client], **placed(reply.places)})
         for key, shape in values.layout.items():
             values[key][...] += glob.tree[key][tuple(map(slice, shape))]  # a lower rank is the first part
         return Update(plan.client, values, notes.examples[plan.client], delta.tokens)

@@ -13,7 +13,7 @@ from tiny_models import adapted, base, batch, shake
 
 from molehill import registry
 from molehill.errors import ConfigError
-from molehill.molora.interfaces import Embeds, RouteRecord, Scorer, Site
+from molehill.molora.interfaces import Embeds, RouteRecord, Scorer, Settles, Site
 
 AXES = (
     "expert",
@@ -58,7 +58,8 @@ def test_parameters_are_frozen_documented_and_have_defaults(axis, name):
 @pytest.mark.parametrize("name", _of("scorer"))
 def test_scorers(name, context):
     scorer = registry.build("scorer", name, d_in=8, n_experts=5)
-    context = partial(context, experts=torch.randn(5, 1, 8) if "experts" in scorer.reads else None)
+    seen = {"experts": torch.randn(5, 1, 8), "base": torch.randn(2, 8)}
+    context = partial(context, **{name: value for name, value in seen.items() if name in scorer.reads})
     assert isinstance(scorer, Scorer)
     assert scorer.n_experts == 5
     x, tasks = torch.randn(2, 3, 8), torch.tensor([0, 2])
@@ -75,7 +76,8 @@ def test_scorers(name, context):
     assert torch.equal(z, moved) is ("task_ids" not in scorer.reads)
     assert (scorer.level == "token") is (z.shape[1] == 3)
     assert scorer.embeds is isinstance(scorer, Embeds)
-    assert scorer.own <= {part for part, _ in scorer.named_parameters()}
+    assert scorer.settles is isinstance(scorer, Settles)
+    assert scorer.own | scorer.fixed <= {part for part, _ in scorer.named_parameters()}
     assert torch.equal(z, scorer(context(x=x, task_ids=tasks)))  # nothing random at inference
     torch.manual_seed(1)
     again = registry.build("scorer", name, d_in=8, n_experts=5).state_dict()
@@ -90,6 +92,7 @@ def test_scorers_know_the_axis_of_the_experts(name, context):
     scorer = registry.build("scorer", name, d_in=8, n_experts=5)
     experts = torch.randn(5, 1, 8) if "experts" in scorer.reads else None
     order, ctx = torch.randperm(5), context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]), experts=experts)
+    ctx.base = torch.randn(2, 8) if "base" in scorer.reads else None
     before = scorer(ctx)
     assert scorer.axes().keys() == {part for part, _ in scorer.named_parameters()}
     with torch.no_grad():

@@ -1,0 +1,65 @@
+"""What the frozen base alone makes of a batch: the states after its last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molehill.molora.trial import plain_tokens, trial_of
+
+_NOT_OURS = {"past_key_values", "use_cache", "labels", "logits_to_keep", "output_hidden_states"}
+
+
+@torch.no_grad()
+def states(base: nn.Module, args: Sequence[Any], given: Mapping[str, Any]) -> Tensor:
+    """Token states after the last layer, ``[B, T, w]``.
+
+    Args:
+        base: A base that `trial_of` knows, with its experts switched off.
+        args: What a pass of it is given by place.
+        given: By name; caches and what is to be made of the output do not count.
+    """
+    ours = {name: value for name, value in given.items() if name not in _NOT_OURS}
+    part: Any = base
+    if trial_of(base).states:
+        return part(*args, **ours).last_hidden_state  # type: ignore[no-any-return]  # its callee is untyped
+    inner = getattr(part, "base_model", part)  # the layers without the head, which keeps no states of others
+    if inner is not part:
+        return inner(*args, **ours, use_cache=False).last_hidden_state  # type: ignore[no-any-return]  # its callee is untyped
+    return part(*args, **ours, use_cache=False, output_hidden_states=True).hidden_states[-1]  # type: ignore[no-any-return]  # its callee is untyped
+
+
+def width(base: nn.Module) -> int:
+    """Features of `states`; the base has no experts yet."""
+    found = trial_of(base)
+    if found.states:
+        return found.width
+    ids = torch.tensor([plain_tokens(base, 2)], device=next(base.parameters()).device)
+    return int(states(base, (), {"input_ids": ids}).shape[-1])
+
+
+def mean(found: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over some tokens of every row, ``[B, w]`` float32.
+
+    Args:
+        found: States ``[B, T, w]``.
+        mask: True for these tokens, ``[B, T]``, at least one in each row; None for all.
+    """
+    if mask is None:
+        return found.float().mean(1)
+    weights = mask.unsqueeze(-1).float()
+    return (found.float() * weights).sum(1) / weights.sum(1)
+
+
+def prompts(mask: Tensor, labels: Tensor) -> Tensor:
+    """Tokens before the first that has a label, ``[B, T]`` bool; all of a row that begins with one.
+
+    Args:
+        mask: True for real tokens, ``[B, T]``.
+        labels: Of every token, ``[B, T]``, -100 where there is none.
+    """
+    before = mask & ((labels != -100).cumsum(1) == 0)
+    return torch.where(before.any(1, keepdim=True), before, mask)
