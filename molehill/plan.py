@@ -68,6 +68,7 @@ class ClientPlan(BaseModel):
             a tensor that nothing matches is frozen. ``shared`` is trained and sent, ``personal`` is trained and
             stays, ``frozen`` is not trained.
         rank: Highest rank this client trains per expert; None means the full rank.
+        k: Experts per token of this client; None leaves it to the selector.
         steps: Optimiser steps in this round.
         seed: Seed of batches and dropout in this round.
         codec: How the delta is encoded.
@@ -96,6 +97,7 @@ class ClientPlan(BaseModel):
     blobs: dict[str, str]
     scopes: Scopes
     rank: int | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1)
     steps: int = Field(ge=1)
     seed: int = Field(ge=0)
     codec: MethodRef

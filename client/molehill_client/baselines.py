@@ -58,7 +58,7 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
     """The baselines of every client by stage."""
     config, model = clients[0].bench.config, clients[0].bench.model
     stages = [{"base": _told(client, _base(client, plan))} for client, plan in zip(clients, plans, strict=True)]
-    clients[0].start_over()
+    clients[0].start_over(plans[0].k)
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     rows = [client.train_rows for client in clients]
     with stacked(model, len(clients)):
@@ -78,7 +78,7 @@ def _told(client: Participant, total: Tally) -> Baseline:
 
 def _base(client: Participant, plan: ClientPlan) -> Tally:
     """Score the frozen base, with the best head for the training rows where it needs one."""
-    client.start_over()
+    client.start_over(plan.k)
     model, head = client.bench.model, client.bench.model.head
     model.state.enabled = False
     try:

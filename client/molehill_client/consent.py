@@ -37,7 +37,7 @@ def require_consent(plan: ClientPlan, config: Config, keys: Iterable[Key], clien
 
     Raises:
         MessageError: The plan is for another run, shares what is personal or frozen, has another codec or clip, more
-            rounds or steps, or a higher rank.
+            rounds or steps, a higher rank, or more experts per token.
     """
     where = f"client {client}"
     decided = config.federation.policy.build("policy", round_number=plan.round)
@@ -49,12 +49,12 @@ def require_consent(plan: ClientPlan, config: Config, keys: Iterable[Key], clien
         owner = _keeper(key, config, decided)
         if owner:
             raise MessageError(f"plan asks for {key.name}, which {owner} does not share", where=where, mend=_MEND)
-    for what in _beyond(plan, config, max(decided.ranks, default=None)):
+    for what in _beyond(plan, config, max(decided.ranks, default=None), max(decided.ks, default=None)):
         raise MessageError(what, where=where, mend=_MEND)
 
 
-def _beyond(plan: ClientPlan, config: Config, rank: int | None) -> Iterator[str]:
-    """What of a plan goes beyond the configuration, whose highest rank per client is given where there is one."""
+def _beyond(plan: ClientPlan, config: Config, rank: int | None, k: int | None) -> Iterator[str]:
+    """What of a plan goes beyond the configuration, whose highest rank and k per client are given where it has some."""
     if plan.run != config.run.name:
         yield f"plan is of run {plan.run!r}, run.name is {config.run.name!r}"
     if plan.round > config.run.rounds:
@@ -65,6 +65,10 @@ def _beyond(plan: ClientPlan, config: Config, rank: int | None) -> Iterator[str]
         yield f"plan has changes encoded as {_named(plan.codec)}, wire.up is {_named(config.wire.up)}"
     if rank is not None and (plan.rank is None or plan.rank > rank):
         yield f"plan has rank {plan.rank or 'without limit'}, federation.policy gives {rank} at most"
+    if plan.k is not None and k is None:
+        yield f"plan has {plan.k} experts per token, federation.policy leaves that to the selector"
+    if k is not None and (plan.k is None or plan.k > k):
+        yield f"plan has {plan.k or 'no number of'} experts per token, federation.policy gives {k} at most"
     if plan.clip != config.privacy.clip:
         yield f"plan has changes clipped to {plan.clip}, privacy.clip is {config.privacy.clip}"
 

@@ -58,7 +58,7 @@ class Company:
 
     def started(self) -> Tensor:
         """The values that all adapters start from, ``[C, P]``."""
-        self.clients[0].start_over()
+        self.clients[0].start_over(self.plans[0].k)
         return self.bench.model.flat.detach().repeat(len(self.clients), 1)
 
     def trained(self, values: Tensor, settings: Settings, steps: int, what: str, *, routed: bool = False) -> Tensor:

@@ -151,6 +151,7 @@ class Participant:
             self.masker.weight(len(self.round_rows), plan.company)  # better refused before the work
         state = self.store.before(plan.round + after)
         state.settle(plan.accepted)
+        state.k = plan.k
         bytes_down = self.receive(plan, state)
         received = self._shared(plan)
         kept = self.kept(plan)
@@ -342,7 +343,7 @@ class Participant:
         """Put the plan's blobs into the model; returns the bytes that had to be fetched."""
         model, wire = self.bench.model, self.bench.config.wire
         whole = min(wire.max_bytes, largest_delta(model.layout, model.layout))
-        self.start_over()
+        self.start_over(plan.k)
         patches: dict[tuple[str, str], list[tuple[Array, Array]]] = {}
         fetched = 0
         for group, digest in sorted(plan.blobs.items()):
@@ -367,14 +368,19 @@ class Participant:
         state.held = {group: digest for group, digest in state.held.items() if group in plan.blobs}
         return fetched
 
-    def start_over(self) -> None:
-        """The start every client shares: no patches, no residuals, and nothing of whoever used the model last."""
+    def start_over(self, k: int | None = None) -> None:
+        """The start every client shares: no patches, no residuals, and nothing of whoever used the model last.
+
+        Args:
+            k: Experts per token of the client; None leaves it to the selector.
+        """
         model = self.bench.model
         model.load(self.bench.initial)
         model.load(Tree(model.layout.where(lambda key: key.residual)))
         model.set_patches({})
         model.use_personal(gate=True, head=True)
         model.use_uniform_gate(uniform=False)
+        model.use_k(k)
         model.state.enabled = True
 
     def _shared(self, plan: ClientPlan, layout: Layout | None = None) -> Tree:

@@ -63,7 +63,7 @@ def key_of(client: Participant, plan: ClientPlan, steps: int) -> str:
     config["run"] = {**config["run"], "name": ""}
     used = [ref for ref in method_refs(bench.config) if ref[0].partition(".")[0] not in _ELSEWHERE]
     others = tuple(sorted({registry.get(axis, ref.name).target.__module__ for _, axis, ref in used}))
-    facts = [config, bench.base_digest, plan.seed, steps, str(weight.dtype), weight.device.type, _code(others)]
+    facts = [config, bench.base_digest, plan.seed, plan.k, steps, str(weight.dtype), weight.device.type, _code(others)]
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     total.update(bench.initial.flat.tobytes())
     for rows in (client.train_rows, client.test_rows):

@@ -41,6 +41,7 @@ class PersonalState:
         own: What takes the place of tensors of the shared model, where the owner chose a model that replaces them; no
             round goes on from it.
         chosen: Name of the candidate that the owner chose; empty where there was no choice.
+        k: Experts per token of the owner; None leaves it to the selector.
     """
 
     tree: Tree
@@ -50,6 +51,7 @@ class PersonalState:
     round: int = 0
     own: Tree = field(default_factory=lambda: Tree(Layout({})))
     chosen: str = ""
+    k: int | None = None
 
     @property
     def personal(self) -> Tree:
@@ -158,7 +160,9 @@ class StateStore:
             *trees, told = _parts(data, 5)
             tree, memory, owed, own = (unpack_tree(part, str(path)) for part in trees)
             found = files.parse_json(told)
-            return PersonalState(tree, memory, found["held"], owed, max(rounds), own, str(found["chosen"]))
+            held, chosen = found["held"], str(found["chosen"])
+            k = None if found.get("k") is None else int(found["k"])  # older versions did not tell
+            return PersonalState(tree, memory, held, owed, max(rounds), own, chosen, k)
         except (AdapterError, LookupError, TypeError, ValueError, struct.error):  # whole, but of another form
             raise damaged(str(path)) from None
 
@@ -177,7 +181,7 @@ class StateStore:
         if self._instance:
             note = f"{self._instance} {_checked(self._instance.encode())}"
             files.write(self.folder / _INSTANCE, note.encode(), mode=files.PRIVATE)
-        told = json.dumps({"held": state.held, "chosen": state.chosen}).encode()
+        told = json.dumps({"held": state.held, "chosen": state.chosen, "k": state.k}).encode()
         parts = [*map(pack_tree, (state.tree, state.memory, state.owed, state.own)), told]
         data = b"".join(_LENGTH.pack(len(part)) + part for part in parts)
         files.write(self._at(round_), seal(data, self._label_of(round_), key), mode=files.PRIVATE)

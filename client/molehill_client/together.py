@@ -99,9 +99,9 @@ def share(
     Returns:
         For every client, in order, its reply or what stopped it.
     """
-    companies: dict[tuple[int, int], list[int]] = {}
-    for number, client in enumerate(clients):
-        companies.setdefault(client.batch_sizes, []).append(number)
+    companies: dict[tuple[tuple[int, int], int | None], list[int]] = {}
+    for number, (client, plan) in enumerate(zip(clients, plans, strict=True)):
+        companies.setdefault((client.batch_sizes, plan.k), []).append(number)
     outcomes: dict[int, Reply | Exception] = {}
     for company in companies.values():
         some, own = [clients[i] for i in company], [plans[i] for i in company]
@@ -122,12 +122,12 @@ def share(
 def may_share(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> bool:
     """Whether clients can train in the same passes: one workbench, what can be stacked, and equal work."""
     bench, plan = clients[0].bench, plans[0]
-    same = (plan.round, plan.scopes, plan.steps)
+    same = (plan.round, plan.scopes, plan.steps, plan.k)
     return (
         bench.model.stackable
         and not bench.objective().alone
         and all(client.bench is bench and client.batch_sizes == clients[0].batch_sizes for client in clients)
-        and all((own.round, own.scopes, own.steps) == same for own in plans)
+        and all((own.round, own.scopes, own.steps, own.k) == same for own in plans)
         and not any(group.startswith("patch") for own in plans for group in own.blobs)
     )
 

@@ -204,6 +204,11 @@ def _require_gates(source: Source, options: Options) -> None:
                 f"{gate} has experts of its own, and a bundle has one of each", where=f"--gate {gate}",
                 mend="Export it by itself.",
             )  # fmt: skip
+        if source.k(gate) != source.k(options.gates[0]):
+            raise ConfigError(
+                f"{gate} has another number of experts per token than {options.gates[0]}, and a bundle has one",
+                where=f"--gate {gate}", mend="Export it by itself.",
+            )  # fmt: skip
 
 
 def _require_known(source: Source) -> None:

@@ -250,7 +250,7 @@ class Selector(ABC):
         per_row: In training rows do not see each other; where they do, clients never share its batches.
         random: It draws numbers in training; as ``per_row``.
         by_logits: As of `LogitTransform`; its routes have a row for every row of the logits.
-        takes_k: Its parameters have a ``k``, which an allocation may set.
+        takes_k: Its parameters have a ``k``, which an allocation may set, and a client may have its own.
         bound: No weight is larger.
     """
 
@@ -264,6 +264,10 @@ class Selector(ABC):
     def eval_form(self) -> Selector:
         """The selector as it acts at inference: its deterministic twin, which is exported."""
         return self
+
+    def with_k(self, k: int) -> Selector:
+        """One like this with another ``k``; of those that ``takes_k``."""
+        raise NotImplementedError(f"{type(self).__name__} takes no k: {k}")
 
     @abstractmethod
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:

@@ -17,6 +17,7 @@ from molehill.molora import reading
 from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
+from molehill.molora.interfaces import Selector
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.routes import ForwardState, RouteGroup
@@ -97,6 +98,7 @@ class MoLoRAModel(nn.Module):
         self.head = head
         self.likelihood: Likelihood = of_class
         self.state = state
+        self._selectors = {name: group.router.selector for name, group in groups.items()}
         state.reads_base = any("base" in group.router.scorer.reads for group in groups.values())
         self._keeps = keeps_logits(base)
         base.register_forward_pre_hook(state.begin, with_kwargs=True)
@@ -316,6 +318,26 @@ class MoLoRAModel(nn.Module):
             group.router.personal = gate
         if self.head is not None:
             self.head.personal = head
+
+    def use_k(self, k: int | None) -> None:
+        """Have routers choose k experts per token, or as many as they were built for.
+
+        Args:
+            k: So many; None for what each was built for. With several clients in the model it is that of all.
+
+        Raises:
+            ModelError: A selector takes no k.
+        """
+        made: dict[int, Selector] = {}  # routers that share one go on to share one
+        for name, built in self._selectors.items():
+            if k is not None and not built.takes_k:
+                raise ModelError(
+                    f"a client has {k} experts per token, and the selector of {name} takes no such number",
+                    mend="Use a selector with k.",
+                )
+            if id(built) not in made:
+                made[id(built)] = built if k is None else built.with_k(k)
+            self.routers[name].router.selector = made[id(built)]
 
     def use_uniform_gate(self, uniform: bool) -> None:
         """Weigh all experts alike instead of asking the routers."""

@@ -150,11 +150,14 @@ class Source:
             if client is None:
                 self._share()
             else:
-                model.load(self._state(client).personal)
+                state = self._state(client)
+                model.load(state.personal)
+                model.use_k(state.k)
                 model.use_personal(gate=True, head=True)
             yield model
         finally:
             model.flat.data.copy_(before)
+            model.use_k(None)
 
     def _share(self) -> None:
         model, kept = self.model, dict(self.adapter.personal)
@@ -187,6 +190,19 @@ class Source:
         client = self.client(gate)
         return client is not None and len(self._state(client).own.layout) > 0
 
+    def k(self, gate: str) -> int | None:
+        """Experts per token of somebody's model, where it has a number of its own (``federation.policy``).
+
+        Args:
+            gate: As for `client`.
+
+        Raises:
+            ConfigError: There is no such client.
+            ResumeError: The personal state cannot be read.
+        """
+        client = self.client(gate)
+        return None if client is None else self._state(client).k
+
     def _state(self, name: str) -> PersonalState:
         names = self.clients()
         if name not in names or self.run is None:
@@ -202,7 +218,7 @@ class Source:
             folder, key = self.out / "clients" / name, None
         store = StateStore(folder, self.run.run.name, self.base.digest, key)
         state = store.before(max(store.rounds()) + 1)
-        if not len(state.personal.layout):
+        if not len(state.personal.layout) and state.k is None:
             mend = f"Give {self.option} {GLOBAL}."
             raise ConfigError(f"{name} keeps nothing personal in this run", where=self.option, mend=mend)
         return state

@@ -83,6 +83,22 @@ def test_more_than_its_own_configuration_says_is_refused(house, more, why):
 
 
 @pytest.mark.parametrize(
+    ("policy", "fair", "k", "why"),
+    [
+        ({"name": "mixed_k", "ks": [1, 2]}, 1, 3, r"3 experts per token, federation\.policy gives 2 at most"),
+        ({"name": "mixed_k", "ks": [1, 2]}, 1, None, r"no number of experts per token, federation\.policy gives 2"),
+        ("fedit", None, 1, r"1 experts per token, federation\.policy leaves that to the selector"),
+    ],
+)
+def test_more_experts_than_the_policy_deals_are_refused(house, policy, fair, k, why):
+    h = house(federation={"policy": policy})
+    client, plan = h.client(0), h.plan(0, k=fair)
+    with pytest.raises(MessageError, match=why):
+        client.train(plan.model_copy(update={"k": k}))
+    assert client.train(plan).bytes_up
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"client": "somebody"}, "plan is for client 'somebody'"),

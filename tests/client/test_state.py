@@ -47,6 +47,7 @@ def test_a_state_comes_back_in_another_process(store):
     assert back.tree.digest == state(0.5).tree.digest
     assert back.memory.digest == state(0.5).memory.digest
     assert back.held == {"gate": "0.5"}
+    assert back.k is None
 
 
 def test_a_round_sees_the_newest_state_before_it(store):

@@ -134,6 +134,24 @@ def test_unequal_work_is_not_shared(one):
     assert not may_share(clients, [plan, one.plan(1)])
 
 
+def test_clients_with_as_many_experts_a_token_share_passes(house):
+    home = house(
+        molora={"experts": 4}, federation={"policy": {"name": "mixed_k", "ks": [1, 3]}}, train={"steps": 3},
+        wire={"up": "fp32"},
+    )  # fmt: skip
+    plans = [home.plan(n, steps=3, k=k) for n, k in enumerate((1, 3, 1))]
+    clients = [home.client(n) for n in range(3)]
+    assert may_share([clients[0], clients[2]], [plans[0], plans[2]])
+    assert not may_share(clients[:2], plans[:2])
+    shared = [home.delta(reply).tree.flat for reply in share(train_together, clients, plans)]
+    home.folder = home.folder / "alone"
+    alone = [home.delta(home.client(n).train(plan)).tree.flat for n, plan in enumerate(plans)]
+    assert all(close(ours, theirs) for ours, theirs in zip(shared, alone, strict=True))
+    home.folder = home.folder / "more"
+    more = home.delta(home.client(0).train(plans[0].model_copy(update={"k": 3}))).tree.flat
+    assert not close(more, alone[0], 1e-2)
+
+
 def test_an_error_leaves_the_model_whole(house):
     home = house(train={"lr": 1e30})
     with pytest.raises(TrainingError, match="client-1, client-2"):

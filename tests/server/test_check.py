@@ -66,6 +66,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
         or (federation.space.name == "common" and bool(one.ranks))
         or (federation.rule.name == "norm_weights" and one.B == "personal")
         or no_common
+        or (bool(one.ks) and not settings.molora.selector.declared("selector", "takes_k"))
         or (forms and not (one.B == two.B == "shared" and one == two and one.gate is None))
         or (federation.assign.declared("assignment", "leans") and one.gate is not None)  # no part of it is a client's
     )
@@ -111,6 +112,19 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
 )
 def test_experts_that_are_stacked_or_mixed_have_one_shape(molora, keys):
     assert {conflict.keys for conflict in refusals(molora=molora)} == keys
+
+
+@pytest.mark.parametrize(
+    ("molora", "keys"),
+    [
+        ({}, set()),
+        ({"selector": "gw"}, set()),
+        ({"selector": "dense"}, {("federation.policy", "molora.selector")}),
+        ({"experts": 1}, {("federation.policy", "molora.experts")}),
+    ],
+)
+def test_clients_with_numbers_of_experts_of_their_own_have_routers_that_take_one(molora, keys):
+    assert {conflict.keys for conflict in refusals(molora=molora, federation={"policy": "mixed_k"})} == keys
 
 
 @pytest.mark.parametrize(("preset", "fits"), [("fedex", False), ("flora", False), ("flexlora", True), ("fedit", True)])

@@ -37,6 +37,7 @@ def plan(settings, number=1, turn=0):
         ({"name": "fedpeft", "group": "head"}, 1, "frozen", "frozen", "frozen", "shared"),
         ("local", 1, "personal", "personal", "personal", "personal"),
         ("mixed_rank", 1, "shared", "shared", "shared", "shared"),
+        ("mixed_k", 1, "shared", "shared", "shared", "shared"),
     ],
 )
 def test_policies_share_what_their_paper_says(policy, number, a, b, gate, head):
@@ -92,6 +93,15 @@ def test_what_is_expected_of_a_reply():
     assert small[A][0] == small[B][1] == 2
     assert large[A][0] == large[B][1] == RANK
     assert len(expected(plan(config(federation={"policy": "local"})), layout)) == 0
+
+
+def test_numbers_of_experts_are_dealt_in_turn_and_change_no_shape():
+    settings = config(federation={"policy": {"name": "mixed_k", "ks": [1, 3]}})
+    plans = [plan(settings, turn=turn) for turn in range(3)]
+    assert [one.k for one in plans] == [1, 3, 1]
+    assert {one.rank for one in plans} == {None}
+    assert expected(plans[0], initial().layout) == expected(plans[1], initial().layout)
+    assert plan(config()).k is None
 
 
 def test_seeds_depend_on_run_round_and_client_alone():
@@ -163,6 +173,7 @@ def test_round_robin_takes_turns():
         ("select", {"name": "poisson", "rate": 1.5}),
         ("select", {"name": "round_robin", "count": 0}),
         ("policy", {"name": "mixed_rank", "ranks": []}),
+        ("policy", {"name": "mixed_k", "ks": [2, 0]}),
         ("policy", {"name": "fedpeft", "group": "everything"}),
     ],
 )
@@ -178,7 +189,7 @@ def test_every_policy_gives_scopes():
 
 
 def test_policies_decide_on_all_kinds_of_tensors():
-    assert {field.name for field in fields(Shares)} == {*KINDS, "other", "ranks"}
+    assert {field.name for field in fields(Shares)} == {*KINDS, "other", "ranks", "ks"}
     assert [Shares(A="frozen", other="personal").of(kind) for kind in ("A", "B", "coef")] == [
         "frozen",
         "shared",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -60,6 +60,10 @@ class GW(Selector):
     def eval_form(self) -> Selector:
         """Plain top-k."""
         return self._top_k
+
+    def with_k(self, k: int) -> GW:
+        """See `Selector.with_k`."""
+        return GW(replace(self.params, k=k))
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[B|1, T|1, (H,) E]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -46,6 +46,10 @@ class TopK(Selector):
 
     def __init__(self, params: TopKParams) -> None:
         self.params = params
+
+    def with_k(self, k: int) -> TopK:
+        """See `Selector.with_k`."""
+        return TopK(replace(self.params, k=k))
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""

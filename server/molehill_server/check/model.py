@@ -219,6 +219,21 @@ def _planned(allocation: MethodRef, config: Config) -> SitePlan:
     return plans["any"]
 
 
+def _experts_per_token(config: Config) -> Iterator[Conflict]:
+    """A policy may give clients numbers of experts per token, which routers have to heed."""
+    policy, selector = config.federation.policy.name, config.molora.selector
+    keys = ("federation.policy", "molora.selector")
+    if not any(decisions(config, number).ks for number in (1, 2)):
+        return
+    if not selector.declared("selector", "takes_k"):
+        able = registry.those("selector", takes_k=True)
+        why = f"policy {policy!r} gives clients a number of experts per token, and selector {selector.name!r} takes "
+        yield Conflict("refuse", keys, f"{why}none; use selector {able}")
+    elif config.molora.experts == 1:
+        why = f"policy {policy!r} gives clients a number of experts per token, of which there is one"
+        yield Conflict("refuse", ("federation.policy", "molora.experts"), f"{why}; have more experts")
+
+
 def _one_rank(allocation: str, config: Config) -> bool:
     """Whether an allocation as it is by default gives the experts of a site one rank."""
     try:
@@ -376,6 +391,7 @@ RULES: tuple[Rule, ...] = (
     _one_expert_at_a_time,
     _mixed_parameters,
     _experts_of_one_shape,
+    _experts_per_token,
     _nothing_to_learn,
     _rows_without_a_task,
     _trains_alone,

@@ -140,7 +140,7 @@ class Planner:
         self._config = config
         self._base = base
         self._assignment: Assignment = config.federation.assign.build("assignment")
-        self._last: tuple[int, tuple[Scopes, tuple[int, ...]]] = (-1, ((), ()))
+        self._last: tuple[int, tuple[Scopes, Shares]] = (-1, ((), Shares()))
 
     def plan(
         self,
@@ -167,7 +167,7 @@ class Planner:
             The plan.
         """
         config = self._config
-        patterns, ranks = self._decided(round_number)
+        patterns, decided = self._decided(round_number)
         leaning = leaning or self._assignment.newcomer(_experts(layout)) or Leaning()
         patterns = narrowed(patterns, leaning, layout)
         return ClientPlan(
@@ -178,7 +178,8 @@ class Planner:
             layout=layout.digest,
             blobs={} if leaning.apart else dict(blobs),
             scopes=patterns,
-            rank=ranks[turn % len(ranks)] if ranks else None,
+            rank=_dealt(decided.ranks, turn),
+            k=_dealt(decided.ks, turn),
             steps=config.train.steps,
             seed=seed(config, round_number, client),
             codec=config.wire.up,
@@ -188,12 +189,17 @@ class Planner:
             apart=leaning.apart,
         )
 
-    def _decided(self, round_number: int) -> tuple[Scopes, tuple[int, ...]]:
-        """Scopes and ranks of a round; worked out once, since all its plans have them in common."""
+    def _decided(self, round_number: int) -> tuple[Scopes, Shares]:
+        """Scopes of a round and what the policy decides; worked out once, since all its plans have them in common."""
         if self._last[0] != round_number:
-            decided = scopes(self._config, round_number), shares(self._config, round_number).ranks
+            decided = scopes(self._config, round_number), shares(self._config, round_number)
             self._last = round_number, decided
         return self._last[1]
+
+
+def _dealt(numbers: Sequence[int], turn: int) -> int | None:
+    """The number of a client, of those that are dealt in turn; None where there are none."""
+    return numbers[turn % len(numbers)] if numbers else None
 
 
 def expected(plan: ClientPlan, layout: Layout) -> Layout:

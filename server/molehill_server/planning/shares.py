@@ -20,6 +20,7 @@ class Shares:
         head: Classification head; None leaves the choice to ``personal.head``.
         other: Tensors of any other kind.
         ranks: Highest rank per expert of every client in turn; empty for the full rank everywhere.
+        ks: Experts per token of every client in turn; empty for what the selector says.
     """
 
     A: Scope = "shared"
@@ -29,6 +30,7 @@ class Shares:
     head: Scope | None = None
     other: Scope = "shared"
     ranks: tuple[int, ...] = ()
+    ks: tuple[int, ...] = ()
 
     @property
     def alike(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from tiny_models import adapted, base, batch, shake
 
 from molehill import registry
-from molehill.errors import ConfigError
+from molehill.errors import ConfigError, ModelError
 from molehill.molora.interfaces import Embeds, RouteRecord, Scorer, Settles, Site
 
 AXES = (
@@ -145,6 +145,34 @@ def test_selectors(name, training, shape, context):
     assert selector.takes_k is any(
         field.name == "k" for field in dataclasses.fields(registry.get("selector", name).params)
     )
+
+
+@pytest.mark.parametrize("name", [name for name in _of("selector") if registry.build("selector", name).takes_k])
+def test_selectors_with_another_k_are_as_if_built_with_it(name, context):
+    z, ctx = torch.randn(2, 3, 5), context(training=True, mask=torch.ones(2, 3, dtype=torch.bool))
+    one, three = (registry.build("selector", name, {"k": k}) for k in (1, 3))
+    ours, theirs = one.with_k(3)(z, ctx), three(z, ctx)
+    assert torch.equal(ours.weights, theirs.weights)
+    assert torch.equal(ours.selected, theirs.selected)
+    assert bool((one(z, ctx).selected.sum(-1) == 1).all())
+
+
+def test_a_model_with_another_k_is_as_if_built_with_it():
+    def made(k):
+        return shake(adapted("llama", experts=4, selector={"name": "top_k", "k": k}))
+
+    model, other, rows = made(1), made(3), batch("llama")
+    one, three = (each(**rows).logits for each in (model, other))
+    assert not torch.allclose(one, three)
+    model.use_k(3)
+    assert torch.equal(model(**rows).logits, three)
+    model.use_k(None)
+    assert torch.equal(model(**rows).logits, one)
+
+
+def test_a_model_whose_routers_take_no_k_says_so():
+    with pytest.raises(ModelError, match=r"a client has 2 experts per token, and the selector of .* takes no such"):
+        adapted("llama", experts=4, selector="dense").use_k(2)
 
 
 # What a part may want of its sites, and a configuration that is not so.
