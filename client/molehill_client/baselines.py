@@ -57,7 +57,7 @@ def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan
 def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps: int) -> list[dict[str, Baseline]]:
     """The baselines of every client by stage."""
     config, model = clients[0].bench.config, clients[0].bench.model
-    stages = [{"base": _told(client, _base(client, plan))} for client, plan in zip(clients, plans, strict=True)]
+    stages = [{"base": _told(client, base_of(client, plan))} for client, plan in zip(clients, plans, strict=True)]
     clients[0].start_over(plans[0].k)
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
     rows = [client.train_rows for client in clients]
@@ -76,8 +76,13 @@ def _told(client: Participant, total: Tally) -> Baseline:
     return Baseline(total.scores(), by_row(client.bench, client.test_rows, total))
 
 
-def _base(client: Participant, plan: ClientPlan) -> Tally:
-    """Score the frozen base, with the best head for the training rows where it needs one."""
+def base_of(client: Participant, plan: ClientPlan) -> Tally:
+    """Score the frozen base, with the best head for the training rows where it needs one.
+
+    Args:
+        client: Its model is left with these values.
+        plan: Its seed decides the folds.
+    """
     client.start_over(plan.k)
     model, head = client.bench.model, client.bench.model.head
     model.state.enabled = False

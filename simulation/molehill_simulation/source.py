@@ -218,7 +218,8 @@ class Source:
             folder, key = self.out / "clients" / name, None
         store = StateStore(folder, self.run.run.name, self.base.digest, key)
         state = store.before(max(store.rounds()) + 1)
-        if not len(state.personal.layout) and state.k is None:
+        # What was chosen may be the shared model as it is.
+        if not len(state.personal.layout) and state.k is None and not state.chosen:
             mend = f"Give {self.option} {GLOBAL}."
             raise ConfigError(f"{name} keeps nothing personal in this run", where=self.option, mend=mend)
         return state

@@ -108,6 +108,7 @@ REASONS = {
     "what a first configuration begins with": {
         "simulation/molehill_simulation/started.py": "output*2 iid linear fedit int8 by_column dense top_k",
     },
+    "how the rows of one owner are dealt": {"simulation/molehill_simulation/newcomer.py": "iid"},
     "what answers when nobody chooses": {"molehill/decoding/__init__.py": "own_logits"},
     "a function or an option of a verb": {
         "molehill/config/__init__.py": "load",

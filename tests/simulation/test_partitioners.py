@@ -224,6 +224,15 @@ def test_iid_sizes():
     assert shards("iid", table(100), 7, seed=1) != shards("iid", table(100), 7, seed=2)
 
 
+def test_iid_gives_the_names_that_it_is_given():
+    named = shards("iid", table(100), 2, names=["late", "later"])
+    assert [shard.name for shard in named] == ["late", "later"]
+    assert [shard.indices for shard in named] == [shard.indices for shard in shards("iid", table(100), 2)]
+    for names in (["late"], ["late", "late"]):
+        with pytest.raises(ConfigError, match=r"data\.partition\.names: different names: 1, for 2 clients"):
+            shards("iid", table(100), 2, names=names)
+
+
 def skew(dealt, rows):
     """Mean largest share of a label within a client."""
     counts = [Counter(rows["label"][i] for i in shard.indices) for shard in dealt]

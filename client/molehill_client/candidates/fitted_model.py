@@ -15,6 +15,8 @@ from molehill_client.making import Candidate, Company
 class FittedModel(Candidate):
     """The final model with the residuals that ``personal.gate`` and ``personal.head`` say, see docs/adr/0004."""
 
+    usual = 2
+
     def steps(self, config: Config, /) -> int:
         """Those of ``personal.steps``."""
         return config.personal.steps

@@ -40,6 +40,7 @@ class OwnAdapter(Candidate):
     """
 
     replaces = True
+    usual = 4
 
     def __init__(self, params: OwnAdapterParams) -> None:
         self._params = params

@@ -34,6 +34,7 @@ class TrainedAlone(Candidate):
 
     replaces = True
     starts_over = True
+    usual = 5
 
     def __init__(self, params: TrainedAloneParams) -> None:
         self._lr = params.lr
