@@ -212,7 +212,8 @@ def _config(run: Path, data: Path, name: str, candidates: Sequence[str], base: s
         wanted = [ref for ref in wanted if refused[ref.name] is None] or wanted
     config = having(wanted)
     if (conflict := _refused(config)) is not None:
-        mend = "A run of this kind has nothing for owners that come later." if not names else "Give other candidates."
+        later = "That is for another run: this one has nothing for owners that come later."
+        mend = "Give other candidates." if names else later
         raise ConfigError(conflict.why, where=" with ".join(conflict.keys), mend=mend)
     return config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from verbs import ask, verb
 from molehill.config import load as read_config
 from molehill.errors import AdapterError, ConfigError, DataError, ResumeError
 from molehill.files import digest_of
+from molehill.tasks.schema import load_rows
 from molehill_edge.tensors import read
 from molehill_export.export import export_experts
 from molehill_export.rows import labelled
 from molehill_simulation.commands.generate import generate
 from molehill_simulation.commands.personalise import personalise as command
+from molehill_simulation.data import deal
 from molehill_simulation.loaded import load
 from molehill_simulation.newcomer import personalise
 from molehill_simulation.simulate import simulate
@@ -120,6 +123,22 @@ def test_the_run_and_the_command_say_what_can_be_chosen(run, tmp_path):
     assert config.personal.holdout == 0.2
 
 
+def test_what_was_scored_is_what_is_asked_where_the_rounds_left_patches(run, tmp_path):
+    known = read_config(run / "config.toml")
+    config = tiny_world.config(known.base.model, known.data.source, federation={"preset": "fedex"})
+    simulate(config, tmp_path / "patched")
+    made = personalise(tmp_path / "patched", rows_of(tmp_path / "mine.jsonl", MINE), "late")
+    assert made.out == tmp_path / "patched-late"
+    assert made.candidates == ("shared_model", "fitted_model", "own_adapter")  # what starts over is without patches
+    config = read_config(made.out / "config.toml")
+    (owner,) = deal(config.data, load_rows(config.data, config.task)[0], config.run.seed)
+    for path, who, stage in ((tmp_path / "patched", "global", "global"), (made.out, "late", "personalised")):
+        with load(path, who) as model:
+            said = [each.label for each in model.predict(owner.test["text"])]
+        right = np.mean([ours == theirs for ours, theirs in zip(said, owner.test["label"], strict=True)])
+        assert right == pytest.approx(made.stages[stage].accuracy)
+
+
 def test_bad_rows_are_told_with_file_and_line_and_leave_nothing(run, tmp_path):
     bad = rows_of(tmp_path / "bad.jsonl", [*MINE[:10], {"text": "so dull", "label": "angry"}])
     result = CliRunner().invoke(verb(command), [str(run), "--data", str(bad), "--out", str(tmp_path / "new")])
@@ -137,6 +156,11 @@ def test_what_cannot_be_used_is_named(run, tmp_path):
     (tmp_path / "half/config.toml").write_bytes((run / "config.toml").read_bytes())
     with pytest.raises(AdapterError, match=r"final\.safetensors is not there"):
         personalise(tmp_path / "half", data, "late", out)
+    shutil.copytree(run, tmp_path / "kept")
+    text = (run / "config.toml").read_text()
+    (tmp_path / "kept/config.toml").write_text(text.replace('gate = "anchored"', 'gate = "personal"'))
+    with pytest.raises(ConfigError, match=r"no model that all share.* nothing for owners that come later"):
+        personalise(tmp_path / "kept", data, "late", out)
     with pytest.raises(ConfigError, match="has an owner called 'client-1'"):
         personalise(run, data, "client-1", out)
     for name in ("global", "../up", ""):
