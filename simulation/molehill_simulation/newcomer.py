@@ -271,13 +271,14 @@ def _personalised(run: Path, folder: Path, world: World) -> Newcomer:
         bench = replace(bench, config=config.model_copy(update={"personal": part}))
         client = Client(bench, owner.name, train, test, store)
     # No assignment knows it: it leans on nothing, and has the model that all have.
-    ranks = shares(config, glob.round).ranks
+    decided = shares(config, glob.round)
+    each = decided.ranks or decided.ks
     plan = Planner(config, world.base.digest).plan(
         owner.name,
         glob.round,
         glob.tree.layout,
         broadcast.digests(),
-        ranks.index(max(ranks)) if ranks else 0,  # of owners of several ranks nobody has less than the model
+        each.index(max(each)) if each else 0,  # where owners get more or less of the model, the most
         leaning=Leaning(),
     )
     reply = client.evaluate(plan)
