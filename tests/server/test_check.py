@@ -434,7 +434,7 @@ EVERY = ["shared_model", "fitted_model", "own_adapter", "trained_alone"]
 @pytest.mark.parametrize(
     ("sections", "keys", "why"),
     [
-        ({"personal": {"candidates": EVERY}}, ("personal.candidates", "personal.holdout"), "set personal.holdout"),
+        ({"personal": {"candidates": EVERY[:2]}}, ("personal.candidates", "personal.holdout"), "set personal.holdout"),
         (
             {"personal": {"candidates": EVERY, "holdout": 0.2, "gate": "personal"}},
             ("personal.candidates", "personal.gate"),
@@ -459,6 +459,10 @@ def test_candidates_need_rows_that_no_round_sees_and_a_model_that_all_share(sect
     assert_real(conflict.keys)
     personal = {"candidates": EVERY[:3], "holdout": 0.2, "gate": "global"}
     assert refusals(**{**sections, "personal": personal}) == []
+
+
+def test_where_there_is_nothing_to_choose_no_rows_are_needed_for_it():
+    assert refusals(personal={"candidates": ["frozen_base"]}) == []
 
 
 def test_a_candidate_is_named_once():

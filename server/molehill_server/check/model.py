@@ -362,7 +362,7 @@ def _candidates(config: Config) -> Iterator[Conflict]:
     candidates, held = config.personal.candidates, config.personal.holdout
     if not candidates:
         return
-    if not held:
+    if not held and len(candidates) > 1:
         why = "candidates are tried on rows that no round sees, and none are set aside; set personal.holdout = 0.2"
         yield Conflict("refuse", ("personal.candidates", "personal.holdout"), why)
     for part in ("gate", "head"):
