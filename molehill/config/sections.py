@@ -193,7 +193,7 @@ class Personal(Section):
             fewer than ten units, or with a class that only these would have, sets nothing aside. What is fitted
             after the rounds is fitted to all training rows.
         candidates: What every client tries to make of the final model, in the order of preference, such as
-            ``["shared_model", "fitted_model", "own_adapter", "trained_alone"]``. Each is made with the rows of the
+            ``["fitted_model", "frozen_base", "own_adapter", "trained_alone"]``. Each is made with the rows of the
             rounds and judged by its loss on those that ``holdout`` set aside; the first that is no worse than the best
             by more than one standard error wins, and is made once more with all training rows. A client that set
             nothing aside takes the first. Without any, residuals are fitted as ``gate`` and ``head`` say.
