@@ -215,6 +215,19 @@ def _among(wanted: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[st
     return {ours: found for ours, near in wanted.items() if (found := _first(near, names))}
 
 
+# As in the demo, which is what won in docs/reference/results.md.
+_LEANING = """\
+alpha = 64.0                       # four open experts that share the weight are as strong as one at 16
+scorer = "leaning"                 # what a token says, and what its owner leans on
+init = "alike"                     # experts are one until owners lean
+"""
+_RATES = """\
+router_lr = 3e-4
+head_lr = 8e-3
+schedule = "linear"
+"""
+
+
 def written(said: Answers) -> str:
     """The configuration as TOML with comments.
 
@@ -224,7 +237,8 @@ def written(said: Answers) -> str:
     classes = kind_of(said.kind).head is not None
     partition = f'{{ name = "by_column", column = {_toml(said.owners)} }}' if said.owners else '"iid"'
     columns = ", ".join(f"{ours} = {_toml(theirs)}" for ours, theirs in said.columns.items())
-    shape = 'scorer = "linear"                  # one product of a token decides who answers\n' if classes else ""
+    shape, rates = (_LEANING, _RATES) if classes else ("", "")
+    assign = 'assign = "clusters"                # who leans on which experts, after two rounds\n' if classes else ""
     convex = 'head = "convex"                    # and the head that is best for its rows, found after the rounds\n'
     head = "" if not classes else convex if kind_of(said.kind).convex else 'head = "anchored"\n'
     lines = f"""\
@@ -263,9 +277,11 @@ gate = "anchored"                  # every owner's own gate is what all share an
 steps = {12 if classes else 20}                         # of every owner in every round
 batch_size = {16 if classes else 4}
 lr = {"2e-3" if classes else "5e-4"}
+{rates}\
 
 [federation]
 preset = "fedit"                   # how experts are merged: molehill methods federation
+{assign}\
 
 [wire]
 up = "int8"                        # bits of what leaves an owner
