@@ -62,7 +62,7 @@ def batches(ids: list[list[int]], tokens: int, epochs: int, seed: int) -> Iterat
         yield from some
 
 
-def build(rows: Sequence[dict[str, str]], path: Path, *, epochs: int = 6, seed: int = 0) -> Path:
+def build(rows: Sequence[dict[str, str]], path: Path, *, epochs: int = 4, seed: int = 0) -> Path:
     """Train the base and save it as a folder that Transformers opens, unless it is there."""
     if (path / "config.json").exists():
         return path
@@ -71,14 +71,14 @@ def build(rows: Sequence[dict[str, str]], path: Path, *, epochs: int = 6, seed: 
     tokenizer = tokenizer_of([row["text"] for row in rows])
     ids = [tokenizer(text)["input_ids"][:64] for text in texts]
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     steps = list(batches(ids, 2048, epochs, seed))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=len(steps), pct_start=0.05)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=len(steps), pct_start=0.05)
     model.train()
     for step in steps:
         width = max(map(len, step))
