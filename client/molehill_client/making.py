@@ -152,12 +152,15 @@ class Candidate(ABC):
     Attributes:
         replaces: Whether tensors of the shared model are replaced, and not added to alone.
         starts_over: Whether it starts from what the run started with, and not from the final model.
+        heads: Whether it has nothing but a head of the owner's own, where the task has one: not without
+            ``personal.head``.
         usual: Its place among what is tried where nobody says what, the preferred first; None for what is not.
     """
 
     replaces: ClassVar[bool] = False
     starts_over: ClassVar[bool] = False
     usual: ClassVar[int | None] = None
+    heads: ClassVar[bool] = False
 
     def steps(self, config: Config, /) -> int:
         """Optimiser steps that it takes at most; none where it trains nothing."""

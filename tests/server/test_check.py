@@ -446,6 +446,11 @@ EVERY = ["shared_model", "fitted_model", "own_adapter", "trained_alone"]
             "no model that all share",
         ),
         (
+            {"personal": {"candidates": ["frozen_base", "shared_model"], "holdout": 0.2, "head": "global"}},
+            ("personal.candidates", "personal.head"),
+            "with head 'global' there is none",
+        ),
+        (
             {"personal": {"candidates": EVERY, "holdout": 0.2, "gate": "global"}, "federation": {"preset": "flora"}},
             ("personal.candidates", "federation.lower"),
             "candidate 'trained_alone' is without; leave it out",

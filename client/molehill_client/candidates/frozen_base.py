@@ -21,6 +21,7 @@ class FrozenBase(Candidate):
     replaces = True
     starts_over = True
     usual = 3
+    heads = True
 
     def steps(self, config: Config, /) -> int:
         """Those of a head that is fitted in steps."""

@@ -369,6 +369,10 @@ def _candidates(config: Config) -> Iterator[Conflict]:
         if getattr(config.personal, part) == "personal":
             why = f"with {part} 'personal' there is no model that all share, of which something could be made"
             yield Conflict("refuse", ("personal.candidates", f"personal.{part}"), f"{why}; use 'anchored'")
+    if kind_of(config.task).head is not None and config.personal.head_residual is None:
+        for name in [each.name for each in candidates if each.declared("candidate", "heads")]:
+            why = f"candidate {name!r} has a head of the owner's own, and with head {config.personal.head!r} there is none"
+            yield Conflict("refuse", ("personal.candidates", "personal.head"), f"{why}; use 'convex', or leave it out")
     lower = config.federation.lower
     if has_factors(config) and lower.build("lower").patches:
         for name in [each.name for each in candidates if each.declared("candidate", "starts_over")]:
