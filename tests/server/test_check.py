@@ -448,7 +448,7 @@ EVERY = ["shared_model", "fitted_model", "own_adapter", "trained_alone"]
         (
             {"personal": {"candidates": ["frozen_base", "shared_model"], "holdout": 0.2, "head": "global"}},
             ("personal.candidates", "personal.head"),
-            "with head 'global' there is none",
+            "with head 'global' no owner has one of its own",
         ),
         (
             {"personal": {"candidates": EVERY, "holdout": 0.2, "gate": "global"}, "federation": {"preset": "flora"}},

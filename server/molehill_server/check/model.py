@@ -371,7 +371,7 @@ def _candidates(config: Config) -> Iterator[Conflict]:
             yield Conflict("refuse", ("personal.candidates", f"personal.{part}"), f"{why}; use 'anchored'")
     if kind_of(config.task).head is not None and config.personal.head_residual is None:
         for name in [each.name for each in candidates if each.declared("candidate", "heads")]:
-            why = f"candidate {name!r} has a head of the owner's own, and with head {config.personal.head!r} there is none"
+            why = f"with head {config.personal.head!r} no owner has one of its own, and candidate {name!r} has no other"
             yield Conflict("refuse", ("personal.candidates", "personal.head"), f"{why}; use 'convex', or leave it out")
     lower = config.federation.lower
     if has_factors(config) and lower.build("lower").patches:
