@@ -271,8 +271,9 @@ class Federation(Section):
     """How the server plans and merges.
 
     Attributes:
-        preset: A published method (axis ``federation``); keys given beside it win. Where it has an adapter of its own,
-            a preset of the same name, that is ``molora.preset`` unless another is named.
+        preset: A published method (axis ``federation``); keys given beside it win, but for another ``assign`` than one
+            that it brings, which is refused. Where it has an adapter of its own, a preset of the same name, that is
+            ``molora.preset`` unless another is named.
         policy: Who shares, keeps and freezes what.
         select: Which clients take part in a round.
         space: What is combined.

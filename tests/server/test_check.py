@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 from toy_federation import config
 
+from molehill import config as configuration
 from molehill import registry
 from molehill.errors import ConfigError
 from molehill.molora.banks import PairBank
@@ -114,6 +116,37 @@ def test_experts_that_are_stacked_or_mixed_have_one_shape(molora, keys):
     assert {conflict.keys for conflict in refusals(molora=molora)} == keys
 
 
+OWN_ASSIGNMENT = [name for name in PRESETS if "assign" in registry.build("federation", name)]
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+
+
+@pytest.mark.parametrize("preset", OWN_ASSIGNMENT)
+def test_a_preset_that_is_an_assignment_is_no_other_beside_it(preset):
+    """On a configuration that writes its assignment out, and names what the adapter of the preset has otherwise."""
+    said = [f"federation.preset={preset}"]
+    (conflict,) = (each for each in check(configuration.load(DEMO, said)) if each.verdict == "refuse")
+    assert conflict.keys == ("federation.preset", "federation.assign")
+    mends = re.findall(r"([a-z]+\.[a-z]+) = (\{.*?\}|\".*?\")", conflict.why)
+    assert {"federation.assign", "molora.scorer"} <= dict(mends).keys()
+    mended = configuration.load(DEMO, [*said, *("=".join(each) for each in mends)])
+    published = config(federation={"preset": preset})
+    assert mended.federation == published.federation
+    assert mended.molora.scorer == published.molora.scorer
+    assert not [each for each in check(mended) if each.verdict == "refuse"]
+    assert refusals(federation={"preset": preset, "assign": "none"})
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in OWN_ASSIGNMENT])
+def test_a_preset_that_cannot_have_an_assignment_says_how_to_go_without(preset):
+    def refused(*said):
+        found = check(configuration.load(DEMO, [f"federation.preset={preset}", *said]))
+        return [each for each in found if each.verdict == "refuse" and "federation.assign" in each.keys]
+
+    assert all("assignment 'none', and with it another init than 'alike'" in each.why for each in refused())
+    assert bool(refused()) == (preset in {"fedpeft", "fedsa", "local"})
+    assert not refused("federation.assign=none", "molora.init=lora")
+
+
 @pytest.mark.parametrize(
     ("molora", "keys"),
     [
@@ -121,6 +154,9 @@ def test_experts_that_are_stacked_or_mixed_have_one_shape(molora, keys):
         ({"selector": "gw"}, set()),
         ({"selector": "dense"}, {("federation.policy", "molora.selector")}),
         ({"experts": 1}, {("federation.policy", "molora.experts")}),
+        ({"preset": "deepseek"}, {("federation.policy", "molora.allocation")}),
+        ({"allocation": {"name": "fine_grained", "m": 2}}, {("federation.policy", "molora.allocation")}),
+        ({"allocation": "hetero_rank"}, set()),
     ],
 )
 def test_clients_with_numbers_of_experts_of_their_own_have_routers_that_take_one(molora, keys):
@@ -451,6 +487,16 @@ EVERY = ["shared_model", "fitted_model", "own_adapter", "trained_alone"]
             "with head 'global' no owner has one of its own",
         ),
         (
+            {"personal": {"candidates": ["frozen_base"]}, "federation": {"preset": "fedpeft"}},
+            ("personal.candidates", "federation.policy"),
+            "policy 'fedpeft' decides what becomes of the head, so no owner has one of its own",
+        ),
+        (
+            {"personal": {"candidates": EVERY, "holdout": 0.2}, "federation": {"preset": "fedsa"}},
+            ("personal.candidates", "federation.policy"),
+            "policy 'share_a' leaves the head to every owner, so there is no model that all share",
+        ),
+        (
             {"personal": {"candidates": EVERY, "holdout": 0.2, "gate": "global"}, "federation": {"preset": "flora"}},
             ("personal.candidates", "federation.lower"),
             "candidate 'trained_alone' is without; leave it out",
@@ -463,7 +509,24 @@ def test_candidates_need_rows_that_no_round_sees_and_a_model_that_all_share(sect
     assert why in conflict.why
     assert_real(conflict.keys)
     personal = {"candidates": EVERY[:3], "holdout": 0.2, "gate": "global"}
-    assert refusals(**{**sections, "personal": personal}) == []
+    preset = {} if "federation.policy" in keys else sections.get("federation", {})
+    assert refusals(**{**sections, "personal": personal, "federation": preset}) == []
+
+
+@pytest.mark.parametrize("preset", ["fedsa", "local", "fedpeft"])
+def test_a_head_that_a_policy_decides_is_none_to_fit_to_the_frozen_base(preset):
+    personal = {"gate": "global", "head": "convex", "candidates": ["frozen_base"]}
+    found = refusals(personal=personal, federation={"preset": preset})
+    assert {each.keys for each in found} == {("personal.candidates", "federation.policy")}
+    assert "candidate 'frozen_base' has no other; leave it out" in found[-1].why
+    assert refusals(personal=personal) == []
+    assert refusals(personal={**personal, "candidates": ["fitted_model"]}, federation={"preset": "fedpeft"}) == []
+
+
+def test_where_a_policy_claims_what_an_owner_keeps_all_share_it():
+    personal, claimed = {"candidates": ["fitted_model"], "gate": "personal"}, {"preset": "fedpeft"}
+    assert refusals(personal=personal)
+    assert refusals(personal=personal, federation=claimed) == []
 
 
 def test_where_there_is_nothing_to_choose_no_rows_are_needed_for_it():

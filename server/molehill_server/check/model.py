@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 
 from molehill import registry
-from molehill.config import Config, MethodRef
+from molehill.config import Config, MethodRef, parse
 from molehill.errors import ConfigError
 from molehill.molora.interfaces import Site, SitePlan
 from molehill.tasks.kind import kind_of
@@ -25,6 +26,34 @@ def _split_gate(config: Config) -> Iterator[Conflict]:
             f"gate 'split' keeps a part of the router on the client, and scorer {scorer!r} names none; of those that "
             f"do there is {registry.either(able)}",
         )
+
+
+def _preset_with_assignment(config: Config) -> Iterator[Conflict]:
+    """A published method that is its assignment would be another one with any other, and nobody would see it."""
+    preset, named = config.federation.preset, config.federation.assign
+    if preset is None or "assign" not in registry.build("federation", preset):
+        return
+    published = parse({"federation": {"preset": preset}})
+    if published.federation.assign.name == named.name:
+        return
+    why = (
+        f"federation {preset!r} is what its assignment makes of it, and federation.assign names {named.name!r}; leave "
+        f"that out, or set federation.assign = {_toml(published.federation.assign)}"
+    )
+    ours, theirs = config.molora, published.molora
+    if ours.preset == theirs.preset == preset:
+        both = [(key, getattr(ours, key), getattr(theirs, key)) for key in type(theirs).model_fields]
+        methods = [each for each in both if isinstance(each[2], str | MethodRef)]  # others are sizes
+        other = [f"molora.{key} = {_toml(value)}" for key, here, value in methods if here != value]
+        why += f"; its adapter has {', '.join(other)}, where other values stand here" if other else ""
+    yield Conflict("refuse", ("federation.preset", "federation.assign"), why)
+
+
+def _toml(value: str | MethodRef) -> str:
+    """A value as a configuration has it."""
+    if isinstance(value, MethodRef) and value.params:
+        return f"{{ {', '.join(f'{key} = {json.dumps(each)}' for key, each in value.model_dump().items())} }}"
+    return json.dumps(value.name if isinstance(value, MethodRef) else value)
 
 
 def _assignment(config: Config) -> Iterator[Conflict]:
@@ -58,9 +87,21 @@ def _assignment(config: Config) -> Iterator[Conflict]:
         meant = registry.those("scorer", lean_means=assign.declared("assignment", "lean_means"))
         why = f"what assignment {assign.name!r} says of experts is not what scorer {scorer.name!r} understands"
         yield Conflict("refuse", (keys, "molora.scorer"), f"{why}; use scorer {meant}")
-    elif config.personal.gate not in _keeping(config) or decisions(config, 1).gate is not None:
+    elif decisions(config, 1).gate is not None:
+        policy = config.federation.policy.name
+        why = f"what a client leans on is its own, and policy {policy!r} decides what becomes of whole routers"
+        yield Conflict("refuse", (keys, "federation.policy"), f"{why}; use {_without_assignment(config)}")
+    elif config.personal.gate not in _keeping(config):
         why = "what a client leans on is its own, and here nothing of a router is"
         yield Conflict("refuse", (keys, "personal.gate"), f"{why}; set personal.gate to anchored or split")
+
+
+def _without_assignment(config: Config) -> str:
+    """What goes where no assignment can, as an advice has it."""
+    none, init = registry.those("assignment", leans=False), config.molora.init
+    if not init.build("init").alike:
+        return f"assignment {none}"
+    return f"assignment {none}, and with it another init than {init.name!r}, or nobody ever parts the experts"
 
 
 def _nobody_places(config: Config) -> Iterator[Conflict]:
@@ -116,7 +157,8 @@ def _looked_at(config: Config) -> Iterator[Conflict]:
     elif not there & {*sent} or (forms and rounds[0] != rounds[1]):
         policy = config.federation.policy.name
         why = f"{what}, and policy {policy!r} does not have clients send them in every round"
-        yield Conflict("refuse", (keys, "federation.policy"), f"{why}; use a policy that shares them in all")
+        mend = f"use a policy that shares them in all, or {_without_assignment(config)}"
+        yield Conflict("refuse", (keys, "federation.policy"), f"{why}; {mend}")
     if forms and len({*_planned(molora.allocation, config).ranks}) > 1:
         why = f"assignment {assign.name!r} makes any expert of what clients learnt with one, so all need one rank"
         yield Conflict("refuse", (keys, "molora.allocation"), f"{why}; leave molora.allocation out")
@@ -232,6 +274,18 @@ def _experts_per_token(config: Config) -> Iterator[Conflict]:
     elif config.molora.experts == 1:
         why = f"policy {policy!r} gives clients a number of experts per token, of which there is one"
         yield Conflict("refuse", ("federation.policy", "molora.experts"), f"{why}; have more experts")
+    elif (k := _k_of_the_allocation(config)) is not None:
+        allocation = config.molora.allocation.name
+        why = f"policy {policy!r} gives clients a number of experts per token, and allocation {allocation!r} has {k}"
+        yield Conflict("refuse", ("federation.policy", "molora.allocation"), f"{why}; use one of the two")
+
+
+def _k_of_the_allocation(config: Config) -> int | None:
+    """Experts per token that the allocation itself gives; None where it leaves them to the selector."""
+    try:
+        return _planned(config.molora.allocation, config).top_k
+    except ConfigError:  # which another rule tells
+        return None
 
 
 def _one_rank(allocation: str, config: Config) -> bool:
@@ -365,14 +419,6 @@ def _candidates(config: Config) -> Iterator[Conflict]:
     if not held and len(candidates) > 1:
         why = "candidates are tried on rows that no round sees, and none are set aside; set personal.holdout = 0.2"
         yield Conflict("refuse", ("personal.candidates", "personal.holdout"), why)
-    for part in ("gate", "head"):
-        if getattr(config.personal, part) == "personal":
-            why = f"with {part} 'personal' there is no model that all share, of which something could be made"
-            yield Conflict("refuse", ("personal.candidates", f"personal.{part}"), f"{why}; use 'anchored'")
-    if kind_of(config.task).head is not None and config.personal.head_residual is None:
-        for name in [each.name for each in candidates if each.declared("candidate", "heads")]:
-            why = f"with head {config.personal.head!r} no owner has one of its own, and candidate {name!r} has no other"
-            yield Conflict("refuse", ("personal.candidates", "personal.head"), f"{why}; use 'convex', or leave it out")
     lower = config.federation.lower
     if has_factors(config) and lower.build("lower").patches:
         for name in [each.name for each in candidates if each.declared("candidate", "starts_over")]:
@@ -380,10 +426,44 @@ def _candidates(config: Config) -> Iterator[Conflict]:
             yield Conflict("refuse", ("personal.candidates", "federation.lower"), f"{why}; leave it out")
 
 
+def _candidates_of_a_shared_model(config: Config) -> Iterator[Conflict]:
+    """Something is made of what all share, which a policy may leave to every owner."""
+    if not config.personal.candidates:
+        return
+    policy, shared = config.federation.policy.name, "there is no model that all share, of which something could be made"
+    for part in ("gate", "head") if kind_of(config.task).head is not None else ("gate",):
+        decided = {getattr(decisions(config, number), part) for number in (1, 2)}
+        if "personal" in decided:
+            why = f"policy {policy!r} leaves the {part} to every owner, so {shared}; leave candidates out"
+            yield Conflict("refuse", ("personal.candidates", "federation.policy"), why)
+        elif None in decided and getattr(config.personal, part) == "personal":
+            why = f"with {part} 'personal' {shared}; use 'anchored'"
+            yield Conflict("refuse", ("personal.candidates", f"personal.{part}"), why)
+
+
+def _candidates_with_heads(config: Config) -> Iterator[Conflict]:
+    """A candidate that is nothing but a head of the owner's own needs it to have one."""
+    heads = [each.name for each in config.personal.candidates if each.declared("candidate", "heads")]
+    if kind_of(config.task).head is None:
+        return
+    policy, claimed = config.federation.policy.name, any(decisions(config, n).head is not None for n in (1, 2))
+    for name in heads:
+        nothing = f"no owner has one of its own, and candidate {name!r} has no other"
+        if claimed:
+            why = f"policy {policy!r} decides what becomes of the head, so {nothing}; leave it out"
+            yield Conflict("refuse", ("personal.candidates", "federation.policy"), why)
+        elif config.personal.head_residual is None:
+            why = f"with head {config.personal.head!r} {nothing}; use 'convex', or leave it out"
+            yield Conflict("refuse", ("personal.candidates", "personal.head"), why)
+
+
 RULES: tuple[Rule, ...] = (
+    _preset_with_assignment,
     _answers,
     _assignment,
     _candidates,
+    _candidates_of_a_shared_model,
+    _candidates_with_heads,
     _looked_at,
     _nobody_gathers,
     _nobody_places,

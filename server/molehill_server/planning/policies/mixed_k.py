@@ -35,7 +35,7 @@ def mixed_k(params: MixedKParams, round_number: int) -> Shares:
     """Share both factors; routers choose for every client as many experts per token as it can afford.
 
     All clients have all experts, so what they send is averaged as ever. A client trains, is scored and answers with its
-    own number; the model that all share has that of the selector.
+    own number; the model that all share has that of the selector. An allocation must not say how many a token has.
     """
     del round_number
     return Shares(ks=params.ks)
