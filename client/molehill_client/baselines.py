@@ -15,14 +15,15 @@ from molehill_client.participant import Participant
 from molehill_client.remembered import Baseline, keep, key_of, recall
 from molehill_client.scores import by_row, score
 from molehill_client.state import RowScores
-from molehill_client.together import computes_head, fit, learns_alone, personal_steps, stacked
+from molehill_client.together import computes_head, fit, learns_alone, personal_steps, residuals, stacked
 
 
 def baseline_together(clients: Sequence[Participant], plans: Sequence[ClientPlan]) -> list[EvaluationReply]:
     """Train and score the baselines of clients that share a workbench, in the same passes; see `may_share`.
 
     Everything learns that the adapter itself allows to: only a factor that the start values freeze stays. Where the
-    workbench has a folder for it, what was trained on this machine before is taken from there.
+    objective is another for what owners fit after the rounds, residuals are fitted by it after as many steps as the
+    rounds have. Where the workbench has a folder for it, what was trained on this machine before is taken from there.
 
     Raises:
         MessageError: A plan does not fit its client.
@@ -60,9 +61,17 @@ def _trained(clients: Sequence[Participant], plans: Sequence[ClientPlan], steps:
     stages = [{"base": _told(client, base_of(client, plan))} for client, plan in zip(clients, plans, strict=True)]
     clients[0].start_over(plans[0].k)
     where = f"client {', '.join(client.name for client in clients)}, local baseline"
-    rows = [client.train_rows for client in clients]
+    rows, objective = [client.train_rows for client in clients], clients[0].bench.objective()
+    # Or the personalised model would be ahead by its objective alone.
+    after = 0 if objective.personal() is objective else personal_steps(clients[0], plans[0])
     with stacked(model, len(clients)):
-        fit(clients, rows, [plan.seed for plan in plans], learns_alone(config), steps, (0.0, 1.0), where)
+        fit(clients, rows, [plan.seed for plan in plans], learns_alone(config), steps - after, (0.0, 1.0), where)
+        if after:
+            seeds = [seed_for(plan.seed, "personal") for plan in plans]
+            fit(
+                clients, rows, seeds, residuals(plans[0], config.personal), after, (0.0, 1.0), where,
+                settings=clients[0].bench.residual_settings(), routed=False, personal=True,
+            )  # fmt: skip
         trained = model.values.clone()
     for client, plan, values, stage in zip(clients, plans, trained, stages, strict=True):
         model.flat.copy_(values)

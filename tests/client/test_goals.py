@@ -162,8 +162,9 @@ def test_what_an_owner_fits_for_itself_may_be_by_plain_cross_entropy(house):
     assert both.bench.goal(client.train_rows, personal=True)(forward) != plain
 
 
+@pytest.mark.parametrize("stage", ["local", "personalised"])
 @pytest.mark.parametrize(("head", "steps"), [("convex", 0), ("anchored", 40)])
-def test_an_owner_whose_classes_are_skewed_predicts_them_as_often_as_they_occur(house, head, steps):
+def test_an_owner_whose_classes_are_skewed_predicts_them_as_often_as_they_occur(house, head, steps, stage):
     def loss(*, rounds_only):
         home = house(
             f"only {rounds_only}",
@@ -174,9 +175,23 @@ def test_an_owner_whose_classes_are_skewed_predicts_them_as_often_as_they_occur(
         rows = client.train_rows
         client.train_rows = rows.part([i for i, row in enumerate(rows) if row.labels == 0 or i % 5 == 0])
         client.test_rows = client.train_rows
-        return evaluate_together([client], [home.plan(0)])[0].stages["personalised"].loss
+        score = baseline_together if stage == "local" else evaluate_together
+        return score([client], [home.plan(0)])[0].stages[stage].loss
 
     assert loss(rounds_only=True) < loss(rounds_only=False)
+
+
+def test_after_rounds_that_teach_nothing_a_model_trained_alone_is_the_personalised_one(house):
+    home = house(
+        train={"objective": {"name": "logit_adjust", "tau": 2.0, "rounds_only": True}, "lr": 1e-12},
+        personal={"head": "anchored", "steps": 10, "head_lr": 0.1, "gate_lr": 0.1},
+    )
+    client, plan = home.client(0), home.plan(0)
+    client.train_rows[:] = [row for i, row in enumerate(client.train_rows) if row.labels != 2 or i % 3 == 0]
+    alone = baseline_together([client], [plan])[0].stages["local"]
+    ours = evaluate_together([client], [plan])[0].stages
+    assert alone.loss == pytest.approx(ours["personalised"].loss, rel=1e-5)
+    assert alone.loss != pytest.approx(ours["global"].loss, rel=1e-2)
 
 
 def test_baselines_are_trained_for_rare_classes_too(house):

@@ -22,7 +22,7 @@ class LogitAdjustmentParams:
         tau: Strength: 1 aims at the balanced error, 0 is plain cross-entropy.
         rounds_only: What an owner fits for itself after the rounds, its gate and head, is by plain cross-entropy, so
             that the owner's own classes count as often as they occur: for owners who differ in how often they have
-            each class, and are judged on rows like their own.
+            each class, and are judged on rows like their own. What is trained alone ends in the same way.
     """
 
     tau: Annotated[float, Field(ge=0)] = 1.0
