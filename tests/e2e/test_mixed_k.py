@@ -9,6 +9,7 @@ import torch
 
 from molehill.errors import ConfigError
 from molehill.wire.store import load_tree
+from molehill_edge import Bundle, InsecureLocal
 from molehill_export.export import Options, export
 from molehill_simulation.simulate import simulate
 from molehill_simulation.source import open_source
@@ -69,6 +70,29 @@ def test_experts_are_shared_and_gates_stay(out):
     assert all(np.array_equal(final[key], start[key]) for key in gates)
     assert len({tuple(np.concatenate([tree[key].ravel() for key in gates])) for tree in states}) == 3
     assert not any(event["quarantined"] for event in tiny_world.events(out, "round"))
+
+
+def logits(model, ids):
+    """Of one text, ``[C]``."""
+    tokens = torch.tensor([ids])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    model.eval()
+    model.state.announce(mask, None)
+    with torch.no_grad():
+        return model.head(model.head.pool(model.hidden(tokens, mask), mask))[0].numpy()
+
+
+def test_a_bundle_of_one_client_has_the_number_of_that_client(source, tmp_path):
+    export(source, tmp_path / "b", Options(scheme="fp32", gates=("client-2",), force=True))
+    with Bundle.open(tmp_path / "b", trust=InsecureLocal(lambda _: None), threads=1) as bundle:
+        ids = bundle.encode("the scene was very good")
+        (found,) = bundle.logits([ids])
+    with source.gate("client-2") as model:
+        three = logits(model, ids)
+        model.use_k(None)
+        two = logits(model, ids)
+    np.testing.assert_allclose(found, three, atol=1e-5)
+    assert np.abs(two - three).max() > 1e-3
 
 
 def test_a_bundle_has_one_number_of_experts(source, tmp_path):
