@@ -16,7 +16,7 @@ def kmeans(points: Points, k: int, seed: int) -> Points:
     """Centres with the least sum of squared distances that several starts led to (k-means++, then Lloyd's steps).
 
     Args:
-        points: ``[N, d]``, at least one.
+        points: ``[N, d]``, at least one; finite, and so that sums of their squares are.
         k: How many.
         seed: Of the starts.
 

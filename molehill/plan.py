@@ -80,7 +80,7 @@ class ClientPlan(BaseModel):
             while deltas did not count would be refused for ever.
         company: Whose masks to add under secure aggregation; only of a ``train`` message.
         lean: What the client's own part of the routers says of experts, by their ids, in place of what it said; see
-            `molehill.molora.interfaces.Scorer.lean_means`. Empty leaves it as it is.
+            `molehill.molora.interfaces.Scorer.lean_means`. Empty leaves it as it is; zeros say that it is nothing.
         apart: The client trains by itself: from the start values, or what it kept of an earlier such round, and not
             from the shared model, of which it fetches nothing. It sends how far it is from the start values, and keeps
             what it sent.

@@ -158,7 +158,7 @@ class Participant:
         self.bench.model.load({key: value for key, value in state.tree.items() if key in kept})
         self._lean(plan)
         if not after:
-            self._settle()
+            self._settle(plan)
         return Session(plan, state, bytes_down, received)
 
     def _lean(self, plan: ClientPlan) -> None:
@@ -185,16 +185,26 @@ class Participant:
             )
         model.load(found)
 
-    def _settle(self) -> None:
-        """Have routers that go by where the rows of the rounds lie find that, once; they keep it."""
+    def _settle(self, plan: ClientPlan) -> None:
+        """Have routers that go by where the rows of the rounds lie find that, once; they keep it.
+
+        Raises:
+            TrainingError: The base makes of a row what is not finite.
+        """
         groups = self.bench.model.routers.values()
         scorers = [scorer for scorer in (group.router.scorer for group in groups) if isinstance(scorer, Settles)]
         if not any(scorer.unsettled for scorer in scorers):
             return
         model, batches = self.bench.model, batches_of(self.bench, self.round_rows)
-        found = [model.states_of(batch.input_ids, batch.attention_mask, batch.labels) for batch in batches]
+        states = torch.cat([model.states_of(batch.input_ids, batch.attention_mask, batch.labels) for batch in batches])
+        if strange := int((~states.isfinite()).any(1).sum()):
+            raise TrainingError(
+                f"the base makes numbers that are not finite of {strange} of {len(states)} rows, and these go by them",
+                where=f"client {self.name}, round {plan.round}",
+                mend="Set base.precision to fp32, or use another base.",
+            )
         for scorer in scorers:
-            scorer.settle(torch.cat(found), seed_for(self.bench.config.run.seed, self.name, "places"))
+            scorer.settle(states, seed_for(self.bench.config.run.seed, self.name, "places"))
 
     def kept(self, plan: ClientPlan) -> Layout:
         """What stays with the client in the rounds."""

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from tiny_house import ANCHORED, EXPERTS, HEAD
 
-from molehill.errors import ConsentError, MessageError
+from molehill.errors import ConsentError, MessageError, TrainingError
 from molehill.kmeans import nearest
 from molehill.wire.keys import OWN_PLACES, PLACES
 from molehill_client.consent import Consent, require_consent
 from molehill_client.policy import read
+from molehill_server.planning.assigning import Leaning
+from molehill_server.planning.planner import Planner
 
 SCOPES = (("*/gate.places", "frozen"), ("*/gate.own.*", "personal"), *EXPERTS, *HEAD)
 APART = {"scopes": (("*/e2/*", "frozen"), *SCOPES), "blobs": {}, "apart": True, "lean": {"e0": 2.0, "e1": 2.0}}
@@ -57,6 +59,29 @@ def test_centres_are_found_once_told_while_apart_and_kept(home):
     again = client.train(home.plan(0, 2, scopes=scopes, lean=lean))
     assert again.places == {}
     np.testing.assert_array_equal(client.store.before(3).tree[mine], kept)
+
+
+def test_whose_first_reply_was_lost_has_all_experts_in_the_end(home):
+    client, lean = home.client(0), key_of(home, "gate.own.lean")
+    client.train(home.plan(0, **APART))
+    assert client.store.before(2).tree[lean].tolist() == [2, 2, 0]
+    written = Planner(home.config, home.bench.base_digest).plan(
+        client.name, 1, home.bench.initial.layout, {}, 0, leaning=Leaning()
+    )
+    client.begin(home.plan(0, lean=written.lean, scopes=written.scopes), after=True)
+    assert home.bench.model.tree(lambda key: key == lean)[lean].tolist() == [0, 0, 0]
+
+
+def test_a_base_that_makes_nothing_finite_of_a_row_is_said(home):
+    client, table = home.client(0), home.bench.model.base.get_input_embeddings().weight
+    used, before = client.round_rows[0].input_ids[1], table.detach().clone()
+    try:
+        table.data[used] = float("inf")
+        with pytest.raises(TrainingError, match=r"numbers that are not finite of \d+ of \d+ rows") as error:
+            client.train(home.plan(0, **APART))
+        assert (client.name in error.value.where, "base.precision" in error.value.mend) == (True, True)
+    finally:
+        table.data.copy_(before)
 
 
 def test_centres_leave_in_no_other_way(home, house):

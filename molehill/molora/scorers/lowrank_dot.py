@@ -39,6 +39,7 @@ class LowrankDot(Scorer):
     reads = frozenset({"experts"})
     wants = frozenset({"pairs", "equal_ranks"})
     own = frozenset({"lean"})
+    fixed = frozenset({"lean"})
     embeds = True
     leans = "lean"
 

@@ -95,7 +95,7 @@ class NearestCentroid(Scorer):
         places = (self.lean > 1.5).nonzero().squeeze(1)
         self.mine.zero_()
         if len(places):
-            centres = kmeans(states.cpu().numpy(), len(places), seed).astype(np.float32)
+            centres = kmeans(states.cpu().double().numpy(), len(places), seed).astype(np.float32)
             self.mine[places[: len(centres)]] = torch.from_numpy(centres).to(self.mine.device)
 
     def settled(self) -> Tensor:

@@ -74,6 +74,7 @@ class OwnAlias(Scorer):
     """
 
     own = frozenset({"lean"})
+    fixed = frozenset({"lean"})
     leans = "lean"
     lean_means = "place"
 

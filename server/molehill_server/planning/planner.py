@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from molehill.config import Config
 from molehill.plan import ClientPlan, Scope, Scopes, scope_of
-from molehill.wire.keys import Key
+from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Layout
 from molehill_server.planning.assigning import Assignment, Leaning, routed
 from molehill_server.planning.shares import Shares
@@ -52,9 +52,15 @@ def scopes(config: Config, round_number: int) -> Scopes:
     gate = _GATES[config.personal.gate] if decided.gate is None else _whole("gate", decided.gate)
     head = _HEADS[config.personal.head] if decided.head is None else _whole("head", decided.head)
     own, fixed = (config.molora.scorer.declared("scorer", name) for name in ("own", "fixed"))
-    gate = (*((f"*/gate.{name}", "frozen") for name in sorted(fixed - own)), *gate)
+    still = [f"gate.{name}" for name in sorted(fixed - own)]
+    still += [role for role in (f"gate.own.{name}" for name in sorted(fixed & own)) if _sends(gate, role)]
+    gate = (*((f"*/{role}", "frozen") for role in still), *gate)
     experts: Scopes = (("*/A", decided.A), ("*/B", decided.B), ("*/dense*", decided.dense))
     return (*experts, *gate, *head, ("*/patch.*", "frozen"), ("*", decided.other))
+
+
+def _sends(patterns: Scopes, role: str) -> bool:
+    return scope_of(patterns, Key("any", NO_EXPERT, role)) == "shared"
 
 
 def _whole(kind: str, scope: Scope) -> Scopes:
@@ -140,6 +146,9 @@ class Planner:
         self._config = config
         self._base = base
         self._assignment: Assignment = config.federation.assign.build("assignment")
+        scorer = config.molora.scorer
+        said = scorer.declared("scorer", "leans") in scorer.declared("scorer", "fixed")
+        self._says = said and self._assignment.leans  # all that a client leans on, so also that it leans on nothing
         self._last: tuple[int, tuple[Scopes, Shares]] = (-1, ((), Shares()))
 
     def plan(
@@ -185,7 +194,7 @@ class Planner:
             codec=config.wire.up,
             clip=config.privacy.clip,
             accepted=accepted,
-            lean=dict(leaning.bias),
+            lean=dict(leaning.bias) or (dict.fromkeys(_experts(layout), 0.0) if self._says else {}),
             apart=leaning.apart,
         )
 
