@@ -207,7 +207,7 @@ def test_a_newcomer_trains_one_expert_apart_and_a_member_its_own_and_its_router(
 
 def test_leases_and_leanings_mean_different_things():
     def refused(scorer, preset):
-        found = check(config(molora={"scorer": scorer, "selector": "dense"}, federation=preset))
+        found = check(config(molora={"scorer": scorer, "selector": "dense"}, federation=preset, run={"rounds": 6}))
         return [each.keys for each in found if each.verdict == "refuse"]
 
     assert ("federation.assign", "molora.scorer") in refused("leaning", {"preset": "fedlease"})
@@ -479,6 +479,36 @@ def test_a_plan_trains_the_experts_of_ones_tasks_and_the_router_is_never_sent():
         ({**LEASE, "personal": {"gate": "personal"}}, ("federation.assign", "personal.gate")),
         ({"molora": {**ROUTER["molora"], "scope": "site"}}, ("molora.scorer", "molora.scope")),
         ({"federation": {"preset": "fedlease"}}, ("molora.scorer", "federation.assign")),
+        ({"molora": {**ROUTER["molora"], "init": "lora"}}, ("federation.assign", "molora.init")),
+        ({"molora": {**ROUTER["molora"], "selector": "dense"}}, ("molora.scorer", "molora.selector")),
+        ({"molora": {**ROUTER["molora"], "selector": "top_k"}}, ("molora.scorer", "molora.selector")),
+        ({"molora": {**ROUTER["molora"], "selector": "switch"}}, ("molora.scorer", "molora.selector")),
+        (
+            {"molora": {**ROUTER["molora"], "selector": {"name": "top_k", "k": 1, "renorm": "none"}}},
+            ("molora.scorer", "molora.selector"),
+        ),
+        (
+            {"molora": {**ROUTER["molora"], "selector": {"name": "gw", "k": 1}}},  # which has all for who is unsure
+            ("molora.scorer", "molora.selector"),
+        ),
+        (
+            {"molora": {**ROUTER["molora"], "allocation": {"name": "fine_grained", "m": 2}}},
+            ("molora.scorer", "molora.allocation"),
+        ),
+        (
+            {"federation": {"preset": "fedrouter", "policy": {"name": "mixed_k", "ks": [1, 2]}}},
+            ("molora.scorer", "federation.policy"),
+        ),
+        (
+            {"federation": {"preset": "fedrouter", "assign": {"name": "task_clusters", "local": 5}}},
+            ("federation.assign", "molora.experts"),
+        ),
+        (
+            {"federation": {"preset": "fedrouter", "assign": {"name": "task_clusters", "warmup": 4}}},
+            ("federation.assign", "run.rounds"),
+        ),
+        ({**LEASE, "personal": {"gate": "split"}}, ("federation.assign", "run.rounds")),
+        ({**LEASE, "molora": {**LEASE["molora"], "selector": "top_k"}}, ("molora.scorer", "molora.selector")),
     ],
 )
 def test_places_where_they_cannot_be_are_refused(more, keys):
@@ -490,6 +520,34 @@ def test_places_where_they_cannot_be_are_refused(more, keys):
     assert not evidence.placed(config(**LEASE))
     (alone,) = check(config(molora={"preset": "fedrouter"}))
     assert (alone.verdict, alone.why.rpartition("; ")[2]) == ("warn", "use assignment 'task_clusters'")
+
+
+def test_what_works_at_the_edge_is_not_refused():
+    assign = {"name": "task_clusters", "local": 4, "warmup": 3}  # which is decided after the last round
+    assert not check(config(**{**ROUTER, "federation": {"preset": "fedrouter", "assign": assign}}))
+    (found,) = check(config(**{**ROUTER, "molora": {**ROUTER["molora"], "selector": "dense"}}))
+    assert found.why.endswith("; use selector 'top_k' with k = 1")
+    (found,) = check(config(**{**LEASE, "molora": {**LEASE["molora"], "selector": "top_k"}, "run": {"rounds": 6}}))
+    assert found.why.endswith("; use selector 'dense'")
+
+
+@pytest.mark.parametrize("sections", [ROUTER, LEASE, REVERSE])
+def test_of_whom_nothing_is_known_leans_on_nothing_whatever_it_did_before(sections):
+    planner, layout = Planner(config(**sections), BASE), initial().layout
+    assert planner.plan("c00", 3, layout, {}, 0, leaning=Leaning()).lean == {"e0": 0.0, "e1": 0.0}
+    assert planner.plan("c00", 3, layout, {}, 0, leaning=Leaning({"e1": 2.0})).lean == {"e1": 2.0}
+    learns = Planner(config(**LEANS), BASE)  # there its own part is learnt until something is decided
+    assert learns.plan("c00", 3, layout, {}, 0, leaning=Leaning()).lean == {}
+    alone = Planner(config(**{**sections, "federation": {"assign": "none"}}), BASE)
+    assert alone.plan("c00", 3, layout, {}, 0).lean == {}
+
+
+@pytest.mark.parametrize(("gate", "scope"), [("global", "frozen"), ("split", "personal"), ("personal", "personal")])
+def test_what_no_training_moves_is_never_sent(gate, scope):
+    own = Key(SITE, "-", "gate.own.lean")
+    for scorer in ("own_alias", "lowrank_dot", "nearest_centroid"):
+        settings = config(molora={"scorer": scorer}, personal={"gate": gate})
+        assert Planner(settings, BASE).plan("c00", 1, initial().layout, {}, 0).scope(own) == scope
 
 
 ROW = [1.0] * 6

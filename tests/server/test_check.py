@@ -41,12 +41,13 @@ def assert_real(keys):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_works_as_published(preset):
-    assert refusals(federation={"preset": preset}, molora=adapter(preset)) == []
+    assert refusals(federation={"preset": preset}, molora=adapter(preset), run={"rounds": 6}) == []
 
 
 @pytest.mark.parametrize(("preset", "policy", "opt"), list(product(PRESETS, POLICIES, SERVER_OPTS)))
 def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy, opt):
-    settings = config(federation={"preset": preset, "policy": policy, "server_opt": opt}, molora=adapter(preset))
+    federation = {"preset": preset, "policy": policy, "server_opt": opt}
+    settings = config(federation=federation, molora=adapter(preset), run={"rounds": 6})
     found = [conflict for conflict in check(settings) if conflict.verdict == "refuse"]
     federation = settings.federation
     one, two = shares(settings, 1), shares(settings, 2)
@@ -69,6 +70,7 @@ def test_every_pair_is_accepted_or_refused_with_the_right_reason(preset, policy,
         or (federation.rule.name == "norm_weights" and one.B == "personal")
         or no_common
         or (bool(one.ks) and not settings.molora.selector.declared("selector", "takes_k"))
+        or (bool(one.ks) and settings.molora.scorer.declared("scorer", "weighs") == "best")
         or (forms and not (one.B == two.B == "shared" and one == two and one.gate is None))
         or (federation.assign.declared("assignment", "leans") and one.gate is not None)  # no part of it is a client's
     )
@@ -238,7 +240,8 @@ OF_FACTORS = {
 @pytest.mark.parametrize("expert", FACTORLESS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_acts_on_factors_says_so_of_experts_that_have_none(preset, expert):
-    found = check(config(federation={"preset": preset}, molora={**adapter(preset), "expert": expert}))
+    molora = {**adapter(preset), "expert": expert}
+    found = check(config(federation={"preset": preset}, molora=molora, run={"rounds": 6}))
     assert {(conflict.verdict, conflict.keys[0]) for conflict in found} == OF_FACTORS[preset]
     for conflict in found:
         assert conflict.keys[-1] == "molora.expert"

@@ -53,6 +53,7 @@ class NearestCentroid(Scorer):
     settles = True
     leans = "lean"
     lean_means = "place"
+    weighs = "best"
 
     def __init__(self, *, d_in: int, n_experts: int, width: int = 0) -> None:
         super().__init__()

@@ -77,6 +77,7 @@ class OwnAlias(Scorer):
     fixed = frozenset({"lean"})
     leans = "lean"
     lean_means = "place"
+    weighs = "softmax"
 
     def __init__(self, params: OwnAliasParams, *, d_in: int, n_experts: int) -> None:
         super().__init__()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+import torch
+
 from molehill import registry
 from molehill.config import Config, MethodRef, parse
 from molehill.errors import ConfigError
-from molehill.molora.interfaces import Site, SitePlan
+from molehill.molora.interfaces import RouteContext, Site, SitePlan
 from molehill.tasks.kind import kind_of
 from molehill.wire.keys import KINDS
 from molehill_server.check.conflict import Conflict, Rule, has_factors
@@ -162,6 +164,77 @@ def _looked_at(config: Config) -> Iterator[Conflict]:
     if forms and len({*_planned(molora.allocation, config).ranks}) > 1:
         why = f"assignment {assign.name!r} makes any expert of what clients learnt with one, so all need one rank"
         yield Conflict("refuse", (keys, "molora.allocation"), f"{why}; leave molora.allocation out")
+    if assign.declared("assignment", "crosses") and not molora.init.build("init").alike:
+        why = f"assignment {assign.name!r} averages experts of different ids, and init {molora.init.name!r} has each "
+        able = registry.those("init", alike=True)
+        yield Conflict("refuse", (keys, "molora.init"), f"{why}begin with values of its own; use init {able}")
+
+
+def _never_decided(config: Config) -> Iterator[Conflict]:
+    """An assignment that forms experts has to come to it, and to have as many as it trains apart."""
+    assign, rounds, experts = config.federation.assign, config.run.rounds, config.molora.experts
+    built, keys = assign.build("assignment"), "federation.assign"
+    if built.forms and built.warmup > rounds:
+        why = (
+            f"assignment {assign.name!r} makes experts after round {built.warmup}, of {rounds}, so there would be none"
+        )
+        yield Conflict("refuse", (keys, "run.rounds"), f"{why}; have more rounds, or a shorter warmup")
+    if built.least > experts:
+        why = f"assignment {assign.name!r} has every client train {built.least} experts apart, and there are {experts}"
+        yield Conflict("refuse", (keys, "molora.experts"), f"{why}; have more experts, or fewer at every client")
+
+
+def _weighs(selector: MethodRef, wanted: str, experts: int, k: int | None = None) -> bool:
+    """Whether a selector, with k experts per token if it is not to be its own number, weighs as a scorer wants it."""
+    built, site = selector.build("selector"), Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1)
+    if k is not None and built.takes_k:
+        built = built.with_k(k)
+    order = torch.arange(experts)
+    scores = torch.stack([0.01 * order, -5.0 * order]).unsqueeze(0)  # of a token that is unsure, and one that is not
+    best = torch.nn.functional.one_hot(scores.argmax(-1), experts).float()
+    right = {"softmax": scores.softmax(-1), "best": best}[wanted]
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        for training in (True, False):
+            ctx = RouteContext(x=torch.zeros(1, 2, 1), site=site, training=training)
+            found.append(built(scores, ctx).weights)
+    return all(torch.allclose(weights, right) for weights in found)
+
+
+def _weights_of_a_scorer(config: Config) -> Iterator[Conflict]:
+    """Logits of some scorers say all there is to say, and no selector is to make something else of them."""
+    molora, scorer, selector = config.molora, config.molora.scorer, config.molora.selector
+    wanted, experts, key = scorer.declared("scorer", "weighs"), config.molora.experts, "molora.scorer"
+    if wanted == "any" or experts == 1:
+        return
+    means = {"softmax": "the softmax of its logits", "best": "all for the best expert"}[wanted]
+    what = f"the weights that scorer {scorer.name!r} means are {means}"
+    try:
+        k = _planned(molora.allocation, config).top_k
+    except ConfigError:
+        return  # the allocation is refused by itself
+    dealt = {each for number in (1, 2) for each in decisions(config, number).ks}
+    if not _weighs(selector, wanted, experts):
+        why = f"{what}, which selector {selector.name!r} does not give as it is set"
+        yield Conflict("refuse", (key, "molora.selector"), f"{why}; use selector {_weighing(wanted, experts)}")
+    elif not _weighs(selector, wanted, experts, k):
+        why = f"{what}, and with allocation {molora.allocation.name!r} a token has {k} experts"
+        yield Conflict("refuse", (key, "molora.allocation"), f"{why}; leave molora.allocation out")
+    elif strange := sorted(each for each in dealt if not _weighs(selector, wanted, experts, each)):
+        why = f"{what}, and policy {config.federation.policy.name!r} gives clients {strange[0]} experts per token"
+        yield Conflict("refuse", (key, "federation.policy"), f"{why}; use a policy that deals none")
+
+
+def _weighing(wanted: str, experts: int) -> str:
+    """The selectors that weigh as a scorer wants it, as they are by default or with one expert per token."""
+    able = []
+    for method in registry.methods("selector"):
+        plain = MethodRef(name=method.name)
+        if _weighs(plain, wanted, experts):
+            able.append(repr(method.name))
+        elif _weighs(plain, wanted, experts, 1):
+            able.append(f"{method.name!r} with k = 1")
+    return " or ".join(able)
 
 
 def _restart_and_personal_gate(config: Config) -> Iterator[Conflict]:
@@ -465,6 +538,8 @@ RULES: tuple[Rule, ...] = (
     _candidates_of_a_shared_model,
     _candidates_with_heads,
     _looked_at,
+    _never_decided,
+    _weights_of_a_scorer,
     _nobody_gathers,
     _nobody_places,
     _classes,

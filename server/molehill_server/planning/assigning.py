@@ -70,6 +70,9 @@ class Assignment(ABC):
         forms: Clients train apart until it is decided what is theirs, and the experts are then formed from that.
         gathers: It goes by where clients' rows lie, which those that train apart tell; it needs a scorer that `Settles`
             (`molehill.molora.interfaces`). It forms experts, and their places.
+        crosses: Of several experts of a client apart it forms those of other ids, so all need the same start values.
+        warmup: Of a built one: the round after which it decides for the first time.
+        least: Of a built one: how many routed experts it cannot do without.
     """
 
     sees: tuple[str, ...] = ()
@@ -78,6 +81,9 @@ class Assignment(ABC):
     lean_means: Literal["bias", "place"] = "bias"
     forms: bool = False
     gathers: bool = False
+    crosses: bool = False
+    warmup: int = 0
+    least: int = 1
 
     @abstractmethod
     def assign(self, seen: Seen) -> Mapping[str, Leaning]:

@@ -48,7 +48,7 @@ class Clusters(Assignment):
     leans = True
 
     def __init__(self, params: ClustersParams) -> None:
-        self.params = params
+        self.params, self.warmup = params, params.warmup
 
     def assign(self, seen: Seen) -> Mapping[str, Leaning]:
         """Decide after the warm-up, and for owners that came since."""

@@ -60,7 +60,7 @@ class Lease(Assignment):
     forms = True
 
     def __init__(self, params: LeaseParams) -> None:
-        self.params = params
+        self.params, self.warmup = params, params.warmup
 
     def newcomer(self, experts: Sequence[str]) -> Leaning:
         """One LoRA, by itself."""

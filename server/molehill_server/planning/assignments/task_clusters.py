@@ -69,6 +69,9 @@ class TaskClusters(Assignment):
     the code counts all rows of the client for whichever cluster it trained. k-means keeps the best of eight starts. A
     client that comes later trains alone for a round, then joins the experts of the nearest centroids. Where there are
     fewer different centres than experts, the others stay closed. A head that is shared is the mean over all clients.
+
+    Adapters of one cluster may lie in slots of different ids at their clients, and a mean of factors is one of adapters
+    only where these began with the same: `molora.init` is to be one whose start values are alike.
     """
 
     sees = ("B",)
@@ -76,9 +79,10 @@ class TaskClusters(Assignment):
     lean_means = "place"
     forms = True
     gathers = True
+    crosses = True
 
     def __init__(self, params: TaskClustersParams) -> None:
-        self.params = params
+        self.params, self.warmup, self.least = params, params.warmup, params.local
 
     def newcomer(self, experts: Sequence[str]) -> Leaning:
         """An adapter for every cluster, by itself."""
