@@ -158,23 +158,18 @@ class _Lane:
         setting: With which it was made.
         ids: Tokens that are in it.
         cache: It.
-        began: Tokens that the text began with, where routers go by what the base alone makes of them.
-        known: That, see `molehill.molora.routes.ForwardState.about`.
     """
 
     setting: Setting = OWN
     ids: list[int] = field(default_factory=list)
     cache: Any = None
-    began: list[int] = field(default_factory=list)
-    known: Tensor | None = None
-
-    def goes_on(self, ids: Sequence[int]) -> bool:
-        """Whether tokens go on with the text of which it is known what the base makes."""
-        return self.known is not None and list(ids[: len(self.began)]) == self.began
 
 
 class TorchPasses:
     """Passes of a MoLoRA model; implements `molehill.decoding.interfaces.Passes` and what some strategies need beside.
+
+    Where routers go by what the base alone makes of a prompt, the tokens of a pass are one as a whole; of an answer to
+    a prompt ask what `about` gives.
 
     Args:
         model: In eval mode, with the gate that is to be used.
@@ -189,6 +184,9 @@ class TorchPasses:
         self, model: MoLoRAModel, *, within: Setting = OWN, others: Mapping[str, Passes] | None = None
     ) -> None:
         self._model, self._within, self._open = model, within, True
+        self._prompt: list[int] | None = None  # with which texts begin, where that counts
+        self._read: Tensor | None = None  # what the base makes of it
+        self._of: TorchPasses | None = None  # of which these are a part
         self.others = dict(others or {})
         self._lanes: dict[str, _Lane] = {}
         routers = routed(model)
@@ -204,6 +202,20 @@ class TorchPasses:
         """See `Passes.only`."""
         return only(self._model, experts)
 
+    def about(self, prompt: Sequence[int]) -> TorchPasses:
+        """Passes for a prompt and answers to it: to routers an answer is what its prompt is, whatever else was asked.
+
+        Where no router goes by prompts they are these, with all caches; else their own, and closed with these.
+
+        Args:
+            prompt: Ids, at least one.
+        """
+        if not self._model.state.reads_base:
+            return self
+        found = TorchPasses(self._model, within=self._within, others=self.others)
+        found._prompt, found._of = list(prompt), self
+        return found
+
     def close(self) -> None:
         """Refuse all that is asked from now on: the model gets another gate."""
         self._open = False
@@ -215,6 +227,8 @@ class TorchPasses:
         Raises:
             AnswerError: It is.
         """
+        if self._of is not None:
+            self._of.require_open()
         if not self._open:
             mend = "Use what took its place, or load it again."
             raise AnswerError("the model was closed, or goes on with another gate", mend=mend)
@@ -225,8 +239,20 @@ class TorchPasses:
 
     def kept(self, ids: Sequence[int], lane: str = "") -> int:
         """How many of the first tokens the cache of a lane has."""
-        known = self._lanes.get(lane, _Lane())
-        return 0 if self._model.state.reads_base and not known.goes_on(ids) else _common(known.ids, ids[:-1])
+        return _common(self._lanes[lane].ids, ids[:-1]) if lane in self._lanes and self._goes_on(ids) else 0
+
+    def _goes_on(self, ids: Sequence[int]) -> bool:
+        """Whether routers may find in a cache what they would find without."""
+        prompt = self._prompt
+        return not self._model.state.reads_base or (prompt is not None and list(ids[: len(prompt)]) == prompt)
+
+    def _known(self, ids: Sequence[int], setting: Setting) -> Tensor | None:
+        """What the base makes of the prompt of a text; None where the text is one as a whole, or nobody asks."""
+        if self._prompt is None or setting.base or not self._goes_on(ids):
+            return None
+        if self._read is None:
+            self._read = self._model.state.read(self._model.base, (), {"input_ids": self._row(self._prompt)}, None)
+        return self._read
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int], setting: Setting = OWN, lane: str = "") -> Array:
@@ -235,18 +261,16 @@ class TorchPasses:
             if not self.writes:
                 return self._classes(ids)
             known = self._lanes.get(lane)
-            if known is None or known.setting != setting:
-                began = _Lane() if known is None else known
-                known = self._lanes[lane] = _Lane(setting, began=began.began, known=began.known)
-            if self._model.state.reads_base and not setting.base and not known.goes_on(ids):
-                known = self._lanes[lane] = _Lane(setting, began=list(ids))  # what is in the cache had another route
+            whole = not setting.base and not self._goes_on(ids)  # what is in a cache has another route
+            if known is None or known.setting != setting or whole:
+                known = self._lanes[lane] = _Lane(setting)
             self._cut(known, _common(known.ids, ids[:-1]))
             fresh = list(ids[len(known.ids) :])
             if known.cache is None:
                 known.cache = DynamicCache()
             extra = {"logits_to_keep": 1} if _keeps(self._model.base) else {}
             try:
-                with self._model.state.about(known.known):
+                with self._model.state.about(self._known(ids, setting)):
                     out = self._model.base(
                         input_ids=self._row(fresh), past_key_values=known.cache, use_cache=True, **extra
                     )
@@ -254,7 +278,8 @@ class TorchPasses:
                 del self._lanes[lane]  # what is in the cache is not known
                 raise
             known.ids = list(ids)
-            known.known = self._model.state.base if known.known is None else known.known
+            if whole:
+                del self._lanes[lane]
             found: Array = out.logits[0, -1].float().cpu().numpy()
             return found
 
@@ -262,7 +287,7 @@ class TorchPasses:
     def losses(self, ids: Sequence[int], setting: Setting = OWN) -> Array:
         """See `Passes.losses`."""
         with self._as(setting):
-            found: Array = self._losses(ids).cpu().numpy()
+            found: Array = self._losses(ids, setting).cpu().numpy()
         return found
 
     def slope(self, ids: Sequence[int], setting: Setting) -> Array:
@@ -272,7 +297,7 @@ class TorchPasses:
         with self._as(setting), torch.enable_grad():
             for group, part in zip(model.routers.values(), added, strict=True):
                 group.overrides = replace(group.overrides, bias=_sum(group.overrides.bias, part))
-            loss = self._losses(ids).mean()
+            loss = self._losses(ids, setting).mean()
             if not loss.requires_grad:  # no router has a say
                 return np.zeros(self.size, np.float32)
             slopes = torch.autograd.grad(loss, added, allow_unused=True, materialize_grads=True)
@@ -286,13 +311,12 @@ class TorchPasses:
             found = self._model.state.read(self._model.base, (), {"input_ids": self._row(ids)}, None)
         return found[0].cpu().numpy()
 
-    def _losses(self, ids: Sequence[int]) -> Tensor:
+    def _losses(self, ids: Sequence[int], setting: Setting) -> Tensor:
         if not self.writes:
             raise AnswerError("a classifier gives tokens no probability", mend="Use another strategy or picker.")
         if len(ids) < 2:
             return torch.zeros(0)
-        known = next((lane.known for lane in self._lanes.values() if lane.goes_on(ids)), None)
-        with self._model.state.about(known):
+        with self._model.state.about(self._known(ids, setting)):
             logits = self._model.base(input_ids=self._row(ids), use_cache=False).logits[0, :-1].float()
         taken = torch.tensor(list(ids[1:]), device=logits.device).unsqueeze(-1)
         found: Tensor = -logits.log_softmax(-1).gather(-1, taken)[:, 0]

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class ForwardState:
     base: Tensor | None = None
     known: Tensor | None = None
     _reading: bool = False
+    _caches: WeakKeyDictionary[Any, Tensor] = field(default_factory=WeakKeyDictionary)  # `base` of what is in each
 
     def announce(self, mask: Tensor, task_ids: Tensor | None, prompts: Tensor | None = None) -> None:
         """Say what the coming pass of the base is about; without ``prompts`` rows are prompts as a whole."""
@@ -72,7 +74,11 @@ class ForwardState:
             self.known = before
 
     def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Start a pass; a forward pre-hook of the base, so that a pass somebody else starts gets routes of its own."""
+        """Start a pass; a forward pre-hook of the base, so that a pass somebody else starts gets routes of its own.
+
+        Raises:
+            ModelError: Routers read what the base makes of a text, and this pass goes on with one that is not known.
+        """
         if self._reading:
             return
         mask = kwargs.get("attention_mask")
@@ -82,11 +88,27 @@ class ForwardState:
         self.records = []
         self.version += 1
         if self.reads_base:
-            self.base = self.known
+            cache, self.base = kwargs.get("past_key_values"), self.known
             if not self.enabled:
                 self.base = None
+                return
+            if self.known is None and cache is not None and int(cache.get_seq_length()) > 0:
+                self.base = self._of_cache(cache, args, kwargs)
             elif self.known is None:
                 self.base = self.read(base, args, kwargs, self.mask if prompts is None else prompts)
+            if cache is not None and self.base is not None:
+                self._caches[cache] = self.base
+
+    def _of_cache(self, cache: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        rows, found = next(len(each) for each in given if isinstance(each, Tensor)), self._caches.get(cache)
+        if found is None or len(found) != rows:
+            raise ModelError(
+                "routers go by what the base makes of texts as they begin, and this pass goes on with a cache of which "
+                "they know no such beginning",
+                mend="Give the pass of the whole texts an empty cache (DynamicCache), and go on with that one.",
+            )
+        return found
 
     def read(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
         """What the base alone makes of rows: the mean state of some of their tokens, ``[B, w]`` float32.

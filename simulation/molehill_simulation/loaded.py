@@ -261,9 +261,8 @@ class Loaded:
             AnswerError: Prompt and answer are too long, or the strategy cannot be done with this model.
         """
         _, reader = self._writer()
-        return Stream(
-            strategy.begin(self._passes, ids), ids, reader, asked, fed=len(ids) - self._passes.kept(ids), done=done
-        )
+        passes = self._passes.about(ids)
+        return Stream(strategy.begin(passes, ids), ids, reader, asked, fed=len(ids) - passes.kept(ids), done=done)
 
     def generate(
         self, prompt: str, *, raw: bool = False, strategy: str | Strategy = DEFAULT,
@@ -336,7 +335,7 @@ class Loaded:
         self.require_writes()
         drawn = [answer.ids for answer in answers]
         if expert is None:
-            return ranking.scores(by, self._passes, ids, drawn)
+            return ranking.scores(by, self._passes.about(ids), ids, drawn)
         return ranking.scores(by, TorchPasses(self._model), ids, drawn, self.setting(expert))
 
     # ---- saying something of texts -----------------------------------------------------------------------------

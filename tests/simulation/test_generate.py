@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import edge_export
 import pytest
+import tiny_models
 import tiny_world
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -53,6 +55,39 @@ def reviews(tmp_path_factory):
     )  # fmt: skip
     simulate(config, folder / "run")
     return folder / "run"
+
+
+def test_an_answer_is_that_of_its_prompt_whatever_was_asked_before(writer, tmp_path):
+    """Experts of prompts: one that begins with another is not an answer to it."""
+    config = tiny_world.config(
+        str(writer.parent / "base"), writer.parent / "rows.jsonl", task={"kind": "causal-lm", "max_length": 48},
+        run={"rounds": 1}, molora={"preset": "fedrouter", "targets": "all-linear"}, federation={"preset": "fedrouter"},
+        personal={"gate": "split", "steps": 0}, train={"steps": 1},
+    )  # fmt: skip
+    simulate(config, tmp_path / "run")
+    with load(tmp_path / "run") as model:
+        inner = tiny_models.shake(model.source.model)
+        short, long = model.encode("the scene", raw=True), model.encode(TEXT, raw=True)
+        assert long[: len(short)] == short
+        (group,) = inner.routers.values()
+        scorer = group.router.scorer
+        with torch.no_grad():
+            for parameter in scorer.parameters():
+                parameter.zero_()
+            for place, ids in zip(scorer.places, (short, long), strict=True):
+                place.copy_(torch.from_numpy(model.passes.condition(ids)))
+        asked, strategy = Asked(max_new_tokens=5), model.strategy("own_logits")
+        first = model.answering(long, asked, strategy).rest()
+        before = model.scores(long, [first])
+        other = model.answering(short, asked, strategy).rest()
+        assert model.answering(long, asked, strategy).rest() == first
+        assert model.scores(long, [first]) == before
+        (batched,) = model.generate_all([long], asked)
+        assert (batched.ids, batched.text) == (first.ids, first.text)
+        one, two = model.answering(short, asked, strategy), model.answering(long, asked, strategy)
+        while (one.step(), two.step()) != (None, None):
+            pass  # a token of each in turns
+        assert (one.answer, two.answer) == (other, first)
 
 
 def ask(verb, *words, stdin=None):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import adapted, base, batch, shake, training
+from transformers import DynamicCache
 
 from molehill import registry
 from molehill.decoding.stream import Asked, Reader
+from molehill.errors import AnswerError, ModelError
 from molehill.kmeans import kmeans, nearest
 from molehill.molora.decode import TorchPasses, write
 from molehill.molora.interfaces import Settles
@@ -64,6 +66,8 @@ def test_settling_finds_planted_clusters_for_the_experts_that_are_ones_own():
     found.settle(rows[:1].expand(5, 3), 0)  # there is but one point
     torch.testing.assert_close(found.mine, torch.stack([torch.zeros(3), rows[0], torch.zeros(3)]))
     assert not scorer().unsettled  # nobody said what is its own
+    found.settle(1e25 * rows, 0)  # whose squares float32 does not have
+    torch.testing.assert_close(found.settled(), 1e25 * torch.stack([rows[:7].mean(0), rows[7:].mean(0)]))
 
 
 def test_kmeans_finds_the_least_sum_of_squares_and_says_the_same_again():
@@ -141,17 +145,75 @@ def test_an_answer_keeps_the_expert_of_its_prompt_and_no_prompt_has_that_of_anot
     model, _ = routed("llama", at)
     model.state.collect = False
     first, second = (row.tolist() for row in at["input_ids"])
-    passes, answer = TorchPasses(model), [5, 9, 11, 3, 8, 20]
+    whole, answer = TorchPasses(model), [5, 9, 11, 3, 8, 20]
     for prompt in (first, second, first):
+        passes = whole.about(prompt)
         for n in range(len(answer) + 1):
             found = passes.logits([*prompt, *answer[:n]])
             np.testing.assert_allclose(found, alone(model, prompt, answer[:n]), rtol=1e-4, atol=1e-4)
             assert passes.kept([*prompt, *answer[:n], 7]) == len(prompt) + n
     assert passes.kept(second) == 0
-    whole = passes.losses([*first, *answer])[len(first) - 1 :]
-    for n, loss in enumerate(whole):
+    losses = passes.losses([*first, *answer])[len(first) - 1 :]
+    for n, loss in enumerate(losses):
         scores = torch.from_numpy(alone(model, first, answer[:n])).log_softmax(-1)
         assert loss == pytest.approx(-float(scores[answer[n]]), abs=1e-3)
+
+
+def beginning_alike():
+    """A model, and two prompts of its two experts, of which one begins with the other."""
+    model, _ = routed("llama", batch("llama", rows=2))
+    model.state.collect = False
+    long = [5, 9, 14, 3, 22]
+    (group,) = model.routers.values()
+    with torch.no_grad():
+        for place, ids in zip(group.router.scorer.places, (long[:2], long), strict=True):
+            place.copy_(
+                model.states_of(torch.tensor([ids]), torch.ones(1, len(ids)), torch.full((1, len(ids)), -100))[0]
+            )
+    return model, long[:2], long
+
+
+def test_a_prompt_that_begins_with_another_has_its_own_expert():
+    model, short, long = beginning_alike()
+    passes = TorchPasses(model)
+    whole = alone(model, long, [])
+    assert np.abs(alone(model, short, long[2:]) - whole).max() > 0.1
+    for ids in (short, long, long):
+        np.testing.assert_allclose(passes.logits(ids), alone(model, ids, []), rtol=1e-4, atol=1e-4)
+        assert passes.kept([*ids, 7]) == 0
+    one, two = passes.about(short), passes.about(long)
+    for ids in (short, long, short, [*long, 8], long):  # the answers to both prompts in turns
+        np.testing.assert_allclose(one.logits(ids), alone(model, short, ids[2:]), rtol=1e-4, atol=1e-4)
+        if ids != short:
+            np.testing.assert_allclose(two.logits(ids), alone(model, long, ids[5:]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(two.logits(short), alone(model, short, []), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(two.logits([*long, 8]), alone(model, long, [8]), rtol=1e-4, atol=1e-4)
+    assert one.losses(long)[-1] != pytest.approx(two.losses(long)[-1], abs=1e-3)
+    passes.close()
+    with pytest.raises(AnswerError, match="was closed"):
+        one.logits(long)
+    plain = TorchPasses(adapted("llama"))
+    assert plain.about(short) is plain
+
+
+def test_whoever_writes_with_the_base_has_the_expert_of_the_prompt():
+    model, short, long = beginning_alike()
+    hf, ids = model.base, torch.tensor([long, long[::-1]])
+    hf.generation_config.eos_token_id = None
+    found = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, use_cache=True)
+    for prompt, row in zip(ids.tolist(), found.tolist(), strict=True):
+        for n, token in enumerate(row[5:]):
+            assert int(alone(model, prompt, row[5 : 5 + n]).argmax()) == token
+    cache = DynamicCache()
+    with torch.no_grad():
+        hf(torch.tensor([short]), past_key_values=cache, use_cache=True)
+        after = hf(torch.tensor([long[2:]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        np.testing.assert_allclose(after.numpy(), alone(model, short, long[2:]), rtol=1e-4, atol=1e-4)
+        with pytest.raises(ModelError, match="goes on with a cache of which they know no such beginning"):
+            hf(torch.tensor([[3], [4]]), past_key_values=cache, use_cache=True)  # it is of one row
+        own = hf(torch.tensor([short]), use_cache=True).past_key_values
+        with pytest.raises(ModelError, match="goes on with a cache"):
+            hf(torch.tensor([[3]]), past_key_values=own, use_cache=True)
 
 
 def test_many_answers_at_once_are_those_of_each_alone():
