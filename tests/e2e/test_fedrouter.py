@@ -10,6 +10,7 @@ import tiny_world
 import torch
 
 import molehill
+from molehill.config.methods import ref
 from molehill.wire.keys import OWN_PLACES, PLACES, Key
 from molehill.wire.store import load_tree
 from molehill_simulation.simulate import simulate
@@ -114,3 +115,19 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(made, tmp_path):
     simulate(config, tmp_path / "run")
     ours, theirs = (load_tree(path / "final.safetensors")[0] for path in (tmp_path / "run", out))
     assert ours.digest == theirs.digest
+
+
+def test_a_run_that_stops_in_its_warm_up_goes_on_with_what_was_told(made, tmp_path):
+    config, _, _ = made
+    longer = config.federation.model_copy(update={"assign": ref("task_clusters", warmup=2)})
+    short = config.model_copy(update={"federation": longer, "run": config.run.model_copy(update={"rounds": 2})})
+    simulate(short, tmp_path / "whole")
+    tiny_world.stopped_after(1, short, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "round-00001" / "seen.safetensors").is_file()
+    simulate(short, tmp_path / "run")
+    whole, again = (load_tree(tmp_path / name / "final.safetensors")[0] for name in ("whole", "run"))
+    assert whole.digest == again.digest
+    assert places(whole, PLACES).any()
+    decided = [tiny_world.events(tmp_path / name, "assigned") for name in ("whole", "run")]
+    assert [event["round"] for event in decided[1]] == [2]
+    assert [event["trains"] for event in decided[0]] == [event["trains"] for event in decided[1]]
