@@ -23,8 +23,8 @@ class Difference(NamedTuple):
         low: Lower end of its 95% interval.
         high: Upper end.
         worst: Of the owner who loses most, mean over seeds.
-        losers: Owners whose own interval, over seeds, lies below 0.
-        owners: How many there are.
+        losers: Owners whose own interval lies below 0.
+        owners: How many there are; of every seed where these are not the same.
     """
 
     mean: float
@@ -51,10 +51,16 @@ def means(found: Scores, *, lower: bool = False) -> tuple[float, float]:
     )
 
 
-def differences(ours: Scores, theirs: Scores, seed: int = 0) -> Difference:
+def differences(ours: Scores, theirs: Scores, seed: int = 0, *, same_owners: bool = True) -> Difference:
     """Compare two sides, of the same rows.
 
     A paired bootstrap draws seeds, and within them the units of every owner's rows, the same for both sides.
+
+    Args:
+        ours: One side.
+        theirs: The other.
+        seed: Of the draws.
+        same_owners: Whether an owner of a name is the same with every seed, so that its seeds count together.
 
     Raises:
         ValueError: They are of other rows.
@@ -70,18 +76,18 @@ def differences(ours: Scores, theirs: Scores, seed: int = 0) -> Difference:
 
     of = {at: [key for key in ours if key[0] == at] for at in seeds}
     low, high = np.quantile(over_seeds([np.mean([drawn[key] for key in of[at]], 0) for at in seeds]), (0.025, 0.975))
-    losers = 0
-    for owner in owners:
-        # Of one owner the seeds are too few to be drawn, and its rows differ from seed to seed.
-        mine = np.mean([drawn[at, owner] for at in seeds if (at, owner) in drawn], 0)
-        losers += bool(np.quantile(mine, 0.975) < 0)
+    # Of one owner the seeds are too few to be drawn, and its rows differ from seed to seed.
+    own = list(drawn.values())
+    if same_owners:
+        own = [np.mean([drawn[at, owner] for at in seeds if (at, owner) in drawn], 0) for owner in owners]
+    losers = sum(bool(np.quantile(each, 0.975) < 0) for each in own)
     return Difference(
         float(np.mean([np.mean([each[key] for key in of[at]]) for at in seeds])),
         float(low),
         float(high),
         float(np.mean([min(each[key] for key in of[at]) for at in seeds])),
         losers,
-        len(owners),
+        len(own),
     )
 
 

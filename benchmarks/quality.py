@@ -6,7 +6,8 @@
     python benchmarks/quality.py --tasks reviews --methods fedit clusters --seeds 2
 
 Every run keeps its folder, so an interrupted study goes on where it stopped. Runs of one seed have the same rows,
-steps and, but for FedSA, about the same bytes; whatever has a head of its own has the same kind.
+steps and, but for FedSA, about the same bytes. The personalised heads of all but FedSA, which trains them in the
+rounds, are of the same kind.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ class Task:
         sections: Of the configuration.
         measures: What is compared: the first by differences, too.
         answers: Whether models write answers.
+        same_owners: Whether an owner is the same with every seed.
     """
 
     title: str
@@ -63,6 +66,7 @@ class Task:
     sections: Mapping[str, Any]
     measures: tuple[str, str] = ("accuracy", "macro_f1")
     answers: bool = False
+    same_owners: bool = True
 
 
 def _owners(clients: int, **partition: Any) -> dict[str, Any]:
@@ -77,6 +81,7 @@ TASKS = {
         "label skew: Dirichlet, alpha 0.4",
         data.skew,
         {"data": _owners(8, name="dirichlet", alpha=0.4, column="label", min_units=60)},
+        same_owners=False,
     ),
     "disagreement": Task("three opinions on what labels mean", data.disagreement, {"data": _owners(6)}),
     "answers": Task(
@@ -112,49 +117,57 @@ class Method:
 
     Attributes:
         title: In the tables.
-        sections: Of the configuration.
+        sections: Of the configuration, for a learning rate.
         shares: Whether owners share anything.
         as_of: The method whose rate it takes, where it does not choose.
         rates: Learning rates to choose from.
     """
 
     title: str
-    sections: Mapping[str, Any]
+    sections: Callable[[float], Mapping[str, Any]]
     shares: bool = True
     as_of: str = ""
     rates: tuple[float, ...] = (2e-3, 4e-3)
 
 
-CHOSEN = ("fitted_model", "frozen_base", "own_adapter", "trained_alone")
+STEPS = 66  # of everybody
+
+
+def _by_themselves(*candidates: Any) -> dict[str, Any]:
+    """Owners who share a round of one step, and then make something of their own that has nothing of it."""
+    return {
+        "run": {"rounds": 1},
+        "molora": ONE,
+        "train": {"steps": 1},
+        "personal": {"gate": "global", "head": "convex", "candidates": candidates},
+    }
+
+
+def _alone(rate: float) -> dict[str, Any]:
+    return {"name": "trained_alone", "steps": STEPS, "lr": rate}
+
+
+CHOSEN = ("fitted_model", "frozen_base", "own_adapter", _alone(2e-3))
 METHODS = {
-    "base": Method(
-        "the frozen base",
-        {
-            "run": {"rounds": 1},
-            "molora": ONE,
-            "train": {"steps": 1},
-            "personal": {"gate": "global", "head": "convex", "candidates": ("frozen_base",)},
-        },
-        shares=False,
-        rates=(1e-3,),
-    ),
+    "base": Method("the frozen base", lambda _: _by_themselves("frozen_base"), shares=False, rates=(1e-3,)),
     "alone": Method(
-        "one LoRA, alone",
-        {"molora": ONE, "federation": {"preset": "local"}, "personal": {"gate": "global", "head": "convex"}},
-        shares=False,
-        rates=(1e-3, 2e-3, 4e-3),
+        "one LoRA, alone", lambda rate: _by_themselves(_alone(rate)), shares=False, rates=(1e-3, 2e-3, 4e-3)
     ),
     "fedit": Method(
-        "FedIT", {"molora": ONE, "federation": {"preset": "fedit"}, "personal": {"gate": "global", "head": "convex"}}
+        "FedIT",
+        lambda _: {"molora": ONE, "federation": {"preset": "fedit"}, "personal": {"gate": "global", "head": "convex"}},
     ),
     "fedsa": Method(
-        "FedSA", {"molora": ONE, "federation": {"preset": "fedsa"}, "personal": {"gate": "global", "head": "convex"}}
+        "FedSA, its own head",
+        lambda _: {"molora": ONE, "federation": {"preset": "fedsa"}, "personal": {"gate": "global"}},
     ),
-    "dense": Method("MoLoRA, no owner leans", {"molora": FOUR, "personal": CONVEX}),
-    "clusters": Method("MoLoRA", {"molora": FOUR | LEANING, "personal": CONVEX, "federation": {"assign": "clusters"}}),
+    "dense": Method("MoLoRA, no owner leans", lambda _: {"molora": FOUR, "personal": CONVEX}),
+    "clusters": Method(
+        "MoLoRA", lambda _: {"molora": FOUR | LEANING, "personal": CONVEX, "federation": {"assign": "clusters"}}
+    ),
     "chosen": Method(
         "MoLoRA, owners choose",
-        {
+        lambda _: {
             "molora": FOUR | LEANING,
             "personal": CONVEX | {"holdout": 0.2, "candidates": CHOSEN},
             "federation": {"assign": "clusters"},
@@ -199,10 +212,10 @@ class Job:
             "evaluate": {"split": self.split},
         }
         values: dict[str, dict[str, Any]] = {}
-        method = {name: dict(part) for name, part in METHODS[self.method].sections.items()}
+        method = {name: dict(part) for name, part in METHODS[self.method].sections(self.rate).items()}
         if task.answers:
             method.get("personal", {}).pop("head", None)
-            ours["base"] = {"model": str(folder / "data" / "base")}
+            ours["base"] = {"model": str(base_of(folder))}
         for sections in (EVERYWHERE, task.sections, method, ours):
             for name, section in sections.items():
                 values[name] = {**values.get(name, {}), **section}
@@ -213,8 +226,13 @@ def source_of(task: str, folder: Path) -> Path:
     """Write the rows of a task, and the base that it needs."""
     known = TASKS[task]
     if known.answers:
-        build(list(data.apart()), folder / "data" / "base")
+        base_of(folder)
     return data.write(known.rows(), folder / "data" / f"{task}.jsonl")
+
+
+def base_of(folder: Path) -> Path:
+    """The causal base, made once."""
+    return build(list(data.apart()), folder / "data")
 
 
 def jobs(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], *, tune: bool) -> Iterator[Job]:
@@ -246,15 +264,23 @@ def run_all(wanted: Sequence[Job], folder: Path, workers: int, tell: Any) -> Non
             tell(f"{number} of {len(left)}: {line}")
 
 
+@cache
+def _groups() -> Mapping[str, str]:
+    """Documents of questions."""
+    return {row["instruction"].strip(): row["group"] for row in data.answers()}
+
+
 def scores(job: Job, folder: Path, stage: str, measure: str) -> Scores:
     """Parts of a measure by seed and owner, with the units of the rows."""
     found = {}
+    groups = _groups() if measure == EXACT else {}
     for client in sorted(path.name for path in (job.out(folder) / "clients").iterdir() if path.is_dir()):
         store = store_in(job.out(folder), client)
         if measure == EXACT:  # of the personalised model alone
-            samples = store.load_findings().samples
+            samples = sorted(store.load_findings().samples, key=lambda each: (each.question, each.reference))
             parts = Parts.of_rows([float(exact(each.answer, each.reference)) for each in samples])
-            found[job.seed, client] = (parts, np.array([zlib.crc32(each.question.encode()) for each in samples]))
+            units = [zlib.crc32(groups[each.question].encode()) for each in samples]
+            found[job.seed, client] = (parts, np.array(units))
         else:
             rows = store.load_row_scores()
             found[job.seed, client] = (rows.stages[stage].parts[measure], np.asarray(rows.units))
@@ -290,7 +316,9 @@ def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path)
         return {key: value for job in wanted[method] for key, value in scores(job, folder, stage, what).items()}
 
     def compared(found: Scores, other: str, *, same: bool) -> str:
-        return "" if same or other not in methods else _told(differences(found, of(other, "personalised")))
+        if same or other not in methods:
+            return ""
+        return _told(differences(found, of(other, "personalised"), same_owners=TASKS[task].same_owners))
 
     rows = []
     for method in methods:

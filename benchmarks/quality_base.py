@@ -6,6 +6,7 @@ It learns the sentences themselves and to call them good, bad or so-so: words th
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -62,8 +63,17 @@ def batches(ids: list[list[int]], tokens: int, epochs: int, seed: int) -> Iterat
         yield from some
 
 
-def build(rows: Sequence[dict[str, str]], path: Path, *, epochs: int = 4, seed: int = 0) -> Path:
-    """Train the base and save it as a folder that Transformers opens, unless it is there."""
+def build(rows: Sequence[dict[str, str]], folder: Path, *, epochs: int = 4, seed: int = 0) -> Path:
+    """Train the base and save it as a folder that Transformers opens, unless it is there.
+
+    Args:
+        rows: What it reads.
+        folder: Where the base is put, under a name that says which program made it of how much.
+        epochs: Passes over the rows.
+        seed: Of its start values and batches.
+    """
+    made = zlib.crc32(Path(__file__).read_bytes())
+    path = folder / f"base-{made:08x}-{len(rows)}-{epochs}-{seed}"
     if (path / "config.json").exists():
         return path
     torch.manual_seed(seed)

@@ -215,9 +215,9 @@ def _among(wanted: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[st
     return {ours: found for ours, near in wanted.items() if (found := _first(near, names))}
 
 
-# As in the demo, which is what won in docs/reference/results.md.
+# As in the demo, see docs/reference/results.md.
 _LEANING = """\
-alpha = 64.0                       # four open experts that share the weight are as strong as one at 16
+alpha = 64.0                       # how strong an expert is: alpha / rank
 scorer = "leaning"                 # what a token says, and what its owner leans on
 init = "alike"                     # experts are one until owners lean
 """

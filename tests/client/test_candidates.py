@@ -125,6 +125,17 @@ def test_alone_is_the_baseline(home):
     assert ours.loss == pytest.approx(theirs.loss, abs=0.25)  # of other batches
 
 
+def test_how_long_an_adapter_is_trained_alone_can_be_said(home):
+    company = company_of(home(run={"rounds": 2}, train={"steps": 3}, personal={"head": "global"}))
+
+    def made(**params):
+        return registry.build("candidate", "trained_alone", params).make(company)[0]
+
+    assert made(steps=6).equal(made())
+    assert not made(steps=7).equal(made())
+    assert registry.build("candidate", "trained_alone", {"steps": 7}).steps(company.bench.config) == 7
+
+
 def test_the_frozen_base_is_the_baseline(home):
     house = home(personal={"head": "convex"}, evaluate={"baselines": True}, run={"rounds": 1})
     company = company_of(house, tree=learnt(house, steps=10))

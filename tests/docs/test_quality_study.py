@@ -53,6 +53,7 @@ def test_an_owner_loses_who_is_worse_by_more_than_chance():
     ours, theirs = scores({"a": 0.9, "b": 0.5, "c": 0.6}), scores({"a": 0.6, "b": 0.8, "c": 0.601})
     found = paired.differences(ours, theirs)
     assert (found.losers, found.owners) == (1, 3)
+    assert paired.differences(ours, theirs, same_owners=False).owners == 6
     assert found.worst < -0.2
 
 

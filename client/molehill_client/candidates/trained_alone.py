@@ -19,9 +19,11 @@ class TrainedAloneParams:
     """Parameters of an adapter that is trained alone.
 
     Attributes:
+        steps: Optimiser steps; as many as all rounds when omitted.
         lr: Learning rate of the experts; that of the rounds when omitted.
     """
 
+    steps: Annotated[int, Field(ge=1)] | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -37,19 +39,21 @@ class TrainedAlone(Candidate):
     usual = 5
 
     def __init__(self, params: TrainedAloneParams) -> None:
-        self._lr = params.lr
+        self._params = params
+
+    def _own(self, config: Config) -> int:
+        return self._params.steps or config.run.rounds * config.train.steps
 
     def steps(self, config: Config, /) -> int:
-        """Those of all rounds, and those of a head that is fitted in steps."""
+        """Those of the adapter, and those of a head that is fitted in steps."""
         after = config.personal.steps if config.personal.head_residual == "fitted" else 0
-        return config.run.rounds * config.train.steps + after
+        return self._own(config) + after
 
     def make(self, company: Company, /) -> Sequence[Tensor]:
         """The start values, trained."""
-        settings, run = company.bench.settings(), company.bench.config
-        if self._lr is not None:
-            rates = settings.rates._replace(experts=self._lr)
+        settings = company.bench.settings()
+        if self._params.lr is not None:
+            rates = settings.rates._replace(experts=self._params.lr)
             settings = replace(settings, rates=rates, keys="lr of candidate trained_alone")
-        steps = run.run.rounds * run.train.steps
-        made = company.trained(company.started(), settings, steps, "alone", routed=True)
+        made = company.trained(company.started(), settings, self._own(company.bench.config), "alone", routed=True)
         return [company.personal(made, kinds=("head",))]
