@@ -411,7 +411,7 @@ def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
             for part, axis in group.router.scorer.axes().items():
                 if axis >= 0:
                     row = np.take(effective(group.router, part), ids.index(expert), axis)
-                    values[Key(group.site.name, NO_EXPERT, roles[part]).name] = np.ascontiguousarray(row)
+                    values[Key(group.site.name, NO_EXPERT, roles[part]).name] = np.array(row)  # a number stays one
     return values
 
 

@@ -106,7 +106,8 @@ REASONS = {
     },
     "a word of people": {"molehill/tasks/measures.py": "ppl"},
     "what a first configuration begins with": {
-        "simulation/molehill_simulation/started.py": "output*2 iid linear fedit int8 by_column dense top_k",
+        "simulation/molehill_simulation/started.py": "output*2 iid linear fedit int8 by_column dense top_k leaning "
+        "alike clusters",
     },
     "how the rows of one owner are dealt": {"simulation/molehill_simulation/newcomer.py": "iid"},
     "what answers when nobody chooses": {"molehill/decoding/__init__.py": "own_logits"},

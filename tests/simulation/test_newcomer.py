@@ -108,7 +108,7 @@ def test_one_with_few_rows_takes_the_shared_model_and_is_told_why(run, tmp_path)
     assert "personalised over global, on the same rows: accuracy 0.000 (0.000 to 0.000)" in text
     kept = json.loads((tmp_path / "few/personalised.json").read_text())
     assert (kept["chosen"], kept["aside"]) == ("shared_model", 0)
-    assert kept["candidates"] == ["shared_model", "fitted_model", "frozen_base", "own_adapter", "trained_alone"]
+    assert kept["candidates"] == ["shared_model", "fitted_model", "own_adapter", "trained_alone"]  # without a head
     assert kept["stages"]["personalised"] == kept["stages"]["global"]
     ours, theirs = (load(path, who).predict(TEXTS) for path, who in ((tmp_path / "few", "newcomer"), (run, "global")))
     assert [each.probabilities for each in ours] == [each.probabilities for each in theirs]
