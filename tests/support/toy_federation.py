@@ -32,6 +32,20 @@ LR = 0.05
 HEAD = Key("head", "-", "head.bias")
 GATE = Key(SITE, "-", "gate.weight")
 
+# Sections of runs in which owners lean on experts, or experts are dealt to owners.
+LEANS = {"molora": {"scorer": "leaning"}, "federation": {"assign": "clusters"}}
+LEASE = {"molora": {"scorer": "own_alias", "selector": "dense"}, "federation": {"preset": "fedlease"}}
+REVERSE = {
+    "molora": {"experts": 6, "shared": 1, "scorer": "lowrank_dot", "selector": "top_k"},
+    "federation": {"preset": "fedamole"},
+    "personal": {"gate": "split"},
+}
+ROUTER = {
+    "molora": {"scorer": "nearest_centroid", "selector": {"name": "top_k", "k": 1}, "scope": "model"},
+    "federation": {"preset": "fedrouter"},
+    "personal": {"gate": "split"},
+}
+
 
 def config(**sections) -> Config:
     """Exact codecs, no baselines and no grace unless said otherwise."""
