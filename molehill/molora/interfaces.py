@@ -253,7 +253,7 @@ class Selector(ABC):
         per_row: In training rows do not see each other; where they do, clients never share its batches.
         random: It draws numbers in training; as ``per_row``.
         by_logits: As of `LogitTransform`; its routes have a row for every row of the logits.
-        takes_k: Its parameters have a ``k``, which an allocation may set, and a client may have its own.
+        takes_k: See `OfK`.
         bound: No weight is larger.
     """
 
@@ -268,13 +268,19 @@ class Selector(ABC):
         """The selector as it acts at inference: its deterministic twin, which is exported."""
         return self
 
-    def with_k(self, k: int) -> Selector:
-        """One like this with another ``k``; of those that ``takes_k``."""
-        raise NotImplementedError(f"{type(self).__name__} takes no k: {k}")
-
     @abstractmethod
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[B|1, T|1, (H,) E]``."""
+
+
+class OfK(Selector):
+    """A selector whose parameters have a ``k``, which an allocation may set, and a client may have its own."""
+
+    takes_k = True
+
+    @abstractmethod
+    def with_k(self, k: int) -> Selector:
+        """One like this with another ``k``."""
 
 
 class Topology:

@@ -17,7 +17,7 @@ from molehill.molora import reading
 from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
-from molehill.molora.interfaces import Selector
+from molehill.molora.interfaces import OfK, Selector
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.routes import ForwardState, RouteGroup
@@ -330,13 +330,15 @@ class MoLoRAModel(nn.Module):
         """
         made: dict[int, Selector] = {}  # routers that share one go on to share one
         for name, built in self._selectors.items():
-            if k is not None and not built.takes_k:
+            if k is None:
+                made[id(built)] = built
+            elif not isinstance(built, OfK):
                 raise ModelError(
                     f"a client has {k} experts per token, and the selector of {name} takes no such number",
                     mend="Use a selector with k.",
                 )
-            if id(built) not in made:
-                made[id(built)] = built if k is None else built.with_k(k)
+            elif id(built) not in made:
+                made[id(built)] = built.with_k(k)
             self.routers[name].router.selector = made[id(built)]
 
     def use_uniform_gate(self, uniform: bool) -> None:

@@ -23,13 +23,15 @@ def states(base: nn.Module, args: Sequence[Any], given: Mapping[str, Any]) -> Te
         given: By name; caches and what is to be made of the output do not count.
     """
     ours = {name: value for name, value in given.items() if name not in _NOT_OURS}
-    part: Any = base
+    inner = getattr(base, "base_model", base)  # the layers without the head, which keeps no states of others
+    found: Tensor
     if trial_of(base).states:
-        return part(*args, **ours).last_hidden_state  # type: ignore[no-any-return]  # its callee is untyped
-    inner = getattr(part, "base_model", part)  # the layers without the head, which keeps no states of others
-    if inner is not part:
-        return inner(*args, **ours, use_cache=False).last_hidden_state  # type: ignore[no-any-return]  # its callee is untyped
-    return part(*args, **ours, use_cache=False, output_hidden_states=True).hidden_states[-1]  # type: ignore[no-any-return]  # its callee is untyped
+        found = base(*args, **ours).last_hidden_state
+    elif inner is not base:
+        found = inner(*args, **ours, use_cache=False).last_hidden_state
+    else:
+        found = base(*args, **ours, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    return found
 
 
 def width(base: nn.Module) -> int:

@@ -144,7 +144,8 @@ REASONS = {
     "a word of the field that leads to an axis": {"molehill/molora/experts/__init__.py": "lora"},
     "a kind of tensor, or a part of its name": {
         "molehill/wire/keys.py": "dense residual",
-        "server/molehill_server/check/model.py": "dense*2",
+        "server/molehill_server/check/assignments.py": "dense",
+        "server/molehill_server/check/model.py": "dense",
     },
     "a kind of sampling, as the field calls it": {"molehill/draws.py": "poisson*4"},
     "a field of a message": {"molehill/evidence.py": "tree"},

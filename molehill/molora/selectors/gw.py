@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from molehill.molora.distributions import uncertainty
-from molehill.molora.interfaces import Route, RouteContext, Selector
+from molehill.molora.interfaces import OfK, Route, RouteContext, Selector
 from molehill.molora.selectors.top_k import TopK, TopKParams
 from molehill.molora.tokens import token_counts
 from molehill.registry import register
@@ -42,7 +42,7 @@ class GWParams:
     url="https://arxiv.org/abs/2406.12375",
     seeds=("S12", "Z2"),
 )
-class GW(Selector):
+class GW(OfK):
     """Top-k, but in training uncertain tokens go to all experts with their probabilities as weights.
 
     Inference is plain top-k. The released code broadcasts the hidden state itself and not the experts' outputs; this
@@ -51,7 +51,6 @@ class GW(Selector):
     """
 
     by_logits = True
-    takes_k = True
 
     def __init__(self, params: GWParams) -> None:
         self.params = params
@@ -62,7 +61,7 @@ class GW(Selector):
         return self._top_k
 
     def with_k(self, k: int) -> GW:
-        """See `Selector.with_k`."""
+        """See `OfK.with_k`."""
         return GW(replace(self.params, k=k))
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from molehill.molora.distributions import softmax, top_k_mask, top_k_softmax
-from molehill.molora.interfaces import Route, RouteContext, Selector
+from molehill.molora.interfaces import OfK, Route, RouteContext
 from molehill.registry import register
 
 
@@ -35,20 +35,19 @@ class TopKParams:
     url="https://arxiv.org/abs/1701.06538",
     seeds=("S2", "S113", "S180"),
 )
-class TopK(Selector):
+class TopK(OfK):
     """The k largest logits, weighted by their softmax.
 
     Softmax over the chosen logits is the same as softmax over all, then division by the sum of the chosen.
     """
 
     by_logits = True
-    takes_k = True
 
     def __init__(self, params: TopKParams) -> None:
         self.params = params
 
     def with_k(self, k: int) -> TopK:
-        """See `Selector.with_k`."""
+        """See `OfK.with_k`."""
         return TopK(replace(self.params, k=k))
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from molehill.config import Config
 from molehill.errors import ConfigError
-from molehill_server.check import aggregation, draw, kinds, masked, model, privacy
+from molehill_server.check import aggregation, assignments, draw, kinds, masked, model, personal, privacy
 from molehill_server.check.conflict import Conflict
 
 __all__ = ["Conflict", "check", "require"]
 
-RULES = (*aggregation.RULES, *model.RULES, *kinds.RULES, *privacy.RULES, *masked.RULES, *draw.RULES)
+_SUBJECTS = (aggregation, assignments, model, personal, kinds, privacy, masked, draw)
+RULES = tuple(rule for subject in _SUBJECTS for rule in subject.RULES)
 
 
 def check(config: Config) -> list[Conflict]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from molehill import registry
-from molehill.config import Config
+from molehill.config import Config, MethodRef
+from molehill.errors import ConfigError
+from molehill.molora.interfaces import Site, SitePlan
 from molehill_server.planning.planner import scopes, select, shares
 from molehill_server.privacy.draw import Draw
 
@@ -66,3 +68,20 @@ def closed_spaces() -> str:
 def sends_nothing(config: Config) -> bool:
     """Whether nothing ever leaves a client."""
     return not any(scope == "shared" for number in (1, 2) for _, scope in scopes(config, number))
+
+
+def planned(allocation: MethodRef, config: Config) -> SitePlan:
+    """What an allocation gives a site."""
+    site, molora = Site(layer=0, name="any", n_layers=1, d_in=1, d_out=1), config.molora
+    plans: Mapping[str, SitePlan] = allocation.build("allocation").plan(
+        [site], molora.experts, molora.shared, molora.rank
+    )
+    return plans["any"]
+
+
+def k_of_the_allocation(config: Config) -> int | None:
+    """Experts per token that the allocation itself gives; None where it leaves them to the selector."""
+    try:
+        return planned(config.molora.allocation, config).top_k
+    except ConfigError:  # which another rule tells
+        return None

@@ -107,7 +107,8 @@ def fits(told: Sequence[Tree]) -> NDArray[np.float64]:
         had = np.any(experts != 0, axis=2, keepdims=True).sum(0)
         mean = experts.sum(0) / np.maximum(had, 1)
         found.append(softmax(mean @ tokens.T / math.sqrt(values.shape[2]), axis=1))
-    return np.mean(found, axis=0)  # type: ignore[no-any-return]  # numpy's mean
+    mean_fit: NDArray[np.float64] = np.mean(found, axis=0)
+    return mean_fit
 
 
 def choose(fit: NDArray[np.float64], params: ReverseParams) -> NDArray[np.bool_]:
