@@ -109,6 +109,7 @@ ONE = {"preset": "lora", "rank": 33, "alpha": 66.0, "selector": None, "scope": N
 FOUR = {"experts": 4, "rank": 8, "alpha": 64.0}
 CONVEX = {"head": "convex", "steps": 12, "gate_lr": 3e-3}
 LEANING = {"scorer": "leaning", "init": "alike"}
+WHERE = {"targets": TARGETS, "layers": (3, 4, 5), "scope": None, "selector": None}
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Method:
         shares: Whether owners share anything.
         as_of: The method whose rate it takes, where it does not choose.
         rates: Learning rates to choose from.
+        seeds: The study's first so many.
     """
 
     title: str
@@ -128,6 +130,7 @@ class Method:
     shares: bool = True
     as_of: str = ""
     rates: tuple[float, ...] = (2e-3, 4e-3)
+    seeds: int = SEEDS
 
 
 STEPS = 66  # of everybody
@@ -147,6 +150,15 @@ def _alone(rate: float) -> dict[str, Any]:
     return {"name": "trained_alone", "steps": STEPS, "lr": rate}
 
 
+def _published(name: str, assign: Any, **molora: Any) -> Callable[[float], dict[str, Any]]:
+    """Adapter and federation as published, on our layers and with our head."""
+    return lambda _: {
+        "molora": WHERE | {"preset": name} | molora,
+        "personal": {"gate": "split", "head": "convex"},
+        "federation": {"preset": name, "assign": assign},
+    }
+
+
 CHOSEN = ("fitted_model", "frozen_base", "own_adapter", _alone(1e-3))
 METHODS = {
     "base": Method("the frozen base", lambda _: _by_themselves("frozen_base"), shares=False, rates=(1e-3,)),
@@ -160,8 +172,9 @@ METHODS = {
     "fedsa": Method(
         "FedSA, its own head",
         lambda _: {"molora": ONE, "federation": {"preset": "fedsa"}, "personal": {"gate": "global"}},
+        seeds=3,
     ),
-    "dense": Method("MoLoRA, no owner leans", lambda _: {"molora": FOUR, "personal": CONVEX}),
+    "dense": Method("MoLoRA, no owner leans", lambda _: {"molora": FOUR, "personal": CONVEX}, seeds=3),
     "clusters": Method(
         "MoLoRA", lambda _: {"molora": FOUR | LEANING, "personal": CONVEX, "federation": {"assign": "clusters"}}
     ),
@@ -173,7 +186,15 @@ METHODS = {
             "federation": {"assign": "clusters"},
         },
         as_of="clusters",
+        seeds=3,
     ),
+    "fedlease": Method(
+        "FedLEASE, our head",
+        _published("fedlease", {"name": "lease", "warmup": 2, "most": 4}, rank=8, alpha=32.0),
+        seeds=3,
+    ),
+    "fedamole": Method("FedAMoLE, our head", _published("fedamole", None), seeds=3),
+    "fedrouter": Method("FedRouter, our head", _published("fedrouter", None), seeds=3),
 }
 # Chosen with --tune: the best mean of the personalised models on validation rows, with a seed that no table has.
 # Reviews and disagreement agree, and skew takes theirs untried.
@@ -241,6 +262,8 @@ def jobs(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], *, 
         for task in tasks:
             for method in methods:
                 known = METHODS[method]
+                if seed > known.seeds:
+                    continue
                 if not tune:
                     yield Job(task, method, seed, RATES.get(task, {}).get(known.as_of or method, known.rates[0]))
                 elif not known.as_of:
@@ -318,7 +341,8 @@ def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path)
     def compared(found: Scores, other: str, *, same: bool) -> str:
         if same or other not in methods:
             return ""
-        return _told(differences(found, of(other, "personalised"), same_owners=TASKS[task].same_owners))
+        theirs = {key: value for key, value in of(other, "personalised").items() if key in found}
+        return _told(differences(found, theirs, same_owners=TASKS[task].same_owners))
 
     rows = []
     for method in methods:
@@ -331,8 +355,9 @@ def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path)
                 json.loads((job.out(folder) / "summary.json").read_text(encoding="utf-8"))["bytes_up"]
                 for job in wanted[method]
             ]
+            title = known.title if len(stages) == 1 else f"{known.title}, {stage}"
             rows.append([
-                known.title if len(stages) == 1 else f"{known.title}, {stage}",
+                title if len(wanted[method]) == len(seeds) else f"{title} ({len(wanted[method])} seeds)",
                 *(f"{number:.3f}" if number < 2 else f"{number:.2f}" for number in numbers),
                 compared(found, "alone", same=method == "alone"),
                 compared(found, "fedit", same=(method, stage) == ("fedit", "personalised")),

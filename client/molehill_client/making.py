@@ -146,6 +146,11 @@ class Company:
         return model.flat.detach().clone()
 
 
+def head_steps(config: Config) -> int:
+    """Steps of an owner's own head, where it is fitted in steps."""
+    return config.personal.steps if config.personal.head_residual == "fitted" else 0
+
+
 class Candidate(ABC):
     """Something that an owner could make of the final model with rows of its own.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from molehill.config import Config
 from molehill.registry import register
-from molehill_client.making import Candidate, Company
+from molehill_client.making import Candidate, Company, head_steps
 
 
 @register("candidate", "frozen_base", paper="house")
@@ -25,7 +25,7 @@ class FrozenBase(Candidate):
 
     def steps(self, config: Config, /) -> int:
         """Those of a head that is fitted in steps."""
-        return config.personal.steps if config.personal.head_residual == "fitted" else 0
+        return head_steps(config)
 
     def make(self, company: Company, /) -> Sequence[Tensor]:
         """The start values, of which the base's output is that of the model, with a head."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molehill.config import Config
 from molehill.registry import register
-from molehill_client.making import Candidate, Company
+from molehill_client.making import Candidate, Company, head_steps
 from molehill_client.regularisers.fedprox import FedProx, FedProxParams
 
 
@@ -47,8 +47,7 @@ class OwnAdapter(Candidate):
 
     def steps(self, config: Config, /) -> int:
         """Those of the adapter, and of a head that is fitted in steps after each part of the way."""
-        after = config.personal.steps if config.personal.head_residual == "fitted" else 0
-        return self._params.steps + len(self._params.along) * after
+        return self._params.steps + len(self._params.along) * head_steps(config)
 
     def make(self, company: Company, /) -> Sequence[Tensor]:
         """What was received, moved by each part of the way."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molehill.config import Config
 from molehill.registry import register
-from molehill_client.making import Candidate, Company
+from molehill_client.making import Candidate, Company, head_steps
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class TrainedAlone(Candidate):
 
     def steps(self, config: Config, /) -> int:
         """Those of the adapter, and those of a head that is fitted in steps."""
-        after = config.personal.steps if config.personal.head_residual == "fitted" else 0
-        return self._own(config) + after
+        return self._own(config) + head_steps(config)
 
     def make(self, company: Company, /) -> Sequence[Tensor]:
         """The start values, trained."""
