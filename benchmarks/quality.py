@@ -44,6 +44,7 @@ from molehill_simulation.simulate import simulate
 
 PAGE = ROOT / "docs" / "reference" / "results.md"
 SEEDS = 5
+FEW = (25, 50, 100)
 EXACT = "exact_match"
 TARGETS = ("query", "value", "intermediate.dense")
 
@@ -59,6 +60,8 @@ class Task:
         measures: What is compared: the first by differences, too.
         answers: Whether models write answers.
         same_owners: Whether an owner is the same with every seed.
+        methods: Those that it is for; all when empty.
+        seeds: The study's first so many.
     """
 
     title: str
@@ -67,6 +70,12 @@ class Task:
     measures: tuple[str, str] = ("accuracy", "macro_f1")
     answers: bool = False
     same_owners: bool = True
+    methods: tuple[str, ...] = ()
+    seeds: int = SEEDS
+
+    def has(self, method: str) -> bool:
+        """Whether it is for that method."""
+        return not self.methods or method in self.methods
 
 
 def _owners(clients: int, **partition: Any) -> dict[str, Any]:
@@ -95,7 +104,19 @@ TASKS = {
         },
         (EXACT, LOSS.name),
         answers=True,
+        methods=("base", "alone", "fedit", "dense", "clusters"),
+        seeds=3,
     ),
+    **{
+        f"rows{few}": Task(
+            f"feature shift, at most {few} training rows an owner",
+            data.reviews,
+            {"data": _owners(8) | {"rows": few}},
+            methods=("base", "alone", "fedit", "clusters"),
+            seeds=2,
+        )
+        for few in FEW
+    },
 }
 EVERYWHERE: Mapping[str, Any] = {
     "run": {"rounds": 6},
@@ -199,7 +220,7 @@ METHODS = {
 # Chosen with --tune: the best mean of the personalised models on validation rows, with a seed that no table has.
 # Reviews and disagreement agree, and skew takes theirs untried.
 _BEST = {"base": 1e-3, "alone": 1e-3, "fedit": 4e-3, "fedsa": 2e-3, "dense": 4e-3, "clusters": 4e-3}
-RATES: Mapping[str, Mapping[str, float]] = dict.fromkeys(("reviews", "skew", "disagreement"), _BEST)
+RATES: Mapping[str, Mapping[str, float]] = dict.fromkeys([name for name in TASKS if name != "answers"], _BEST)
 
 
 @dataclass(frozen=True)
@@ -262,7 +283,7 @@ def jobs(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], *, 
         for task in tasks:
             for method in methods:
                 known = METHODS[method]
-                if seed > known.seeds:
+                if seed > min(known.seeds, TASKS[task].seeds) or not TASKS[task].has(method):
                     continue
                 if not tune:
                     yield Job(task, method, seed, RATES.get(task, {}).get(known.as_of or method, known.rates[0]))
@@ -316,7 +337,7 @@ def choose(
     """The best rate of every method on the validation rows."""
     best: dict[str, dict[str, float]] = {}
     for task in tasks:
-        for method in (name for name in methods if not METHODS[name].as_of):
+        for method in (name for name in methods if TASKS[task].has(name) and not METHODS[name].as_of):
             by_rate = {}
             for rate in METHODS[method].rates:
                 found: Scores = {}
@@ -334,6 +355,7 @@ def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path)
     for job in jobs([task], methods, seeds, tune=False):
         wanted.setdefault(job.method, []).append(job)
     first, second = TASKS[task].measures
+    most = max(map(len, wanted.values()))
 
     def of(method: str, stage: str, what: str = first) -> Scores:
         return {key: value for job in wanted[method] for key, value in scores(job, folder, stage, what).items()}
@@ -357,7 +379,7 @@ def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path)
             ]
             title = known.title if len(stages) == 1 else f"{known.title}, {stage}"
             rows.append([
-                title if len(wanted[method]) == len(seeds) else f"{title} ({len(wanted[method])} seeds)",
+                title if len(wanted[method]) == most else f"{title} ({len(wanted[method])} seeds)",
                 *(f"{number:.3f}" if number < 2 else f"{number:.2f}" for number in numbers),
                 compared(found, "alone", same=method == "alone"),
                 compared(found, "fedit", same=(method, stage) == ("fedit", "personalised")),
@@ -410,10 +432,11 @@ def main() -> None:
         return
     parts = []
     for task in arguments.tasks:
-        left = {job.method for job in jobs([task], arguments.methods, seeds, tune=False) if not job.done(arguments.out)}
+        of_it = list(jobs([task], arguments.methods, seeds, tune=False))
+        left = {job.method for job in of_it if not job.done(arguments.out)}
         if left:
             echo(f"{task}: without {', '.join(sorted(left))}, of which not all runs are there")
-        methods = [method for method in arguments.methods if method not in left]
+        methods = [method for method in dict.fromkeys(job.method for job in of_it) if method not in left]
         if methods:
             rows = table(task, methods, seeds, arguments.out)
             parts.append(f"**{task}** ({TASKS[task].title})\n\n{markdown(head(TASKS[task]), rows)}")
