@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from molehill.errors import MolehillError, TrainingError
+from molehill.tasks.kind import kind_of
 from molehill.tasks.measures import LOSS
+from molehill.tasks.outcomes import Outcomes, Parts
 from molehill_client.making import Candidate, Company
 from molehill_client.participant import Participant
 from molehill_client.scores import by_row, score
@@ -21,28 +22,23 @@ from molehill_client.scores import by_row, score
 _log = logging.getLogger(__name__)
 
 
-class Losses(NamedTuple):
-    """What a model loses on some rows, unit by unit.
+def clearly_worse(one: Parts, best: Parts, units: Sequence[int], *, lower: bool) -> bool:
+    """Whether a measure is worse by more than one standard error of the paired difference over units.
 
-    Attributes:
-        total: Of every unit the sum over its predictions, in nats, ``[U]``.
-        counts: Of every unit its predictions, ``[U]``.
+    Args:
+        one: What one model scored on some rows.
+        best: What another scored on them.
+        units: Of every row the number of the unit it is of, ``[N]``.
+        lower: Whether less is better.
     """
-
-    total: NDArray[np.float64]
-    counts: NDArray[np.float64]
-
-    @property
-    def mean(self) -> float:
-        """Of a prediction."""
-        return float(self.total.sum() / self.counts.sum())
-
-    def as_good(self, best: Losses) -> bool:
-        """Whether the mean is worse by no more than one standard error of the paired difference over units."""
-        apart, whole, n = self.total - best.total, self.counts.sum(), len(self.counts)
-        worse = apart.sum() / whole
-        each = (apart - worse * self.counts) / whole
-        return bool(worse <= math.sqrt(n / (n - 1) * float(each @ each)))
+    before, after = one.value(), best.value()
+    if before is None or after is None:
+        return False
+    _, places = np.unique(np.asarray(units), return_inverse=True)
+    n = int(places.max()) + 1
+    each = np.bincount(places, one.changes(len(places)) - best.changes(len(places)), n)
+    worse = before - after if lower else after - before
+    return bool(worse > math.sqrt(n / (n - 1) * float(each @ each)))
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,15 @@ class Choice:
 class _Trial(NamedTuple):
     place: int
     way: int
-    losses: Losses
+    scored: Outcomes
 
 
 def choose(company: Company) -> list[Choice]:
     """Choose for every owner of a company, and make it with all rows of the company.
 
-    Every candidate is made with the rows of the rounds and tried on those that were set aside. The first that is not
-    worse than the best by more than a standard error wins, so without evidence an earlier one is taken, and without
+    Every candidate is made with the rows of the rounds and tried on those that were set aside. The first wins that is
+    not clearly worse than the one of the least loss, both in loss and in what the task is judged by: a model that was
+    fitted to few rows may know more and be too sure of it. So without evidence an earlier one is taken, and without
     rows that were set aside the first.
 
     Args:
@@ -113,7 +110,7 @@ def _tried(company: Company, candidates: Sequence[Candidate]) -> list[tuple[int,
             for way, values in enumerate(candidate.make(trial)):
                 for found, client, own in zip(tried, owners, values, strict=True):
                     client.bench.model.flat.copy_(own)
-                    found.append(_Trial(place, way, losses_of(client)))
+                    found.append(_Trial(place, way, scored(client)))
         except MolehillError as error:
             if len(owners) > 1:  # one by one it shows whom it concerns
                 raise
@@ -125,21 +122,31 @@ def _tried(company: Company, candidates: Sequence[Candidate]) -> list[tuple[int,
 def _winner(tried: Sequence[_Trial], client: Participant) -> tuple[int, int]:
     if not tried:
         raise TrainingError("none of personal.candidates can be made", where=f"client {client.name}")
-    best = min(tried, key=lambda each: each.losses.mean)
-    first = next(each for each in tried if each is best or each.losses.as_good(best.losses))
+    best = min(tried, key=lambda each: _value(each.scored))
+    judged = kind_of(client.bench.config.task).measures[0]
+    kinds = {LOSS.name: True} | {judged.name: judged.lower}
+
+    def as_good(trial: _Trial) -> bool:
+        told = [name for name in kinds if name in best.scored.parts]
+        units = client.aside_rows.units
+        return not all(
+            clearly_worse(trial.scored.parts[name], best.scored.parts[name], units, lower=kinds[name]) for name in told
+        )
+
+    first = next(each for each in tried if each is best or as_good(each))
     return first.place, first.way
 
 
-def losses_of(client: Participant) -> Losses:
-    """What the model as it is loses on the rows that a client set aside.
+def _value(scored: Outcomes) -> float:
+    value = scored.parts[LOSS.name].value()
+    return math.inf if value is None else value
+
+
+def scored(client: Participant) -> Outcomes:
+    """What the model as it is scores on the rows that a client set aside.
 
     Raises:
         TrainingError: A loss is not finite.
     """
     rows = client.aside_rows
-    part = by_row(client.bench, rows, score(client.bench, rows)).parts[LOSS.name]
-    _, unit = np.unique(np.asarray(rows.units), return_inverse=True)
-    total, counts = np.zeros(unit.max() + 1), np.zeros(unit.max() + 1)
-    np.add.at(total, unit[part.rows], part.above)
-    np.add.at(counts, unit[part.rows], part.below)
-    return Losses(total, counts)
+    return by_row(client.bench, rows, score(client.bench, rows))

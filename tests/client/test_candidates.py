@@ -13,7 +13,8 @@ from tiny_house import House
 from molehill import registry
 from molehill.errors import TrainingError
 from molehill.tasks.lengths import Examples
-from molehill_client.choosing import Losses, choose, losses_of
+from molehill.tasks.outcomes import Parts
+from molehill_client.choosing import choose, clearly_worse, scored
 from molehill_client.making import Candidate, Company
 from molehill_client.scores import score
 from molehill_client.scoring import evaluate_together
@@ -174,28 +175,34 @@ def test_who_is_like_the_others_takes_the_shared_model_and_who_contradicts_them_
 
 
 def losses(*each, counts=None):
-    return Losses(np.array(each), np.ones(len(each)) if counts is None else np.array(counts))
+    return Parts.of_rows(each, counts)
+
+
+def worse(one, best, units=None, lower=True):
+    return clearly_worse(one, best, range(len(best.above)) if units is None else units, lower=lower)
 
 
 def test_worse_is_what_is_more_than_a_standard_error_of_paired_units():
     best = losses(1.0, 2.0, 3.0, 4.0)
-    assert best.as_good(best)
-    assert not losses(1.1, 2.1, 3.1, 4.1).as_good(best)  # each unit says so
+    assert not worse(best, best)
+    assert worse(losses(1.1, 2.1, 3.1, 4.1), best)  # each unit says so
+    assert not worse(losses(1.1, 2.1, 3.1, 4.1), best, lower=False)
     apart = np.array([1.0, -0.5, 0.5, -0.5])
     error = apart.std(ddof=1) / 2
-    assert losses(*(best.total + apart - apart.mean() + error * 0.999)).as_good(best)
-    assert not losses(*(best.total + apart - apart.mean() + error * 1.001)).as_good(best)
+    assert not worse(losses(*(best.above + apart - apart.mean() + error * 0.999)), best)
+    assert worse(losses(*(best.above + apart - apart.mean() + error * 1.001)), best)
 
 
 def test_units_count_by_their_predictions():
-    counts = np.array([1.0, 2.0, 1.0, 4.0])
-    best = losses(0.0, 0.0, 0.0, 0.0, counts=counts)
-    worse = losses(0.8, 0.4, 0.0, 0.8, counts=counts)
-    assert worse.mean == 0.25
-    each = (worse.total - 0.25 * counts) / 8  # by how much each changes the mean
+    counts, units = [1.0, 1.0, 1.0, 1.0, 2.0, 2.0], [7, 8, 8, 9, 3, 3]
+    best = losses(*[0.0] * 6, counts=counts)
+    other = losses(0.8, 0.2, 0.2, 0.0, 0.4, 0.4, counts=counts)
+    assert other.value() == 0.25
+    apart = np.array([0.8, 0.4, 0.0, 0.8])
+    each = (apart - 0.25 * np.array([1.0, 2.0, 1.0, 4.0])) / 8  # by how much each unit changes the mean
     error = np.sqrt(4 / 3 * (each**2).sum())
-    assert worse.as_good(best) == (error >= 0.25)
-    assert not losses(*(worse.total + 5 * counts), counts=counts).as_good(best)
+    assert worse(other, best, units) == (error < 0.25)
+    assert worse(losses(*(other.above + 5 * np.array(counts)), counts=counts), best, units)
 
 
 class Known(Candidate):
@@ -230,6 +237,26 @@ def test_at_equal_losses_the_earlier_wins(home, monkeypatch):
     assert chosen_of(house, monkeypatch, Known(2.0), Known(), Known(), tree=tree) == [1]
 
 
+class Sure(Candidate):
+    """The model with its head's numbers times so many: it says the same, as sure as it likes."""
+
+    def __init__(self, times, house):
+        self.times, self.places = times, [slot for key, slot in house.bench.model.slots.items() if key.site == "head"]
+
+    def make(self, company, /):
+        values = company.received.clone()
+        for slot in self.places:
+            values[:, slot.start : slot.stop] *= self.times
+        return [values]
+
+
+def test_who_is_too_sure_but_as_often_right_is_not_left(home, monkeypatch):
+    house = home(EVERY[:2])
+    tree = learnt(house, steps=30)
+    assert chosen_of(house, monkeypatch, Sure(300.0, house), Sure(1.0, house), tree=tree) == [0]
+    assert chosen_of(house, monkeypatch, Sure(-1.0, house), Sure(1.0, house), tree=tree) == [1]
+
+
 def test_who_set_nothing_aside_takes_the_first_and_tries_none(home, monkeypatch):
     house, first, second = home(EVERY[:2]), Known(2.0), Known()
     monkeypatch.setattr("molehill_client.folds._FEWEST", 1000)
@@ -247,13 +274,13 @@ def test_what_fails_is_left_out_and_said_and_all_failing_is_an_error(home, monke
         chosen_of(house, monkeypatch, Known(fails=True), Known(), numbers=(0, 1))
 
 
-def test_losses_are_those_of_units_that_were_set_aside(home):
+def test_what_is_scored_are_rows_that_were_set_aside(home):
     house = home()
     client = house.client(0)
     rows = client.train_rows
     client.train_rows = Examples(rows, rows.lengths, [i // 3 for i in range(len(rows))])
-    found = losses_of(client)
+    found = scored(client)
     scores = score(house.bench, client.aside_rows).scores()
-    assert found.mean == pytest.approx(scores.loss)
-    assert found.counts.sum() == len(client.aside_rows)
-    assert len(found.counts) == len(set(client.aside_rows.units)) < len(client.aside_rows)
+    assert found.parts["loss"].value() == pytest.approx(scores.loss)
+    assert found.parts["accuracy"].value() == pytest.approx(scores.accuracy)
+    assert found.n == len(client.aside_rows) > len(set(client.aside_rows.units))
