@@ -196,9 +196,9 @@ METHODS = {
     "fedsa": Method(
         "FedSA, its own head",
         lambda _: {"molora": ONE, "federation": {"preset": "fedsa"}, "personal": {"gate": "global"}},
-        seeds=3,
+        seeds=2,
     ),
-    "dense": Method("MoLoRA, no owner leans", lambda _: {"molora": FOUR, "personal": CONVEX}, seeds=3),
+    "dense": Method("MoLoRA, no owner leans", lambda _: {"molora": FOUR, "personal": CONVEX}, seeds=2),
     "clusters": Method(
         "MoLoRA", lambda _: {"molora": FOUR | LEANING, "personal": CONVEX, "federation": {"assign": "clusters"}}
     ),
@@ -226,7 +226,10 @@ _BEST = {
     "base": 1e-3, "alone": 1e-3, "fedit": 4e-3, "fedsa": 2e-3, "dense": 4e-3, "clusters": 4e-3, "fedlease": 4e-3,
     "fedamole": 2e-3, "fedrouter": 4e-3,
 }  # fmt: skip
-RATES: Mapping[str, Mapping[str, float]] = dict.fromkeys([name for name in TASKS if name != "answers"], _BEST)
+RATES: Mapping[str, Mapping[str, float]] = {
+    **dict.fromkeys(TASKS, _BEST),
+    "answers": {"base": 1e-3, "alone": 8e-3, "fedit": 2e-3, "clusters": 8e-3},
+}
 
 
 @dataclass(frozen=True)
