@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import markdown  # finds the packages
@@ -61,10 +61,10 @@ class Absent:
             for mine in (False, True)
         }
         config = Job(self.task, "clusters", self.seed, RATES[self.task]["clusters"]).config(folder)
-        dealt = replace(config.data, source=str(apart[False]), clients=config.data.clients - 1)
+        dealt = config.data.model_copy(update={"source": str(apart[False]), "clients": config.data.clients - 1})
         out = folder / self.name
         if not (out / "summary.json").exists():
-            simulate(replace(config, data=dealt), out)
+            simulate(config.model_copy(update={"data": dealt}), out)
         made = personalise(out, apart[True], "late", folder / f"{self.name}-late")
         self.found(folder).write_text(json.dumps(made.as_dict()), encoding="utf-8")
 
