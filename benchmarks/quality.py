@@ -39,6 +39,7 @@ from molehill.config import Config, parse
 from molehill.tasks.answers import exact
 from molehill.tasks.measures import LOSS
 from molehill.tasks.outcomes import Parts
+from molehill.words import counted
 from molehill_client.state import store_in
 from molehill_simulation.simulate import simulate
 
@@ -390,7 +391,7 @@ def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path)
             ]
             title = known.title if len(stages) == 1 else f"{known.title}, {stage}"
             rows.append([
-                title if len(wanted[method]) == most else f"{title} ({len(wanted[method])} seeds)",
+                title if len(wanted[method]) == most else f"{title} ({counted(len(wanted[method]), 'seed')})",
                 *(f"{number:.3f}" if number < 2 else f"{number:.2f}" for number in numbers),
                 compared(found, "alone", same=method == "alone"),
                 compared(found, "fedit", same=(method, stage) == ("fedit", "personalised")),
