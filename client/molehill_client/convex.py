@@ -72,7 +72,7 @@ def read(bench: Workbench, rows: Sequence[Example]) -> Readings:
     for indices in eval_order(lengths, bench.config.evaluate.batch_size, start_of(model)):
         batch = bench.task.collate([rows[i] for i in indices]).to(device)
         mask = batch.attention_mask.bool()
-        found, wanted = model.head.pool(model.hidden(batch.input_ids, mask, batch.task_ids), mask), batch.labels
+        found, wanted = model.head.pool(model.hidden(batch.input_ids, mask, batch.told), mask), batch.labels
         place = torch.tensor(indices, device=device)
         if not model.head.pools:
             keep = wanted != IGNORE

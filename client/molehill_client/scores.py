@@ -24,7 +24,7 @@ def score(bench: Workbench, rows: Sequence[Example], looked: Mapping[str, Diagno
     total = bench.tally()
     with probes.looking(model, looked):
         for batch in batches_of(bench, rows):
-            forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
+            forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.told)
             total.add(forward)
             for probe in looked.values():
                 probe.update(forward.records)

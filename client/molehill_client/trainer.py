@@ -242,7 +242,7 @@ def _pass(
 ) -> Tensor:
     """Add the gradients of one pass over a batch of every client; the losses by their share, ``[1 + losses, C]``."""
     batch = join(batches) if len(batches) > 1 else batches[0]
-    forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
+    forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.told)
     parts = forward.by_client(len(batches), len(batches[0]))
     # The mean over no predictions is not a number, and neither is anything of its gradient.
     mine = [goal(part) if len(part.labels) else part.scores.sum() for goal, part in zip(goals, parts, strict=True)]

@@ -262,7 +262,7 @@ def decode(model: MoLoRAModel, texts: Sequence[Sequence[int]], **how: Any) -> tu
             states = model.hidden(batch.input_ids, batch.attention_mask)
             said = model.head(model.head.pool(states, batch.attention_mask)).float()
             return said.unsqueeze(1) if model.head.pools else said, model.state.records
-        model.state.announce(batch.attention_mask, None)
+        model.state.announce(batch.attention_mask)
         mask = batch.attention_mask.long()
         logits = model.base(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **how).logits
     return logits.float(), model.state.records

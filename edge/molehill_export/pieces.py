@@ -25,24 +25,35 @@ class Routing(nn.Module):
         router: As it was trained.
         scorer: One for as many experts as the bundle has places.
         names: Of its parameters.
+        site: Where it sits.
     """
 
-    def __init__(self, router: Router, scorer: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, router: Router, scorer: nn.Module, names: Sequence[str], site: Site) -> None:
         super().__init__()
         self.scorer, self.names = scorer, tuple(names)
         self.transforms, self.selector = router.transforms, router.selector.eval_form()
+        self.reads_ids = "token_ids" in router.reads
+        self.site = site if self.reads_ids else Site(0, "", 1, site.d_in, site.d_in)  # else one serves all layers
 
     def key(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
         """All that the traced nodes depend on."""
         return (
             type(self).__name__, fingerprint(self.scorer), *map(fingerprint, self.transforms),
-            fingerprint(self.selector), *shapes,
+            fingerprint(self.selector), self.site.layer, *shapes,
         )  # fmt: skip
 
-    def scores(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> tuple[Tensor, RouteContext]:
-        """Logits ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added, ``[E]``; and what is known."""
-        site = Site(0, "", 1, x.shape[-1], x.shape[-1])
-        ctx = RouteContext(x=x, site=site)
+    def scores(
+        self, x: Tensor, limits: Tensor, parameters: list[Tensor], ids: Tensor | None
+    ) -> tuple[Tensor, RouteContext]:
+        """Logits ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added, ``[E]``; and what is known.
+
+        Args:
+            x: The inputs.
+            limits: What is added.
+            parameters: Of the scorer.
+            ids: Those of the tokens, ``[B, T]``, where the router reads them.
+        """
+        ctx = RouteContext(x=x, site=self.site, token_ids=ids)
         z: Tensor = functional_call(self.scorer, dict(zip(self.names, parameters, strict=True)), (ctx,)).float()
         for transform in self.transforms:
             z = transform(z, ctx)
@@ -52,18 +63,20 @@ class Routing(nn.Module):
 class Route(Routing):
     """A router as it acts at inference."""
 
-    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], ids: Tensor | None = None) -> Tensor:
         """Weights ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added to the logits, ``[E]``."""
-        z, ctx = self.scores(x, limits, parameters)
+        z, ctx = self.scores(x, limits, parameters, ids)
         return self.selector(z, ctx).weights
 
 
 class RouteByPlaces(Routing):
     """A router of whose experts a caller may choose those at some places, in place of the selector's choice."""
 
-    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], places: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, limits: Tensor, parameters: list[Tensor], places: Tensor, ids: Tensor | None = None
+    ) -> Tensor:
         """Weights as of `Route`; ``places`` ``[2]`` are the first and the one after the last, or 0 and 0 for none."""
-        z, ctx = self.scores(x, limits, parameters)
+        z, ctx = self.scores(x, limits, parameters, ids)
         weights, _ = window(z, places[0], places[1])
         return torch.where(places[1] > 0, weights, self.selector(z, ctx).weights)
 

@@ -59,7 +59,7 @@ def look(source: Source, names: Sequence[str] = (), gate: str = GLOBAL, file: Pa
     with source.gate(gate) as model, probes.looking(model, looked), torch.no_grad():
         model.eval()
         for batch in eval_batches(rows, _BATCH, make_task(source.task, source.tokenizer), start_of(model)):
-            forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.task_ids)
+            forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.told)
             for probe in looked.values():
                 probe.update(forward.records)
     return Looked(len(rows), {name: probe.report() for name, probe in looked.items()})

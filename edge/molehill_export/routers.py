@@ -73,6 +73,11 @@ class Routers:
                 f"scorer {scorer.name!r} reads what the base alone makes of a text, for which a graph has no pass",
                 mend="Train with another molora.scorer, or ask the run itself: molehill generate.",
             )
+        if any("domain_ids" in group.router.reads for group in groups):
+            raise ModelError(
+                f"scorer {scorer.name!r} goes by the domain of a text, for which a graph has no input",
+                mend="Train with another molora.scorer, or ask the run itself: molehill generate.",
+            )
         routed = [work.slots_of(work.first(group), routed=True) for group in groups]
         self._overrides([len(slots) for slots in routed])
         if groups and by_places:
@@ -140,13 +145,19 @@ class Routers:
         if site.group is None:
             return torch.ones(1, 1, n), {}
         router = site.group.router
-        ctx = RouteContext(x=torch.zeros(2, 3, site.group.site.d_in), site=site.group.site)
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        ctx = RouteContext(x=torch.zeros(2, 3, site.group.site.d_in), site=site.group.site, token_ids=ids)
         with torch.no_grad():
             route = router.route(ctx)
             shape = route.weights.shape
             if self._places:  # which gives every logit a weight
                 shape = torch.Size(np.broadcast_shapes(shape, route.logits.shape))
         return torch.ones(*shape[:-1], n), {axis: DYNAMIC for axis in (0, 1) if shape[axis] > 1}
+
+    def _ids(self, place: Place) -> str:
+        """The ids of the tokens, in rows or one after another."""
+        graph = self._work.graph
+        return graph.node("Reshape", ["input_ids", graph.const([1, -1], np.int64)]) if place.flat else "input_ids"
 
     def _overrides(self, sizes: Sequence[int]) -> None:
         """The inputs ``router_bias`` and ``expert_mask``, cut into one sum per router."""
@@ -188,16 +199,19 @@ class Routers:
         args: tuple[Any, ...] = (x, limits, examples)
         dynamic: list[Any] = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
         if self._places:
-            module: Routing = RouteByPlaces(router, scorer, list(axes))
+            module: Routing = RouteByPlaces(router, scorer, list(axes), group.site)
             args, dynamic = (*args, torch.zeros(2, dtype=torch.int64)), [*dynamic, {}]
         else:
-            module = Route(router, scorer, list(axes))
+            module = Route(router, scorer, list(axes), group.site)
+        if module.reads_ids:
+            args, dynamic = (*args, torch.zeros(2, 3, dtype=torch.int64)), [*dynamic, {0: DYNAMIC, 1: DYNAMIC}]
         traced = piece(module.key([tuple(t.shape) for t in (x, limits, *examples)]), module, args, dynamic)
         shown: list[Gate] = []
         for call, place in enumerate(self._work.graph.places[group.site.name]):
             x_name = self._work.in_rows(place.x) if place.flat else place.x
+            ids = [self._ids(place)] if module.reads_ids else []
             (weights,) = traced.insert(
-                self._work.graph, [x_name, self._limits[index], *inputs, *filter(None, [self._places])]
+                self._work.graph, [x_name, self._limits[index], *inputs, *filter(None, [self._places]), *ids]
             )
             gate = self._gates[id(group), call] = Gate(weights, slots, place.flat)
             if group.calls[call]:

@@ -98,8 +98,12 @@ class Data(Section):
             ``data/``), or a hub id.
         split: Split to read of a folder or hub id.
         columns: Names of your columns by the names Molehill uses, for example ``{text = "review", label = "stars"}``.
-            Two more are read only when they are named here: ``group``, for rows that must stay together (of one
-            author, say), and ``task``, a name or number per row for methods that route by task.
+            Three more are read only when they are named here: ``group``, for rows that must stay together (of one
+            author, say), ``task``, a name or number per row for methods that route by task, and ``domain`` for those
+            that route by domain.
+        domains: What the column named as ``domain`` may hold: names, such as ``["en", "de"]``; or the edges between
+            bins of a number, such as ``[2000, 2010]`` for three, an edge itself being of the lower. A row with anything
+            else is of no domain. Everybody gives the same.
         clients: Number of clients.
         partition: How rows are dealt to clients.
         rows: At most this many training rows per client.
@@ -113,12 +117,28 @@ class Data(Section):
     source: str = "sample:reviews"
     split: str = "train"
     columns: dict[str, str] = Field(default_factory=dict)
+    domains: tuple[str, ...] | tuple[FiniteFloat, ...] = ()
     clients: int = Field(default=8, ge=1)
     partition: Annotated[MethodRef, Axis("partitioner")] = ref("by_column", column="domain")
     rows: int | None = Field(default=None, ge=1)
     test_rows: int | None = Field(default=None, ge=1)
     test_fraction: float = Field(default=0.25, gt=0, lt=1)
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+
+    @field_validator("domains")
+    @classmethod
+    def _in_order(cls, domains: tuple[str, ...] | tuple[float, ...]) -> tuple[str, ...] | tuple[float, ...]:
+        if len(set(domains)) < len(domains):
+            raise ValueError("every domain must be there once")
+        if domains and not isinstance(domains[0], str) and list(domains) != sorted(domains):
+            raise ValueError("edges must go upwards")
+        return domains
+
+    @model_validator(mode="after")
+    def _of_a_column(self) -> Data:
+        if bool(self.domains) is not ("domain" in self.columns):
+            raise ValueError("domains and columns.domain need each other")
+        return self
 
 
 class MoLoRA(Section):

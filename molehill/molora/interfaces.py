@@ -45,6 +45,21 @@ class Site(NamedTuple):
     d_out: int
 
 
+class Told(NamedTuple):
+    """What is told of rows beside their tokens.
+
+    Attributes:
+        task_ids: Task of every row, ``[B]`` int64, or None.
+        domain_ids: Domain of every token, ``[B, T]`` int64, -1 where it has none; or None.
+    """
+
+    task_ids: Tensor | None = None
+    domain_ids: Tensor | None = None
+
+
+NOTHING = Told()
+
+
 @dataclass
 class Overrides:
     """What a caller may change in a trained router without touching its weights.
@@ -75,6 +90,9 @@ class RouteContext:
         progress: Fraction of training done, 0 to 1, for schedules.
         training: Whether stochastic parts are on.
         overrides: Run-time changes.
+        token_ids: Id of every token, ``[B, T]`` int64; None where the base was given no ids, or x is of no tokens.
+        domain_ids: Domain of every token, ``[B, T]`` int64, -1 where it has none (``data.domains``); None where nobody
+            has said, or x is of no tokens.
         experts: First factors of the routed experts of the site, ``[E, r, d]``, where the scorer reads them.
         base: Of every row the mean state of its prompt after the last layer of the base alone, ``[B, w]`` float32,
             where a scorer of the model reads it. A row's prompt ends where its first answer begins; without answers, or
@@ -85,6 +103,8 @@ class RouteContext:
     site: Site
     mask: Tensor | None = None
     task_ids: Tensor | None = None
+    token_ids: Tensor | None = None
+    domain_ids: Tensor | None = None
     progress: float = 0.0
     training: bool = False
     overrides: Overrides = field(default_factory=Overrides)
@@ -140,6 +160,7 @@ class RouteRecord:
     types: Tensor | None = None
 
 
+Read = Literal["task_ids", "token_ids", "domain_ids", "experts", "base"]  # what a route may depend on beside x
 Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared"]  # what a part needs of the others at its site
 
 
@@ -166,14 +187,14 @@ class Scorer(nn.Module, ABC):
         lean_means: What its numbers are: ``bias``, added to the logits; or ``place``: 2 for the expert that is the
             client's own, 1 for others that it may use, 0 for those that are closed to it.
         weighs: What the selector is to make of its logits: ``any`` weights; their ``softmax``, of which the scorer made
-            the logits; or all for the ``best`` expert.
+            the logits; all for the ``best`` expert; or the logits themselves, as ``given``.
     """
 
     n_experts: int
     heads: int = 1
     fusable: bool = False
     level: Literal["token", "row", "static"] = "token"
-    reads: frozenset[Literal["task_ids", "experts", "base"]] = frozenset()
+    reads: frozenset[Read] = frozenset()
     wants: frozenset[Wish] = frozenset()
     own: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()
@@ -181,7 +202,7 @@ class Scorer(nn.Module, ABC):
     settles: bool = False
     leans: str | None = None
     lean_means: Literal["bias", "place"] = "bias"
-    weighs: Literal["any", "softmax", "best"] = "any"
+    weighs: Literal["any", "softmax", "best", "given"] = "any"
 
     def offset(self) -> Tensor | None:
         """What is added to the product of a fusable scorer: ``[E]``, with clients in the model ``[C, E]``."""
@@ -231,11 +252,13 @@ class LogitTransform(ABC):
     """Edits logits, for example temperature or expert dropout; one object may serve several routers.
 
     Attributes:
+        reads: What it depends on beside the logits.
         random: It draws numbers in training, so clients never share its batches.
         by_logits: What it does to a row follows from the row's logits and mask and from the course of training. Rows of
             several sites may then come in one call, with the input and the site of the first.
     """
 
+    reads: frozenset[Read] = frozenset()
     random: bool = False
     by_logits: bool = False
 
@@ -254,6 +277,7 @@ class Selector(ABC):
         random: It draws numbers in training; as ``per_row``.
         by_logits: As of `LogitTransform`; its routes have a row for every row of the logits.
         takes_k: See `OfK`.
+        may_close: At inference a token may have no routed expert.
         bound: No weight is larger.
     """
 
@@ -262,6 +286,7 @@ class Selector(ABC):
     random: bool = False
     by_logits: bool = False
     takes_k: bool = False
+    may_close: bool = False
     bound: float = 1.0
 
     def eval_form(self) -> Selector:

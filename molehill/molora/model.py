@@ -17,7 +17,7 @@ from molehill.molora import reading
 from molehill.molora.banks import Bank, PairBank
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
-from molehill.molora.interfaces import OfK, Selector
+from molehill.molora.interfaces import NOTHING, OfK, Selector, Told
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.routes import ForwardState, RouteGroup
@@ -371,9 +371,7 @@ class MoLoRAModel(nn.Module):
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task_ids: Tensor | None = None
-    ) -> Forward:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, told: Told = NOTHING) -> Forward:
         """Predict.
 
         Args:
@@ -381,14 +379,14 @@ class MoLoRAModel(nn.Module):
             attention_mask: True for real tokens, ``[B, T]``.
             labels: One of every row, ``[B, ...]``, or one of every token, ``[B, T]``, with -100 where no loss counts:
                 of the token itself, or without a head of the next one.
-            task_ids: Task of every row ``[B]``, or None.
+            told: What else is told of the rows.
 
         Returns:
             Logits and labels of the predictions.
         """
         run = self._predict_tokens if self.head is None else self._of_rows if self.head.pools else self._of_tokens
         mask = attention_mask.bool()
-        scores, targets, rows = run(input_ids, mask, labels, task_ids)
+        scores, targets, rows = run(input_ids, mask, labels, told)
         records = self.state.records
 
         def reference() -> Tensor:
@@ -396,7 +394,7 @@ class MoLoRAModel(nn.Module):
             count, self.state.count = self.state.count, False
             try:
                 with torch.no_grad():
-                    return run(input_ids, mask, labels, task_ids)[0].float()
+                    return run(input_ids, mask, labels, told)[0].float()
             finally:
                 self.state.enabled, self.state.count = enabled, count
 
@@ -414,32 +412,28 @@ class MoLoRAModel(nn.Module):
         some = mask if self.head is not None else reading.prompts(mask, labels)
         return self.state.read(self.base, (), {"input_ids": input_ids, "attention_mask": mask.long()}, some)
 
-    def hidden(self, input_ids: Tensor, mask: Tensor, task_ids: Tensor | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, mask: Tensor, told: Told = NOTHING) -> Tensor:
         """Last token states of the base, ``[B, T, d]`` (classification backbones)."""
-        self.state.announce(mask, task_ids)
+        self.state.announce(mask, told)
         kwargs = {"attention_mask": mask.long()} if not bool(mask.all()) else {}
         return self.base(input_ids=input_ids, **kwargs).last_hidden_state  # type: ignore[no-any-return]  # its callee is untyped
 
-    def _of_rows(
-        self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_rows(self, input_ids: Tensor, mask: Tensor, labels: Tensor, told: Told) -> tuple[Tensor, Tensor, Tensor]:
         assert self.head is not None
-        logits = self.head(self.head.pool(self.hidden(input_ids, mask, task_ids), mask))
+        logits = self.head(self.head.pool(self.hidden(input_ids, mask, told), mask))
         return logits, labels, torch.arange(len(labels), device=labels.device)
 
-    def _of_tokens(
-        self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_tokens(self, input_ids: Tensor, mask: Tensor, labels: Tensor, told: Told) -> tuple[Tensor, Tensor, Tensor]:
         assert self.head is not None
-        scores = self.head(self.head.pool(self.hidden(input_ids, mask, task_ids), mask).flatten(0, 1))
+        scores = self.head(self.head.pool(self.hidden(input_ids, mask, told), mask).flatten(0, 1))
         keep = (labels != -100).flatten()
         rows = torch.arange(len(labels), device=labels.device).repeat_interleave(labels.shape[1])
         return scores[keep], labels.flatten()[keep], rows[keep]
 
     def _predict_tokens(
-        self, input_ids: Tensor, mask: Tensor, labels: Tensor, task_ids: Tensor | None
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor, told: Told
     ) -> tuple[Tensor, Tensor, Tensor]:
-        self.state.announce(mask, task_ids, reading.prompts(mask, labels) if self.state.reads_base else None)
+        self.state.announce(mask, told, reading.prompts(mask, labels) if self.state.reads_base else None)
         wanted = labels[:, 1:] != -100
         positions = wanted.any(0).nonzero().squeeze(1)  # the head runs only where some row has an answer token
         kept = {"logits_to_keep": positions} if self._keeps else {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from molehill.molora.interfaces import LogitTransform, Overrides, Route, RouteContext, Scorer, Selector
+from molehill.molora.interfaces import LogitTransform, Overrides, Read, Route, RouteContext, Scorer, Selector
 
 
 class Router(nn.Module):
@@ -48,6 +48,11 @@ class Router(nn.Module):
     def n_experts(self) -> int:
         """Routed experts."""
         return self.scorer.n_experts
+
+    @property
+    def reads(self) -> frozenset[Read]:
+        """What its routes depend on beside the input."""
+        return self.scorer.reads.union(*(transform.reads for transform in self.transforms))
 
     @property
     def heads(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from molehill.errors import ModelError
 from molehill.molora import reading
 from molehill.molora.banks import PairBank
-from molehill.molora.interfaces import Embeds, Overrides, Route, RouteContext, RouteRecord, Site
+from molehill.molora.interfaces import NOTHING, Embeds, Overrides, Route, RouteContext, RouteRecord, Site, Told
 from molehill.molora.router import Router
+
+
+class Announced(NamedTuple):
+    """What a pass is about: its mask, what is told of its rows, and which tokens are of the prompts."""
+
+    mask: Tensor
+    told: Told
+    prompts: Tensor | None
 
 
 @dataclass
@@ -25,6 +33,8 @@ class ForwardState:
     Attributes:
         mask: True for real tokens, ``[B, T]`` bool, or None.
         task_ids: Task of every row, ``[B]``, or None.
+        token_ids: Id of every token of the pass, ``[B, T]``, or None where the base was given none.
+        domain_ids: Domain of every token, ``[B, T]``, or None; see `RouteContext.domain_ids`.
         progress: Fraction of training done.
         enabled: False runs the frozen base alone.
         collect: Keep a `RouteRecord` of every route.
@@ -33,14 +43,17 @@ class ForwardState:
         members: Which of the stacked clients these are.
         records: The records of the last forward pass.
         version: Increases with every pass; routes shared between sites are cached per version.
-        next: Mask, task ids and tokens of the prompts that the coming pass of the base is to use.
+        next: What the coming pass of the base is about.
         reads_base: Whether a router reads what the base alone makes of the rows, for which it runs before every pass.
         base: That, see `RouteContext.base`; None where no router reads it, or the base runs alone.
+        domain: That of all tokens of passes that nobody announces; None where it is not known.
         known: That of the coming passes, where it is not to be made of their own tokens, see `about`.
     """
 
     mask: Tensor | None = None
     task_ids: Tensor | None = None
+    token_ids: Tensor | None = None
+    domain_ids: Tensor | None = None
     progress: float = 0.0
     enabled: bool = True
     collect: bool = False
@@ -49,16 +62,17 @@ class ForwardState:
     members: slice | list[int] = field(default_factory=lambda: slice(None))
     records: list[RouteRecord] = field(default_factory=list)
     version: int = 0
-    next: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+    next: Announced | None = None
     reads_base: bool = False
     base: Tensor | None = None
+    domain: int | None = None
     known: Tensor | None = None
     _reading: bool = False
     _caches: WeakKeyDictionary[Any, Tensor] = field(default_factory=WeakKeyDictionary)  # `base` of what is in each
 
-    def announce(self, mask: Tensor, task_ids: Tensor | None, prompts: Tensor | None = None) -> None:
+    def announce(self, mask: Tensor, of: Told = NOTHING, prompts: Tensor | None = None) -> None:
         """Say what the coming pass of the base is about; without ``prompts`` rows are prompts as a whole."""
-        self.next = (mask, task_ids, prompts)
+        self.next = Announced(mask, of, prompts)
 
     @contextmanager
     def about(self, known: Tensor | None) -> Iterator[None]:
@@ -83,7 +97,11 @@ class ForwardState:
             return
         mask = kwargs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.mask, self.task_ids, prompts = self.next or (mask, None, None)
+        ids = args[0] if args else kwargs.get("input_ids")
+        self.token_ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
+        self.mask, (self.task_ids, self.domain_ids), prompts = self.next or (mask, NOTHING, None)
+        if self.next is None and self.domain is not None and self.token_ids is not None:
+            self.domain_ids = torch.full_like(self.token_ids, self.domain)
         self.next = None
         self.records = []
         self.version += 1
@@ -125,11 +143,12 @@ class ForwardState:
         finally:
             self.enabled, self._reading = enabled, False
 
-    def mask_of(self, lead: torch.Size) -> Tensor | None:
-        """The mask for tokens in rows ``[B, T]`` or one after another ``[1, B * T]``; None when it is of others."""
-        if self.mask is None or self.mask.shape == lead:
-            return self.mask
-        return self.mask.reshape(lead) if tuple(lead) == (1, self.mask.numel()) else None
+    @staticmethod
+    def in_rows(values: Tensor | None, lead: torch.Size) -> Tensor | None:
+        """One of every token ``[B, T]`` for tokens in rows, or one after another ``[1, B * T]``; else None."""
+        if values is None or values.shape == lead:
+            return values
+        return values.reshape(lead) if tuple(lead) == (1, values.numel()) else None
 
 
 class RouteGroup(nn.Module):
@@ -209,8 +228,10 @@ class RouteGroup(nn.Module):
         return RouteContext(
             x=x,
             site=self.site,
-            mask=self._mask(x, call),
+            mask=self._of_tokens(self.state.mask, x, call),
             task_ids=self.state.task_ids,
+            token_ids=self._of_tokens(self.state.token_ids, x, call),
+            domain_ids=self._of_tokens(self.state.domain_ids, x, call),
             progress=self.state.progress,
             training=self.training,
             overrides=self.overrides,
@@ -229,7 +250,7 @@ class RouteGroup(nn.Module):
     def keep(self, route: Route, x: Tensor, call: int) -> Route:
         """Take a route as that of a call with the input ``x [B, T, d]``, and record and count it."""
         self._routes[call] = route
-        state, mask = self.state, self._mask(x, call)
+        state, mask = self.state, self._of_tokens(self.state.mask, x, call)
         if self._on_tokens(call):
             if state.collect:
                 state.records.append(RouteRecord(self.site, route, mask, self.costs, state.task_ids))
@@ -241,8 +262,9 @@ class RouteGroup(nn.Module):
     def _on_tokens(self, call: int) -> bool:
         return self.calls[min(call, len(self.calls) - 1)]
 
-    def _mask(self, x: Tensor, call: int) -> Tensor | None:
-        return self.state.mask_of(x.shape[:2]) if self._on_tokens(call) else None
+    def _of_tokens(self, values: Tensor | None, x: Tensor, call: int) -> Tensor | None:
+        """Of every token of a call one value, where the call is of the batch's tokens."""
+        return self.state.in_rows(values, x.shape[:2]) if self._on_tokens(call) else None
 
     def _require_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.site.d_in:

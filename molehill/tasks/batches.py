@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molehill.molora.interfaces import Told
+
 Of: TypeAlias = Literal["next", "token", "pair"]
 
 IGNORE = -100  # a label that no loss and no score counts
@@ -30,11 +32,13 @@ class Example:
         labels: Of the row its class, its number, or 1 and 0 for every class that is there or not; or one label per
             token (`IGNORE` where nothing is to be learnt).
         task: Id of the row's task, for methods that route by task.
+        domain: Number of the row's domain, -1 where it has none of those that are known, for methods that route by it.
     """
 
     input_ids: list[int]
     labels: int | float | tuple[float, ...] | list[int]
     task: int | None = None
+    domain: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Batch:
         labels: One of every row: ``[B]`` int64 classes, ``[B]`` numbers or ``[B, C]`` numbers of what is there; or one
             of every token, ``[B, T]`` int64 with `IGNORE`.
         task_ids: ``[B]`` int64, or None when the rows have no task.
+        domain_ids: Domain of every token, ``[B, T]`` int64, -1 for none and on padding; None when rows have no domain.
         of: What labels of tokens are: the ``next`` token, the class of the ``token`` itself, or the next token of one
             of two answers, in rows 2i and 2i + 1 (``pair``).
     """
@@ -55,7 +60,13 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     task_ids: Tensor | None = None
+    domain_ids: Tensor | None = None
     of: Of = "next"
+
+    @property
+    def told(self) -> Told:
+        """What is told of the rows beside their tokens."""
+        return Told(self.task_ids, self.domain_ids)
 
     @property
     def predictions(self) -> int:
@@ -77,6 +88,7 @@ class Batch:
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
             task_ids=None if self.task_ids is None else self.task_ids.to(device),
+            domain_ids=None if self.domain_ids is None else self.domain_ids.to(device),
         )
 
 
@@ -122,11 +134,13 @@ def join(batches: Sequence[Batch]) -> Batch:
 
     labels = [batch.labels for batch in batches]
     tasks = [batch.task_ids for batch in batches if batch.task_ids is not None]
+    domains = [batch.domain_ids for batch in batches if batch.domain_ids is not None]
     return Batch(
         longer([batch.input_ids for batch in batches], 0),  # any token: it is masked
         longer([batch.attention_mask for batch in batches], 0),
         longer(labels, IGNORE) if of_tokens(labels[0]) else torch.cat(labels),
         torch.cat(tasks) if len(tasks) == len(batches) else None,
+        longer(domains, -1) if len(domains) == len(batches) else None,
         batches[0].of,
     )
 
@@ -165,7 +179,11 @@ def pad(examples: Sequence[Example], pad_id: int, of: Of = "next") -> Batch:
             per_row.append(example.labels)
     tasks = [example.task for example in examples if example.task is not None]
     task_ids = torch.tensor(tasks) if len(tasks) == len(examples) else None
-    return Batch(ids, mask, torch.tensor(per_row) if per_row else per_token, task_ids, of)
+    domains = [example.domain for example in examples if example.domain is not None]
+    domain_ids = None
+    if len(domains) == len(examples):
+        domain_ids = torch.where(mask, torch.tensor(domains).unsqueeze(1), -1)
+    return Batch(ids, mask, torch.tensor(per_row) if per_row else per_token, task_ids, domain_ids, of)
 
 
 @dataclass(frozen=True)

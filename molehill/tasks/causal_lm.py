@@ -22,7 +22,7 @@ from molehill.tasks.chat import Chat, Span
 from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.measures import TOKEN_ACCURACY
 from molehill.tasks.metrics import ScoreSum
-from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.rows import Rows
 from molehill.tasks.units import numbers
 
 
@@ -122,11 +122,10 @@ class CausalLM:
         Raises:
             DataError: A row does not fit the chat template, or no row has an answer within ``max_length``.
         """
-        tasks = rows.columns.get(TASK, (None,) * len(rows))
         reading = settled(rows.columns)
         examples: list[Example] = []
         tokens, lost, unlearnt, pieces, units = [], 0, 0, [], []
-        for (where, row), task, unit in zip(rows.records(), tasks, numbers(rows), strict=True):
+        for (where, row), told, unit in zip(rows.records(), rows.told(), numbers(rows), strict=True):
             form = form_of(row, reading, where)
             if "text" in form:
                 ids, labels = self._plain(form["text"], where)
@@ -140,7 +139,7 @@ class CausalLM:
             pieces += [len(parts)] * (len(parts) > 1)
             # The first token is never predicted, so a label there alone teaches nothing.
             taught = [part for part in parts if any(label != IGNORE for label in labels[part][1:])]
-            made = [Example(ids[part], labels[part], task) for part in taught]
+            made = [Example(ids[part], labels[part], *told) for part in taught]
             examples += made
             units += [unit] * len(made)
             lost += not made

@@ -11,7 +11,7 @@ from molehill.errors import DataError
 from molehill.rowfiles.pairs import PAIR, TEXT
 from molehill.tasks.batches import Batch, Example, pad
 from molehill.tasks.lengths import Examples, Lengths
-from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.rows import Rows
 from molehill.tasks.units import numbers
 
 
@@ -47,12 +47,11 @@ class OfTexts(ABC):
             short = self._tokenizer(*parts, truncation=True, max_length=self.max_length)["input_ids"]
             for i, ids in zip(long, short, strict=True):
                 encoded[i] = ids
-        tasks = rows.columns.get(TASK, (None,) * len(rows))
         examples = []
-        for ids, label, task, where in zip(encoded, self.labels_of(rows), tasks, rows.where, strict=True):
+        for ids, label, told, where in zip(encoded, self.labels_of(rows), rows.told(), rows.where, strict=True):
             if not ids:
                 raise DataError("the text has no tokens", where=where, mend="Remove the row.")
-            examples.append(Example(ids, label, task))
+            examples.append(Example(ids, label, *told))
         return Examples(examples, lengths, numbers(rows))
 
     def collate(self, examples: Sequence[Example]) -> Batch:

@@ -21,7 +21,7 @@ from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.measures import LOSS
 from molehill.tasks.metrics import require_scores
 from molehill.tasks.outcomes import Outcomes, Parts
-from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.rows import Rows
 from molehill.tasks.units import numbers
 
 
@@ -53,10 +53,9 @@ class Preference(CausalLM):
         Raises:
             DataError: A row does not fit the chat template, or no row has both answers within ``max_length``.
         """
-        tasks = rows.columns.get(TASK, (None,) * len(rows))
         examples: list[Example] = []
         tokens, lost, units = [], 0, []
-        for (where, row), task, unit in zip(rows.records(), tasks, numbers(rows), strict=True):
+        for (where, row), told, unit in zip(rows.records(), rows.told(), numbers(rows), strict=True):
             sides = []
             for form in pair_of(row, where):
                 text, spans, _ = self._render(form, where)
@@ -64,7 +63,7 @@ class Preference(CausalLM):
             tokens.append(max(len(ids) for ids, _ in sides))
             (ids, labels), (others, other) = ((i[: self.max_length], y[: self.max_length]) for i, y in sides)
             if all(any(label != IGNORE for label in side[1:]) for side in (labels, other)):
-                examples.append(Pair(ids, labels, task, others, other))
+                examples.append(Pair(ids, labels, *told, others, other))
                 units.append(unit)
             else:
                 lost += 1
@@ -79,7 +78,7 @@ class Preference(CausalLM):
         sides = []
         for each in examples:
             assert isinstance(each, Pair)  # of this task
-            sides += [each, Example(each.other_ids, each.other_labels, each.task)]
+            sides += [each, Example(each.other_ids, each.other_labels, each.task, each.domain)]
         return pad(sides, self._tokenizer.pad_token_id, "pair")
 
     def tally(self) -> PairSum:  # type: ignore[override]  # of pairs, where a causal LM counts tokens

@@ -13,6 +13,7 @@ from molehill.errors import DataError
 
 # Columns that only Molehill makes: a source's own `task` and `group` mean what their owner says.
 TASK = "molehill.task"
+DOMAIN = "molehill.domain"
 GROUP = "molehill.group"
 STRATUM = "molehill.stratum"  # what held-out rows are to be alike in, where that is not the label
 
@@ -76,6 +77,11 @@ class Rows:
             where=self.source,
             mend=f"{hint}Columns there: {', '.join(self.columns)}. Map yours with data.columns.",
         )
+
+    def told(self) -> Iterator[tuple[int | None, int | None]]:
+        """Task and domain of every row, None where rows have none."""
+        none = (None,) * len(self)
+        return zip(self.columns.get(TASK, none), self.columns.get(DOMAIN, none), strict=True)
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield ``(where, {column: value})`` of every row."""

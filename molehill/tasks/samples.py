@@ -39,8 +39,9 @@ def read_sample(name: str) -> Rows:
     """Read a sample by name.
 
     ``sample:reviews`` has the columns text, label, rating (the mean human one, from -4 to 4), domain (amazon, movie,
-    nyt or tweets) and group (the document a sentence is from; sentences of one document must not be divided between
-    training and test). A label is negative where the rating is <= -0.5, positive where it is >= 0.5, else neutral.
+    nyt or tweets), words (how many the text has) and group (the document a sentence is from; sentences of one document
+    must not be divided between training and test). A label is negative where the rating is <= -0.5, positive where it
+    is >= 0.5, else neutral.
 
     Raises:
         DataError: No such sample, or it can neither be found in the cache nor downloaded.
@@ -76,7 +77,8 @@ def _sentences(data: bytes, domain: str) -> Iterator[tuple[str, dict[str, Any]]]
         # amazon and nyt ids are DOCUMENT_SENTENCE; the other two number their rows.
         group = f"{domain}/{name.partition('_')[0]}"
         yield f"{_REVIEWS}:{domain}:{number}", {
-            "text": text.strip(), "label": label, "rating": score, "domain": domain, GROUP: group,
+            "text": text.strip(), "label": label, "rating": score, "domain": domain, "words": len(text.split()),
+            GROUP: group,
         }  # fmt: skip
 
 

@@ -1,15 +1,17 @@
 """Checks rows against the task and brings them to one form.
 
 Which columns a task reads, and what they may hold, its kind says (see `molehill.tasks.kind`).
-``group`` (rows that must stay together) and ``task`` (for methods that route by task) are read only from the columns
-that ``data.columns`` names for them: a column that merely bears the name may mean anything.
+``group`` (rows that must stay together), ``task`` and ``domain`` (for methods that route by them) are read only from
+the columns that ``data.columns`` names for them: a column that merely bears the name may mean anything.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +21,14 @@ from molehill.errors import DataError
 from molehill.rowfiles.messages import Message, messages_of
 from molehill.tasks.kind import kind_of
 from molehill.tasks.labels import in_order
-from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
+from molehill.tasks.rows import DOMAIN, GROUP, STRATUM, TASK, Rows
 from molehill.tasks.sources import read_rows
+from molehill.words import counted
 
 _log = logging.getLogger(__name__)
 
 _TEXTS = ("text", "text_pair", "tokens", "prompt", "instruction", "input")  # what is asked, and no answer
+_OURS = ("group", "task", "domain")
 _TALKS = ("messages", "conversations")
 
 
@@ -49,11 +53,13 @@ def load_rows(data: config.Data, task: config.Task, *, only: Collection[str] | N
         if withheld := [repr(name) for name in read.columns if name in ours and name not in only]:
             _log.warning("%s: columns that may not be read are left out: %s", data.source, ", ".join(withheld))
         read = read.only({*only, GROUP})  # ours: it says what stays together, and is neither learnt nor told
-    rows = read.renamed({ours: theirs for ours, theirs in data.columns.items() if ours not in ("group", "task")})
+    rows = read.renamed({ours: theirs for ours, theirs in data.columns.items() if ours not in _OURS})
     if "group" in data.columns:
         rows = rows.having(**{GROUP: read[data.columns["group"]]})
     if "task" in data.columns:
         rows = rows.having(**{TASK: _task_ids(read, data.columns["task"])})
+    if "domain" in data.columns:
+        rows = rows.having(**{DOMAIN: _domain_ids(read, data.columns["domain"], data.domains)})
     task = kind.settle(rows, task)
     rows = kind.conform(rows, task, data.columns)
     rows = replace(rows, read=tuple(kind.reads(rows.columns)))
@@ -137,3 +143,31 @@ def _task_ids(rows: Rows, column: str) -> list[int]:
         return list(values)
     ids = {name: number for number, name in enumerate(in_order({str(value) for value in values}))}
     return [ids[str(value)] for value in values]
+
+
+def _domain_ids(rows: Rows, column: str, domains: Sequence[str] | Sequence[float]) -> list[int]:
+    """The domain of every row: the place of its name, or the bin of its number; -1 where it has none."""
+    values, bins = rows[column], [edge for edge in domains if not isinstance(edge, str)]
+    found = []
+    for value, where in zip(values, rows.where, strict=True):
+        if value is None or value == "":
+            found.append(-1)
+        elif bins:
+            found.append(bisect_left(bins, _number(value, column, where)))
+        else:
+            found.append(domains.index(str(value)) if str(value) in domains else -1)
+    if none := found.count(-1):
+        known = "no number" if bins else f"none of data.domains ({', '.join(map(str, domains))})"
+        _log.warning("%s: in %s, column %r has %s", rows.source, counted(none, "row"), column, known)
+    return found
+
+
+def _number(value: Any, column: str, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        what = f"{column!r} must be a number to be in a bin of data.domains, but is {value!r:.40}"
+        raise DataError(what, where=where, mend="Fill it in, or leave it empty where there is none.")
+    return number

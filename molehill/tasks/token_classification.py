@@ -20,7 +20,7 @@ from molehill.tasks.lengths import Examples, Lengths
 from molehill.tasks.measures import MACRO_F1, TOKEN_ACCURACY
 from molehill.tasks.metrics import ScoreSum
 from molehill.tasks.outcomes import Outcomes, Parts
-from molehill.tasks.rows import TASK, Rows
+from molehill.tasks.rows import Rows
 from molehill.tasks.units import numbers
 
 
@@ -68,7 +68,7 @@ class TokenClassification:
             short = self._tokenizer(some, truncation=True, max_length=self.max_length, return_offsets_mapping=True)
             for i, fewer, where in zip(long, short["input_ids"], short["offset_mapping"], strict=True):
                 ids[i], places[i] = fewer, where
-        tasks = rows.columns.get(TASK, (None,) * len(rows))
+        told = list(rows.told())
         examples, gone = [], 0
         for i, (words, tags) in enumerate(zip(rows["tokens"], rows["tags"], strict=True)):
             firsts = first_tokens(words, places[i])
@@ -80,7 +80,7 @@ class TokenClassification:
             if missing == len(words):
                 raise DataError("no word has a token", where=rows.where[i], mend="Remove the row.")
             gone += missing
-            examples.append(Example(ids[i], labels, tasks[i]))
+            examples.append(Example(ids[i], labels, *told[i]))
         return Examples(examples, Lengths(lengths, self.max_length, words=gone), numbers(rows))
 
     def collate(self, examples: Sequence[Example]) -> Batch:

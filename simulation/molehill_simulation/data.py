@@ -13,7 +13,7 @@ import numpy as np
 
 from molehill import config, files
 from molehill.errors import DataError
-from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
+from molehill.tasks.rows import DOMAIN, GROUP, STRATUM, TASK, Rows
 from molehill.tasks.schema import load_rows
 from molehill.tasks.units import Unit, set_aside, units
 from molehill_simulation.shards import Shard
@@ -148,7 +148,8 @@ def deal_to(run: config.Config, folders: Sequence[Path]) -> list[ClientRows]:
 
 def _as_read(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A row under the names that its source has, without the columns that were made of others."""
-    made = {STRATUM, *(name for ours, name in (("group", GROUP), ("task", TASK)) if ours in columns)}
+    ours = {"group": GROUP, "task": TASK, "domain": DOMAIN}
+    made = {STRATUM, *(name for each, name in ours.items() if each in columns)}
     return {columns.get(name, name): value for name, value in record.items() if name not in made}
 
 

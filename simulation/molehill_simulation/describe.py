@@ -18,7 +18,7 @@ from molehill.tasks.batches import IGNORE
 from molehill.tasks.devices import remark as remark_of
 from molehill.tasks.kind import kind_of
 from molehill.tasks.lengths import Examples, Lengths, together
-from molehill.tasks.rows import GROUP, STRATUM, TASK, Rows
+from molehill.tasks.rows import DOMAIN, GROUP, STRATUM, TASK, Rows
 from molehill.tasks.schema import class_counts, columns_of, load_rows
 from molehill.tasks.sources import is_local
 from molehill.tasks.units import set_aside
@@ -322,7 +322,7 @@ def _about(rows: Rows, config: Config) -> list[tuple[str, str]]:
     if counts:
         about.append(("classes", ", ".join(f"{clean(name, 60)} {count}" for name, count in counts.items())))
     ours = kind_of(config.task).reads(rows.columns)
-    read = {*columns_of(config.data, config.task, rows.columns), GROUP, STRATUM, TASK, *ours}
+    read = {*columns_of(config.data, config.task, rows.columns), GROUP, STRATUM, TASK, DOMAIN, *ours}
     read |= {str(value) for key, value in config.data.partition.params.items() if key == "column"}
     filled = [each for each in ours if each in rows.columns and any(value not in ("", None) for value in rows[each])]
     about.append(("reads", " and ".join(repr(clean(config.data.columns.get(name, name), 40)) for name in filled)))

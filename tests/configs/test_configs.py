@@ -38,7 +38,8 @@ def overrides(tmp_path_factory):
 
     def make(kind):
         base = tiny_world.save_base(folder / kind, kind)
-        source = tiny_world.write_rows(folder / f"{kind}.jsonl", tiny_world.rows(24, kind))
+        rows = [row | {"words": len(row.get("text", "").split())} for row in tiny_world.rows(24, kind)]
+        source = tiny_world.write_rows(folder / f"{kind}.jsonl", rows)
         return (*TINY, f"base.model={base}", f"data.source={source}")
 
     return {"classification": make("bert"), "causal-lm": make("llama")}
@@ -62,7 +63,9 @@ def test_a_configuration_is_accepted_as_it_ships(path):
 def test_a_configuration_runs_a_step(path, overrides, tmp_path):
     shipped = load(path)
     waits = shipped.federation.assign.declared("assignment", "forms")  # else nothing is shared in a single round
-    config = load(path, (*overrides[shipped.task.kind], *(["federation.assign.warmup=1"] if waits else [])))
+    named = isinstance(next(iter(shipped.data.domains), 0), str)
+    more = ["federation.assign.warmup=1"] * waits + ['data.domains=["books", "films"]'] * named
+    config = load(path, (*overrides[shipped.task.kind], *more))
     summary = simulate(config, tmp_path)
     assert load(tmp_path / "config.toml").digest == summary.config_digest
     assert summary.rounds == 1

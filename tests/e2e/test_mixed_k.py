@@ -77,7 +77,7 @@ def logits(model, ids):
     tokens = torch.tensor([ids])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     model.eval()
-    model.state.announce(mask, None)
+    model.state.announce(mask)
     with torch.no_grad():
         return model.head(model.head.pool(model.hidden(tokens, mask), mask))[0].numpy()
 

@@ -17,7 +17,11 @@ from molehill_export.base import classifier
 from molehill_export.molora import choose_slots, gate_values, insert
 
 # Their scorers read what routers in a graph cannot.
-READERS = {"fedamole": "reads the experts themselves", "fedrouter": "reads what the base alone makes of a text"}
+READERS = {
+    "fedamole": "reads the experts themselves",
+    "fedrouter": "reads what the base alone makes of a text",
+    **dict.fromkeys(("context_peft", "per_language", "ppap"), "goes by the domain of a text"),
+}
 PRESETS = [method.name for method in registry.methods("preset") if method.name not in READERS]
 # (relative error, same prediction) at most and at least; random experts and routers are the worst case of rounding
 LIMITS = {

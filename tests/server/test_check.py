@@ -409,6 +409,17 @@ def test_rows_without_a_task_are_told_to_a_scorer_that_routes_by_it():
     assert check(told.model_copy(update={"data": told.data.model_copy(update={"columns": {"task": "ward"}})})) == []
 
 
+def test_routes_by_domain_need_domains_and_a_selector_that_leaves_them():
+    molora = {"preset": "context_peft"}
+    (conflict,) = refusals(molora=molora)
+    assert conflict.keys == ("molora.scorer", "data.columns")
+    data = {"columns": {"domain": "d"}, "domains": ("a", "b")}
+    assert check(config(molora=molora, data=data)) == []
+    (conflict,) = refusals(molora=molora | {"selector": "dense"}, data=data)
+    assert conflict.keys == ("molora.scorer", "molora.selector")
+    assert "use selector 'given'" in conflict.why
+
+
 @pytest.mark.parametrize(
     ("task", "train", "keys"),
     [

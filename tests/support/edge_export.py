@@ -232,7 +232,7 @@ def batch(architecture: str, rows: int = 0, tokens: int = 9) -> tuple[torch.Tens
 @torch.no_grad()
 def original(model: MoLoRAModel, ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
     """Logits of torch: ``[B, C]``, or those of real tokens ``[N, V]``."""
-    model.state.announce(mask, None)
+    model.state.announce(mask)
     if model.head is not None:
         return model.head(model.head.pool(model.hidden(ids, mask), mask)).numpy()
     return model.base(input_ids=ids, attention_mask=mask.long()).logits[mask].numpy()

@@ -177,7 +177,7 @@ def _weighs(selector: MethodRef, wanted: str, experts: int, k: int | None = None
     order = torch.arange(experts)
     scores = torch.stack([0.01 * order, -5.0 * order]).unsqueeze(0)  # of a token that is unsure, and one that is not
     best = torch.nn.functional.one_hot(scores.argmax(-1), experts).float()
-    right = {"softmax": scores.softmax(-1), "best": best}[wanted]
+    right = {"softmax": scores.softmax(-1), "best": best, "given": scores.clamp(0.0, 1.0)}[wanted]
     found = []
     with torch.random.fork_rng(devices=[]):
         for training in (True, False):
@@ -192,7 +192,11 @@ def _weights_of_a_scorer(config: Config) -> Iterator[Conflict]:
     wanted, experts, key = scorer.declared("scorer", "weighs"), config.molora.experts, "molora.scorer"
     if wanted == "any" or experts == 1:
         return
-    means = {"softmax": "the softmax of its logits", "best": "all for the best expert"}[wanted]
+    means = {
+        "softmax": "the softmax of its logits",
+        "best": "all for the best expert",
+        "given": "its logits themselves",
+    }[wanted]
     what = f"the weights that scorer {scorer.name!r} means are {means}"
     k = k_of_the_allocation(config)
     dealt = {each for number in (1, 2) for each in decisions(config, number).ks}

@@ -138,14 +138,22 @@ def _nothing_to_learn(config: Config) -> Iterator[Conflict]:
         )
 
 
-def _rows_without_a_task(config: Config) -> Iterator[Conflict]:
+def _rows_of_which_nothing_is_told(config: Config) -> Iterator[Conflict]:
     scorer = config.molora.scorer
-    if "task" not in config.data.columns and "task_ids" in scorer.build("scorer", d_in=1, n_experts=1).reads:
+    reads = scorer.build("scorer", d_in=1, n_experts=config.molora.experts).reads
+    if "task" not in config.data.columns and "task_ids" in reads:
         yield Conflict(
             "warn",
             ("molora.scorer", "data.columns"),
             f"scorer {scorer.name!r} routes rows by their task, and no column is named as 'task', so all rows get the "
             "mean of all tasks",
+        )
+    if "domain" not in config.data.columns and "domain_ids" in reads:
+        yield Conflict(
+            "refuse",
+            ("molora.scorer", "data.columns"),
+            f"scorer {scorer.name!r} routes by the domain of a row, and no column is named as 'domain'; set "
+            "data.columns.domain and data.domains",
         )
 
 
@@ -222,6 +230,6 @@ RULES: tuple[Rule, ...] = (
     _experts_of_one_shape,
     _experts_per_token,
     _nothing_to_learn,
-    _rows_without_a_task,
+    _rows_of_which_nothing_is_told,
     _trains_alone,
 )

@@ -16,6 +16,7 @@ from tiny_models import ARCHITECTURES, adapted, base, batch, shake
 from molehill import config, registry
 from molehill.errors import AdapterError
 from molehill.molora.adapter import Manifest, load_adapter, read_manifest, read_peft, save_adapter
+from molehill.molora.interfaces import Told
 from molehill.molora.peft_folder import write_peft
 
 PRESETS = [method.name for method in registry.methods("preset")]
@@ -32,7 +33,8 @@ def manifest(architecture, **keys):
 
 def logits(model, architecture):
     with torch.no_grad():
-        return model(**batch(architecture), task_ids=torch.zeros(3, dtype=torch.long)).logits
+        at, none = batch(architecture), torch.zeros(3, dtype=torch.long)
+        return model(**at, told=Told(none, torch.zeros_like(at["input_ids"]))).logits
 
 
 def patches_for(model, name, expert, rank=2):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny_models import ARCHITECTURES, adapted, base, batch, separate, shake, training
 
 from molehill import registry
+from molehill.molora.interfaces import Told
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
 
@@ -100,7 +101,7 @@ def test_permuting_experts_permutes_weights_and_nothing_else(preset, architectur
 def observed(model, at, tasks):
     model.state.collect = True
     with torch.no_grad():
-        forward = model(**at, task_ids=tasks)
+        forward = model(**at, told=Told(task_ids=tasks))
     return forward.logits, [record.route.weights for record in forward.records]
 
 

@@ -11,6 +11,7 @@ from tiny_models import ARCHITECTURES, WIDTH, adapted, base, batch, shake
 from molehill import registry
 from molehill.errors import AdapterError
 from molehill.molora.head import Head
+from molehill.molora.interfaces import Told
 from molehill.wire.keys import Key
 from molehill.wire.tree import Layout, Tree
 
@@ -35,7 +36,7 @@ def test_all_that_learns_lies_in_one_vector_and_all_its_gradients_in_another(pre
     model.flat.zero_()
     assert not any(parameter.any() for parameter, _, _ in model.places)
     shake(model)
-    model(**batch("bert"), task_ids=torch.zeros(3, dtype=torch.long)).logits.square().sum().backward()
+    model(**batch("bert"), told=Told(task_ids=torch.zeros(3, dtype=torch.long))).logits.square().sum().backward()
     collected = torch.cat([parameter.grad.flatten() for parameter, _, _ in model.places])
     assert torch.equal(collected, model.grad)
     assert torch.count_nonzero(model.grad)

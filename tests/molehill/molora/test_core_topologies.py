@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny_models import ARCHITECTURES, adapted, base, batch, separate, shake
 
 from molehill.errors import ConfigError, ModelError
+from molehill.molora.interfaces import Told
 from molehill.molora.presets.targets import FFN
 from molehill.wire.keys import Key
 
@@ -23,7 +24,7 @@ def logits(model, architecture="llama", task=None):
     at = batch(architecture)
     tasks = None if task is None else torch.full((3,), task)
     with torch.no_grad():
-        return model(**at, task_ids=tasks).logits
+        return model(**at, told=Told(task_ids=tasks)).logits
 
 
 def seen_by(module):

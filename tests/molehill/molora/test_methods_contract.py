@@ -62,7 +62,8 @@ def test_scorers(name, context):
     context = partial(context, **{name: value for name, value in seen.items() if name in scorer.reads})
     assert isinstance(scorer, Scorer)
     assert scorer.n_experts == 5
-    x, tasks = torch.randn(2, 3, 8), torch.tensor([0, 2])
+    x, tasks, domains = torch.randn(2, 3, 8), torch.tensor([0, 2]), torch.tensor([[0, 2, -1], [4, 1, 2]])
+    context = partial(context, domain_ids=domains)
     z = scorer(context(x=x, task_ids=tasks))
     assert z.shape[-1] == 5
     assert z.shape[0] in {1, 2}
@@ -71,9 +72,11 @@ def test_scorers(name, context):
     if scorer.fusable:
         torch.testing.assert_close(z, x @ scorer.weight.T)
     other = scorer(context(x=torch.randn(2, 3, 8), task_ids=tasks))
-    assert torch.equal(z, other) is (scorer.level != "token")
+    assert torch.equal(z, other) is (scorer.level != "token" or "domain_ids" in scorer.reads)
     moved = scorer(context(x=x, task_ids=torch.tensor([2, 0])))
     assert torch.equal(z, moved) is ("task_ids" not in scorer.reads)
+    moved = scorer(context(x=x, task_ids=tasks, domain_ids=domains.flip(0)))
+    assert torch.equal(z, moved) is ("domain_ids" not in scorer.reads)
     assert (scorer.level == "token") is (z.shape[1] == 3)
     assert scorer.embeds is isinstance(scorer, Embeds)
     assert scorer.settles is isinstance(scorer, Settles)
@@ -91,7 +94,9 @@ def test_scorers_know_the_axis_of_the_experts(name, context):
     """Experts in another order, along that axis of every parameter, are scored alike."""
     scorer = registry.build("scorer", name, d_in=8, n_experts=5)
     experts = torch.randn(5, 1, 8) if "experts" in scorer.reads else None
-    order, ctx = torch.randperm(5), context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]), experts=experts)
+    domains = torch.tensor([[0, 2, -1], [4, 1, 2]])
+    order = torch.randperm(5)
+    ctx = context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]), experts=experts, domain_ids=domains)
     ctx.base = torch.randn(2, 8) if "base" in scorer.reads else None
     before = scorer(ctx)
     assert scorer.axes().keys() == {part for part, _ in scorer.named_parameters()}
@@ -108,6 +113,8 @@ def test_scorers_know_the_axis_of_the_experts(name, context):
 def test_transforms(name, context):
     transform, z = registry.build("transform", name), torch.randn(2, 3, 5)
     before = z.clone()
+    ids = torch.randint(0, 9000, (2, 3))
+    context = partial(context, **({"token_ids": ids} if "token_ids" in transform.reads else {}))
 
     def made(seed, **values):
         torch.manual_seed(seed)
@@ -133,7 +140,7 @@ def test_selectors(name, training, shape, context):
     selector = registry.build("selector", name)
     assert bool((route.weights <= selector.bound + 1e-6).all())
     if not training:
-        assert bool((route.weights.sum(-1) > 0).all())
+        assert selector.may_close or bool((route.weights.sum(-1) > 0).all())
     drawn = []
     for seed in (1, 2):
         torch.manual_seed(seed)

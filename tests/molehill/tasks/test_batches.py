@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from molehill import config
 from molehill.errors import DataError
-from molehill.tasks.batches import IGNORE, Batches, Example, alike, eval_batches, pad
+from molehill.tasks.batches import IGNORE, Batches, Example, alike, eval_batches, join, pad
 from molehill.tasks.classification import Classification
 from molehill.tasks.kind import make_task
 from molehill.tasks.rows import TASK, Rows
@@ -113,7 +113,11 @@ def test_padding():
     assert batch.task_ids.tolist() == [0, 2]
     per_token = pad([Example([5, 6], [IGNORE, 6]), Example([7], [IGNORE])], 0)
     assert per_token.labels.tolist() == [[IGNORE, 6], [IGNORE, IGNORE]]
-    assert per_token.task_ids is None
+    assert per_token.task_ids is None is per_token.domain_ids
+    domains = pad([Example([5, 6, 7], 1, domain=2), Example([8], 0, domain=-1)], 9)
+    assert domains.domain_ids.tolist() == [[2, 2, 2], [-1, -1, -1]]
+    assert join([domains, pad([Example([1] * 4, 0, domain=0)], 9)]).domain_ids[:, 3].tolist() == [-1, -1, 0]
+    assert pad([Example([5], 1, domain=2), Example([8], 0)], 9).domain_ids is None
     assert torch.equal(batch.to("cpu").input_ids, batch.input_ids)
 
 

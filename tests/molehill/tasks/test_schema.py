@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from molehill import config
-from molehill.errors import DataError
+from molehill.errors import ConfigError, DataError
 from molehill.tasks.conversations import columns_read
-from molehill.tasks.rows import GROUP, TASK
+from molehill.tasks.rows import DOMAIN, GROUP, TASK
 from molehill.tasks.schema import class_counts, content_keys, load_rows
 
 CLASSES = config.Task(labels=("negative", "positive"))
@@ -131,6 +131,34 @@ def test_a_row_without_its_task(write, task):
     with pytest.raises(DataError, match="'t' must be a name or a whole number") as caught:
         load(path, task="t")
     assert caught.value.where == f"{path}:2"
+
+
+def load_domains(write, values, domains):
+    path = write("r.jsonl", [{"text": "x", "label": "negative", "d": value} for value in values])
+    return load_rows(config.Data(source=path, columns={"domain": "d"}, domains=domains), CLASSES)[0][DOMAIN]
+
+
+def test_domains_are_places_of_names_or_bins_of_numbers(write, caplog):
+    assert load_domains(write, ["fr", "en", "de", ""], ("en", "fr")) == (1, 0, -1, -1)
+    assert "2 rows, column 'd' has none of data.domains (en, fr)" in caplog.text
+    assert load_domains(write, [1, 2, 2.5, "3", 99, None], (2.0, 3.0)) == (0, 0, 1, 1, 2, -1)  # an edge is of the lower
+    with pytest.raises(DataError, match="'d' must be a number to be in a bin") as caught:
+        load_domains(write, [1, "old"], (2.0,))
+    assert caught.value.where.endswith(":2")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"domains": ("a",)}, "need each other"),
+        ({"columns": {"domain": "d"}}, "need each other"),
+        ({"columns": {"domain": "d"}, "domains": ("a", "a")}, "once"),
+        ({"columns": {"domain": "d"}, "domains": (2.0, 1.0)}, "upwards"),
+    ],
+)
+def test_domains_that_cannot_be(section, message):
+    with pytest.raises(ConfigError, match=message):
+        config.parse({"data": section})
 
 
 def test_one_class_only(write):
