@@ -187,7 +187,7 @@ class Scorer(nn.Module, ABC):
         lean_means: What its numbers are: ``bias``, added to the logits; or ``place``: 2 for the expert that is the
             client's own, 1 for others that it may use, 0 for those that are closed to it.
         weighs: What the selector is to make of its logits: ``any`` weights; their ``softmax``, of which the scorer made
-            the logits; all for the ``best`` expert; or the logits themselves, as ``given``.
+            the logits; all for the ``best`` expert; or the ``logits`` themselves.
     """
 
     n_experts: int
@@ -202,7 +202,7 @@ class Scorer(nn.Module, ABC):
     settles: bool = False
     leans: str | None = None
     lean_means: Literal["bias", "place"] = "bias"
-    weighs: Literal["any", "softmax", "best", "given"] = "any"
+    weighs: Literal["any", "softmax", "best", "logits"] = "any"
 
     def offset(self) -> Tensor | None:
         """What is added to the product of a fusable scorer: ``[E]``, with clients in the model ``[C, E]``."""

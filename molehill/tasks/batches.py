@@ -51,17 +51,17 @@ class Batch:
         labels: One of every row: ``[B]`` int64 classes, ``[B]`` numbers or ``[B, C]`` numbers of what is there; or one
             of every token, ``[B, T]`` int64 with `IGNORE`.
         task_ids: ``[B]`` int64, or None when the rows have no task.
-        domain_ids: Domain of every token, ``[B, T]`` int64, -1 for none and on padding; None when rows have no domain.
         of: What labels of tokens are: the ``next`` token, the class of the ``token`` itself, or the next token of one
             of two answers, in rows 2i and 2i + 1 (``pair``).
+        domain_ids: Domain of every token, ``[B, T]`` int64, -1 for none and on padding; None when rows have no domain.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     task_ids: Tensor | None = None
-    domain_ids: Tensor | None = None
     of: Of = "next"
+    domain_ids: Tensor | None = None
 
     @property
     def told(self) -> Told:
@@ -140,8 +140,8 @@ def join(batches: Sequence[Batch]) -> Batch:
         longer([batch.attention_mask for batch in batches], 0),
         longer(labels, IGNORE) if of_tokens(labels[0]) else torch.cat(labels),
         torch.cat(tasks) if len(tasks) == len(batches) else None,
-        longer(domains, -1) if len(domains) == len(batches) else None,
         batches[0].of,
+        longer(domains, -1) if len(domains) == len(batches) else None,
     )
 
 
@@ -183,7 +183,7 @@ def pad(examples: Sequence[Example], pad_id: int, of: Of = "next") -> Batch:
     domain_ids = None
     if len(domains) == len(examples):
         domain_ids = torch.where(mask, torch.tensor(domains).unsqueeze(1), -1)
-    return Batch(ids, mask, torch.tensor(per_row) if per_row else per_token, task_ids, domain_ids, of)
+    return Batch(ids, mask, torch.tensor(per_row) if per_row else per_token, task_ids, of, domain_ids)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Contexts(Scorer):
 
     reads = frozenset({"domain_ids"})
     fixed = frozenset({"listens"})
-    weighs = "given"
+    weighs = "logits"
 
     def __init__(self, params: ContextsParams, *, d_in: int, n_experts: int) -> None:
         super().__init__()

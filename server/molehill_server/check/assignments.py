@@ -177,7 +177,7 @@ def _weighs(selector: MethodRef, wanted: str, experts: int, k: int | None = None
     order = torch.arange(experts)
     scores = torch.stack([0.01 * order, -5.0 * order]).unsqueeze(0)  # of a token that is unsure, and one that is not
     best = torch.nn.functional.one_hot(scores.argmax(-1), experts).float()
-    right = {"softmax": scores.softmax(-1), "best": best, "given": scores.clamp(0.0, 1.0)}[wanted]
+    right = {"softmax": scores.softmax(-1), "best": best, "logits": scores.clamp(0.0, 1.0)}[wanted]
     found = []
     with torch.random.fork_rng(devices=[]):
         for training in (True, False):
@@ -195,7 +195,7 @@ def _weights_of_a_scorer(config: Config) -> Iterator[Conflict]:
     means = {
         "softmax": "the softmax of its logits",
         "best": "all for the best expert",
-        "given": "its logits themselves",
+        "logits": "its logits themselves",
     }[wanted]
     what = f"the weights that scorer {scorer.name!r} means are {means}"
     k = k_of_the_allocation(config)
