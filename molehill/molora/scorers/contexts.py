@@ -43,6 +43,9 @@ class Contexts(Scorer):
 
     Attributes:
         listens: ``[E, D]`` float32, 1 where an expert lists a domain.
+
+    Raises:
+        ConfigError: The lists are of another number of experts, or have a number below 0.
     """
 
     reads = frozenset({"domain_ids"})
