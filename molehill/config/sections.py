@@ -299,7 +299,8 @@ class Federation(Section):
         select: Which clients take part in a round.
         space: What is combined.
         rule: How it is combined.
-        assign: Which experts a client leans on, owns and trains, from what its changes say.
+        assign: Which experts a client leans on, owns and trains, from what its changes say. ``clusters`` gains most
+            where clients have no head of their own, and half a point to one beside ``personal.head = "convex"``.
         lower: How the result comes back to factors.
         server_opt: Optimiser applied to the combined change.
     """
