@@ -13,7 +13,7 @@ from torch import Tensor
 
 from molehill.errors import MolehillError, TrainingError
 from molehill.tasks.kind import kind_of
-from molehill.tasks.measures import LOSS
+from molehill.tasks.measures import LOSS, Measure
 from molehill.tasks.outcomes import Outcomes, Parts
 from molehill_client.making import Candidate, Company
 from molehill_client.participant import Participant
@@ -22,14 +22,33 @@ from molehill_client.scores import by_row, score
 _log = logging.getLogger(__name__)
 
 
-def clearly_worse(one: Parts, best: Parts, units: Sequence[int], *, lower: bool) -> bool:
-    """Whether a measure is worse by more than one standard error of the paired difference over units.
+def as_good(one: Outcomes, best: Outcomes, judged: Measure, units: Sequence[int]) -> bool:
+    """Whether a model is not left for the one of the least loss.
+
+    It is not where its loss is no clearly greater one, and neither where it is as often right: a model that was fitted
+    to few rows may know more and be too sure of it.
+
+    Args:
+        one: What the model scored on some rows.
+        best: What the other scored on them.
+        judged: What the task is judged by.
+        units: Of every row the number of the unit it is of, ``[N]``.
+    """
+    if not clearly_worse(one.parts[LOSS.name], best.parts[LOSS.name], units):
+        return True
+    if judged.name == LOSS.name or judged.name not in best.parts:
+        return False
+    ours, theirs = (each.parts[judged.name].value() for each in (one, best))
+    return ours is not None and theirs is not None and (ours <= theirs if judged.lower else ours >= theirs)
+
+
+def clearly_worse(one: Parts, best: Parts, units: Sequence[int]) -> bool:
+    """Whether a loss is greater by more than one standard error of the paired difference over units.
 
     Args:
         one: What one model scored on some rows.
         best: What another scored on them.
         units: Of every row the number of the unit it is of, ``[N]``.
-        lower: Whether less is better.
     """
     before, after = one.value(), best.value()
     if before is None or after is None:
@@ -37,8 +56,7 @@ def clearly_worse(one: Parts, best: Parts, units: Sequence[int], *, lower: bool)
     _, places = np.unique(np.asarray(units), return_inverse=True)
     n = int(places.max()) + 1
     each = np.bincount(places, one.changes(len(places)) - best.changes(len(places)), n)
-    worse = before - after if lower else after - before
-    return bool(worse > math.sqrt(n / (n - 1) * float(each @ each)))
+    return bool(before - after > math.sqrt(n / (n - 1) * float(each @ each)))
 
 
 @dataclass(frozen=True)
@@ -66,9 +84,8 @@ def choose(company: Company) -> list[Choice]:
     """Choose for every owner of a company, and make it with all rows of the company.
 
     Every candidate is made with the rows of the rounds and tried on those that were set aside. The first wins that is
-    not clearly worse than the one of the least loss, both in loss and in what the task is judged by: a model that was
-    fitted to few rows may know more and be too sure of it. So without evidence an earlier one is taken, and without
-    rows that were set aside the first.
+    as good as the one of the least loss (`as_good`), so without evidence an earlier one is taken, and without rows that
+    were set aside the first.
 
     Args:
         company: With all training rows of its owners.
@@ -123,17 +140,8 @@ def _winner(tried: Sequence[_Trial], client: Participant) -> tuple[int, int]:
     if not tried:
         raise TrainingError("none of personal.candidates can be made", where=f"client {client.name}")
     best = min(tried, key=lambda each: _value(each.scored))
-    judged = kind_of(client.bench.config.task).measures[0]
-    kinds = {LOSS.name: True} | {judged.name: judged.lower}
-
-    def as_good(trial: _Trial) -> bool:
-        told = [name for name in kinds if name in best.scored.parts]
-        units = client.aside_rows.units
-        return not all(
-            clearly_worse(trial.scored.parts[name], best.scored.parts[name], units, lower=kinds[name]) for name in told
-        )
-
-    first = next(each for each in tried if each is best or as_good(each))
+    judged, units = kind_of(client.bench.config.task).measures[0], client.aside_rows.units
+    first = next(each for each in tried if each is best or as_good(each.scored, best.scored, judged, units))
     return first.place, first.way
 
 

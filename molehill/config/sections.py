@@ -214,8 +214,8 @@ class Personal(Section):
             after the rounds is fitted to all training rows.
         candidates: What every client tries to make of the final model, in the order of preference, such as
             ``["fitted_model", "frozen_base", "own_adapter", "trained_alone"]``. Each is made with the rows of the
-            rounds and judged on those that ``holdout`` set aside; the first wins that is not worse than the one of the
-            least loss by more than one standard error, both in loss and in what the task is judged by (such as
+            rounds and judged on those that ``holdout`` set aside; the first wins whose loss is greater than the
+            least by no more than one standard error, or that is as good in what the task is judged by (such as
             accuracy), and is made once more with all training rows. A client that set nothing aside takes the first.
             Without any, residuals are fitted as ``gate`` and ``head`` say.
     """

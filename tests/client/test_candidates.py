@@ -13,8 +13,9 @@ from tiny_house import House
 from molehill import registry
 from molehill.errors import TrainingError
 from molehill.tasks.lengths import Examples
-from molehill.tasks.outcomes import Parts
-from molehill_client.choosing import choose, clearly_worse, scored
+from molehill.tasks.measures import ACCURACY, LOSS
+from molehill.tasks.outcomes import Outcomes, Parts
+from molehill_client.choosing import as_good, choose, clearly_worse, scored
 from molehill_client.making import Candidate, Company
 from molehill_client.scores import score
 from molehill_client.scoring import evaluate_together
@@ -178,15 +179,14 @@ def losses(*each, counts=None):
     return Parts.of_rows(each, counts)
 
 
-def worse(one, best, units=None, lower=True):
-    return clearly_worse(one, best, range(len(best.above)) if units is None else units, lower=lower)
+def worse(one, best, units=None):
+    return clearly_worse(one, best, range(len(best.above)) if units is None else units)
 
 
 def test_worse_is_what_is_more_than_a_standard_error_of_paired_units():
     best = losses(1.0, 2.0, 3.0, 4.0)
     assert not worse(best, best)
     assert worse(losses(1.1, 2.1, 3.1, 4.1), best)  # each unit says so
-    assert not worse(losses(1.1, 2.1, 3.1, 4.1), best, lower=False)
     apart = np.array([1.0, -0.5, 0.5, -0.5])
     error = apart.std(ddof=1) / 2
     assert not worse(losses(*(best.above + apart - apart.mean() + error * 0.999)), best)
@@ -203,6 +203,22 @@ def test_units_count_by_their_predictions():
     error = np.sqrt(4 / 3 * (each**2).sum())
     assert worse(other, best, units) == (error < 0.25)
     assert worse(losses(*(other.above + 5 * np.array(counts)), counts=counts), best, units)
+
+
+def outcomes(loss, right):
+    return Outcomes(len(loss), {"loss": losses(*loss), "accuracy": losses(*right)})
+
+
+def test_a_greater_loss_is_forgiven_who_is_as_often_right():
+    best = outcomes([0.1, 0.1, 0.2, 0.1], [1, 1, 0, 0])
+
+    def stays(loss, right, judged=ACCURACY):
+        return as_good(outcomes(loss, right), best, judged, range(4))
+
+    assert stays([0.2, 0.1, 0.2, 0.1], [0, 0, 0, 0])  # not clearly greater
+    assert stays([2.1, 2.1, 2.2, 2.0], [0, 1, 0, 1])
+    assert not stays([2.1, 2.1, 2.2, 2.0], [0, 1, 0, 0])
+    assert not stays([2.1, 2.1, 2.2, 2.0], [1, 1, 1, 1], judged=LOSS)
 
 
 class Known(Candidate):
