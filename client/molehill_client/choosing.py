@@ -9,37 +9,21 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from molehill.errors import MolehillError, TrainingError
 from molehill.tasks.kind import kind_of
-from molehill.tasks.measures import LOSS, Measure
-from molehill.tasks.outcomes import Outcomes, Parts
+from molehill.tasks.measures import LOSS
+from molehill.tasks.outcomes import Parts
 from molehill_client.making import Candidate, Company
 from molehill_client.participant import Participant
-from molehill_client.scores import by_row, score
+from molehill_client.scores import batches_of, by_row, placed, score
 
 _log = logging.getLogger(__name__)
 
-
-def as_good(one: Outcomes, best: Outcomes, judged: Measure, units: Sequence[int]) -> bool:
-    """Whether a model is not left for the one of the least loss.
-
-    It is not where its loss is no clearly greater one, and neither where it is as often right: a model that was fitted
-    to few rows may know more and be too sure of it.
-
-    Args:
-        one: What the model scored on some rows.
-        best: What the other scored on them.
-        judged: What the task is judged by.
-        units: Of every row the number of the unit it is of, ``[N]``.
-    """
-    if not clearly_worse(one.parts[LOSS.name], best.parts[LOSS.name], units):
-        return True
-    if judged.name == LOSS.name or judged.name not in best.parts:
-        return False
-    ours, theirs = (each.parts[judged.name].value() for each in (one, best))
-    return ours is not None and theirs is not None and (ours <= theirs if judged.lower else ours >= theirs)
+TEMPERATURES = (0.5, 0.63, 0.79, 1.0, 1.26, 1.59, 2.0)
+_LOGITS = ("class", "flags")  # what is predicted by logits, see `molehill.tasks.kind.Kind`
 
 
 def clearly_worse(one: Parts, best: Parts, units: Sequence[int]) -> bool:
@@ -77,15 +61,15 @@ class Choice:
 class _Trial(NamedTuple):
     place: int
     way: int
-    scored: Outcomes
+    losses: Parts
 
 
 def choose(company: Company) -> list[Choice]:
     """Choose for every owner of a company, and make it with all rows of the company.
 
     Every candidate is made with the rows of the rounds and tried on those that were set aside. The first wins that is
-    as good as the one of the least loss (`as_good`), so without evidence an earlier one is taken, and without rows that
-    were set aside the first.
+    not worse than the best by more than a standard error, so without evidence an earlier one is taken, and without rows
+    that were set aside the first.
 
     Args:
         company: With all training rows of its owners.
@@ -127,7 +111,7 @@ def _tried(company: Company, candidates: Sequence[Candidate]) -> list[tuple[int,
             for way, values in enumerate(candidate.make(trial)):
                 for found, client, own in zip(tried, owners, values, strict=True):
                     client.bench.model.flat.copy_(own)
-                    found.append(_Trial(place, way, scored(client)))
+                    found.append(_Trial(place, way, losses_of(client)))
         except MolehillError as error:
             if len(owners) > 1:  # one by one it shows whom it concerns
                 raise
@@ -139,22 +123,42 @@ def _tried(company: Company, candidates: Sequence[Candidate]) -> list[tuple[int,
 def _winner(tried: Sequence[_Trial], client: Participant) -> tuple[int, int]:
     if not tried:
         raise TrainingError("none of personal.candidates can be made", where=f"client {client.name}")
-    best = min(tried, key=lambda each: _value(each.scored))
-    judged, units = kind_of(client.bench.config.task).measures[0], client.aside_rows.units
-    first = next(each for each in tried if each is best or as_good(each.scored, best.scored, judged, units))
+    best = min(tried, key=lambda each: _value(each.losses))
+    units = client.aside_rows.units
+    first = next(each for each in tried if each is best or not clearly_worse(each.losses, best.losses, units))
     return first.place, first.way
 
 
-def _value(scored: Outcomes) -> float:
-    value = scored.parts[LOSS.name].value()
+def _value(losses: Parts) -> float:
+    value = losses.value()
     return math.inf if value is None else value
 
 
-def scored(client: Participant) -> Outcomes:
-    """What the model as it is scores on the rows that a client set aside.
+@torch.no_grad()
+def losses_of(client: Participant) -> Parts:
+    """What the model as it is loses on the rows that a client set aside, when it is as sure as it has a right to be.
+
+    Where it gives logits, these are divided by the temperature of `TEMPERATURES` with the least loss (Guo et al. 2017,
+    On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599): a model that was fitted to few rows may
+    know more than another and be too sure of it. They span a narrow range, since a wide one
+    makes no worse than ignorant what is surely wrong.
 
     Raises:
         TrainingError: A loss is not finite.
     """
-    rows = client.aside_rows
-    return by_row(client.bench, rows, score(client.bench, rows))
+    bench, rows = client.bench, client.aside_rows
+    if kind_of(bench.config.task).predicts not in _LOGITS:
+        return by_row(bench, rows, score(bench, rows)).parts[LOSS.name]
+    model, counts = bench.model, np.zeros(len(rows))
+    model.eval()
+    totals = np.zeros((len(TEMPERATURES), len(rows)))
+    for places, batch in zip(placed(bench, rows), batches_of(bench, rows), strict=True):
+        forward = model(batch.input_ids, batch.attention_mask, batch.labels, batch.told)
+        at = np.asarray(places)[forward.rows.cpu().numpy()]
+        np.add.at(counts, at, 1.0)
+        for total, temperature in zip(totals, TEMPERATURES, strict=True):
+            each = forward.likelihood(forward.scores / temperature, forward.labels)
+            np.add.at(total, at, each.double().cpu().numpy())
+    if not np.isfinite(totals).all():
+        raise TrainingError("the loss on rows that were set aside is not finite", where=f"client {client.name}")
+    return Parts.of_rows(totals[totals.sum(1).argmin()], counts)

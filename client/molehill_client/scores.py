@@ -46,6 +46,10 @@ def by_row(bench: Workbench, rows: Sequence[Example], total: Tally) -> Outcomes:
         rows: The rows.
         total: What `score` gave of them.
     """
+    return total.outcomes().placed([row for batch in placed(bench, rows) for row in batch])
+
+
+def placed(bench: Workbench, rows: Sequence[Example]) -> list[list[int]]:
+    """Places of the rows of every batch of `batches_of`."""
     lengths = [len(row.input_ids) for row in rows]
-    batches = eval_order(lengths, bench.config.evaluate.batch_size, start_of(bench.model))
-    return total.outcomes().placed([row for batch in batches for row in batch])
+    return eval_order(lengths, bench.config.evaluate.batch_size, start_of(bench.model))
