@@ -140,8 +140,8 @@ def losses_of(client: Participant) -> Parts:
 
     Where it gives logits, these are divided by the temperature of `TEMPERATURES` with the least loss (Guo et al. 2017,
     On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599): a model that was fitted to few rows may
-    know more than another and be too sure of it. They span a narrow range, since a wide one
-    makes no worse than ignorant what is surely wrong.
+    know more than another and be too sure of it. They span a narrow range, since in a wide one what is surely wrong
+    becomes no worse than ignorant.
 
     Raises:
         TrainingError: A loss is not finite.
