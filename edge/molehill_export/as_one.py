@@ -35,7 +35,12 @@ def alone(model: MoLoRAModel, expert: str) -> dict[str, Tensor]:
 
 
 def as_chosen(model: MoLoRAModel, expert: str) -> dict[str, Tensor]:
-    """An expert at weight 1, with those that are always on: what answers when a router may choose no other."""
+    """An expert at weight 1, with those that are always on: what answers when a router may choose no other.
+
+    Raises:
+        ModelError: A blend weighs these token by token.
+    """
+    _require_no_blend(model)
     found = {}
     for name, site in model.sites.items():
         ids = model.expert_ids(site)
@@ -50,7 +55,11 @@ def by_routes(model: MoLoRAModel, routes: Mapping[str, Tensor]) -> dict[str, Ten
     Args:
         model: The model.
         routes: Weights of the routed experts by the name of the route's first site, ``[E]`` or ``[H, E]``.
+
+    Raises:
+        ModelError: A blend weighs always-on experts token by token.
     """
+    _require_no_blend(model)
     found = {}
     for name, site in model.sites.items():
         if site.group is None:
@@ -59,6 +68,16 @@ def by_routes(model: MoLoRAModel, routes: Mapping[str, Tensor]) -> dict[str, Ten
         routed = routes[site.group.site.name]
         found[name] = torch.cat([routed.new_ones(*routed.shape[:-1], site.shared), routed], -1)
     return found
+
+
+def _require_no_blend(model: MoLoRAModel) -> None:
+    for name, group in model.routers.items():
+        if group.router.blend is not None:
+            raise ModelError(
+                "how much always-on experts weigh beside the routed ones is decided by a blend, and not fixed",
+                where=name,
+                mend="Export a bundle, which blends.",
+            )
 
 
 def as_lora(model: MoLoRAModel, weights: Weights) -> dict[str, tuple[Array, Array]]:

@@ -6,7 +6,7 @@ Each takes its parameters as inputs, so that one piece serves every place of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from molehill.molora.block import contract, expand, mix
 from molehill.molora.interfaces import RouteContext, Site
 from molehill.molora.router import Router, window
 
+Weights: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
+
 
 class Routing(nn.Module):
     """What routers in graphs share: the parameters are given.
@@ -24,13 +26,13 @@ class Routing(nn.Module):
     Args:
         router: As it was trained.
         scorer: One for as many experts as the bundle has places.
-        names: Of its parameters.
+        names: Of its parameters, and then of the blend's.
         site: Where it sits.
     """
 
     def __init__(self, router: Router, scorer: nn.Module, names: Sequence[str], site: Site) -> None:
         super().__init__()
-        self.scorer, self.names = scorer, tuple(names)
+        self.scorer, self.names, self.blend = scorer, tuple(names), router.blend
         self.transforms, self.selector = router.transforms, router.selector.eval_form()
         self.reads_ids = "token_ids" in router.reads
         self.site = site if self.reads_ids else Site(0, "", 1, site.d_in, site.d_in)  # else one serves all layers
@@ -39,7 +41,7 @@ class Routing(nn.Module):
         """All that the traced nodes depend on."""
         return (
             type(self).__name__, fingerprint(self.scorer), *map(fingerprint, self.transforms),
-            fingerprint(self.selector), self.site.layer, *shapes,
+            fingerprint(self.selector), fingerprint(self.blend) if self.blend else "", self.site.layer, *shapes,
         )  # fmt: skip
 
     def scores(
@@ -54,19 +56,44 @@ class Routing(nn.Module):
             ids: Those of the tokens, ``[B, T]``, where the router reads them.
         """
         ctx = RouteContext(x=x, site=self.site, token_ids=ids)
-        z: Tensor = functional_call(self.scorer, dict(zip(self.names, parameters, strict=True)), (ctx,)).float()
+        of_scorer = len(self.names) - self._blended
+        given = dict(zip(self.names[:of_scorer], parameters[:of_scorer], strict=True))
+        z: Tensor = functional_call(self.scorer, given, (ctx,)).float()
         for transform in self.transforms:
             z = transform(z, ctx)
         return z + limits, ctx
+
+    def shared(self, weights: Tensor, x: Tensor, parameters: list[Tensor]) -> Weights:
+        """The weights of routed experts, and what those of always-on and of routed ones are multiplied by, if anything.
+
+        Args:
+            weights: Of routed experts.
+            x: The inputs.
+            parameters: Of scorer and blend.
+        """
+        if self.blend is None:
+            return weights
+        of_blend = (name.partition(".")[2] for name in self.names[len(self.names) - self._blended :])
+        given = dict(zip(of_blend, parameters[len(self.names) - self._blended :], strict=True))
+        always, part = functional_call(self.blend, given, (x,))
+        return weights, always, part
+
+    @property
+    def _blended(self) -> int:
+        """Number of the blend's parameters."""
+        return 0 if self.blend is None else len(list(self.blend.parameters()))
 
 
 class Route(Routing):
     """A router as it acts at inference."""
 
-    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], ids: Tensor | None = None) -> Tensor:
-        """Weights ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added to the logits, ``[E]``."""
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], ids: Tensor | None = None) -> Weights:
+        """Weights ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added to the logits, ``[E]``.
+
+        See `Routing.shared` for what comes with them.
+        """
         z, ctx = self.scores(x, limits, parameters, ids)
-        return self.selector(z, ctx).weights
+        return self.shared(self.selector(z, ctx).weights, x, parameters)
 
 
 class RouteByPlaces(Routing):
@@ -74,11 +101,11 @@ class RouteByPlaces(Routing):
 
     def forward(
         self, x: Tensor, limits: Tensor, parameters: list[Tensor], places: Tensor, ids: Tensor | None = None
-    ) -> Tensor:
+    ) -> Weights:
         """Weights as of `Route`; ``places`` ``[2]`` are the first and the one after the last, or 0 and 0 for none."""
         z, ctx = self.scores(x, limits, parameters, ids)
         weights, _ = window(z, places[0], places[1])
-        return torch.where(places[1] > 0, weights, self.selector(z, ctx).weights)
+        return self.shared(torch.where(places[1] > 0, weights, self.selector(z, ctx).weights), x, parameters)
 
 
 class Delta(nn.Module):

@@ -36,12 +36,14 @@ class Gate:
         weights: Its output ``[B, T, E]``, or ``[1, B * T, E]`` when flat.
         slots: Slot of each of its E.
         flat: Whether its tokens come one after another.
+        blend: What the weights of always-on experts are multiplied by, and those of routed ones; None where both stay.
         spread: What was made of the weights.
     """
 
     weights: str
     slots: list[int]
     flat: bool
+    blend: tuple[str, str] | None = None
     spread: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
 
@@ -79,6 +81,13 @@ class Routers:
                 mend="Train with another molora.scorer, or ask the run itself: molehill generate.",
             )
         routed = [work.slots_of(work.first(group), routed=True) for group in groups]
+        fixed = (group.router.scorer.ordered for group in groups)
+        counts = ((len(slots), group.router.n_experts) for group, slots in zip(groups, routed, strict=True))
+        if any(one and there != wanted for one, (there, wanted) in zip(fixed, counts, strict=True)):
+            raise ModelError(
+                f"scorer {scorer.name!r} tells experts apart by their place, so that none can be left out or added",
+                mend="Export all experts, without --experts and --spare-slots.",
+            )
         self._overrides([len(slots) for slots in routed])
         if groups and by_places:
             self._places = work.graph.default_input(PLACES, np.zeros(2, np.int64))
@@ -103,9 +112,12 @@ class Routers:
                     always[rank] = 1
                 else:
                     matrix[gate.slots.index(slot), rank] = 1
-            name = self._work.graph.node("MatMul", [gate.weights, self._work.graph.const(matrix)])
+            graph = self._work.graph
+            name = graph.node("MatMul", [self._routed(gate), graph.const(matrix)])
             if always.any():
-                name = self._work.graph.node("Add", [name, self._work.graph.const(always)])
+                given = graph.const(always)
+                shared = given if gate.blend is None else graph.node("Mul", [gate.blend[0], given])
+                name = graph.node("Add", [name, shared])
             gate.spread[key] = name
         return gate.spread[key]
 
@@ -136,9 +148,15 @@ class Routers:
         assert slots[site.shared :] == gate.slots
         if not site.shared:
             return gate.weights
-        ones = graph.node("Shape", [gate.weights], end=-1)
+        routed = self._routed(gate)
+        ones = graph.node("Shape", [routed], end=-1)
         shape = graph.node("Concat", [ones, graph.const([site.shared], np.int64)], axis=0)
-        return graph.node("Concat", [graph.node("Expand", [graph.const(1, np.float32), shape]), gate.weights], axis=-1)
+        always = graph.const(1, np.float32) if gate.blend is None else gate.blend[0]
+        return graph.node("Concat", [graph.node("Expand", [always, shape]), routed], axis=-1)
+
+    def _routed(self, gate: Gate) -> str:
+        """The weights of routed experts, after the blend."""
+        return gate.weights if gate.blend is None else self._work.graph.node("Mul", [gate.weights, gate.blend[1]])
 
     def sample_weights(self, site: MoLoRALinear, n: int) -> tuple[Tensor, dict[int, Any]]:
         """Weights of the shape that the router gives, and the axes of them that vary."""
@@ -150,6 +168,8 @@ class Routers:
         with torch.no_grad():
             route = router.route(ctx)
             shape = route.weights.shape
+            if route.blend is not None:
+                shape = torch.Size([*np.broadcast_shapes(shape[:-1], route.blend[0].shape[:-1]), shape[-1]])
             if self._places:  # which gives every logit a weight
                 shape = torch.Size(np.broadcast_shapes(shape, route.logits.shape))
         return torch.ones(*shape[:-1], n), {axis: DYNAMIC for axis in (0, 1) if shape[axis] > 1}
@@ -183,7 +203,8 @@ class Routers:
     def _route(self, index: int, group: RouteGroup, slots: list[int]) -> None:
         """A router, once for every call of its site; its output is the mean of those that route tokens."""
         router = group.router
-        axes, roles = router.scorer.axes(), router.roles()
+        roles = router.roles()
+        axes = {part: router.scorer.axes().get(part, -1) for part in roles}
         inputs, examples = [], []
         for part, axis in axes.items():
             value = effective(router, part)
@@ -210,10 +231,11 @@ class Routers:
         for call, place in enumerate(self._work.graph.places[group.site.name]):
             x_name = self._work.in_rows(place.x) if place.flat else place.x
             ids = [self._ids(place)] if module.reads_ids else []
-            (weights,) = traced.insert(
+            weights, *blend = traced.insert(
                 self._work.graph, [x_name, self._limits[index], *inputs, *filter(None, [self._places]), *ids]
             )
-            gate = self._gates[id(group), call] = Gate(weights, slots, place.flat)
+            both = (blend[0], blend[1]) if blend else None
+            gate = self._gates[id(group), call] = Gate(weights, slots, place.flat, both)
             if group.calls[call]:
                 shown.append(gate)
         route = f"route.{index}"

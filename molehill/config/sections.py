@@ -159,6 +159,7 @@ class MoLoRA(Section):
         scorer: Produces the logits.
         transforms: Edit the logits, in order.
         selector: Turns logits into weights.
+        blend: How always-on and routed experts share the weight of a token.
         mixer: How weights meet expert outputs.
         topology: How branches are wired.
         allocation: How experts and ranks vary over sites.
@@ -179,6 +180,7 @@ class MoLoRA(Section):
     scorer: Annotated[MethodRef, Axis("scorer")] = ref("linear")
     transforms: tuple[Annotated[MethodRef, Axis("transform")], ...] = ()
     selector: Annotated[MethodRef, Axis("selector")] = ref("top_k", k=2)
+    blend: Annotated[MethodRef, Axis("blend")] = ref("one")
     mixer: Annotated[MethodRef, Axis("mixer")] = ref("output")
     topology: Annotated[MethodRef, Axis("topology")] = ref("parallel")
     allocation: Annotated[MethodRef, Axis("allocation")] = ref("uniform")

@@ -221,7 +221,9 @@ def _groups(
         selectors[selector.model_dump_json()] = built
         if experts == 1 and scope == "site" and _always_one(built, site):
             continue  # a lone expert whose weight is 1 whatever the scores: a plain LoRA has no router
-        router = Router(scorer, transforms, built, anchored=gate == "anchored")
+        blend = config.blend.build("blend", d_in=site.d_in) if plan.shared_ranks else None
+        kept = None if blend is None or blend.plain else blend
+        router = Router(scorer, transforms, built, anchored=gate == "anchored", blend=kept)
         ranks = torch.tensor(plan.ranks, dtype=torch.float32)
         groups[key] = RouteGroup(router, site, state, ranks / ranks.mean(), found.on_tokens(site.name))
     return groups

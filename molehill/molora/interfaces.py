@@ -123,12 +123,15 @@ class Route:
             selector had no need of it.
         aux: Further tensors a loss may ask for: ``selected`` (bool, same shape) where the choice of experts differs
             from ``weights > 0``, ``entropy`` ``[B, T]``.
+        blend: What the weights of always-on experts and those of routed ones are multiplied by, ``[B|1, T|1, 1]``; None
+            where both stay.
     """
 
     logits: Tensor
     weights: Tensor
     distribution: Tensor | None = None
     aux: dict[str, Tensor] = field(default_factory=dict)
+    blend: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def probs(self) -> Tensor:
@@ -178,6 +181,7 @@ class Scorer(nn.Module, ABC):
         reads: What they depend on beside the input; a scorer that reads ``experts`` is told their ``rank``, one that
             reads ``base`` the ``width`` of its states.
         wants: What it needs of the experts: low-rank ``pairs``, of ``equal_ranks``.
+        ordered: Experts are told apart by their place, so that they cannot change it, or leave or join alone.
         own: Parameters that stay with their client under ``personal.gate = "split"`` and ``"anchored"``.
         fixed: Parameters that no training moves: the server sets them, or what is found on the owner's rows. Those that
             are not ``own`` are never sent.
@@ -196,6 +200,7 @@ class Scorer(nn.Module, ABC):
     level: Literal["token", "row", "static"] = "token"
     reads: frozenset[Read] = frozenset()
     wants: frozenset[Wish] = frozenset()
+    ordered: bool = False
     own: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()
     embeds: bool = False
@@ -246,6 +251,29 @@ class Settles(Protocol):
     def settled(self) -> Tensor:
         """The places of these experts, ``[n, w]``, as they were found; zeros where there are fewer."""
         ...
+
+
+class Blend(nn.Module, ABC):
+    """How always-on and routed experts share the weight of a token.
+
+    Its parameters travel as ``gate.blend.<name>``; with several clients in the model they have a leading client axis.
+
+    Args:
+        d_in: Input features, d.
+
+    Attributes:
+        plain: Both keep the weights that they have.
+    """
+
+    plain: bool = False
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the weights of always-on experts are multiplied by, and those of routed ones, ``[B|1, T|1, 1]``.
+
+        Args:
+            x: Router input ``[B, T, d]``.
+        """
 
 
 class LogitTransform(ABC):
@@ -370,7 +398,13 @@ class InitStrategy(ABC):
 
 
 class RoutingLoss(ABC):
-    """An extra loss on routes; padding never counts. The coefficient lives in the configuration."""
+    """An extra loss on routes; padding never counts. The coefficient lives in the configuration.
+
+    Attributes:
+        ordered: It is another one when experts change places.
+    """
+
+    ordered: bool = False
 
     @abstractmethod
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:

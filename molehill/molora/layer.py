@@ -194,10 +194,17 @@ class MoLoRALinear(nn.Module):
         ones = torch.ones(1, device=x.device)
         if self.group is None:
             return ones.expand(1, 1, self.bank.n_experts)
-        routed = _for_rows(self.group.route(x, None, call).weights, x.shape[:2], self.site.name)
+        route = self.group.route(x, None, call)
+        routed = _for_rows(route.weights, x.shape[:2], self.site.name)
         if not self.shared:
             return routed
-        return torch.cat([ones.expand(*routed.shape[:-1], self.shared), routed], -1)
+        if route.blend is None:
+            return torch.cat([ones.expand(*routed.shape[:-1], self.shared), routed], -1)
+        always, part = (_for_rows(each, x.shape[:2], self.site.name) for each in route.blend)
+        if routed.dim() == 4:  # of every head
+            always, part = always.unsqueeze(-2), part.unsqueeze(-2)
+        routed = routed * part
+        return torch.cat([always.expand(*routed.shape[:-1], self.shared), routed], -1)
 
     def flat_weights(self, x: Tensor, call: int) -> Tensor:
         """`weights` for every token: ``[B * T, E]``."""

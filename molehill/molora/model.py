@@ -141,7 +141,7 @@ class MoLoRAModel(nn.Module):
         # residuals apart, so that what is trained alike lies together
         for name, group in self.routers.items():
             for part, role in group.router.roles().items():
-                yield group.router.scorer.get_parameter(part), [(Key(name, NO_EXPERT, role), None, False, 1.0)]
+                yield group.router.parameter(part), [(Key(name, NO_EXPERT, role), None, False, 1.0)]
         for name, group in self.routers.items():
             for part, parameter in group.router.residual.items():
                 role = f"gate.residual.{part.replace('__', '.')}"

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from molehill.molora.interfaces import LogitTransform, Overrides, Read, Route, RouteContext, Scorer, Selector
+from molehill.molora.interfaces import Blend, LogitTransform, Overrides, Read, Route, RouteContext, Scorer, Selector
+
+_BLEND = "blend"
 
 
 class Router(nn.Module):
@@ -18,6 +20,7 @@ class Router(nn.Module):
         scorer: Produces logits.
         transforms: Edit the logits, in order.
         selector: Turns logits into weights.
+        blend: How always-on experts and the routed ones share the weight; None where both keep theirs.
         anchored: Give every scorer parameter that is neither the client's own nor fixed a residual of the same shape,
             zero at the start, that is added to it. The parameter can then be averaged over clients while each client
             keeps its residual.
@@ -29,18 +32,20 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, scorer: Scorer, transforms: Sequence[LogitTransform], selector: Selector, *, anchored: bool
-    ) -> None:
+        self, scorer: Scorer, transforms: Sequence[LogitTransform], selector: Selector, *, anchored: bool,
+        blend: Blend | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.scorer = scorer
+        self.blend = blend
         self.transforms = tuple(transforms)
         self.selector = selector
         self.residual = nn.ParameterDict()
         if anchored:
-            for name, parameter in scorer.named_parameters():
+            for name in self.roles():
                 if name in scorer.own | scorer.fixed:  # which stays with the client, or stays at all, as it is
                     continue
-                self.residual[name.replace(".", "__")] = nn.Parameter(torch.zeros_like(parameter))
+                self.residual[name.replace(".", "__")] = nn.Parameter(torch.zeros_like(self.parameter(name)))
         self.personal = True
         self.uniform = False
 
@@ -60,11 +65,18 @@ class Router(nn.Module):
         return self.scorer.heads
 
     def roles(self) -> dict[str, str]:
-        """The role on the wire of every parameter of the scorer, by its name."""
+        """The role on the wire of every parameter of scorer and blend, by its name."""
+        of_blend = () if self.blend is None else self.blend.named_parameters(_BLEND)
         return {
             name: f"gate.own.{name}" if name in self.scorer.own else f"gate.{name}"
-            for name, _ in self.scorer.named_parameters()
+            for name, _ in (*self.scorer.named_parameters(), *of_blend)
         }
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter by its name in `roles`."""
+        if self.blend is not None and name.startswith(f"{_BLEND}."):
+            return self.blend.get_parameter(name.removeprefix(f"{_BLEND}."))
+        return self.scorer.get_parameter(name)
 
     @property
     def stackable(self) -> bool:
@@ -75,13 +87,13 @@ class Router(nn.Module):
     def kin(self, overrides: Overrides) -> Hashable:
         """Equal for routers that turn given logits into weights alike, row by row; else its own."""
         alike = self.selector.by_logits and all(transform.by_logits for transform in self.transforms)
-        if not (self.stackable and alike) or overrides != Overrides():
+        if not (self.stackable and alike) or self.blend is not None or overrides != Overrides():
             return id(self)
         return id(self.selector), *map(id, self.transforms), self.n_experts
 
     def effective(self, name: str) -> Tensor:
-        """A parameter of the scorer, with its residual where it has one that counts."""
-        parameter, residual = self.scorer.get_parameter(name), name.replace(".", "__")
+        """A parameter, with its residual where it has one that counts."""
+        parameter, residual = self.parameter(name), name.replace(".", "__")
         counts = self.personal and residual in self.residual
         return parameter + self.residual[residual] if counts else parameter
 
@@ -109,6 +121,12 @@ class Router(nn.Module):
         Returns:
             Weights ``[B|1, T|1, (H,) E]`` in float32.
         """
+        route = self._route(ctx, logits)
+        if self.blend is not None:
+            route.blend = self._blend(self.blend, ctx.x)
+        return route
+
+    def _route(self, ctx: RouteContext, logits: Tensor | None) -> Route:
         over = ctx.overrides
         if self.uniform or over.weights is not None:
             heads = (self.heads,) if self.heads > 1 else ()
@@ -132,6 +150,11 @@ class Router(nn.Module):
     def _by_row(self, values: Tensor) -> Tensor:
         """Values of experts, ``[E]`` or ``[B, 1, E]``, as they meet logits ``[B, T, (H,) E]``."""
         return values.unsqueeze(-2) if self.heads > 1 and values.dim() > 1 else values
+
+    def _blend(self, blend: Blend, x: Tensor) -> tuple[Tensor, Tensor]:
+        values = {name: self.effective(f"{_BLEND}.{name}") for name, _ in blend.named_parameters()}
+        found: tuple[Tensor, Tensor] = functional_call(blend, values, (x,))
+        return found
 
     def _score(self, ctx: RouteContext) -> Tensor:
         if not (self.residual and self.personal):

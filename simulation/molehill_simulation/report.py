@@ -315,7 +315,7 @@ def _adapter(molora: Mapping[str, Any]) -> str:
     text = experts.planned(_name(molora["expert"]), routed, always, int(molora["rank"]), allocation)
     if routed > 1 or always:
         text += f", scored by {_told(molora['scorer'])}, chosen by {_told(molora['selector'])}"
-    for key in ("transforms", "mixer", "topology", "init", "losses"):
+    for key in ("transforms", "blend", "mixer", "topology", "init", "losses"):
         text += _unusual(key, molora[key], getattr(usual, key))
     return f"{molora['preset']}: {text}" if molora.get("preset") else text
 

@@ -409,6 +409,12 @@ def test_rows_without_a_task_are_told_to_a_scorer_that_routes_by_it():
     assert check(told.model_copy(update={"data": told.data.model_copy(update={"columns": {"task": "ward"}})})) == []
 
 
+def test_a_blend_needs_experts_that_are_always_on():
+    (conflict,) = refusals(molora={"blend": "scalar"})
+    assert conflict.keys == ("molora.blend", "molora.shared")
+    assert check(config(molora={"blend": "scalar", "shared": 1})) == []
+
+
 def test_routes_by_domain_need_domains_and_a_selector_that_leaves_them():
     molora = {"preset": "context_peft"}
     (conflict,) = refusals(molora=molora)

@@ -221,7 +221,15 @@ def _answers(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", ("evaluate.generate", "molora.selector"), f"{why}; use selector {able}")
 
 
+def _nothing_to_blend(config: Config) -> Iterator[Conflict]:
+    blend = config.molora.blend
+    if not config.molora.shared and not blend.declared("blend", "plain"):
+        why = f"blend {blend.name!r} shares the weight between always-on experts and routed ones, and none is always on"
+        yield Conflict("refuse", ("molora.blend", "molora.shared"), f"{why}; set molora.shared")
+
+
 RULES: tuple[Rule, ...] = (
+    _nothing_to_blend,
     _answers,
     _classes,
     _predictions,
