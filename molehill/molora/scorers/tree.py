@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehill.molora.interfaces import RouteContext, Scorer
@@ -50,4 +49,6 @@ class Tree(Scorer):
     def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B, T, E]``, of which the softmax is ``exp``."""
         s = ctx.x.float() @ self.nodes.T
-        return F.logsigmoid(s) @ self.left + F.logsigmoid(-s) @ self.right
+        # as torch's logsigmoid, of which graphs for devices make the logarithm of a sigmoid: of 0 where s is far below 0
+        both = s.clamp_max(0.0) - torch.log1p(torch.exp(-s.abs()))
+        return both @ self.left + (both - s) @ self.right

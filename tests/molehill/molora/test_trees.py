@@ -25,6 +25,9 @@ def test_leaves_share_all_and_their_probability_is_the_product_of_decisions(n, c
             wanted = wanted * (1 - left if node % 2 else left)
             node //= 2
         torch.testing.assert_close(p[..., leaf], wanted)
+    far = scorer(context(x=1e4 * x))
+    assert bool(far.isfinite().all())
+    torch.testing.assert_close(far.logsumexp(-1), torch.zeros(2, 3))
     left, right = paths(n)
     assert not bool((left * right).any())
 
