@@ -49,6 +49,6 @@ class Tree(Scorer):
     def forward(self, ctx: RouteContext) -> Tensor:
         """Return logits ``[B, T, E]``, of which the softmax is ``exp``."""
         s = ctx.x.float() @ self.nodes.T
-        # as torch's logsigmoid, of which graphs for devices make the logarithm of a sigmoid: of 0 where s is far below 0
+        # as logsigmoid, of which graphs for devices make the logarithm of a sigmoid, which is 0 far below 0
         both = s.clamp_max(0.0) - torch.log1p(torch.exp(-s.abs()))
         return both @ self.left + (both - s) @ self.right
