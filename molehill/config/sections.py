@@ -180,7 +180,7 @@ class MoLoRA(Section):
     scorer: Annotated[MethodRef, Axis("scorer")] = ref("linear")
     transforms: tuple[Annotated[MethodRef, Axis("transform")], ...] = ()
     selector: Annotated[MethodRef, Axis("selector")] = ref("top_k", k=2)
-    blend: Annotated[MethodRef, Axis("blend")] = ref("one")
+    blend: Annotated[MethodRef, Axis("blend")] = ref("full")
     mixer: Annotated[MethodRef, Axis("mixer")] = ref("output")
     topology: Annotated[MethodRef, Axis("topology")] = ref("parallel")
     allocation: Annotated[MethodRef, Axis("allocation")] = ref("uniform")

@@ -20,10 +20,10 @@ class Router(nn.Module):
         scorer: Produces logits.
         transforms: Edit the logits, in order.
         selector: Turns logits into weights.
-        blend: How always-on experts and the routed ones share the weight; None where both keep theirs.
         anchored: Give every scorer parameter that is neither the client's own nor fixed a residual of the same shape,
             zero at the start, that is added to it. The parameter can then be averaged over clients while each client
             keeps its residual.
+        blend: How always-on experts and the routed ones share the weight; None where both keep theirs.
 
     Attributes:
         residual: The residuals by parameter name (dots replaced by ``__``); empty when not anchored.

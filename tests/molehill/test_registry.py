@@ -136,7 +136,7 @@ INTERFACES = {
 def test_methods_of_an_axis_are_all_classes_of_its_own_or_all_functions():
     for method in registry.methods():
         assert isinstance(method.target, type) is (method.axis in INTERFACES), method
-    assert len(INTERFACES) == 22
+    assert len(INTERFACES) == 23
 
 
 @pytest.mark.parametrize("axis", INTERFACES)

@@ -31,6 +31,6 @@ def mask_moe() -> dict[str, Any]:
         "scope": "block",
         "transforms": ("token_mask",),
         "selector": {"name": "top_k", "k": 1, "renorm": "none"},
-        "blend": "softmax",
+        "blend": "by_token",
         "losses": ({"name": "switch_balance", "coef": 1e-2},),
     }

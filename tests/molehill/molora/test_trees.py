@@ -85,7 +85,7 @@ def test_a_scalar_shares_the_weight_out_and_alone_the_master_is_left():
 
 
 def test_a_token_decides_by_the_softmax_of_two_products(context):
-    blend, x = registry.build("blend", "softmax", d_in=8), torch.randn(2, 3, 8)
+    blend, x = registry.build("blend", "by_token", d_in=8), torch.randn(2, 3, 8)
     assert [part.tolist() for part in blend(x[:1, :1])] == [[[[0.5]]], [[[0.5]]]]
     torch.nn.init.normal_(blend.weight)
     shared, routed = blend(x)
@@ -93,7 +93,7 @@ def test_a_token_decides_by_the_softmax_of_two_products(context):
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
-@pytest.mark.parametrize("name", ["scalar", "softmax"])
+@pytest.mark.parametrize("name", ["scalar", "by_token"])
 def test_stacked_is_as_alone_and_the_blend_learns(name):
     model, rows = training(shake(blended(name))), batch("llama", rows=4)
     assert model.stackable

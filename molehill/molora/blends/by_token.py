@@ -11,11 +11,11 @@ from molehill.registry import register
 
 @register(
     "blend",
-    "softmax",
+    "by_token",
     paper="Su et al. 2024, MaskMoE, as in its authors' code; Rajbhandari et al. 2022, DeepSpeed-MoE: Residual-MoE",
     url="https://arxiv.org/abs/2407.09816",
 )
-class Softmax(Blend):
+class ByToken(Blend):
     """The weights of always-on and of routed experts are ``softmax(W x)``, of every token.
 
     Attributes:

@@ -10,11 +10,11 @@ from molehill.registry import register
 
 @register(
     "blend",
-    "one",
+    "full",
     paper="Dai et al. 2024, DeepSeekMoE: shared experts",
     url="https://arxiv.org/abs/2401.06066",
 )
-class One(Blend):
+class Full(Blend):
     """Always-on experts have weight 1, and routed ones what the selector gives them."""
 
     plain = True
