@@ -20,7 +20,7 @@ MODULES = {method.target.__module__ for method in METHODS}
 # Words that are the name of a method and something else too: what else they are, where, and how many times.
 REASONS = {
     "what a configuration says where it says nothing": {
-        "molehill/config/sections.py": "classification by_column lora*2 linear top_k output parallel uniform sft "
+        "molehill/config/sections.py": "classification by_column lora*2 linear top_k output parallel uniform full sft "
         "fedit all factor mean none*3 int4 fp16",
     },
     "what another key stands for": {"molehill/config/sections.py": "fedprox"},
