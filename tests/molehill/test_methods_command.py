@@ -31,9 +31,9 @@ def test_programs_get_the_whole_registry():
 def test_people_read_them_axis_by_axis_in_80_columns(words):
     lines = methods(*words, env=TERMINAL).stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    headings = [line.split()[0] for line in lines if line and not line.startswith(" ")]
-    assert [axis for axis in headings if axis in registry.axes()] == registry.axes()
-    at = {axis: next(i for i, line in enumerate(lines) if line.split()[:1] == [axis]) for axis in registry.axes()}
+    headings = {line.split()[0]: i for i, line in enumerate(lines) if line and not line.startswith(" ")}
+    at = {axis: i for axis, i in headings.items() if axis in registry.axes()}
+    assert list(at) == registry.axes()
     for method in registry.methods():
         line = next(line for line in lines[at[method.axis] :] if line.startswith(f"  {method.name} "))
         assert method.summary.replace("`", "").split()[0] in line

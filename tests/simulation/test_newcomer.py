@@ -100,26 +100,32 @@ def test_one_that_contradicts_the_others_takes_its_own_and_is_exported(run, tmp_
     assert finished(tmp_path / "other") == finished(run)
 
 
-def test_one_with_few_rows_takes_the_shared_model_and_is_told_why(run, tmp_path):
+def test_one_with_few_rows_fits_the_model_to_them_and_is_told_why(run, tmp_path):
     data = rows_of(tmp_path / "few.jsonl", FEW)
     text = ask(verb(command), run / "adapter", "--data", data, "--out", tmp_path / "few")
-    assert "shared_model: not chosen: " in text
-    assert "so the first candidate, shared_model, was taken" in text
-    assert "personalised over global, on the same rows: accuracy 0.000 (0.000 to 0.000)" in text
+    assert "fitted_model: not chosen: " in text
+    assert "so the first candidate, fitted_model, was taken" in text
     kept = json.loads((tmp_path / "few/personalised.json").read_text())
-    assert (kept["chosen"], kept["aside"]) == ("shared_model", 0)
-    assert kept["candidates"] == ["shared_model", "fitted_model", "own_adapter", "trained_alone"]  # without a head
-    assert kept["stages"]["personalised"] == kept["stages"]["global"]
+    assert (kept["chosen"], kept["aside"]) == ("fitted_model", 0)
+    assert kept["candidates"] == ["fitted_model", "shared_model", "own_adapter", "trained_alone"]  # without a head
     ours, theirs = (load(path, who).predict(TEXTS) for path, who in ((tmp_path / "few", "newcomer"), (run, "global")))
+    assert [each.probabilities for each in ours] != [each.probabilities for each in theirs]
+
+
+def test_one_that_stays_with_the_shared_model_has_it_as_it_is(run, tmp_path):
+    made = personalise(run, rows_of(tmp_path / "few.jsonl", FEW), "late", tmp_path / "late", candidates=CHOICE)
+    assert made.stages["personalised"] == made.stages["global"]
+    assert made.gains["accuracy"].interval == (0.0, 0.0)
+    ours, theirs = (load(path, who).predict(TEXTS) for path, who in ((tmp_path / "late", "late"), (run, "global")))
     assert [each.probabilities for each in ours] == [each.probabilities for each in theirs]
 
 
 def test_the_run_and_the_command_say_what_can_be_chosen(run, tmp_path):
     data = rows_of(tmp_path / "few.jsonl", FEW)
-    made = personalise(run, data, "late", tmp_path / "late", candidates=["fitted_model", "shared_model"])
-    assert (made.chosen, made.candidates) == ("fitted_model", ("fitted_model", "shared_model"))
+    made = personalise(run, data, "late", tmp_path / "late", candidates=["shared_model", "fitted_model"])
+    assert (made.chosen, made.candidates) == ("shared_model", ("shared_model", "fitted_model"))
     config = read_config(tmp_path / "late/config.toml")
-    assert [ref.name for ref in config.personal.candidates] == ["fitted_model", "shared_model"]
+    assert [ref.name for ref in config.personal.candidates] == ["shared_model", "fitted_model"]
     assert config.personal.holdout == 0.2
 
 
@@ -129,7 +135,7 @@ def test_what_was_scored_is_what_is_asked_where_the_rounds_left_patches(run, tmp
     simulate(config, tmp_path / "patched")
     made = personalise(tmp_path / "patched", rows_of(tmp_path / "mine.jsonl", MINE), "late")
     assert made.out == tmp_path / "patched-late"
-    assert made.candidates == ("shared_model", "fitted_model", "own_adapter")  # what starts over is without patches
+    assert made.candidates == ("fitted_model", "shared_model", "own_adapter")  # what starts over is without patches
     config = read_config(made.out / "config.toml")
     (owner,) = deal(config.data, load_rows(config.data, config.task)[0], config.run.seed)
     for path, who, stage in ((tmp_path / "patched", "global", "global"), (made.out, "late", "personalised")):

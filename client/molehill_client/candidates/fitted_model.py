@@ -15,7 +15,7 @@ from molehill_client.making import Candidate, Company
 class FittedModel(Candidate):
     """The final model with the residuals that ``personal.gate`` and ``personal.head`` say, see docs/adr/0004."""
 
-    usual = 2
+    usual = 1
 
     def steps(self, config: Config, /) -> int:
         """Those of ``personal.steps``."""
