@@ -9,20 +9,20 @@ names. The function stays the same, only the order of its sums changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molehill.errors import ModelError
-from molehill.molora.banks import Bank, Mixer, PairBank
+from molehill.molora.adapted import Adapted
+from molehill.molora.banks import Bank, PairBank
 from molehill.molora.block import contract, mix
 from molehill.molora.fused import Output, down, up
 from molehill.molora.interfaces import Site
 from molehill.molora.recompute import source_of, version_of
-from molehill.molora.routes import ForwardState, RouteGroup, route_together
+from molehill.molora.routes import RouteGroup, route_together
 
 
 class _Made(NamedTuple):
@@ -105,47 +105,19 @@ def _open_routes(sites: Sequence[MoLoRALinear], x: Tensor, call: int) -> dict[Ro
     return {group: gate for group, gate in rows.items() if gate is not None}
 
 
-class MoLoRALinear(nn.Module):
+class MoLoRALinear(Adapted):
     """A frozen linear with experts: ``y = W0 x + b + sum_e w_e delta_e(x)``.
 
     Args:
         base: ``nn.Linear`` or GPT-2's ``Conv1D``; frozen.
         site: Its place.
         bank: Its experts, shared ones first.
-        shared: Number of shared experts; their weight is always 1.
-        group: Where the routed experts' weights come from; None when all weights are 1.
-        mixer: How weights meet experts.
-        dropout: Dropout on the experts' input.
-        state: Shared state of the pass.
-        tokens: For every call in a pass, whether the input are the tokens of the batch.
+        parts: As of `Adapted`.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        site: Site,
-        bank: Bank,
-        *,
-        shared: int,
-        group: RouteGroup | None,
-        mixer: Mixer,
-        dropout: float,
-        state: ForwardState,
-        tokens: Sequence[bool] = (True,),
-    ) -> None:
-        super().__init__()
-        self.calls = tuple(tokens)
-        self._pass = (-1, 0)  # version of the pass, calls in it
+    def __init__(self, base: nn.Module, site: Site, bank: Bank, **parts: Any) -> None:
+        super().__init__(site, bank, **parts)
         self.base = base
-        self.site = site
-        self.bank = bank
-        self.shared = shared
-        self.mixer = mixer
-        self.dropout = nn.Dropout(dropout)
-        self.state = state
-        # held outside the module tree: a group belongs to the model, not to one of its sites
-        self.__dict__["group"] = group
-        self.group: RouteGroup | None
         self.fan = Fan([self])
 
     @property
@@ -158,6 +130,11 @@ class MoLoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         """Frozen bias ``[d_out]`` or None."""
         return self.base.bias  # type: ignore[return-value]  # modules hide their attributes' types
+
+    @property
+    def peft(self) -> Literal["LORA", "IA3"] | None:
+        """What an expert of its bank is."""
+        return self.bank.peft
 
     @property
     def fused(self) -> bool:
@@ -174,52 +151,18 @@ class MoLoRALinear(nn.Module):
         y = self._adapted(x3, self._next_call())
         return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
 
-    def _next_call(self) -> int:
-        """Number of this call in the pass, from 0."""
-        version, calls = self._pass
-        call = calls if version == self.state.version else 0
-        self._pass = self.state.version, call + 1
-        return call
-
     def _adapted(self, x: Tensor, call: int) -> Tensor:
         y0 = F.linear(x, self.weight, self.bias)
         return y0 + self.mixer(self.bank, self.dropout(x), y0, self.weights(x, call)).to(y0.dtype)
 
-    def weights(self, x: Tensor, call: int) -> Tensor:
-        """Weights of all experts, shared ones first, ``[B|1, T|1, (H,) E]``.
-
-        Raises:
-            ModelError: The route is of other rows than the input.
-        """
-        ones = torch.ones(1, device=x.device)
-        if self.group is None:
-            return ones.expand(1, 1, self.bank.n_experts)
-        route = self.group.route(x, None, call)
-        routed = _for_rows(route.weights, x.shape[:2], self.site.name)
-        if not self.shared:
-            return routed
-        if route.blend is None:
-            return torch.cat([ones.expand(*routed.shape[:-1], self.shared), routed], -1)
-        always, part = (_for_rows(each, x.shape[:2], self.site.name) for each in route.blend)
-        if routed.dim() == 4:  # of every head
-            always, part = always.unsqueeze(-2), part.unsqueeze(-2)
-        routed = routed * part
-        return torch.cat([always.expand(*routed.shape[:-1], self.shared), routed], -1)
+    def forget(self) -> None:
+        """Let go of what a broken pass left."""
+        self.fan.forget()
 
     def flat_weights(self, x: Tensor, call: int) -> Tensor:
         """`weights` for every token: ``[B * T, E]``."""
         weights = self.weights(x, call)
         return weights.expand(*x.shape[:2], -1).reshape(-1, weights.shape[-1])
-
-    def tokens(self, client: int) -> list[float]:
-        """Counted gate mass of every expert, shared ones first; needs ``state.count`` during the passes.
-
-        It is empty where all weights are always 1.
-        """
-        group = self.group
-        if group is None:
-            return []
-        return [float(group.tokens[client])] * self.shared + group.mass[client].tolist()
 
     @property
     def stackable(self) -> bool:
@@ -229,25 +172,6 @@ class MoLoRALinear(nn.Module):
         """
         routed = self.group is None or self.group.router.stackable
         return routed and self.fused and self.dropout.p == 0 and all(self.calls)
-
-
-def _for_rows(weights: Tensor, lead: torch.Size, name: str) -> Tensor:
-    """Weights ``[B|1, T|1, ...]`` for tokens in rows, or for the same tokens one after another, ``lead = [1, B * T]``.
-
-    Raises:
-        ModelError: They are neither.
-    """
-    rows, tokens = weights.shape[:2]
-    if rows in {1, lead[0]} and tokens in {1, lead[1]}:
-        return weights
-    if lead[0] == 1 and lead[1] % rows == 0 and tokens in {1, lead[1] // rows}:
-        return weights.expand(rows, lead[1] // rows, *weights.shape[2:]).flatten(0, 1).unsqueeze(0)
-    if rows == 1 and tokens == lead[0] * lead[1]:
-        return weights.reshape(*lead, *weights.shape[2:])
-    raise ModelError(
-        f"{name} runs on {lead[0]} rows of {lead[1]}, its route is for {rows} rows of {tokens}",
-        mend='Set molora.scope = "site", or leave it out of molora.targets.',
-    )
 
 
 class ExpandLinear(MoLoRALinear):

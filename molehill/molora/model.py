@@ -180,7 +180,7 @@ class MoLoRAModel(nn.Module):
         for group in self.routers.values():
             group.forget()
         for site in self.sites.values():
-            site.fan.forget()
+            site.forget()
         for parameter, start, stop in self.places:
             shape = parameter.shape[1:] if stacked else parameter.shape
             part = (slice(None) if clients > 1 else 0, slice(start, stop))
