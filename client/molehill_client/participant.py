@@ -176,7 +176,7 @@ class Participant:
                     where=f"client {self.name}, {name}",
                     mend="Run the same configuration on server and clients.",
                 )
-            site = next(site for site in model.sites.values() if site.group is group)
+            site = model.site_of(group)
             routed = model.expert_ids(site)[site.shared :]
             found[key] = np.array([plan.lean.get(expert, 0.0) for expert in routed], np.float32)
         if strange := sorted(plan.lean.keys() - set(model.experts)):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from molehill.errors import ModelError
-from molehill.molora.banks import PairBank
-from molehill.molora.layer import MoLoRALinear
+from molehill.molora.adapted import Adapted
+from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear
 from molehill.molora.model import MoLoRAModel
 from molehill_export.insertion import Array
 from molehill_export.stacks import expert_tensors
@@ -93,7 +93,8 @@ def as_lora(model: MoLoRAModel, weights: Weights) -> dict[str, tuple[Array, Arra
     for name, given in weights.items():
         site = model.sites[name]
         _require_one(site, name, given)
-        if not isinstance(site.bank, PairBank):
+        if not site.pairs:
+            _require_linear(site, name)
             raise ModelError(f"{site.bank.noun} experts cannot become a LoRA", where=name)
         if given.dim() > 1:
             raise ModelError("heads weigh parts of an expert apart, which no LoRA does", where=name)
@@ -118,18 +119,19 @@ def as_peft(model: MoLoRAModel, weights: Weights) -> tuple[Literal["LORA", "IA3"
     Raises:
         ModelError: peft has no such adapter.
     """
-    banks = {name: model.sites[name].bank for name in weights}
-    methods = {bank.peft for bank in banks.values()}
+    sites = {name: model.sites[name] for name in weights}
+    methods = {site.peft for site in sites.values()}
     (method,) = methods if len(methods) == 1 else (None,)
     if method is None:
-        name, bank = next((name, bank) for name, bank in banks.items() if bank.peft is None or len(methods) > 1)
-        raise ModelError(f"peft has no {bank.noun} experts like these", where=name, mend="Try --merged.")
+        name, site = next((name, site) for name, site in sites.items() if site.peft is None or len(methods) > 1)
+        _require_linear(site, name)
+        raise ModelError(f"peft has no {site.bank.noun} experts like these", where=name, mend="Try --merged.")
     if method == "LORA":
         return method, {name: {"A": a, "B": b} for name, (a, b) in as_lora(model, weights).items()}
     found = {}
     for name, given in weights.items():
         _require_one(model.sites[name], name, given)
-        bank = banks[name]
+        bank = sites[name].bank
         vectors = torch.cat([getattr(bank, part.parameter)[part.rows] for part in bank.parts()])
         found[name] = {"dense.v": (given @ vectors).unsqueeze(0).numpy()}
     return method, found
@@ -148,7 +150,7 @@ def fold(model: MoLoRAModel, weights: Weights) -> None:
     """
     owners = Counter(id(parameter) for _, parameter in model.base.named_parameters(remove_duplicate=False))
     for name, given in weights.items():
-        site = model.sites[name]
+        site = _require_linear(model.sites[name], name)
         _require_one(site, name, given)
         if any(owners[id(parameter)] > 1 for parameter in site.base.parameters()):
             raise ModelError("the base has this weight in several places", where=name, mend="Export a bundle.")
@@ -173,7 +175,18 @@ def _folded(site: MoLoRALinear, name: str, given: Tensor) -> tuple[Tensor, Tenso
     return site.bank.folded(given, site.weight, site.bias)
 
 
-def _require_one(site: MoLoRALinear, name: str, given: Tensor) -> None:
+def _require_one(site: Adapted, name: str, given: Tensor) -> None:
     """Refuse a mixture of blocks."""
-    if type(site) is not MoLoRALinear and sorted(given.flatten().tolist(), reverse=True)[:2] not in ([1.0], [1.0, 0.0]):
+    if isinstance(site, ExpandLinear | ContractLinear) and sorted(given.flatten().tolist(), reverse=True)[:2] not in (
+        [1.0],
+        [1.0, 0.0],
+    ):
         raise ModelError("experts that are whole blocks mix their outputs, which no linear does", where=name)
+
+
+def _require_linear(site: Adapted, name: str) -> MoLoRALinear:
+    """Refuse experts beside a block."""
+    if not isinstance(site, MoLoRALinear):
+        what = "experts beside a whole block are no change of a linear"
+        raise ModelError(what, where=name, mend="Export a bundle, or ask the run itself.")
+    return site

@@ -10,7 +10,8 @@ import torch
 
 from molehill import registry
 from molehill.errors import ModelError
-from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear
+from molehill.molora.adapted import Adapted
+from molehill.molora.layer import ContractLinear, ExpandLinear
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_export.insertion import Work
 from molehill_export.pieces import Contract, Delta, Expand, Mix, fingerprint
@@ -33,7 +34,7 @@ class Beside:
     def __init__(self, work: Work, routers: Routers, consumers: Mapping[str, list[Any]]) -> None:
         self._work, self._routers, self._consumers = work, routers, consumers
 
-    def low_rank(self, name: str, site: MoLoRALinear) -> None:
+    def low_rank(self, name: str, site: Adapted) -> None:
         """Low-rank experts of a block, or mixed by parameters."""
         graph, f = self._work.graph, factors_of(self._work, name, site)
         inputs = self._rows(name, f)
@@ -74,7 +75,7 @@ class Beside:
             )
         )  # fmt: skip
 
-    def other(self, name: str, site: MoLoRALinear) -> None:
+    def other(self, name: str, site: Adapted) -> None:
         """Experts of any other kind: all tensors of their bank in float32, and its arithmetic as it was traced."""
         bank, ids, slots = site.bank, self._work.model.expert_ids(site), self._work.slots_of(site, routed=False)
         tree = self._work.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
@@ -100,7 +101,7 @@ class Beside:
         )  # fmt: skip
 
     def _beside(
-        self, name: str, site: MoLoRALinear, call: int, slots: list[int], ranks: tuple[int, ...], inputs: dict[str, str]
+        self, name: str, site: Adapted, call: int, slots: list[int], ranks: tuple[int, ...], inputs: dict[str, str]
     ) -> None:
         """Add what a bank says beside a linear, traced with its parameters as inputs."""
         graph, place = self._work.graph, self._work.graph.places[name][call]

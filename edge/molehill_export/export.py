@@ -377,7 +377,7 @@ def _only(model: MoLoRAModel, slots: Sequence[pb.Slot]) -> Iterator[None]:
     groups = list(model.routers.values())
     try:
         for group in groups:
-            site = next(site for site in model.sites.values() if site.group is group)
+            site = model.site_of(group)
             ids = model.expert_ids(site)[site.shared :]
             if not set(ids) <= wanted:
                 group.overrides.expert_mask = torch.tensor([expert in wanted for expert in ids])
@@ -403,7 +403,7 @@ def _expert(source: Source, expert: str, gate: str) -> dict[str, NDArray[Any]]:
     with source.gate(gate) as shared:
         values = dict(expert_tensors(model, expert))
         for group in shared.routers.values():
-            first = next(site for site in shared.sites.values() if site.group is group)
+            first = shared.site_of(group)
             ids = shared.expert_ids(first)[first.shared :]
             if expert not in ids:
                 continue

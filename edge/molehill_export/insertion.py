@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from molehill.molora.adapted import Adapted
 from molehill.molora.banks import PairBank
 from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
@@ -55,18 +56,18 @@ class Work:
         self.graph, self.model, self.scheme = graph, model, scheme
         self.out = Inserted(slots=slots, gate=head_tensors(graph))
 
-    def first(self, group: RouteGroup) -> MoLoRALinear:
+    def first(self, group: RouteGroup) -> Adapted:
         """The first site of a route."""
-        return next(site for site in self.model.sites.values() if site.group is group)
+        return self.model.site_of(group)
 
-    def slots_of(self, site: MoLoRALinear, *, routed: bool) -> list[int]:
+    def slots_of(self, site: Adapted, *, routed: bool) -> list[int]:
         """Slots of a site's experts; empty slots are places for routed ones."""
         ids = self.model.expert_ids(site)
         ids = ids[site.shared :] if routed else ids
         empty = site.group is not None
         return [i for i, slot in enumerate(self.out.slots) if slot.id in ids or (not slot.id and empty)]
 
-    def plain(self, site: MoLoRALinear) -> bool:
+    def plain(self, site: Adapted) -> bool:
         """Whether the experts of a site can be products with their factors, weighted rank by rank."""
         return type(site) is MoLoRALinear and isinstance(site.bank, PairBank) and site.mixer.fused
 

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MARKS = ("has_gate", "has_bias", "is_transposed", "down_proj")  # of the experts of any family in transformers
+from molehill.molora.feed_forward import mixtures
 
 
 @contextlib.contextmanager
 def every_expert(base: nn.Module) -> Iterator[None]:
     """Replace the mixtures of a base while the context is open."""
-    found = [(name, module) for name, module in base.named_modules() if all(hasattr(module, mark) for mark in _MARKS)]
+    found = mixtures(base)
     try:
-        for name, module in found:
+        for name, module in found.items():
             substitute(base, name, _Every(module))
         yield
     finally:
-        for name, module in found:
+        for name, module in found.items():
             substitute(base, name, module)
 
 

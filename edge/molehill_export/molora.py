@@ -110,7 +110,7 @@ def gate_values(model: MoLoRAModel, inserted: Inserted) -> dict[str, Array]:
         parts = {role: part for part, role in group.router.roles().items()}
         value = effective(group.router, parts[key.role])
         if tensor.expert_axis >= 0:
-            first = next(site for site in model.sites.values() if site.group is group)
+            first = model.site_of(group)
             ids = model.expert_ids(first)[first.shared :]
             rows = [np.take(value, ids.index(inserted.slots[i].id), tensor.expert_axis) if inserted.slots[i].id
                     else np.zeros_like(np.take(value, 0, tensor.expert_axis)) for i in slots]  # fmt: skip

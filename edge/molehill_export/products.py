@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from molehill.molora.adapted import Adapted
 from molehill.molora.banks import PairBank
-from molehill.molora.layer import MoLoRALinear
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_edge.quantise import block_of, output_scale, pack4, quantise
 from molehill_export import joined
@@ -42,7 +42,7 @@ class Factors(NamedTuple):
     b: Array
 
 
-def factors_of(work: Work, name: str, site: MoLoRALinear) -> Factors:
+def factors_of(work: Work, name: str, site: Adapted) -> Factors:
     """The factors of a site's experts for the slots of the bundle; empty slots get zeros, of the widest rank."""
     ids, slots = work.model.expert_ids(site), work.slots_of(site, routed=False)
     bank = site.bank

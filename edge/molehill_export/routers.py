@@ -13,8 +13,8 @@ from torch import Tensor
 
 from molehill.config import MethodRef
 from molehill.errors import ModelError
+from molehill.molora.adapted import Adapted
 from molehill.molora.interfaces import RouteContext
-from molehill.molora.layer import MoLoRALinear
 from molehill.molora.router import Router
 from molehill.molora.routes import RouteGroup
 from molehill.wire.keys import NO_EXPERT, Key
@@ -139,7 +139,7 @@ class Routers:
             )
         return self._work.graph.node("Reshape", [weights, self._work.graph.const([-1, width], np.int64)])
 
-    def all_weights(self, site: MoLoRALinear, slots: list[int], call: int) -> str:
+    def all_weights(self, site: Adapted, slots: list[int], call: int) -> str:
         """The weights of all experts of a site in one of its calls, shared ones first."""
         graph, n = self._work.graph, len(slots)
         if site.group is None:
@@ -158,7 +158,7 @@ class Routers:
         """The weights of routed experts, after the blend."""
         return gate.weights if gate.blend is None else self._work.graph.node("Mul", [gate.weights, gate.blend[1]])
 
-    def sample_weights(self, site: MoLoRALinear, n: int) -> tuple[Tensor, dict[int, Any]]:
+    def sample_weights(self, site: Adapted, n: int) -> tuple[Tensor, dict[int, Any]]:
         """Weights of the shape that the router gives, and the axes of them that vary."""
         if site.group is None:
             return torch.ones(1, 1, n), {}

@@ -54,6 +54,21 @@ class Adapted(nn.Module):
         self.group: RouteGroup | None
 
     @property
+    def groups(self) -> tuple[RouteGroup, ...]:
+        """All that weigh its experts."""
+        return () if self.group is None else (self.group,)
+
+    @property
+    def span(self) -> tuple[str, str]:
+        """Paths in the base of the module whose input its experts read, and of the one whose output they add to."""
+        return self.site.name, self.site.name
+
+    @property
+    def pairs(self) -> bool:
+        """Whether its experts are low-rank changes of the weight of a linear."""
+        return False
+
+    @property
     def peft(self) -> Literal["LORA", "IA3"] | None:
         """The peft method that an expert is here; None where peft has none."""
         return None
@@ -71,7 +86,7 @@ class Adapted(nn.Module):
     def forget(self) -> None:
         """Let go of what the last pass left."""
 
-    def _next_call(self) -> int:
+    def next_call(self) -> int:
         """Number of this call in the pass, from 0."""
         version, calls = self._pass
         call = calls if version == self.state.version else 0
@@ -84,10 +99,21 @@ class Adapted(nn.Module):
         Raises:
             ModelError: The route is of other rows than the input.
         """
+        return self.weigh(self.group, x, call)
+
+    def weigh(self, group: RouteGroup | None, x: Tensor, call: int, share: Tensor | None = None) -> Tensor:
+        """`weights` by one of its routers; None leaves all always on.
+
+        Args:
+            group: The router.
+            x: Input of the experts, ``[B, T, d]``.
+            call: Number of the call in this pass.
+            share: What the weights of routed experts are multiplied by, ``[B, T, 1]``.
+        """
         ones = torch.ones(1, device=x.device)
-        if self.group is None:
+        if group is None:
             return ones.expand(1, 1, self.bank.n_experts)
-        route = self.group.route(x, None, call)
+        route = group.route(x, None, call, share)
         routed = _for_rows(route.weights, x.shape[:2], self.site.name)
         if not self.shared:
             return routed
@@ -104,10 +130,11 @@ class Adapted(nn.Module):
 
         It is empty where all weights are always 1.
         """
-        group = self.group
-        if group is None:
+        if not self.groups:
             return []
-        return [float(group.tokens[client])] * self.shared + group.mass[client].tolist()
+        always = sum(float(group.tokens[client]) for group in self.groups)
+        routed = torch.stack([group.mass[client] for group in self.groups]).sum(0)
+        return [always] * self.shared + routed.tolist()
 
 
 def _for_rows(weights: Tensor, lead: torch.Size, name: str) -> Tensor:

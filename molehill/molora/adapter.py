@@ -120,7 +120,7 @@ def _names(model: MoLoRAModel) -> list[str]:
 
 def _method(model: MoLoRAModel, expert: str) -> Literal["LORA", "IA3"] | None:
     """What peft calls an expert; None where it has no such thing."""
-    methods = {bank.peft for bank, _ in model.banks_of(expert).values()}
+    methods = {model.sites[name].peft for name in model.banks_of(expert)}
     return methods.pop() if len(methods) == 1 else None
 
 

@@ -46,7 +46,7 @@ def routed(model: MoLoRAModel) -> list[tuple[str, ...]]:
     """Ids of the experts of every router, in the order of its logits."""
     found = []
     for group in model.routers.values():
-        site = next(site for site in model.sites.values() if site.group is group)
+        site = model.site_of(group)
         found.append(model.expert_ids(site)[site.shared :])
     return found
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -142,6 +142,11 @@ class Route:
     def selected(self) -> Tensor:
         """True for the experts chosen, same shape as the weights."""
         return self.aux.get("selected", self.weights > 0)
+
+    def times(self, share: Tensor) -> Route:
+        """The route with weights of which every token has a share, ``[B, T, 1]``, and no experts where it is 0."""
+        chosen = {"selected": self.aux["selected"] & (share > 0)} if "selected" in self.aux else {}
+        return replace(self, weights=self.weights * share, aux=self.aux | chosen)
 
 
 @dataclass
@@ -340,12 +345,14 @@ class Topology:
     """Wires the frozen modules and the branches of one site or block.
 
     Attributes:
+        level: What it wires: the adapted linears, or whole blocks, see `molehill.molora.steps.BlockTopology`.
         scope: The route scope that it forces; None leaves the choice to the configuration. A forced scope means that
             it mixes outputs itself, over the whole block.
         wants: As of `molehill.molora.banks.Mixer`, of the sites that are not plain; ``no_shared``: no experts that are
             always on.
     """
 
+    level: Literal["linear", "block"] = "linear"
     scope: Literal["block"] | None = None
     wants: frozenset[Wish] = frozenset()
 
@@ -371,6 +378,12 @@ class SitePlan:
     ranks: tuple[int, ...]
     shared_ranks: tuple[int, ...] = ()
     top_k: int | None = None
+
+    @property
+    def costs(self) -> Tensor:
+        """Relative size of every routed expert, its rank over the mean rank, ``[E]``."""
+        ranks = torch.tensor(self.ranks, dtype=torch.float32)
+        return ranks / ranks.mean()
 
 
 class Allocation(ABC):

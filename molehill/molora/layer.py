@@ -132,6 +132,11 @@ class MoLoRALinear(Adapted):
         return self.base.bias  # type: ignore[return-value]  # modules hide their attributes' types
 
     @property
+    def pairs(self) -> bool:
+        """Whether its experts are low-rank changes of the weight."""
+        return isinstance(self.bank, PairBank)
+
+    @property
     def peft(self) -> Literal["LORA", "IA3"] | None:
         """What an expert of its bank is."""
         return self.bank.peft
@@ -146,9 +151,9 @@ class MoLoRALinear(Adapted):
         if not self.state.enabled:
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
         if self.fused:
-            return self.fan.output(self, x, self._next_call())
+            return self.fan.output(self, x, self.next_call())
         x3 = x if x.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
-        y = self._adapted(x3, self._next_call())
+        y = self._adapted(x3, self.next_call())
         return y if x.dim() == 3 else y.view(*x.shape[:-1], -1)
 
     def _adapted(self, x: Tensor, call: int) -> Tensor:
@@ -199,7 +204,7 @@ class ContractLinear(MoLoRALinear):
             return self.base(x)  # type: ignore[no-any-return]  # its callee is untyped
         assert isinstance(self.bank, PairBank)
         h0, h = x[:, :, 0], x[:, :, 1:]
-        w = self.weights(h0, self._next_call()).to(x.dtype)
+        w = self.weights(h0, self.next_call()).to(x.dtype)
         seen = self.dropout(h)
         delta = contract(seen, w * self.bank.scales[0], self.bank.A.to(x.dtype), self.bank.Bt.to(x.dtype))
         y = F.linear(mix(h0, h, w), self.weight, self.bias) + delta

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from molehill.errors import AdapterError, ModelError
 from molehill.molora import reading
+from molehill.molora.adapted import Adapted
 from molehill.molora.banks import Bank, PairBank
+from molehill.molora.blocks import Block
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
 from molehill.molora.interfaces import NOTHING, OfK, Selector, Told
-from molehill.molora.layer import MoLoRALinear
 from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.routes import ForwardState, RouteGroup
 from molehill.molora.trial import keeps_logits
@@ -57,12 +58,13 @@ class MoLoRAModel(nn.Module):
 
     Args:
         base: The base model with its adapted linears in place.
-        sites: The adapted linears by name.
+        sites: The adapted linears, and the banks beside blocks, by name.
         groups: The routers by the name of their first site.
         experts: Ids of all experts, shared ones first, in the order of the banks.
         head: The head of a task, or None where the base's own predicts the next token.
         state: State the sites share.
         remarks: Sentences about what the targets name and the adapter leaves out.
+        blocks: The blocks that some of the sites are banks of.
 
     Several clients can be in the model at once, see `stack`; C is their number, 1 at first.
 
@@ -81,17 +83,19 @@ class MoLoRAModel(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        sites: Mapping[str, MoLoRALinear],
+        sites: Mapping[str, Adapted],
         groups: Mapping[str, RouteGroup],
         experts: tuple[str, ...],
         head: Head | None,
         state: ForwardState,
         remarks: tuple[str, ...] = (),
+        blocks: Sequence[Block] = (),
     ) -> None:
         super().__init__()
         self.base = base
         self.remarks = remarks
         self.sites = dict(sites)
+        self.blocks = tuple(blocks)
         self.groups = nn.ModuleDict({name.replace(".", "__"): group for name, group in groups.items()})
         self.routers = dict(groups)
         self.experts = experts
@@ -115,11 +119,15 @@ class MoLoRAModel(nn.Module):
 
     # ---- parameters ------------------------------------------------------------------------------------------
 
-    def expert_ids(self, site: MoLoRALinear) -> tuple[str, ...]:
+    def expert_ids(self, site: Adapted) -> tuple[str, ...]:
         """Ids of the experts of one site (a site may have fewer than the model)."""
         shared = [e for e in self.experts if e.startswith("shared")][: site.shared]
         routed = [e for e in self.experts if not e.startswith("shared")]
         return (*shared, *routed[: site.bank.n_experts - site.shared])
+
+    def site_of(self, group: RouteGroup) -> Adapted:
+        """The first site that a router weighs the experts of."""
+        return next(site for site in self.sites.values() if group in site.groups)
 
     def banks_of(self, expert: str) -> dict[str, tuple[Bank, int]]:
         """Where an expert is: its bank and its index there, by site."""

@@ -165,6 +165,7 @@ class RouteGroup(nn.Module):
         costs: Relative size of every routed expert, ``[E]``.
         tokens: For every call of the site in a pass, whether its input are the tokens of the batch. What is none is
             neither counted nor recorded.
+        parts: So many parts of a token, which follow each other, are routed each by itself.
     """
 
     costs: Tensor
@@ -172,8 +173,9 @@ class RouteGroup(nn.Module):
     tokens: Tensor
 
     def __init__(
-        self, router: Router, site: Site, state: ForwardState, costs: Tensor, tokens: Sequence[bool] = (True,)
-    ) -> None:
+        self, router: Router, site: Site, state: ForwardState, costs: Tensor, tokens: Sequence[bool] = (True,),
+        parts: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.router = router
         self.site = site
@@ -188,6 +190,7 @@ class RouteGroup(nn.Module):
         self.register_buffer("tokens", torch.zeros(1), persistent=False)
         self.embedded: Tensor | None = None  # sum of the embeddings of real tokens, where the scorer has any
         self.calls = tuple(tokens)
+        self.parts = parts
         self._version = -1  # of the pass that the routes are of
         self._routes: dict[int, Route] = {}  # by number of the call
 
@@ -206,13 +209,14 @@ class RouteGroup(nn.Module):
         self._require_width(x)
         return self.router.gate_rows()
 
-    def route(self, x: Tensor, logits: Tensor | None, call: int) -> Route:
+    def route(self, x: Tensor, logits: Tensor | None, call: int, share: Tensor | None = None) -> Route:
         """The route of a call.
 
         Args:
             x: Input of the calling site, ``[B, T, d]``.
             logits: Scores ``[B, T, E]`` when the caller has them.
             call: Number of the site's call in this pass.
+            share: What the weights are multiplied by, ``[B, T, 1]``.
 
         Raises:
             ModelError: The calling site comes first but has another width than the router.
@@ -220,7 +224,8 @@ class RouteGroup(nn.Module):
         route = self._current(call)
         if route is None:
             self._require_width(x)
-            route = self.keep(self.router.route(self.context(x, call), logits), x, call)
+            route = self.router.route(self.context(x, call), logits)
+            route = self.keep(route if share is None else route.times(share), x, call)
         return route
 
     def context(self, x: Tensor, call: int) -> RouteContext:
@@ -264,6 +269,8 @@ class RouteGroup(nn.Module):
 
     def _of_tokens(self, values: Tensor | None, x: Tensor, call: int) -> Tensor | None:
         """Of every token of a call one value, where the call is of the batch's tokens."""
+        if values is not None and self.parts > 1:
+            values = values.repeat_interleave(self.parts, 1)
         return self.state.in_rows(values, x.shape[:2]) if self._on_tokens(call) else None
 
     def _require_width(self, x: Tensor) -> None:
@@ -288,7 +295,9 @@ class RouteGroup(nn.Module):
         clients = self.state.clients
         flat = weights.expand(*shape, -1).reshape(clients, -1, weights.shape[-1])
         real = torch.ones(shape, device=flat.device) if mask is None else mask.to(flat.dtype)
-        real = real.reshape(clients, 1, -1) / sum(self.calls)  # a token counts once, however often it comes by
+        real = real.reshape(clients, 1, -1) / (
+            sum(self.calls) * self.parts
+        )  # a token counts once, however often it comes by
         self.mass[self.state.members] += (real @ flat).squeeze(1)
         self.tokens[self.state.members] += real.sum((1, 2))
 
@@ -299,7 +308,7 @@ class RouteGroup(nn.Module):
             return
         found = scorer.embeddings(self.context(x, call)).double()
         real = torch.ones(x.shape[:2], device=x.device) if mask is None else mask
-        total = torch.einsum("bt,btnr->nr", real.double() / sum(self.calls), found)
+        total = torch.einsum("bt,btnr->nr", real.double() / (sum(self.calls) * self.parts), found)
         self.embedded = total if self.embedded is None else self.embedded + total
 
     def reopen(self, call: int) -> None:

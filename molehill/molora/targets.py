@@ -58,7 +58,7 @@ def choose(model: nn.Module, targets: Sequence[str] | str, layers: Sequence[int]
     chosen: set[str] = set()
     for pattern in targets:
         try:
-            hits = {name for name in reached if _matches(pattern, name)}
+            hits = {name for name in reached if matches(pattern, name)}
         except re.error as error:
             raise ModelError(
                 f"{pattern!r} is no regular expression: {error}",
@@ -70,7 +70,7 @@ def choose(model: nn.Module, targets: Sequence[str] | str, layers: Sequence[int]
         chosen |= hits
     depth = 1 + max(layer_of(name) for name in reached)
     sites = [
-        Site(layer_of(name), name, depth, *_shape(every[name]))
+        Site(layer_of(name), name, depth, *shape_of(every[name]))
         for name in reached
         if name in chosen and (layers is None or layer_of(name) in layers)
     ]
@@ -105,14 +105,14 @@ def _no_hit(model: nn.Module, pattern: str, every: Iterable[str], reached: Itera
     """Why a pattern matches nothing that can be adapted."""
     kinds = sorted({name.rpartition(".")[2] for name in reached})
     mend = f"Linear modules in its layers: {', '.join(kinds) or 'none'}."
-    unreached = sorted(name for name in every if _matches(pattern, name))
+    unreached = sorted(name for name in every if matches(pattern, name))
     if unreached:
         what = f"target {pattern!r} matches only modules that text never reaches, such as {unreached[0]}"
         return ModelError(what, where="molora.targets", mend=mend)
     weights = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and any(_matches(pattern, part) for part in (name, name.rpartition(".")[0]))
+        if parameter.dim() > 1 and any(matches(pattern, part) for part in (name, name.rpartition(".")[0]))
     }
     if not weights:
         return ModelError(
@@ -142,7 +142,7 @@ def _remarks(
             continue
         module, stack = name.rpartition(".")[0], stack_of(name)
         total += parameter.numel() if stack in alive else 0
-        if module in reached or not any(_matches(pattern, part) for pattern in targets for part in (module, name)):
+        if module in reached or not any(matches(pattern, part) for pattern in targets for part in (module, name)):
             continue
         if stack not in alive:
             silent[stack] += 1
@@ -163,11 +163,13 @@ def _remarks(
     return tuple(remarks)
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of ``molora.targets`` means a module; see `choose`."""
     return name.rpartition(".")[2] == pattern or re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """Features that a linear takes, and those that it gives."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     weight = module.weight  # Conv1D stores [d_in, d_out]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from molehill.molora.layer import MoLoRALinear
 from molehill.molora.model import MoLoRAModel
 
 
@@ -22,13 +23,20 @@ def unwrapped(model: MoLoRAModel) -> Iterator[Any]:
     base = model.base
     hooks, base._forward_pre_hooks = base._forward_pre_hooks, OrderedDict()  # noqa: SLF001  (torch lists them nowhere else)
     forwards = [(module, vars(module).pop("forward")) for module in base.modules() if "forward" in vars(module)]
+    inside: dict[str, tuple[nn.Module, nn.Module]] = {
+        name: (site.base, site) for name, site in model.sites.items() if isinstance(site, MoLoRALinear)
+    } | {block.span.last: (block.base, block) for block in model.blocks}
     try:
-        for name, site in model.sites.items():
-            _put(base, name, site.base)
+        for name, (frozen, _) in inside.items():
+            _put(base, name, frozen)
+        for block in model.blocks:
+            block.detach()
         yield base
     finally:
-        for name, site in model.sites.items():
-            _put(base, name, site)
+        for name, (_, adapted) in inside.items():
+            _put(base, name, adapted)
+        for block in model.blocks:
+            block.attach()
         for module, forward in forwards:
             module.forward = forward
         base._forward_pre_hooks = hooks  # noqa: SLF001  (as above)

@@ -476,7 +476,7 @@ class Loaded:
         model, found = self._model, {}
         masses = model.tokens()
         for name, group in model.routers.items():
-            site = next(site for site in model.sites.values() if site.group is group)
+            site = model.site_of(group)
             ids = model.expert_ids(site)[site.shared :]
             mass = np.array([masses.get((site.site.name, each), 0.0) for each in ids])
             found[name] = dict(zip(ids, (mass / max(mass.sum(), 1e-12)).tolist(), strict=True))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from molehill.errors import ConfigError
+from molehill.molora.feed_forward import ends_of
 from molehill.molora.interfaces import Topology, Wish
 from molehill.registry import register
-
-_EXPAND = re.compile(r"(^|\.)(gate_proj|up_proj|c_fc|intermediate\.dense|fc1|lin1)$")
-_CONTRACT = re.compile(r"(^|\.)(down_proj|mlp\.c_proj|(?<!attention\.)output\.dense|fc2|lin2)$")
 
 
 @register(
@@ -39,8 +36,7 @@ class BlockFFN(Topology):
         Raises:
             ConfigError: The targets do not cover the whole block.
         """
-        expand = [name for name in site_names if _EXPAND.search(name)]
-        contract = [name for name in site_names if _CONTRACT.search(name)]
+        expand, contract = ends_of(site_names)
         if not expand or len(contract) != 1:
             raise ConfigError(
                 "topology 'block_ffn' needs all linears of the feed-forward block among the targets",

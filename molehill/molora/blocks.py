@@ -1,0 +1,174 @@
+"""Banks beside a whole block of the base, and the steps in which a topology sends tokens through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from molehill.errors import ModelError
+from molehill.molora.adapted import Adapted
+from molehill.molora.banks import Bank
+from molehill.molora.interfaces import LogitTransform, RouteContext, Site
+from molehill.molora.routes import RouteGroup
+from molehill.molora.steps import BlockTopology, Step, Stepped
+
+
+class Span(NamedTuple):
+    """A feed-forward block of a base.
+
+    Attributes:
+        site: Its place; its name is what the names of its linears begin with.
+        first: Path of the module whose input is the block's.
+        last: Path of the module whose output is the block's; the same where the block is one module.
+    """
+
+    site: Site
+    first: str
+    last: str
+
+
+class BlockBank(Adapted):
+    """A bank beside a block, with the routers of the steps that go through it.
+
+    Args:
+        span: The block.
+        site: Its place, whose name is its own.
+        bank: Its experts, shared ones first.
+        groups: The routers, in the order of their steps; none where all experts are always on.
+        parts: As of `Adapted`.
+    """
+
+    def __init__(self, span: Span, site: Site, bank: Bank, groups: Sequence[RouteGroup], **parts: Any) -> None:
+        super().__init__(site, bank, group=groups[0] if groups else None, **parts)
+        self._span = span
+        # held outside the module tree: they belong to the model
+        self.__dict__["_groups"] = tuple(groups)
+
+    @property
+    def groups(self) -> tuple[RouteGroup, ...]:
+        """Its routers."""
+        found: tuple[RouteGroup, ...] = self.__dict__["_groups"]
+        return found
+
+    @property
+    def span(self) -> tuple[str, str]:
+        """The modules between which it lies."""
+        return self._span.first, self._span.last
+
+
+class Block(nn.Module):
+    """The last module of a frozen block, with what a topology adds to the block's output.
+
+    Args:
+        base: That module; frozen.
+        first: The module whose input is the block's; None where it is the same.
+        span: The block.
+        topology: In which steps tokens go through the banks.
+        steps: These steps.
+        banks: The banks by number.
+        groups: The router of every step, or None.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        first: nn.Module | None,
+        span: Span,
+        topology: BlockTopology,
+        steps: Sequence[Step],
+        banks: Sequence[BlockBank],
+        groups: Sequence[RouteGroup | None],
+    ) -> None:
+        super().__init__()
+        self.base, self.span, self.topology, self.steps = base, span, topology, tuple(steps)
+        self.banks = nn.ModuleList(banks)
+        # held outside the module tree: one is a module of the base, the others belong to the model
+        self.__dict__["first"], self.__dict__["groups"] = first, tuple(groups)
+        self._hook: Any = None
+        self._read: Tensor | None = None
+        self.attach()
+
+    def attach(self) -> None:
+        """See the inputs of the block."""
+        first: nn.Module | None = self.__dict__["first"]
+        if first is not None and self._hook is None:
+            self._hook = first.register_forward_pre_hook(self._see)
+
+    def detach(self) -> None:
+        """Leave the base as it was."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._read = None
+
+    def _see(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._read = args[0]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the last module gives, and what the banks add: ``[B, T, d]``, or a tuple that begins with it.
+
+        Raises:
+            ModelError: The block's first module did not run.
+        """
+        out = self.base(x, *args, **kwargs)
+        read, self._read = x if self._hook is None else self._read, None
+        bank = self.banks[0]
+        assert isinstance(bank, BlockBank)
+        if not bank.state.enabled:
+            return out
+        if read is None:
+            raise ModelError(f"{self.span.last} runs without {self.span.first}", mend="Choose another molora.topology.")
+        y0 = out[0] if isinstance(out, tuple) else out
+        y = y0 + self._delta(_in_rows(read), _in_rows(y0), bank.next_call()).to(y0.dtype).view(y0.shape)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _delta(self, entered: Tensor, y0: Tensor, call: int) -> Tensor:
+        groups: tuple[RouteGroup | None, ...] = self.__dict__["groups"]
+
+        def run(step: int, x: Tensor, share: Tensor | None = None) -> Stepped:
+            (number, _, parts, _), group = self.steps[step], groups[step]
+            bank = self.banks[number]
+            assert isinstance(bank, BlockBank)
+            z = cut(x, parts)
+            weights = bank.weigh(group, z, call, None if share is None else cut(share, parts))
+            delta = bank.mixer(bank.bank, bank.dropout(z), cut(y0, parts), weights)
+            return Stepped(delta.reshape(x.shape), None if group is None else weights[..., bank.shared :])
+
+        return self.topology.delta(run, entered, y0)
+
+
+def cut(x: Tensor, parts: int) -> Tensor:
+    """Tokens ``[B, T, d]`` in parts of equal width, one after another: ``[B, T * parts, d / parts]``.
+
+    A share ``[B, T, 1]`` is that of every part.
+    """
+    if parts == 1:
+        return x
+    if x.shape[-1] == 1:
+        return x.repeat_interleave(parts, 1)
+    return x.reshape(x.shape[0], -1, x.shape[-1] // parts)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 3 else x.flatten(0, -2).unsqueeze(0)
+
+
+class From(LogitTransform):
+    """Closes the experts before one to a router.
+
+    Args:
+        first: The first that stays open.
+    """
+
+    by_logits = True
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __call__(self, z: Tensor, ctx: RouteContext) -> Tensor:
+        """Return logits of the same shape."""
+        del ctx
+        closed = torch.arange(z.shape[-1], device=z.device) < self.first
+        return z.masked_fill(closed, torch.finfo(z.dtype).min)
