@@ -147,7 +147,8 @@ class MoLoRA(Section):
     Attributes:
         preset: A published recipe (axis ``preset``); keys given beside it win.
         targets: Names (last part of the module path, or a regular expression over the whole path) of the linear
-            modules to adapt; ``all-linear`` for every linear of the transformer layers.
+            modules to adapt; ``all-linear`` for every linear of the transformer layers. With a topology of blocks
+            those of feed-forward blocks, or of their first or last linears; ``all-linear`` for every block.
         layers: Indices of the transformer layers to adapt; all when omitted.
         experts: Routed experts per site.
         shared: Always-on experts per site.

@@ -342,17 +342,15 @@ class OfK(Selector):
 
 
 class Topology:
-    """Wires the frozen modules and the branches of one site or block.
+    """Wires the adapted linears of a layer; those of whole blocks are `molehill.molora.steps.BlockTopology`.
 
     Attributes:
-        level: What it wires: the adapted linears, or whole blocks, see `molehill.molora.steps.BlockTopology`.
         scope: The route scope that it forces; None leaves the choice to the configuration. A forced scope means that
             it mixes outputs itself, over the whole block.
         wants: As of `molehill.molora.banks.Mixer`, of the sites that are not plain; ``no_shared``: no experts that are
             always on.
     """
 
-    level: Literal["linear", "block"] = "linear"
     scope: Literal["block"] | None = None
     wants: frozenset[Wish] = frozenset()
 

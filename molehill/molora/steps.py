@@ -65,7 +65,6 @@ class BlockTopology(Topology):
         ordered: Experts are told apart by their place, so that none can be left out, or added.
     """
 
-    level = "block"
     ordered: bool = False
 
     @abstractmethod

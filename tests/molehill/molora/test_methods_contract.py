@@ -14,6 +14,7 @@ from tiny_models import adapted, base, batch, shake
 from molehill import registry
 from molehill.errors import ConfigError, ModelError
 from molehill.molora.interfaces import Embeds, RouteRecord, Scorer, Settles, Site
+from molehill.molora.steps import BlockTopology
 
 AXES = (
     "expert",
@@ -195,12 +196,18 @@ UNMET = {
 
 
 def _in(topology, **keys):
-    return adapted("llama", topology=topology, targets="all-linear", experts=3, rank=4, **keys)
+    return adapted("llama", topology=topology, targets="all-linear", experts=4, rank=4, **keys)
 
 
 @pytest.mark.parametrize("name", _of("topology"))
 def test_topologies_have_a_part_for_every_site_and_one_route_where_they_mix(name):
     topology, model = registry.build("topology", name), _in(name, scope="site")
+    if isinstance(topology, BlockTopology):
+        steps = topology.steps(4)
+        assert [block.steps for block in model.blocks] == [steps] * 2
+        assert len(model.sites) == 2 * len({step.bank for step in steps})
+        assert len(model.routers) == 2 * sum(step.routed for step in steps)
+        return
     of_layer = [site for site in model.sites if ".layers.0." in site]
     roles = topology.roles(of_layer)
     assert list(roles) == of_layer
