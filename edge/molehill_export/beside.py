@@ -36,9 +36,9 @@ class Beside:
 
     def low_rank(self, name: str, site: Adapted) -> None:
         """Low-rank experts of a block, or mixed by parameters."""
-        graph, f = self._work.graph, factors_of(self._work, name, site)
-        inputs = self._rows(name, f)
-        ranks = tuple(f.ranks)
+        graph = self._work.graph
+        slots, ranks, stored = self.pairs(name, site)
+        inputs = list(stored.values())
         info = site.site._replace(layer=0, name="", n_layers=1)
         factors = (torch.zeros(sum(ranks), site.site.d_in), torch.zeros(sum(ranks), site.site.d_out))
         flat: list[dict[int, Any]] = [{} for _ in factors]
@@ -53,7 +53,7 @@ class Beside:
                     mend=f"Leave it out of molora.targets, or use topology {registry.those('topology', scope=None)}.",
                 )
             if isinstance(site, ContractLinear):
-                weights = self._routers.all_weights(site, f.slots, call)
+                weights = self._routers.all_weights(site, slots, call)
                 blocks = torch.zeros(2, 3, 1 + len(ranks), site.site.d_in)
                 mixed = piece((*key, "mix"), Mix(), (blocks, sample), [tokens, moving])
                 delta = piece((*key, "delta"), Contract(), (blocks, sample, *factors), [tokens, moving, *flat])
@@ -66,7 +66,19 @@ class Beside:
                 (out,) = both.insert(graph, [place.x, frozen, *inputs])
                 graph.node("Identity", [out], out=place.y)
             else:
-                self._beside(name, site, call, f.slots, ranks, dict(zip(("A", "Bt"), inputs, strict=True)))
+                self._beside(name, site, call, slots, ranks, stored)
+
+    def other(self, name: str, site: Adapted) -> None:
+        """Experts of any other kind: all tensors of their bank in float32, and its arithmetic as it was traced."""
+        slots, ranks, inputs = self.tensors(name, site)
+        for call in range(len(self._work.graph.places[name])):
+            self._beside(name, site, call, slots, ranks, inputs)
+
+    def pairs(self, name: str, site: Adapted) -> tuple[list[int], tuple[int, ...], dict[str, str]]:
+        """Low-rank experts in the bundle: their slots, their ranks, and where the bank's parameters are."""
+        f = factors_of(self._work, name, site)
+        ranks = tuple(f.ranks)
+        inputs = dict(zip(("A", "Bt"), self._rows(name, f), strict=True))
         form = pb.ROWS_FP32 if self._work.scheme == "fp32" else pb.ROWS_INT8
         self._work.out.sites.append(
             pb.Site(
@@ -74,9 +86,10 @@ class Beside:
                 a=f"{name}/A", b=f"{name}/B",
             )
         )  # fmt: skip
+        return f.slots, ranks, inputs
 
-    def other(self, name: str, site: Adapted) -> None:
-        """Experts of any other kind: all tensors of their bank in float32, and its arithmetic as it was traced."""
+    def tensors(self, name: str, site: Adapted) -> tuple[list[int], tuple[int, ...], dict[str, str]]:
+        """The same of experts of any other kind."""
         bank, ids, slots = site.bank, self._work.model.expert_ids(site), self._work.slots_of(site, routed=False)
         tree = self._work.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
         placed = [self._work.out.slots[slot].id for slot in slots]
@@ -93,12 +106,11 @@ class Beside:
                 weight = self._work.graph.node("Reshape", [weight, shape])
             inputs[stack.parameter] = weight
             tensors.append(pb.SiteTensor(role=stack.role, name=place, by_rank=stack.by_rank, shape=stack.shape))
-        for call in range(len(self._work.graph.places[name])):
-            self._beside(name, site, call, slots, ranks, inputs)
         self._work.out.sites.append(
             pb.Site(name=name, d_in=site.site.d_in, d_out=site.site.d_out, slots=slots, ranks=ranks, form=pb.TENSORS,
                     tensors=tensors)
         )  # fmt: skip
+        return slots, ranks, inputs
 
     def _beside(
         self, name: str, site: Adapted, call: int, slots: list[int], ranks: tuple[int, ...], inputs: dict[str, str]

@@ -301,7 +301,7 @@ def _size(source: Source, graph: Graph, inserted: Inserted, options: Options) ->
 def traced(source: Source) -> Graph:
     """The base of a source as a graph, made once."""
     if "graph" not in source.made:
-        names, head = list(source.model.sites), source.model.head
+        names, head = source.model.marks, source.model.head
         with unwrapped(source.model) as base:
             source.made["graph"] = (
                 decoder(base, source.stored, names) if head is None else classifier(base, head, names)

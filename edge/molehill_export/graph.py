@@ -156,6 +156,11 @@ class Graph:
                 found[name].append(node)
         return found
 
+    def between(self, first: str, last: str) -> tuple[Place, ...]:
+        """The places of what reads the input of one marked module and adds to the output of another, run by run."""
+        pairs = zip(self.places.get(first, ()), self.places.get(last, ()), strict=True)
+        return tuple(Place(one.x, other.y, other.flat) for one, other in pairs)
+
     def rewire(self, old: str, new: str, nodes: Iterable[onnx.NodeProto]) -> None:
         """Have nodes read ``new`` where they read ``old``."""
         for node in nodes:

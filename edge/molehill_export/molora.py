@@ -14,6 +14,7 @@ from molehill.molora.model import MoLoRAModel
 from molehill.wire.keys import Key
 from molehill_export.base_quantise import Scheme
 from molehill_export.beside import Beside
+from molehill_export.blocks import Blocks
 from molehill_export.graph import Graph
 from molehill_export.insertion import Array, Inserted, Work
 from molehill_export.joined import pack_attention
@@ -63,6 +64,7 @@ def insert(
         AdapterError: A linear of the adapter is not marked in the graph, or does not run there as often as in training.
     """
     for name, site in model.sites.items():
+        graph.places[name] = graph.between(*site.span)
         runs = len(graph.places.get(name, ()))
         if runs != len(site.calls):
             raise AdapterError(f"{name} runs {len(site.calls)} times in the model and {runs} times in the graph")
@@ -77,10 +79,15 @@ def insert(
     for names in together.values():
         products.insert(names)
     for name, site in model.sites.items():
-        if not isinstance(site.bank, PairBank):
-            beside.other(name, site)
-        elif not work.plain(site):
+        if work.plain(site) or site.of_block:
+            continue
+        if isinstance(site.bank, PairBank):
             beside.low_rank(name, site)
+        else:
+            beside.other(name, site)
+    blocks = Blocks(work, routers, beside)
+    for block in model.blocks:
+        blocks.insert(block)
     pack_attention(graph)
     order = {name: i for i, name in enumerate(model.sites)}
     work.out.sites.sort(key=lambda site: order[site.name])

@@ -14,8 +14,10 @@ from torch.func import functional_call
 
 from molehill.molora.banks import Bank, Mixer
 from molehill.molora.block import contract, expand, mix
+from molehill.molora.blocks import cut
 from molehill.molora.interfaces import RouteContext, Site
 from molehill.molora.router import Router, window
+from molehill.molora.steps import BlockTopology, Step, Stepped
 
 Weights: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -131,6 +133,70 @@ class _Mixed(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         return self.mixer(self.bank, x, y, weights)
+
+
+class Beneath(nn.Module):
+    """All that lies beside a block: routers and banks, in the steps of its topology.
+
+    Args:
+        topology: Of the block.
+        steps: Its steps.
+        routes: What routes each of them; None where the experts are always on.
+        deltas: What each bank adds.
+        shared: How many experts of each bank are always on.
+    """
+
+    def __init__(
+        self, topology: BlockTopology, steps: Sequence[Step], routes: Sequence[Routing | None],
+        deltas: Sequence[Delta], shared: Sequence[int],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.topology, self.steps, self.shared = topology, tuple(steps), tuple(shared)
+        self.routes = nn.ModuleList(route for route in routes if route is not None)
+        self.deltas = nn.ModuleList(deltas)
+        numbers = iter(range(len(self.routes)))
+        self.numbers = tuple(None if route is None else next(numbers) for route in routes)
+
+    def banks(self) -> list[Bank]:
+        """The banks by number."""
+        return [delta.bank for delta in self.deltas if isinstance(delta, Delta)]
+
+    def forward(
+        self, x: Tensor, y: Tensor, limits: list[Tensor], gates: list[list[Tensor]], factors: list[list[Tensor]],
+        *further: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The delta ``[B, T, d]``, and the weights of the routed experts of every step that has a router.
+
+        Args:
+            x: Input of the block ``[B, T, d]``.
+            y: Its frozen output.
+            limits: What is added to the logits of every router, ``[E]``.
+            gates: Parameters of every router.
+            factors: Parameters of every bank.
+            further: What else routers take, see `molehill_export.routers.Routers.further`.
+        """
+        shown: list[Tensor] = []
+
+        def run(step: int, x: Tensor, share: Tensor | None = None) -> Stepped:
+            (bank, _, parts, _), number = self.steps[step], self.numbers[step]
+            z, always = cut(x, parts), torch.ones(1, 1, 1)
+            if number is None:
+                weights = always.expand(1, 1, self.shared[bank])
+            else:
+                more = [each.repeat_interleave(parts, 1) if each.dim() > 1 else each for each in further]  # of tokens
+                found = self.routes[number](z, limits[number], gates[number], *more)
+                weights, *blend = found if isinstance(found, tuple) else (found,)
+                if share is not None:
+                    weights = weights * cut(share, parts)
+                full = weights.expand(*z.shape[:2], -1)
+                shown.append(full.reshape(x.shape[0], x.shape[1], parts, -1).mean(2))
+                if blend:
+                    always, weights = blend[0], weights * blend[1]
+                weights = torch.cat([always.expand(*weights.shape[:-1], self.shared[bank]), weights], -1)
+            delta = self.deltas[bank](z, cut(y, parts), weights, factors[bank])
+            return Stepped(delta.reshape(x.shape), None if number is None else weights[..., self.shared[bank] :])
+
+        return self.topology.delta(run, x, y), *shown
 
 
 class Expand(nn.Module):

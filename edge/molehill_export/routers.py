@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,26 @@ class Gate:
     spread: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
 
+class Declared(NamedTuple):
+    """A router whose inputs are in the graph.
+
+    Attributes:
+        number: Its place among all.
+        slots: Slot of each of its E.
+        module: What computes it.
+        limits: What is added to its logits.
+        inputs: Its parameters.
+        shapes: Theirs.
+    """
+
+    number: int
+    slots: list[int]
+    module: Routing
+    limits: str
+    inputs: list[str]
+    shapes: list[tuple[int, ...]]
+
+
 class Routers:
     """All routers of a model, put into the graph.
 
@@ -81,7 +101,8 @@ class Routers:
                 mend="Train with another molora.scorer, or ask the run itself: molehill generate.",
             )
         routed = [work.slots_of(work.first(group), routed=True) for group in groups]
-        fixed = (group.router.scorer.ordered for group in groups)
+        in_order = any(block.topology.ordered for block in work.model.blocks)
+        fixed = (in_order or group.router.scorer.ordered for group in groups)
         counts = ((len(slots), group.router.n_experts) for group, slots in zip(groups, routed, strict=True))
         if any(one and there != wanted for one, (there, wanted) in zip(fixed, counts, strict=True)):
             raise ModelError(
@@ -91,8 +112,11 @@ class Routers:
         self._overrides([len(slots) for slots in routed])
         if groups and by_places:
             self._places = work.graph.default_input(PLACES, np.zeros(2, np.int64))
+        self.declared: dict[int, Declared] = {}
         for index, (group, slots) in enumerate(zip(groups, routed, strict=True)):
-            self._route(index, group, slots)
+            declared = self.declared[id(group)] = self._declare(index, group, slots)
+            if not work.first(group).of_block:  # else it is a part of the block
+                self._route(group, declared)
 
     def gate(self, group: RouteGroup, call: int) -> Gate:
         """The router of a group, in one of the calls of its site."""
@@ -200,12 +224,12 @@ class Routers:
         else:
             self._limits = graph.split("Split", [allowed, graph.const(list(sizes), np.int64)], len(sizes), axis=0)
 
-    def _route(self, index: int, group: RouteGroup, slots: list[int]) -> None:
-        """A router, once for every call of its site; its output is the mean of those that route tokens."""
+    def _declare(self, index: int, group: RouteGroup, slots: list[int]) -> Declared:
+        """The inputs of a router, and the module that computes it."""
         router = group.router
         roles = router.roles()
         axes = {part: router.scorer.axes().get(part, -1) for part in roles}
-        inputs, examples = [], []
+        inputs, shapes = [], []
         for part, axis in axes.items():
             value = effective(router, part)
             shape = list(value.shape)
@@ -214,39 +238,54 @@ class Routers:
             key = Key(group.site.name, NO_EXPERT, roles[part]).name
             inputs.append(self._work.graph.default_input(key, np.zeros(shape, np.float32)))
             self._work.out.gate.append(pb.GateTensor(name=key, shape=shape, router=index, expert_axis=axis))
-            examples.append(torch.zeros(shape))
+            shapes.append(tuple(shape))
+        self._work.out.routers.append(pb.Router(name=group.site.name, slots=slots))
         scorer = self._scorer.build("scorer", d_in=group.site.d_in, n_experts=len(slots))
-        x, limits = torch.zeros(2, 3, group.site.d_in), torch.zeros(len(slots))
-        args: tuple[Any, ...] = (x, limits, examples)
-        dynamic: list[Any] = [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples]]
+        kind = RouteByPlaces if self._places else Route
+        module = kind(router, scorer, list(axes), group.site)
+        return Declared(index, slots, module, self._limits[index], inputs, shapes)
+
+    def further(self, module: Routing, place: Place) -> tuple[list[str], list[Tensor], list[dict[int, Any]]]:
+        """What else a router takes in a graph: names, examples, and the axes of them that vary."""
+        names: list[str] = []
+        examples: list[Tensor] = []
+        moving: list[dict[int, Any]] = []
         if self._places:
-            module: Routing = RouteByPlaces(router, scorer, list(axes), group.site)
-            args, dynamic = (*args, torch.zeros(2, dtype=torch.int64)), [*dynamic, {}]
-        else:
-            module = Route(router, scorer, list(axes), group.site)
+            names, examples, moving = [self._places], [torch.zeros(2, dtype=torch.int64)], [{}]
         if module.reads_ids:
-            args, dynamic = (*args, torch.zeros(2, 3, dtype=torch.int64)), [*dynamic, {0: DYNAMIC, 1: DYNAMIC}]
-        traced = piece(module.key([tuple(t.shape) for t in (x, limits, *examples)]), module, args, dynamic)
+            names.append(self._ids(place))
+            examples.append(torch.zeros(2, 3, dtype=torch.int64))
+            moving.append({0: DYNAMIC, 1: DYNAMIC})
+        return names, examples, moving
+
+    def show(self, index: int, names: list[str]) -> str:
+        """Make the mean of some weights the output of a router; returns what the first of them are called now."""
+        route, graph = f"route.{index}", self._work.graph
+        graph.outputs.append(_float_output(route))
+        if len(names) == 1 and graph.rename(names[0], route):
+            return route
+        graph.node("Identity" if len(names) == 1 else "Mean", names, out=route)
+        return names[0]
+
+    def _route(self, group: RouteGroup, of: Declared) -> None:
+        """A router, once for every call of its site; its output is the mean of those that route tokens."""
+        x, limits = torch.zeros(2, 3, group.site.d_in), torch.zeros(len(of.slots))
+        examples = [torch.zeros(shape) for shape in of.shapes]
         shown: list[Gate] = []
         for call, place in enumerate(self._work.graph.places[group.site.name]):
+            names, more, moving = self.further(of.module, place)
+            traced = piece(
+                of.module.key([tuple(x.shape), tuple(limits.shape), *of.shapes]), of.module,
+                (x, limits, examples, *more), [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples], *moving],
+            )  # fmt: skip
             x_name = self._work.in_rows(place.x) if place.flat else place.x
-            ids = [self._ids(place)] if module.reads_ids else []
-            weights, *blend = traced.insert(
-                self._work.graph, [x_name, self._limits[index], *inputs, *filter(None, [self._places]), *ids]
-            )
+            weights, *blend = traced.insert(self._work.graph, [x_name, of.limits, *of.inputs, *names])
             both = (blend[0], blend[1]) if blend else None
-            gate = self._gates[id(group), call] = Gate(weights, slots, place.flat, both)
+            gate = self._gates[id(group), call] = Gate(weights, of.slots, place.flat, both)
             if group.calls[call]:
                 shown.append(gate)
-        route = f"route.{index}"
         shown = shown or [self._gates[id(group), 0]]
-        if len(shown) == 1 and self._work.graph.rename(shown[0].weights, route):
-            shown[0].weights = route
-        else:
-            names = [gate.weights for gate in shown]
-            self._work.graph.node("Identity" if len(shown) == 1 else "Mean", names, out=route)
-        self._work.graph.outputs.append(_float_output(route))
-        self._work.out.routers.append(pb.Router(name=group.site.name, slots=slots))
+        shown[0].weights = self.show(of.number, [gate.weights for gate in shown])
 
 
 def effective(router: Router, part: str) -> Array:

@@ -64,6 +64,11 @@ class Adapted(nn.Module):
         return self.site.name, self.site.name
 
     @property
+    def of_block(self) -> bool:
+        """Whether it lies beside a whole block, with which it is computed."""
+        return False
+
+    @property
     def pairs(self) -> bool:
         """Whether its experts are low-rank changes of the weight of a linear."""
         return False

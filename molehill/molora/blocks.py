@@ -54,6 +54,11 @@ class BlockBank(Adapted):
         return found
 
     @property
+    def of_block(self) -> bool:
+        """It does."""
+        return True
+
+    @property
     def span(self) -> tuple[str, str]:
         """The modules between which it lies."""
         return self._span.first, self._span.last
@@ -91,6 +96,17 @@ class Block(nn.Module):
         self._read: Tensor | None = None
         self.attach()
 
+    @property
+    def adapted(self) -> tuple[BlockBank, ...]:
+        """The banks by number."""
+        return tuple(bank for bank in self.banks if isinstance(bank, BlockBank))
+
+    @property
+    def routers(self) -> tuple[RouteGroup | None, ...]:
+        """The router of every step."""
+        found: tuple[RouteGroup | None, ...] = self.__dict__["groups"]
+        return found
+
     def attach(self) -> None:
         """See the inputs of the block."""
         first: nn.Module | None = self.__dict__["first"]
@@ -114,8 +130,7 @@ class Block(nn.Module):
         """
         out = self.base(x, *args, **kwargs)
         read, self._read = x if self._hook is None else self._read, None
-        bank = self.banks[0]
-        assert isinstance(bank, BlockBank)
+        bank = self.adapted[0]
         if not bank.state.enabled:
             return out
         if read is None:
@@ -125,12 +140,9 @@ class Block(nn.Module):
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _delta(self, entered: Tensor, y0: Tensor, call: int) -> Tensor:
-        groups: tuple[RouteGroup | None, ...] = self.__dict__["groups"]
-
         def run(step: int, x: Tensor, share: Tensor | None = None) -> Stepped:
-            (number, _, parts, _), group = self.steps[step], groups[step]
-            bank = self.banks[number]
-            assert isinstance(bank, BlockBank)
+            (number, _, parts, _), group = self.steps[step], self.routers[step]
+            bank = self.adapted[number]
             z = cut(x, parts)
             weights = bank.weigh(group, z, call, None if share is None else cut(share, parts))
             delta = bank.mixer(bank.bank, bank.dropout(z), cut(y0, parts), weights)

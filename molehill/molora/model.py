@@ -125,6 +125,11 @@ class MoLoRAModel(nn.Module):
         routed = [e for e in self.experts if not e.startswith("shared")]
         return (*shared, *routed[: site.bank.n_experts - site.shared])
 
+    @property
+    def marks(self) -> list[str]:
+        """Paths in the base of the modules whose inputs or outputs sites are at."""
+        return list(dict.fromkeys(name for site in self.sites.values() for name in site.span))
+
     def site_of(self, group: RouteGroup) -> Adapted:
         """The first site that a router weighs the experts of."""
         return next(site for site in self.sites.values() if group in site.groups)

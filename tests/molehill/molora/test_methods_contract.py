@@ -190,7 +190,7 @@ def test_a_model_whose_routers_take_no_k_says_so():
 # What a part may want of its sites, and a configuration that is not so.
 UNMET = {
     "pairs": {"expert": "ia3"},
-    "equal_ranks": {"allocation": {"name": "hetero_rank", "kind": "explicit", "ranks": [1, 2, 4]}},
+    "equal_ranks": {"allocation": {"name": "hetero_rank", "kind": "explicit", "ranks": [1, 2, 4, 4]}},
     "no_shared": {"shared": 1},
 }
 
