@@ -133,12 +133,12 @@ class Adapted(nn.Module):
     def tokens(self, client: int) -> list[float]:
         """Counted gate mass of every expert, shared ones first; needs ``state.count`` during the passes.
 
-        It is empty where all weights are always 1.
+        It is empty where all weights are always 1. A token that several routers weigh counts once, by their mean.
         """
         if not self.groups:
             return []
-        always = sum(float(group.tokens[client]) for group in self.groups)
-        routed = torch.stack([group.mass[client] for group in self.groups]).sum(0)
+        always = float(self.groups[0].tokens[client])
+        routed = torch.stack([group.mass[client] for group in self.groups]).mean(0)
         return [always] * self.shared + routed.tolist()
 
 

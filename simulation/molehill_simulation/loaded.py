@@ -474,11 +474,10 @@ class Loaded:
     def counted(self) -> dict[str, dict[str, float]]:
         """Shares of the experts since counting began, by router."""
         model, found = self._model, {}
-        masses = model.tokens()
         for name, group in model.routers.items():
             site = model.site_of(group)
             ids = model.expert_ids(site)[site.shared :]
-            mass = np.array([masses.get((site.site.name, each), 0.0) for each in ids])
+            mass = group.mass[0].double().cpu().numpy()
             found[name] = dict(zip(ids, (mass / max(mass.sum(), 1e-12)).tolist(), strict=True))
         return found
 
