@@ -22,7 +22,7 @@ class Difference(NamedTuple):
         mean: Over owners and seeds.
         low: Lower end of its 95% interval.
         high: Upper end.
-        worst: Of the owner who loses most, mean over seeds.
+        worst: Of the owner who loses most, who may be another with every seed; mean over seeds.
         losers: Owners whose own interval lies below 0.
         owners: How many there are; of every seed where these are not the same.
     """

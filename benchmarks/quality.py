@@ -154,7 +154,7 @@ class Method:
     sections: Callable[[float], Mapping[str, Any]]
     shares: bool = True
     as_of: str = ""
-    rates: tuple[float, ...] = (2e-3, 4e-3)
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     seeds: int = SEEDS
 
 
@@ -188,7 +188,7 @@ CHOSEN = ("fitted_model", "frozen_base", "own_adapter", _alone(1e-3))
 METHODS = {
     "base": Method("the frozen base", lambda _: _by_themselves("frozen_base"), shares=False, rates=(1e-3,)),
     "alone": Method(
-        "one LoRA, alone", lambda rate: _by_themselves(_alone(rate)), shares=False, rates=(1e-3, 2e-3, 4e-3)
+        "one LoRA, alone", lambda rate: _by_themselves(_alone(rate)), shares=False, rates=(5e-4, 1e-3, 2e-3, 4e-3)
     ),
     "fedit": Method(
         "FedIT",
@@ -303,21 +303,25 @@ def jobs(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], *, 
                     )
 
 
-def run_all(wanted: Sequence[Job], folder: Path, workers: int, tell: Any) -> None:
-    """Run what has not finished, each in a process of its own."""
+def run_all(wanted: Sequence[Job], folder: Path, workers: int, tell: Any) -> int:
+    """Run what has not finished, each in a process of its own; returns how many failed."""
     left = [job for job in wanted if not job.done(folder)]
 
-    def one(job: Job) -> str:
+    def one(job: Job) -> tuple[bool, str]:
         words = [job.task, job.method, str(job.seed), str(job.rate), job.split]
         command = [sys.executable, __file__, "--out", str(folder), "--one", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return f"{job.out(folder).name}{'' if done.returncode == 0 else ': ' + done.stderr[-500:]}"
+        said = "" if done.returncode == 0 else f": {done.stderr[-500:]}"
+        return done.returncode != 0, f"{job.out(folder).name}{said}"
 
     for job in left:
         source_of(job.task, folder)
     with ThreadPoolExecutor(workers) as pool:
-        for number, line in enumerate(pool.map(one, left), start=1):
+        failed = 0
+        for number, (bad, line) in enumerate(pool.map(one, left), start=1):
             tell(f"{number} of {len(left)}: {line}")
+            failed += bad
+    return failed
 
 
 @cache
@@ -400,6 +404,24 @@ def table(task: str, methods: Sequence[str], seeds: Sequence[int], folder: Path)
     return rows
 
 
+def otherwise(tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], folder: Path) -> list[list[str]]:
+    """Rows of the table of what owners of the default would have otherwise: alone, with the base, or with no gate."""
+    rows = []
+    for task in tasks:
+        if not {"clusters", "alone", "base"} <= {*methods} or TASKS[task].answers:
+            continue
+
+        def of(method: str, stage: str, task: str = task) -> Scores:
+            wanted = jobs([task], [method], seeds, tune=False)
+            return {key: value for job in wanted for key, value in scores(job, folder, stage, "accuracy").items()}
+
+        ours = of("clusters", "personalised")
+        others = [of("alone", "personalised"), of("base", "personalised"), of("clusters", "global")]
+        same = TASKS[task].same_owners
+        rows.append([task, *(_told(differences(ours, other, same_owners=same)) for other in others)])
+    return rows
+
+
 def _second(found: Scores, name: str) -> tuple[float, float]:
     """Mean and worst of the second measure; of a loss the perplexity."""
     mean, worst = means(found, lower=name == LOSS.name)
@@ -409,6 +431,9 @@ def _second(found: Scores, name: str) -> tuple[float, float]:
 def _told(found: Difference) -> str:
     mean, low, high, worst = (100 * number for number in found[:4])
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), worst {worst:+.1f}, {found.losers} of {found.owners} lose"
+
+
+OTHERWISE = ["MoLoRA, personalised", "points over alone", "points over the frozen base", "points over the shared model"]
 
 
 def head(task: Task) -> list[str]:
@@ -438,7 +463,9 @@ def main() -> None:
     seeds = range(1) if arguments.tune else range(1, 1 + arguments.seeds)
     wanted = list(jobs(arguments.tasks, arguments.methods, seeds, tune=arguments.tune))
     if not arguments.table:
-        run_all(wanted, arguments.out, arguments.jobs, echo)
+        failed = run_all(wanted, arguments.out, arguments.jobs, echo)
+        if failed:
+            sys.exit(f"{counted(failed, 'run')} failed; the others are kept")
     if arguments.tune:
         echo(json.dumps(choose(arguments.tasks, arguments.methods, seeds, arguments.out), indent=1))
         return
@@ -453,8 +480,16 @@ def main() -> None:
             rows = table(task, methods, seeds, arguments.out)
             parts.append(f"**{task}** ({TASKS[task].title})\n\n{markdown(head(TASKS[task]), rows)}")
     echo("\n\n".join(parts))
+    ready = [
+        task
+        for task in arguments.tasks
+        if all(job.done(arguments.out) for job in jobs([task], ("base", "alone", "clusters"), seeds, tune=False))
+    ]
+    others = markdown(OTHERWISE, otherwise(ready, arguments.methods, seeds, arguments.out))
+    echo(others)
     if {*arguments.tasks} == {*TASKS} and {*arguments.methods} == {*METHODS} and arguments.seeds == SEEDS:
         fill(PAGE, "quality", "\n\n".join(parts))
+        fill(PAGE, "otherwise", others)
 
 
 if __name__ == "__main__":

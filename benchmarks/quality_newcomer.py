@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class Absent:
         out = folder / self.name
         if not (out / "summary.json").exists():
             simulate(config.model_copy(update={"data": dealt}), out)
+        shutil.rmtree(folder / f"{self.name}-late", ignore_errors=True)  # of a call that was broken off
         made = personalise(out, apart[True], "late", folder / f"{self.name}-late")
         self.found(folder).write_text(json.dumps(made.as_dict()), encoding="utf-8")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError
 from molehill.molora.blocks import Block, BlockBank, From, Span
-from molehill.molora.feed_forward import choose_blocks
+from molehill.molora.feed_forward import choose_blocks, mixtures
 from molehill.molora.fitting import Made, require_whole_blocks, require_wishes, show
 from molehill.molora.interfaces import Site, SitePlan
 from molehill.molora.recompute import keep_less
@@ -38,18 +39,36 @@ def blocks_of(base: nn.Module, config: MoLoRAConfig, topology: BlockTopology, ga
     places = {(span, step.bank): _site(span, step) for span in spans for step in reversed(steps)}
     routed = {step.bank for step in steps if step.routed}
     allocation = config.allocation.build("allocation")
-    plans = allocation.plan(
+    planned = allocation.plan(
         [site for (_, bank), site in places.items() if bank in routed], config.experts, config.shared, config.rank
     )
-    maker, made = (
-        _Maker(base, config, topology, RouterMaker(base, config, gate, seed)),
-        Made({}, [], [], ForwardState()),
-    )
+    plans = dict(planned)
+    if "base_route" in config.scorer.declared("scorer", "reads"):
+        plans |= {site.name: _as_many(config, span, plans[site.name]) for (span, _), site in places.items()}
+    own = {name.rpartition(".")[0]: part for name, part in mixtures(base).items()}
+    maker = _Maker(base, config, topology, RouterMaker(base, config, gate, seed))
+    made = Made({}, [], [], ForwardState())
     for span in spans:
         banks = {bank: (site, plans.get(site.name, SitePlan((), (config.rank,))))
                  for (other, bank), site in places.items() if other == span}  # fmt: skip
-        maker.block(span, steps, banks, found.on_tokens(span.last) if span.first != span.last else (True,), made)
+        calls = (True,) if span.first == span.last else found.on_tokens(span.last)
+        maker.block(span, own.get(span.last), steps, banks, calls, made)
     return made
+
+
+def _as_many(config: MoLoRAConfig, span: Span, plan: SitePlan) -> SitePlan:
+    """A plan with an expert for each that the base has in the block.
+
+    Raises:
+        ConfigError: The base has none.
+    """
+    if not span.experts:
+        raise ConfigError(
+            f"scorer {config.scorer.name!r} goes by the base's own router, and {span.site.name} is no mixture",
+            where="molora.scorer",
+            mend="Give a base that is one (OLMoE, Mixtral, Qwen-MoE), or another scorer.",
+        )
+    return replace(plan, ranks=(plan.ranks[0],) * span.experts)
 
 
 def _site(span: Span, step: Step) -> Site:
@@ -72,10 +91,10 @@ class _Maker:
         self._plain = MoLoRAConfig().mixer.build("mixer")
 
     def block(
-        self, span: Span, steps: Sequence[Step], planned: Mapping[int, tuple[Site, SitePlan]], calls: tuple[bool, ...],
-        made: Made,
+        self, span: Span, own: nn.Module | None, steps: Sequence[Step],
+        planned: Mapping[int, tuple[Site, SitePlan]], calls: tuple[bool, ...], made: Made,
     ) -> None:  # fmt: skip
-        """Put the banks of one block beside it."""
+        """Put the banks of one block beside it, and watch its own experts."""
         config = self._config
         groups: list[RouteGroup | None] = []
         for at, step in enumerate(steps):
@@ -107,7 +126,7 @@ class _Maker:
         made.groups.extend(group for group in groups if group is not None)
         last = self._base.get_submodule(span.last)
         first = None if span.first == span.last else self._base.get_submodule(span.first)
-        block = Block(last, first, span, self._topology, steps, banks, groups)
+        block = Block(last, first, own, span, self._topology, steps, banks, groups)
         parent, _, name = span.last.rpartition(".")
         setattr(self._base.get_submodule(parent), name, block)
         made.blocks.append(block)

@@ -23,11 +23,13 @@ class Span(NamedTuple):
         site: Its place; its name is what the names of its linears begin with.
         first: Path of the module whose input is the block's.
         last: Path of the module whose output is the block's; the same where the block is one module.
+        experts: How many experts of its own the block has; 0 for one that is no mixture.
     """
 
     site: Site
     first: str
     last: str
+    experts: int = 0
 
 
 class BlockBank(Adapted):
@@ -70,6 +72,8 @@ class Block(nn.Module):
     Args:
         base: That module; frozen.
         first: The module whose input is the block's; None where it is the same.
+        own: The block's own experts, which are called with tokens, places and weights of those chosen; None where it
+            has none.
         span: The block.
         topology: In which steps tokens go through the banks.
         steps: These steps.
@@ -81,6 +85,7 @@ class Block(nn.Module):
         self,
         base: nn.Module,
         first: nn.Module | None,
+        own: nn.Module | None,
         span: Span,
         topology: BlockTopology,
         steps: Sequence[Step],
@@ -91,9 +96,10 @@ class Block(nn.Module):
         self.base, self.span, self.topology, self.steps = base, span, topology, tuple(steps)
         self.banks = nn.ModuleList(banks)
         # held outside the module tree: one is a module of the base, the others belong to the model
-        self.__dict__["first"], self.__dict__["groups"] = first, tuple(groups)
-        self._hook: Any = None
+        self.__dict__["watched"], self.__dict__["groups"] = (first, own), tuple(groups)
+        self._hooks: list[Any] = []
         self._read: Tensor | None = None
+        self._route: Tensor | None = None
         self.attach()
 
     @property
@@ -108,19 +114,26 @@ class Block(nn.Module):
         return found
 
     def attach(self) -> None:
-        """See the inputs of the block."""
-        first: nn.Module | None = self.__dict__["first"]
-        if first is not None and self._hook is None:
-            self._hook = first.register_forward_pre_hook(self._see)
+        """See the inputs of the block, and which of its own experts it chooses."""
+        first, own = self.__dict__["watched"]
+        if first is not None and not self._hooks:
+            self._hooks.append(first.register_forward_pre_hook(self._see))
+        if own is not None and not self._hooks:
+            self._hooks.append(own.register_forward_pre_hook(self._overhear, with_kwargs=True))
 
     def detach(self) -> None:
         """Leave the base as it was."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._read = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._read, self._route = [], None, None
 
     def _see(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._read = args[0]
+
+    def _overhear(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, places, weights = (*args, *(kwargs[name] for name in ("top_k_index", "top_k_weights")[len(args) - 1 :]))
+        nobody = weights.new_zeros(len(weights), self.span.experts, dtype=torch.float32)
+        self._route = nobody.scatter_add(-1, places, weights.float())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the last module gives, and what the banks add: ``[B, T, d]``, or a tuple that begins with it.
@@ -129,13 +142,17 @@ class Block(nn.Module):
             ModelError: The block's first module did not run.
         """
         out = self.base(x, *args, **kwargs)
-        read, self._read = x if self._hook is None else self._read, None
+        read, self._read = x if self.__dict__["watched"][0] is None else self._read, None
+        route, self._route = self._route, None
         bank = self.adapted[0]
         if not bank.state.enabled:
             return out
         if read is None:
             raise ModelError(f"{self.span.last} runs without {self.span.first}", mend="Choose another molora.topology.")
         y0 = out[0] if isinstance(out, tuple) else out
+        for group in self.routers:
+            if group is not None:
+                group.base_route = None if route is None else route.view(*_in_rows(read).shape[:2], -1)
         y = y0 + self._delta(_in_rows(read), _in_rows(y0), bank.next_call()).to(y0.dtype).view(y0.shape)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 

@@ -66,11 +66,14 @@ def _blocks(base: Any) -> Iterator[Span]:
     every, found = linears(base), trial_of(base)
     reached = list(adaptable(base))
     depth = 1 + max((layer_of(name) for name in reached), default=0)
-    own = {layer_of(name): name.rpartition(".")[0] for name in mixtures(base)}
+    own: dict[int, tuple[str, Any]] = {
+        layer_of(name): (name.rpartition(".")[0], part) for name, part in mixtures(base).items()
+    }
     for layer in sorted({layer_of(name) for name in reached}):
         if layer in own:
+            block, experts = own[layer]
             width = int(base.config.get_text_config().hidden_size)
-            yield Span(Site(layer, own[layer], depth, width, width), own[layer], own[layer])
+            yield Span(Site(layer, block, depth, width, width), block, block, len(experts.down_proj))
             continue
         begin, end = ends_of(name for name in reached if layer_of(name) == layer)
         if not begin or len(end) != 1:

@@ -188,6 +188,7 @@ class RouteGroup(nn.Module):
         # By client: gate mass and number of real tokens.
         self.register_buffer("mass", torch.zeros(1, len(costs)), persistent=False)
         self.register_buffer("tokens", torch.zeros(1), persistent=False)
+        self.base_route: Tensor | None = None  # see `RouteContext.base_route`; a block sets it before a call
         self.embedded: Tensor | None = None  # sum of the embeddings of real tokens, where the scorer has any
         self.calls = tuple(tokens)
         self.parts = parts
@@ -242,6 +243,7 @@ class RouteGroup(nn.Module):
             overrides=self.overrides,
             experts=self._experts(),
             base=self.state.base,
+            base_route=self.base_route,
         )
 
     def _experts(self) -> Tensor | None:

@@ -42,7 +42,7 @@ def overrides(tmp_path_factory):
         source = tiny_world.write_rows(folder / f"{kind}.jsonl", rows)
         return (*TINY, f"base.model={base}", f"data.source={source}")
 
-    return {"classification": make("bert"), "causal-lm": make("llama")}
+    return {"classification": make("bert"), "causal-lm": make("llama"), "mixture": make("olmoe")}
 
 
 def test_the_files_are_where_the_documentation_says():
@@ -65,7 +65,8 @@ def test_a_configuration_runs_a_step(path, overrides, tmp_path):
     waits = shipped.federation.assign.declared("assignment", "forms")  # else nothing is shared in a single round
     named = isinstance(next(iter(shipped.data.domains), 0), str)
     more = ["federation.assign.warmup=1"] * waits + ['data.domains=["books", "films"]'] * named
-    config = load(path, (*overrides[shipped.task.kind], *more))
+    own = "base_route" in shipped.molora.scorer.declared("scorer", "reads")
+    config = load(path, (*overrides["mixture" if own else shipped.task.kind], *more))
     summary = simulate(config, tmp_path)
     assert load(tmp_path / "config.toml").digest == summary.config_digest
     assert summary.rounds == 1

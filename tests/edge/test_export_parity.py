@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 
-from molehill import config, registry
+from molehill import config
 from molehill.errors import ModelError
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
@@ -22,7 +22,7 @@ READERS = {
     "fedrouter": "reads what the base alone makes of a text",
     **dict.fromkeys(("context_peft", "per_language", "ppap"), "goes by the domain of a text"),
 }
-PRESETS = [method.name for method in registry.methods("preset") if method.name not in READERS]
+PRESETS = [name for name in tiny_models.presets() if name not in READERS]
 # (relative error, same prediction) at most and at least; random experts and routers are the worst case of rounding
 LIMITS = {
     "llama": {"int8": (0.02, 0.8), "int4": (0.2, 0.6)},

@@ -8,13 +8,46 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from molehill import config
+from molehill import config, registry
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.model import MoLoRAModel
 
 VOCAB, WIDTH, FFN, CLASSES = 40, 32, 64, 3  # whole vector registers: torch rounds the rest of a tensor differently
 ARCHITECTURES = ("llama", "bert", "gpt2")
+MIXTURES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")
+
+
+def presets() -> list[str]:
+    """Those that any base can have."""
+    names = [method.name for method in registry.methods("preset")]
+    scorers = {name: config.parse({"molora": {"preset": name}}).molora.scorer for name in names}
+    return [name for name in names if "base_route" not in scorers[name].declared("scorer", "reads")]
+
+
+def mixture(family: str) -> nn.Module:
+    """A causal LM that is a mixture of experts itself, in eval mode."""
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 24, "vocab_size": VOCAB, "max_position_embeddings": 64, "use_cache": False,
+        "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    made = {
+        "olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape, num_experts=8)),
+        "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, num_local_experts=4)),
+        "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
+            transformers.Qwen2MoeConfig(
+                **shape, num_experts=6, moe_intermediate_size=16, shared_expert_intermediate_size=24
+            )
+        ),
+        "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+            transformers.Qwen3MoeConfig(**shape, num_experts=6, moe_intermediate_size=16, head_dim=8)
+        ),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = made[family]()
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def base(architecture: str, *, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -55,7 +57,7 @@ SIZES = {
 
 
 def save_base(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
-    """Save a random checkpoint (``bert``, ``llama`` or ``gpt2``) with its tokenizer; ``sizes`` change its shape."""
+    """Save a random checkpoint (``bert``, ``llama``, ``gpt2``, ``olmoe``) with its tokenizer; ``sizes`` of its shape."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if kind == "bert":
@@ -71,12 +73,15 @@ def save_base(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
         unk_token="<unk>",
         extra_special_tokens=["<|user|>", "<|assistant|>"],
     )
-    if kind == "llama":
+    if kind in {"llama", "olmoe"}:
         tokenizer.chat_template = CHAT
     torch.manual_seed(seed)
     make = {
         "bert": lambda shape: BertForMaskedLM(BertConfig(**shape)),
         "llama": lambda shape: LlamaForCausalLM(LlamaConfig(**shape)),
+        "olmoe": lambda shape: OlmoeForCausalLM(
+            OlmoeConfig(**shape, num_experts=4, num_experts_per_tok=2, eos_token_id=2)
+        ),
         "gpt2": lambda shape: GPT2LMHeadModel(GPT2Config(**shape, n_inner=shape["intermediate_size"])),
     }
     make[kind](SIZES | sizes).save_pretrained(folder)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
-from tiny_models import ARCHITECTURES, adapted, base, batch, shake
+from tiny_models import ARCHITECTURES, adapted, base, batch, presets, shake
 
-from molehill import config, registry
+from molehill import config
 from molehill.errors import AdapterError
 from molehill.molora.adapter import Manifest, load_adapter, read_manifest, read_peft, save_adapter
 from molehill.molora.interfaces import Told
 from molehill.molora.peft_folder import write_peft
 
-PRESETS = [method.name for method in registry.methods("preset")]
+PRESETS = presets()
 DIGEST = "d" * 64
 PEFT_NOISE = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

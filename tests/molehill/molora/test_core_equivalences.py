@@ -7,14 +7,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import ARCHITECTURES, adapted, base, batch, separate, shake, training
+from tiny_models import ARCHITECTURES, adapted, base, batch, presets, separate, shake, training
 
-from molehill import registry
 from molehill.molora.interfaces import Told
 from molehill.wire.keys import Key
 from molehill.wire.tree import Tree
 
-PRESETS = [method.name for method in registry.methods("preset")]
+PRESETS = presets()
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "bert": ["query", "key", "value", "dense"],

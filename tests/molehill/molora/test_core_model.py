@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import ARCHITECTURES, WIDTH, adapted, base, batch, shake
+from tiny_models import ARCHITECTURES, WIDTH, adapted, base, batch, presets, shake
 
-from molehill import registry
 from molehill.errors import AdapterError
 from molehill.molora.head import Head
 from molehill.molora.interfaces import Told
 from molehill.wire.keys import Key
 from molehill.wire.tree import Layout, Tree
 
-PRESETS = [method.name for method in registry.methods("preset")]
+PRESETS = presets()
 SITE = "model.layers.0.self_attn.q_proj"
 
 

@@ -7,7 +7,6 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 
-from molehill import registry
 from molehill.molora.fused import Output, down, up
 from molehill.molora.layer import Fan
 from molehill.molora.trial import trial_of
@@ -188,12 +187,12 @@ def test_gradients_of_two_outputs_are_those_of_finite_differences(clients, used)
 def test_every_preset_has_its_fans():
     """No preset loses the fast path where its experts take it."""
     together = set()
-    for preset in registry.methods("preset"):
-        model = tiny_models.adapted(preset=preset.name)
+    for preset in tiny_models.presets():
+        model = tiny_models.adapted(preset=preset)
         plain = [site for site in model.sites.values() if site.fused]
         if plain and all(site.dropout.p == 0 for site in plain):
-            assert any(len(site.fan.sites) > 1 for site in plain), preset.name
-            together.add(preset.name)
+            assert any(len(site.fan.sites) > 1 for site in plain), preset
+            together.add(preset)
     assert {"molora", "mola", "lora"} <= together
 
 
