@@ -66,14 +66,27 @@ def text():
     return ids, mask
 
 
+LINEARS = {"targets": "all-linear", "experts": 3, "rank": 2, "scope": "layer"}
+
+
 @pytest.mark.parametrize("name", _cases(WRITES, {"mixtral", "qwen2_moe"}))
 def test_decoders(name):
-    section = config.parse({"molora": {"targets": "all-linear", "experts": 3, "rank": 2, "scope": "layer"}}).molora
+    _decoder(name, LINEARS)
+
+
+@pytest.mark.parametrize("name", _cases(["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"], {"olmoe"}))
+@pytest.mark.parametrize("preset", ["perft_r", "cartesian_moe"])
+def test_experts_beside_the_blocks_of_a_mixture(name, preset):
+    _decoder(name, {"preset": preset, "rank": 2})
+
+
+def _decoder(name, keys):
+    section = config.parse({"molora": keys}).molora
     auto = transformers.AutoModelForCausalLM
     model = tiny_models.shake(wrap(made(name, auto, WRITES[name]), section).eval(), scale=0.05)
     ids, mask = text()
     wanted = edge_export.original(model, ids, mask)
-    graph = _traced_decoder(made(name, auto, WRITES[name]), list(model.sites))
+    graph = _traced_decoder(made(name, auto, WRITES[name]), model.marks)
     for scheme, bound in (("fp32", 1e-9), ("int8", 0.3), ("int4", 0.3)):
         whole = graph.copy()
         quantise_base(whole, scheme, "logits")
@@ -90,12 +103,12 @@ def test_decoders(name):
 @NIGHTLY
 @pytest.mark.parametrize("name", READS)
 def test_encoders(name):
-    section = config.parse({"molora": {"targets": "all-linear", "experts": 3, "rank": 2, "scope": "layer"}}).molora
+    section = config.parse({"molora": LINEARS}).molora
     head, auto = Head(32, 3, "mean", anchored=False), transformers.AutoModel
     model = tiny_models.shake(wrap(made(name, auto, READS[name]), section, head=head).eval(), scale=0.1)
     ids, mask = text()
     wanted = edge_export.original(model, ids, mask)
-    graph = classifier(made(name, auto, READS[name]), head, list(model.sites))
+    graph = classifier(made(name, auto, READS[name]), head, model.marks)
     inserted = insert(graph, model, section.scorer, choose_slots(model, None, 0), "fp32")
     graph.tensors.update(gate_values(model, inserted))
     found = edge_export.exported(edge_export.opened(graph), ids, mask)

@@ -57,7 +57,7 @@ SIZES = {
 
 
 def save_base(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
-    """Save a random checkpoint (``bert``, ``llama``, ``gpt2``, ``olmoe``) with its tokenizer; ``sizes`` of its shape."""
+    """Save a random checkpoint (``bert``, ``llama``, ``gpt2``, ``olmoe``) with its tokenizer; ``sizes`` change it."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if kind == "bert":
