@@ -29,6 +29,8 @@ _LOGITS = ("class", "flags")  # what is predicted by logits, see `molehill.tasks
 def clearly_worse(one: Parts, best: Parts, units: Sequence[int]) -> bool:
     """Whether a loss is greater by more than one standard error of the paired difference over units.
 
+    One unit alone has no such error, and tells nothing.
+
     Args:
         one: What one model scored on some rows.
         best: What another scored on them.
@@ -39,6 +41,8 @@ def clearly_worse(one: Parts, best: Parts, units: Sequence[int]) -> bool:
         return False
     _, places = np.unique(np.asarray(units), return_inverse=True)
     n = int(places.max()) + 1
+    if n < 2:
+        return False
     each = np.bincount(places, one.changes(len(places)) - best.changes(len(places)), n)
     return bool(before - after > math.sqrt(n / (n - 1) * float(each @ each)))
 
@@ -138,16 +142,16 @@ def _value(losses: Parts) -> float:
 def losses_of(client: Participant) -> Parts:
     """What the model as it is loses on the rows that a client set aside, when it is as sure as it has a right to be.
 
-    Where it gives logits, these are divided by the temperature of `TEMPERATURES` with the least loss (Guo et al. 2017,
+    The logits of a head are divided by the temperature of `TEMPERATURES` with the least loss (Guo et al. 2017,
     On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599): a model that was fitted to few rows may
     know more than another and be too sure of it. They span a narrow range, since in a wide one what is surely wrong
-    becomes no worse than ignorant.
+    becomes no worse than ignorant. A model that writes is used as sure as it is, and judged so.
 
     Raises:
         TrainingError: A loss is not finite.
     """
     bench, rows = client.bench, client.aside_rows
-    if kind_of(bench.config.task).predicts not in _LOGITS:
+    if bench.model.head is None or kind_of(bench.config.task).predicts not in _LOGITS:
         return by_row(bench, rows, score(bench, rows)).parts[LOSS.name]
     model, counts = bench.model, np.zeros(len(rows))
     model.eval()

@@ -217,10 +217,10 @@ class Personal(Section):
             after the rounds is fitted to all training rows.
         candidates: What every client tries to make of the final model, in the order of preference, such as
             ``["fitted_model", "frozen_base", "own_adapter", "trained_alone"]``. Each is made with the rows of the
-            rounds and judged on those that ``holdout`` set aside by its loss, with logits over the temperature from 0.5
-            to 2 that fits it best; the first that is no worse than the best by more than one standard error wins, and
-            is made once more with all training rows. A client that set nothing aside takes the first. Without any,
-            residuals are fitted as ``gate`` and ``head`` say.
+            rounds and judged on those that ``holdout`` set aside by its loss, a head's logits over the temperature from
+            0.5 to 2 that fits them best; the first that is no worse than the best by more than one standard error wins,
+            and is made once more with all training rows. A client that set nothing aside takes the first. Without
+            any, residuals are fitted as ``gate`` and ``head`` say.
     """
 
     gate: Literal["anchored", "personal", "global", "split"] = "anchored"

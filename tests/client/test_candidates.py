@@ -192,6 +192,12 @@ def test_worse_is_what_is_more_than_a_standard_error_of_paired_units():
     assert worse(losses(*(best.above + apart - apart.mean() + error * 1.001)), best)
 
 
+def test_one_unit_tells_nothing():
+    good, bad = Parts.of_rows([0.1, 0.1]), Parts.of_rows([9.0, 9.0])
+    assert not clearly_worse(bad, good, [4, 4])
+    assert clearly_worse(bad, good, [4, 5])
+
+
 def test_units_count_by_their_predictions():
     counts, units = [1.0, 1.0, 1.0, 1.0, 2.0, 2.0], [7, 8, 8, 9, 3, 3]
     best = losses(*[0.0] * 6, counts=counts)
