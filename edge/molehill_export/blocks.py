@@ -85,7 +85,7 @@ class Blocks:
         tokens = {0: DYNAMIC, 1: DYNAMIC}
         still: list[Any] = [[{} for _ in limits], *([[{} for _ in each] for each in some] for some in (gates, factors))]
         further, examples, moving = routers.further(routed[0].module, place) if routed else ([], [], [])
-        traced = piece(key, module, (x, y, limits, gates, factors, *examples), [tokens, tokens, *still, *moving])
+        traced = piece(key, module, (x, y, limits, gates, factors, examples), [tokens, tokens, *still, moving])
         frozen = graph.move(place.y)
         ends = [self._work.in_rows(each) if place.flat else each for each in (place.x, frozen)]
         given = [name for each in routed for name in each.inputs]

@@ -36,7 +36,7 @@ class Routing(nn.Module):
         super().__init__()
         self.scorer, self.names, self.blend = scorer, tuple(names), router.blend
         self.transforms, self.selector = router.transforms, router.selector.eval_form()
-        self.reads_ids = "token_ids" in router.reads
+        self.reads_ids, self.reads_mask = "token_ids" in router.reads, self.selector.masked
         self.site = site if self.reads_ids else Site(0, "", 1, site.d_in, site.d_in)  # else one serves all layers
 
     def key(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ class Routing(nn.Module):
         )  # fmt: skip
 
     def scores(
-        self, x: Tensor, limits: Tensor, parameters: list[Tensor], ids: Tensor | None
+        self, x: Tensor, limits: Tensor, parameters: list[Tensor], told: Sequence[Tensor]
     ) -> tuple[Tensor, RouteContext]:
         """Logits ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added, ``[E]``; and what is known.
 
@@ -55,9 +55,16 @@ class Routing(nn.Module):
             x: The inputs.
             limits: What is added.
             parameters: Of the scorer.
-            ids: Those of the tokens, ``[B, T]``, where the router reads them.
+            told: Of the tokens, ``[B, T]`` int64: their ids where the router reads them, and then whether they are
+                real where it reads that.
         """
-        ctx = RouteContext(x=x, site=self.site, token_ids=ids)
+        of_tokens = iter(told)
+        ctx = RouteContext(
+            x=x,
+            site=self.site,
+            token_ids=next(of_tokens) if self.reads_ids else None,
+            mask=next(of_tokens).bool() if self.reads_mask else None,
+        )
         of_scorer = len(self.names) - self._blended
         given = dict(zip(self.names[:of_scorer], parameters[:of_scorer], strict=True))
         z: Tensor = functional_call(self.scorer, given, (ctx,)).float()
@@ -89,23 +96,25 @@ class Routing(nn.Module):
 class Route(Routing):
     """A router as it acts at inference."""
 
-    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], ids: Tensor | None = None) -> Weights:
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], further: list[Tensor]) -> Weights:
         """Weights ``[B|1, T|1, (H,) E]`` for inputs ``[B, T, d]`` and what is added to the logits, ``[E]``.
 
-        See `Routing.shared` for what comes with them.
+        See `Routing.shared` for what comes with them, and `Routing.scores` for what is told further.
         """
-        z, ctx = self.scores(x, limits, parameters, ids)
+        z, ctx = self.scores(x, limits, parameters, further)
         return self.shared(self.selector(z, ctx).weights, x, parameters)
 
 
 class RouteByPlaces(Routing):
     """A router of whose experts a caller may choose those at some places, in place of the selector's choice."""
 
-    def forward(
-        self, x: Tensor, limits: Tensor, parameters: list[Tensor], places: Tensor, ids: Tensor | None = None
-    ) -> Weights:
-        """Weights as of `Route`; ``places`` ``[2]`` are the first and the one after the last, or 0 and 0 for none."""
-        z, ctx = self.scores(x, limits, parameters, ids)
+    def forward(self, x: Tensor, limits: Tensor, parameters: list[Tensor], further: list[Tensor]) -> Weights:
+        """Weights as of `Route`; the first of what is further told are places.
+
+        They are ``[2]``: the first and the one after the last, or 0 and 0 for none.
+        """
+        places, *told = further
+        z, ctx = self.scores(x, limits, parameters, told)
         weights, _ = window(z, places[0], places[1])
         return self.shared(torch.where(places[1] > 0, weights, self.selector(z, ctx).weights), x, parameters)
 
@@ -163,7 +172,7 @@ class Beneath(nn.Module):
 
     def forward(
         self, x: Tensor, y: Tensor, limits: list[Tensor], gates: list[list[Tensor]], factors: list[list[Tensor]],
-        *further: Tensor,
+        further: list[Tensor],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The delta ``[B, T, d]``, and the weights of the routed experts of every step that has a router.
 
@@ -184,7 +193,7 @@ class Beneath(nn.Module):
                 weights = always.expand(1, 1, self.shared[bank])
             else:
                 more = [each.repeat_interleave(parts, 1) if each.dim() > 1 else each for each in further]  # of tokens
-                found = self.routes[number](z, limits[number], gates[number], *more)
+                found = self.routes[number](z, limits[number], gates[number], more)
                 weights, *blend = found if isinstance(found, tuple) else (found,)
                 if share is not None:
                     weights = weights * cut(share, parts)

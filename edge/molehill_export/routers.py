@@ -203,10 +203,10 @@ class Routers:
                 shape = torch.Size(np.broadcast_shapes(shape, route.logits.shape))
         return torch.ones(*shape[:-1], n), {axis: DYNAMIC for axis in (0, 1) if shape[axis] > 1}
 
-    def _ids(self, place: Place) -> str:
-        """The ids of the tokens, in rows or one after another."""
+    def _of_tokens(self, name: str, place: Place) -> str:
+        """An input with one number of every token, in rows or one after another."""
         graph = self._work.graph
-        return graph.node("Reshape", ["input_ids", graph.const([1, -1], np.int64)]) if place.flat else "input_ids"
+        return graph.node("Reshape", [name, graph.const([1, -1], np.int64)]) if place.flat else name
 
     def _overrides(self, sizes: Sequence[int]) -> None:
         """The inputs ``router_bias`` and ``expert_mask``, cut into one sum per router."""
@@ -257,9 +257,10 @@ class Routers:
         moving: list[dict[int, Any]] = []
         if self._places:
             names, examples, moving = [self._places], [torch.zeros(2, dtype=torch.int64)], [{}]
-        if module.reads_ids:
-            names.append(self._ids(place))
-            examples.append(torch.zeros(2, 3, dtype=torch.int64))
+        reads = {"input_ids": module.reads_ids, "attention_mask": module.reads_mask}
+        for name in (name for name, wanted in reads.items() if wanted):
+            names.append(self._of_tokens(name, place))
+            examples.append(torch.ones(2, 3, dtype=torch.int64))
             moving.append({0: DYNAMIC, 1: DYNAMIC})
         return names, examples, moving
 
@@ -281,7 +282,7 @@ class Routers:
             names, more, moving = self.further(of.module, place)
             traced = piece(
                 of.module.key([tuple(x.shape), tuple(limits.shape), *of.shapes]), of.module,
-                (x, limits, examples, *more), [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples], *moving],
+                (x, limits, examples, more), [{0: DYNAMIC, 1: DYNAMIC}, {}, [{} for _ in examples], moving],
             )  # fmt: skip
             x_name = self._work.in_rows(place.x) if place.flat else place.x
             weights, *blend = traced.insert(self._work.graph, [x_name, of.limits, *of.inputs, *names])

@@ -317,6 +317,7 @@ class Selector(ABC):
         by_logits: As of `LogitTransform`; its routes have a row for every row of the logits.
         takes_k: See `OfK`.
         may_close: At inference a token may have no routed expert.
+        masked: At inference weights depend on which tokens are real.
         bound: No weight is larger.
     """
 
@@ -326,6 +327,7 @@ class Selector(ABC):
     by_logits: bool = False
     takes_k: bool = False
     may_close: bool = False
+    masked: bool = False
     bound: float = 1.0
 
     def eval_form(self) -> Selector:

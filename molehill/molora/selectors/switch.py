@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from molehill.molora.interfaces import Route, RouteContext, Selector
-from molehill.molora.selectors.top_k import TopK, TopKParams
-from molehill.molora.tokens import token_counts
+from molehill.molora.selectors.top_k import TopK, TopKParams, limited
 from molehill.registry import register
 
 
@@ -57,9 +56,4 @@ class Switch(Selector):
         route = self._top_1(z, ctx)
         if self.capacity is None or not ctx.training:
             return route
-        chosen = route.selected
-        real = (token_counts(ctx.mask, z) > 0).view(*z.shape[:2], *[1] * (z.ndim - 2))
-        queue = (chosen & real).flatten(0, -2)
-        limit = (queue.sum() * (self.capacity / z.shape[-1])).floor().clamp_min(1)
-        fits = queue & (queue.cumsum(0) <= limit)
-        return Route(z, route.weights * fits.view(z.shape), route.distribution, {"selected": chosen})
+        return limited(route, ctx, self.capacity)
