@@ -176,12 +176,14 @@ def _folded(site: MoLoRALinear, name: str, given: Tensor) -> tuple[Tensor, Tenso
 
 
 def _require_one(site: Adapted, name: str, given: Tensor) -> None:
-    """Refuse a mixture of blocks."""
-    if isinstance(site, ExpandLinear | ContractLinear) and sorted(given.flatten().tolist(), reverse=True)[:2] not in (
-        [1.0],
-        [1.0, 0.0],
-    ):
+    """Refuse a mixture of blocks, and one that is no sum of what experts are."""
+    if sorted(given.flatten().tolist(), reverse=True)[:2] in ([1.0], [1.0, 0.0]):
+        return
+    if isinstance(site, ExpandLinear | ContractLinear):
         raise ModelError("experts that are whole blocks mix their outputs, which no linear does", where=name)
+    if site.group is not None and site.mixer.mixes == "other":
+        what = "what these experts are together is no sum of them"
+        raise ModelError(what, where=name, mend="Export a bundle, or give one expert.")
 
 
 def _require_linear(site: Adapted, name: str) -> MoLoRALinear:

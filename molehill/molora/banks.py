@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ class Bank(nn.Module, ABC):
     Attributes:
         kind: ``pairs``: low-rank pairs, see `PairBank`; ``other``: anything else.
         needs_output: The delta depends on the frozen output.
+        modulates: It is `Modulates`.
         peft: The peft method that an expert is, which other libraries load; None where peft has none. The roles of its
             parts are then ``A`` and ``B`` (``LORA``), or ``dense.v`` alone (``IA3``).
         noun: What an expert is called, in the singular.
@@ -61,6 +62,7 @@ class Bank(nn.Module, ABC):
     noun: ClassVar[str] = "expert"
     size: ClassVar[str] = "size"
     needs_output: bool = False
+    modulates: ClassVar[bool] = False
 
     def __init__(self, *, site: Site, ranks: tuple[int, ...]) -> None:
         super().__init__()
@@ -132,17 +134,31 @@ class Bank(nn.Module, ABC):
         return weight, bias
 
 
+@runtime_checkable
+class Modulates(Protocol):
+    """Experts that each have a vector by which the input of others may be multiplied."""
+
+    def modulation(self, weights: Tensor) -> Tensor:
+        """The weighted mean of their vectors, 1 without any weight: ``[B|1, T|1, d_in]`` for ``[B|1, T|1, E]``."""
+        ...
+
+    def delta(self, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """See `Bank.delta`."""
+        ...
+
+
 class Mixer(ABC):
     """How weights meet experts.
 
     Attributes:
         fused: It is the weighted sum of outputs, which banks of pairs compute with the frozen product.
-        mixes: What it adds up, weighted: the experts' outputs or their parameters.
-        wants: Experts that are low-rank ``pairs``, of ``equal_ranks``; routes that are one per row (``row_route``).
+        mixes: What it adds up, weighted: the experts' outputs or their parameters; ``other``: neither alone.
+        wants: Experts that are low-rank ``pairs``, of ``equal_ranks``, or have ``vectors`` (`Modulates`); none that are
+            always on (``no_shared``); routes that are one per row (``row_route``).
     """
 
     fused: bool = False
-    mixes: Literal["outputs", "parameters"] = "outputs"
+    mixes: Literal["outputs", "parameters", "other"] = "outputs"
     wants: frozenset[Wish] = frozenset()
 
     @abstractmethod

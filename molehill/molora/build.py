@@ -82,6 +82,8 @@ def wrap(
         if role != "plain":
             require_wishes(topology.wants, bank, len(plan.shared_ranks), f"topology {config.topology.name!r}")
         group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
+        if group is not None and role == "plain":
+            require_wishes(mixer.wants, bank, len(plan.shared_ranks), f"mixer {config.mixer.name!r}", "molora.mixer")
         if group is not None:
             require_whole_blocks(site, group.router.heads)
             if group.site.name == site.name:

@@ -60,6 +60,7 @@ def require_wishes(wants: Collection[Wish], bank: Bank, shared: int, part: str, 
         "pairs": ("low-rank pairs", bank.kind != "pairs"),
         "equal_ranks": ("experts of one rank", len(set(bank.ranks)) > 1),
         "no_shared": ("no shared experts", shared > 0),
+        "vectors": ("experts with vectors", not bank.modulates),
     }
     missing = [words for wish, (words, broken) in unmet.items() if wish in wants and broken]
     if missing:

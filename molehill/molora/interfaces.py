@@ -174,7 +174,8 @@ class RouteRecord:
 Read = Literal[
     "task_ids", "token_ids", "domain_ids", "experts", "base", "base_route"
 ]  # what a route may depend on beside x
-Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared"]  # what a part needs of the others at its site
+# what a part needs of the others at its site
+Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared", "vectors"]
 
 
 class Scorer(nn.Module, ABC):

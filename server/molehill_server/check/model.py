@@ -30,7 +30,7 @@ def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
 
 def _mixed_parameters(config: Config) -> Iterator[Conflict]:
     scorer, mixer, topology = config.molora.scorer.name, config.molora.mixer.name, config.molora.topology
-    parameters = config.molora.mixer.declared("mixer", "mixes") == "parameters"
+    mixes = config.molora.mixer.declared("mixer", "mixes")
     by_token = config.molora.scorer.declared("scorer", "level") == "token"
     by_row = [each.name for each in registry.methods("scorer") if registry.declared(each, "level") != "token"]
     if by_token and "row_route" in config.molora.mixer.declared("mixer", "wants"):
@@ -40,14 +40,14 @@ def _mixed_parameters(config: Config) -> Iterator[Conflict]:
             f"mixer {mixer!r} makes one adapter per row, but scorer {scorer!r} routes every token on its own; use "
             f"scorer {registry.either(by_row)}",
         )
-    if parameters and topology.declared("topology", "scope") is not None:
+    if mixes != "outputs" and topology.declared("topology", "scope") is not None:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.topology"),
             f"topology {topology.name!r} mixes the outputs of whole blocks, so mixer {mixer!r} would do nothing; use "
             f"mixer {registry.those('mixer', mixes='outputs')}, or topology {registry.those('topology', scope=None)}",
         )
-    if not parameters and config.molora.scorer.build("scorer", d_in=1, n_experts=1).heads > 1:
+    if mixes != "parameters" and config.molora.scorer.build("scorer", d_in=1, n_experts=1).heads > 1:
         yield Conflict(
             "refuse",
             ("molora.mixer", "molora.scorer"),
@@ -85,8 +85,12 @@ def _experts_of_one_shape(config: Config) -> Iterator[Conflict]:
             why = f"{part.name!r} stacks the experts of a site, and allocation {molora.allocation.name!r} gives them "
             able = registry.either(each.name for each in registry.methods("allocation") if _one_rank(each.name, config))
             yield Conflict("refuse", (key, "molora.allocation"), f"{why}different ranks; use allocation {able}")
+        if "vectors" in wants and not molora.expert.declared("expert", "modulates"):
+            why = f"{part.name!r} wants experts with vectors, which expert {molora.expert.name!r} does not have"
+            able = registry.those("expert", modulates=True)
+            yield Conflict("refuse", (key, "molora.expert"), f"{why}; use expert {able}")
         if "no_shared" in wants and molora.shared:
-            why = f"{part.name!r} has one block per routed expert and none for experts that are always on"
+            why = f"{part.name!r} works on routed experts alone and has no place for experts that are always on"
             yield Conflict("refuse", (key, "molora.shared"), f"{why}; set molora.shared to 0")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from molehill import registry
 from molehill.errors import ConfigError
-from molehill.molora.banks import PairBank
+from molehill.molora.banks import Modulates, PairBank
 from molehill.molora.interfaces import Site
 from molehill.wire.keys import KINDS
 from molehill_export.stacks import stacks
@@ -97,6 +97,7 @@ def test_factors_are_of_pairs_and_what_peft_reads_has_its_roles(name):
     assert (bank.kind == "pairs") is isinstance(bank, PairBank)
     assert (roles == {"A", "B"}) is isinstance(bank, PairBank)
     assert {"A", "B"}.isdisjoint(roles) is not isinstance(bank, PairBank)
+    assert bank.modulates is isinstance(bank, Modulates)
     assert bank.peft is None or roles == {"LORA": {"A", "B"}, "IA3": {"dense.v"}}[bank.peft]
 
 
@@ -150,7 +151,13 @@ def test_its_tensors_can_go_to_a_device(name):
 def test_a_mixer_refuses_what_it_does_not_want_and_mixes_what_it_says(mixer, name, ranks, tokens):
     bank, (x, y0), mix = bank_of(name, ranks), inputs(), registry.build("mixer", mixer)
     weights = torch.randn(2, tokens, 3).softmax(-1)
-    unmet = {"pairs": bank.kind != "pairs", "equal_ranks": len({*bank.ranks}) > 1, "row_route": tokens > 1}
+    unmet = {
+        "pairs": bank.kind != "pairs",
+        "equal_ranks": len({*bank.ranks}) > 1,
+        "row_route": tokens > 1,
+        "vectors": not bank.modulates,
+        "no_shared": False,
+    }
     if any(unmet[wish] for wish in mix.wants):
         with pytest.raises(ConfigError):
             mix(bank, x, y0, weights)
