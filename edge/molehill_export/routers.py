@@ -107,11 +107,11 @@ class Routers:
             )
         routed = [work.slots_of(work.first(group), routed=True) for group in groups]
         in_order = any(block.topology.ordered for block in work.model.blocks)
-        fixed = (in_order or group.router.scorer.ordered for group in groups)
+        fixed = (in_order or group.router.ordered for group in groups)
         counts = ((len(slots), group.router.n_experts) for group, slots in zip(groups, routed, strict=True))
         if any(one and there != wanted for one, (there, wanted) in zip(fixed, counts, strict=True)):
             raise ModelError(
-                f"scorer {scorer.name!r} tells experts apart by their place, so that none can be left out or added",
+                "this router tells experts apart by their place, so that none can be left out or added",
                 mend="Export all experts, without --experts and --spare-slots.",
             )
         self._overrides([len(slots) for slots in routed])

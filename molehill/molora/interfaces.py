@@ -318,6 +318,7 @@ class Selector(ABC):
         by_logits: As of `LogitTransform`; its routes have a row for every row of the logits.
         takes_k: See `OfK`.
         may_close: At inference a token may have no routed expert.
+        ordered: Experts are told apart by their place, so that they cannot change it, or leave or join alone.
         masked: At inference weights depend on which tokens are real.
         bound: No weight is larger.
     """
@@ -328,6 +329,7 @@ class Selector(ABC):
     by_logits: bool = False
     takes_k: bool = False
     may_close: bool = False
+    ordered: bool = False
     masked: bool = False
     bound: float = 1.0
 

@@ -60,6 +60,11 @@ class Router(nn.Module):
         return self.scorer.reads.union(*(transform.reads for transform in self.transforms))
 
     @property
+    def ordered(self) -> bool:
+        """Whether experts are told apart by their place."""
+        return self.scorer.ordered or self.selector.ordered
+
+    @property
     def heads(self) -> int:
         """Heads of a route; more than one have weights each for their own block of features."""
         return self.scorer.heads

@@ -291,7 +291,7 @@ class RouteGroup(nn.Module):
 
     @torch.no_grad()
     def _count(self, route: Route, mask: Tensor | None, shape: torch.Size) -> None:
-        weights = route.weights.detach()
+        weights = route.weights.detach() / self.router.selector.bound  # who counts more than all tokens is not believed
         if weights.dim() == 4:  # heads: an expert's mass is its mean over heads
             weights = weights.mean(2)
         clients = self.state.clients
