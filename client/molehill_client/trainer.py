@@ -169,6 +169,7 @@ def train(
             for grad in model.grads:
                 _clip(grad, ranges, settings, where, step, sound=sound)
             optimiser.step()
+            model.adapt()
             sound = sound or (step == 0 and float(found[0].max()) < _ABSURD)
             total += found
             learnt += weight > 0

@@ -199,6 +199,7 @@ class Scorer(nn.Module, ABC):
             are not ``own`` are never sent.
         embeds: It is `Embeds`.
         settles: It is `Settles`.
+        adapts: It is `Adapts`.
         leans: The one of them, ``[E]``, that ``federation.assign`` may set; None where there is none.
         lean_means: What its numbers are: ``bias``, added to the logits; or ``place``: 2 for the expert that is the
             client's own, 1 for others that it may use, 0 for those that are closed to it.
@@ -217,6 +218,7 @@ class Scorer(nn.Module, ABC):
     fixed: frozenset[str] = frozenset()
     embeds: bool = False
     settles: bool = False
+    adapts: bool = False
     leans: str | None = None
     lean_means: Literal["bias", "place"] = "bias"
     weighs: Literal["any", "softmax", "best", "logits"] = "any"
@@ -262,6 +264,15 @@ class Settles(Protocol):
 
     def settled(self) -> Tensor:
         """The places of these experts, ``[n, w]``, as they were found; zeros where there are fewer."""
+        ...
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """A scorer with numbers that follow, by a rule, from how much its experts had to do; they are `Scorer.fixed`."""
+
+    def adapt(self, mass: Tensor) -> None:
+        """Take in the gate mass of every expert over the real tokens of a round so far, ``[E]``."""
         ...
 
 

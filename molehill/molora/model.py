@@ -19,7 +19,7 @@ from molehill.molora.banks import Bank, PairBank
 from molehill.molora.blocks import Block
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
-from molehill.molora.interfaces import NOTHING, OfK, Selector, Told
+from molehill.molora.interfaces import NOTHING, Adapts, OfK, Selector, Told
 from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.routes import ForwardState, RouteGroup
 from molehill.molora.trial import keeps_logits
@@ -353,6 +353,12 @@ class MoLoRAModel(nn.Module):
             elif id(built) not in made:
                 made[id(built)] = built.with_k(k)
             self.routers[name].router.selector = made[id(built)]
+
+    def adapt(self) -> None:
+        """Let routers follow what their experts had to do since tokens are counted; see `Adapts`."""
+        for group in self.routers.values():
+            if isinstance(group.router.scorer, Adapts):
+                group.router.scorer.adapt(group.mass[self._selected])
 
     def use_uniform_gate(self, uniform: bool) -> None:
         """Weigh all experts alike instead of asking the routers."""

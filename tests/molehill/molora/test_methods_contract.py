@@ -13,7 +13,7 @@ from tiny_models import adapted, base, batch, shake
 
 from molehill import registry
 from molehill.errors import ConfigError, ModelError
-from molehill.molora.interfaces import Embeds, RouteRecord, Scorer, Settles, Site
+from molehill.molora.interfaces import Adapts, Embeds, RouteRecord, Scorer, Settles, Site
 from molehill.molora.steps import BlockTopology
 
 AXES = (
@@ -82,6 +82,7 @@ def test_scorers(name, context):
     assert (scorer.level == "token") is (z.shape[1] == 3)
     assert scorer.embeds is isinstance(scorer, Embeds)
     assert scorer.settles is isinstance(scorer, Settles)
+    assert scorer.adapts is isinstance(scorer, Adapts)
     assert scorer.own | scorer.fixed <= {part for part, _ in scorer.named_parameters()}
     assert torch.equal(z, scorer(context(x=x, task_ids=tasks)))  # nothing random at inference
     torch.manual_seed(1)
