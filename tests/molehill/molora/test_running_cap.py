@@ -56,12 +56,8 @@ def test_a_model_counts_in_training_and_a_client_sends_none_of_it(tmp_path):
         assert float(group.mass.sum()) > 0
     base = tiny_world.save_base(tmp_path / "base", "bert")
     source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(90))
-    config = tiny_world.config(
-        base,
-        source,
-        data={"clients": 2},
-        molora={"targets": "all-linear", "preset": "deep_moe", "rank": 2, "selector": "dense"},
-    )
+    molora = {"targets": "all-linear", "preset": "deep_moe", "rank": 2, "selector": "dense"}
+    config = tiny_world.config(base, source, data={"clients": 2}, molora=molora)
     simulate(config, tmp_path / "run")
     (start, _), (end, _) = (load_tree(tmp_path / "run" / f"{name}.safetensors") for name in ("initial", "final"))
     masses = [key for key in end.layout if key.role == "gate.mass"]
