@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from molehill.errors import ModelError
 from molehill.molora.adapted import Adapted
+from molehill.molora.banks import Peft
 from molehill.molora.layer import ContractLinear, ExpandLinear, MoLoRALinear
 from molehill.molora.model import MoLoRAModel
 from molehill_export.insertion import Array
@@ -113,7 +113,7 @@ def as_lora(model: MoLoRAModel, weights: Weights) -> dict[str, tuple[Array, Arra
 
 
 @torch.no_grad()
-def as_peft(model: MoLoRAModel, weights: Weights) -> tuple[Literal["LORA", "IA3"], dict[str, dict[str, Array]]]:
+def as_peft(model: MoLoRAModel, weights: Weights) -> tuple[Peft, dict[str, dict[str, Array]]]:
     """What peft calls the adapter, and its tensors by site and role, as for `molehill.molora.peft_folder.write_peft`.
 
     Raises:
@@ -131,9 +131,11 @@ def as_peft(model: MoLoRAModel, weights: Weights) -> tuple[Literal["LORA", "IA3"
     found = {}
     for name, given in weights.items():
         _require_one(model.sites[name], name, given)
-        bank = sites[name].bank
-        vectors = torch.cat([getattr(bank, part.parameter)[part.rows] for part in bank.parts()])
-        found[name] = {"dense.v": (given @ vectors).unsqueeze(0).numpy()}
+        tensors = sites[name].bank.as_one(given)
+        if tensors is None:
+            what = f"{sites[name].bank.noun} experts at these weights are not one expert"
+            raise ModelError(what, where=name, mend="Export one of them, or try --merged.")
+        found[name] = {role: value.numpy() for role, value in tensors.items()}
     return method, found
 
 

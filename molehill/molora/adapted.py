@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from molehill.errors import ModelError
-from molehill.molora.banks import Bank, Mixer
+from molehill.molora.banks import Bank, Mixer, Peft
 from molehill.molora.interfaces import Site
 from molehill.molora.routes import ForwardState, RouteGroup
 
@@ -74,7 +73,7 @@ class Adapted(nn.Module):
         return False
 
     @property
-    def peft(self) -> Literal["LORA", "IA3"] | None:
+    def peft(self) -> Peft | None:
         """The peft method that an expert is here; None where peft has none."""
         return None
 

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from molehill import files, registry
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import AdapterError, MessageError
-from molehill.molora.banks import Bank, PairBank
+from molehill.molora.banks import Bank, PairBank, Peft
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.peft_folder import (
     CONFIG,
@@ -118,7 +118,7 @@ def _names(model: MoLoRAModel) -> list[str]:
     return [*experts, *(name for name, _ in _parts(model))]
 
 
-def _method(model: MoLoRAModel, expert: str) -> Literal["LORA", "IA3"] | None:
+def _method(model: MoLoRAModel, expert: str) -> Peft | None:
     """What peft calls an expert; None where it has no such thing."""
     methods = {model.sites[name].peft for name in model.banks_of(expert)}
     return methods.pop() if len(methods) == 1 else None
@@ -225,7 +225,9 @@ def describe_peft(folder: Path) -> Manifest:
             mend="Only those of causal language models stand alone; of a run, give the folder that has molora.json.",
         )
     if not all("A" in tensors for tensors in factors.values()):
-        raise AdapterError("an (IA)3 adapter cannot stand alone", where=where, mend="Give a LoRA.")
+        raise AdapterError(
+            f"an adapter of peft type {said.peft_type} cannot stand alone", where=where, mend="Give a LoRA."
+        )
     base = {"id": said.base_model_name_or_path or "", "revision": said.revision or "", "digest": ""}
     try:
         molora = MoLoRAConfig(**{**registry.build("preset", "lora"), **plain_lora(factors)})

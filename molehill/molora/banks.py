@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from molehill.molora.block import expand
 from molehill.molora.interfaces import InitStrategy, Site, Wish
 
+Peft = Literal["LORA", "IA3", "LOHA", "LOKR"]
+
 
 class Part(NamedTuple):
     """One tensor of a bank as it travels.
@@ -50,7 +52,8 @@ class Bank(nn.Module, ABC):
         needs_output: The delta depends on the frozen output.
         modulates: It is `Modulates`.
         peft: The peft method that an expert is, which other libraries load; None where peft has none. The roles of its
-            parts are then ``A`` and ``B`` (``LORA``), or ``dense.v`` alone (``IA3``).
+            parts are then those of `molehill.molora.peft_folder`.
+        transposes: peft has it for linears that store their weight transposed (GPT-2), too.
         noun: What an expert is called, in the singular.
         size: What its rank is called; empty where it has none.
         site: The adapted module.
@@ -58,7 +61,8 @@ class Bank(nn.Module, ABC):
     """
 
     kind: ClassVar[Literal["pairs", "other"]] = "other"
-    peft: ClassVar[Literal["LORA", "IA3"] | None] = None
+    peft: ClassVar[Peft | None] = None
+    transposes: ClassVar[bool] = True
     noun: ClassVar[str] = "expert"
     size: ClassVar[str] = "size"
     needs_output: bool = False
@@ -111,6 +115,21 @@ class Bank(nn.Module, ABC):
         """The change of the frozen weight ``[d_out, d_in]`` and bias ``[d_out]`` that an expert is; None where none."""
         del expert
         return None
+
+    def as_one(self, weights: Tensor) -> dict[str, Tensor] | None:
+        """The tensors by role, as they travel, of one expert that is all at fixed weights; None where none is.
+
+        Args:
+            weights: Of all experts, ``[E]``.
+        """
+        if sorted(weights.tolist())[:-1] != [0.0] * (self.n_experts - 1) or float(weights.max()) != 1.0:
+            return None
+        found = {}
+        for part in self.parts():
+            if part.expert == int(weights.argmax()):
+                rows = self.get_parameter(part.parameter)[part.rows] * part.scale
+                found[part.role] = rows.t() if part.transposed else rows
+        return found
 
     def folded(self, weights: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """A linear that computes what the frozen one does with the experts at fixed weights.

@@ -9,7 +9,7 @@ names. The function stays the same, only the order of its sums changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molehill.molora.adapted import Adapted
-from molehill.molora.banks import Bank, PairBank
+from molehill.molora.banks import Bank, PairBank, Peft
 from molehill.molora.block import contract, mix
 from molehill.molora.fused import Output, down, up
 from molehill.molora.interfaces import Site
@@ -137,9 +137,9 @@ class MoLoRALinear(Adapted):
         return isinstance(self.bank, PairBank)
 
     @property
-    def peft(self) -> Literal["LORA", "IA3"] | None:
+    def peft(self) -> Peft | None:
         """What an expert of its bank is."""
-        return self.bank.peft
+        return self.bank.peft if self.bank.transposes or not isinstance(self.base, Conv1D) else None
 
     @property
     def fused(self) -> bool:

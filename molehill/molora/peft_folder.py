@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from molehill import files
 from molehill.errors import AdapterError
+from molehill.molora.banks import Peft
 from molehill.tensors import write as write_tensors
 from molehill.wire.tree import Array
 
@@ -48,7 +49,22 @@ _STARTS = {True, False, "gaussian", "eva", "orthogonal"}
 _PLAIN = {
     *("auto_mapping", "peft_version", "inference_mode", "r", "target_modules", "exclude_modules", "lora_dropout"),
     *("fan_in_fan_out", "layers_to_transform", "layers_pattern", "rank_pattern", "megatron_core", "eva_config"),
+    *(
+        "rank_dropout",
+        "module_dropout",
+        "use_effective_conv2d",
+        "decompose_factor",
+        "rank_dropout_scale",
+        "init_weights",
+    ),
     *("corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+
+
+# What peft calls the tensors of an expert, by their role; the scale is absorbed in the one that is named first.
+_PRODUCTS: dict[str, dict[str, str]] = {
+    "LOHA": {"dense.w2a": "hada_w2_a", "dense.w1a": "hada_w1_a", "dense.w1b": "hada_w1_b", "dense.w2b": "hada_w2_b"},
+    "LOKR": {"dense.w2a": "lokr_w2_a", "dense.w1": "lokr_w1", "dense.w2b": "lokr_w2_b"},
 }
 
 
@@ -61,6 +77,7 @@ class PeftConfig(BaseModel):
         base_model_name_or_path: The base.
         revision: Of the base.
         lora_alpha: Over the rank, the scale.
+        alpha: The same of products (``LOHA``, ``LOKR``).
         alpha_pattern: Other values by module.
         use_rslora: Whether the scale is alpha over the root of the rank.
         bias: Which biases were trained as well.
@@ -74,6 +91,7 @@ class PeftConfig(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     lora_alpha: float = 8
+    alpha: float = 8
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     bias: str = "none"
@@ -91,7 +109,7 @@ class PeftConfig(BaseModel):
 
     def scale(self, site: str, rank: int) -> float:
         """Alpha over the rank; a pattern is a regular expression over the end of the module path, as in peft."""
-        alpha = self.lora_alpha
+        alpha = self.alpha if self.peft_type in _PRODUCTS else self.lora_alpha
         for pattern, value in (self.alpha_pattern or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", site):
                 alpha = value
@@ -100,7 +118,7 @@ class PeftConfig(BaseModel):
 
     def objections(self) -> Iterator[str]:
         """What about it keeps it from being an expert, in words with the keys."""
-        if self.peft_type not in {"LORA", "IA3"}:
+        if self.peft_type not in {"LORA", "IA3", *_PRODUCTS}:
             yield f"peft type {self.peft_type!r}"
         if self.bias != "none":
             yield f"trained biases (bias = {self.bias!r})"
@@ -143,16 +161,18 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def read_peft(folder: Path) -> dict[str, dict[str, Array]]:
-    """Read a PEFT LoRA folder (A and B, scale absorbed in B) or IA3 folder (vectors minus one), by module and role.
+    """Read a PEFT folder, by module and role: LoRA (scale absorbed in B), IA3 (vectors minus one), LoHa and LoKr.
 
     Raises:
-        AdapterError: Not a PEFT folder, damaged, or of a variant that is not a plain LoRA or IA3.
+        AdapterError: Not a PEFT folder, damaged, or of a variant that is none of these as they are.
     """
     config = read_config(folder)
     tensors = {n.removeprefix(PREFIX): t for n, t in read_tensors(folder / WEIGHTS).items()}
     if config.peft_type == "IA3":
         _require_known(folder, [name for name in tensors if not name.endswith(".ia3_l")])
         return {n.removesuffix(".ia3_l"): {"dense.v": t.reshape(1, -1) - 1} for n, t in tensors.items()}
+    if config.peft_type in _PRODUCTS:
+        return _products(folder, config, tensors)
     out: dict[str, dict[str, Array]] = {}
     used: set[str] = set()
     for name, A in tensors.items():
@@ -171,9 +191,26 @@ def read_peft(folder: Path) -> dict[str, dict[str, Array]]:
     return out
 
 
+def _products(folder: Path, config: PeftConfig, tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """The tensors of products by module and role, scale absorbed."""
+    names = _PRODUCTS[config.peft_type]
+    roles = {name: role for role, name in names.items()}
+    out: dict[str, dict[str, Array]] = {}
+    _require_known(folder, sorted(name for name in tensors if name.rpartition(".")[2] not in roles))
+    for name, tensor in tensors.items():
+        site, _, last = name.rpartition(".")
+        out.setdefault(site, {})[roles[last]] = tensor
+    for site, found in out.items():
+        if found.keys() != names.keys():
+            raise AdapterError(f"{site} lacks a factor", where=str(folder), mend=_ANEW)
+        first = next(iter(names))
+        found[first] = found[first] * np.float32(config.scale(site, found[first].shape[1]))
+    return out
+
+
 def write_peft(
     folder: Path,
-    method: Literal["LORA", "IA3"],
+    method: Peft,
     expert: Mapping[str, Mapping[str, Array]],
     base: tuple[str, str | None],
     *,
@@ -185,7 +222,7 @@ def write_peft(
     Args:
         folder: Where; it exists.
         method: What the expert is.
-        expert: Its tensors by module and role, scale absorbed in B.
+        expert: Its tensors by module and role, scale absorbed.
         base: Where the base is, and its revision.
         task: The task in peft's words.
         conv: Whether the modules store their weights transposed (GPT-2).
@@ -204,6 +241,13 @@ def write_peft(
         common |= {"peft_type": method, "r": rank, "lora_alpha": rank, "rank_pattern": pattern,
                    "alpha_pattern": pattern, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": conv}  # fmt: skip
         values = {f"{PREFIX}{n}.lora_{role}.weight": t[role] for n, t in expert.items() for role in ("A", "B")}
+    elif method in _PRODUCTS:
+        names = _PRODUCTS[method]
+        ranks = {name: tensors[next(iter(names))].shape[1] for name, tensors in expert.items()}
+        rank = max(ranks.values())
+        pattern = {re.escape(n): r for n, r in ranks.items() if r != rank}
+        common |= {"peft_type": method, "r": rank, "alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern}
+        values = {f"{PREFIX}{n}.{name}": t[role] for n, t in expert.items() for role, name in names.items()}
     else:
         common |= {"peft_type": method, "feedforward_modules": [], "fan_in_fan_out": conv}
         values = {f"{PREFIX}{name}.ia3_l": 1 + tensors["dense.v"].reshape(-1, 1) for name, tensors in expert.items()}

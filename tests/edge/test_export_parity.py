@@ -35,6 +35,8 @@ def _keys(preset: str, architecture: str) -> dict:
     keys: dict = {"preset": preset}
     if preset == "mola":  # as many steps as the tiny models have layers
         keys["allocation"] = {"name": "by_depth", "experts": (2, 3)}
+    if preset in {"loha", "lokr"}:  # of small numbers a product of several says little
+        keys["alpha"] = 400.0 if preset == "loha" else 64.0
     return keys | ({"rank": 4} if architecture != "minilm" else {})
 
 

@@ -56,6 +56,10 @@ class IA3Bank(Bank):
         """Return ``(sum_e w_e v_e) * y0``, ``[B, T, d_out]``, for weights ``[B|1, T|1, E]``."""
         return (weights @ self.v).to(y0.dtype) * y0
 
+    def as_one(self, weights: Tensor) -> dict[str, Tensor]:
+        """See `Bank.as_one`; any weights are one vector."""
+        return {"dense.v": (weights @ self.v).unsqueeze(0)}
+
     def folded(self, weights: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """The frozen linear with every output rescaled."""
         scale = 1 + weights @ self.v

@@ -10,6 +10,7 @@ from molehill import registry
 from molehill.errors import ConfigError
 from molehill.molora.banks import Modulates, PairBank
 from molehill.molora.interfaces import Site
+from molehill.molora.peft_folder import _PRODUCTS
 from molehill.wire.keys import KINDS
 from molehill_export.stacks import stacks
 
@@ -98,7 +99,8 @@ def test_factors_are_of_pairs_and_what_peft_reads_has_its_roles(name):
     assert (roles == {"A", "B"}) is isinstance(bank, PairBank)
     assert {"A", "B"}.isdisjoint(roles) is not isinstance(bank, PairBank)
     assert bank.modulates is isinstance(bank, Modulates)
-    assert bank.peft is None or roles == {"LORA": {"A", "B"}, "IA3": {"dense.v"}}[bank.peft]
+    known = {"LORA": {"A", "B"}, "IA3": {"dense.v"}} | {name: {*named} for name, named in _PRODUCTS.items()}
+    assert bank.peft is None or roles == known[bank.peft]
 
 
 @pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
