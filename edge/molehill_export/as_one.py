@@ -179,11 +179,14 @@ def _folded(site: MoLoRALinear, name: str, given: Tensor) -> tuple[Tensor, Tenso
 
 def _require_one(site: Adapted, name: str, given: Tensor) -> None:
     """Refuse a mixture of blocks, and one that is no sum of what experts are."""
+    if site.group is not None and not site.mixer.keeps():
+        what = "what the owner has fitted of how experts are mixed is no change of a linear"
+        raise ModelError(what, where=name, mend="Export a bundle.")
     if sorted(given.flatten().tolist(), reverse=True)[:2] in ([1.0], [1.0, 0.0]):
         return
     if isinstance(site, ExpandLinear | ContractLinear):
         raise ModelError("experts that are whole blocks mix their outputs, which no linear does", where=name)
-    if site.group is not None and site.mixer.mixes == "other":
+    if site.group is not None and site.mixer.mixes == "other" and not site.mixer.fits:
         what = "what these experts are together is no sum of them"
         raise ModelError(what, where=name, mend="Export a bundle, or give one expert.")
 

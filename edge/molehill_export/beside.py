@@ -11,6 +11,7 @@ import torch
 from molehill import registry
 from molehill.errors import ModelError
 from molehill.molora.adapted import Adapted
+from molehill.molora.banks import FittedMixer
 from molehill.molora.layer import ContractLinear, ExpandLinear
 from molehill.wire.keys import NO_EXPERT, Key
 from molehill_export.insertion import Work
@@ -20,6 +21,8 @@ from molehill_export.routers import Routers
 from molehill_export.stacks import stacks
 from molehill_export.trace import DYNAMIC, piece
 from molehill_protos.v1 import bundle_pb2 as pb
+
+MIX = "gate.mix."  # begins the role of what an owner fits of a mixer, as a graph's input
 
 
 class Beside:
@@ -120,13 +123,15 @@ class Beside:
         info = site.site._replace(layer=0, name="", n_layers=1)
         bank = site.bank.like(info, ranks)
         values = [torch.zeros(bank.get_parameter(parameter).shape) for parameter in inputs]
+        fits = self.fitted(name, site)
+        values += [torch.zeros(shape) for shape in fits.values()]
         sample, moving = self._routers.sample_weights(site, len(ranks))
         tokens = {0: DYNAMIC, 1: DYNAMIC}
-        key = (info, ranks, tuple(sample.shape), fingerprint(bank), fingerprint(site.mixer))
+        key = (info, ranks, tuple(sample.shape), fingerprint(bank), fingerprint(site.mixer), *fits.values())
         x, y = torch.zeros(2, 3, site.site.d_in), torch.zeros(2, 3, site.site.d_out)
         module = Delta(site.mixer, bank, list(inputs))
         delta = piece(key, module, (x, y, sample, values), [tokens, tokens, moving, [{} for _ in values]])
-        weights, given = self._routers.all_weights(site, slots, call), list(inputs.values())
+        weights, given = self._routers.all_weights(site, slots, call), [*inputs.values(), *fits]
         frozen = graph.move(place.y)
         if place.flat:
             if site.group is not None:
@@ -138,6 +143,21 @@ class Beside:
         else:
             (d,) = delta.insert(graph, [place.x, frozen, weights, *given])
         graph.node("Add", [frozen, d], out=place.y)
+
+    def fitted(self, name: str, site: Adapted) -> dict[str, tuple[int, ...]]:
+        """What the owner fits of a mixer: inputs of the graph with their shapes, 0 where nothing is given."""
+        if not isinstance(site.mixer, FittedMixer):
+            return {}
+        known = {tensor.name for tensor in self._work.out.gate}
+        found: dict[str, tuple[int, ...]] = {}
+        for part, parameter in site.mixer.named_parameters():
+            key, shape = Key(name, NO_EXPERT, f"{MIX}{part}").name, tuple(parameter.shape)
+            if key not in known:  # a linear may run several times
+                self._work.graph.default_input(key, np.zeros(shape, np.float32))
+                router = next(i for i, group in enumerate(self._work.model.routers.values()) if group in site.groups)
+                self._work.out.gate.append(pb.GateTensor(name=key, shape=shape, router=router, expert_axis=-1))
+            found[key] = shape
+        return found
 
     def _rows(self, name: str, f: Factors) -> list[str]:
         """A ``[R, d_in]`` and B ``[R, d_out]`` in the graph; rounded row by row when the bundle is quantised."""

@@ -18,10 +18,11 @@ from molehill_export.trace import DYNAMIC, piece
 
 
 class _Stored(NamedTuple):
-    """A bank whose tensors are in the bundle: the ranks of its experts, and where its parameters are."""
+    """A bank in the bundle: the ranks of its experts, where its parameters are, and what is fitted of its mixer."""
 
     ranks: tuple[int, ...]
     inputs: dict[str, str]
+    fits: dict[str, tuple[int, ...]]
 
 
 class Blocks:
@@ -42,7 +43,7 @@ class Blocks:
         for bank in block.adapted:
             store = self._beside.pairs if isinstance(bank.bank, PairBank) else self._beside.tensors
             _, ranks, inputs = store(bank.site.name, bank)
-            stored.append(_Stored(ranks, inputs))
+            stored.append(_Stored(ranks, inputs, self._beside.fitted(bank.site.name, bank)))
         declared = [None if group is None else self._routers.declared[id(group)] for group in block.routers]
         routed = [each for each in declared if each is not None]
         module, key = self._module(block, declared, stored)
@@ -58,12 +59,12 @@ class Blocks:
     ) -> tuple[Beneath, tuple[Any, ...]]:
         """What is traced, and all that its nodes depend on."""
         deltas, keys, shared = [], [], []
-        for bank, (ranks, inputs) in zip(block.adapted, stored, strict=True):
+        for bank, (ranks, inputs, fits) in zip(block.adapted, stored, strict=True):
             info = bank.site._replace(layer=0, name="", n_layers=1)
             like = bank.bank.like(info, ranks)
             deltas.append(Delta(bank.mixer, like, list(inputs)))
             shared.append(len(ranks) if bank.group is None else bank.shared)
-            keys.append((info, ranks, shared[-1], fingerprint(like), fingerprint(bank.mixer)))
+            keys.append((info, ranks, shared[-1], fingerprint(like), fingerprint(bank.mixer), *fits.values()))
         routes = [None if each is None else each.module for each in declared]
         of_routes = (each and each.module.key([(len(each.slots),), *each.shapes]) for each in declared)
         key = (fingerprint(block.topology), block.steps, *keys, *of_routes)
@@ -78,8 +79,8 @@ class Blocks:
         limits = [torch.zeros(len(each.slots)) for each in routed]
         gates = [[torch.zeros(shape) for shape in each.shapes] for each in routed]
         factors = [
-            [torch.zeros(bank.get_parameter(name).shape) for name in inputs]
-            for bank, (_, inputs) in zip(module.banks(), stored, strict=True)
+            [torch.zeros(shape) for shape in (*(bank.get_parameter(name).shape for name in inputs), *fits.values())]
+            for bank, (_, inputs, fits) in zip(module.banks(), stored, strict=True)
         ]
         x, y = (torch.zeros(2, 3, block.span.site.d_in) for _ in range(2))
         tokens = {0: DYNAMIC, 1: DYNAMIC}
@@ -89,7 +90,7 @@ class Blocks:
         frozen = graph.move(place.y)
         ends = [self._work.in_rows(each) if place.flat else each for each in (place.x, frozen)]
         given = [name for each in routed for name in each.inputs]
-        weights = [name for _, inputs in stored for name in inputs.values()]
+        weights = [name for _, inputs, fits in stored for name in (*inputs.values(), *fits)]
         delta, *routes = traced.insert(graph, [*ends, *(each.limits for each in routed), *given, *weights, *further])
         delta = graph.node("Squeeze", [delta, graph.const([0], np.int64)]) if place.flat else delta
         graph.node("Add", [frozen, delta], out=place.y)

@@ -9,11 +9,11 @@ import numpy as np
 
 from molehill.config import MethodRef
 from molehill.errors import AdapterError, ConfigError
-from molehill.molora.banks import PairBank
+from molehill.molora.banks import FittedMixer, PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.wire.keys import Key
 from molehill_export.base_quantise import Scheme
-from molehill_export.beside import Beside
+from molehill_export.beside import MIX, Beside
 from molehill_export.blocks import Blocks
 from molehill_export.graph import Graph
 from molehill_export.insertion import Array, Inserted, Work
@@ -112,6 +112,12 @@ def gate_values(model: MoLoRAModel, inserted: Inserted) -> dict[str, Array]:
             if model.head.residual and model.head.personal:
                 value = value + model.head.residual[part]
             values[tensor.name] = value.detach().float().numpy().copy()
+            continue
+        if key.role.startswith(MIX):
+            mixer = model.sites[key.site].mixer
+            assert isinstance(mixer, FittedMixer)
+            value = mixer.get_parameter(key.role.removeprefix(MIX)).detach().float().cpu().numpy()
+            values[tensor.name] = np.array(value if mixer.personal else np.zeros_like(value))
             continue
         group, slots = groups[tensor.router], inserted.routers[tensor.router].slots
         parts = {role: part for part, role in group.router.roles().items()}

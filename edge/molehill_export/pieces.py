@@ -6,13 +6,14 @@ Each takes its parameters as inputs, so that one piece serves every place of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from molehill.molora.banks import Bank, Mixer
+from molehill.molora.banks import Bank, FittedMixer, Mixer
 from molehill.molora.block import contract, expand, mix
 from molehill.molora.blocks import cut
 from molehill.molora.interfaces import RouteContext, Site
@@ -120,18 +121,26 @@ class RouteByPlaces(Routing):
 
 
 class Delta(nn.Module):
-    """What a bank adds to a frozen output, its parameters given in the order of their names."""
+    """What a bank adds to a frozen output, its parameters given in the order of their names, then those of the mixer.
+
+    Args:
+        mixer: Of the site.
+        bank: The bank.
+        names: Of the bank's parameters.
+    """
 
     def __init__(self, mixer: Mixer, bank: Bank, names: Sequence[str]) -> None:
         super().__init__()
-        self.mixer, self.bank, self.names = mixer, bank, tuple(names)
+        self.bank, self.names = bank, tuple(f"bank.{name}" for name in names)
+        if isinstance(mixer, FittedMixer):
+            mixer = copy(mixer)
+            mixer.personal = True  # it is so for everybody, and the shared gate has zeros
+            self.names += tuple(f"mixer.{name}" for name, _ in mixer.named_parameters())
+        self.mixed = _Mixed(mixer, bank)
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor, factors: list[Tensor]) -> Tensor:
         """The delta ``[B, T, d_out]`` for input, frozen output and weights."""
-        given = dict(zip(self.names, factors, strict=True))
-        out: Tensor = functional_call(
-            _Mixed(self.mixer, self.bank), {f"bank.{k}": v for k, v in given.items()}, (x, y, weights)
-        )
+        out: Tensor = functional_call(self.mixed, dict(zip(self.names, factors, strict=True)), (x, y, weights))
         return out
 
 

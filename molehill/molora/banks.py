@@ -172,17 +172,53 @@ class Mixer(ABC):
     Attributes:
         fused: It is the weighted sum of outputs, which banks of pairs compute with the frozen product.
         mixes: What it adds up, weighted: the experts' outputs or their parameters; ``other``: neither alone.
+        fits: It is a `FittedMixer`.
         wants: Experts that are low-rank ``pairs``, of ``equal_ranks``, or have ``vectors`` (`Modulates`); none that are
             always on (``no_shared``); routes that are one per row (``row_route``).
     """
 
     fused: bool = False
     mixes: Literal["outputs", "parameters", "other"] = "outputs"
+    fits: ClassVar[bool] = False
     wants: frozenset[Wish] = frozenset()
 
     @abstractmethod
     def __call__(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
         """Return the delta ``[B, T, d_out]``."""
+
+    def keeps(self) -> bool:
+        """Whether one expert at weight 1, and nothing else, is what it is by itself."""
+        return True
+
+
+class FittedMixer(nn.Module, Mixer):
+    """A mixer with parameters, which every owner fits after the rounds on its own rows and never sends.
+
+    They are residuals: zeros in the shared model, which has the weighted sum of outputs. They travel nowhere, and lie
+    with the owner as ``gate.residual.mix.<name>``. One is made for every site, with ``site`` as an argument.
+
+    Attributes:
+        personal: Whether they count.
+    """
+
+    mixes = "other"
+    fits = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.personal = True
+
+    @abstractmethod
+    def fitted(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """Return the delta ``[B, T, d_out]``; with parameters of 0 it is the weighted sum of outputs."""
+
+    def forward(self, bank: Bank, x: Tensor, y0: Tensor, weights: Tensor) -> Tensor:
+        """Return the delta ``[B, T, d_out]``."""
+        return self.fitted(bank, x, y0, weights) if self.personal else bank.delta(x, y0, weights)
+
+    def keeps(self) -> bool:
+        """See `Mixer.keeps`."""
+        return not self.personal or not any(bool(each.any()) for each in self.parameters())
 
 
 class PairBank(Bank):

@@ -11,7 +11,7 @@ from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError
 from molehill.molora.blocks import Block, BlockBank, From, Span
 from molehill.molora.feed_forward import choose_blocks, mixtures
-from molehill.molora.fitting import Made, require_whole_blocks, require_wishes, show
+from molehill.molora.fitting import Made, mixer_of, require_whole_blocks, require_wishes, show
 from molehill.molora.interfaces import Site, SitePlan
 from molehill.molora.recompute import keep_less
 from molehill.molora.router_maker import RouterMaker
@@ -87,8 +87,6 @@ def _site(span: Span, step: Step) -> Site:
 class _Maker:
     def __init__(self, base: nn.Module, config: MoLoRAConfig, topology: BlockTopology, routers: RouterMaker) -> None:
         self._base, self._config, self._topology, self._routers = base, config, topology, routers
-        self._mixer = config.mixer.build("mixer")
-        self._plain = MoLoRAConfig().mixer.build("mixer")
 
     def block(
         self, span: Span, own: nn.Module | None, steps: Sequence[Step],
@@ -118,7 +116,7 @@ class _Maker:
             banks.append(
                 BlockBank(
                     span, site, bank, mine, shared=len(plan.shared_ranks), dropout=config.dropout, state=made.state,
-                    mixer=self._mixer if mine else self._plain, tokens=calls,
+                    mixer=mixer_of(config, bank, len(plan.shared_ranks), routed=bool(mine)), tokens=calls,
                 )
             )  # fmt: skip
             made.sites[site.name] = banks[-1]

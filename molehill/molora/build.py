@@ -13,7 +13,7 @@ from molehill.config import MethodRef
 from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError, ModelError
 from molehill.molora.block_maker import blocks_of
-from molehill.molora.fitting import Made, require_whole_blocks, require_wishes, show
+from molehill.molora.fitting import Made, mixer_of, require_whole_blocks, require_wishes, show
 from molehill.molora.head import Head
 from molehill.molora.interfaces import Site, SitePlan
 from molehill.molora.layer import ContractLinear, ExpandLinear, Fan, MoLoRALinear
@@ -68,7 +68,6 @@ def wrap(
              for s in sites}  # fmt: skip
     state = ForwardState()
     groups = _groups(sites, plans, topology.scope or config.scope, RouterMaker(base, config, gate, seed), state, found)
-    mixer = config.mixer.build("mixer")
     kinds: Mapping[str, type[MoLoRALinear]] = {
         "plain": MoLoRALinear,
         "expand": ExpandLinear,
@@ -82,16 +81,14 @@ def wrap(
         if role != "plain":
             require_wishes(topology.wants, bank, len(plan.shared_ranks), f"topology {config.topology.name!r}")
         group = groups.get(_group_of(site, topology.scope or config.scope)) if plan.ranks else None
-        if group is not None and role == "plain":
-            require_wishes(mixer.wants, bank, len(plan.shared_ranks), f"mixer {config.mixer.name!r}", "molora.mixer")
         if group is not None:
             require_whole_blocks(site, group.router.heads)
             if group.site.name == site.name:
                 show(bank, group, len(plan.shared_ranks), config.scorer)
         module = kinds[role](
             base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
-            mixer=MoLoRAConfig().mixer.build("mixer") if group is None else mixer, dropout=config.dropout,
-            state=state, tokens=found.on_tokens(site.name),
+            mixer=mixer_of(config, bank, len(plan.shared_ranks), routed=group is not None and role == "plain"),
+            dropout=config.dropout, state=state, tokens=found.on_tokens(site.name),
         )  # fmt: skip
         parent, _, name = site.name.rpartition(".")
         setattr(base.get_submodule(parent), name, module)

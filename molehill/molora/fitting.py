@@ -6,9 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from molehill.config import MethodRef
+from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError
 from molehill.molora.adapted import Adapted
-from molehill.molora.banks import Bank
+from molehill.molora.banks import Bank, Mixer
 from molehill.molora.blocks import Block
 from molehill.molora.interfaces import Site, SitePlan, Wish
 from molehill.molora.routes import ForwardState, RouteGroup
@@ -41,6 +42,27 @@ def show(bank: Bank, group: RouteGroup, shared: int, scorer: MethodRef) -> None:
         return
     require_wishes(group.router.scorer.wants, bank, shared, f"scorer {scorer.name!r}", "molora.scorer")
     group.__dict__["bank"] = bank
+
+
+def mixer_of(config: MoLoRAConfig, bank: Bank, shared: int, *, routed: bool) -> Mixer:
+    """What mixes the experts of a site: by default where no router weighs them.
+
+    Args:
+        config: Of the adapter.
+        bank: Of the site.
+        shared: Number of its always-on experts.
+        routed: Whether a router weighs the others.
+
+    Raises:
+        ConfigError: The bank is not what the mixer wants.
+    """
+    if not routed:
+        plain: Mixer = MoLoRAConfig().mixer.build("mixer")
+        return plain
+    ref = config.mixer
+    mixer: Mixer = ref.build("mixer", **({"site": bank.site} if ref.declared("mixer", "fits") else {}))
+    require_wishes(mixer.wants, bank, shared, f"mixer {ref.name!r}", "molora.mixer")
+    return mixer
 
 
 def require_wishes(wants: Collection[Wish], bank: Bank, shared: int, part: str, where: str = "molora.topology") -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from molehill.errors import AdapterError, ModelError
 from molehill.molora import reading
 from molehill.molora.adapted import Adapted
-from molehill.molora.banks import Bank, PairBank
+from molehill.molora.banks import Bank, FittedMixer, PairBank
 from molehill.molora.blocks import Block
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
@@ -159,9 +159,16 @@ class MoLoRAModel(nn.Module):
             for part, parameter in group.router.residual.items():
                 role = f"gate.residual.{part.replace('__', '.')}"
                 yield parameter, [(Key(name, NO_EXPERT, role), None, False, 1.0)]
+        for name, mixer in self._fitted():
+            for part, parameter in mixer.named_parameters():
+                yield parameter, [(Key(name, NO_EXPERT, f"gate.residual.mix.{part}"), None, False, 1.0)]
         if self.head is not None:
             for part, parameter in self.head.named_parameters():
                 yield parameter, [(Key("head", NO_EXPERT, f"head.{part}"), None, False, 1.0)]
+
+    def _fitted(self) -> Iterator[tuple[str, FittedMixer]]:
+        """Mixers that owners fit, by site."""
+        return ((name, site.mixer) for name, site in self.sites.items() if isinstance(site.mixer, FittedMixer))
 
     def _flatten(self) -> None:
         """Move all trainable parameters into one vector, with one vector of gradients."""
@@ -326,9 +333,11 @@ class MoLoRAModel(nn.Module):
     # ---- switches --------------------------------------------------------------------------------------------
 
     def use_personal(self, gate: bool, head: bool) -> None:
-        """Turn the personal residuals of routers and head on or off."""
+        """Turn the personal residuals of routers and head, and what owners fit of mixers, on or off."""
         for group in self.routers.values():
             group.router.personal = gate
+        for _, mixer in self._fitted():
+            mixer.personal = gate
         if self.head is not None:
             self.head.personal = head
 

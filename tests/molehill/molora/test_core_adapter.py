@@ -53,6 +53,7 @@ PAIRS = {(preset, ARCHITECTURES[i % 3]) for i, preset in enumerate(PRESETS)} | {
 @pytest.mark.parametrize(("preset", "architecture"), sorted(PAIRS))
 def test_save_load_same_logits(tmp_path, preset, architecture):
     model = shake(adapted(architecture, preset=preset))
+    model.use_personal(gate=False, head=True)  # what owners fit of a mixer is not in the folder
     save_adapter(tmp_path, model, manifest(architecture, preset=preset))
     read = read_manifest(tmp_path)
     other = adapted(architecture, seed=9, **read.molora.model_dump(exclude_none=True))
@@ -60,7 +61,9 @@ def test_save_load_same_logits(tmp_path, preset, architecture):
     load_adapter(tmp_path, other, base_digest=DIGEST)
     torch.testing.assert_close(logits(other, architecture), logits(model, architecture), rtol=1e-5, atol=1e-5)
     # a vector is stored as 1 + v, all else as it is
-    np.testing.assert_allclose(other.tree().flat, model.tree().flat, rtol=0, atol=2e-7 if preset == "mov" else 0)
+    kept = model.layout.where(lambda key: not key.residual)
+    atol = 2e-7 if preset == "mov" else 0
+    np.testing.assert_allclose(other.tree(kept).flat, model.tree(kept).flat, rtol=0, atol=atol)
 
 
 def test_patches_come_back_as_patches(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from molehill import registry
 from molehill.errors import ConfigError
-from molehill.molora.banks import Modulates, PairBank
+from molehill.molora.banks import FittedMixer, Modulates, PairBank
 from molehill.molora.interfaces import Site
 from molehill.molora.peft_folder import _PRODUCTS
 from molehill.wire.keys import KINDS
@@ -30,6 +30,16 @@ def bank_of(name, ranks=RANKS, *, shaken=True):
             for parameter in bank.parameters():
                 parameter.add_(torch.randn_like(parameter) / 2)
     return bank
+
+
+def mixer_of(name, *, shaken=True):
+    fits = registry.get("mixer", name).target.fits
+    mixer = registry.build("mixer", name, **({"site": SITE} if fits else {}))
+    if fits and shaken:
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter.normal_()
+    return mixer
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +161,7 @@ def test_its_tensors_can_go_to_a_device(name):
 @pytest.mark.parametrize("name", KINDS_OF_EXPERTS)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_mixer_refuses_what_it_does_not_want_and_mixes_what_it_says(mixer, name, ranks, tokens):
-    bank, (x, y0), mix = bank_of(name, ranks), inputs(), registry.build("mixer", mixer)
+    bank, (x, y0), mix = bank_of(name, ranks), inputs(), mixer_of(mixer)
     weights = torch.randn(2, tokens, 3).softmax(-1)
     unmet = {
         "pairs": bank.kind != "pairs",
@@ -160,6 +170,7 @@ def test_a_mixer_refuses_what_it_does_not_want_and_mixes_what_it_says(mixer, nam
         "vectors": not bank.modulates,
         "no_shared": False,
     }
+    assert mix.fits is isinstance(mix, FittedMixer)
     if any(unmet[wish] for wish in mix.wants):
         with pytest.raises(ConfigError):
             mix(bank, x, y0, weights)
@@ -170,7 +181,21 @@ def test_a_mixer_refuses_what_it_does_not_want_and_mixes_what_it_says(mixer, nam
     assert same is (mix.mixes == "outputs")
     assert same or not mix.fused
     alone = torch.tensor([0.0, 1.0, 0.0]).expand(2, tokens, 3)
-    torch.testing.assert_close(mix(bank, x, y0, alone), outputs[:, :, 1])
+    kept = torch.allclose(mix(bank, x, y0, alone), outputs[:, :, 1], atol=1e-5)
+    assert kept is mix.keeps() is not mix.fits
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if registry.get("mixer", name).target.fits])
+def test_a_mixer_that_owners_fit_is_the_sum_of_outputs_before_and_for_all_others(name):
+    bank, (x, y0), weights = bank_of("lora"), inputs(), torch.randn(2, 3, 3).softmax(-1)
+    plain, start, fitted = bank.delta(x, y0, weights), mixer_of(name, shaken=False), mixer_of(name)
+    assert not any(each.any() for each in start.parameters())
+    torch.testing.assert_close(start(bank, x, y0, weights), plain)
+    assert start.keeps()
+    assert not torch.allclose(fitted(bank, x, y0, weights), plain, atol=1e-3)
+    fitted.personal = False
+    assert torch.equal(fitted(bank, x, y0, weights), plain)
+    assert fitted.keeps()
 
 
 def test_a_bottleneck_without_activation_is_a_lora_with_biases():
