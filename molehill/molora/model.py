@@ -155,16 +155,20 @@ class MoLoRAModel(nn.Module):
         for name, group in self.routers.items():
             for part, role in group.router.roles().items():
                 yield group.router.parameter(part), [(Key(name, NO_EXPERT, role), None, False, 1.0)]
-        for name, group in self.routers.items():
-            for part, parameter in group.router.residual.items():
-                role = f"gate.residual.{part.replace('__', '.')}"
-                yield parameter, [(Key(name, NO_EXPERT, role), None, False, 1.0)]
-        for name, mixer in self._fitted():
-            for part, parameter in mixer.named_parameters():
-                yield parameter, [(Key(name, NO_EXPERT, f"gate.residual.mix.{part}"), None, False, 1.0)]
+        for key, parameter in self._residuals():
+            yield parameter, [(key, None, False, 1.0)]
         if self.head is not None:
             for part, parameter in self.head.named_parameters():
                 yield parameter, [(Key("head", NO_EXPERT, f"head.{part}"), None, False, 1.0)]
+
+    def _residuals(self) -> Iterator[tuple[Key, nn.Parameter]]:
+        """What owners fit of routers and mixers."""
+        for name, group in self.routers.items():
+            for part, parameter in group.router.residual.items():
+                yield Key(name, NO_EXPERT, f"gate.residual.{part.replace('__', '.')}"), parameter
+        for name, mixer in self._fitted():
+            for part, parameter in mixer.named_parameters():
+                yield Key(name, NO_EXPERT, f"gate.residual.mix.{part}"), parameter
 
     def _fitted(self) -> Iterator[tuple[str, FittedMixer]]:
         """Mixers that owners fit, by site."""

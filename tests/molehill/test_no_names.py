@@ -105,6 +105,10 @@ REASONS = {
         "molehill/config/whole.py": "molora*3",
         "simulation/molehill_simulation/report.py": "molora*4",
     },
+    "a part of a transformer layer": {
+        "molehill/molora/build.py": "attention",
+        "molehill/tasks/kernels.py": "attention",
+    },
     "a word of people": {"molehill/tasks/measures.py": "ppl"},
     "what a first configuration begins with": {
         "simulation/molehill_simulation/started.py": "output*2 iid linear fedit int8 by_column dense top_k leaning "

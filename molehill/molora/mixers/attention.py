@@ -49,6 +49,9 @@ class AttentionMixer(FittedMixer):
         params: See `AttentionParams`.
         site: The adapted module.
 
+    Raises:
+        ConfigError: The blocks do not divide what the site gives.
+
     Attributes:
         score: d M, ``[blocks, d, d]`` float32 with ``d = d_out / blocks``: a step of one learning rate then moves what
             M gives alike at every width.
@@ -83,5 +86,5 @@ class AttentionMixer(FittedMixer):
 
 def _times(rows: Tensor, blocks: Tensor) -> Tensor:
     """Rows ``[B, T, d_out]`` times a matrix that has blocks on its diagonal, over their width."""
-    made = torch.einsum("btgi,gij->btgj", rows.unflatten(-1, blocks.shape[:2]), blocks)
+    made = torch.einsum("btgi,gij->btgj", rows.reshape(*rows.shape[:-1], *blocks.shape[:2]), blocks)
     return made.flatten(-2) / blocks.shape[-1]
