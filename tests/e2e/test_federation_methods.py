@@ -25,6 +25,7 @@ RUNS = {
     "fedsa": {},
     "rolora": {},
     "flora": {},
+    "cola": {},
     "fedex": {},
     "flexlora": {},
     "hetlora": {"policy": MIXED},
@@ -121,7 +122,7 @@ def test_server_and_clients_mean_the_same_model(run, name):
             np.testing.assert_allclose(product(seen.values, site, expert, patched=True), server, atol=1e-6)
         moved |= bool(np.abs(server).max() > 1e-6)  # all start at zero
     assert moved == (name not in OWN_B)
-    assert any(key.role == "patch.A" for key in final) == (name.partition(" ")[0] in {"flora", "fedex"})
+    assert any(key.role == "patch.A" for key in final) == (name.partition(" ")[0] in {"flora", "fedex", "cola"})
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -19,7 +19,12 @@ from molehill_server.planning.planner import shares
 PRESETS = [method.name for method in registry.methods("federation")]
 POLICIES = [method.name for method in registry.methods("policy")]
 SERVER_OPTS = [method.name for method in registry.methods("server_opt")]
-NO_OPT = {"svd", "merge_restart", "residual"}  # lowers whose factors are made anew or go with their patch
+NO_OPT = {
+    "svd",
+    "merge_restart",
+    "residual",
+    "chain_of_loras",
+}  # lowers whose factors are made anew or go with their patch
 
 
 def refusals(**sections):
@@ -227,6 +232,7 @@ OF_FACTORS = {
     "fedsa": {("warn", "federation.policy")},
     "fedsvd": {("warn", "federation.policy"), ("warn", "federation.space")},
     "ffa": {("warn", "federation.policy"), ("warn", "federation.space")},
+    "cola": {("warn", "federation.space")},
     "flexlora": {("warn", "federation.space")},
     "flora": {("warn", "federation.space")},
     "fedlease": {("refuse", "federation.assign")},

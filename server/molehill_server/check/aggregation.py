@@ -34,7 +34,8 @@ def _lowers_rewrite_factors(config: Config) -> Iterator[Conflict]:
     federation, policy = config.federation, config.federation.policy.name
     scopes = {scope for decided in (shares(config, 1), shares(config, 2)) for scope in (decided.A, decided.B)}
     fits = scopes <= ({"shared", "frozen"} if federation.space.build("space").common else {"shared"})
-    if federation.lower.build("lower").needs_products and not fits:
+    lower = federation.lower.build("lower")
+    if (lower.needs_products or lower.patches) and not fits:
         yield Conflict(
             "refuse",
             ("federation.policy", "federation.lower"),

@@ -59,7 +59,7 @@ def _server(config: Config) -> Iterator[Conflict]:
             "none: its tensors are judged as they are, so what it bounds is how far their numbers go, not what the "
             "expert says",
         )
-    elif space.products or lower.needs_products:
+    elif space.products or lower.needs_products or lower.patches:
         yield Conflict(
             "warn",
             ("federation.space", "federation.lower", "molora.expert"),

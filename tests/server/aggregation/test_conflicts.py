@@ -15,7 +15,8 @@ from molehill_server.aggregate import Aggregator, conflicts
 SPACES, LOWERS, OPTS = ([method.name for method in registry.methods(axis)] for axis in ("space", "lower", "server_opt"))
 ALLOWED = {
     ("factor", "none"),
-    *itertools.product(["common"], ["none", "svd", "residual", "merge_restart"]),
+    ("factor", "chain_of_loras"),
+    *itertools.product(["common"], ["none", "chain_of_loras", "svd", "residual", "merge_restart"]),
     *itertools.product(["product", "stack"], ["svd", "residual", "merge_restart"]),
 }
 

@@ -160,3 +160,22 @@ def test_stack_keeps_bits_and_product_bounds_the_rank(kit):
     assert stacked.rank == 15
     assert folded.rank <= 9
     np.testing.assert_allclose(stacked.B @ stacked.A, folded.B @ folded.A, atol=2e-5)
+
+
+def test_a_chain_freezes_its_links_and_the_function_goes_on_as_it_was(kit):
+    glob = kit.model()  # two rounds are done
+    updates = [kit.client(glob, seed) for seed in range(3)]
+    plain, _ = kit.preset("fedit")(glob, updates)
+    same, _ = kit.preset("cola", lower={"name": "chain_of_loras", "every": 4})(glob, updates)
+    assert all(np.array_equal(same.tree[key], plain.tree[key]) for key in plain.tree)
+    assert same.patches == glob.patches
+    made, _ = kit.preset("cola", lower={"name": "chain_of_loras", "every": 3})(glob, updates)
+    for pair, effective in kit.dense.effective(plain).items():
+        np.testing.assert_allclose(kit.dense.effective(made)[pair], effective, atol=1e-5)
+        assert not made.tree[Key(*pair, "B")].any()
+        assert not np.array_equal(made.tree[Key(*pair, "A")], plain.tree[Key(*pair, "A")])
+        assert made.patches[pair].rank == 3 + (glob.patches[pair].rank if pair in glob.patches else 0)
+    flora, _ = kit.preset("flora")(glob, updates)  # which stacks, and so has all ranks of all clients
+    assert flora.patches[PAIR].rank > made.patches[PAIR].rank
+    last, _ = kit.preset("cola", lower={"name": "chain_of_loras", "every": 1, "links": 3})(glob, updates)
+    assert last.patches == glob.patches  # the third link goes on to the end

@@ -29,12 +29,13 @@ class MergeRestart(Lower):
         tree = combined.tree.copy()
         for pair in combined.products:
             a = Key(*pair, "A")
-            tree[a][...] = _fresh(a, tree.layout[a], seed, glob.round)
+            tree[a][...] = fresh(a, tree.layout[a], seed, glob.round)
             tree[Key(*pair, "B")][...] = 0
         return AggOut(tree, combined.products)
 
 
-def _fresh(key: Key, shape: tuple[int, ...], seed: int, rnd: int) -> Array:
+def fresh(key: Key, shape: tuple[int, ...], seed: int, rnd: int) -> Array:
+    """A as peft draws it, ``[r, d_in]``, the same for a seed, a round and a key."""
     name = int.from_bytes(hashlib.sha256(key.name.encode()).digest()[:8], "little")
     bound = shape[1] ** -0.5
     return np.random.default_rng([seed, rnd, name]).uniform(-bound, bound, shape).astype(np.float32)
