@@ -60,6 +60,7 @@ class Part:
 PARTS = (
     Part("step", ("train_step.py",), ("--quick",)),
     Part("parts", ("train_step.py", "--parts", "--reps", "5"), ("--quick",)),
+    Part("presets", ("train_step.py", "--preset", "all", "--model", "minilm", "--reps", "5"), ("--quick",)),
     Part(
         "experts", ("experts.py", "--json"), ("--counts", "2", "4", "--reps", "1"),
         ("A training step of MiniLM, fp32, one thread", "experts", "ms of processor time"),

@@ -1,6 +1,7 @@
 """One training step of a mixture against peft's LoRA of the same total rank, and against published code for mixtures.
 
     python benchmarks/train_step.py [--reps 7] [--threads 1] [--model llama] [--dtype bf16] [--quick] [--json]
+    python benchmarks/train_step.py --preset all --model llama       # or names: what presets cost
 
 MoLoRA with 8 experts of rank 8, top-2, on every linear. A step is forward, backward and AdamW.
 
@@ -14,6 +15,9 @@ MoLoRA with 8 experts of rank 8, top-2, on every linear. A step is forward, back
 
 With ``--parts`` ours is measured without each of its parts as well: the time without over the time with it. ``blocks``
 are those of the attention, which is used where it was measured to be faster.
+
+With ``--preset`` a preset is measured beside plain top-2 of as many experts of the same ranks on the same linears (of
+blocks: on the feed-forward linears), so that the ratio is what its own routing, experts and wiring cost.
 
 Models: a Llama of random weights (hidden 512, 8 layers, FFN 1408, vocabulary 8192; 8 rows of 256 tokens) and the
 sample MiniLM (16 rows of 128 tokens). One thread is measured in processor time, several in wall time. The limits in
@@ -29,7 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -44,13 +48,16 @@ from common import alternate, clock_for, grown_by, in_own_process, show
 from moe_peft import Form, LoraMoeLinear, MolaLinear, put
 from torch import Tensor, nn
 
-from molehill import config
+from molehill import config, registry
+from molehill.errors import ConfigError, ModelError
 from molehill.molora import attention, build, recompute
 from molehill.molora import model as molora_model
 from molehill.molora.attention import use_fast_attention
 from molehill.molora.build import wrap
 from molehill.molora.head import Head
 from molehill.molora.layer import Fan
+from molehill.molora.presets.targets import FFN
+from molehill.molora.steps import BlockTopology
 from molehill.tasks import kernels
 from molehill.tasks.base_model import load_base
 from molehill_client.objectives.sft import SFT
@@ -212,9 +219,28 @@ def molehill_step(at: Setting, without: str = "", selector: str = "top_k") -> St
 
 
 def _molehill_step(at: Setting, without: str, selector: str) -> Step:
-    classes = at.labels.dim() == 1
     chooses = {"name": selector, **({"k": TOP_K} if selector == "top_k" else {})}
-    section = config.MoLoRA.model_validate({"experts": at.experts, "rank": RANK, "alpha": ALPHA, "selector": chooses})
+    section = {"experts": at.experts, "rank": RANK, "alpha": ALPHA, "selector": chooses}
+    return _step_of_section(at, config.MoLoRA.model_validate(section), without)
+
+
+def preset_step(at: Setting, name: str, *, plain: bool) -> Step:
+    """A step with a preset, or with plain top-2 of its experts on its linears."""
+    section = config.parse({"molora": {"preset": name}}).molora
+    if plain:
+        blocks = isinstance(section.topology.build("topology"), BlockTopology)
+        kept = {"experts": max(TOP_K, section.experts), "shared": section.shared, "rank": section.rank}
+        kept |= {
+            "targets": FFN if blocks else section.targets,
+            "allocation": section.allocation,
+            "scope": section.scope,
+        }
+        section = config.MoLoRA.model_validate(kept | {"selector": {"name": "top_k", "k": TOP_K}})
+    return through_onednn(_step_of_section(at, section, ""), chosen_kernels(at))
+
+
+def _step_of_section(at: Setting, section: config.MoLoRA, without: str) -> Step:
+    classes = at.labels.dim() == 1
     model = wrap(at.base, section, head=Head(at.width, CLASSES, "mean", anchored=False) if classes else None)
     if without != "attention":
         tokens = at.ids.shape[1]
@@ -226,11 +252,15 @@ def _molehill_step(at: Setting, without: str, selector: str) -> Step:
     flat.grad = model.grad
     optimiser = torch.optim.AdamW([flat], lr=1e-4, fused=True)
     objective = SFT()
+    losses = [(each.coef, each.build("routing_loss")) for each in section.losses]
+    model.train()
     model.base.eval()
+    model.state.collect = bool(losses)
 
     def step() -> None:
         model.grad.zero_()
-        objective(model(at.ids, at.mask, at.labels)).backward()
+        forward = model(at.ids, at.mask, at.labels)
+        sum((coef * loss(forward.records) for coef, loss in losses), start=objective(forward)).backward()
         optimiser.step()
 
     return step
@@ -270,6 +300,25 @@ def measure_parts(model: str, dtype: str, reps: int, threads: int, *, quick: boo
     return {"model": model, "dtype": dtype, "threads": threads, "without_over_with": gains}
 
 
+def measure_presets(names: Sequence[str], model: str, dtype: str, reps: int, threads: int, *, quick: bool) -> list[Any]:
+    """Name, whether its experts are computed with the frozen products, and its step over that of plain top-2."""
+    rows = []
+    for name in names:
+        try:
+            ways = {way: preset_step(setting(model, dtype, quick=quick), name, plain=way == "plain")
+                    for way in ("plain", name)}  # fmt: skip
+        except (ConfigError, ModelError) as error:
+            print(f"{name} is left out: {error.what}")
+            continue
+        seconds = alternate(ways, reps, clock_for(threads))
+        section = config.parse({"molora": {"preset": name}}).molora
+        fused = section.expert.declared("expert", "kind") == "pairs" and section.mixer.declared("mixer", "fused")
+        fused &= section.topology.declared("topology", "scope") is None
+        fused &= not isinstance(section.topology.build("topology"), BlockTopology)
+        rows.append([name, fused, seconds[name] / seconds["plain"]])
+    return sorted(rows, key=lambda row: (not row[1], row[2]))
+
+
 def measure(model: str, dtype: str, reps: int, threads: int, *, quick: bool) -> dict[str, Any]:
     """Milliseconds and peak memory of every way."""
     steps = {way: STEPS[way](setting(model, dtype, quick=quick)) for way in WAYS}
@@ -307,6 +356,9 @@ def main() -> None:
     parser.add_argument("--model", choices=("llama", "minilm"), help="one of the models")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="one of the types")
     parser.add_argument("--parts", action="store_true", help="measure ours without each of its parts")
+    parser.add_argument(
+        "--preset", nargs="+", metavar="NAME", help="measure presets beside plain top-2; all for every one"
+    )
     parser.add_argument("--quick", action="store_true", help="short inputs and few turns: seconds")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--peak", nargs=3, metavar=("WAY", "MODEL", "DTYPE"), help=argparse.SUPPRESS)
@@ -317,6 +369,20 @@ def main() -> None:
     if options.peak:
         way, model, dtype = options.peak
         peak(way, model, dtype, quick=options.quick)
+        return
+    if options.preset:
+        every = [method.name for method in registry.methods("preset")]
+        names = every if options.preset == ["all"] else options.preset
+        at = (options.model or "llama", options.dtype or "fp32", 3 if options.quick else options.reps, options.threads)
+        rows = measure_presets(names, *at, quick=options.quick)
+        if options.json:
+            print(json.dumps(rows, indent=2))
+            return
+        show(
+            f"A step of {at[0]} {at[1]} on {at[3]} thread(s) over one of plain top-2",
+            ["preset", "with the frozen products", "times the step"],
+            [[name, "yes" if fused else "no", f"{ratio:.2f}"] for name, fused, ratio in rows],
+        )
         return
     measured = measure_parts if options.parts else measure
     results = [
