@@ -18,7 +18,7 @@ from molehill_export.insertion import Work
 from molehill_export.pieces import Contract, Delta, Expand, Mix, fingerprint
 from molehill_export.products import Factors, factors_of
 from molehill_export.routers import Routers
-from molehill_export.stacks import stacks
+from molehill_export.stacks import common, stacks
 from molehill_export.trace import DYNAMIC, piece
 from molehill_protos.v1 import bundle_pb2 as pb
 
@@ -94,7 +94,7 @@ class Beside:
     def tensors(self, name: str, site: Adapted) -> tuple[list[int], tuple[int, ...], dict[str, str]]:
         """The same of experts of any other kind."""
         bank, ids, slots = site.bank, self._work.model.expert_ids(site), self._work.slots_of(site, routed=False)
-        tree = self._work.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
+        tree = self._work.model.tree(lambda key: key.site == name and key.kind != "gate")
         placed = [self._work.out.slots[slot].id for slot in slots]
         ranks = tuple(bank.ranks[ids.index(expert)] if expert else max(bank.ranks) for expert in placed)
         inputs: dict[str, str] = {}
@@ -109,6 +109,9 @@ class Beside:
                 weight = self._work.graph.node("Reshape", [weight, shape])
             inputs[stack.parameter] = weight
             tensors.append(pb.SiteTensor(role=stack.role, name=place, by_rank=stack.by_rank, shape=stack.shape))
+        for part in common(bank):
+            value = tree[Key(name, NO_EXPERT, part.role)]
+            inputs[part.parameter] = self._work.keep(f"{name}/{part.role}", value.T if part.transposed else value)
         self._work.out.sites.append(
             pb.Site(name=name, d_in=site.site.d_in, d_out=site.site.d_out, slots=slots, ranks=ranks, form=pb.TENSORS,
                     tensors=tensors)

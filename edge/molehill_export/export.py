@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from molehill import __version__, files
-from molehill.errors import ConfigError, DeployError
+from molehill.errors import ConfigError, DeployError, ModelError
 from molehill.molora.banks import PairBank
 from molehill.molora.model import MoLoRAModel
 from molehill.molora.unwrap import unwrapped
@@ -139,8 +139,16 @@ def export_experts(source: Source, folder: Path, gate: str = GLOBAL) -> list[Pat
 
     Raises:
         DeployError: There is no room for them.
+        ModelError: They go with what is of all experts of their run.
         OSError: The disk is full all the same, or fails.
     """
+    for name, site in source.model.sites.items():
+        if site.bank.common:
+            raise ModelError(
+                f"{site.bank.noun} experts go with tensors of their run that are of all experts, so that none can be "
+                "added to another bundle",
+                where=name, mend="Export a bundle of the run.",
+            )  # fmt: skip
     _require_room((folder, _size_of_experts(source)))
     folder.mkdir(parents=True, exist_ok=True)
     with files.placed(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".experts.") as scratch:

@@ -60,6 +60,8 @@ def stacks(bank: Bank) -> list[Stack]:
     found = []
     for parameter, group in groupby(probe.parts(), lambda part: part.parameter):
         parts = list(group)
+        if parts[0].expert is None:
+            continue
         if why := _unfit(parts, probe):
             raise ModelError(
                 f"{bank.noun} experts cannot go into a bundle: parameter {parameter!r} of {type(bank).__name__} {why}",
@@ -68,6 +70,11 @@ def stacks(bank: Bank) -> list[Stack]:
         first, row = parts[0], tuple(probe.get_parameter(parameter).shape[1:])
         found.append(Stack(parameter, first.role, _by_rank(parts, probe), _rows(first), row, first.transposed))
     return found
+
+
+def common(bank: Bank) -> list[Part]:
+    """The tensors that are of all experts of a bank, each a whole parameter, which no slot has rows of."""
+    return [part for part in bank.parts() if part.expert is None]
 
 
 def expert_tensors(model: MoLoRAModel, expert: str) -> Mapping[str, Array]:

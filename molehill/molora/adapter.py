@@ -7,6 +7,7 @@
       experts/e0/adapter_model.safetensors
       experts/e0/expert.safetensors    in place of both: an expert that peft does not have, by wire name
       router.safetensors               routers, by wire name (if any)
+      common.safetensors               tensors that are of all experts of a site, by wire name (if any)
       head.safetensors                 classification head, by wire name (if any)
 
 An expert's saved LoRA has its scale absorbed in B (so ``lora_alpha`` equals the rank) and its frozen patches appended
@@ -41,7 +42,7 @@ from molehill.molora.peft_folder import (
     write_peft,
 )
 from molehill.tensors import write as write_tensors
-from molehill.wire.keys import Key
+from molehill.wire.keys import NO_EXPERT, Key
 from molehill.wire.tree import Array
 
 _OWN = "expert.safetensors"
@@ -256,12 +257,13 @@ def load_peft(folder: Path, model: MoLoRAModel) -> None:
 def _parts(model: MoLoRAModel) -> list[tuple[str, str]]:
     """Files beside the experts, with the kind of tensor each holds; a plain LoRA has no router."""
     parts = [("router.safetensors", "gate")] if model.routers else []
+    parts += [("common.safetensors", "dense")] if any(site.bank.common for site in model.sites.values()) else []
     return parts + ([("head.safetensors", "head")] if model.head is not None else [])
 
 
 def _by_name(model: MoLoRAModel, kind: str) -> dict[str, Array]:
     """Shared tensors of one kind by wire name; personal residuals are not part of an adapter."""
-    tree = model.tree(lambda key: key.kind == kind and not key.residual)
+    tree = model.tree(lambda key: key.kind == kind and key.expert == NO_EXPERT and not key.residual)
     return {key.name: np.ascontiguousarray(value) for key, value in tree.items()}
 
 

@@ -30,7 +30,8 @@ class Part(NamedTuple):
     Attributes:
         parameter: Name of the bank's parameter that holds it.
         role: Role on the wire: ``A`` and ``B`` of a low-rank pair, else ``dense.<name>``.
-        expert: Index of the expert that it belongs to.
+        expert: Index of the expert that it belongs to; None for what is of all experts of the bank, which is a whole
+            parameter.
         rows: Its rows in the parameter.
         transposed: Whether the wire holds the transpose.
         scale: Factor from memory to wire.
@@ -38,7 +39,7 @@ class Part(NamedTuple):
 
     parameter: str
     role: str
-    expert: int
+    expert: int | None
     rows: slice
     transposed: bool = False
     scale: float = 1.0
@@ -81,6 +82,11 @@ class Bank(nn.Module, ABC):
         """The part of the rank axis that belongs to an expert."""
         start = sum(self.ranks[:expert])
         return slice(start, start + self.ranks[expert])
+
+    @property
+    def common(self) -> bool:
+        """Whether some of its tensors are of all experts."""
+        return any(part.expert is None for part in self.parts())
 
     @abstractmethod
     def parts(self) -> Iterator[Part]:

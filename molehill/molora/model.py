@@ -147,7 +147,12 @@ class MoLoRAModel(nn.Module):
                 yield (
                     site.bank.get_parameter(parameter),
                     [
-                        (Key(name, ids[each.expert], each.role), each.rows, each.transposed, each.scale)
+                        (
+                            Key(name, NO_EXPERT if each.expert is None else ids[each.expert], each.role),
+                            each.rows,
+                            each.transposed,
+                            each.scale,
+                        )
                         for each in parts
                     ],
                 )

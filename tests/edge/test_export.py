@@ -206,6 +206,30 @@ def test_experts_of_another_kind_go_all_the_way(others, tmp_path):
         assert np.array_equal(bundle.logits(ids), alone)
 
 
+def test_tensors_of_all_experts_are_trained_sent_and_exported(tmp_path):
+    base = tiny_world.save_base(tmp_path / "base", "bert", hidden_size=32, initializer_range=0.2)
+    source = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(90))
+    molora = {"preset": "mumoe", "experts": 5, "rank": 4}
+    train = {"steps": 20, "lr": 2e-2, "batch_size": 8}
+    simulate(tiny_world.config(base, source, molora=molora, train=train), tmp_path / "run")
+    before, after = (load_tree(tmp_path / f"run/{moment}.safetensors")[0] for moment in ("initial", "final"))
+    moved = {(key.expert, key.role) for key in after if np.abs(after[key] - before[key]).max() > 1e-3}
+    assert moved >= {("-", "dense.down"), ("-", "dense.up"), *((f"e{e}", "dense.f") for e in range(5))}
+    source = open_source(tmp_path / "run")
+    for key, value in source.model.tree(lambda key: key.kind == "dense").items():
+        np.testing.assert_array_equal(value, after[key])
+    export(source, tmp_path / "bundle", Options(scheme="fp32", experts=("e0", "e3"), force=True))
+    with source.gate("global") as model:
+        for group in model.routers.values():
+            group.overrides.expert_mask = torch.tensor([True, False, False, True, False])
+        wanted = _logits(model, source.tokenizer, TEXTS[:1])
+    with Bundle.open(tmp_path / "bundle", trust=TRUST, threads=1) as bundle:
+        found = bundle.logits(bundle.encode_all(TEXTS[:1]))
+    assert np.abs(found - wanted).max() < 1e-4
+    with pytest.raises(ModelError, match="none can be added to another bundle"):
+        export_experts(source, tmp_path / "experts")
+
+
 def test_accuracy_and_command_line(run, tmp_path):
     done = CliRunner().invoke(
         app, ["export", str(run), "--out", str(tmp_path / "b.molehill"), "--quantize", "fp32", "--json"]

@@ -58,6 +58,9 @@ def test_a_scorer_that_reads_more_than_its_input_is_refused(preset):
 @pytest.mark.parametrize(("architecture", "preset"), _cases())
 def test_every_preset_gives_the_logits_of_torch(architecture, preset):
     model, section = edge_export.adapted(architecture, **_keys(preset, architecture))
+    if preset == "mumoe":  # whose f are around 1, and the mean of 64 of them is small
+        for site in model.sites.values():
+            site.bank.f.data.mul_(10).add_(4)
     ids, mask = edge_export.batch(architecture)
     wanted = edge_export.original(model, ids, mask)
     found = edge_export.exported(edge_export.session(model, section, architecture), ids, mask)

@@ -149,6 +149,7 @@ REASONS = {
     },
     "a word of the field that leads to an axis": {"molehill/molora/experts/__init__.py": "lora"},
     "a kind of tensor, or a part of its name": {
+        "molehill/molora/adapter.py": "dense",
         "molehill/wire/keys.py": "dense residual",
         "server/molehill_server/check/assignments.py": "dense",
         "server/molehill_server/check/model.py": "dense",
