@@ -95,6 +95,11 @@ class Routers:
                 f"scorer {scorer.name!r} reads what the base alone makes of a text, for which a graph has no pass",
                 mend="Train with another molora.scorer, or ask the run itself: molehill generate.",
             )
+        if any("prompt" in group.router.scorer.reads for group in groups):
+            raise ModelError(
+                f"scorer {scorer.name!r} reads the prompt of a text, for which a graph has no input",
+                mend="Train with another molora.scorer, or ask the run itself: molehill generate.",
+            )
         if any("base_route" in group.router.reads for group in groups):
             raise ModelError(
                 f"scorer {scorer.name!r} goes by the base's own router, which a graph does not show",

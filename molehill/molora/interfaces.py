@@ -97,6 +97,8 @@ class RouteContext:
         base: Of every row the mean state of its prompt after the last layer of the base alone, ``[B, w]`` float32,
             where a scorer of the model reads it. A row's prompt ends where its first answer begins; without answers, or
             where the row begins with one, it is the whole row.
+        prompt: Of every row the frozen embeddings of its tokens, ``[B, P, w + 1]`` float32, where a scorer of the model
+            reads them. The last feature is 1 for those of the prompt, as of ``base``, and 0 for all others.
         base_route: Where the base is a mixture itself, and the site lies beside one of its blocks: the weights that the
             base's own router gives its own experts there, ``[B, T, E]``.
     """
@@ -112,6 +114,7 @@ class RouteContext:
     overrides: Overrides = field(default_factory=Overrides)
     experts: Tensor | None = None
     base: Tensor | None = None
+    prompt: Tensor | None = None
     base_route: Tensor | None = None
 
 
@@ -172,7 +175,7 @@ class RouteRecord:
 
 
 Read = Literal[
-    "task_ids", "token_ids", "domain_ids", "experts", "base", "base_route"
+    "task_ids", "token_ids", "domain_ids", "experts", "base", "prompt", "base_route"
 ]  # what a route may depend on beside x
 # what a part needs of the others at its site
 Wish = Literal["pairs", "equal_ranks", "row_route", "no_shared", "vectors"]
@@ -190,7 +193,7 @@ class Scorer(nn.Module, ABC):
             together with the experts' first factors.
         level: How often the logits may change: with every token, with every row, or never.
         reads: What they depend on beside the input; a scorer that reads ``experts`` is told their ``rank``, one that
-            reads ``base`` the ``width`` of its states. One that reads ``base_route`` has as many experts as the base
+            reads ``base`` or ``prompt`` the ``width`` of its states or embeddings. One that reads ``base_route`` has as many experts as the base
             has in the block.
         wants: What it needs of the experts: low-rank ``pairs``, of ``equal_ranks``.
         ordered: Experts are told apart by their place, so that they cannot change it, or leave or join alone.

@@ -103,7 +103,8 @@ class MoLoRAModel(nn.Module):
         self.likelihood: Likelihood = of_class
         self.state = state
         self._selectors = {name: group.router.selector for name, group in groups.items()}
-        state.reads_base = any("base" in group.router.scorer.reads for group in groups.values())
+        reads = frozenset[str]().union(*(group.router.scorer.reads for group in groups.values()))
+        state.reads_base, state.embeds = bool(reads & {"base", "prompt"}), "prompt" in reads
         self._keeps = keeps_logits(base)
         base.register_forward_pre_hook(state.begin, with_kwargs=True)
         self.slots: dict[Key, Slot] = {}

@@ -1,4 +1,4 @@
-"""What the frozen base alone makes of a batch: the states after its last layer."""
+"""What the frozen base alone makes of a batch: the states after its last layer, or its embeddings."""
 
 from __future__ import annotations
 
@@ -32,6 +32,23 @@ def states(base: nn.Module, args: Sequence[Any], given: Mapping[str, Any]) -> Te
     else:
         found = base(*args, **ours, use_cache=False, output_hidden_states=True).hidden_states[-1]
     return found
+
+
+@torch.no_grad()
+def embeddings(base: nn.Module, args: Sequence[Any], given: Mapping[str, Any], mask: Tensor | None) -> Tensor:
+    """The frozen embeddings of tokens, with 1 behind those that the mask is true for: ``[B, T, w + 1]`` float32.
+
+    Args:
+        base: The base.
+        args: What a pass of it is given by place.
+        given: By name.
+        mask: True for these tokens, ``[B, T]``; None for all.
+    """
+    found = given.get("inputs_embeds")
+    if found is None:
+        found = base.get_input_embeddings()(args[0] if args else given["input_ids"])  # type: ignore[operator]  # modules hide their methods' types
+    there = found.new_ones(found.shape[:2]) if mask is None else mask
+    return torch.cat([found.float(), there.unsqueeze(-1).float()], -1)
 
 
 def width(base: nn.Module) -> int:

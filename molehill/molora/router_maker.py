@@ -31,7 +31,10 @@ class RouterMaker:
         self._config, self._anchored, self._seed = config, gate == "anchored", seed
         self._transforms: list[LogitTransform] = [ref.build("transform") for ref in config.transforms]
         self._selectors: dict[str, Selector] = {}  # routers that share one may share a call
-        self._width = reading.width(base) if "base" in config.scorer.declared("scorer", "reads") else 0
+        reads = config.scorer.declared("scorer", "reads")
+        self._width = reading.width(base) if "base" in reads else 0
+        if "prompt" in reads:
+            self._width = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]  # as above
 
     def router(
         self, site: Site, plan: SitePlan, *, alone: bool = True, further: Sequence[LogitTransform] = ()
@@ -55,7 +58,7 @@ class RouterMaker:
             torch.manual_seed(seed_for(self._seed, "gate", site.name))
             reads = config.scorer.declared("scorer", "reads")
             size = {"rank": plan.ranks[0]} if "experts" in reads else {}
-            size |= {"width": self._width} if "base" in reads else {}
+            size |= {"width": self._width} if reads & {"base", "prompt"} else {}
             scorer = config.scorer.build("scorer", d_in=site.d_in, n_experts=experts, **size)
         selector = config.selector
         if plan.top_k and not selector.declared("selector", "takes_k"):

@@ -44,8 +44,11 @@ class ForwardState:
         records: The records of the last forward pass.
         version: Increases with every pass; routes shared between sites are cached per version.
         next: What the coming pass of the base is about.
-        reads_base: Whether a router reads what the base alone makes of the rows, for which it runs before every pass.
-        base: That, see `RouteContext.base`; None where no router reads it, or the base runs alone.
+        reads_base: Whether a router goes by the prompts of the rows.
+        embeds: Whether it reads their embeddings; else what the base alone makes of them, for which it runs before every
+            pass.
+        base: That, see `RouteContext.base` and `RouteContext.prompt`; None where no router reads it, or the base runs
+            alone.
         domain: That of all tokens of passes that nobody announces; None where it is not known.
         known: That of the coming passes, where it is not to be made of their own tokens, see `about`.
     """
@@ -64,6 +67,7 @@ class ForwardState:
     version: int = 0
     next: Announced | None = None
     reads_base: bool = False
+    embeds: bool = False
     base: Tensor | None = None
     domain: int | None = None
     known: Tensor | None = None
@@ -129,7 +133,10 @@ class ForwardState:
         return found
 
     def read(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
-        """What the base alone makes of rows: the mean state of some of their tokens, ``[B, w]`` float32.
+        """What routers read of rows.
+
+        It is what the base alone makes of them, the mean state of some of their tokens ``[B, w]`` float32; or the
+        embeddings of all, and which they are, ``[B, T, w + 1]``.
 
         Args:
             base: The base.
@@ -137,6 +144,8 @@ class ForwardState:
             kwargs: As for a pass of it.
             mask: True for these tokens, ``[B, T]``; None for all.
         """
+        if self.embeds:
+            return reading.embeddings(base, args, kwargs, mask)
         enabled, self.enabled, self._reading = self.enabled, False, True
         try:
             return reading.mean(reading.states(base, args, kwargs), mask)
@@ -242,7 +251,8 @@ class RouteGroup(nn.Module):
             training=self.training,
             overrides=self.overrides,
             experts=self._experts(),
-            base=self.state.base,
+            base=None if self.state.embeds else self.state.base,
+            prompt=self.state.base if self.state.embeds else None,
             base_route=self.base_route,
         )
 

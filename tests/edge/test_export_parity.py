@@ -19,6 +19,7 @@ from molehill_export.molora import choose_slots, gate_values, insert
 # Their scorers read what routers in a graph cannot.
 READERS = {
     "fedamole": "reads the experts themselves",
+    "parrot": "reads the prompt of a text",
     "fedrouter": "reads what the base alone makes of a text",
     **dict.fromkeys(("context_peft", "per_language", "ppap"), "goes by the domain of a text"),
 }

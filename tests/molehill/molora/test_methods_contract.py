@@ -60,7 +60,12 @@ def test_parameters_are_frozen_documented_and_have_defaults(axis, name):
 @pytest.mark.parametrize("name", _of("scorer"))
 def test_scorers(name, context):
     scorer = registry.build("scorer", name, d_in=8, n_experts=5)
-    seen = {"experts": torch.randn(5, 1, 8), "base": torch.randn(2, 8), "base_route": torch.rand(2, 3, 5)}
+    seen = {
+        "experts": torch.randn(5, 1, 8),
+        "base": torch.randn(2, 8),
+        "prompt": torch.rand(2, 4, 9),
+        "base_route": torch.rand(2, 3, 5),
+    }
     context = partial(context, **{name: value for name, value in seen.items() if name in scorer.reads})
     assert isinstance(scorer, Scorer)
     assert scorer.n_experts == 5
@@ -104,6 +109,7 @@ def test_scorers_know_the_axis_of_the_experts(name, context):
     order = torch.randperm(5)
     ctx = context(x=torch.randn(2, 3, 8), task_ids=torch.tensor([0, 2]), experts=experts, domain_ids=domains)
     ctx.base = torch.randn(2, 8) if "base" in scorer.reads else None
+    ctx.prompt = torch.rand(2, 4, 9) if "prompt" in scorer.reads else None
     before = scorer(ctx)
     assert scorer.axes().keys() == {part for part, _ in scorer.named_parameters()}
     with torch.no_grad():
