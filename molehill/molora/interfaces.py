@@ -193,8 +193,8 @@ class Scorer(nn.Module, ABC):
             together with the experts' first factors.
         level: How often the logits may change: with every token, with every row, or never.
         reads: What they depend on beside the input; a scorer that reads ``experts`` is told their ``rank``, one that
-            reads ``base`` or ``prompt`` the ``width`` of its states or embeddings. One that reads ``base_route`` has as many experts as the base
-            has in the block.
+            reads ``base`` or ``prompt`` the ``width`` of its states or embeddings. One that reads ``base_route``
+            has as many experts as the base has in the block.
         wants: What it needs of the experts: low-rank ``pairs``, of ``equal_ranks``.
         ordered: Experts are told apart by their place, so that they cannot change it, or leave or join alone.
         own: Parameters that stay with their client under ``personal.gate = "split"`` and ``"anchored"``.

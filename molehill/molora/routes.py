@@ -45,8 +45,8 @@ class ForwardState:
         version: Increases with every pass; routes shared between sites are cached per version.
         next: What the coming pass of the base is about.
         reads_base: Whether a router goes by the prompts of the rows.
-        embeds: Whether it reads their embeddings; else what the base alone makes of them, for which it runs before every
-            pass.
+        embeds: Whether it reads their embeddings; else what the base alone makes of them, for which it runs before
+            every pass.
         base: That, see `RouteContext.base` and `RouteContext.prompt`; None where no router reads it, or the base runs
             alone.
         domain: That of all tokens of passes that nobody announces; None where it is not known.
