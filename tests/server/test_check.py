@@ -215,6 +215,28 @@ def test_routers_and_personal_gates():
     assert not check(config(federation={"preset": "flora"}, personal={"gate": "global"}))
 
 
+@pytest.mark.parametrize(
+    ("sections", "warned"),
+    [
+        ({}, False),
+        ({"personal": {"gate": "personal"}}, False),
+        ({"personal": {"gate": "global"}}, True),
+        ({"personal": {"gate": "split"}, "molora": {"preset": "adapter_fusion", "scorer": "mixture"}}, True),
+        ({"personal": {"steps": 0}}, True),
+    ],
+)
+def test_a_mixer_that_owners_fit_wants_them_to_fit(sections, warned):
+    found = check(config(**{"molora": {"preset": "adapter_fusion"}, **sections}))
+    assert [c.keys for c in found if "they fit nothing" in c.why] == [("molora.mixer", "personal.gate")] * warned
+
+
+@pytest.mark.parametrize(("keys", "where"), [({"expert": "lora"}, "molora.expert"), ({"shared": 1}, "molora.shared")])
+def test_compressed_experts_have_vectors_and_are_all_routed(keys, where):
+    (refused,) = refusals(molora={"preset": "compressed_experts", **keys})
+    assert refused.keys == ("molora.mixer", where)
+    assert not refusals(molora={"preset": "compressed_experts"})
+
+
 def test_nothing_to_train():
     head = {"policy": {"name": "fedpeft", "group": "head"}}
     assert not refusals(federation=head)

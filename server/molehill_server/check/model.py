@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from molehill import registry
 from molehill.config import Config, MethodRef
 from molehill.errors import ConfigError
+from molehill.plan import scope_of
 from molehill.tasks.kind import kind_of
-from molehill.wire.keys import KINDS
+from molehill.wire.keys import KINDS, NO_EXPERT, Key
 from molehill_server.check.conflict import Conflict, Rule, has_factors, k_of_the_allocation, planned
-from molehill_server.planning.planner import decisions, shares
+from molehill_server.planning.planner import decisions, scopes, shares
 
 
 def _one_expert_at_a_time(config: Config) -> Iterator[Conflict]:
@@ -232,7 +233,23 @@ def _nothing_to_blend(config: Config) -> Iterator[Conflict]:
         yield Conflict("refuse", ("molora.blend", "molora.shared"), f"{why}; set molora.shared")
 
 
+def _nothing_to_fit(config: Config) -> Iterator[Conflict]:
+    """A mixer that owners fit is the sum of outputs where they fit nothing."""
+    mixer = config.molora.mixer
+    if not mixer.declared("mixer", "fits"):
+        return
+    kept = scope_of(scopes(config, 1), Key("any", NO_EXPERT, "gate.residual.mix.any")) == "personal"
+    if not (kept and config.personal.steps):
+        why = f"mixer {mixer.name!r} is what owners fit after the rounds, and here they fit nothing, so that it adds up"
+        yield Conflict(
+            "warn",
+            ("molora.mixer", "personal.gate"),
+            f'{why}; set personal.gate to "anchored", and personal.steps above 0',
+        )
+
+
 RULES: tuple[Rule, ...] = (
+    _nothing_to_fit,
     _nothing_to_blend,
     _answers,
     _classes,
