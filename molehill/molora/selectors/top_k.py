@@ -24,11 +24,14 @@ class TopKParams:
             probability among all experts (DeepSeekMoE).
         capacity: In training an expert takes so many tokens of a batch at most, as a multiple of the even share, in
             order of arrival; the others go without it. No limit when omitted.
+        start: In training the number of experts goes linearly from this to ``k`` (VER); it is ``k`` throughout when
+            omitted, and at inference.
     """
 
     k: Annotated[int, Field(ge=1)] = 2
     renorm: Literal["none", "selected"] = "selected"
     capacity: Annotated[float, Field(gt=0)] | None = None
+    start: Annotated[int, Field(ge=1)] | None = None
 
 
 @register(
@@ -61,8 +64,12 @@ class TopK(OfK):
 
     def __call__(self, z: Tensor, ctx: RouteContext) -> Route:
         """Return the route for logits ``[..., E]``."""
-        route = self._chosen(z, min(self.params.k, z.shape[-1]))
+        route = self._chosen(z, min(self._k(ctx), z.shape[-1]))
         return route if self.params.capacity is None or not ctx.training else limited(route, ctx, self.params.capacity)
+
+    def _k(self, ctx: RouteContext) -> int:
+        k, start = self.params.k, self.params.start
+        return k if start is None or not ctx.training else round(start + (k - start) * ctx.progress)
 
     def _chosen(self, z: Tensor, k: int) -> Route:
         if self.params.renorm == "selected":

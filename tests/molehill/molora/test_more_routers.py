@@ -165,7 +165,60 @@ def test_gumbel_draws_by_the_softmax(context):
     torch.testing.assert_close(drawn, z[0, 0].softmax(-1), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("preset", ["laplace", "m6t", "mae", "diff_select", "moec", "task_moe"])
+def test_the_number_of_experts_falls_with_training(context):
+    selector, z = built("selector", "top_k", k=2, start=6), torch.randn(2, 3, 6)
+    counts = []
+    for progress in torch.linspace(0, 1, 21).tolist():
+        chosen = selector(z, context(training=True, progress=progress)).selected.sum(-1)
+        assert bool((chosen == chosen[0, 0]).all())
+        counts.append(int(chosen[0, 0]))
+    assert counts == sorted(counts, reverse=True)
+    assert sorted(set(counts)) == [2, 3, 4, 5, 6]
+    assert (counts[0], counts[-1]) == (6, 2)
+    assert bool((selector(z, context(progress=0.0)).selected.sum(-1) == 2).all())  # at inference k alone counts
+    assert bool((selector.with_k(1)(z, context(training=True, progress=1.0)).selected.sum(-1) == 1).all())
+
+
+def test_experts_tell_a_young_gate_of_their_worth_when_all_are_chosen(context):
+    worth, at = torch.randn(6), context(training=True)
+    for params, silent in (({"k": 2, "start": 6}, 0), ({"k": 2}, 4)):
+        z = torch.randn(1, 1, 6, requires_grad=True)
+        (built("selector", "top_k", **params)(z, at).weights * worth).sum().backward()
+        assert int((z.grad == 0).sum()) == silent
+
+
+def test_the_noise_of_a_gate_is_learnt_and_gone_at_inference(context):
+    torch.manual_seed(0)
+    gate, x = scorer("noisy_linear"), torch.randn(1, 1, 8).expand(1, 20000, 8)
+    with torch.no_grad():
+        gate.noise.normal_()
+    plain = gate(context(x=x))
+    torch.testing.assert_close(plain, x @ gate.weight.T)
+    noise = gate(context(x=x, training=True)) - plain
+    scale = torch.nn.functional.softplus(x[0, 0] @ gate.noise.T)
+    torch.testing.assert_close(noise.std((0, 1)), scale, atol=0.01, rtol=0.03)
+    assert bool((noise.mean((0, 1)).abs() < 4 * scale / 20000**0.5).all())  # four standard errors of the mean
+
+
+def test_what_experts_tell_of_the_task(context):
+    def loss(p, types, mask=None):
+        z = torch.tensor(p).clamp_min(1e-30).log()
+        route = built("selector", "dense")(z, context())
+        given = None if types is None else torch.tensor(types)
+        return float(built("routing_loss", "task_information")([RouteRecord(SITE, route, mask, torch.ones(2), given)]))
+
+    apart, half = [[[1.0, 0.0]] * 2, [[0.0, 1.0]] * 2], [[[0.5, 0.5]] * 2] * 2
+    ln2 = float(torch.tensor(2.0).log())
+    assert loss(apart, [0, 1]) == pytest.approx(0, abs=1e-5)
+    assert loss(half, [0, 1]) == pytest.approx(ln2, abs=1e-5)
+    for types in ([3, 3], None):  # of one task, or of none
+        assert loss(apart, types) == pytest.approx(ln2, abs=1e-5)
+    padded, real = [[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]], torch.tensor([[True, False]] * 2)
+    assert loss(padded, [0, 1], real) == pytest.approx(0, abs=1e-5)
+    assert loss(padded, [0, 1]) == pytest.approx(ln2, abs=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["laplace", "m6t", "mae", "diff_select", "moec", "task_moe", "ver"])
 def test_all_that_is_of_a_router_learns(preset):
     torch.manual_seed(0)
     model = shake(training(adapted("llama", preset=preset, rank=2)), scale=0.1)
