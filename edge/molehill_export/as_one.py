@@ -63,10 +63,12 @@ def by_routes(model: MoLoRAModel, routes: Mapping[str, Tensor]) -> dict[str, Ten
     found = {}
     for name, site in model.sites.items():
         if site.group is None:
-            found[name] = torch.ones(site.bank.n_experts)
-            continue
-        routed = routes[site.group.site.name]
-        found[name] = torch.cat([routed.new_ones(*routed.shape[:-1], site.shared), routed], -1)
+            weights = torch.ones(site.bank.n_experts)
+        else:
+            routed = routes[site.group.site.name]
+            weights = torch.cat([routed.new_ones(*routed.shape[:-1], site.shared), routed], -1)
+        if site.gain is None or site.gain.on:
+            found[name] = weights
     return found
 
 

@@ -59,6 +59,7 @@ class Blocks:
     ) -> tuple[Beneath, tuple[Any, ...]]:
         """What is traced, and all that its nodes depend on."""
         deltas, keys, shared = [], [], []
+        gains = [float(bank.gain is None or bank.gain.on) for bank in block.adapted]
         for bank, (ranks, inputs, fits) in zip(block.adapted, stored, strict=True):
             info = bank.site._replace(layer=0, name="", n_layers=1)
             like = bank.bank.like(info, ranks)
@@ -67,8 +68,8 @@ class Blocks:
             keys.append((info, ranks, shared[-1], fingerprint(like), fingerprint(bank.mixer), *fits.values()))
         routes = [None if each is None else each.module for each in declared]
         of_routes = (each and each.module.key([(len(each.slots),), *each.shapes]) for each in declared)
-        key = (fingerprint(block.topology), block.steps, *keys, *of_routes)
-        return Beneath(block.topology, block.steps, routes, deltas, shared), key
+        key = (fingerprint(block.topology), block.steps, *gains, *keys, *of_routes)
+        return Beneath(block.topology, block.steps, routes, deltas, shared, gains), key
 
     def _run(
         self, block: Block, module: Beneath, key: tuple[Any, ...], routed: list[Declared], stored: list[_Stored],

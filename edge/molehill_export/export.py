@@ -207,6 +207,11 @@ def _require_gates(source: Source, options: Options) -> None:
     for gate in options.gates:
         with source.gate(gate):
             pass  # it is there
+        if len(options.gates) > 1 and any(site.gain is not None for site in source.model.sites.values()):
+            raise ConfigError(
+                "owners of this run adapt sites of their own, and a bundle has those of one",
+                where="--gate", mend="Export each by itself.",
+            )  # fmt: skip
         if len(options.gates) > 1 and source.replaced(gate):
             raise ConfigError(
                 f"{gate} has experts of its own, and a bundle has one of each", where=f"--gate {gate}",

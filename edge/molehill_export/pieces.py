@@ -162,14 +162,15 @@ class Beneath(nn.Module):
         routes: What routes each of them; None where the experts are always on.
         deltas: What each bank adds.
         shared: How many experts of each bank are always on.
+        gains: What the weights of each bank are multiplied by.
     """
 
     def __init__(
         self, topology: BlockTopology, steps: Sequence[Step], routes: Sequence[Routing | None],
-        deltas: Sequence[Delta], shared: Sequence[int],
+        deltas: Sequence[Delta], shared: Sequence[int], gains: Sequence[float],
     ) -> None:  # fmt: skip
         super().__init__()
-        self.topology, self.steps, self.shared = topology, tuple(steps), tuple(shared)
+        self.topology, self.steps, self.shared, self.gains = topology, tuple(steps), tuple(shared), tuple(gains)
         self.routes = nn.ModuleList(route for route in routes if route is not None)
         self.deltas = nn.ModuleList(deltas)
         numbers = iter(range(len(self.routes)))
@@ -211,6 +212,7 @@ class Beneath(nn.Module):
                 if blend:
                     always, weights = blend[0], weights * blend[1]
                 weights = torch.cat([always.expand(*weights.shape[:-1], self.shared[bank]), weights], -1)
+            weights = weights * self.gains[bank]
             delta = self.deltas[bank](z, cut(y, parts), weights, factors[bank])
             return Stepped(delta.reshape(x.shape), None if number is None else weights[..., self.shared[bank] :])
 

@@ -48,6 +48,7 @@ def factors_of(work: Work, name: str, site: Adapted) -> Factors:
     bank = site.bank
     assert isinstance(bank, PairBank)
     tree = work.model.tree(lambda key: key.site == name and key.expert != NO_EXPERT)
+    gain = np.float32(site.gain is None or site.gain.on or not work.plain(site))  # traced ones: of their weights
     a, b, ranks = [], [], []
     for slot in slots:
         expert = work.out.slots[slot].id
@@ -55,7 +56,7 @@ def factors_of(work: Work, name: str, site: Adapted) -> Factors:
         if expert:
             patch_A, patch_B = (each.numpy() for each in bank.patches(ids.index(expert)))
             A = np.concatenate([tree[Key(name, expert, "A")], patch_A])
-            B = np.concatenate([tree[Key(name, expert, "B")].T, patch_B.T])
+            B = np.concatenate([tree[Key(name, expert, "B")].T, patch_B.T]) * gain
         a.append(A)
         b.append(B)
         ranks.append(len(B))

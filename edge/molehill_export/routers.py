@@ -174,7 +174,13 @@ class Routers:
         return self._work.graph.node("Reshape", [weights, self._work.graph.const([-1, width], np.int64)])
 
     def all_weights(self, site: Adapted, slots: list[int], call: int) -> str:
-        """The weights of all experts of a site in one of its calls, shared ones first."""
+        """The weights of all experts of a site in one of its calls, shared ones first, times its gain."""
+        weights = self._weights(site, slots, call)
+        if site.gain is None or site.gain.on:
+            return weights
+        return self._work.graph.node("Mul", [weights, self._work.graph.const(0, np.float32)])
+
+    def _weights(self, site: Adapted, slots: list[int], call: int) -> str:
         graph, n = self._work.graph, len(slots)
         if site.group is None:
             return graph.const(np.ones((1, 1, n), np.float32))

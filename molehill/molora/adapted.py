@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from molehill.errors import ModelError
 from molehill.molora.banks import Bank, Mixer, Peft
+from molehill.molora.gain import Gain
 from molehill.molora.interfaces import Site
 from molehill.molora.routes import ForwardState, RouteGroup
 
@@ -25,6 +26,7 @@ class Adapted(nn.Module):
         dropout: Dropout on the experts' input.
         state: Shared state of the pass.
         tokens: For every call in a pass, whether the input are the tokens of the batch.
+        gain: What the weights of all experts are multiplied by; None where they stay.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Adapted(nn.Module):
         dropout: float,
         state: ForwardState,
         tokens: Sequence[bool] = (True,),
+        gain: Gain | None = None,
     ) -> None:
         super().__init__()
         self.calls = tuple(tokens)
@@ -46,6 +49,7 @@ class Adapted(nn.Module):
         self.bank = bank
         self.shared = shared
         self.mixer = mixer
+        self.gain = gain
         self.dropout = nn.Dropout(dropout)
         self.state = state
         # held outside the module tree: a group belongs to the model, not to one of its sites
@@ -114,6 +118,15 @@ class Adapted(nn.Module):
             call: Number of the call in this pass.
             share: What the weights of routed experts are multiplied by, ``[B, T, 1]``.
         """
+        weights = self._weighed(group, x, call, share)
+        if self.gain is None:
+            return weights
+        if self.state.collect:
+            self.state.records.scores.append((self.gain.score, self.gain.threshold))
+        factor: Tensor = self.gain()
+        return weights * factor
+
+    def _weighed(self, group: RouteGroup | None, x: Tensor, call: int, share: Tensor | None) -> Tensor:
         ones = torch.ones(1, device=x.device)
         if group is None:
             return ones.expand(1, 1, self.bank.n_experts)

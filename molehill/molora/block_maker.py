@@ -12,6 +12,7 @@ from molehill.errors import ConfigError
 from molehill.molora.blocks import Block, BlockBank, From, Span
 from molehill.molora.feed_forward import choose_blocks, mixtures
 from molehill.molora.fitting import Made, mixer_of, require_whole_blocks, require_wishes, show
+from molehill.molora.gain import Gain
 from molehill.molora.interfaces import Site, SitePlan
 from molehill.molora.recompute import keep_less
 from molehill.molora.router_maker import RouterMaker
@@ -117,6 +118,7 @@ class _Maker:
                 BlockBank(
                     span, site, bank, mine, shared=len(plan.shared_ranks), dropout=config.dropout, state=made.state,
                     mixer=mixer_of(config, bank, len(plan.shared_ranks), routed=bool(mine)), tokens=calls,
+                    gain=None if plan.gated is None else Gain(plan.gated),
                 )
             )  # fmt: skip
             made.sites[site.name] = banks[-1]

@@ -14,6 +14,7 @@ from molehill.config import MoLoRA as MoLoRAConfig
 from molehill.errors import ConfigError, ModelError
 from molehill.molora.block_maker import blocks_of
 from molehill.molora.fitting import Made, mixer_of, require_whole_blocks, require_wishes, show
+from molehill.molora.gain import Gain
 from molehill.molora.head import Head
 from molehill.molora.interfaces import Site, SitePlan
 from molehill.molora.layer import ContractLinear, ExpandLinear, Fan, MoLoRALinear
@@ -89,6 +90,7 @@ def wrap(
             base.get_submodule(site.name), site, bank, shared=len(plan.shared_ranks), group=group,
             mixer=mixer_of(config, bank, len(plan.shared_ranks), routed=group is not None and role == "plain"),
             dropout=config.dropout, state=state, tokens=found.on_tokens(site.name),
+            gain=None if plan.gated is None else Gain(plan.gated),
         )  # fmt: skip
         parent, _, name = site.name.rpartition(".")
         setattr(base.get_submodule(parent), name, module)

@@ -16,7 +16,7 @@ Router arithmetic is float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -172,6 +172,20 @@ class RouteRecord:
     mask: Tensor | None
     costs: Tensor
     types: Tensor | None = None
+
+
+class Seen(list[RouteRecord]):
+    """The routes of a pass, and what else of it losses may ask for.
+
+    Attributes:
+        scores: Of every site with a gate its score ``[1]``, and the least with which it is adapted.
+        progress: Fraction of training done.
+    """
+
+    def __init__(self, records: Iterable[RouteRecord] = (), progress: float = 0.0) -> None:
+        super().__init__(records)
+        self.scores: list[tuple[Tensor, float]] = []
+        self.progress = progress
 
 
 Read = Literal[
@@ -388,6 +402,18 @@ class Topology:
         return dict.fromkeys(site_names, "plain")
 
 
+class Gated(NamedTuple):
+    """A gate of a site, see `molehill.molora.gain.Gain`.
+
+    Attributes:
+        threshold: The least score with which it is adapted.
+        start: Its score at the start.
+    """
+
+    threshold: float
+    start: float
+
+
 @dataclass(frozen=True)
 class SitePlan:
     """What one site gets.
@@ -396,11 +422,13 @@ class SitePlan:
         ranks: Rank of every routed expert; its length is E.
         shared_ranks: Rank of every always-on expert.
         top_k: Overrides the selector's k at this site; None keeps it.
+        gated: Its gate; None for a site that is always adapted.
     """
 
     ranks: tuple[int, ...]
     shared_ranks: tuple[int, ...] = ()
     top_k: int | None = None
+    gated: Gated | None = None
 
     @property
     def costs(self) -> Tensor:
@@ -438,9 +466,11 @@ class RoutingLoss(ABC):
 
     Attributes:
         ordered: It is another one when experts change places.
+        of_sites: It is about the scores of sites and not about routes (`Seen.scores`).
     """
 
     ordered: bool = False
+    of_sites: bool = False
 
     @abstractmethod
     def __call__(self, records: Sequence[RouteRecord]) -> Tensor:

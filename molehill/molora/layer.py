@@ -176,7 +176,7 @@ class MoLoRALinear(Adapted):
         Dropout would draw other numbers than alone, and what is no token of a batch has no client.
         """
         routed = self.group is None or self.group.router.stackable
-        return routed and self.fused and self.dropout.p == 0 and all(self.calls)
+        return routed and self.fused and self.dropout.p == 0 and all(self.calls) and self.gain is None
 
 
 class ExpandLinear(MoLoRALinear):

@@ -19,7 +19,7 @@ from molehill.molora.banks import Bank, FittedMixer, PairBank
 from molehill.molora.blocks import Block
 from molehill.molora.forward import Forward
 from molehill.molora.head import Head
-from molehill.molora.interfaces import NOTHING, Adapts, OfK, Selector, Told
+from molehill.molora.interfaces import NOTHING, Adapts, OfK, Seen, Selector, Told
 from molehill.molora.likelihoods import Likelihood, of_class
 from molehill.molora.routes import ForwardState, RouteGroup
 from molehill.molora.trial import keeps_logits
@@ -161,6 +161,9 @@ class MoLoRAModel(nn.Module):
         for name, group in self.routers.items():
             for part, role in group.router.roles().items():
                 yield group.router.parameter(part), [(Key(name, NO_EXPERT, role), None, False, 1.0)]
+        for name, site in self.sites.items():
+            if site.gain is not None:
+                yield site.gain.change, [(Key(name, NO_EXPERT, "gate.own.gain"), None, False, 1.0)]
         for key, parameter in self._residuals():
             yield parameter, [(key, None, False, 1.0)]
         if self.head is not None:
@@ -206,7 +209,7 @@ class MoLoRAModel(nn.Module):
         """Make the parameters views of ``values [C, P]``, and their gradients of ``grads``."""
         stacked, clients = self.state.clients > 1, len(values)
         self.state.clients = clients
-        self.state.records = []
+        self.state.records = Seen()
         for group in self.routers.values():
             group.forget()
         for site in self.sites.values():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from molehill.errors import ModelError
 from molehill.molora import reading
 from molehill.molora.banks import PairBank
-from molehill.molora.interfaces import NOTHING, Embeds, Overrides, Route, RouteContext, RouteRecord, Site, Told
+from molehill.molora.interfaces import NOTHING, Embeds, Overrides, Route, RouteContext, RouteRecord, Seen, Site, Told
 from molehill.molora.router import Router
 
 
@@ -63,7 +63,7 @@ class ForwardState:
     count: bool = False
     clients: int = 1
     members: slice | list[int] = field(default_factory=lambda: slice(None))
-    records: list[RouteRecord] = field(default_factory=list)
+    records: Seen = field(default_factory=Seen)
     version: int = 0
     next: Announced | None = None
     reads_base: bool = False
@@ -107,7 +107,7 @@ class ForwardState:
         if self.next is None and self.domain is not None and self.token_ids is not None:
             self.domain_ids = torch.full_like(self.token_ids, self.domain)
         self.next = None
-        self.records = []
+        self.records = Seen(progress=self.progress)
         self.version += 1
         if self.reads_base:
             cache, self.base = kwargs.get("past_key_values"), self.known
@@ -326,7 +326,7 @@ class RouteGroup(nn.Module):
     def reopen(self, call: int) -> None:
         """Let go of the route of a call, and of its record, so that it is computed anew."""
         route = self._routes.pop(call, None)
-        self.state.records = [record for record in self.state.records if record.route is not route]
+        self.state.records[:] = [record for record in self.state.records if record.route is not route]
 
     def forget(self) -> None:
         """Let go of the last routes, whose graph remembers the shape of the router's rows."""
