@@ -256,7 +256,8 @@ def load_peft(folder: Path, model: MoLoRAModel) -> None:
 
 def _parts(model: MoLoRAModel) -> list[tuple[str, str]]:
     """Files beside the experts, with the kind of tensor each holds; a plain LoRA has no router."""
-    parts = [("router.safetensors", "gate")] if model.routers else []
+    routed = any(key.kind == "gate" and not key.residual for key in model.layout)
+    parts = [("router.safetensors", "gate")] if routed else []
     parts += [("common.safetensors", "dense")] if any(site.bank.common for site in model.sites.values()) else []
     return parts + ([("head.safetensors", "head")] if model.head is not None else [])
 
