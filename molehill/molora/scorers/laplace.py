@@ -82,5 +82,8 @@ class Laplace(Scorer):
 
 def _near(x: Tensor, centres: Tensor) -> Tensor:
     """``-||x - c||`` for ``x [B, T, d]`` and ``c [N, d]``, ``[B, T, N]``."""
+    # Only differences count, and the squares below cancel where x and c are both far from 0.
+    middle = centres.mean(0)
+    x, centres = x - middle, centres - middle
     square = x.square().sum(-1, keepdim=True) - 2 * (x @ centres.T) + centres.square().sum(-1)
     return -(square.clamp_min(0.0) + 1e-9).sqrt()

@@ -54,7 +54,8 @@ class ExpertChoice(Selector):
         if real.shape != z.shape[:2]:  # one route for all tokens of a row
             return Route(z, p, p)
         real = real.view(*z.shape[:2], *[1] * (z.ndim - 2))
-        count = (real.sum(1, keepdim=True) * (self.capacity / z.shape[-1])).ceil().clamp_max(z.shape[1])
+        # multiplied before it is divided: a share that is whole must not be rounded up past itself
+        count = (real.sum(1, keepdim=True) * self.capacity / z.shape[-1]).ceil().clamp_max(z.shape[1])
         # places among the tokens of the row; padding comes last, and equal ones in their order
         keys = p.masked_fill(~real, -1.0)
         places = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)

@@ -66,6 +66,11 @@ def test_every_expert_takes_as_many_real_tokens_of_a_row_and_no_padding(context,
     assert not bool(taken[0].any(-1).all()) or capacity > 1
 
 
+def test_a_share_that_is_whole_is_not_rounded_up(context):
+    taken = built("selector", "expert_choice", capacity=2.0)(torch.randn(1, 21, 7), context()).weights > 0
+    assert taken.sum(1).tolist() == [[6] * 7]  # 2 / 7 in float32 is a little more than it
+
+
 def test_a_later_token_may_change_an_earlier_route(context):
     selector = built("selector", "expert_choice", capacity=1.0)
     z = torch.zeros(1, 4, 2)

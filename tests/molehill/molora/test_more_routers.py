@@ -37,6 +37,14 @@ def test_laplace_is_largest_at_its_centre_and_goes_by_distance_alone(context):
     assert not torch.allclose(linear(context(x=x + shift)), linear(context(x=x)), atol=1e-2)
 
 
+def test_distances_hold_far_from_the_origin(context):
+    laplace, x = scorer("laplace"), 1000 + torch.randn(2, 3, 8)
+    with torch.no_grad():
+        laplace.centres += 1000
+    far = -(x.unsqueeze(-2) - laplace.centres).norm(dim=-1)
+    torch.testing.assert_close(laplace(context(x=x)), far, atol=1e-3, rtol=1e-3)
+
+
 def test_two_levels_are_the_product_of_their_softmaxes(context):
     laplace, x = scorer("laplace", groups=3), torch.randn(2, 4, 8)
     p = laplace(context(x=x)).softmax(-1)
