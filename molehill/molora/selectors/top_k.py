@@ -91,6 +91,6 @@ def limited(route: Route, ctx: RouteContext, capacity: float) -> Route:
     z, chosen = route.logits, route.selected
     real = (token_counts(ctx.mask, z) > 0).view(*z.shape[:2], *[1] * (z.ndim - 2))
     queue = (chosen & real).flatten(0, -2)
-    limit = (queue.sum() * (capacity / z.shape[-1])).floor().clamp_min(1)
+    limit = (queue.sum() * capacity / z.shape[-1]).floor().clamp_min(1)  # divided last: a whole share stays whole
     fits = queue & (queue.cumsum(0) <= limit)
     return Route(z, route.weights * fits.view(z.shape), route.distribution, {"selected": chosen})
